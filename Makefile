@@ -1,0 +1,53 @@
+# What this is for: everything a person or a CI machine runs. `make demo` needs only Python 3.11 or 3.12 and make.
+# Choose the interpreter with `make setup PYTHON=/path/to/python`, an accelerator with `make setup EXTRAS=cuda13`.
+
+NEWEST = $(shell for name in python3.12 python3.11 python3 python; do \
+  "$$name" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
+  >/dev/null 2>&1 && echo "$$name" && break; done)
+PYTHON ?= $(NEWEST)
+EXTRAS ?=
+VENV = .venv
+BIN = $(VENV)/bin
+VERSIONS = pyproject.toml constraints-py311.txt constraints-py312.txt
+
+# Installs this checkout, editable, with the extras $(1), at the versions pinned for the interpreter's Python.
+define install
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || test -n "$(PYTHON)" || \
+	  { echo "packforcing needs Python 3.11 or 3.12 with venv; install one or give make PYTHON=/path/to/it." >&2; exit 2; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
+	@echo "Installing into $(VENV) ($$($(BIN)/python --version)); the first time takes a minute or two."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --prefer-binary --no-compile \
+	  -c constraints-py$$($(BIN)/python -c 'import sys; print(*sys.version_info[:2], sep="")').txt \
+	  -e '.$(if $(1),[$(1)])'
+	@touch $(VENV)/.installed $@
+endef
+
+.PHONY: setup demo test test-slow check lint types clean
+
+setup: $(VENV)/.installed$(EXTRAS:%=-%)
+
+$(VENV)/.installed: $(VERSIONS)
+	$(call install,)
+
+$(VENV)/.installed-%: $(VERSIONS)
+	$(call install,$*)
+
+demo: $(VENV)/.installed
+	$(BIN)/packforcing sample --out out/demo.mp4
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/pyright
+
+check: lint types test
+
+clean:
+	rm -rf $(VENV) out

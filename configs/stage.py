@@ -1,0 +1,30 @@
+"""The Stage world's model: what ships in the package and samples anywhere. It is not Wan2.1.
+
+    packforcing train --config stage --out runs/stage        # two CPU cores, about an hour
+"""
+
+from packforcing_jax.config import (
+    PROFILES,
+    CompressorConfig,
+    DiTConfig,
+    Experiment,
+    SampleConfig,
+    SpaceToDepthConfig,
+    TextConfig,
+)
+
+experiment = Experiment(
+    name="stage",
+    dit=DiTConfig(
+        dim=96, ffn_dim=384, heads=3, layers=4, text_dim=64, text_len=16, freq_dim=64, in_channels=48, out_channels=48,
+        rope_theta=(1000.0, 50.0, 50.0), rope_pairs=(8, 4, 4),
+    ),
+    codec=SpaceToDepthConfig(factor=4),
+    text=TextConfig(vocab=46, dim=64, dim_attn=64, dim_ffn=128, heads=2, layers=2, max_words=16),
+    cache=PROFILES["stage"],
+    compressor=CompressorConfig(channels=(32, 64, 128, 192)),
+    sample=SampleConfig(steps=(1000, 875, 750, 625, 500, 375, 250, 125), shift=6.0, prediction="clean"),
+    latent=(8, 8),
+    fps=8,
+    clip=20,
+)  # fmt: skip

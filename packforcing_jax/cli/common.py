@@ -1,0 +1,116 @@
+"""What the verbs share: the experiment's flags, the start line, the progress display."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TextIO, TypeVar
+
+from packforcing_jax import options
+from packforcing_jax.config import Experiment, require
+
+Item = TypeVar("Item")
+load_experiment = options.load_experiment  # (config: path or name, sets) -> Experiment
+override = options.override  # (experiment that came with its weights, sets) -> Experiment
+SECONDS_BETWEEN_LINES = 2.0  # plain progress lines come at most this often, so that a log stays readable
+
+
+def add_experiment_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Adds `--config` and `--set`, read back as `args.config` and `args.sets`."""
+    shown = f" (default: {default})" if default else ""
+    parser.add_argument("--config", metavar="FILE", default=default,
+                        help=f"experiment: a Python file or a name in configs/{shown}")  # fmt: skip
+    parser.add_argument("--set", metavar="A.B=VALUE", action="append", default=[], dest="sets",
+                        help="change one setting, such as cache.top=8; may be repeated")  # fmt: skip
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that start one run on several processes, which `join_processes` reads back."""
+    parser.add_argument("--coordinator", metavar="HOST:PORT",
+                        help="address of process 0, the same for all; `auto` under SLURM or on a TPU pod")  # fmt: skip
+    parser.add_argument("--processes", type=int, metavar="N", help="how many processes run together")
+    parser.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Joins the other processes of this run, if flags name any; comes before anything else that uses jax."""
+    given = {"--processes": args.processes, "--process": args.process}
+    if args.coordinator is None:
+        extra = [flag for flag, value in given.items() if value is not None]
+        require(not extra, f"{' and '.join(extra)} given without --coordinator; add --coordinator HOST:PORT.")
+        return
+    import jax
+
+    if args.coordinator == "auto":
+        jax.distributed.initialize()
+        return
+    missing = [flag for flag, value in given.items() if value is None]
+    require(not missing, f"--coordinator {args.coordinator} needs {' and '.join(missing)} as well.")
+    require(0 <= args.process < args.processes,
+            f"--process {args.process} is not one of the {args.processes} processes; count from 0.")  # fmt: skip
+    jax.distributed.initialize(args.coordinator, args.processes, args.process)
+
+
+def device_line() -> str:
+    """The devices jax uses, such as `2 x NVIDIA H200 (gpu)`."""
+    import jax
+
+    devices = jax.devices()
+    count = f"{len(devices)} x " if len(devices) > 1 else ""
+    return f"{count}{devices[0].device_kind} ({devices[0].platform})"
+
+
+def start_line(verb: str, *, experiment: Experiment, dtype, attention: str, why: str, out: TextIO | None = None):
+    """Prints on stderr what is about to run: experiment, device, dtype, attention backend really used and why."""
+    import jax.numpy as jnp
+
+    print(f"{verb}: {experiment.name} on {device_line()}, {jnp.dtype(dtype).name}, attention {attention} ({why})",
+          file=out or sys.stderr, flush=True)  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    """`75` as `1:15`, `3675` as `1:01:15`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def progress(
+    items: Iterable[Item],
+    *,
+    name: str,
+    unit: str,
+    total: int | None = None,
+    out: TextIO | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Item]:
+    """`items` unchanged, shown as a bar with rate and time left on a terminal, as plain lines otherwise (stderr)."""
+    out = out or sys.stderr
+    total = len(items) if total is None and hasattr(items, "__len__") else total  # type: ignore[arg-type]
+    if out is None or not out.isatty():
+        yield from _lines(items, name, unit, total, out, clock)
+        return
+    import tqdm
+
+    with tqdm.tqdm(items, desc=name, unit=unit, total=total, file=out, dynamic_ncols=True) as bar:
+        yield from bar
+
+
+def _lines(items, name, unit, total, out, clock):
+    start = shown = clock()
+    done = 0
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = clock()
+        if now - shown >= SECONDS_BETWEEN_LINES or done == total:
+            print(_line(name, unit, done, total, now - start), file=out, flush=True)
+            shown = now
+    if total is None and done:
+        print(_line(name, unit, done, done, clock() - start), file=out, flush=True)
+
+
+def _line(name: str, unit: str, done: int, total: int | None, seconds: float) -> str:
+    rate = done / max(seconds, 1e-9)
+    count = f"{done}/{total}" if total else f"{done}"
+    left = f", {duration((total - done) / rate)} left" if total else ""
+    return f"{name}: {count} {unit}, {rate:.2f} {unit}/s, {duration(seconds)} gone{left}"

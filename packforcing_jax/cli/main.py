@@ -1,0 +1,176 @@
+"""The program `packforcing`: finds the verb, reads its flags, and turns every failure into one sentence and a code."""
+
+import argparse
+import contextlib
+import errno
+import importlib
+import json
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, NoReturn
+
+import packforcing_jax
+from packforcing_jax import options, versions
+from packforcing_jax.errors import InputError, MachineError
+
+
+class Verb(NamedTuple):
+    """A row of the table of verbs; `checked`: refuse broken pairs of jax and flax before it runs."""
+
+    module: str
+    help: str
+    example: str
+    checked: bool = True
+
+
+VERBS = {
+    "sample": Verb("sample", "make a video; with no arguments, with the small model that ships",
+                   "packforcing sample --out out/demo.mp4"),
+    "verify": Verb("verify", "compare every part with recorded numbers of the original code",
+                   "packforcing verify tests/golden/wan_dit_tiny.safetensors"),
+    "train": Verb("train", "train the small model on clips drawn by the Stage world",
+                  "packforcing train --config stage --set cache.top=8"),
+    "doctor": Verb("doctor", "say what works on this machine, and the remedy for what does not",
+                   "packforcing doctor --json", checked=False),
+}  # fmt: skip
+
+INTERRUPTED = 130
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
+PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+DEVICE = {
+    "RESOURCE_EXHAUSTED": "the device is out of memory; lower --set cache.top or latent, or use a larger device",
+    "UNAVAILABLE": "the device is not reachable any more; run `packforcing doctor`",
+    "DATA_LOSS": "the device lost data; run `packforcing doctor`",
+    "ABORTED": "the device stopped; run `packforcing doctor`",
+    "INTERNAL": "the device failed; run `packforcing doctor`",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one `InputError`, naming the nearest known flag."""
+
+    @property
+    def verb(self) -> str:
+        return self.prog.split()[-1]
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.verb}: {message}; see {self.prog} --help.")
+
+    def refuse_unknown_flags(self, words: Sequence[str]) -> None:
+        """Raises `InputError` for the first word that looks like a flag and is none (before `--`)."""
+        known = self._option_string_actions
+        for word in words[: words.index("--")] if "--" in words else words:
+            flag = word.partition("=")[0]
+            if re.match(r"--?[a-zA-Z]", word) and " " not in flag and flag not in known:
+                raise InputError(f"{self.verb} has no flag {flag}; {options.nearest(flag, known)}")
+
+
+def overview() -> str:
+    """The text of `packforcing --help`."""
+    verbs = "\n".join(f"  {name:<8} {verb.help}" for name, verb in VERBS.items())
+    examples = "\n".join(f"  {verb.example}" for verb in VERBS.values())
+    return (
+        f"packforcing {packforcing_jax.__version__}: minutes of video from a memory that never grows.\n\n"
+        f"verbs (each has --help):\n{verbs}\n\nexamples:\n{examples}\n\n"
+        "exit codes: 0 done, 1 a check failed, 2 bad input, 3 the machine failed, 130 interrupted"
+    )
+
+
+def parser_of(name: str) -> tuple[Parser, object]:
+    """The parser of a verb and its module, which must not import jax before `run`."""
+    verb = VERBS[name]
+    module = importlib.import_module(f"packforcing_jax.cli.{verb.module}")
+    parser = Parser(
+        prog=f"packforcing {name}",
+        description=f"{verb.help[0].upper()}{verb.help[1:]}.",
+        epilog=f"example:\n  {verb.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    if "--json" not in parser._option_string_actions:
+        parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    return parser, module
+
+
+def run(words: Sequence[str]) -> int:
+    """The exit code of one command; failures are exceptions."""
+    if not words:
+        raise InputError(f"give a verb ({', '.join(VERBS)}); packforcing --help shows examples.")
+    name, *rest = words
+    if name in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if name == "--version":
+        print(packforcing_jax.__version__)
+        return 0
+    if name not in VERBS:
+        raise InputError(f"no verb {name!r}; {options.nearest(name, VERBS)}")
+    parser, module = parser_of(name)
+    parser.refuse_unknown_flags(rest)
+    arguments = parser.parse_args(rest)
+    if VERBS[name].checked:
+        versions.check()
+    return module.run(arguments)  # type: ignore[attr-defined]
+
+
+def outcome(error: BaseException) -> tuple[int, str] | None:
+    """(exit code, sentence) of a failure that a user can meet; None for a defect of ours, which keeps its traceback."""
+    status = re.match(r"[A-Z_]+", str(error))
+    match error:
+        case InputError() | MachineError():
+            return error.exit_code, str(error)
+        case KeyboardInterrupt():
+            return INTERRUPTED, "interrupted; what was finished is kept."
+        case MemoryError():
+            return MachineError.exit_code, "the machine is out of memory; choose a smaller config or free memory."
+        case OSError() if error.errno in DISK:
+            where = f" ({error.filename})" if error.filename else ""
+            return MachineError.exit_code, f"cannot write{where}: {error.strerror}; free space or choose another --out."
+        case OSError() if isinstance(error, PATHS) and error.filename:
+            return InputError.exit_code, f"{error.filename}: {error.strerror}; check the path."
+        case BrokenPipeError():
+            return MachineError.exit_code, "the reader of the output went away."
+        case RuntimeError() if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
+            if status and status[0] in DEVICE:
+                return MachineError.exit_code, f"{DEVICE[status[0]]} ({str(error).splitlines()[0]})"
+    return None
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """While inside, SIGTERM is a KeyboardInterrupt, so that `finally` blocks close files and keep finished work."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs `packforcing WORDS` and returns the exit code."""
+    words = list(sys.argv[1:] if words is None else words)
+    try:
+        with terminable():
+            return run(words)
+    except SystemExit as done:  # argparse after --help
+        return int(done.code or 0)
+    except BaseException as error:
+        found = outcome(error)
+        if found is None:
+            raise
+        code, sentence = found[0], " ".join(found[1].split())
+        if "--json" in words:
+            print(json.dumps({"error": sentence}))
+        print(f"packforcing: {sentence}", file=sys.stderr)
+        return code

@@ -1,0 +1,372 @@
+"""The program says what it can do without loading jax, and answers every failure with one sentence and a code."""
+
+import argparse
+import errno
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import pytest
+
+import packforcing_jax
+from packforcing_jax import config, options, versions
+from packforcing_jax.cli import common, main
+from packforcing_jax.errors import InputError, MachineError
+
+VERBS = list(main.VERBS)
+
+
+def python(code):
+    """stdout of `code` in a new process, in the environment of the tests."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def run(capsys, *words):
+    """(exit code, stdout, stderr) of one command, in this process."""
+    code = main.main(list(words))
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def verb(monkeypatch):
+    """Installs a verb `probe` that does what the given function does."""
+
+    def install(act, arguments=lambda parser: None, checked=False):
+        module = types.SimpleNamespace(add_arguments=arguments, run=act)
+        monkeypatch.setitem(sys.modules, "packforcing_jax.cli.probe", module)
+        monkeypatch.setitem(main.VERBS, "probe", main.Verb("probe", "probe", "packforcing probe", checked))
+
+    return install
+
+
+def raiser(error):
+    def act(args):
+        raise error
+
+    return act
+
+
+def test_importing_the_package_and_help_load_no_jax():
+    code = "import sys; from packforcing_jax.cli import main; main.main({}); print('jax' in sys.modules)"
+    assert python("import sys, packforcing_jax; print(sorted({'jax', 'numpy', 'flax'} & set(sys.modules)))") == "[]"
+    for words in (["--help"], *([name, "--help"] for name in VERBS)):
+        assert python(code.format(words)).splitlines()[-1] == "False", words
+
+
+def test_help_answers_in_under_a_second():
+    took = []
+    for _ in range(3):
+        start = time.monotonic()
+        subprocess.run([sys.executable, "-m", "packforcing_jax", "--help"], check=True, capture_output=True)
+        took.append(time.monotonic() - start)
+    assert min(took) < 1
+
+
+def test_the_overview_lists_every_verb_with_an_example(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for name, row in main.VERBS.items():
+        assert f"  {name} " in out
+        assert row.example.startswith(f"packforcing {name} ")
+        assert row.example in out
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_every_verb_has_help_with_its_example_and_json(capsys, name):
+    code, out, _ = run(capsys, name, "--help")
+    assert code == 0
+    assert main.VERBS[name].example in out
+    assert "--json" in out
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_the_example_of_every_verb_is_understood(name):
+    parser, _ = main.parser_of(name)
+    words = main.VERBS[name].example.split()[2:]
+    parser.refuse_unknown_flags(words)
+    parser.parse_args(words)
+
+
+def test_both_ways_to_start_it_are_the_same_program():
+    done = subprocess.run([sys.executable, "-m", "packforcing_jax", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, packforcing_jax.__version__)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "give a verb"),
+        (["smaple"], "no verb 'smaple'; did you mean sample?"),
+        (["zzz"], "known: doctor"),
+        (["--halp"], "no verb '--halp'"),
+        (["doctor", "--jsn"], "doctor has no flag --jsn; did you mean --json?"),
+        (["doctor", "--jso=3"], "did you mean --json?"),
+        (["doctor", "--js"], "doctor has no flag --js"),
+        (["doctor", "-q"], "doctor has no flag -q"),
+        (["doctor", "extra"], "extra"),
+    ],
+)
+def test_what_is_unknown_is_named_in_one_line_with_code_2(capsys, words, sentence):
+    code, out, err = run(capsys, *words)
+    assert code == 2
+    assert out == ""
+    assert sentence in err
+    assert err.startswith("packforcing: ")
+    assert err.count("\n") == 1
+    assert "usage" not in err
+
+
+def test_an_unknown_flag_is_named_before_a_missing_argument(capsys, verb):
+    verb(lambda args: 0, lambda parser: parser.add_argument("file"))
+    assert "no flag --fil" in run(capsys, "probe", "--fil")[2]
+    assert "file" in run(capsys, "probe")[2]
+
+
+def test_values_may_look_like_flags_where_argparse_allows_it(capsys, verb):
+    seen = []
+    verb(lambda args: seen.append(args) or 0, lambda parser: parser.add_argument("--shift", type=float))
+    assert run(capsys, "probe", "--shift", "-2.5")[0] == 0
+    assert seen[0].shift == -2.5
+    assert run(capsys, "probe", "--shift", "much")[0] == 2
+
+
+class JaxRuntimeError(RuntimeError):
+    """Named as jax names its own."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (InputError("prompt 'x' is empty; give words."), 2, "prompt 'x' is empty; give words."),
+        (MachineError("latents of block 3 are not numbers."), 3, "latents of block 3"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/a.mp4"), 3, "out/a.mp4"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 3, "Disk quota exceeded"),
+        (MemoryError(), 3, "out of memory"),
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"), 3, "device is out of memory"),
+        (JaxRuntimeError("UNAVAILABLE: device lost"), 3, "not reachable"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "w/x"), 2, "w/x: No such file or directory"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_failures_map_to_codes_and_one_line(capsys, verb, error, code, sentence):
+    verb(raiser(error))
+    got, out, err = run(capsys, "probe")
+    assert (got, out) == (code, "")
+    assert sentence in err
+    assert err.count("\n") == 1
+    got, out, _ = run(capsys, "probe", "--json")
+    assert got == code
+    assert sentence in json.loads(out)["error"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("ours"), RuntimeError("RESOURCE_EXHAUSTED but not of jax"), JaxRuntimeError("INVALID_ARGUMENT: x")],
+)
+def test_a_defect_of_ours_keeps_its_traceback(verb, error):
+    verb(raiser(error))
+    with pytest.raises(type(error)):
+        main.main(["probe"])
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_code_of_a_verb_is_the_programs(capsys, verb, code):
+    verb(lambda args: code)
+    assert run(capsys, "probe")[0] == code
+
+
+def test_sigterm_runs_finally_blocks_and_ends_with_130(capsys, verb):
+    kept = []
+
+    def act(args):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+        finally:
+            kept.append("closed")
+
+    before = signal.getsignal(signal.SIGTERM)
+    verb(act)
+    assert run(capsys, "probe")[0] == 130
+    assert kept == ["closed"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_program_also_runs_outside_the_main_thread(verb):
+    verb(lambda args: 1)
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(main.main(["probe"])))
+    thread.start()
+    thread.join()
+    assert codes == [1]
+
+
+def test_a_broken_pair_stops_a_checked_verb_before_it_runs(capsys, verb, monkeypatch):
+    def refuse():
+        raise MachineError("flax 0.12.8 does not work with jax 0.11.1")
+
+    monkeypatch.setattr(versions, "check", refuse)
+    verb(lambda args: 0, checked=True)
+    assert run(capsys, "probe")[0] == 3
+    verb(lambda args: 0, checked=False)
+    assert run(capsys, "probe")[0] == 0
+
+
+def test_public_names_are_those_listed_and_load_when_used(monkeypatch):
+    assert packforcing_jax.Experiment is config.Experiment
+    assert packforcing_jax.load_experiment is options.load_experiment
+    assert set(packforcing_jax.__all__) == set(packforcing_jax._HOME)
+    for name in packforcing_jax.__all__:
+        assert getattr(packforcing_jax, name).__class__ is not types.ModuleType
+    with pytest.raises(AttributeError, match="Pipline"):
+        packforcing_jax.Pipline  # noqa: B018
+
+
+def test_a_broken_pair_stops_the_pipeline_from_loading(monkeypatch):
+    def refuse():
+        raise MachineError("flax 0.12.8 does not work with jax 0.11.1")
+
+    monkeypatch.setattr(versions, "check", refuse)
+    monkeypatch.delitem(vars(packforcing_jax), "Pipeline", raising=False)
+    with pytest.raises(MachineError):
+        packforcing_jax.Pipeline  # noqa: B018
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def walked(seconds, **settings):
+    """Lines that `progress` writes while items take the given seconds each."""
+    clock, out = Clock(), io.StringIO()
+    for took in common.progress(seconds, name="sample", unit="block", out=out, clock=clock, **settings):
+        clock.now += took
+    return out.getvalue().splitlines()
+
+
+def test_plain_progress_tells_rate_and_time_left():
+    assert walked([4.0, 4.0, 4.0, 8.0]) == [
+        "sample: 1/4 block, 0.25 block/s, 0:04 gone, 0:12 left",
+        "sample: 2/4 block, 0.25 block/s, 0:08 gone, 0:08 left",
+        "sample: 3/4 block, 0.25 block/s, 0:12 gone, 0:04 left",
+        "sample: 4/4 block, 0.20 block/s, 0:20 gone, 0:00 left",
+    ]
+
+
+def test_plain_progress_keeps_a_log_short_but_always_ends_with_a_line():
+    lines = walked([0.125] * 1001)
+    assert len(lines) == 1000 * 0.125 // common.SECONDS_BETWEEN_LINES + 1
+    assert "1001/1001" in lines[-1]
+    assert walked([]) == []
+
+
+def test_progress_of_a_stream_without_end_counts_up():
+    lines = walked(iter([3.0, 0.5]))
+    assert lines[0] == "sample: 1 block, 0.33 block/s, 0:03 gone"
+    assert "2/2 block" in lines[-1]
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    out = Terminal()
+    assert list(common.progress([5, 6, 7], name="sample", unit="block", out=out)) == [5, 6, 7]
+    assert "sample: 100%" in out.getvalue()
+    assert "3/3" in out.getvalue()
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (75, "1:15"), (59.6, "1:00"), (3675, "1:01:15")])
+def test_durations_read_as_clock_time(seconds, shown):
+    assert common.duration(seconds) == shown
+
+
+def test_the_start_line_names_device_dtype_attention_and_why():
+    out = io.StringIO()
+    experiment = config.Experiment(name="small")
+    common.start_line("sample", experiment=experiment, dtype="bfloat16", attention="xla", why="asked for", out=out)
+    line = out.getvalue()
+    assert line == f"sample: small on {common.device_line()}, bfloat16, attention xla (asked for)\n"
+    assert "cpu" in line
+
+
+def test_experiment_flags_are_read_back():
+    parser = argparse.ArgumentParser()
+    common.add_experiment_arguments(parser, default="wan_t2v_1_3b")
+    args = parser.parse_args(["--set", "fps=5", "--set", "cache.top=2"])
+    got = common.load_experiment(args.config, args.sets)
+    assert (got.name, got.fps, got.cache.top) == ("wan_t2v_1_3b", 5, 2)
+
+
+def processes(*words):
+    parser = argparse.ArgumentParser()
+    common.add_process_arguments(parser)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--processes", "2"], "--processes given without --coordinator"),
+        (["--processes", "2", "--process", "0"], "--processes and --process given without"),
+        (["--coordinator", "h:1"], "needs --processes and --process"),
+        (["--coordinator", "h:1", "--processes", "2", "--process", "2"], "--process 2 is not one of the 2"),
+        (["--coordinator", "h:1", "--processes", "2", "--process", "-1"], "--process -1 is not one of"),
+    ],
+)
+def test_half_a_cluster_is_refused(words, sentence):
+    with pytest.raises(InputError, match=sentence):
+        common.join_processes(processes(*words))
+
+
+def test_one_process_joins_nothing():
+    common.join_processes(processes())
+
+
+def test_two_processes_join_and_count_each_other(tmp_path, request):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import argparse, sys\n"
+        f"sys.path.insert(0, {str(request.config.rootpath)!r})\n"
+        "from packforcing_jax.cli import common\n"
+        "parser = argparse.ArgumentParser()\n"
+        "common.add_process_arguments(parser)\n"
+        "common.join_processes(parser.parse_args())\n"
+        "import jax\n"
+        "open(f'{sys.argv[0]}.{jax.process_index()}', 'w').write(str(jax.process_count()))\n"
+    )
+    program.chmod(0o755)
+    script = request.config.rootpath / "launch" / "local_two_processes.sh"
+    settings = {**os.environ, "PACKFORCING": str(program), "PORT": str(port)}
+    subprocess.run([script], env=settings, check=True, capture_output=True, timeout=120)
+    assert [(tmp_path / f"program.py.{index}").read_text() for index in range(2)] == ["2", "2"]
+
+
+def test_the_launcher_stops_the_other_process_and_returns_the_first_failure(tmp_path, request):
+    program = tmp_path / "program.sh"
+    program.write_text('#!/usr/bin/env bash\n[[ "$*" == *"--process 1" ]] && exit 3\nexec sleep 100\n')
+    program.chmod(0o755)
+    script = request.config.rootpath / "launch" / "local_two_processes.sh"
+    settings = {**os.environ, "PACKFORCING": str(program)}
+    done = subprocess.run([script, "train"], env=settings, capture_output=True, timeout=30)
+    assert done.returncode == 3
