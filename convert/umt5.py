@@ -1,0 +1,79 @@
+"""Wan2.1's UMT5 encoder: original names to ours, transformers names to original ones, sizes from both configs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from convert import rules
+from convert.rules import Rule
+from packforcing_jax.config import TextConfig
+from packforcing_jax.errors import InputError
+
+UMT5 = (
+    Rule(r"token_embedding\.weight", "embedding/embedding"),
+    Rule(r"blocks\.(\d+)\.norm([12])\.weight", r"blocks/norm\2/scale"),
+    Rule(r"blocks\.(\d+)\.attn\.([qkvo])\.weight", r"blocks/attn/\2/kernel", rules.linear),
+    Rule(r"blocks\.(\d+)\.pos_embedding\.embedding\.weight", "blocks/position/embedding"),
+    Rule(r"blocks\.(\d+)\.ffn\.gate\.0\.weight", "blocks/ffn/gate/kernel", rules.linear),
+    Rule(r"blocks\.(\d+)\.ffn\.(fc[12])\.weight", r"blocks/ffn/\2/kernel", rules.linear),
+    Rule(r"norm\.weight", "norm/scale"),
+)
+
+UMT5_TRANSFORMERS = {
+    "token_embedding.weight": "shared.weight",
+    "blocks.{}.norm1.weight": "encoder.block.{}.layer.0.layer_norm.weight",
+    **{f"blocks.{{}}.attn.{x}.weight": f"encoder.block.{{}}.layer.0.SelfAttention.{x}.weight" for x in "qkvo"},
+    "blocks.{}.pos_embedding.embedding.weight": (
+        "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
+    ),
+    "blocks.{}.norm2.weight": "encoder.block.{}.layer.1.layer_norm.weight",
+    "blocks.{}.ffn.gate.0.weight": "encoder.block.{}.layer.1.DenseReluDense.wi_0.weight",
+    "blocks.{}.ffn.fc1.weight": "encoder.block.{}.layer.1.DenseReluDense.wi_1.weight",
+    "blocks.{}.ffn.fc2.weight": "encoder.block.{}.layer.1.DenseReluDense.wo.weight",
+    "norm.weight": "encoder.final_layer_norm.weight",
+}
+
+EMBEDDING_TWIN = "encoder.embed_tokens.weight"  # transformers may write the shared embedding a second time
+
+
+def original_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A transformers checkpoint of the encoder under Wan2.1's names."""
+    single = {name: tensor for name, tensor in tensors.items() if name != EMBEDDING_TWIN}
+    if EMBEDDING_TWIN in tensors:
+        twin = tensors[EMBEDDING_TWIN]
+        if not np.array_equal(single.setdefault("shared.weight", twin), twin):
+            raise InputError(f"{EMBEDDING_TWIN} differs from shared.weight; UMT5 has only one.")
+    return rules.rename(single, UMT5_TRANSFORMERS.items())
+
+
+def config_from_original(config: Mapping[str, Any]) -> TextConfig:
+    """The encoder that the arguments of the original `T5Encoder` describe."""
+    if config.get("shared_pos", False):
+        raise InputError("shared_pos=True is T5, where layers share one position bias; UMT5 needs shared_pos=False.")
+    return TextConfig(
+        vocab=config["vocab"],
+        dim=config["dim"],
+        dim_attn=config["dim_attn"],
+        dim_ffn=config["dim_ffn"],
+        heads=config["num_heads"],
+        layers=config["num_layers"],
+        buckets=config["num_buckets"],
+        max_distance=config.get("max_dist", 128),
+    )
+
+
+def config_from_transformers(config: Mapping[str, Any]) -> TextConfig:
+    """The encoder that a transformers `config.json` of UMT5 describes."""
+    if config.get("model_type", "umt5") != "umt5":
+        raise InputError(f"model_type={config['model_type']!r} is not UMT5; use a checkpoint of model_type 'umt5'.")
+    return TextConfig(
+        vocab=config["vocab_size"],
+        dim=config["d_model"],
+        dim_attn=config["num_heads"] * config["d_kv"],
+        dim_ffn=config["d_ff"],
+        heads=config["num_heads"],
+        layers=config["num_layers"],
+        buckets=config["relative_attention_num_buckets"],
+        max_distance=config.get("relative_attention_max_distance", 128),
+    )

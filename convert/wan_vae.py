@@ -1,0 +1,132 @@
+"""The names of the video autoencoder's weights: original checkpoint, ours and diffusers, in one table."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from convert.rules import Rule, conv2d, conv3d, gamma2d, gamma3d, same
+from packforcing_jax import trees, vae
+from packforcing_jax.config import WAN_MEAN, WAN_STD, VAEConfig, require
+
+KINDS = {  # kind of layer -> (original and diffusers leaf, our leaf, transform)
+    "conv3d": (("weight", "kernel", conv3d), ("bias", "bias", same)),
+    "conv2d": (("weight", "kernel", conv2d), ("bias", "bias", same)),
+    "norm3d": (("gamma", "gamma", gamma3d),),
+    "norm2d": (("gamma", "gamma", gamma2d),),
+}
+
+RESIDUAL = (  # original, ours, diffusers, kind
+    ("residual.0", "norm1", "norm1", "norm3d"),
+    ("residual.2", "conv1", "conv1", "conv3d"),
+    ("residual.3", "norm2", "norm2", "norm3d"),
+    ("residual.6", "conv2", "conv2", "conv3d"),
+    ("shortcut", "shortcut", "conv_shortcut", "conv3d"),
+)
+RESAMPLE = (
+    ("resample.1", "conv", "resample.1", "conv2d"),
+    ("time_conv", "time_conv", "time_conv", "conv3d"),
+)
+ATTENTION = (
+    ("norm", "norm", "norm", "norm2d"),
+    ("to_qkv", "to_qkv", "to_qkv", "conv2d"),
+    ("proj", "proj", "proj", "conv2d"),
+)
+HALF = (
+    ("conv1", "stem/conv", "conv_in", "conv3d"),
+    ("head.0", "head/norm", "norm_out", "norm3d"),
+    ("head.2", "head/conv", "conv_out", "conv3d"),
+)
+WHOLE = (
+    ("conv1", "quant", "quant_conv", "conv3d"),
+    ("conv2", "post_quant", "post_quant_conv", "conv3d"),
+)
+MIDDLE = ((0, "resnets.0", RESIDUAL), (1, "attentions.0", ATTENTION), (2, "resnets.1", RESIDUAL))
+
+# {layer} is the number in a flat list; diffusers nests its decoder's as {stage} and {part}
+PLACES = (  # original, ours, diffusers, what is there
+    ("", "", "", WHOLE),
+    *((f"{half}.", f"{half}/", f"{half}.", HALF) for half in ("encoder", "decoder")),
+    *((f"{half}.middle.{here}.", f"{half}/middle/{here}/", f"{half}.mid_block.{there}.", what)
+      for half in ("encoder", "decoder")
+      for here, there, what in MIDDLE),
+    *(("encoder.downsamples.{layer}.", "encoder/down/{layer}/", "encoder.down_blocks.{layer}.", what)
+      for what in (RESIDUAL, RESAMPLE)),
+    *(("decoder.upsamples.{layer}.", "decoder/up/{layer}/", "decoder.up_blocks.{stage}.{part}.", what)
+      for what in (RESIDUAL, RESAMPLE)),
+)  # fmt: skip
+
+NAMES = tuple(  # original, ours, diffusers, transform: one row per tensor, with {layer} left open
+    (f"{original}{a}.{leaf}", f"{ours}{b}/{our_leaf}", f"{diffusers}{c}.{leaf}", transform)
+    for original, ours, diffusers, what in PLACES
+    for a, b, c, kind in what
+    for leaf, our_leaf, transform in KINDS[kind]
+)
+
+WAN_VAE = tuple(
+    Rule(re.escape(original).replace(r"\{layer\}", r"(\d+)"), ours.replace("{layer}", r"\1"), transform)
+    for original, ours, _, transform in NAMES
+)
+
+
+def diffusers_names(cfg: VAEConfig) -> dict[str, str]:
+    """Original name -> diffusers name of every tensor of this size."""
+    paths = trees.flatten(jax.eval_shape(lambda: vae.WanVAE(cfg, nnx.Rngs(0))))
+    return dict(_names_of(path, cfg.num_res_blocks) for path in paths)
+
+
+def _names_of(path: str, num_res_blocks: int) -> tuple[str, str]:
+    """The original and the diffusers name of our tensor at `path`."""
+    for original, ours, diffusers, _ in NAMES:
+        found = re.fullmatch(re.escape(ours).replace(r"\{layer\}", r"(?P<layer>\d+)"), path)
+        if found is not None:
+            layer = int(found.groupdict().get("layer", 0))
+            stage, place = divmod(layer, num_res_blocks + 2)  # each but the last stage: blocks, then one upsampler
+            part = f"resnets.{place}" if place <= num_res_blocks else "upsamplers.0"
+            return original.format(layer=layer), diffusers.format(layer=layer, stage=stage, part=part)
+    raise KeyError(path)
+
+
+ONLY = {  # setting of the original or of diffusers -> the values that this architecture has
+    "attn_scales": ([],),
+    "is_residual": (False,),
+    "patch_size": (None,),
+    "in_channels": (3,),
+    "out_channels": (3,),
+}
+
+
+def vae_config(meta: Mapping[str, Any]) -> VAEConfig:
+    """Our config from an original one (`dim`, `scale` in words) or one of diffusers (`base_dim`, `latents_mean`)."""
+    for name, allowed in ONLY.items():
+        value = meta.get(name, allowed[0])
+        require(value in allowed, f"VAE setting {name}={value!r} is not supported; convert one with {allowed[0]!r}.")
+    dim = meta["dim"] if "dim" in meta else meta["base_dim"]
+    require(meta.get("decoder_base_dim") in (None, dim), f"decoder_base_dim must be None or {dim}, as in Wan2.1.")
+    mean, std = _scale(meta)
+    return VAEConfig(
+        dim=dim,
+        z_dim=meta["z_dim"],
+        dim_mult=tuple(meta["dim_mult"]),
+        num_res_blocks=meta["num_res_blocks"],
+        temporal_downsample=tuple(meta["temperal_downsample"]),
+        mean=mean,
+        std=std,
+    )
+
+
+def _scale(meta: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Latent means and deviations; a list of another length than z_dim is one that was never used."""
+    mean, std = tuple(meta.get("latents_mean", ())), tuple(meta.get("latents_std", ()))
+    if "wan2.1" in meta.get("scale", "").lower():
+        mean, std = WAN_MEAN, WAN_STD
+    channels = meta["z_dim"]
+    return (mean, std) if len(mean) == len(std) == channels else ((0.0,) * channels, (1.0,) * channels)
+
+
+def unscaled(cfg: VAEConfig) -> VAEConfig:
+    """`cfg` for latents that are not normalised, as the autoencoder of diffusers takes and gives them."""
+    return dataclasses.replace(cfg, mean=(0.0,) * cfg.z_dim, std=(1.0,) * cfg.z_dim)
