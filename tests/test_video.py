@@ -1,0 +1,349 @@
+"""A video plays after every block, whatever ends the run, and gives back its settings."""
+
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import imageio.v3
+import imageio_ffmpeg
+import numpy as np
+import pytest
+
+from packforcing_jax import video
+from packforcing_jax.errors import InputError, MachineError
+
+WIDTH, HEIGHT, SCALE = 20, 12, 6
+
+
+def scene(count, start=0, width=WIDTH, height=HEIGHT):
+    """uint8 frames: a gradient behind a bright bar whose column is the frame number."""
+    columns, rows = np.meshgrid(np.arange(width), np.arange(height))
+    ground = np.stack([4 * columns, 5 * rows, 40 + 0 * rows], axis=-1).astype(np.uint8)
+    frames = np.repeat(ground[None], count, axis=0)
+    for i in range(count):
+        frames[i, :, (start + i) % width] = 230
+    return frames
+
+
+def bars(shown, scale=SCALE):
+    """The column of the bar in every frame of an enlarged `scene`."""
+    return shown.mean(axis=(1, 3))[:, scale // 2 :: scale].argmax(axis=1).tolist()
+
+
+def writer(path, **changes):
+    return video.Writer(path, **({"fps": 16, "size": (WIDTH, HEIGHT), "settings": {}, "scale": SCALE} | changes))
+
+
+def timing(path):
+    """(seconds, frames per second) that players see in the headers."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-i", str(path)]
+    said = subprocess.run(command, capture_output=True, text=True).stderr
+    hours, minutes, seconds = map(float, re.search(r"Duration: (\d+):(\d+):([\d.]+)", said).groups())
+    return 3600 * hours + 60 * minutes + seconds, float(re.search(r"([\d.]+) fps", said).group(1))
+
+
+def test_uint8_survives_the_way_to_floats_and_back():
+    every = np.arange(256, dtype=np.uint8).reshape(1, 8, 32, 1).repeat(3, -1)
+    floats = video.from_uint8(every)
+    assert floats.dtype == np.float32
+    assert (floats.min(), floats.max()) == (-1, 1)
+    np.testing.assert_array_equal(video.to_uint8(floats), every)
+    assert video.to_uint8(np.float32([-7.0, 1.5])).tolist() == [0, 255]
+
+
+def test_file_plays_after_every_block_with_every_frame_once_and_in_order(tmp_path):
+    path, done = tmp_path / "new folder" / "a=b é.mp4", 0
+    with writer(path) as out:
+        for count in (3, 1, 1, 7):
+            out.write(video.from_uint8(scene(count, done)))
+            done += count
+            shown = video.read(path)
+            assert shown.shape == (done, HEIGHT * SCALE, WIDTH * SCALE, 3)
+            assert bars(shown) == list(range(done))
+            assert timing(path) == (pytest.approx(done / 16, abs=0.01), 16)
+    assert bars(video.read(path)) == list(range(12))
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_one_long_write_equals_many_short_ones(tmp_path):
+    count = video.GROUP + 9
+    with writer(tmp_path / "long.mp4") as out:
+        out.write(scene(count))
+        out.write(scene(5, count))
+    assert bars(video.read(tmp_path / "long.mp4")) == [i % WIDTH for i in range(count + 5)]
+    assert timing(tmp_path / "long.mp4")[0] == pytest.approx((count + 5) / 16, abs=0.01)
+
+
+def test_fragments_are_numbered_and_timed_without_gaps(tmp_path):
+    with writer(tmp_path / "a.mp4", fps=24000 / 1001) as out:
+        for start in (0, 4, 8):
+            out.write(scene(4, start))
+    kinds = list(video.boxes((tmp_path / "a.mp4").read_bytes()))
+    assert [kind for kind, _ in kinds] == [b"ftyp", b"moov"] + 3 * [b"moof", b"mdat"]
+    fragments = [box for kind, box in kinds if kind == b"moof"]
+    numbers = [int.from_bytes(box[box.index(b"mfhd") + 8 :][:4]) for box in fragments]
+    starts = [int.from_bytes(box[box.index(b"tfdt") + 8 :][:8]) for box in fragments]
+    assert numbers == [1, 2, 3]
+    assert starts == [0, 4 * 1001 * video.TICKS, 8 * 1001 * video.TICKS]
+    assert timing(tmp_path / "a.mp4")[0] == pytest.approx(12 * 1001 / 24000, abs=0.01)
+
+
+def test_pixels_keep_their_colours(tmp_path):
+    frames = np.random.default_rng(0).integers(16, 240, (3, HEIGHT, WIDTH, 3)).astype(np.uint8)
+    with writer(tmp_path / "a.mp4") as out:
+        out.write(frames)
+    centres = video.read(tmp_path / "a.mp4")[:, SCALE // 2 :: SCALE, SCALE // 2 :: SCALE].astype(int)
+    error = np.abs(centres - frames)
+    assert error.mean() < 4
+    assert np.quantile(error, 0.99) < 20
+    assert np.abs(centres.mean(axis=(0, 1, 2)) - frames.mean(axis=(0, 1, 2))).max() < 1
+
+
+def test_settings_come_back_however_long_and_odd(tmp_path):
+    wanted = {"prompts": ["a = b; # c\\ d\n\t'\"é漢"] * 4000, "seed": 7, "nested": {"sizes": [1, 2.5, None, True]}}
+    with writer(tmp_path / "a.mp4", settings=wanted) as out:
+        out.write(scene(2))
+        assert video.settings(tmp_path / "a.mp4") == wanted
+        out.write(scene(2, 2))
+    assert video.settings(tmp_path / "a.mp4") == wanted
+
+
+def test_foreign_and_missing_videos_are_refused(tmp_path):
+    plain = tmp_path / "plain.mp4"
+    plain.write_bytes(video.encode(scene(3), 16, ""))
+    with pytest.raises(InputError, match="no settings"):
+        video.settings(plain)
+    (tmp_path / "text.mp4").write_text("not a video")
+    for ask in (video.settings, video.read):
+        with pytest.raises(InputError, match="absent.mp4 does not exist"):
+            ask(tmp_path / "absent.mp4")
+        with pytest.raises(InputError, match="text.mp4"):
+            ask(tmp_path / "text.mp4")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("a.avi", "end in .mp4"), ("folder.mp4", "is a folder"), ("file.txt/b/a.mp4", "which is a file"),
+     ("/proc/1/a.mp4", "not writable"), ("/proc/new/a.mp4", "not writable")],
+)  # fmt: skip
+def test_unwritable_path_is_refused_before_anything_happens(tmp_path, name, reason):
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "file.txt").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=reason):
+        writer(tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_writable_path_is_left_alone_until_the_first_block(tmp_path):
+    old = tmp_path / "old.mp4"
+    old.write_text("yesterday")
+    for path in (old, tmp_path / "x" / "y" / "new.mp4"):
+        video.check_writable(path)
+        with writer(path):
+            pass
+    assert [p.name for p in tmp_path.rglob("*")] == ["old.mp4"]
+    assert old.read_text() == "yesterday"
+    with writer(old) as out:
+        out.write(scene(2))
+    assert len(video.read(old)) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"size": (21, 12), "scale": 3}, "odd side"), ({"fps": 0}, "fps=0"), ({"scale": 0}, "scale=0")],
+)
+def test_impossible_videos_are_refused(tmp_path, changes, reason):
+    with pytest.raises(InputError, match=reason):
+        writer(tmp_path / "a.mp4", **changes)
+
+
+def test_frames_of_another_size_are_refused_and_the_rest_kept(tmp_path):
+    with writer(tmp_path / "a.mp4") as out:
+        out.write(scene(3))
+        for wrong in (scene(2, width=22), scene(2)[0], scene(2)[:0]):
+            with pytest.raises(InputError, match=r"give \[t, 12, 20, 3\]"):
+                out.write(wrong)
+    assert len(video.read(tmp_path / "a.mp4")) == 3
+
+
+def test_full_disk_keeps_the_finished_part(tmp_path, monkeypatch):
+    path, noise = tmp_path / "a.mp4", np.random.default_rng(1).integers(0, 255, (4, HEIGHT, WIDTH, 3)).astype(np.uint8)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with writer(path) as out:
+        out.write(noise)
+        whole = path.read_bytes()
+        try:  # room for one and a half blocks
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) * 3 // 2, limits[1]))
+            with pytest.raises(MachineError, match="the first 4 frames are kept"):
+                out.write(noise)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.read_bytes() == whole
+        out.write(noise)  # room again
+    assert len(video.read(path)) == 8
+
+
+def test_first_block_that_fails_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(video, "H264", (*video.H264, "-no-such-option"))
+    with pytest.raises(MachineError, match="ffmpeg failed"), writer(tmp_path / "a.mp4") as out:
+        out.write(scene(2))
+    monkeypatch.undo()
+
+    stream, limits = video.encode(scene(2), 16, ""), resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(video, "encode", lambda *_: stream)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(stream) // 2, limits[1]))
+        with pytest.raises(MachineError, match="the first 0 frames are kept"), writer(tmp_path / "a.mp4") as out:
+            out.write(scene(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupt_while_appending_keeps_whole_blocks(tmp_path):
+    class Interrupted:
+        """A file whose write stores half of what it gets, then meets Ctrl-C."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, data):
+            self.file.write(data[: len(data) // 2])
+            raise KeyboardInterrupt
+
+    path = tmp_path / "a.mp4"
+    with writer(path) as out:
+        out.write(scene(3))
+        whole, file = path.read_bytes(), out._file
+        out._file = Interrupted(file)
+        with pytest.raises(KeyboardInterrupt):
+            out.write(scene(3, 3))
+        out._file = file
+    assert path.read_bytes() == whole
+
+
+PROGRAM = """
+import sys
+import numpy as np
+from packforcing_jax import video
+frames = np.random.default_rng(0).integers(0, 255, (5, 12, 20, 3)).astype(np.uint8)
+try:
+    with video.Writer(sys.argv[1], fps=16, size=(20, 12), settings={"seed": 3}, scale=6) as out:
+        while True:
+            out.write(frames)
+            print(out.frames, flush=True)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def run_until(path, frames, how):
+    """Exit status and last report of a process that wrote at least `frames` frames when its group was sent `how`."""
+    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(PROGRAM), str(path)],
+                             stdout=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    reported = 0
+    while reported < frames:
+        reported = int(child.stdout.readline())
+    time.sleep(0.01)  # into the middle of the next block
+    os.killpg(child.pid, how)  # as a terminal does
+    rest, _ = child.communicate(timeout=30)
+    return child.returncode, int((rest.split() or [reported])[-1])
+
+
+@pytest.mark.parametrize(("how", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_stopped_process_leaves_a_video_of_every_finished_block(tmp_path, how, status):
+    path = tmp_path / "a.mp4"
+    code, reported = run_until(path, 15, how)
+    assert code == status
+    shown = video.read(path)
+    assert reported <= len(shown) <= reported + 5  # the report follows the block
+    assert video.settings(path) == {"seed": 3}
+
+
+PATIENT = """
+import os, signal, sys
+import numpy as np
+from packforcing_jax import video
+with video.Writer(sys.argv[1], fps=16, size=(20, 12), settings={}, scale=6) as out:
+    signal.signal(signal.SIGINT, lambda *_: None)
+    for _ in range(6):
+        print(out.frames, flush=True)
+        out.write(np.random.default_rng(0).integers(0, 255, (5, 12, 20, 3)).astype(np.uint8))
+os._exit(0)
+"""
+
+
+def test_interrupt_does_not_reach_the_encoder_of_a_program_that_finishes_first(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", PATIENT, str(tmp_path / "a.mp4")],
+                             stdout=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    child.stdout.readline()
+    while child.poll() is None:
+        os.killpg(child.pid, signal.SIGINT)
+        time.sleep(0.005)
+    child.communicate()
+    assert child.returncode == 0
+    assert len(video.read(tmp_path / "a.mp4")) == 30
+
+
+def test_torn_tail_costs_only_the_last_block(tmp_path):
+    path = tmp_path / "a.mp4"
+    with writer(path) as out:
+        for start in (0, 4, 8):
+            out.write(scene(4, start))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])
+    assert bars(video.read(path))[:8] == list(range(8))
+    last = max(i for i in range(len(whole)) if whole[i : i + 4] == b"moof")
+    path.write_bytes(whole[: last + 30])
+    assert bars(video.read(path)) == list(range(8))
+    with pytest.raises(MachineError, match="broken"):
+        list(video.boxes(whole[:-40]))
+
+
+def test_guard_passes_pictures_even_dark_ones():
+    video.guard(video.from_uint8(scene(4)))
+    dark = np.full((3, 6, 10, 3), -1, np.float32)
+    dark[:, 2:4, 3:5, 1] = -0.8
+    video.guard(dark)
+    black_then_picture = np.concatenate([np.full((2, HEIGHT, WIDTH, 3), -1, np.float32), video.from_uint8(scene(1))])
+    video.guard(black_then_picture)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_guard_names_the_first_frame_that_is_not_finite(value):
+    frames = video.from_uint8(scene(5))
+    frames[4, 0, 0, 0] = value
+    frames[3, 11, 19, 2] = value
+    with pytest.raises(MachineError, match="Frame 43 holds values that are not finite"):
+        video.guard(frames, first=40)
+
+
+@pytest.mark.parametrize("colour", [(-1, -1, -1), (0.003, 0.003, 0.003), (0.9, -0.4, 0.1)])
+def test_guard_refuses_a_block_of_one_flat_colour(colour):
+    frames = np.broadcast_to(np.float32(colour), (4, 7, 9, 3)) + np.float32(1e-4) * np.indices((4, 7, 9, 3))[2] / 9
+    with pytest.raises(MachineError, match="Frames 8 to 11 are one flat colour"):
+        video.guard(frames, first=8)
+
+
+def test_contact_sheet_shows_chosen_frames_in_reading_order(tmp_path):
+    frames = scene(11)
+    video.contact_sheet(frames, tmp_path / "new" / "sheet.png", columns=3, every=3)
+    sheet = imageio.v3.imread(tmp_path / "new" / "sheet.png")
+    assert sheet.shape == (2 * HEIGHT, 3 * WIDTH, 3)
+    tiles = [sheet[r * HEIGHT :, c * WIDTH :][:HEIGHT, :WIDTH] for r in range(2) for c in range(3)]
+    for tile, frame in zip(tiles, frames[::3]):
+        np.testing.assert_array_equal(tile, frame)
+    assert tiles[4].max() == tiles[5].max() == 0
+    with pytest.raises(InputError, match="end in .png"):
+        video.contact_sheet(frames, tmp_path / "sheet.jpg")
+    with pytest.raises(InputError, match="not writable"):
+        video.contact_sheet(frames, "/proc/new/sheet.png")
