@@ -1,0 +1,57 @@
+"""What the text says about a block of a stage story, as one sentence of a small closed vocabulary, and back."""
+
+import re
+from typing import NamedTuple
+
+from packforcing_jax.config import require
+from packforcing_jax.stage import world
+
+WORDS = {
+    "colour": world.COLOURS,
+    "shape": world.SHAPES,
+    "speed": world.SPEEDS,
+    "backdrop": world.BACKDROPS,
+    "scene": world.SCENES,
+    "guest": world.GUESTS,
+}
+GLUE = ("a", "walks", "before", "the", "curtain", "in", "scene", "with", "guest")
+VOCABULARY: tuple[str, ...] = GLUE + sum(WORDS.values(), ())
+MAX_WORDS = 16  # the longest sentence has 15 words; one more ends it
+
+
+class Prompt(NamedTuple):
+    """What a text asks for, as numbers into the stage's tables; None where it does not say."""
+
+    colour: int | None = None
+    shape: int | None = None
+    speed: int | None = None
+    backdrop: int | None = None
+    scene: int | None = None
+    guest: int | None = None
+
+
+def caption(story: world.Story, block: int) -> str:
+    """The sentence of one block; without a guest it is shorter."""
+    guest = story.guests[block]
+    return write(Prompt(story.colour, story.shape, story.speed, story.backdrop, story.scenes[block],
+                        None if guest < 0 else guest))  # fmt: skip
+
+
+def write(prompt: Prompt) -> str:
+    """The sentence for a prompt in which only the guest may be missing."""
+    said = {name: words[prompt._asdict()[name]] for name, words in WORDS.items() if name != "guest"}
+    sentence = "in scene {scene} a {colour} {shape} walks {speed} before the {backdrop} curtain".format(**said)
+    return sentence if prompt.guest is None else f"{sentence} with guest {world.GUESTS[prompt.guest]}"
+
+
+def parse(text: str) -> Prompt:
+    """What `text` says, whatever the order of its words; other words are ignored."""
+    heard = set(re.findall(r"[a-z]+", text.lower()))
+    return Prompt(**{name: _only(name, [word for word in words if word in heard], words)
+                     for name, words in WORDS.items()})  # fmt: skip
+
+
+def _only(name: str, found: list[str], words: tuple[str, ...]) -> int | None:
+    """The number of the one word found, if any."""
+    require(len(found) < 2, f"The text names more than one {name} ({', '.join(found)}); keep one of them.")
+    return words.index(found[0]) if found else None

@@ -1,0 +1,108 @@
+"""Endless training clips of the stage, as a Grain data set whose every clip is a function of (seed, index)."""
+
+from collections.abc import Callable
+
+import grain
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from packforcing_jax.config import require
+from packforcing_jax.stage import captions, world
+
+CLIPS = 2**40  # more than any training run reads
+QUIET = 0.4  # chance that a block without a planned call-back has no guest
+
+Encode = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]  # sentences -> ids and mask, [sentences, MAX_WORDS]
+
+
+def draw_clip(
+    rng: np.random.Generator, *, blocks: int = 5, callback: float = 0.87, distractor: float = 0.8,
+    scene_change: float = 0.5,
+) -> world.Story:  # fmt: skip
+    """A story whose last block mostly calls back a guest, and often a scene, that other blocks have since hidden."""
+    require(blocks >= 3, f"blocks={blocks} leaves no room for a call-back; use 3 or more.")
+    called = rng.random() < callback
+    changed = rng.random() < scene_change
+    return world.draw_story(
+        rng,
+        blocks,
+        guests=_call_back(rng, blocks, len(world.GUESTS), distractor) if called else _passers_by(rng, blocks),
+        scenes=_call_back(rng, blocks, len(world.SCENES)) if changed else _constant(rng, blocks),
+    )
+
+
+def _call_back(rng: np.random.Generator, blocks: int, kinds: int, others: float = 1.0) -> Int[np.ndarray, " blocks"]:
+    """One kind early and again in the last block; in between another kind with chance `others`, else -1."""
+    kind = rng.integers(kinds)
+    another = (kind + rng.integers(1, kinds, size=blocks)) % kinds
+    shown = np.where(rng.random(blocks) < others, another, -1)
+    shown[[rng.integers(blocks - 2), -1]] = kind
+    return shown
+
+
+def _passers_by(rng: np.random.Generator, blocks: int) -> Int[np.ndarray, " blocks"]:
+    """Guests without a plan."""
+    return np.where(rng.random(blocks) < QUIET, -1, rng.integers(len(world.GUESTS), size=blocks))
+
+
+def _constant(rng: np.random.Generator, blocks: int) -> Int[np.ndarray, " blocks"]:
+    """One scene throughout."""
+    return np.full(blocks, rng.integers(len(world.SCENES)))
+
+
+def seen_before(guests: Int[np.ndarray, " blocks"]) -> Bool[np.ndarray, " blocks"]:
+    """Whether the guest of each block was on stage in an earlier one."""
+    earlier = np.tril(guests[:, None] == guests, k=-1).any(axis=1)
+    return earlier & (guests >= 0)
+
+
+def loss_weight(story: world.Story) -> Float[np.ndarray, "blocks block 32 32"]:
+    """How much each pixel counts in training: 4 where a guest or scene is called back, 1/4 where it is first seen.
+
+    A first appearance cannot be foretold, a call-back can (stage_recipe 4); all else counts 1.
+    """
+    weight = np.ones((len(story.guests), world.BLOCK, world.SIZE, world.SIZE), np.float32)
+    for shown, place in ((story.guests, world.GUEST_CELL), (story.scenes, world.POSTER_CELL)):
+        entering = (shown >= 0) & (shown != np.append(-1, shown[:-1]))
+        known = seen_before(shown)
+        value = np.where(entering & known, 4.0, np.where(entering, 0.25, 1.0))
+        weight[:, :, *world.cell(*place)] = value[:, None, None, None]
+    return weight
+
+
+def clip(seed: int, index: int, encode: Encode) -> dict[str, np.ndarray]:
+    """One training clip: pixels, text, and what the scores of training need to know."""
+    story = draw_clip(np.random.default_rng((seed, index)))
+    ids, mask = encode([captions.caption(story, block) for block in range(len(story.guests))])
+    return {
+        "video": world.render(story),
+        "ids": np.asarray(ids, np.int32),
+        "mask": np.asarray(mask, np.int32),
+        "guests": story.guests.astype(np.int32),
+        "scenes": story.scenes.astype(np.int32),
+        "recalled": seen_before(story.guests),
+        "columns": story.columns.astype(np.int32),
+        "weight": loss_weight(story),
+    }
+
+
+def remembering(encode: Encode) -> Encode:
+    """The same encoder, asked only once for every sentence."""
+    known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def lookup(sentences: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        new = [sentence for sentence in dict.fromkeys(sentences) if sentence not in known]
+        if new:
+            known.update(zip(new, zip(*map(np.asarray, encode(new)), strict=True), strict=True))
+        ids, mask = zip(*(known[sentence] for sentence in sentences), strict=True)
+        return np.stack(ids), np.stack(mask)
+
+    return lookup
+
+
+def dataset(seed: int, batch: int, *, encode: Encode, start: int = 0) -> grain.IterDataset:
+    """Batches of clips `start`, `start + 1`, ...; its iterator can be saved (`get_state`) and resumed (`set_state`)."""
+    known = remembering(encode)
+    clips = grain.MapDataset.range(start, CLIPS).map(lambda index: clip(seed, int(index), known))
+    batches = clips.batch(batch, drop_remainder=True)
+    return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
