@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +24,11 @@ def reference(q: Heads, k: Heads, v: Heads, length: Length | None = None, mask: 
 
 
 def _fused(q: Heads, k: Heads, v: Heads, length: Length | None = None, mask: Array | None = None, *,
-           implementation: str) -> Heads:  # fmt: skip
+           implementation: Literal["xla", "cudnn"]) -> Heads:  # fmt: skip
     lengths = None if length is None else jnp.full(q.shape[0], length, jnp.int32)
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=None if mask is None else mask[None, None],
-        key_value_seq_lengths=lengths, implementation=implementation)  # fmt: skip
+    visible = None if mask is None else mask[None, None]
+    return jax.nn.dot_product_attention(  # type: ignore[no-matching-overload]
+        q, k, v, mask=visible, key_value_seq_lengths=lengths, implementation=implementation)  # fmt: skip
 
 
 Attend = Callable[..., Heads]
@@ -45,10 +46,16 @@ def default_backend(dtype=jnp.float32) -> tuple[str, str]:
     return "reference", f"float32 softmax on {jax.default_backend()}; cudnn needs a GPU and half precision"
 
 
-def backend(name: str) -> Attend:
+def chosen(name: str, dtype=jnp.float32) -> tuple[str, str]:
+    """(backend, reason) for a config's `attention`: the one it names, or for `auto` the default of this machine."""
+    return default_backend(dtype) if name == "auto" else (name, "as the config says")
+
+
+def backend(name: str, dtype=jnp.float32) -> Attend:
     """The attention function called `name`; an unknown name is an `InputError`, never replaced silently."""
+    name = chosen(name, dtype)[0]
     if name not in BACKENDS:
-        raise InputError(f"attention backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}.")
+        raise InputError(f"attention backend {name!r} is unknown; choose one of auto, {', '.join(BACKENDS)}.")
     return BACKENDS[name]
 
 

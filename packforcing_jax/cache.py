@@ -104,8 +104,9 @@ def packed_places(exp: Experiment) -> tuple[np.ndarray, np.ndarray]:
     stride, patch = exp.compressor.stride, exp.dit.patch
     frames = np.minimum(np.arange(slots * stride(0)), exp.compressor.frames - 1).reshape(slots, -1)
     frames = np.ma.masked_greater_equal(frames, exp.cache.block).mean(axis=1).filled(exp.cache.block - 1)
-    centres = [(np.arange(size) + 0.5) * stride(axis) / patch[axis] - 0.5 for axis, size in ((1, rows), (2, columns))]
-    return np.repeat(frames, rows * columns).astype(np.float32), rope.grid(*centres, slots)
+    down, across = ((np.arange(size) + 0.5) * stride(axis) / patch[axis] - 0.5
+                    for axis, size in ((1, rows), (2, columns)))  # fmt: skip
+    return np.repeat(frames, rows * columns).astype(np.float32), rope.grid(down, across, slots)
 
 
 def current_places(exp: Experiment, seen: Plan) -> Float[Array, " q"]:

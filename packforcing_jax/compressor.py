@@ -32,16 +32,19 @@ class Compressor(nnx.Module):
 
 
 def _conv(inner: int, outer: int, stride: tuple[int, int, int], rngs: nnx.Rngs) -> nnx.Conv:
-    """Kernel 4 and padding 1 where space is halved (30x52 -> 15x26 -> 7x13), kernel 3 elsewhere; time only if strided."""
+    """Kernel 4, padding 1 where space is halved (30x52 -> 15x26 -> 7x13), else kernel 3; in time only where strided."""
     kernel = (3 if stride[0] > 1 else 1, *(4 if step > 1 else 3 for step in stride[1:]))
-    return nnx.Conv(inner, outer, kernel, strides=stride, padding=[(1 if size > 1 else 0,) * 2 for size in kernel],
+    return nnx.Conv(inner, outer, kernel, strides=stride, padding=[(size > 1, size > 1) for size in kernel],
                     rngs=rngs)  # fmt: skip
 
 
 def pack(compressor: Compressor, model: dit.WanDiT, exp: Experiment, latent: Latent, low: Latent) -> Tokens:
     """Packed tokens [b, p, d] of one clean block `latent` and its low-resolution twin `low`."""
     slots, rows, columns = exp.packed_grid
-    padded = jnp.pad(latent, ((0, 0), (0, exp.compressor.frames - latent.shape[1]), (0, 0), (0, 0), (0, 0)), mode="edge")
-    embedded = dit.embed_latent(model, low[:, :slots, : rows * exp.dit.patch[1], : columns * exp.dit.patch[2]])
-    branches = exp.compressor.branches
-    return (compressor(padded) if branches != "lr" else 0.0) + (embedded if branches != "hr" else 0.0)
+    missing = exp.compressor.frames - latent.shape[1]
+    padded = jnp.pad(latent, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)), mode="edge")
+    small = low[:, :slots, : rows * exp.dit.patch[1], : columns * exp.dit.patch[2]]
+    branches = {"hr": lambda: compressor(padded), "lr": lambda: dit.embed_latent(model, small)}
+    if exp.compressor.branches == "both":
+        return branches["hr"]() + branches["lr"]()
+    return branches[exp.compressor.branches]()

@@ -70,7 +70,7 @@ class VAEConfig:
 
     def __post_init__(self):
         require(len(self.temporal_downsample) == len(self.dim_mult) - 1,
-                f"vae.temporal_downsample={self.temporal_downsample} needs {len(self.dim_mult) - 1} entries.")  # fmt: skip
+                f"vae.temporal_downsample={self.temporal_downsample} needs {len(self.dim_mult) - 1} entries.")
         require(len(self.mean) == len(self.std) == self.z_dim,
                 f"vae.mean and vae.std need z_dim={self.z_dim} entries each.")  # fmt: skip
 
@@ -197,7 +197,7 @@ class CompressorConfig:
     strides: tuple[tuple[int, int, int], ...] = ((2, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2))
     frames: int = 4  # latent frames packed together; a shorter block repeats its last frame
     pool: tuple[int, int, int] = (2, 4, 4)
-    branches: str = "both"
+    branches: str = "both"  # or hr, lr
 
     def __post_init__(self):
         require(len(self.channels) == len(self.strides), "compressor.channels and strides need the same length.")
@@ -271,14 +271,14 @@ class Experiment:
     latent: tuple[int, int] = (60, 104)
     fps: int = 16
     clip: int = 20  # latent frames of a training clip
-    attention: str = "reference"  # a row of attention.BACKENDS
+    attention: str = "auto"  # or a row of attention.BACKENDS
 
     def __post_init__(self):
         for axis, size in zip((1, 2), self.latent):
             require(size % self.dit.patch[axis] == 0,
                     f"latent={self.latent} is not a multiple of dit.patch={self.dit.patch}; change one.")  # fmt: skip
         require(self.codec.z_dim == self.dit.in_channels,
-                f"codec.z_dim={self.codec.z_dim} differs from dit.in_channels={self.dit.in_channels}; change one.")  # fmt: skip
+                f"codec.z_dim={self.codec.z_dim} differs from dit.in_channels={self.dit.in_channels}; change one.")
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -20,7 +20,6 @@ from packforcing_jax import attention, layers, rope
 from packforcing_jax.config import DiTConfig
 from packforcing_jax.types import KV, Heads, Latent, Tokens
 
-
 # mix(q, k, v, past) -> (attended values, anything worth keeping); q, k without positions, past = this layer's share
 Mix = Callable[[Heads, Heads, Heads, Any], tuple[Heads, Any]]
 

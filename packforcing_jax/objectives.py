@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Float
 
 from packforcing_jax import cache, dit, sampler, schedules, text
-from packforcing_jax.config import Experiment, SampleConfig
+from packforcing_jax.config import Experiment
 from packforcing_jax.types import KV
 
 
@@ -37,7 +37,7 @@ def for_training(exp: Experiment, blocks: int, sink: int) -> Experiment:
     """`exp` with a memory for clips of `blocks` blocks: `sink` frames, every packed block attended."""
     held = max(blocks - (sink + exp.cache.recent) // exp.cache.block, 1)
     smaller = dataclasses.replace(exp.cache, sink=sink, top=held, capacity=held, selection="all", span="true")
-    return dataclasses.replace(exp, cache=smaller, sample=dataclasses.replace(SampleConfig(), prediction=exp.sample.prediction))
+    return dataclasses.replace(exp, cache=smaller)
 
 
 def text_states(model: Model, clips: Clips) -> KV:

@@ -71,7 +71,7 @@ def read_clean(nets: Nets, exp: Experiment, seen: cache.Plan, latent: Latent, te
     """Keys and values of a clean block in every layer, and the views with that block laid down behind."""
     time = dit.embed_time(nets.dit, jnp.zeros(latent.shape[:2]))
     _, (own, whole) = dit.run(nets.dit, dit.embed_latent(nets.dit, latent), time, text, past=view,
-                              mix=_mix(exp, *_own_places(exp, seen, latent), cache.length(exp, seen), keep=_both))  # fmt: skip
+                              mix=_mix(exp, *_own_places(exp, seen, latent), cache.length(exp, seen), keep=_both))
     return own, whole
 
 
@@ -89,7 +89,7 @@ def read_packed(nets: Nets, exp: Experiment, seen: cache.Plan, latent: Latent, l
 
 def guess(nets: Nets, exp: Experiment, seen: cache.Plan, noisy: Latent, timestep: Array, sigma: Array, text: KV,
           past: Any, *, look: Callable | None = None) -> tuple[Latent, Any]:  # fmt: skip
-    """The clean block the network sees behind `noisy`, and what `look` keeps. `past` is a view unless `look` makes one.
+    """The clean block the network sees behind `noisy`, and what `look` keeps; `past` is a view unless it makes one.
 
     `timestep` and `sigma` are scalars, one value per video [b] or one per frame [b, t].
     """
@@ -132,11 +132,11 @@ def _mix(exp: Experiment, times: Float[Array, " q"], places: Float[Array, "q 2"]
          keep: Callable[[KV, KV], Any]) -> dit.Mix:  # fmt: skip
     """Attention of tokens at (times, places) to the first `at` keys of a view and to themselves."""
     in_time, in_space = rope.time_angles(times, exp.dit), rope.space_angles(places, exp.dit)
-    attend = attention.backend(exp.attention)
 
     def mix(q: Heads, k: Heads, v: Heads, view: KV) -> tuple[Heads, Any]:
         own = KV(k=rope.rotate(k, in_space), v=v)
         whole = cache.extend(view, KV(k=rope.rotate(own.k, in_time), v=v), at)
+        attend = attention.backend(exp.attention, q.dtype)
         return attend(rope.rotate(q, in_time + in_space), whole.k, whole.v, at + k.shape[1]), keep(own, whole)
 
     return mix
@@ -153,7 +153,7 @@ def step_table(cfg: SampleConfig):
     return times, schedules.sigma_at(schedules.table(cfg.shift), jnp.asarray(times))
 
 
-def noises(exp: Experiment, seed: int, videos: Array, block: Array) -> tuple[Latent, Array]:
+def noises(exp: Experiment, seed: int | Array, videos: Array, block: Array) -> tuple[Latent, Array]:
     """(noise [b,t,y,x,c], renoise [step,b,t,y,x,c]) of one block: a function of (seed, video id, block, step) alone."""
     shape = (exp.cache.block, *exp.latent, exp.dit.in_channels)
 

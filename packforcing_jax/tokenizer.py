@@ -79,20 +79,26 @@ class Tokenizer:
         require(cleaned != "", f"prompt {index + 1} of {total} is empty; say what the video should show.")
         if self.closed:
             refuse_unknown(self, cleaned)
-        return self.inner.encode(cleaned, add_special_tokens=False).ids
+        ids = self.inner.encode(cleaned, add_special_tokens=False).ids
+        require(len(ids) > 0, f"prompt {index + 1} of {total} ({cleaned!r}) has no words; describe the video.")
+        return ids
 
 
 def word_tokenizer(words: Sequence[str]) -> tokenizers.Tokenizer:
-    """A tokenizer that knows `words` and nothing else, in any case; ids 0, 1, 2 are padding, end and unknown."""
+    """A tokenizer that knows `words` and nothing else, in any case and without punctuation.
+
+    Ids 0, 1, 2 are padding, end and unknown.
+    """
     vocabulary = {word: index for index, word in enumerate((PAD, END, UNKNOWN, *words))}
     require(len(vocabulary) == len(words) + 3, "the vocabulary repeats a word or a special token; list each word once.")
     inner = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     inner.normalizer = normalizers.Lowercase()
-    inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("removed")])  # fmt: skip
     inner.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, vocabulary[END])])
     for word in words:
         whole = inner.encode(word, add_special_tokens=False).ids == [vocabulary[word]]
-        require(whole, f"word {word!r} cannot be a vocabulary entry; give one lower-case word or punctuation mark.")
+        require(whole, f"word {word!r} cannot be a vocabulary entry; give one lower-case word of letters and digits.")
     return inner
 
 

@@ -67,11 +67,13 @@ def matrix_axes(path: str, leaf: Array) -> optax.contrib.MuonDimensionNumbers | 
 
 def optimiser(cfg: TrainConfig) -> optax.GradientTransformation:
     """Muon on matrices, Adam on everything else."""
+
+    def axes(params: Any) -> Any:
+        return {path: matrix_axes(path, leaf) for path, leaf in params.items()}
+
     return optax.contrib.muon(
         rates(cfg, cfg.matrix_rate), consistent_rms=0.2, weight_decay=cfg.decay, adam_b2=0.98,
-        adam_learning_rate=rates(cfg, cfg.rate),
-        muon_weight_dimension_numbers=lambda params: {path: matrix_axes(path, leaf) for path, leaf in params.items()},
-    )  # fmt: skip
+        adam_learning_rate=rates(cfg, cfg.rate), muon_weight_dimension_numbers=axes)  # fmt: skip
 
 
 def init(exp: Experiment, seed: int) -> TrainState:
@@ -98,7 +100,7 @@ def train_step(state: TrainState, clips: objectives.Clips, key: Array, exp: Expe
 
     (value, by_block), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     updates, opt = optimiser(exp.train).update(grads, state.opt, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params: Any = optax.apply_updates(state.params, updates)
     keep = jnp.minimum(exp.train.ema, (state.step + 1) / (state.step + 10))  # short memory while all is new
     ema = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, state.ema, params)
     metrics = {"loss": value, "gradient": optax.global_norm(grads),
@@ -173,8 +175,9 @@ def steps(run: Run) -> Iterator[dict[str, Any]]:
         while run.step < cfg.steps:
             key = jax.random.fold_in(jax.random.key(run.seed), run.step)
             sink = cfg.sinks[int(jax.random.randint(jax.random.fold_in(key, 1), (), 0, len(cfg.sinks)))]
-            batch = {name: value for name, value in next(run.batches).items() if name in ("video", "ids", "mask", "weight")}
-            run.state, metrics = step(run.state, encode(batch), key, by_sink[sink])
+            batch = next(run.batches)
+            clips = encode({name: batch[name] for name in ("video", "ids", "mask", "weight")})
+            run.state, metrics = step(run.state, clips, key, by_sink[sink])
             yield {"step": run.step, "seconds": time.monotonic() - run.started, "sink": sink,
                    **{name: np.asarray(value).round(5).tolist() for name, value in metrics.items()}}  # fmt: skip
             if run.step % cfg.save_every == 0:

@@ -1,7 +1,16 @@
 """Strict settings for every test: no silent rank promotion, exact matrix products, two fake CPU devices."""
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_num_cpu_devices", 2)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A model folder of the tiny experiment with random weights and the Stage world's words."""
+    import folders  # after the settings above
+
+    return folders.model_folder(tmp_path_factory.mktemp("models") / "tiny")

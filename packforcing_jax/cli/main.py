@@ -33,6 +33,8 @@ VERBS = {
                    "packforcing verify tests/golden/wan_dit_tiny.safetensors"),
     "train": Verb("train", "train the small model on clips drawn by the Stage world",
                   "packforcing train --config stage --set cache.top=8"),
+    "evaluate": Verb("evaluate", "read a model's videos with the Stage world's oracle",
+                     "packforcing evaluate --mode forced --gaps 8,64"),
     "doctor": Verb("doctor", "say what works on this machine, and the remedy for what does not",
                    "packforcing doctor --json", checked=False),
 }  # fmt: skip

@@ -19,13 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains, or continues a run, and exports the averaged weights to DIR/model."""
     common.join_processes(args)
-    from packforcing_jax import train
+    from packforcing_jax import attention, train
 
     sets = args.sets + ([f"train.steps={args.steps}"] if args.steps is not None else [])
     exp = common.load_experiment(args.config, sets)
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
-    common.start_line("train", experiment=exp, dtype="float32", attention=exp.attention, why="training keeps float32")
+    backend, why = attention.chosen(exp.attention)
+    common.start_line("train", experiment=exp, dtype="float32", attention=backend, why=why)
     job = train.start(exp, folder, args.seed)
     metrics: dict = {"step": job.step}
     with (folder / "metrics.jsonl").open("a") as log:

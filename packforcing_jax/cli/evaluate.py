@@ -1,0 +1,83 @@
+"""`packforcing evaluate`: reads a model's videos with the Stage world's oracle, each figure beside its chance level."""
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+from typing import Any
+
+from packforcing_jax.cli import common
+from packforcing_jax.config import PROFILES, require
+from packforcing_jax.errors import InputError
+
+MODES = {
+    "teacher": "each next block of held-out clips, behind the true blocks before it",
+    "rollout": "long videos that run freely: first window, last window, call-backs",
+    "forced": "a guest called back after a true history, by gap",
+}
+VIDEOS = {"teacher": 48, "rollout": 64, "forced": 32}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `evaluate`."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--weights", metavar="DIR", help="model folder (default: the Stage model that ships)")
+    source.add_argument("--run", metavar="DIR", help="averaged weights of a training run's newest checkpoint")
+    common.add_experiment_arguments(parser)
+    said = "; ".join(f"{name}: {what}" for name, what in MODES.items())
+    parser.add_argument("--mode", choices=MODES, default="rollout", help=f"{said} (default: rollout)")
+    parser.add_argument("--videos", type=int, metavar="N", help=f"how many (default: {VIDEOS})")
+    parser.add_argument("--blocks", type=int, default=120, metavar="N", help="length of a rollout (default: 120)")
+    parser.add_argument("--seed", type=int, metavar="S", help="of stories and noise (default: one not trained on)")
+    parser.add_argument("--memory", metavar="PROFILE", help="another memory than the model's own, such as no-mid")
+    parser.add_argument("--gaps", type=gaps, metavar="A,B,...", default=(2, 4, 8, 15, 32, 64, 110),
+                        help="blocks between two visits in mode forced (default: 2,4,8,15,32,64,110)")  # fmt: skip
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="videos drawn together (default: 16)")
+
+
+def gaps(words: str) -> tuple[int, ...]:
+    """`2,64` as numbers."""
+    try:
+        return tuple(int(word) for word in words.split(","))
+    except ValueError as error:
+        raise InputError(f"--gaps {words} is not a list of whole numbers; write it as 2,8,64.") from error
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the figures of one mode."""
+    require(args.config is None or args.run is not None, "--config goes with --run; a model folder has its own config.")
+    require(args.memory in (None, *PROFILES),
+            f"--memory {args.memory} is unknown; choose one of {', '.join(PROFILES)}.")  # fmt: skip
+    require(args.seed is None or 0 <= args.seed < 2**31, f"--seed {args.seed} is out of range; give 0 to {2**31 - 1}.")
+    from packforcing_jax import evaluation
+
+    model = _model(args)
+    exp = model.experiment
+    common.start_line("evaluate", experiment=exp, dtype="float32", attention=exp.attention, why="as the config says")
+    count = VIDEOS[args.mode] if args.videos is None else args.videos
+    seed = evaluation.HELD_OUT if args.seed is None else args.seed
+    shared: dict[str, Any] = {"seed": seed, "batch": args.batch,
+                              "watch": functools.partial(common.progress, name="evaluate", unit="batches")}  # fmt: skip
+    result = {
+        "teacher": lambda: evaluation.teacher_forced(model, clips=count, **shared),
+        "rollout": lambda: evaluation.rollout(model, videos=count, blocks=args.blocks, **shared),
+        "forced": lambda: evaluation.forced_recall(model, gaps=args.gaps, videos=count, **shared),
+    }[args.mode]()
+    print(json.dumps(result) if args.json else evaluation.table(result))
+    return 0
+
+
+def _model(args: argparse.Namespace):
+    """The model that the flags name, with the memory and the settings they ask for."""
+    from packforcing_jax import evaluation, pipeline
+
+    if args.run is None:
+        model = pipeline.Pipeline.from_pretrained(args.weights)
+    else:
+        checkpoint = evaluation.newest(args.run)
+        print(f"evaluate: averaged weights of {checkpoint}", file=sys.stderr)
+        model = evaluation.of_checkpoint(common.load_experiment(args.config or "stage"), checkpoint)
+    if args.memory is not None:
+        model = model.with_memory(args.memory)
+    return dataclasses.replace(model, experiment=common.override(model.experiment, args.sets))

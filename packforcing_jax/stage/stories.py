@@ -1,0 +1,63 @@
+"""The story of a default stage video: one subject throughout, guests and scenes that leave and are called back."""
+
+import numpy as np
+from jaxtyping import Int
+
+from packforcing_jax.config import require
+from packforcing_jax.stage import captions, world
+
+GAPS = (100, 64, 32, 16, 8, 4, 2)  # blocks between two visits of a guest; each leads the visits of one guest
+OPENING = 2  # blocks before the first guest, so that a memory's first frames show none
+SCENE_BLOCKS = (6, 13)  # a scene lasts from 6 to 12 blocks
+
+
+def default_timeline(seed: int, blocks: int) -> list[str]:
+    """One caption per block, a function of (seed, blocks): about 40 % of many blocks have a guest, each comes back."""
+    require(blocks > 0, f"blocks={blocks} is not a length; give 1 or more.")
+    rng = np.random.default_rng(seed)
+    story = world.draw_story(rng, blocks, guests=guests(rng, blocks), scenes=scenes(rng, blocks))
+    return [captions.caption(story, block) for block in range(blocks)]
+
+
+def guests(rng: np.random.Generator, blocks: int) -> Int[np.ndarray, " blocks"]:
+    """Who visits each block, -1 for nobody: every guest comes back after a mix of gaps, one of them its leading gap."""
+    shown = np.full(blocks, -1)
+    for guest, lead in zip(rng.permutation(len(world.GUESTS)), (*GAPS, GAPS[1]), strict=True):
+        start = _free(shown, OPENING + int(rng.integers(max(1, min(blocks // 6, blocks - lead - OPENING)))))
+        others = rng.permutation([gap for gap in GAPS if gap != lead])
+        visits = [start, *_returns(shown, start, [lead, *others])]
+        if len(visits) > 1:
+            shown[visits] = guest
+    return shown
+
+
+def _returns(shown: Int[np.ndarray, " blocks"], last: int, gaps: list[int]) -> list[int]:
+    """Later visits, each a gap after the one before where that block exists, or the next one without a guest."""
+    found = []
+    for gap in gaps:
+        block = _free(shown, last + gap)
+        if block < len(shown):
+            found.append(block)
+            last = block
+    return found
+
+
+def _free(shown: Int[np.ndarray, " blocks"], block: int) -> int:
+    """The first block from `block` on without a guest; possibly one behind the end."""
+    taken = np.flatnonzero(shown >= 0)
+    while block in taken:
+        block += 1
+    return block
+
+
+def scenes(rng: np.random.Generator, blocks: int) -> Int[np.ndarray, " blocks"]:
+    """The scene of each block: every scene once in every round of a new order, never twice in a row."""
+    shown: list[int] = []
+    order: list[int] = []
+    while len(shown) < blocks:
+        if not order:
+            order = rng.permutation(len(world.SCENES)).tolist()
+            if shown and order[0] == shown[-1]:
+                order.reverse()
+        shown += [order.pop(0)] * int(rng.integers(*SCENE_BLOCKS))
+    return np.array(shown[:blocks])

@@ -1,0 +1,113 @@
+"""Packing starts as the low-resolution branch alone and learns from there; the tokens are as many as the config says."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from packforcing_jax import compressor, config, dit, options, trees
+
+LATENT, LOW = tiny.latents(1)[0], tiny.lows(1)[0]
+
+
+def with_branches(branches):
+    return dataclasses.replace(tiny.EXP, compressor=dataclasses.replace(tiny.EXP.compressor, branches=branches))
+
+
+def pack(nets, latent=LATENT, low=LOW, exp=tiny.EXP):
+    return jax.jit(compressor.pack, static_argnums=2)(nets.compressor, nets.dit, exp, latent, low)
+
+
+def test_before_training_only_low_resolution_speaks():
+    nets = tiny.fresh()
+    np.testing.assert_array_equal(pack(nets), dit.embed_latent(nets.dit, LOW))
+    np.testing.assert_array_equal(pack(nets), pack(nets, latent=LATENT + 1))
+
+
+def test_branches_add_up():
+    nets = tiny.nets()
+    both, hr, lr = (pack(nets, exp=with_branches(name)) for name in ("both", "hr", "lr"))
+    np.testing.assert_allclose(both, hr + lr, atol=1e-6)
+    for each in (hr, lr):
+        assert np.abs(each).max() > 0.01
+
+
+@pytest.mark.parametrize(("branch", "latent_counts", "low_counts"), [("hr", True, False), ("lr", False, True)])
+def test_a_branch_alone_reads_only_its_own_input(branch, latent_counts, low_counts):
+    exp, nets = with_branches(branch), tiny.nets()
+    plain = pack(nets, exp=exp)
+    assert (pack(nets, latent=LATENT + 1, exp=exp) != plain).any() == latent_counts
+    assert (pack(nets, low=LOW + 1, exp=exp) != plain).any() == low_counts
+
+
+def test_token_counts_are_the_configs():
+    assert pack(tiny.nets()).shape == (tiny.BATCH, tiny.EXP.tokens_per_packed_block, tiny.EXP.dit.dim)
+
+
+@pytest.mark.parametrize("name", options.names())
+def test_token_counts_are_the_configs_at_full_size(name):
+    exp = options.load_experiment(name)
+    module = jax.eval_shape(lambda: compressor.Compressor(exp, nnx.Rngs(0)))
+    latent = jax.ShapeDtypeStruct((1, exp.compressor.frames, *exp.latent, exp.dit.in_channels), jnp.float32)
+    tokens = jax.eval_shape(lambda module, latent: module(latent), module, latent)
+    assert tokens.shape == (1, exp.tokens_per_packed_block, exp.dit.dim)
+
+
+def test_odd_grids_lose_what_does_not_fill_a_patch():
+    exp = dataclasses.replace(tiny.EXP, latent=(14, 6))  # convolutions: 14 -> 7 -> 3 rows, 6 -> 3 columns
+    assert exp.packed_grid == (2, 3, 3)
+    module = jax.eval_shape(lambda: compressor.Compressor(exp, nnx.Rngs(0)))
+    latent = jax.ShapeDtypeStruct((1, 4, 14, 6, 12), jnp.float32)
+    assert jax.eval_shape(lambda module, latent: module(latent), module, latent).shape[1] == 18
+
+
+def test_a_short_block_repeats_its_last_frame():
+    repeated = jnp.concatenate([LATENT, LATENT[:, -1:]], axis=1)
+    assert (LATENT.shape[1], repeated.shape[1]) == (3, tiny.EXP.compressor.frames)
+    np.testing.assert_array_equal(pack(tiny.nets()), pack(tiny.nets(), latent=repeated))
+    other = jnp.concatenate([LATENT, LATENT[:, :1]], axis=1)
+    assert (pack(tiny.nets(), latent=other) != pack(tiny.nets())).any()
+
+
+def test_low_resolution_cells_beyond_the_packed_grid_are_dropped():
+    larger = jnp.pad(LOW, ((0, 0), (0, 1), (0, 1), (0, 3), (0, 0)), constant_values=9.0)
+    np.testing.assert_array_equal(pack(tiny.nets(), low=larger), pack(tiny.nets()))
+
+
+def test_tokens_lie_in_the_order_time_row_column():
+    """Where every kernel averages, a bump in one corner of the block is felt most by the token of that corner."""
+    means = {name: jnp.full(leaf.shape, 1 / np.prod(leaf.shape[:-1]) if name.endswith("kernel") else 0.0)
+             for name, leaf in trees.flatten(tiny.nets().compressor).items()}  # fmt: skip
+    averaging = jax.jit(trees.fill(tiny.nets().compressor, means))
+    flat = jnp.full((1, 4, 8, 4, 12), 9.0)
+    for token, (slot, row, column) in enumerate(np.ndindex(tiny.EXP.packed_grid)):
+        bump = flat.at[:, 3 * slot, 7 * row, 3 * column].add(5.0)
+        felt = (averaging(bump) - averaging(flat))[0].max(axis=-1)
+        assert felt.argmax() == token
+
+
+def test_one_step_opens_the_way_to_every_convolution():
+    model, target = tiny.fresh().dit, tiny.normal(1, tiny.BATCH, tiny.EXP.tokens_per_packed_block, tiny.EXP.dit.dim)
+
+    @jax.jit
+    @jax.grad
+    def gradient(module):
+        return jnp.mean((compressor.pack(module, model, tiny.EXP, LATENT, LOW) - target) ** 2)
+
+    start = tiny.fresh().compressor
+    first = gradient(start)
+    moving = {name for name, leaf in trees.flatten(first).items() if jnp.abs(leaf).max() > 0}
+    assert moving == {"out/kernel", "out/bias"}
+    second = trees.flatten(gradient(jax.tree.map(lambda x, g: x - 0.1 * g, start, first)))
+    assert set(second) == moving | {f"convs/{i}/{leaf}" for i in range(3) for leaf in ("kernel", "bias")}
+    assert all(jnp.abs(leaf).max() > 0 for leaf in second.values())
+
+
+def test_kernels_are_as_wide_as_their_strides_ask():
+    wan = jax.eval_shape(lambda: compressor.Compressor(config.Experiment("wan"), nnx.Rngs(0)))
+    assert [leaf.shape for name, leaf in trees.flatten(wan).items() if name.endswith("kernel")] == [
+        (3, 3, 3, 16, 32), (1, 4, 4, 32, 128), (1, 4, 4, 128, 512), (1, 4, 4, 512, 2048), (2048, 1536)]  # fmt: skip

@@ -1,0 +1,365 @@
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from packforcing_jax import checkpoints, codec, config, evaluation, pipeline, train, trees
+from packforcing_jax.cli import main
+from packforcing_jax.errors import InputError
+from packforcing_jax.stage import captions, data, oracle, stories, world
+
+TINY = """
+from packforcing_jax import config
+experiment = config.Experiment(
+    name="stage", latent=(8, 8), clip=20, fps=8, codec=config.SpaceToDepthConfig(factor=4),
+    dit=config.DiTConfig(dim=24, ffn_dim=40, heads=2, layers=2, text_dim=16, text_len=16, freq_dim=12, in_channels=48,
+                         out_channels=48, rope_pairs=(2, 2, 2)),
+    text=config.TextConfig(vocab=46, dim=16, dim_attn=16, dim_ffn=24, heads=2, layers=1, max_words=16),
+    compressor=config.CompressorConfig(channels=(6, 7, 8, 9)),
+    cache=config.CacheConfig(top=3, capacity=6, score_pool=(4, 1, 1), key_multiple=1),
+    sample=config.SampleConfig(steps=(1000, 600, 250), prediction="clean"),
+)
+"""
+SEED = 7
+
+
+@pytest.fixture(scope="module")
+def exp():
+    found: dict = {}
+    exec(TINY, found)
+    return found["experiment"]
+
+
+@pytest.fixture(scope="module")
+def model(exp):
+    """An untrained model of the stage."""
+    built = jax.jit(lambda key: train.new_model(exp, key))(jax.random.key(3))
+    return pipeline.Pipeline(experiment=exp, nets=built.nets, text=built.text, tokenizer=train.stage_tokenizer(),
+                             pixels=codec.make(exp.codec, nnx.Rngs(0)))  # fmt: skip
+
+
+def clip(guests, *, scenes=None, seed=0):
+    return world.draw_story(np.random.default_rng(seed), len(guests), guests=guests, scenes=scenes)
+
+
+def repainted(story, **changes):
+    """The perfect reading of a story, with fields changed."""
+    return dataclasses.replace(evaluation.true_reading(story), **changes)
+
+
+# Truth and scores
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_true_reading_is_what_the_oracle_reads(seed):
+    story = data.draw_clip(np.random.default_rng(seed))
+    seen, true = oracle.read(world.render(story)), evaluation.true_reading(story)
+    for field in dataclasses.fields(oracle.Reading):
+        np.testing.assert_allclose(getattr(seen, field.name), getattr(true, field.name), atol=2e-2, err_msg=field.name)
+
+
+def test_perfect_readings_score_one_everywhere(exp):
+    told = [data.draw_clip(np.random.default_rng(i)) for i in range(9)]
+    rows = evaluation.teacher_figures(exp, [evaluation.true_reading(story) for story in told], told)
+    for name, row in rows.items():
+        value, low, high = row["value"]
+        if name.endswith("RMS error"):
+            assert (value, low, high) == (0, 0, 0)
+        else:
+            assert value == high == 1, name
+            assert low < 1
+            assert 0 <= row["chance"] < 1
+        assert row["n"] > 0
+
+
+def test_chance_levels_are_those_of_uniform_draws(exp):
+    told = [data.draw_clip(np.random.default_rng(i)) for i in range(9)]
+    rows = evaluation.teacher_figures(exp, [evaluation.true_reading(story) for story in told], told)
+    wanted = {"colour": 1 / 8, "shape": 1 / 4, "backdrop": 1 / 8, "scene": 1 / 4, "position": 1 / 4,
+              "guest identity": 1 / 9, "subject's mark": 1 / 16, "guest there or not": 1 / 2,
+              "called-back guest, packed only": 1 / 16, "hue RMS error": 36 / math.sqrt(6)}  # fmt: skip
+    assert {name: rows[name]["chance"] for name in wanted} == pytest.approx(wanted)
+
+
+def test_readings_of_another_story_score_near_chance(exp):
+    told = [data.draw_clip(np.random.default_rng(i)) for i in range(60)]
+    others = [evaluation.true_reading(data.draw_clip(np.random.default_rng(1000 + i))) for i in range(60)]
+    rows = evaluation.teacher_figures(exp, others, told)
+    for name in ("colour", "backdrop", "subject's mark", "position"):
+        _, low, high = rows[name]["value"]
+        assert low < rows[name]["chance"] < high, name
+    assert rows["hue RMS error"]["value"][0] == pytest.approx(rows["hue RMS error"]["chance"], rel=0.15)
+
+
+def test_the_first_block_does_not_count_and_wrong_frames_count_by_share(exp):
+    story = clip([-1, 2, -1, -1])
+    mark = np.full(16, story.mark)
+    mark[:4] = (story.mark + 1) % 16
+    assert evaluation.teacher_figures(exp, [repainted(story, mark=mark)], [story])["subject's mark"]["value"][0] == 1
+    mark[4:7] = (story.mark + 1) % 16
+    row = evaluation.teacher_figures(exp, [repainted(story, mark=mark)], [story])["subject's mark"]
+    assert row["value"][0] == pytest.approx(9 / 12)
+    assert row["n"] == 1
+
+
+def test_rms_errors_are_in_the_units_of_the_world(exp):
+    story = clip([-1, -1, 5])
+    true = evaluation.true_reading(story)
+    rows = evaluation.teacher_figures(exp, [repainted(story, hue=true.hue + 3, gain=true.gain - 0.1)], [story])
+    assert rows["hue RMS error"]["value"][0] == pytest.approx(3, rel=1e-4)
+    assert rows["gain RMS error"]["value"][0] == pytest.approx(0.1, rel=1e-4)
+
+
+@pytest.mark.parametrize(("sink", "packed", "places"), [
+    (8, 2, ["sink", "sink", "packed", "packed", "recent"]),
+    (0, 4, ["packed", "packed", "packed", "packed", "recent"]),
+])  # fmt: skip
+def test_call_backs_are_sorted_by_where_the_memory_has_them(exp, sink, packed, places):
+    told = [clip([3 if block == shown else 6, *[6] * 4, 3], seed=shown) for shown, block in ((0, 0),)]
+    told += [clip([*([1] * shown), 3, *([1] * (4 - shown)), 3], seed=shown) for shown in range(1, 5)]
+    changed = dataclasses.replace(exp, cache=dataclasses.replace(exp.cache, sink=sink))
+    wrong = repainted(told[2], guest_mark=np.full(24, -1))
+    readings = [wrong if i == 2 else evaluation.true_reading(story) for i, story in enumerate(told)]
+    rows = evaluation.teacher_figures(changed, readings, told)
+    for block, place in enumerate(places):
+        row = rows[f"called-back guest, block {block} ({place})"]
+        assert row["n"] == 1
+        assert row["value"][0] == (block != 2)
+    assert rows["called-back guest, packed only"]["n"] == packed
+    assert rows["called-back guest, packed only"]["value"][0] == pytest.approx(1 - 1 / packed)
+
+
+def test_a_guest_also_seen_sharply_is_not_packed_only(exp):
+    told = [clip([3, -1, 3, -1, 3]), clip([-1, -1, 3, -1, 3])]
+    rows = evaluation.teacher_figures(exp, [evaluation.true_reading(story) for story in told], told)
+    assert rows["called-back guest, packed only"]["n"] == 1
+    assert rows["called-back guest, block 2 (packed)"]["n"] == 2
+
+
+def test_the_right_mark_on_the_wrong_guest_is_not_recall(exp):
+    story = clip([-1, -1, 3, -1, 3])
+    rows = evaluation.teacher_figures(exp, [repainted(story, guest=np.full(20, 4))], [story])
+    assert rows["called-back guest, packed only"]["value"][0] == 0
+
+
+# Recall behind a true history
+
+
+def test_a_forced_story_shows_its_guest_exactly_twice():
+    half = []
+    for i in range(20):
+        story = evaluation.forced_story(np.random.default_rng(i), 40)
+        guest = story.guests[-1]
+        assert np.flatnonzero(story.guests == guest).tolist() == [evaluation.SHOWN, evaluation.SHOWN + 40]
+        assert len(set(story.scenes)) == 1
+        half.append((story.guests >= 0).mean())
+    assert 0.4 < np.mean(half) < 0.6
+
+
+def recalled(exp, gap, chosen, videos=4):
+    told = [evaluation.forced_story(np.random.default_rng(i), gap) for i in range(videos)]
+    readings = []
+    for story in told:
+        true = evaluation.true_reading(story)
+        fields = {field.name: getattr(true, field.name)[-4:] for field in dataclasses.fields(true)}
+        readings.append(oracle.Reading(**fields))
+    return evaluation.recall_figures(exp, gap, readings, told, np.asarray(chosen)), readings, told
+
+
+def test_perfect_recall_is_one_and_look_ups_are_counted_by_layer(exp):
+    shown = evaluation.SHOWN
+    chosen = [[[shown, 4, 5], [3, 4, 5], [3, 4, 5], [3, 4, 5]], [[shown, 3, 4], [2, 5, 6], [3, 4, 5], [-1, -1, -1]]]
+    rows, _, _ = recalled(exp, 6, chosen)
+    assert rows["mark recalled"]["value"][0] == 1
+    assert rows["mark recalled"]["chance"] == 1 / 16
+    assert rows["its block looked up, last layer"]["value"][0] == 2 / 4
+    assert rows["its block looked up, any layer"]["value"][0] == 2 / 4
+    assert rows["its block looked up, last layer"]["chance"] == pytest.approx(3 / 5)
+    assert rows["its block looked up, any layer"]["chance"] == pytest.approx(1 - (2 / 5) ** 2)
+
+
+def test_a_wrong_mark_or_an_absent_guest_is_no_recall(exp):
+    _, readings, told = recalled(exp, 4, np.full((2, 4, 3), -1))
+    readings[0] = dataclasses.replace(readings[0], guest=np.full(4, -1))
+    readings[1] = dataclasses.replace(readings[1], guest_mark=(readings[1].guest_mark + 1) % 16)
+    rows = evaluation.recall_figures(exp, 4, readings, told, np.full((2, 4, 3), -1))
+    assert rows["mark recalled"]["value"][0] == 0.5
+
+
+@pytest.mark.parametrize(("profile", "gap", "level"), [
+    ("stage", 64, 16 / 63), ("stage", 2, 1.0), ("stage", 110, 16 / 109), ("no-mid", 64, None), ("stage", 1, None),
+])  # fmt: skip
+def test_look_up_by_chance_is_the_share_of_the_archive_that_is_attended(exp, profile, gap, level):
+    changed = dataclasses.replace(exp, cache=config.PROFILES[profile])
+    rows, _, _ = recalled(changed, gap, np.full((2, 4, 16), -1))
+    assert rows.get("its block looked up, last layer", {}).get("chance") == (level and pytest.approx(level))
+
+
+# The player
+
+
+@pytest.fixture(scope="module")
+def free(model):
+    """Two videos of nine blocks: long enough that the packed ring turns over."""
+    prompts = [stories.default_timeline(SEED + i, 9) for i in range(2)]
+    ids = [pipeline.video_id(each[0]) for each in prompts]
+    frames, chosen = evaluation.play(model, prompts, seeds=[SEED, SEED + 1], videos=ids)
+    return prompts, ids, frames, chosen
+
+
+def test_a_rollout_is_the_video_that_sampling_makes(model, free):
+    prompts, _, frames, chosen = free
+    for i in range(2):
+        alone = list(model.stream(prompts[i], seed=SEED + i))
+        np.testing.assert_allclose(frames[i], np.concatenate([block.frames for block in alone]), atol=2e-4)
+        np.testing.assert_array_equal(chosen[:, :, i], np.stack([block.chosen for block in alone]))
+
+
+def test_behind_its_own_frames_a_forced_video_is_the_free_one(model, free):
+    prompts, ids, frames, _ = free
+    assert abs(frames).max() < 1  # nothing was clipped
+    seeds = [SEED, SEED + 1]
+    forced, _ = evaluation.play(model, prompts, seeds=seeds, videos=ids, truth=frames)
+    np.testing.assert_allclose(forced, frames, atol=2e-4)
+    last, chosen = evaluation.play(model, prompts, seeds=seeds, videos=ids, truth=frames, first=7)
+    assert chosen.shape == (2, 2, 2, 3)
+    np.testing.assert_allclose(last, frames[:, 28:], atol=2e-4)
+
+
+def test_another_history_changes_what_is_drawn_behind_it_but_not_before(model, free):
+    prompts, ids, frames, _ = free
+    changed = frames.copy()
+    changed[1, 8:12] = 0.9 - changed[1, 8:12]
+    forced, _ = evaluation.play(model, prompts, seeds=[SEED, SEED + 1], videos=ids, truth=changed)
+    np.testing.assert_allclose(forced[0], frames[0], atol=2e-4)
+    np.testing.assert_allclose(forced[1, :12], frames[1, :12], atol=2e-4)
+    assert abs(forced[1, 12:16] - frames[1, 12:16]).max() > 1e-3
+
+
+# Whole evaluations of an untrained model
+
+
+def same(a, b):
+    return json.dumps(a) == json.dumps(b)
+
+
+def test_teacher_forcing_an_untrained_model(model):
+    result = evaluation.teacher_forced(model, clips=2, seed=SEED, batch=2)
+    assert list(result["sections"]) == ["sink of 8 frames", "sink of 0 frames"]
+    for rows in result["sections"].values():
+        assert rows["valid frames"]["value"][0] == 0
+        assert rows["colour"]["n"] == 2
+        assert all(name in evaluation.table(result) for name in rows)
+    assert same(result, evaluation.teacher_forced(model, clips=2, seed=SEED, batch=2))
+    assert not same(result, evaluation.teacher_forced(model, clips=2, seed=SEED + 1, batch=2))
+
+
+def test_rolling_out_an_untrained_model(model):
+    counted = []
+
+    def watch(parts):
+        counted.append(len(parts))
+        return parts
+
+    result = evaluation.rollout(model, videos=2, blocks=9, seed=SEED, batch=2, watch=watch)
+    assert (result["videos"], result["frames"], counted) == (2, 36, [1])
+    assert result["windows"]["valid"]["last"][0] == 0
+    assert "last window" in evaluation.table(result)
+    assert any(name.startswith("recall guest") for name in result["whole"])
+
+
+def test_forced_recall_of_an_untrained_model(model):
+    result = evaluation.forced_recall(model, gaps=(2, 5), videos=2, seed=SEED, batch=2)
+    assert list(result["sections"]) == ["gap of 2 blocks", "gap of 5 blocks"]
+    near, far = result["sections"].values()
+    row = near["its block looked up, last layer"]  # the only one there is
+    assert (row["chance"], row["value"][0], row["n"]) == (1.0, 1.0, 2)
+    assert far["its block looked up, last layer"]["chance"] == pytest.approx(3 / 4)
+    assert "gap of 5 blocks" in evaluation.table(result)
+
+
+def test_what_cannot_be_evaluated_is_refused(model):
+    with pytest.raises(InputError, match="batch=0"):
+        evaluation.rollout(model, videos=2, blocks=3, batch=0)
+    with pytest.raises(InputError, match="0 videos"):
+        evaluation.teacher_forced(model, clips=0)
+    with pytest.raises(InputError, match="gap=0"):
+        evaluation.forced_recall(model, gaps=(0,))
+    other = dataclasses.replace(model, experiment=dataclasses.replace(model.experiment, latent=(10, 8), name="wide"))
+    with pytest.raises(InputError, match="'wide' draws no stage videos"):
+        evaluation.rollout(other)
+
+
+# Models on disk, and the program
+
+
+@pytest.fixture(scope="module")
+def run(exp, tmp_path_factory):
+    """The folder of a training run with checkpoints 9 and 10; the average of the newer one is twice the other's."""
+    folder = tmp_path_factory.mktemp("run")
+    state = train.init(exp, 0)
+    saved = checkpoints.Checkpoints(folder / "checkpoints")
+    saved.save(9, state)
+    saved.save(10, state.replace(ema=jax.tree.map(lambda x: 2 * x, state.ema)))
+    saved.close()
+    return folder, state
+
+
+def listing(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_the_average_of_the_newest_checkpoint_is_read_and_the_run_left_alone(exp, run):
+    folder, state = run
+    before = listing(folder)
+    assert evaluation.newest(folder).name == "10"
+    model = evaluation.of_checkpoint(exp, evaluation.newest(folder))
+    for name, leaf in checkpoints.part(state.ema, "nets/dit").items():
+        np.testing.assert_array_equal(trees.flatten(model.nets.dit)[name], 2 * leaf)
+    assert listing(folder) == before
+
+
+def test_a_run_without_checkpoints_is_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        evaluation.newest(tmp_path)
+
+
+def test_the_program_evaluates_a_run(run, tmp_path, capsys):
+    config_file = tmp_path / "tiny.py"
+    config_file.write_text(TINY)
+    words = ["evaluate", "--run", str(run[0]), "--config", str(config_file), "--mode", "forced", "--gaps", "3",
+             "--videos", "2", "--batch", "2", "--memory", "no-mid", "--json"]  # fmt: skip
+    assert main.main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert list(result["sections"]) == ["gap of 3 blocks"]
+    assert list(result["sections"]["gap of 3 blocks"]) == ["mark recalled"]  # nothing packed to look up
+    assert result["seed"] == evaluation.HELD_OUT
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    (["--config", "stage"], "--config goes with --run"),
+    (["--run", "nowhere", "--memory", "no-mod"], "--memory no-mod is unknown; choose one of paper"),
+    (["--run", "nowhere"], "nowhere holds no checkpoint"),
+    (["--weights", "nowhere"], "nowhere does not exist"),
+    (["--gaps", "2,x"], "--gaps 2,x is not a list"),
+    (["--seed", "-1"], "--seed -1 is out of range"),
+    (["--weights", "a", "--run", "b"], "not allowed with"),
+    (["--mode", "guess"], "invalid choice: 'guess'"),
+])  # fmt: skip
+def test_bad_flags_end_with_code_2_and_one_sentence(capsys, words, sentence):
+    assert main.main(["evaluate", *words]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_captions_of_held_out_clips_are_understood(model):
+    story = data.draw_clip(np.random.default_rng((evaluation.HELD_OUT, 0)))
+    sentences = [captions.caption(story, block) for block in range(5)]
+    words, which = evaluation.spoken(model, [sentences, sentences[::-1]])
+    assert words.k.shape[1] == evaluation.SENTENCES
+    np.testing.assert_array_equal(which[0], which[1][::-1])
+    alone = model.words([sentences[3]])
+    np.testing.assert_allclose(words.k[:, which[0, 3]], alone.k[:, 0], atol=1e-5)

@@ -1,0 +1,97 @@
+"""A module is a flat dictionary of named arrays, and a dictionary that does not fit is told everything wrong with it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from packforcing_jax import compressor, trees
+from packforcing_jax.errors import InputError
+
+
+class Layer(nnx.Module):
+    def __init__(self, size, rngs):
+        self.dense = nnx.Linear(size, 3, rngs=rngs)
+        self.scale = nnx.Param(jnp.arange(2.0))
+        self.size = size  # not an array
+
+
+class Net(nnx.Module):
+    def __init__(self):
+        self.layers = nnx.List([Layer(2, nnx.Rngs(0)), Layer(5, nnx.Rngs(1))])
+        self.table = nnx.Param(jnp.ones((4, 2), jnp.bfloat16))
+
+
+SHAPES = {
+    "layers/0/dense/bias": (3,), "layers/0/dense/kernel": (2, 3), "layers/0/scale": (2,),
+    "layers/1/dense/bias": (3,), "layers/1/dense/kernel": (5, 3), "layers/1/scale": (2,), "table": (4, 2),
+}  # fmt: skip
+
+
+def numbered(module):
+    """Other values for every leaf, each different."""
+    return {name: np.arange(leaf.size, dtype=np.float32).reshape(leaf.shape) + 10 * i
+            for i, (name, leaf) in enumerate(trees.flatten(module).items())}  # fmt: skip
+
+
+def test_leaves_are_named_by_where_they_stand():
+    assert {name: leaf.shape for name, leaf in trees.flatten(Net()).items()} == SHAPES
+
+
+def test_shapes_have_the_names_of_arrays():
+    assert {name: leaf.shape for name, leaf in trees.flatten(jax.eval_shape(Net)).items()} == SHAPES
+
+
+def test_stacked_blocks_have_one_name_and_a_leading_axis():
+    flat = trees.flatten(tiny.fresh())
+    assert flat["dit/blocks/attn/q/kernel"].shape == (2, 36, 36)
+    assert flat["dit/blocks/modulation"].shape == (2, 6, 36)
+    assert flat["compressor/convs/0/kernel"].shape == (3, 3, 3, 12, 5)
+
+
+@pytest.mark.parametrize("build", [Net, lambda: jax.eval_shape(Net)], ids=["arrays", "shapes"])
+def test_filled_modules_hold_what_they_were_given(build):
+    flat = numbered(Net())
+    filled = trees.fill(build(), flat)
+    assert isinstance(filled, Net)
+    assert filled.layers[1].size == 5
+    for name, leaf in trees.flatten(filled).items():
+        np.testing.assert_array_equal(leaf, flat[name].astype(leaf.dtype), err_msg=name)
+    assert filled.table[...].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(filled.layers[0].scale[...], flat["layers/0/scale"])
+
+
+def test_filling_leaves_the_module_alone():
+    net = Net()
+    before = trees.flatten(net)
+    trees.fill(net, numbered(net))
+    for name, leaf in trees.flatten(net).items():
+        np.testing.assert_array_equal(leaf, before[name], err_msg=name)
+
+
+def test_a_filled_module_computes_with_its_new_values():
+    shapes = jax.eval_shape(lambda: compressor.Compressor(tiny.EXP, nnx.Rngs(0)))
+    filled = trees.fill(shapes, trees.flatten(tiny.nets().compressor))
+    latent = tiny.normal(0, 1, 4, 8, 4, 12)
+    np.testing.assert_array_equal(filled(latent), tiny.nets().compressor(latent))
+
+
+def test_every_mismatch_is_told_at_once():
+    flat = numbered(Net())
+    del flat["layers/0/dense/bias"]
+    flat["layers/1/scale"] = np.zeros(7, np.float32)
+    flat["head"] = np.zeros(1, np.float32)
+    with pytest.raises(InputError) as caught:
+        trees.fill(Net(), flat, "a.safetensors")
+    said = str(caught.value)
+    assert said.startswith("a.safetensors do not fit the model (3 tensors: ")
+    for part in ("layers/0/dense/bias: missing", "layers/1/scale: shape (7,), expected (2,)", "head: not part"):
+        assert part in said
+
+
+def test_a_long_list_of_mismatches_is_cut():
+    strangers = {f"stranger{i}": np.zeros(1, np.float32) for i in range(5)}
+    with pytest.raises(InputError, match=r"\(12 tensors: .*; and 4 more\)"):
+        trees.fill(Net(), strangers)

@@ -1,0 +1,123 @@
+"""An experiment that compiles in a second and has no two sizes alike, and the parts that tests run it with."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from packforcing_jax import cache, codec, compressor, config, dit, sampler, trees
+from packforcing_jax.stage import captions
+
+EXP = config.Experiment(
+    name="tiny",
+    dit=config.DiTConfig(
+        dim=36, ffn_dim=20, heads=3, layers=2, text_dim=10, text_len=7, freq_dim=14, in_channels=12, out_channels=12,
+        rope_theta=(100.0, 20.0, 10.0), rope_pairs=(3, 2, 1),
+    ),
+    codec=config.SpaceToDepthConfig(factor=2),
+    text=config.TextConfig(vocab=46, dim=10, dim_attn=6, dim_ffn=9, heads=2, layers=1, max_words=5),
+    cache=config.CacheConfig(block=3, sink=3, recent=3, top=2, capacity=4, trained=16, score_pool=(2, 2, 1),
+                             key_multiple=5),
+    compressor=config.CompressorConfig(channels=(5, 7, 6), strides=((2, 1, 1), (1, 2, 2), (1, 2, 1)), pool=(2, 2, 1)),
+    sample=config.SampleConfig(steps=(1000, 600, 250), shift=3.0),
+    latent=(8, 4),  # 4 x 2 tokens a frame, packed to 2 x 2 x 2
+    fps=5,
+    clip=15,
+)  # fmt: skip
+BATCH = 2
+
+
+def with_cache(exp=EXP, **changes):
+    """`exp` with other memory settings."""
+    return dataclasses.replace(exp, cache=dataclasses.replace(exp.cache, **changes))
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def _build(exp, key=0):
+    return sampler.Nets(dit=dit.WanDiT(exp.dit, nnx.Rngs(key)), compressor=compressor.Compressor(exp, nnx.Rngs(key)))
+
+
+def _trained(rng, name, shape):
+    """Values such as training leaves: nothing is zero or one any more."""
+    if name.endswith("kernel"):
+        return rng.normal(size=shape) * np.prod(shape[(1 if "blocks" in name else 0) : -1]) ** -0.5
+    return name.endswith("scale") + 0.1 * rng.normal(size=shape)
+
+
+def filled(module, seed=0):
+    """A module of the shapes of `module` in which no parameter has its starting value."""
+    rng = np.random.default_rng(seed)
+    return trees.fill(module, {name: jnp.asarray(_trained(rng, name, leaf.shape), jnp.float32)
+                               for name, leaf in trees.flatten(module).items()})  # fmt: skip
+
+
+@functools.cache
+def nets(exp=EXP):
+    """Nets as if trained."""
+    return filled(jax.eval_shape(lambda: _build(exp)))
+
+
+@functools.cache
+def fresh(exp=EXP):
+    """The same transformer with a compressor as training starts it."""
+    return sampler.Nets(dit=nets(exp).dit, compressor=compressor.Compressor(exp, nnx.Rngs(0)))
+
+
+def latents(blocks, exp=EXP, batch=BATCH, seed=5):
+    """Random clean blocks [block, b, t, y, x, c]."""
+    return normal(seed, blocks, batch, exp.cache.block, *exp.latent, exp.dit.in_channels)
+
+
+def lows(blocks, exp=EXP, batch=BATCH, seed=6):
+    """Random low-resolution twins of blocks [block, b, t', y', x', c], of the shape the codec gives."""
+    pixels, frames = codec.make(exp.codec, nnx.Rngs(0)), exp.cache.block
+    video = jax.ShapeDtypeStruct((batch, frames, *(n * exp.codec.space_factor for n in exp.latent), 3), jnp.float32)
+    shape = jax.eval_shape(lambda video: codec.low_resolution(
+        pixels, video, latents=exp.packed_grid[0], pool=exp.compressor.pool), video).shape  # fmt: skip
+    return normal(seed, blocks, *shape)
+
+
+@functools.partial(jax.jit, static_argnames="exp")
+def _text(model, exp, states):
+    return dit.text_kv(model, states)
+
+
+def words(exp=EXP, batch=BATCH, seed=7):
+    """Cross-attention keys and values of a random prompt, one word shorter than the longest."""
+    return _text(nets(exp).dit, exp, normal(seed, batch, exp.dit.text_len - 1, exp.dit.text_dim))
+
+
+draw = jax.jit(sampler.draw, static_argnames="exp")
+remember = jax.jit(sampler.remember, static_argnames="exp")
+
+
+def noises(exp, block, videos=range(BATCH), seed=11):
+    return sampler.noises(exp, seed, jnp.asarray(videos), jnp.int32(block))
+
+
+def one_block(exp, memory, text, block, low):
+    """A block drawn and remembered: what was drawn, and the memory after it."""
+    noise, renoise = noises(exp, block)
+    drawn = draw(nets(), exp, memory, noise=noise, renoise=renoise, text=text)
+    return drawn, remember(nets(), exp, memory, latent=drawn.latent, low=low, view=drawn.view, text=text)
+
+
+def rollout(exp, blocks, text_of=lambda block: words()):
+    """What was drawn block by block, and the memory at the end."""
+    memory, drawn, low = cache.init(exp, BATCH), [], lows(1, exp)[0]
+    for block in range(blocks):
+        one, memory = one_block(exp, memory, text_of(block), block, low)
+        drawn.append(one)
+    return drawn, memory
+
+
+def reaches(jacobian, blocks):
+    """Whether each output depends on each block: jacobian [output, b, frames, ...], `blocks` the block of each frame."""
+    per_frame = jnp.abs(jacobian).max(axis=(1, *range(3, jacobian.ndim)))
+    return jnp.stack([per_frame[:, blocks == block].max(axis=1) > 0 for block in range(max(blocks) + 1)], axis=1)
