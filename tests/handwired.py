@@ -37,18 +37,18 @@ LEVEL = 8.0  # of the fixed pair of channels, which makes the norms of all token
 HEAD, HEAD_DIM = 1, 2 * sum(FREQUENCIES)
 SLOW = HEAD * HEAD_DIM + np.asarray([6, 7, 8, 9, 10, 11, 14, 15, 16])  # time pairs 3-5, row pairs 1-2
 FAST = (0, 1, 2, 6, 9)  # time pairs 0-2, row pair 0, column pair 0
-THETA = 1e6
+THETA = 5.0**6  # a fifth from one time pair to the next, so that no distance looks like another
 
 
 def experiment(**memory) -> Experiment:
     """Blocks of 3 frames of 2x4 tokens that pack to 2x1x2; sink 6, recent 3, the best 16 of up to 60."""
-    chosen = {"block": 3, "sink": 6, "recent": 3, "top": 16, "capacity": 60, "score_pool": (3, 1, 2), "key_multiple": 16}
+    sizes = {"block": 3, "sink": 6, "recent": 3, "top": 16, "capacity": 60, "score_pool": (3, 1, 2), "key_multiple": 16}
     return Experiment(
         name="handwired",
         dit=DiTConfig(dim=3 * HEAD_DIM, ffn_dim=IDS + 1, heads=3, layers=2, text_dim=IDS + 2, text_len=5, freq_dim=4,
                       in_channels=CHANNELS, out_channels=CHANNELS, patch=(1, 1, CELLS), rope_theta=(THETA,) * 3,
                       rope_pairs=FREQUENCIES),
-        codec=SpaceToDepthConfig(factor=3), latent=(2, 8), cache=CacheConfig(**(chosen | memory)),
+        codec=SpaceToDepthConfig(factor=3), latent=(2, 8), cache=CacheConfig(**(sizes | memory)),
         compressor=CompressorConfig(channels=(2, 3, 5), strides=((2, 1, 1), (1, 2, 2), (1, 1, 2))),
         sample=SampleConfig(steps=(1000, 500), prediction="clean"),
     )  # fmt: skip
@@ -89,8 +89,8 @@ def nets(exp: Experiment, flat: dict[str, np.ndarray]) -> sampler.Nets:
     rng = np.random.default_rng(1)
     high = {name: rng.normal(size=leaf.shape) * (not name.startswith("out/"))
             for name, leaf in trees.flatten(shapes).items()}  # fmt: skip
-    filled = [trees.fill(shape, jax.tree.map(jnp.asarray, values)) for shape, values in ((model(exp), flat), (shapes, high))]
-    return sampler.Nets(dit=filled[0], compressor=filled[1])
+    return sampler.Nets(dit=trees.fill(model(exp), jax.tree.map(jnp.asarray, flat)),
+                        compressor=trees.fill(shapes, jax.tree.map(jnp.asarray, high)))  # fmt: skip
 
 
 def values_to_answer(flat: dict[str, np.ndarray], layer: int) -> None:

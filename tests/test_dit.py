@@ -20,10 +20,12 @@ ENDS = (1, 3, 4, 7)
 OWNER = np.array([0, 1, 1, 2, 3, 3, 3])
 CLIP, CLEAN = tiny.normal(0, 2, 7, 4, 6, 12), tiny.normal(1, 2, 7, 4, 6, 12)
 TIMES = jnp.asarray([[999.0, 500, 500, 0, 12.5, 700, 3], [0, 1000, 900, 800, 437.5, 1, 250]])
-CONTEXT = tiny.normal(2, 2, 5, 10)
+CONTEXT = tiny.normal(2, 2, 15, 10)
 
-parallel = jax.jit(dit.parallel, static_argnames="block_ends")
-bidirectional = jax.jit(dit.bidirectional)
+parallel = tiny.jit(dit.parallel, static_argnames="block_ends")
+bidirectional = tiny.jit(dit.bidirectional)
+embed_latent, embed_time = tiny.jit(dit.embed_latent), tiny.jit(dit.embed_time)
+head = tiny.jit(dit.head, static_argnums=3)
 
 
 def by_block(output):
@@ -40,7 +42,7 @@ def test_block_of_frame_follows_the_ends():
 
 
 def test_a_block_depends_on_itself_and_earlier_blocks_only():
-    jacobian = jax.jit(jax.jacrev(lambda clip: by_block(dit.parallel(MODEL, clip, TIMES, CONTEXT, block_ends=ENDS))))(CLIP)
+    jacobian = tiny.jit(jax.jacrev(lambda clip: by_block(dit.parallel(MODEL, clip, TIMES, CONTEXT, block_ends=ENDS))))(CLIP)
     np.testing.assert_array_equal(tiny.reaches(jacobian, OWNER), np.tri(4, dtype=bool))
 
 
@@ -48,7 +50,7 @@ def test_teacher_forced_blocks_see_earlier_clean_blocks_and_their_own_noisy_one(
     def outputs(noisy, clean):
         return by_block(dit.parallel(MODEL, noisy, TIMES, CONTEXT, block_ends=ENDS, clean=clean))
 
-    noisy, clean = jax.jit(jax.jacrev(outputs, argnums=(0, 1)))(CLIP, CLEAN)
+    noisy, clean = tiny.jit(jax.jacrev(outputs, argnums=(0, 1)))(CLIP, CLEAN)
     np.testing.assert_array_equal(tiny.reaches(noisy, OWNER), np.eye(4, dtype=bool))
     np.testing.assert_array_equal(tiny.reaches(clean, OWNER), np.tri(4, k=-1, dtype=bool))
 
@@ -74,7 +76,7 @@ BLOCKS = 4
 FULL = tiny.with_cache(top=0, capacity=0, recent=9, sink=3)
 
 
-@partial(jax.jit, static_argnames="exp")
+@partial(tiny.jit, static_argnames="exp")
 def behind_memory(exp, memory, noisy, clean, times, text):
     """The output for a noisy block behind the memory, and the memory after its clean twin."""
     seen = cache.plan(exp.cache, memory.num_blocks)
@@ -90,7 +92,7 @@ def test_blocks_behind_a_full_memory_equal_one_teacher_forced_pass(rope_adjustme
     exp = dataclasses.replace(exp, sample=dataclasses.replace(exp.sample, prediction="clean"))  # what the network returns
     noisy, clean = tiny.latents(BLOCKS, seed=8), tiny.latents(BLOCKS, seed=9)
     times = tiny.normal(4, 2, 3 * BLOCKS) ** 2 * 300
-    text = dit.text_kv(MODEL, CONTEXT)
+    text = tiny.text_kv(MODEL, CONTEXT)
     memory, outputs = cache.init(exp, 2), []
     for block in range(BLOCKS):
         output, memory = behind_memory(exp, memory, noisy[block], clean[block], times[:, 3 * block : 3 * block + 3], text)
@@ -116,17 +118,17 @@ def plain():
 
 
 def test_inside_a_patch_the_channel_is_slowest_on_the_way_in(plain):
-    latent = tiny.normal(5, 2, 2, 4, 6, 3)
-    tokens = dit.embed_latent(plain, latent)
+    latent = np.asarray(tiny.normal(5, 2, 2, 4, 6, 3))
+    tokens = np.asarray(embed_latent(plain, latent))
     for t, y, x, c, py, px in np.ndindex(2, 2, 3, 3, 2, 2):
         np.testing.assert_array_equal(tokens[:, (t * 2 + y) * 3 + x, (c * 2 + py) * 2 + px],
                                       latent[:, t, 2 * y + py, 2 * x + px, c])  # fmt: skip
 
 
 def test_inside_a_patch_the_channel_is_fastest_on_the_way_out(plain):
-    tokens = tiny.normal(6, 1, 12, 12)
-    latent = dit.head(plain, tokens, jnp.zeros((1, 2, 12)), (2, 3))
-    exact = np.asarray(tokens - tokens.mean(-1, keepdims=True))
+    tokens = np.asarray(tiny.normal(6, 1, 12, 12))
+    latent = np.asarray(head(plain, tokens, jnp.zeros((1, 2, 12)), (2, 3)))
+    exact = tokens - tokens.mean(-1, keepdims=True)
     normed = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + SMALL.eps)
     for t, y, x, py, px, c in np.ndindex(2, 2, 3, 2, 2, 3):
         np.testing.assert_allclose(latent[:, t, 2 * y + py, 2 * x + px, c],
@@ -134,15 +136,15 @@ def test_inside_a_patch_the_channel_is_fastest_on_the_way_out(plain):
 
 
 def test_moving_the_picture_by_a_patch_moves_the_tokens():
-    tokens = dit.embed_latent(MODEL, CLIP).reshape(2, 7, 2, 3, 36)
+    tokens = embed_latent(MODEL, CLIP).reshape(2, 7, 2, 3, 36)
     for axis, by in ((1, 1), (2, 2), (3, 2)):
-        moved = dit.embed_latent(MODEL, jnp.roll(CLIP, by, axis)).reshape(tokens.shape)
+        moved = embed_latent(MODEL, jnp.roll(CLIP, by, axis)).reshape(tokens.shape)
         np.testing.assert_array_equal(moved, jnp.roll(tokens, 1, axis))
 
 
 def test_the_heads_shift_and_scale_are_those_of_the_frame():
     tokens, e = tiny.normal(7, 1, 3 * 6, 36), tiny.normal(8, 1, 3, 36)
-    plain, moved = (dit.head(MODEL, tokens, each, (2, 3)) for each in (e, e.at[:, 1].add(1.0)))
+    plain, moved = (head(MODEL, tokens, each, (2, 3)) for each in (e, e.at[:, 1].add(1.0)))
     np.testing.assert_array_equal((plain != moved).any(axis=(0, 2, 3, 4)), [False, True, False])
 
 
@@ -159,31 +161,31 @@ def test_a_timestep_is_felt_in_its_own_frame_only():
         text = dit.text_kv(MODEL, CONTEXT)
         return dit.run(MODEL, dit.embed_latent(MODEL, CLIP), dit.embed_time(MODEL, times), text, past=None, mix=alone)[0]
 
-    plain, moved = (jax.jit(tokens)(times).reshape(2, 7, 6, 36) for times in (TIMES, TIMES.at[0, 4].add(50.0)))
+    plain, moved = (tiny.jit(tokens)(times).reshape(2, 7, 6, 36) for times in (TIMES, TIMES.at[0, 4].add(50.0)))
     felt = (plain != moved).any(axis=(2, 3))
     assert felt[0, 4]
     assert felt.sum() == 1
 
 
 def test_time_states_are_one_row_a_frame_and_six_for_the_blocks():
-    states = dit.embed_time(MODEL, TIMES)
+    states = embed_time(MODEL, TIMES)
     assert (states.e.shape, states.rows.shape) == ((2, 7, 36), (2, 7, 6, 36))
-    again = dit.embed_time(MODEL, TIMES[:, 3:5])
+    again = embed_time(MODEL, TIMES[:, 3:5])
     np.testing.assert_allclose(states.rows[:, 3:5], again.rows, atol=1e-6)
     flat = MODEL.time_proj(jax.nn.silu(states.e))
     np.testing.assert_allclose(states.rows[:, :, 4], flat[..., 4 * 36 : 5 * 36], atol=1e-6)
 
 
 def test_short_prompts_are_padded_with_zero_states_that_are_attended_to():
-    short, long = dit.text_kv(MODEL, CONTEXT), dit.text_kv(MODEL, jnp.pad(CONTEXT, ((0, 0), (0, 2), (0, 0))))
+    short, long = tiny.text_kv(MODEL, CONTEXT), tiny.text_kv(MODEL, jnp.pad(CONTEXT, ((0, 0), (0, 2), (0, 0))))
     np.testing.assert_array_equal(short.k, long.k)
-    assert short.k.shape == (2, 2, 7, 3, 12)
-    np.testing.assert_array_equal(short.v[:, :, 5], short.v[:, :, 6])
-    assert (short.v[:, :, 5] != 0).all()
+    assert short.k.shape == (2, 2, 17, 3, 12)
+    np.testing.assert_array_equal(short.v[:, :, 15], short.v[:, :, 16])
+    assert (short.v[:, :, 15] != 0).all()
     whole = bidirectional(MODEL, CLIP, TIMES, CONTEXT)
     np.testing.assert_array_equal(whole, bidirectional(MODEL, CLIP, TIMES, jnp.pad(CONTEXT, ((0, 0), (0, 2), (0, 0)))))
     fewer = jax.tree.map(jnp.asarray, MODEL)
-    fewer.cfg = dataclasses.replace(CFG, text_len=5)
+    fewer.cfg = dataclasses.replace(CFG, text_len=15)
     assert np.abs(bidirectional(fewer, CLIP, TIMES, CONTEXT) - whole).max() > 1e-3
 
 
@@ -197,16 +199,17 @@ def test_each_video_hears_its_own_prompt():
 
 
 def test_the_scan_is_a_loop_over_layers_and_stacks_what_they_keep():
-    x, time, text = tiny.normal(9, 2, 2 * 6, 36), dit.embed_time(MODEL, TIMES[:, :2]), dit.text_kv(MODEL, CONTEXT)
+    x, time, text = tiny.normal(9, 2, 2 * 6, 36), embed_time(MODEL, TIMES[:, :2]), tiny.text_kv(MODEL, CONTEXT)
 
     def mix(q, k, v, past):
         return v * past, (q.sum(), k)
 
+    one_layer = tiny.jit(lambda block, *inputs: block(*inputs, mix))
     gains = jnp.asarray([0.5, 2.0])
-    scanned, (sums, keys) = dit.run(MODEL, x, time, text, past=gains, mix=mix)
+    scanned, (sums, keys) = tiny.jit(lambda: dit.run(MODEL, x, time, text, past=gains, mix=mix))()
     for layer in range(2):
         block = jax.tree.map(lambda leaf: leaf[layer], MODEL.blocks)
-        x, (total, k) = block(x, time.rows, KV(k=text.k[layer], v=text.v[layer]), gains[layer], mix)
+        x, (total, k) = one_layer(block, x, time.rows, KV(k=text.k[layer], v=text.v[layer]), gains[layer])
         np.testing.assert_allclose(sums[layer], total, rtol=1e-4)
         np.testing.assert_allclose(keys[layer], k, atol=1e-5)
     np.testing.assert_allclose(scanned, x, atol=1e-5)

@@ -36,8 +36,10 @@ def exp():
 
 @pytest.fixture(scope="module")
 def model(exp):
-    """An untrained model of the stage."""
+    """An untrained model of the stage, whose frames are too faint to be clipped."""
     built = jax.jit(lambda key: train.new_model(exp, key))(jax.random.key(3))
+    head = built.nets.dit.head
+    head.kernel = nnx.Param(0.15 * head.kernel[...])
     return pipeline.Pipeline(experiment=exp, nets=built.nets, text=built.text, tokenizer=train.stage_tokenizer(),
                              pixels=codec.make(exp.codec, nnx.Rngs(0)))  # fmt: skip
 
@@ -328,16 +330,42 @@ def test_a_run_without_checkpoints_is_refused(tmp_path):
         evaluation.newest(tmp_path)
 
 
-def test_the_program_evaluates_a_run(run, tmp_path, capsys):
-    config_file = tmp_path / "tiny.py"
-    config_file.write_text(TINY)
-    words = ["evaluate", "--run", str(run[0]), "--config", str(config_file), "--mode", "forced", "--gaps", "3",
-             "--videos", "2", "--batch", "2", "--memory", "no-mid", "--json"]  # fmt: skip
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.py"
+    path.write_text(TINY)
+    return str(path)
+
+
+def test_the_program_evaluates_a_run(run, tiny, capsys):
+    words = ["evaluate", "--run", str(run[0]), "--config", tiny, "--blocks", "2", "--videos", "1", "--json"]
     assert main.main(words) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert list(result["sections"]) == ["gap of 3 blocks"]
-    assert list(result["sections"]["gap of 3 blocks"]) == ["mark recalled"]  # nothing packed to look up
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert (result["mode"], result["videos"], result["frames"]) == ("rollout", 1, 8)
     assert result["seed"] == evaluation.HELD_OUT
+    assert "checkpoints/10" in err
+
+
+@pytest.mark.parametrize(("mode", "function", "videos"), [
+    ("teacher", "teacher_forced", {"clips": 48}), ("rollout", "rollout", {"videos": 64, "blocks": 12}),
+    ("forced", "forced_recall", {"videos": 32, "gaps": (4, 9)}),
+])  # fmt: skip
+def test_flags_reach_the_evaluation(run, tiny, capsys, monkeypatch, mode, function, videos):
+    asked = {}
+
+    def stand_in(model, **settings):
+        asked.update(settings, cache=model.experiment.cache)
+        return {"mode": mode, "videos": 0, "sections": {}}
+
+    monkeypatch.setattr(evaluation, function, stand_in)
+    monkeypatch.setattr(evaluation, "table", lambda result: f"table of {result['mode']}")
+    words = ["--run", str(run[0]), "--config", tiny, "--memory", "no-mid", "--set", "cache.sink=4"]
+    assert main.main(["evaluate", *words, "--mode", mode, "--seed", "5", "--blocks", "12", "--gaps", "4,9"]) == 0
+    assert capsys.readouterr().out == f"table of {mode}\n"
+    assert asked.pop("cache") == dataclasses.replace(config.PROFILES["no-mid"], sink=4)
+    assert callable(asked.pop("watch"))
+    assert asked == {"seed": 5, "batch": 16, **videos}
 
 
 @pytest.mark.parametrize(("words", "sentence"), [

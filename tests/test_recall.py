@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from packforcing_jax import cache, dit, sampler
-from packforcing_jax.types import KV
 
 VIDEOS, CALLED, GAP, FIRST = 11, 4, 40, 2  # guests 0..3 appear once in blocks 2..5, before 40 further blocks
 TOP = 16
@@ -170,25 +169,31 @@ def test_a_sum_of_raw_products_misses_what_one_place_asks(story):
 # The place in time: keys without content, and an answer that depends on nothing but a distance.
 
 
+def covered(marks):
+    """Latents [..., 2, 8, c] whose tokens show `marks` [..., 2, 4]."""
+    latents = np.zeros((*marks.shape, 2, handwired.CHANNELS), np.float32)
+    np.put_along_axis(latents, handwired.MARK + marks[..., None, None], 1, axis=-1)
+    return latents.reshape(*marks.shape[:-1], 8, handwired.CHANNELS)
+
+
 @pytest.fixture(scope="module")
 def numbered(fifo):
     """A memory of 22 blocks where marks are random, and those marks [b, t, 2, 4], alike in each half of the columns."""
     rng, blocks = np.random.default_rng(7), 22
     marks = np.repeat(rng.integers(0, handwired.MARKS, (blocks, VIDEOS, 3, 2, 2)), 2, axis=-1)
-    latents = np.zeros((blocks, VIDEOS, 3, 2, 4, 2, handwired.CHANNELS), np.float32)
-    np.put_along_axis(latents, handwired.MARK + marks[..., None, None], 1, axis=-1)
-    latents = latents.reshape(blocks, VIDEOS, 3, 2, 8, handwired.CHANNELS)
+    latents = covered(marks)
     nobody, nets = handwired.prompts(np.full(VIDEOS, -1)), handwired.reading(fifo.player.exp, 1.0)
     memory = fifo.player.history(nets, rng, [(nobody, latent) for latent in latents])[-1]
     return types.SimpleNamespace(player=fifo.player, memory=memory, marks=np.concatenate(list(marks), axis=1))
 
 
-def read(numbered, distance):
-    """The marks [b, 3, 2, 4] that the current block's tokens find `distance` frames back."""
+def read(numbered, distance, own=None):
+    """The marks [b, 3, 2, 4] that the current block's tokens find `distance` frames back; `own` is what they show."""
     nets = handwired.reading(numbered.player.exp, distance)
     nobody = handwired.prompts(np.full(VIDEOS, -1))
     blank = np.zeros((VIDEOS, 3, 2, 8, handwired.CHANNELS), np.float32)
-    _, latent, _ = numbered.player.step(nets, numbered.memory, np.stack([blank, blank]), nobody, blank)
+    noise = np.stack([blank if own is None else own] * 2)
+    _, latent, _ = numbered.player.step(nets, numbered.memory, noise, nobody, blank)
     shown = np.asarray(latent).reshape(VIDEOS, 3, 2, 4, 2, -1)[..., handwired.MARK : handwired.MARK + handwired.MARKS]
     return shown.mean(axis=-2).argmax(axis=-1)
 
@@ -212,8 +217,15 @@ def test_packed_blocks_lie_at_their_places(numbered, age):
         np.testing.assert_array_equal(read(numbered, back - place)[:, 0], shown)
 
 
+def test_a_block_sees_itself_at_its_place(numbered):
+    """One frame back from the first frame lies the newest sharp one, from the others their own neighbours."""
+    own = np.random.default_rng(9).integers(0, handwired.MARKS, (VIDEOS, 3, 2, 4))
+    back = np.concatenate([numbered.marks[:, -1:], own[:, :2]], axis=1)
+    np.testing.assert_array_equal(read(numbered, 1.0, covered(own)), back)
+    np.testing.assert_array_equal(read(numbered, 0.0, covered(own)), own)
+
+
 def test_reading_forgets_nothing_of_the_memory(numbered):
     before = jax.tree.map(np.array, numbered.memory)
     read(numbered, 5.0)
     jax.tree.map(np.testing.assert_array_equal, numbered.memory, before)
-    assert isinstance(numbered.memory.mid, KV)

@@ -9,16 +9,15 @@ import numpy as np
 from flax import nnx
 
 from packforcing_jax import cache, codec, compressor, config, dit, sampler, trees
-from packforcing_jax.stage import captions
 
 EXP = config.Experiment(
     name="tiny",
     dit=config.DiTConfig(
-        dim=36, ffn_dim=20, heads=3, layers=2, text_dim=10, text_len=7, freq_dim=14, in_channels=12, out_channels=12,
+        dim=36, ffn_dim=20, heads=3, layers=2, text_dim=10, text_len=17, freq_dim=14, in_channels=12, out_channels=12,
         rope_theta=(100.0, 20.0, 10.0), rope_pairs=(3, 2, 1),
     ),
     codec=config.SpaceToDepthConfig(factor=2),
-    text=config.TextConfig(vocab=46, dim=10, dim_attn=6, dim_ffn=9, heads=2, layers=1, max_words=5),
+    text=config.TextConfig(vocab=46, dim=10, dim_attn=6, dim_ffn=9, heads=2, layers=1, max_words=16),
     cache=config.CacheConfig(block=3, sink=3, recent=3, top=2, capacity=4, trained=16, score_pool=(2, 2, 1),
                              key_multiple=5),
     compressor=config.CompressorConfig(channels=(5, 7, 6), strides=((2, 1, 1), (1, 2, 2), (1, 2, 1)), pool=(2, 2, 1)),
@@ -28,6 +27,7 @@ EXP = config.Experiment(
     clip=15,
 )  # fmt: skip
 BATCH = 2
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is the cost here
 
 
 def with_cache(exp=EXP, **changes):
@@ -66,7 +66,7 @@ def nets(exp=EXP):
 @functools.cache
 def fresh(exp=EXP):
     """The same transformer with a compressor as training starts it."""
-    return sampler.Nets(dit=nets(exp).dit, compressor=compressor.Compressor(exp, nnx.Rngs(0)))
+    return sampler.Nets(dit=nets(exp).dit, compressor=jit(lambda: compressor.Compressor(exp, nnx.Rngs(0)))())
 
 
 def latents(blocks, exp=EXP, batch=BATCH, seed=5):
@@ -83,22 +83,19 @@ def lows(blocks, exp=EXP, batch=BATCH, seed=6):
     return normal(seed, blocks, *shape)
 
 
-@functools.partial(jax.jit, static_argnames="exp")
-def _text(model, exp, states):
-    return dit.text_kv(model, states)
+text_kv = jit(dit.text_kv)
+draw = jit(sampler.draw, static_argnames="exp")
+remember = jit(sampler.remember, static_argnames="exp")
+_noises = jit(sampler.noises, static_argnames="exp")
 
 
 def words(exp=EXP, batch=BATCH, seed=7):
     """Cross-attention keys and values of a random prompt, one word shorter than the longest."""
-    return _text(nets(exp).dit, exp, normal(seed, batch, exp.dit.text_len - 1, exp.dit.text_dim))
-
-
-draw = jax.jit(sampler.draw, static_argnames="exp")
-remember = jax.jit(sampler.remember, static_argnames="exp")
+    return text_kv(nets(exp).dit, normal(seed, batch, exp.dit.text_len - 1, exp.dit.text_dim))
 
 
 def noises(exp, block, videos=range(BATCH), seed=11):
-    return sampler.noises(exp, seed, jnp.asarray(videos), jnp.int32(block))
+    return _noises(exp, seed, jnp.asarray(videos), jnp.int32(block))
 
 
 def one_block(exp, memory, text, block, low):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TextIO, TypeVar
 
 from packforcing_jax import options
-from packforcing_jax.config import Experiment, require
+from packforcing_jax.config import Experiment
 
 Item = TypeVar("Item")
 load_experiment = options.load_experiment  # (config: path or name, sets) -> Experiment
@@ -22,33 +22,6 @@ def add_experiment_arguments(parser: argparse.ArgumentParser, default: str | Non
                         help=f"experiment: a Python file or a name in configs/{shown}")  # fmt: skip
     parser.add_argument("--set", metavar="A.B=VALUE", action="append", default=[], dest="sets",
                         help="change one setting, such as cache.top=8; may be repeated")  # fmt: skip
-
-
-def add_process_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that start one run on several processes, which `join_processes` reads back."""
-    parser.add_argument("--coordinator", metavar="HOST:PORT",
-                        help="address of process 0, the same for all; `auto` under SLURM or on a TPU pod")  # fmt: skip
-    parser.add_argument("--processes", type=int, metavar="N", help="how many processes run together")
-    parser.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
-
-
-def join_processes(args: argparse.Namespace) -> None:
-    """Joins the other processes of this run, if flags name any; comes before anything else that uses jax."""
-    given = {"--processes": args.processes, "--process": args.process}
-    if args.coordinator is None:
-        extra = [flag for flag, value in given.items() if value is not None]
-        require(not extra, f"{' and '.join(extra)} given without --coordinator; add --coordinator HOST:PORT.")
-        return
-    import jax
-
-    if args.coordinator == "auto":
-        jax.distributed.initialize()
-        return
-    missing = [flag for flag, value in given.items() if value is None]
-    require(not missing, f"--coordinator {args.coordinator} needs {' and '.join(missing)} as well.")
-    require(0 <= args.process < args.processes,
-            f"--process {args.process} is not one of the {args.processes} processes; count from 0.")  # fmt: skip
-    jax.distributed.initialize(args.coordinator, args.processes, args.process)
 
 
 def device_line() -> str:

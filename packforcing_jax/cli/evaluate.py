@@ -50,11 +50,11 @@ def run(args: argparse.Namespace) -> int:
     require(args.memory in (None, *PROFILES),
             f"--memory {args.memory} is unknown; choose one of {', '.join(PROFILES)}.")  # fmt: skip
     require(args.seed is None or 0 <= args.seed < 2**31, f"--seed {args.seed} is out of range; give 0 to {2**31 - 1}.")
-    from packforcing_jax import evaluation
+    from packforcing_jax import attention, evaluation
 
     model = _model(args)
-    exp = model.experiment
-    common.start_line("evaluate", experiment=exp, dtype="float32", attention=exp.attention, why="as the config says")
+    backend, why = attention.chosen(model.experiment.attention)
+    common.start_line("evaluate", experiment=model.experiment, dtype="float32", attention=backend, why=why)
     count = VIDEOS[args.mode] if args.videos is None else args.videos
     seed = evaluation.HELD_OUT if args.seed is None else args.seed
     shared: dict[str, Any] = {"seed": seed, "batch": args.batch,

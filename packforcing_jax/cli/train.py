@@ -10,7 +10,6 @@ from packforcing_jax.cli import common
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `train`."""
     common.add_experiment_arguments(parser, default="stage")
-    common.add_process_arguments(parser)
     parser.add_argument("--out", metavar="DIR", default="runs/stage", help="run folder; continued if it holds a run")
     parser.add_argument("--steps", type=int, metavar="N", help="train for N steps instead of the config's")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and noise (default: 0)")
@@ -18,7 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, or continues a run, and exports the averaged weights to DIR/model."""
-    common.join_processes(args)
     from packforcing_jax import attention, train
 
     sets = args.sets + ([f"train.steps={args.steps}"] if args.steps is not None else [])
