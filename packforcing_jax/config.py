@@ -168,7 +168,7 @@ class CacheConfig:
     @property
     def attended(self) -> int:
         """Packed blocks a block step attends to at most."""
-        return self.capacity if self.selection == "all" else self.top
+        return self.capacity if self.top and self.selection == "all" else self.top
 
     @property
     def slots(self) -> int:
@@ -277,6 +277,9 @@ class Experiment:
         for axis, size in zip((1, 2), self.latent):
             require(size % self.dit.patch[axis] == 0,
                     f"latent={self.latent} is not a multiple of dit.patch={self.dit.patch}; change one.")  # fmt: skip
+        pool, frame = self.cache.score_pool, (self.cache.block, *self.grid)
+        require(self.cache.top == 0 or all(0 < window <= size for window, size in zip(pool, frame)),
+                f"cache.score_pool={pool} does not fit into a block of {frame} tokens; make it smaller.")  # fmt: skip
         require(self.codec.z_dim == self.dit.in_channels,
                 f"codec.z_dim={self.codec.z_dim} differs from dit.in_channels={self.dit.in_channels}; change one.")
 

@@ -103,7 +103,7 @@ def train_step(state: TrainState, clips: objectives.Clips, key: Array, exp: Expe
     params: Any = optax.apply_updates(state.params, updates)
     keep = jnp.minimum(exp.train.ema, (state.step + 1) / (state.step + 10))  # short memory while all is new
     ema = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, state.ema, params)
-    metrics = {"loss": value, "gradient": optax.global_norm(grads),
+    metrics = {"loss": value, "gradient": optax.tree.norm(grads),
                "loss_by_block": by_block}  # fmt: skip
     return TrainState(params=params, ema=ema, opt=opt, step=state.step + 1), metrics
 

@@ -13,7 +13,7 @@ errors types config trees versions options
 rope schedules unipc attention layers selection cache dit vae_layers vae codec text tokenizer compressor sampler
 checkpoints video
 stage.world stage.captions stage.oracle stage.metrics stage.data stage.stories
-pipeline objectives train evaluation verify_parts verify_dit verify
+pipeline timelines objectives train evaluation verify_parts verify_dit verify
 cli.common cli.doctor cli.sample cli.verify cli.train cli.evaluate cli.main __main__
 """.split()  # noqa: SIM905
 CONVERT_STANDS_ABOVE = "pipeline"  # conversion knows the networks and checkpoints, nothing that runs them

@@ -123,7 +123,9 @@ def test_the_answer_is_the_mark_that_was_shown(story):
 
 
 def test_first_in_first_out_forgets_what_left_the_newest(fifo):
-    ask = lambda memory: fifo.player.ask(fifo.nets, np.random.default_rng(4), memory, fifo.guests[FIRST])  # noqa: E731
+    def ask(memory):
+        return fifo.player.ask(fifo.nets, np.random.default_rng(4), memory, fifo.guests[FIRST])
+
     last = FIRST + 1 + TOP  # blocks when the first guest's block is the oldest of the newest 16 packed ones
     answer, chosen = ask(fifo.memories[last])
     np.testing.assert_array_equal(answer, fifo.marks[FIRST])

@@ -8,14 +8,17 @@ from packforcing_jax.stage import captions, world
 
 GAPS = (100, 64, 32, 16, 8, 4, 2)  # blocks between two visits of a guest; each leads the visits of one guest
 OPENING = 2  # blocks before the first guest, so that a memory's first frames show none
+CHAPTER = 120  # blocks planned together, so that what follows never changes what was
 SCENE_BLOCKS = (6, 13)  # a scene lasts from 6 to 12 blocks
 
 
 def default_timeline(seed: int, blocks: int) -> list[str]:
-    """One caption per block, a function of (seed, blocks): about 40 % of many blocks have a guest, each comes back."""
+    """One caption per block: a longer story begins with the shorter one; about 40 % of blocks have a guest."""
     require(blocks > 0, f"blocks={blocks} is not a length; give 1 or more.")
-    rng = np.random.default_rng(seed)
-    story = world.draw_story(rng, blocks, guests=guests(rng, blocks), scenes=scenes(rng, blocks))
+    chapters = [np.random.default_rng((seed, chapter)) for chapter in range(-(-blocks // CHAPTER))]
+    cast = {"guests": np.concatenate([guests(rng, CHAPTER) for rng in chapters])[:blocks],
+            "scenes": np.concatenate([scenes(rng, CHAPTER) for rng in chapters])[:blocks]}  # fmt: skip
+    story = world.draw_story(np.random.default_rng(seed), blocks, **cast)
     return [captions.caption(story, block) for block in range(blocks)]
 
 
