@@ -68,5 +68,5 @@ def working_backends() -> dict[str, str]:
             jax.block_until_ready(attend(q, q, q, jnp.int32(100)))
             found[name] = "ok"
         except Exception as error:  # noqa: BLE001  a backend may refuse in many ways; each is the answer
-            found[name] = str(error).splitlines()[0][:120]
+            found[name] = (str(error).splitlines() or [type(error).__name__])[0][:120]
     return found

@@ -126,14 +126,12 @@ def recall(exp: Experiment, seen: Plan, past: tuple[KV, KV, KV], q: Heads) -> tu
     `past` is that layer's (sink, mid, recent); `q` its un-rotated queries. Parts are laid down at the running
     length, so that each covers the empty tail of the one before and the order needs no mask.
     """
-    cfg = exp.cache
-    sink, mid, recent = past
-    recent = KV(*(_newest(x, cfg, seen) for x in (recent.k, recent.v)))
-    sink = _placed(sink, jnp.arange(cfg.sink, dtype=jnp.float32), exp)
-    recent = _placed(recent, seen.recent_at + jnp.arange(cfg.recent), exp)
+    cfg, mid = exp.cache, past[1]
+    sink, recent = sharp(exp, seen, past)
     parts, ids = [(sink, seen.sink * exp.tokens_per_frame)], jnp.zeros((q.shape[0], 0), jnp.int32)
     if cfg.attended:
-        slots, ids = _select(exp, seen, q, mid.k, (sink, recent))
+        scores = selection.POLICIES[cfg.selection](ask(exp, seen, past, q))
+        slots, ids = selection.choose(scores, seen.ids, cfg.attended)
         parts.append((_packed(exp, seen, mid, slots, ids), seen.chosen * exp.tokens_per_packed_block))
     parts.append((recent, seen.recent * exp.tokens_per_frame))
     shape = (q.shape[0], room(exp), *q.shape[2:])
@@ -164,27 +162,42 @@ def _placed(store: KV, frames: Float[Array, " frame"], exp: Experiment) -> KV:
     return KV(k=rope.rotate(k, rope.time_angles(jnp.repeat(frames, s), exp.dit)), v=v)
 
 
-def _select(exp: Experiment, seen: Plan, q: Heads, packed: Array, sharp: tuple[KV, KV]) -> tuple[Array, Array]:
-    """Slots and ids of the packed blocks to attend, scored with the archive at one common distance (selector.md 5)."""
-    cfg, (b, slots, p, n, h) = exp.cache, packed.shape
+def sharp(exp: Experiment, seen: Plan, past: tuple[KV, KV, KV]) -> tuple[KV, KV]:
+    """One layer's sink and visible recent tokens [b, k, n, h], each with its valid ones first, keys in their places."""
+    cfg, (sink, _, recent) = exp.cache, past
+    newest = KV(*(_newest(x, cfg, seen) for x in (recent.k, recent.v)))
+    return (_placed(sink, jnp.arange(cfg.sink, dtype=jnp.float32), exp),
+            _placed(newest, seen.recent_at + jnp.arange(cfg.recent), exp))  # fmt: skip
+
+
+def ask(exp: Experiment, seen: Plan, past: tuple[KV, KV, KV], q: Heads) -> selection.Question:
+    """What one layer's packed blocks are scored by: its queries `q` pooled, the archive at one common distance.
+
+    One distance for all, so that age does not decide (selector.md 5).
+    """
+    cfg, packed = exp.cache, past[1].k
+    b, slots, p, n, h = packed.shape
     times, _ = packed_places(exp)
     common = seen.sink + (seen.chosen * seen.step) / 2 + jnp.asarray(times) * seen.step / cfg.block
     archive = rope.rotate(packed.reshape(b, slots * p, n, h), jnp.tile(rope.time_angles(common, exp.dit), (slots, 1)))
-    pt, py, px = cfg.score_pool
-    centres = [np.arange(size // step) * step + (step - 1) / 2
-               for size, step in ((cfg.block, pt), (exp.grid[0], py), (exp.grid[1], px))]  # fmt: skip
-    frames = np.repeat(centres[0], len(centres[1]) * len(centres[2])).astype(np.float32)
-    places = rope.grid(centres[1], centres[2], len(centres[0]))
-    angles = rope.time_angles(seen.current_at + jnp.asarray(frames), exp.dit) \
-        + rope.space_angles(jnp.asarray(places), exp.dit)  # fmt: skip
     sizes = [(cfg.sink, seen.sink), (cfg.recent, seen.recent)]
-    asked = selection.Question(
-        q=rope.rotate(selection.pool(q, exp.grid, cfg.score_pool), angles),
+    return selection.Question(
+        q=rope.rotate(selection.pool(q, exp.grid, cfg.score_pool), _pool_angles(exp, seen)),
         archive=archive.reshape(packed.shape), ids=seen.ids,
-        sharp=jnp.concatenate([part.k for part in sharp], axis=1),
+        sharp=jnp.concatenate([part.k for part in sharp(exp, seen, past)], axis=1),
         sharp_valid=jnp.concatenate([jnp.arange(size * exp.tokens_per_frame) < count * exp.tokens_per_frame
                                      for size, count in sizes]))  # fmt: skip
-    return selection.choose(selection.POLICIES[cfg.selection](asked), seen.ids, cfg.attended)
+
+
+def _pool_angles(exp: Experiment, seen: Plan) -> Array:
+    """Rotary angles at the centres of the windows that queries are pooled over."""
+    frames, rows, columns = (
+        np.arange(size // step) * step + (step - 1) / 2
+        for size, step in zip((exp.cache.block, *exp.grid), exp.cache.score_pool, strict=True))  # fmt: skip
+    times = np.repeat(frames, len(rows) * len(columns)).astype(np.float32)
+    places = rope.grid(rows, columns, len(frames))
+    return rope.time_angles(seen.current_at + jnp.asarray(times), exp.dit) \
+        + rope.space_angles(jnp.asarray(places), exp.dit)  # fmt: skip
 
 
 def _packed(exp: Experiment, seen: Plan, mid: KV, slots: Int[Array, "b chosen"], ids: Int[Array, "b chosen"]) -> KV:

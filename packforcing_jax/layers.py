@@ -64,12 +64,13 @@ def sinusoid(timestep: Float[Array, "b t"], dim: int) -> Float[Array, "b t dim"]
     """[cos, sin] of timestep * 10000^(-i/(dim/2)), exact to float32 for timesteps in 0..1000 (backbone.md 1.3).
 
     The original works in float64. Here the whole part of the timestep turns a fixed-point angle, whose overflow is
-    the reduction to one turn, and only the fraction is multiplied in float32.
+    the reduction to one turn; the fraction and what the fixed point rounded off are multiplied in float32.
     """
     turns = 10000.0 ** (-np.arange(dim // 2) / (dim // 2)) / (2 * np.pi)
-    fixed = jnp.asarray(np.round(turns * 2.0**32).astype(np.uint32)).reshape(1, 1, -1)
+    fixed = np.round(turns * 2.0**32)
+    units, rounded, exact = (jnp.asarray(x).reshape(1, 1, -1) for x in (
+        fixed.astype(np.uint32), (turns - fixed / 2.0**32).astype(np.float32), turns.astype(np.float32)))  # fmt: skip
     whole = jnp.floor(timestep)[..., None]
-    wrapped = (whole.astype(jnp.uint32) * fixed).astype(jnp.int32).astype(jnp.float32) * 2.0**-32
-    rest = (timestep[..., None] - whole) * jnp.asarray(turns, jnp.float32).reshape(1, 1, -1)
-    angle = 2 * np.pi * (wrapped + rest)
+    wrapped = (whole.astype(jnp.uint32) * units).astype(jnp.int32).astype(jnp.float32) * 2.0**-32
+    angle = 2 * np.pi * (wrapped + (timestep[..., None] - whole) * exact + whole * rounded)
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from packforcing_jax import cache, dit, sampler, schedules, text
 from packforcing_jax.config import Experiment
@@ -31,6 +31,7 @@ class Clips:
     ids: Array  # [block, b, words]
     mask: Array  # [block, b, words]
     weight: Array  # [block, b, t, y, x, 1]
+    called: Array  # [block, b, kind, block]  earlier blocks that show what this one calls back, by kind
 
 
 def for_training(exp: Experiment, blocks: int, sink: int) -> Experiment:
@@ -55,8 +56,8 @@ def noise_levels(key: Array, shape: tuple[int, ...], shift: float) -> Float[Arra
     return shift * u / (1 + (shift - 1) * u)
 
 
-def teacher_forcing(model: Model, clips: Clips, key: Array, exp: Experiment) -> tuple[Array, Array]:
-    """(loss, loss of each block): every block is guessed from noise behind the true blocks before it.
+def teacher_forcing(model: Model, clips: Clips, key: Array, exp: Experiment) -> tuple[Array, tuple[Array, Array]]:
+    """(loss, (denoising, matching) loss of each block): blocks are guessed from noise behind the true ones before.
 
     The memory is filled as sampling fills it: a clean pass and a packing pass per block, then `commit`. Gradients
     flow through what is stored, so the compressor learns from the blocks that come later.
@@ -68,18 +69,33 @@ def teacher_forcing(model: Model, clips: Clips, key: Array, exp: Experiment) -> 
     gap = jnp.where(jax.random.uniform(keys[3]) < exp.train.gap_share, jitter, 0.0)
     nets = model.nets
 
-    def one_block(memory: cache.Memory, inputs) -> tuple[cache.Memory, Array]:
-        latent, low, weight, fresh, sigma, words = inputs
+    def one_block(memory: cache.Memory, inputs) -> tuple[cache.Memory, tuple[Array, Array]]:
+        latent, low, weight, called, fresh, sigma, words = inputs
         seen = cache.plan(exp.cache, memory.num_blocks, gap)
         noisy = schedules.add_noise(latent, fresh, sigma)
         past = (memory.sink, memory.mid, memory.recent)
-        clean, (view, _) = sampler.guess(nets, exp, seen, noisy, 1000 * sigma, sigma, words, past,
-                                         look=sampler.first_look)  # fmt: skip
+        clean, (view, _, scores) = sampler.guess(nets, exp, seen, noisy, 1000 * sigma, sigma, words, past,
+                                                 look=sampler.watching_look)  # fmt: skip
         loss = jnp.mean(weight * (clean - latent) ** 2)
         full, whole = sampler.read_clean(nets, exp, seen, latent, words, view)
         packed = sampler.read_packed(nets, exp, seen, latent, low, words, whole)
-        return cache.commit(exp, memory, full, packed), loss
+        return cache.commit(exp, memory, full, packed), (loss, matching(scores[-1], seen.ids, called))
 
-    xs = (clips.latent, clips.low, clips.weight, noise, levels, text_states(model, clips))
-    _, losses = jax.lax.scan(one_block, cache.init(exp, clips.latent.shape[1]), xs)
-    return losses.mean(), losses
+    xs = (clips.latent, clips.low, clips.weight, clips.called, noise, levels, text_states(model, clips))
+    _, (losses, missed) = jax.lax.scan(one_block, cache.init(exp, clips.latent.shape[1]), xs)
+    return losses.mean() + exp.train.matching * missed.mean(), (losses, missed)
+
+
+def matching(scores: Float[Array, "b slot"], ids: Int[Array, " slot"],
+             called: Bool[Array, "b kind block"]) -> Array:  # fmt: skip
+    """-log(share of the affinity that the called-back blocks get), 0 where none is packed: mean over videos and kinds.
+
+    Hard selection gives a score no gradient; this does (selector.md 6). `ids` says which block is in which slot.
+    """
+    there = ids >= 0
+    right = called[:, :, jnp.maximum(ids, 0)] & there[None, None]
+    share = jnp.where(there[None], scores, 0.0) + 1e-12
+    found = jnp.where(right, share[:, None], 0.0).sum(-1)
+    asked = right.any(-1)
+    surprise = -jnp.log(jnp.where(asked, found, 1.0) / jnp.where(asked, share.sum(-1)[:, None], 1.0))
+    return surprise.mean()

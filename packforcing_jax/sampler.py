@@ -12,7 +12,7 @@ from flax import struct
 from jax import Array
 from jaxtyping import Float
 
-from packforcing_jax import attention, cache, compressor, dit, rope, schedules
+from packforcing_jax import attention, cache, compressor, dit, rope, schedules, selection
 from packforcing_jax.config import Experiment, SampleConfig
 from packforcing_jax.types import KV, Heads, Latent
 
@@ -112,6 +112,16 @@ def first_look(exp: Experiment, seen: cache.Plan, mix: dit.Mix) -> dit.Mix:
     def look(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, Any]:
         view, ids = cache.recall(exp, seen, past, q)
         return mix(q, k, v, view)[0], (view, ids)
+
+    return look
+
+
+def watching_look(exp: Experiment, seen: cache.Plan, mix: dit.Mix) -> dit.Mix:
+    """`first_look` that also keeps the affinity [b, slot] of every packed block, whatever the policy: for training."""
+
+    def look(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, Any]:
+        mixed, (view, ids) = first_look(exp, seen, mix)(q, k, v, past)
+        return mixed, (view, ids, selection.affinity(cache.ask(exp, seen, past, q)))
 
     return look
 

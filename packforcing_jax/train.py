@@ -95,17 +95,27 @@ def as_model(exp: Experiment, params: Flat) -> objectives.Model:
 def train_step(state: TrainState, clips: objectives.Clips, key: Array, exp: Experiment) -> tuple[TrainState, dict]:
     """One update of parameters, their average and the optimiser."""
 
-    def loss(params: Flat) -> tuple[Array, Array]:
+    def loss(params: Flat) -> tuple[Array, tuple[Array, Array]]:
         return objectives.teacher_forcing(as_model(exp, params), clips, key, exp)
 
-    (value, by_block), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    (value, (by_block, missed)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     updates, opt = optimiser(exp.train).update(grads, state.opt, state.params)
-    params: Any = optax.apply_updates(state.params, updates)
+    params: Any = optax.apply_updates(state.params, tied(updates, state.step < exp.train.tied))
     keep = jnp.minimum(exp.train.ema, (state.step + 1) / (state.step + 10))  # short memory while all is new
     ema = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, state.ema, params)
     metrics = {"loss": value, "gradient": optax.tree.norm(grads),
-               "loss_by_block": by_block}  # fmt: skip
+               "loss_by_block": by_block, "matching": missed.mean()}  # fmt: skip
     return TrainState(params=params, ema=ema, opt=opt, step=state.step + 1), metrics
+
+
+def tied(updates: Flat, together: Array) -> Flat:
+    """`updates` with one common update for queries and keys of self-attention while `together`.
+
+    They start equal, so that blocks match by content; kept together until the content is there to be matched.
+    """
+    q, k = (f"nets/dit/blocks/attn/{name}/kernel" for name in "qk")
+    mean = (updates[q] + updates[k]) / 2
+    return updates | {name: jnp.where(together, mean, updates[name]) for name in (q, k)}
 
 
 def stage_tokenizer() -> tokenizer.Tokenizer:
@@ -125,7 +135,7 @@ def as_clips(exp: Experiment, pixels: codec.Codec, batch: dict[str, np.ndarray])
     return objectives.Clips(
         latent=einops.rearrange(latent, "b (block t) y x c -> block b t y x c", t=exp.cache.block),
         low=einops.rearrange(low, "(block b) t y x c -> block b t y x c", b=video.shape[0]),
-        ids=ids, mask=mask, weight=weight)  # fmt: skip
+        ids=ids, mask=mask, weight=weight, called=jnp.moveaxis(jnp.asarray(batch["called"]), 1, 0))  # fmt: skip
 
 
 @dataclass
@@ -176,7 +186,7 @@ def steps(run: Run) -> Iterator[dict[str, Any]]:
             key = jax.random.fold_in(jax.random.key(run.seed), run.step)
             sink = cfg.sinks[int(jax.random.randint(jax.random.fold_in(key, 1), (), 0, len(cfg.sinks)))]
             batch = next(run.batches)
-            clips = encode({name: batch[name] for name in ("video", "ids", "mask", "weight")})
+            clips = encode({name: batch[name] for name in ("video", "ids", "mask", "weight", "called")})
             run.state, metrics = step(run.state, clips, key, by_sink[sink])
             yield {"step": run.step, "seconds": time.monotonic() - run.started, "sink": sink,
                    **{name: np.asarray(value).round(5).tolist() for name, value in metrics.items()}}  # fmt: skip

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from packforcing_jax import attention
 from packforcing_jax.errors import InputError
@@ -30,24 +31,29 @@ def exact(q, k, v, visible):
 
 
 @functools.cache
-def states():
-    return attention.working_backends()
+def attend_with(name):
+    return tiny.jit(attention.backend(name))
 
 
-@pytest.fixture(params=list(attention.BACKENDS))
+def close(mixed, expected, name):
+    np.testing.assert_allclose(np.asarray(mixed, np.float32), expected, atol=2e-2 if name in HALF else 1e-6)
+
+
+STATES = attention.working_backends()
+
+
+@pytest.fixture(params=[name for name, said in STATES.items() if said == "ok"])
 def name(request):
-    if states()[request.param] != "ok":
-        pytest.skip(f"{request.param} cannot run here: {states()[request.param]}")
     return request.param
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_backend_attends_to_the_first_keys_only(name, length):
     q, k, v = inputs(name)
-    mixed = attention.backend(name)(q, k, v, jnp.int32(length))
+    mixed = attend_with(name)(q, k, v, jnp.int32(length))
     visible = np.tile(np.arange(13) < length, (6, 1))
     assert mixed.dtype == q.dtype
-    np.testing.assert_allclose(np.asarray(mixed, np.float32), exact(q, k, v, visible), atol=2e-2 if name in HALF else 1e-6)
+    close(mixed, exact(q, k, v, visible), name)
 
 
 @pytest.mark.parametrize("length", LENGTHS[:-1])
@@ -55,20 +61,20 @@ def test_what_lies_behind_the_valid_keys_changes_no_bit(name, length):
     q, k, v = inputs(name)
     noise = [jnp.where(jnp.arange(13)[None, :, None, None] < length, x, 1e4 * y)
              for x, y in zip((k, v), inputs(name, seed=1)[1:])]  # fmt: skip
-    attend = attention.backend(name)
+    attend = attend_with(name)
     np.testing.assert_array_equal(attend(q, *noise, jnp.int32(length)), attend(q, k, v, jnp.int32(length)))
 
 
 def test_without_a_length_all_keys_are_valid(name):
     q, k, v = inputs(name)
-    attend = attention.backend(name)
+    attend = attend_with(name)
     np.testing.assert_allclose(np.asarray(attend(q, k, v), np.float32),
                                np.asarray(attend(q, k, v, jnp.int32(13)), np.float32), atol=1e-6)  # fmt: skip
 
 
 def test_the_length_may_be_known_only_at_run_time(name):
     q, k, v = inputs(name)
-    attend = jax.jit(attention.backend(name))
+    attend = tiny.jit(lambda *inputs: attention.backend(name)(*inputs))
     outputs = [np.asarray(attend(q, k, v, jnp.int32(length)), np.float32) for length in LENGTHS]
     assert attend._cache_size() == 1
     assert np.abs(outputs[0] - outputs[1]).max() > 0.1
@@ -79,7 +85,7 @@ def test_a_dense_mask_says_who_sees_whom(name):
     visible = np.random.default_rng(2).random((6, 13)) < 0.5
     visible[:, 4] = True  # nobody sees nothing
     mixed = attention.backend(name)(q, k, v, mask=jnp.asarray(visible))
-    np.testing.assert_allclose(np.asarray(mixed, np.float32), exact(q, k, v, visible), atol=2e-2 if name in HALF else 1e-6)
+    close(mixed, exact(q, k, v, visible), name)
 
 
 def test_a_single_visible_key_is_copied():
@@ -100,13 +106,20 @@ def test_half_precision_keeps_a_float32_softmax():
     ones = attention.reference(q, k, jnp.ones_like(v))
     assert ones.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(ones, np.float32), 1, atol=1e-2)
-    close = attention.reference(q, k, v)
-    np.testing.assert_allclose(np.asarray(close, np.float32), exact(q, k, v, np.ones((6, 300), bool)), atol=5e-3)
+    mixed = attention.reference(q, k, v)
+    np.testing.assert_allclose(np.asarray(mixed, np.float32), exact(q, k, v, np.ones((6, 300), bool)), atol=5e-3)
 
 
 def test_an_unknown_backend_is_refused_by_name():
-    with pytest.raises(InputError, match=r"'flash' is unknown; choose one of reference, xla, cudnn"):
+    with pytest.raises(InputError, match=r"'flash' is unknown; choose one of auto, reference, xla, cudnn"):
         attention.backend("flash")
+
+
+def test_auto_is_the_default_of_this_machine():
+    for dtype in (jnp.float32, jnp.bfloat16):
+        assert attention.chosen("auto", dtype) == attention.default_backend(dtype)
+        assert attention.backend("auto", dtype) is attention.BACKENDS[attention.default_backend(dtype)[0]]
+    assert attention.chosen("xla")[0] == "xla"
 
 
 def test_the_table_is_what_backend_answers_from():
@@ -115,17 +128,17 @@ def test_the_table_is_what_backend_answers_from():
 
 
 def test_every_backend_is_reported_and_a_refusal_is_no_failure():
-    assert set(states()) == set(attention.BACKENDS)
-    assert states()["reference"] == states()["xla"] == "ok"
+    assert set(STATES) == set(attention.BACKENDS)
+    assert STATES["reference"] == STATES["xla"] == "ok"
     if jax.default_backend() == "cpu":
-        assert states()["cudnn"] != "ok"
-        assert 0 < len(states()["cudnn"]) <= 120
-        assert "\n" not in states()["cudnn"]
+        assert STATES["cudnn"] != "ok"
+        assert 0 < len(STATES["cudnn"]) <= 120
+        assert "\n" not in STATES["cudnn"]
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what a CPU does")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_cpu_uses_the_reference_and_says_why(dtype):
+def test_a_cpu_uses_the_reference_and_says_why(dtype, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     name, why = attention.default_backend(dtype)
     assert name == "reference"
     assert "cpu" in why

@@ -1,4 +1,4 @@
-"""Packing starts as the low-resolution branch alone and learns from there; the tokens are as many as the config says."""
+"""Packing starts as the low-resolution branch alone and learns from there; the config says how many tokens it gives."""
 
 import dataclasses
 
@@ -90,8 +90,9 @@ def test_tokens_lie_in_the_order_time_row_column():
             one[tuple(min(1, size - 1) for size in shape[:-2])] = 1 / shape[-2]
         return one
 
-    flat = trees.flatten(tiny.nets().compressor)
-    picking = tiny.jit(trees.fill(tiny.nets().compressor, {name: pick(name, leaf.shape) for name, leaf in flat.items()}))
+    module = tiny.nets().compressor
+    picks = {name: pick(name, leaf.shape) for name, leaf in trees.flatten(module).items()}
+    picking = tiny.jit(trees.fill(module, picks))
     latent = jnp.ones((1, 4, 8, 4, 12))
     for token, (slot, row, column) in enumerate(np.ndindex(tiny.EXP.packed_grid)):
         bumped = picking(latent.at[:, 2 * slot, 4 * row, 2 * column].add(5.0))

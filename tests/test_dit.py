@@ -42,7 +42,10 @@ def test_block_of_frame_follows_the_ends():
 
 
 def test_a_block_depends_on_itself_and_earlier_blocks_only():
-    jacobian = tiny.jit(jax.jacrev(lambda clip: by_block(dit.parallel(MODEL, clip, TIMES, CONTEXT, block_ends=ENDS))))(CLIP)
+    def outputs(clip):
+        return by_block(dit.parallel(MODEL, clip, TIMES, CONTEXT, block_ends=ENDS))
+
+    jacobian = tiny.jit(jax.jacrev(outputs))(CLIP)
     np.testing.assert_array_equal(tiny.reaches(jacobian, OWNER), np.tri(4, dtype=bool))
 
 
@@ -81,7 +84,8 @@ def behind_memory(exp, memory, noisy, clean, times, text):
     """The output for a noisy block behind the memory, and the memory after its clean twin."""
     seen = cache.plan(exp.cache, memory.num_blocks)
     past = (memory.sink, memory.mid, memory.recent)
-    output, (view, _) = sampler.guess(tiny.nets(), exp, seen, noisy, times, times / 1000, text, past, look=sampler.first_look)
+    output, (view, _) = sampler.guess(tiny.nets(), exp, seen, noisy, times, times / 1000, text, past,
+                                      look=sampler.first_look)  # fmt: skip
     full, _ = sampler.read_clean(tiny.nets(), exp, seen, clean, text, view)
     return output, cache.commit(exp, memory, full, None)
 
@@ -89,13 +93,15 @@ def behind_memory(exp, memory, noisy, clean, times, text):
 @pytest.mark.parametrize(("rope_adjustment", "sink"), [("none", 3), ("sink", 3), ("sink", 1)])
 def test_blocks_behind_a_full_memory_equal_one_teacher_forced_pass(rope_adjustment, sink):
     exp = tiny.with_cache(FULL, rope_adjustment=rope_adjustment, sink=sink, recent=12 - sink)
-    exp = dataclasses.replace(exp, sample=dataclasses.replace(exp.sample, prediction="clean"))  # what the network returns
+    as_is = dataclasses.replace(exp.sample, prediction="clean")  # what the network returns
+    exp = dataclasses.replace(exp, sample=as_is)
     noisy, clean = tiny.latents(BLOCKS, seed=8), tiny.latents(BLOCKS, seed=9)
     times = tiny.normal(4, 2, 3 * BLOCKS) ** 2 * 300
     text = tiny.text_kv(MODEL, CONTEXT)
     memory, outputs = cache.init(exp, 2), []
     for block in range(BLOCKS):
-        output, memory = behind_memory(exp, memory, noisy[block], clean[block], times[:, 3 * block : 3 * block + 3], text)
+        now = times[:, 3 * block : 3 * block + 3]
+        output, memory = behind_memory(exp, memory, noisy[block], clean[block], now, text)
         outputs.append(output)
     whole = parallel(MODEL, jnp.concatenate(noisy, axis=1), times, CONTEXT, block_ends=(3, 6, 9, 12),
                      clean=jnp.concatenate(clean, axis=1))  # fmt: skip
@@ -104,7 +110,8 @@ def test_blocks_behind_a_full_memory_equal_one_teacher_forced_pass(rope_adjustme
 
 # order in and out -----------------------------------------------------------------------------------------------------
 
-SMALL = DiTConfig(dim=12, ffn_dim=5, heads=1, layers=1, text_dim=2, text_len=3, freq_dim=4, in_channels=3, out_channels=3)
+SMALL = DiTConfig(dim=12, ffn_dim=5, heads=1, layers=1, text_dim=2, text_len=3, freq_dim=4, in_channels=3,
+                  out_channels=3)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -158,10 +165,11 @@ def alone(q, k, v, past):
 
 def test_a_timestep_is_felt_in_its_own_frame_only():
     def tokens(times):
-        text = dit.text_kv(MODEL, CONTEXT)
-        return dit.run(MODEL, dit.embed_latent(MODEL, CLIP), dit.embed_time(MODEL, times), text, past=None, mix=alone)[0]
+        x, time, text = dit.embed_latent(MODEL, CLIP), dit.embed_time(MODEL, times), dit.text_kv(MODEL, CONTEXT)
+        return dit.run(MODEL, x, time, text, past=None, mix=alone)[0]
 
-    plain, moved = (tiny.jit(tokens)(times).reshape(2, 7, 6, 36) for times in (TIMES, TIMES.at[0, 4].add(50.0)))
+    every = tiny.jit(tokens)
+    plain, moved = (every(times).reshape(2, 7, 6, 36) for times in (TIMES, TIMES.at[0, 4].add(50.0)))
     felt = (plain != moved).any(axis=(2, 3))
     assert felt[0, 4]
     assert felt.sum() == 1
@@ -198,6 +206,10 @@ def test_each_video_hears_its_own_prompt():
 # the scan over layers -------------------------------------------------------------------------------------------------
 
 
+def one_of(stacked, index):
+    return jax.tree.map(lambda leaf: leaf[index], stacked)
+
+
 def test_the_scan_is_a_loop_over_layers_and_stacks_what_they_keep():
     x, time, text = tiny.normal(9, 2, 2 * 6, 36), embed_time(MODEL, TIMES[:, :2]), tiny.text_kv(MODEL, CONTEXT)
 
@@ -208,7 +220,7 @@ def test_the_scan_is_a_loop_over_layers_and_stacks_what_they_keep():
     gains = jnp.asarray([0.5, 2.0])
     scanned, (sums, keys) = tiny.jit(lambda: dit.run(MODEL, x, time, text, past=gains, mix=mix))()
     for layer in range(2):
-        block = jax.tree.map(lambda leaf: leaf[layer], MODEL.blocks)
+        block = one_of(MODEL.blocks, layer)
         x, (total, k) = one_layer(block, x, time.rows, KV(k=text.k[layer], v=text.v[layer]), gains[layer])
         np.testing.assert_allclose(sums[layer], total, rtol=1e-4)
         np.testing.assert_allclose(keys[layer], k, atol=1e-5)
@@ -216,7 +228,7 @@ def test_the_scan_is_a_loop_over_layers_and_stacks_what_they_keep():
 
 
 def test_queries_and_keys_are_normed_over_all_heads_before_the_split():
-    attn = jax.tree.map(lambda leaf: leaf[0], MODEL.blocks).attn
+    attn = one_of(MODEL.blocks, 0).attn
     attn.norm_q.scale = attn.norm_k.scale = nnx.Param(jnp.ones(36))
     x = tiny.normal(10, 2, 5, 36)
     for heads in (attn.queries(x), attn.keys_values(x).k):

@@ -1,4 +1,4 @@
-"""Training sees what sampling sees: losses depend on earlier blocks only, and on packed twins exactly when they show."""
+"""Training sees what sampling sees: losses depend on earlier blocks, and on packed twins when they show."""
 
 import dataclasses
 
@@ -10,6 +10,7 @@ import tiny
 from flax import nnx
 
 from packforcing_jax import cache, objectives, sampler, schedules, text, trees
+from packforcing_jax.types import KV
 
 BLOCKS = 4
 BASE = dataclasses.replace(
@@ -17,7 +18,14 @@ BASE = dataclasses.replace(
     train=dataclasses.replace(tiny.EXP.train, gap_share=0.0, gap=9.0), clip=3 * BLOCKS)  # fmt: skip
 MODEL = objectives.Model(nets=tiny.nets(), text=tiny.filled(jax.eval_shape(lambda: text.UMT5(BASE.text, nnx.Rngs(0)))))
 KEY = jax.random.key(4)
-loss = tiny.jit(objectives.teacher_forcing, static_argnames="exp")
+CALLED = np.zeros((BLOCKS, tiny.BATCH, 2, BLOCKS), bool)  # block 3 calls back block 0 or 2
+CALLED[3, 0, 1, 0] = CALLED[3, 1, 0, 2] = True
+teacher_forcing = tiny.jit(objectives.teacher_forcing, static_argnames="exp")
+
+
+def losses(given, key=KEY, exp=None):
+    """The denoising loss of each block."""
+    return teacher_forcing(MODEL, given, key, training(0) if exp is None else exp)[1][0]
 
 
 def clips():
@@ -26,7 +34,8 @@ def clips():
     return objectives.Clips(
         latent=tiny.latents(BLOCKS), low=tiny.lows(BLOCKS), ids=jnp.asarray(rng.integers(3, 46, shape), jnp.int32),
         mask=jnp.asarray(np.arange(16) < rng.integers(2, 17, shape[:2])[..., None], jnp.int32),
-        weight=jnp.asarray(rng.uniform(0.5, 2, (BLOCKS, tiny.BATCH, 3, 8, 4, 1)), jnp.float32))  # fmt: skip
+        weight=jnp.asarray(rng.uniform(0.5, 2, (BLOCKS, tiny.BATCH, 3, 8, 4, 1)), jnp.float32),
+        called=jnp.asarray(CALLED))  # fmt: skip
 
 
 def training(sink, exp=BASE):
@@ -49,7 +58,7 @@ def gradients(request):
     def by_block(latent, low, packer):
         model = dataclasses.replace(MODEL, nets=sampler.Nets(dit=MODEL.nets.dit, compressor=packer))
         given = dataclasses.replace(clips(), latent=latent, low=low)
-        return objectives.teacher_forcing(model, given, KEY, training(request.param))[1]
+        return objectives.teacher_forcing(model, given, KEY, training(request.param))[1][0]
 
     given = clips()
     jacobian = jax.jacrev(by_block, argnums=(0, 1, 2))
@@ -98,32 +107,30 @@ def test_training_guesses_behind_the_memory_that_sampling_fills():
     def block_loss(memory, latent, noise, sigma, words, weight):
         seen, past = cache.plan(exp.cache, memory.num_blocks), (memory.sink, memory.mid, memory.recent)
         noisy = schedules.add_noise(latent, noise, sigma)
-        clean, _ = sampler.guess(MODEL.nets, exp, seen, noisy, 1000 * sigma, sigma, words, past, look=sampler.first_look)
+        clean, _ = sampler.guess(MODEL.nets, exp, seen, noisy, 1000 * sigma, sigma, words, past,
+                                 look=sampler.first_look)  # fmt: skip
         return jnp.mean(weight * (clean - latent) ** 2)
 
-    losses = []
+    by_hand = []
     for block in range(BLOCKS):
-        prompt = jax.tree.map(lambda x: x[block], words)
-        losses.append(block_loss(memory, given.latent[block], noise[block], levels[block], prompt, given.weight[block]))
+        prompt = KV(k=words.k[block], v=words.v[block])
+        by_hand.append(block_loss(memory, given.latent[block], noise[block], levels[block], prompt,
+                                  given.weight[block]))  # fmt: skip
         view = tiny.draw(MODEL.nets, exp, memory, noise=noise[block], renoise=tiny.noises(exp, 0)[1], text=prompt).view
         memory = tiny.remember(MODEL.nets, exp, memory, latent=given.latent[block], low=given.low[block], view=view,
                                text=prompt)  # fmt: skip
-    mean, by_block = loss(MODEL, given, KEY, exp)
-    np.testing.assert_allclose(by_block, jnp.stack(losses), rtol=1e-5)
-    np.testing.assert_allclose(mean, np.mean(losses), rtol=1e-5)
+    np.testing.assert_allclose(losses(given), jnp.stack(by_hand), rtol=1e-5)
 
 
 def test_weights_scale_the_loss_of_their_cells():
     given = clips()
-    plain = loss(MODEL, given, KEY, training(0))[1]
-    twice = loss(MODEL, dataclasses.replace(given, weight=given.weight.at[1].mul(2).at[2].set(0)), KEY, training(0))[1]
-    np.testing.assert_allclose(twice, plain * jnp.asarray([1, 2, 0, 1]), rtol=1e-6)
+    other = losses(dataclasses.replace(given, weight=given.weight.at[1].mul(2).at[2].set(0)))
+    np.testing.assert_allclose(other, losses(given) * jnp.asarray([1, 2, 0, 1]), rtol=1e-6)
 
 
 def test_a_block_hears_its_own_prompt():
     given = clips()
-    plain = loss(MODEL, given, KEY, training(0))[1]
-    other = loss(MODEL, dataclasses.replace(given, ids=given.ids.at[2, :, 0].add(-1)), KEY, training(0))[1]
+    plain, other = losses(given), losses(dataclasses.replace(given, ids=given.ids.at[2, :, 0].add(-1)))
     np.testing.assert_array_equal(plain[:2], other[:2])
     assert (plain[2:] != other[2:]).all()
 
@@ -131,7 +138,7 @@ def test_a_block_hears_its_own_prompt():
 def test_padding_words_do_not_count():
     given = clips()
     padded = dataclasses.replace(given, ids=jnp.where(given.mask == 1, given.ids, 7))
-    np.testing.assert_array_equal(loss(MODEL, padded, KEY, training(0))[1], loss(MODEL, given, KEY, training(0))[1])
+    np.testing.assert_array_equal(losses(padded), losses(given))
 
 
 def test_prompts_are_encoded_block_by_block():
@@ -143,14 +150,47 @@ def test_prompts_are_encoded_block_by_block():
 
 
 def test_a_gap_moves_only_what_lies_before_recent():
-    plain, moved = (loss(MODEL, clips(), KEY, training(0, with_gap(share)))[1] for share in (0.0, 1.0))
-    np.testing.assert_array_equal(plain[:2], moved[:2])  # nothing, or only recent, lies behind them
-    assert (jnp.abs(plain - moved)[2:] > 1e-6).all()
+    plain, moved = (losses(clips(), exp=training(0, with_gap(share))) for share in (0.0, 1.0))
+    np.testing.assert_allclose(plain[:2], moved[:2], rtol=1e-6)  # nothing, or only recent, lies behind them
+    assert (np.abs(plain - moved)[2:] > 1e-4).all()
 
 
 def test_the_key_decides():
-    one, same, other = (loss(MODEL, clips(), key, training(0))[0] for key in (KEY, KEY, jax.random.key(5)))
-    assert one == same != other
+    one, same, other = (losses(clips(), key) for key in (KEY, KEY, jax.random.key(5)))
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).all()
+
+
+# the loss that selection finds what is called back --------------------------------------------------------------------
+
+
+def test_both_losses_count_and_matching_counts_where_a_called_block_is_packed():
+    total, (denoising, missed) = teacher_forcing(MODEL, clips(), KEY, training(0))
+    np.testing.assert_allclose(total, denoising.mean() + BASE.train.matching * missed.mean(), rtol=1e-6)
+    np.testing.assert_array_equal(missed > 0, [False, False, False, True])  # block 0 is packed by then, 2 still sharp
+
+
+def test_matching_is_the_surprise_at_the_called_blocks_share():
+    scores = jnp.asarray([[3.0, 1.0, 9.0, 4.0], [2.0, 5.0, 9.0, 1.0]])
+    ids = jnp.asarray([4, 1, -1, 2])  # block 4 in the first slot; the third is empty
+    called = np.zeros((2, 3, 5), bool)
+    called[0, 0, [1, 2]] = called[0, 1, 4] = called[1, 0, 3] = True  # block 3 is not packed
+    expected = -(np.log(5 / 8) + np.log(3 / 8)) / 6  # over two videos and three kinds
+    np.testing.assert_allclose(objectives.matching(scores, ids, jnp.asarray(called)), expected, rtol=1e-6)
+
+
+def test_matching_raises_the_called_block_and_lowers_the_others():
+    called = jnp.asarray([[[False, True, False]]])
+    gradient = jax.grad(objectives.matching)(jnp.asarray([[1.0, 2.0, 3.0, 4.0]]), jnp.asarray([2, 1, 0, -1]), called)
+    np.testing.assert_array_equal(jnp.sign(gradient), [[1, -1, 1, 0]])
+
+
+def test_nothing_called_or_nothing_packed_is_no_surprise_and_no_gradient():
+    scores, called = jnp.zeros((1, 2)), jnp.ones((1, 2, 3), bool)
+    for ids, asked in ((jnp.asarray([-1, -1]), called), (jnp.asarray([0, 2]), ~called)):
+        value, gradient = jax.value_and_grad(objectives.matching)(scores, ids, asked)
+        assert value == 0
+        np.testing.assert_array_equal(gradient, scores)
 
 
 def test_noise_levels_are_uniform_draws_warped_towards_noise():

@@ -6,6 +6,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from packforcing_jax import rope
 from packforcing_jax.config import DiTConfig
@@ -15,6 +16,9 @@ FRAMES = np.array([0, 1, 2.25, 7, 7.5], np.float32)
 PLACES = np.array([[0, 0], [3, 1], [0.5, 2], [1, 4.75], [2, 2]], np.float32)
 
 
+rotate = tiny.jit(rope.rotate)
+
+
 def heads(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
@@ -22,8 +26,8 @@ def heads(seed, *shape):
 def reference(x, frames, places, cfg):
     """The rotation in complex float64: pair j of an axis with n pairs turns by position * theta^(-j/n)."""
     positions = np.concatenate([frames[:, None], places], axis=1).astype(np.float64)
-    angles = np.concatenate([positions[:, [axis]] * theta ** (-np.arange(count) / max(count, 1))[None]
-                             for axis, (count, theta) in enumerate(zip(cfg.pairs, cfg.rope_theta))], axis=1)  # fmt: skip
+    speeds = [theta ** (-np.arange(count) / max(count, 1)) for count, theta in zip(cfg.pairs, cfg.rope_theta)]
+    angles = np.concatenate([positions[:, [axis]] * speed[None] for axis, speed in enumerate(speeds)], axis=1)
     pairs = x.astype(np.float64).reshape(*x.shape[:-1], -1, 2)
     turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angles)[None, :, None]
     return np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
@@ -37,21 +41,21 @@ def both(frames, places, cfg=CFG):
 def test_rotation_is_the_one_of_float64(pairs):
     cfg = dataclasses.replace(CFG, rope_pairs=pairs)
     x = heads(0, 2, 5, 3, 12)
-    np.testing.assert_allclose(rope.rotate(jnp.asarray(x), both(FRAMES, PLACES, cfg)),
+    np.testing.assert_allclose(rotate(jnp.asarray(x), both(FRAMES, PLACES, cfg)),
                                reference(x, FRAMES, PLACES, cfg), atol=1e-6, rtol=1e-6)  # fmt: skip
 
 
 def scores(frames_q, frames_k, places_q, places_k):
     q, k = (jnp.asarray(heads(seed, 1, 5, 3, 12)) for seed in (1, 2))
-    turned = (rope.rotate(x, both(frames, places)) for x, frames, places in ((q, frames_q, places_q), (k, frames_k, places_k)))
-    return np.einsum("bqnh,bknh->bnqk", *turned)
+    q, k = rotate(q, both(frames_q, places_q)), rotate(k, both(frames_k, places_k))
+    return np.einsum("bqnh,bknh->bnqk", q, k)
 
 
 def test_only_differences_are_felt():
     near = scores(FRAMES, FRAMES[::-1], PLACES, PLACES[::-1])
     for frames, place in ((40.0, (0, 0)), (-3.5, (2, 0)), (0.0, (-1.25, 7))):
-        moved = scores(FRAMES + np.float32(frames), FRAMES[::-1] + np.float32(frames),
-                       PLACES + np.array([place], np.float32), PLACES[::-1] + np.array([place], np.float32))  # fmt: skip
+        later, aside = FRAMES + np.float32(frames), PLACES + np.array([place], np.float32)
+        moved = scores(later, later[::-1], aside, aside[::-1])
         np.testing.assert_allclose(moved, near, atol=2e-5)
     for shift in np.eye(3, dtype=np.float32):
         apart = scores(FRAMES + shift[0], FRAMES[::-1], PLACES + shift[None, 1:], PLACES[::-1])
@@ -61,36 +65,36 @@ def test_only_differences_are_felt():
 def test_space_then_time_is_both_at_once():
     x = jnp.asarray(heads(3, 2, 5, 3, 12))
     time, space = rope.time_angles(jnp.asarray(FRAMES), CFG), rope.space_angles(jnp.asarray(PLACES), CFG)
-    np.testing.assert_allclose(rope.rotate(rope.rotate(x, space), time), rope.rotate(x, space + time), atol=1e-6)
-    np.testing.assert_allclose(rope.rotate(rope.rotate(x, time), space), rope.rotate(x, space + time), atol=1e-6)
+    np.testing.assert_allclose(rotate(rotate(x, space), time), rotate(x, space + time), atol=1e-6)
+    np.testing.assert_allclose(rotate(rotate(x, time), space), rotate(x, space + time), atol=1e-6)
 
 
 def test_two_half_steps_are_one():
     x, half = jnp.asarray(heads(4, 1, 5, 2, 12)), rope.time_angles(jnp.full(5, 0.5), CFG)
     whole = rope.time_angles(jnp.full(5, 1.0), CFG)
-    np.testing.assert_allclose(rope.rotate(rope.rotate(x, half), half), rope.rotate(x, whole), atol=1e-6)
+    np.testing.assert_allclose(rotate(rotate(x, half), half), rotate(x, whole), atol=1e-6)
 
 
 def test_every_video_may_have_its_own_places_in_time():
     x, frames = jnp.asarray(heads(5, 3, 4, 2, 12)), jnp.asarray(heads(6, 3, 4) * 9)
-    together = rope.rotate(x, rope.time_angles(frames, CFG))
+    together = rotate(x, rope.time_angles(frames, CFG))
     for video in range(3):
-        alone = rope.rotate(x[video : video + 1], rope.time_angles(frames[video], CFG))
+        alone = rotate(x[video : video + 1], rope.time_angles(frames[video], CFG))
         np.testing.assert_array_equal(together[video], alone[0])
-    assert (np.asarray(together[0]) != np.asarray(rope.rotate(x, rope.time_angles(frames[1], CFG))[0])).any()
+    assert (np.asarray(together[0]) != np.asarray(rotate(x, rope.time_angles(frames[1], CFG))[0])).any()
 
 
 def test_a_quarter_turn_of_two_channels():
     cfg = DiTConfig(dim=2, heads=1, rope_pairs=(1, 0, 0))
-    turned = rope.rotate(jnp.array([[[[1.0, 0.0]]]]), rope.time_angles(jnp.array([math.pi / 2]), cfg))
+    turned = rotate(jnp.array([[[[1.0, 0.0]]]]), rope.time_angles(jnp.array([math.pi / 2]), cfg))
     np.testing.assert_allclose(turned[0, 0, 0], [0, 1], atol=1e-7)
-    turned = rope.rotate(jnp.array([[[[0.0, 1.0]]]]), rope.time_angles(jnp.array([math.pi / 2]), cfg))
+    turned = rotate(jnp.array([[[[0.0, 1.0]]]]), rope.time_angles(jnp.array([math.pi / 2]), cfg))
     np.testing.assert_allclose(turned[0, 0, 0], [-1, 0], atol=1e-7)
 
 
 def test_pairs_are_adjacent_channels():
     cfg = DiTConfig(dim=4, heads=1, rope_pairs=(2, 0, 0), rope_theta=(1e8, 1.0, 1.0))  # the second pair hardly turns
-    turned = rope.rotate(jnp.array([[[[1.0, 0.0, 3.0, 4.0]]]]), rope.time_angles(jnp.array([math.pi / 2]), cfg))
+    turned = rotate(jnp.array([[[[1.0, 0.0, 3.0, 4.0]]]]), rope.time_angles(jnp.array([math.pi / 2]), cfg))
     np.testing.assert_allclose(turned[0, 0, 0], [0, 1, 3, 4], atol=1e-3)
 
 
@@ -99,7 +103,7 @@ def test_time_comes_first_then_rows_then_columns(axis, channels):
     position = np.zeros((1, 3), np.float32)
     position[0, axis] = 1.5
     x = jnp.ones((1, 1, 1, 12))
-    turned = np.asarray(rope.rotate(x, both(position[:, 0], position[:, 1:])))[0, 0, 0]
+    turned = np.asarray(rotate(x, both(position[:, 0], position[:, 1:])))[0, 0, 0]
     moved = np.zeros(12, bool)
     moved[channels] = True
     np.testing.assert_array_equal(turned != 1, moved)
@@ -117,9 +121,9 @@ def test_frequencies_fall_from_one():
 
 def test_half_precision_comes_back_as_it_went_in_and_is_rounded_once():
     x, angles = jnp.asarray(heads(7, 1, 5, 3, 12)).astype(jnp.bfloat16), both(FRAMES, PLACES)
-    turned = rope.rotate(x, angles)
+    turned = rotate(x, angles)
     assert turned.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(turned, rope.rotate(x.astype(jnp.float32), angles).astype(jnp.bfloat16))
+    np.testing.assert_array_equal(turned, rotate(x.astype(jnp.float32), angles).astype(jnp.bfloat16))
 
 
 def test_grid_goes_through_columns_first_then_rows_then_frames():

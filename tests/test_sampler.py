@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from packforcing_jax import cache, sampler, schedules
+from packforcing_jax import cache, compressor, dit, layers, rope, sampler, schedules
 from packforcing_jax.config import SampleConfig
 
 EXP = tiny.EXP
@@ -170,12 +170,34 @@ def test_the_block_never_sees_its_packed_twin_and_the_twin_sees_the_block(filled
 def test_remembering_counts_and_writes_one_block_only(filled, text):
     memory = filled[1]
     view = drawn(memory, text, *tiny.noises(EXP, 5)).view
-    after = tiny.remember(tiny.nets(), EXP, memory, latent=tiny.latents(1)[0], low=tiny.lows(1)[0], view=view, text=text)
+    latent, low = tiny.latents(1)[0], tiny.lows(1)[0]
+    after = tiny.remember(tiny.nets(), EXP, memory, latent=latent, low=low, view=view, text=text)
     assert int(after.num_blocks) == int(memory.num_blocks) + 1 == 6
     np.testing.assert_array_equal(after.sink.k, memory.sink.k)
     changed = (np.asarray(after.mid.v) != np.asarray(memory.mid.v)).any(axis=(0, 1, 3, 4, 5))
     assert changed.sum() == 1
     assert (np.asarray(after.recent.v) != np.asarray(memory.recent.v)).all(axis=(0, 1, 3, 4, 5)).all()
+
+
+def test_a_packed_twin_is_stored_as_clean_at_its_place_on_the_grid(filled, text):
+    """Its first layer's keys, worked out from its tokens at timestep 0."""
+    latent, low, memory = tiny.latents(1)[0], tiny.lows(1)[0], filled[1]
+    view = drawn(memory, text, *tiny.noises(EXP, 5)).view
+    after = tiny.remember(tiny.nets(), EXP, memory, latent=latent, low=low, view=view, text=text)
+
+    @tiny.jit
+    def by_hand():
+        model = tiny.nets().dit
+        block = jax.tree.map(lambda leaf: leaf[0], model.blocks)
+        rows = block.modulation[...][None, None] + dit.embed_time(model, jnp.zeros((2, 1))).rows
+        tokens = compressor.pack(tiny.nets().compressor, model, EXP, latent, low)
+        own = block.attn.keys_values(layers.modulate(layers.standardize(tokens, 1e-6), rows[:, :, 0], rows[:, :, 1]))
+        return rope.rotate(own.k, rope.space_angles(jnp.asarray(cache.packed_places(EXP)[1]), EXP.dit)), own.v
+
+    slot = 4  # block 5 is the fifth behind one sink block, in a ring of five
+    k, v = by_hand()
+    np.testing.assert_allclose(after.mid.k[0, :, slot], k, atol=1e-5)
+    np.testing.assert_allclose(after.mid.v[0, :, slot], v, atol=1e-5)
 
 
 # thirty blocks --------------------------------------------------------------------------------------------------------

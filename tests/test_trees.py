@@ -1,4 +1,4 @@
-"""A module is a flat dictionary of named arrays, and a dictionary that does not fit is told everything wrong with it."""
+"""A module is a flat dictionary of named arrays, and one that does not fit is told all that is wrong."""
 
 import jax
 import jax.numpy as jnp

@@ -27,7 +27,8 @@ EXP = config.Experiment(
     clip=15,
 )  # fmt: skip
 BATCH = 2
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is the cost here
+jit = functools.partial(jax.jit, compiler_options={  # compiling is what these tests spend their time on
+    "xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False})  # fmt: skip
 
 
 def with_cache(exp=EXP, **changes):
@@ -115,6 +116,6 @@ def rollout(exp, blocks, text_of=lambda block: words()):
 
 
 def reaches(jacobian, blocks):
-    """Whether each output depends on each block: jacobian [output, b, frames, ...], `blocks` the block of each frame."""
+    """Whether outputs depend on blocks: jacobian [output, b, frames, ...], `blocks` the block of each frame."""
     per_frame = jnp.abs(jacobian).max(axis=(1, *range(3, jacobian.ndim)))
     return jnp.stack([per_frame[:, blocks == block].max(axis=1) > 0 for block in range(max(blocks) + 1)], axis=1)

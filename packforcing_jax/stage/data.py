@@ -70,6 +70,15 @@ def loss_weight(story: world.Story) -> Float[np.ndarray, "blocks block 32 32"]:
     return weight
 
 
+def called_back(story: world.Story) -> Bool[np.ndarray, "blocks 2 blocks"]:
+    """For each block, the earlier ones that show the guest (kind 0) or scene (kind 1) it calls onto the stage again."""
+    found = []
+    for shown in (story.guests, story.scenes):
+        entering = (shown >= 0) & (shown != np.append(-1, shown[:-1]))
+        found.append(np.tril(shown[:, None] == shown, k=-1) & entering[:, None])
+    return np.stack(found, axis=1)
+
+
 def clip(seed: int, index: int, encode: Encode) -> dict[str, np.ndarray]:
     """One training clip: pixels, text, and what the scores of training need to know."""
     story = draw_clip(np.random.default_rng((seed, index)))
@@ -83,6 +92,7 @@ def clip(seed: int, index: int, encode: Encode) -> dict[str, np.ndarray]:
         "recalled": seen_before(story.guests),
         "columns": story.columns.astype(np.int32),
         "weight": loss_weight(story),
+        "called": called_back(story),
     }
 
 

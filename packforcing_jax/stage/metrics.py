@@ -310,9 +310,11 @@ def _row(chance: float, interval: Interval, n: int) -> dict:
 
 def table(result: dict) -> str:
     """A report as aligned text."""
-    lines = [f"{result['videos']} videos of {result['frames']} frames; brackets hold 95 % intervals",
+    several = result["videos"] > 1  # one video says nothing of the spread over videos
+    window = _interval if several else lambda interval: _number(interval[0])
+    lines = [f"{result['videos']} video{'s' * several} of {result['frames']} frames; brackets hold 95 % intervals",
              _line("", "chance", "first window", "last window")]  # fmt: skip
-    lines += [_line(name, _number(row["chance"]), _interval(row["first"]), _interval(row["last"]))
+    lines += [_line(name, _number(row["chance"]), window(row["first"]), window(row["last"]))
               for name, row in result["windows"].items()]  # fmt: skip
     lines += ["", _line("", "chance", "whole video", "counted")]
     lines += [_line(name, _number(row["chance"]), _interval(row["value"]), str(row["n"]))
