@@ -100,7 +100,8 @@ def train_step(state: TrainState, clips: objectives.Clips, key: Array, exp: Expe
 
     (value, (by_block, missed)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     updates, opt = optimiser(exp.train).update(grads, state.opt, state.params)
-    params: Any = optax.apply_updates(state.params, tied(updates, state.step < exp.train.tied))
+    together: Any = updates
+    params: Any = optax.apply_updates(state.params, tied(together, state.step < exp.train.tied))
     keep = jnp.minimum(exp.train.ema, (state.step + 1) / (state.step + 10))  # short memory while all is new
     ema = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, state.ema, params)
     metrics = {"loss": value, "gradient": optax.tree.norm(grads),

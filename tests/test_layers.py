@@ -19,7 +19,7 @@ def exact_sinusoid(timesteps, dim):
     return np.concatenate([np.cos(angle), np.sin(angle)], axis=-1)
 
 
-ROUNDING = 2 * np.spacing(np.float32(np.pi))  # of an angle within half a turn
+ROUNDING = 3 * np.spacing(np.float32(np.pi))  # three roundings of an angle within half a turn
 
 
 @pytest.mark.parametrize("dim", [14, 64, 256])
