@@ -248,7 +248,6 @@ class TrainConfig:
     warmup: int = 50
     cooldown: float = 0.4  # last share of the steps, down to 2 % of the rate
     ema: float = 0.995
-    tied: int = 0  # first steps in which self-attention's query and key projections stay equal
     matching: float = 0.02  # weight of the loss that the last layer's affinity finds the blocks called back
     save_every: int = 250
 

@@ -100,23 +100,12 @@ def train_step(state: TrainState, clips: objectives.Clips, key: Array, exp: Expe
 
     (value, (by_block, missed)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     updates, opt = optimiser(exp.train).update(grads, state.opt, state.params)
-    together: Any = updates
-    params: Any = optax.apply_updates(state.params, tied(together, state.step < exp.train.tied))
+    params: Any = optax.apply_updates(state.params, updates)
     keep = jnp.minimum(exp.train.ema, (state.step + 1) / (state.step + 10))  # short memory while all is new
     ema = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, state.ema, params)
     metrics = {"loss": value, "gradient": optax.tree.norm(grads),
                "loss_by_block": by_block, "matching": missed.mean()}  # fmt: skip
     return TrainState(params=params, ema=ema, opt=opt, step=state.step + 1), metrics
-
-
-def tied(updates: Flat, together: Array) -> Flat:
-    """`updates` with one common update for queries and keys of self-attention while `together`.
-
-    They start equal, so that blocks match by content; kept together until the content is there to be matched.
-    """
-    q, k = (f"nets/dit/blocks/attn/{name}/kernel" for name in "qk")
-    mean = (updates[q] + updates[k]) / 2
-    return updates | {name: jnp.where(together, mean, updates[name]) for name in (q, k)}
 
 
 def stage_tokenizer() -> tokenizer.Tokenizer:

@@ -23,7 +23,7 @@ EXP = dataclasses.replace(
     cache=config.CacheConfig(block=4, sink=4, recent=4, top=2, capacity=4, score_pool=(4, 1, 1), key_multiple=1),
     compressor=config.CompressorConfig(channels=(5,), strides=((2, 8, 8),)),
     sample=dataclasses.replace(tiny.EXP.sample, prediction="clean"),
-    train=config.TrainConfig(steps=4, batch=2, sinks=(4,), warmup=1, tied=2, save_every=3),
+    train=config.TrainConfig(steps=4, batch=2, sinks=(4,), warmup=1, save_every=3),
     latent=(8, 8), clip=20)  # fmt: skip
 IN_TRAINING = objectives.for_training(EXP, 5, 4)
 ENCODE = train.stage_tokenizer().encode
@@ -194,24 +194,6 @@ def test_metrics_say_loss_by_block_and_gradient(fixed):
 def test_every_parameter_that_can_learn_moves(fixed, start):
     still = {path for path, leaf in fixed[-1][0].params.items() if (leaf == np.asarray(start.params[path])).all()}
     assert still == set()
-
-
-def test_queries_and_keys_part_after_the_tied_steps(fixed):
-    q, k = (np.stack([state.params[f"nets/dit/blocks/attn/{name}/kernel"] for state, _ in fixed]) for name in "qk")
-    np.testing.assert_array_equal(q[:2], k[:2])
-    assert (q[1] != q[0]).any()
-    assert (q[2] != k[2]).any()
-
-
-def test_tied_updates_are_the_mean_of_both_and_leave_the_rest_alone():
-    names = [f"nets/dit/blocks/attn/{name}/kernel" for name in "qkv"]
-    updates = dict(zip(names, tiny.normal(2, 3, 2, 4, 4), strict=True))
-    for together in (True, False):
-        q, k, v = (train.tied(updates, jnp.asarray(together))[name] for name in names)
-        np.testing.assert_array_equal(v, updates[names[2]])
-        mean = (updates[names[0]] + updates[names[1]]) / 2
-        np.testing.assert_array_equal(q, mean if together else updates[names[0]])
-        np.testing.assert_array_equal(k, mean if together else updates[names[1]])
 
 
 def test_the_average_follows_with_a_memory_that_grows(fixed, start):
