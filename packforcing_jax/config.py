@@ -178,7 +178,7 @@ class CacheConfig:
 
 PROFILES = {
     "paper": CacheConfig(),
-    "published": CacheConfig(block=3, sink=9, recent=3, span="fit", trained=21),
+    "published": CacheConfig(block=3, sink=9, recent=3, span="fit", trained=21, score_pool=(3, 4, 4)),
     "stage": CacheConfig(score_pool=(4, 1, 1), key_multiple=32),
     "no-mid": CacheConfig(top=0, capacity=0, key_multiple=32),
     "no-sink": CacheConfig(sink=0, recent=12, top=0, capacity=0, key_multiple=32),

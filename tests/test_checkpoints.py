@@ -26,7 +26,7 @@ STAGE = config.Experiment(
     cache=config.PROFILES["published"],
     compressor=config.CompressorConfig(channels=(5, 7), strides=((2, 1, 1), (1, 2, 2)), branches="hr"),
     sample=config.SampleConfig(steps=(900, 300), shift=3.5, prediction="clean"),
-    latent=(6, 10),
+    latent=(10, 18),
 )
 
 

@@ -14,7 +14,7 @@ SMALL = Experiment(
     name="small",
     dit=DiTConfig(dim=36, ffn_dim=50, heads=3, layers=2, in_channels=27, out_channels=27),
     codec=SpaceToDepthConfig(factor=3),
-    latent=(6, 10),
+    latent=(10, 18),
 )
 
 
