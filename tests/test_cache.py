@@ -225,7 +225,8 @@ def check_export(exp, story, memory):
 @settings(max_examples=8, derandomize=True, deadline=None)
 @example(CacheConfig(block=2, sink=1, recent=5, top=0, capacity=0, spare=1, rope_adjustment="none"), 7, 0)
 @example(CacheConfig(block=3, sink=6, recent=3, top=2, capacity=4, selection="affinity", score_pool=(3, 1, 1)), 13, 1)
-@example(CacheConfig(block=4, sink=4, recent=4, top=3, capacity=3, span="fit", trained=17, selection="all"), 9, 2)
+@example(CacheConfig(block=4, sink=4, recent=4, top=3, capacity=3, span="fit", trained=17, selection="all",
+                     score_pool=(2, 1, 1)), 9, 2)
 @given(memories(), st.integers(7, 13), st.integers(0, 99))
 def test_every_block_sees_what_the_slow_memory_shows(cfg, blocks, seed):
     exp, rng, story = experiment(cfg), np.random.default_rng(seed), []
@@ -255,7 +256,7 @@ def test_a_fitted_span_stays_within_the_trained_range(cfg, blocks):
 
 
 def test_true_spans_keep_whole_blocks_and_true_frames_grow():
-    cfg = CacheConfig(block=3, sink=3, recent=3, top=2, capacity=5)
+    cfg = CacheConfig(block=3, sink=3, recent=3, top=2, capacity=5, score_pool=(1, 1, 1))
     assert [float(cache.plan(cfg, np.int32(n)).current_at) for n in (0, 1, 2, 3, 4, 5, 90)] == [0, 3, 6, 9, 12, 12, 12]
     true = dataclasses.replace(cfg, rope_adjustment="none")
     assert [float(cache.plan(true, np.int32(n)).current_at) for n in (0, 5, 90)] == [0, 15, 270]
@@ -270,7 +271,7 @@ def filled(exp, blocks, commit):
     return before, memory
 
 
-PACKING = CacheConfig(block=2, sink=4, recent=2, top=3, capacity=5, spare=2)
+PACKING = CacheConfig(block=2, sink=4, recent=2, top=3, capacity=5, spare=2, score_pool=(2, 1, 1))
 
 
 def test_thirty_commits_compile_once_and_keep_shape_and_sink():
@@ -325,7 +326,7 @@ def test_extending_a_view_writes_only_behind_what_is_valid():
 
 @pytest.mark.parametrize(("block", "frames"), [(4, (0.5, 2.5)), (3, (0.5, 2.0)), (2, (0.5, 1.0)), (1, (0.0, 0.0))])
 def test_packed_tokens_sit_in_the_middle_of_their_frames(block, frames):
-    cfg = dataclasses.replace(PROFILES["paper"], block=block, sink=2 * block, recent=block)
+    cfg = dataclasses.replace(PROFILES["paper"], block=block, sink=2 * block, recent=block, score_pool=(1, 4, 4))
     times, places = cache.packed_places(Experiment(name="full", cache=cfg))
     np.testing.assert_array_equal(times, np.repeat(frames, 7 * 13))
     rows, columns = np.mgrid[:7, :13] * 4 + 1.5  # 8 latent cells are 4 tokens, counted from the middle of the first

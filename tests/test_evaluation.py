@@ -267,8 +267,8 @@ def test_rolling_out_an_untrained_model(model):
         counted.append(len(parts))
         return parts
 
-    result = evaluation.rollout(model, videos=2, blocks=9, seed=SEED, batch=2, watch=watch)
-    assert (result["videos"], result["frames"], counted) == (2, 36, [1])
+    result = evaluation.rollout(model, videos=2, blocks=31, seed=SEED, batch=2, watch=watch)
+    assert (result["videos"], result["frames"], counted) == (2, 124, [1])
     assert result["windows"]["valid"]["last"][0] == 0
     assert "last window" in evaluation.table(result)
     assert any(name.startswith("recall guest") for name in result["whole"])

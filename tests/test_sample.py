@@ -112,10 +112,18 @@ def test_an_unwritable_output_is_refused(capsys, folder, tmp_path):
     assert str(tmp_path / "file") in complaint
 
 
+PROGRAM = """
+import signal
+from packforcing_jax.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell takes it from what it runs in the background
+raise SystemExit(main.main())
+"""
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_video_plays(folder, tmp_path, stop):
     out = tmp_path / "v.mp4"
-    command = [sys.executable, "-m", "packforcing_jax", "sample", "--weights", folder, *PROMPT, "--blocks", "4000",
+    command = [sys.executable, "-c", PROGRAM, "sample", "--weights", folder, *PROMPT, "--blocks", "4000",
                "--out", out]  # fmt: skip
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         deadline = time.monotonic() + 120

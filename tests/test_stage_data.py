@@ -106,6 +106,7 @@ def test_shapes_and_types_are_ready_for_training():
     assert shapes == {
         "video": ((20, 32, 32, 3), "float32"), "ids": ((5, 16), "int32"), "mask": ((5, 16), "int32"),
         "guests": ((5,), "int32"), "scenes": ((5,), "int32"), "recalled": ((5,), "bool"), "columns": ((20,), "int32"),
+        "weight": ((5, 4, 32, 32), "float32"), "called": ((5, 2, 5), "bool"),
     }  # fmt: skip
 
 
@@ -151,3 +152,25 @@ def test_saved_batches_resume_exactly():
     for want in wanted:
         for name, array in next(resumed).items():
             np.testing.assert_array_equal(array, want[name], err_msg=name)
+
+
+def shown(guests, scenes):
+    """A story in which only guests and scenes matter."""
+    return world.draw_story(np.random.default_rng(0), len(guests), guests=guests, scenes=scenes)
+
+
+def test_what_is_called_back_is_told_apart_from_what_stays_or_is_new():
+    called = data.called_back(shown([2, 5, 2, 2, -1], [0, 1, 1, 0, 1]))
+    guest, scene = called[:, 0], called[:, 1]
+    assert [np.flatnonzero(row).tolist() for row in guest] == [[], [], [0], [], []]  # block 3 only keeps guest 2
+    assert [np.flatnonzero(row).tolist() for row in scene] == [[], [], [], [0], [1, 2]]
+
+
+def test_a_call_back_weighs_more_and_a_first_appearance_less():
+    weight = data.loss_weight(shown([2, 5, 2, -1, 5], [0, 0, 1, 1, 0]))
+    assert weight.shape == (5, 4, 32, 32)
+    guest, poster = (weight[:, 0, *(span.start for span in world.cell(*place))]
+                     for place in (world.GUEST_CELL, world.POSTER_CELL))  # fmt: skip
+    np.testing.assert_array_equal(guest, [0.25, 0.25, 4, 1, 4])
+    np.testing.assert_array_equal(poster, [0.25, 1, 0.25, 1, 4])
+    assert (weight[:, :, 16:] == 1).all()
