@@ -17,7 +17,7 @@ Encode = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]  # sentences -> id
 
 def draw_clip(
     rng: np.random.Generator, *, blocks: int = 5, callback: float = 0.87, distractor: float = 0.8,
-    scene_change: float = 0.5,
+    scene_change: float = 0.85,
 ) -> world.Story:  # fmt: skip
     """A story whose last block mostly calls back a guest, and often a scene, that other blocks have since hidden."""
     require(blocks >= 3, f"blocks={blocks} leaves no room for a call-back; use 3 or more.")
