@@ -23,7 +23,7 @@ experiment = Experiment(
     text=TextConfig(vocab=46, dim=64, dim_attn=64, dim_ffn=128, heads=2, layers=2, max_words=16),
     cache=PROFILES["stage"],
     compressor=CompressorConfig(channels=(32, 64, 128, 192)),
-    sample=SampleConfig(steps=(1000, 875, 750, 625, 500, 375, 250, 125), shift=6.0, prediction="clean"),
+    sample=SampleConfig(steps=tuple(round(1000 - 62.5 * i) for i in range(16)), shift=6.0, prediction="clean"),
     latent=(8, 8),
     fps=8,
     clip=20,

@@ -13,6 +13,7 @@ from packforcing_jax.errors import InputError
 
 TIMES_CLIP = 24  # length of the default video in training clips
 SHOWN_HEIGHT = 384  # small videos are enlarged to about this many pixels
+SHEET_HEIGHT = 96  # and the frames of a contact sheet to this many
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,10 +62,21 @@ def run(args: argparse.Namespace) -> int:
             if keep:
                 frames.append(block.frames)
     if args.sheet is not None:
-        every = max(1, sum(map(len, frames)) // 40)
-        video.contact_sheet([frame for block in frames for frame in block], args.sheet, every=every)
+        _sheet(frames, args.sheet)
     _report(args, prompts, frames, exp, time.monotonic() - began)
     return 0
+
+
+def _sheet(frames: list, path: str) -> None:
+    """One picture of about 40 frames spread over the video, each enlarged to about SHEET_HEIGHT pixels."""
+    import numpy as np
+
+    from packforcing_jax import video
+
+    whole = np.concatenate(frames)
+    scale = max(1, SHEET_HEIGHT // whole.shape[1])
+    shown = whole[:: max(1, len(whole) // 40)].repeat(scale, axis=1).repeat(scale, axis=2)
+    video.contact_sheet(shown, path)
 
 
 def _check(args: argparse.Namespace) -> None:
