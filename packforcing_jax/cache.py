@@ -1,4 +1,4 @@
-"""The memory: sharp first frames, packed middle blocks, sharp last frames. Fixed shapes, one counter (paper 3.2).
+"""The memory: sharp first frames, packed middle blocks, sharp last frames. Fixed shapes, one counter (paper section 3.2).
 
 A finished block is written once, at full size into `sink` or `recent` and packed into `mid`. Its packed twin lies in
 `mid` from that moment and becomes visible when the sharp block leaves `recent`: leaving moves no data. Keys are kept
@@ -173,7 +173,7 @@ def sharp(exp: Experiment, seen: Plan, past: tuple[KV, KV, KV]) -> tuple[KV, KV]
 def ask(exp: Experiment, seen: Plan, past: tuple[KV, KV, KV], q: Heads) -> selection.Question:
     """What one layer's packed blocks are scored by: its queries `q` pooled, the archive at one common distance.
 
-    One distance for all, so that age does not decide (selector.md 5).
+    One distance for all, so that age does not decide.
     """
     cfg, packed = exp.cache, past[1].k
     b, slots, p, n, h = packed.shape

@@ -190,7 +190,7 @@ class CompressorConfig:
     """The packing of one block (paper sec. 3.3): HR strided 3-D convolutions plus LR pooled re-encoding.
 
     `strides` are (t, y, x) per HR convolution; a stride-2 spatial convolution has kernel 4 and padding 1, a
-    temporal one kernel 3 (methods.md 12, row 4). `pool` is the pixel pooling (t, y, x) of the LR branch.
+    temporal one kernel 3. `pool` is the pixel pooling (t, y, x) of the LR branch.
     """
 
     channels: tuple[int, ...] = (32, 128, 512, 2048)

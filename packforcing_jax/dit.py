@@ -1,4 +1,4 @@
-"""The Wan2.1 diffusion transformer, bidirectional or causal, as one scan over stacked blocks (backbone.md 1).
+"""The Wan2.1 diffusion transformer, bidirectional or causal, as one scan over stacked blocks (Wan2.1 `model.py`).
 
 The network knows nothing of caches: a block hands its queries, keys and values to `mix`, a function that decides
 whom they attend to and what is kept of them. Full attention, masks and the packed memory are three such functions.
@@ -104,7 +104,7 @@ def embed_time(model: WanDiT, timesteps: Float[Array, "b t"]) -> TimeStates:
 def text_kv(model: WanDiT, context: Float[Array, "b words text"]) -> KV:
     """Cross-attention keys and values [layer, b, text_len, n, h] of encoder states, zero-padded to `text_len`.
 
-    Padding is attended to, as in the original: its zero rows pass the text MLP like any others (backbone.md 1.7).
+    Padding is attended to, as in the original: its zero rows pass the text MLP like any others.
     """
     padded = jnp.pad(context, ((0, 0), (0, model.cfg.text_len - context.shape[1]), (0, 0)))
     words = model.text_out(jax.nn.gelu(model.text_in(padded), approximate=True))
@@ -112,14 +112,14 @@ def text_kv(model: WanDiT, context: Float[Array, "b words text"]) -> KV:
 
 
 def embed_latent(model: WanDiT, latent: Latent) -> Tokens:
-    """Patch tokens in the order frame, row, column; inside a patch the channel is slowest (backbone.md 1.2)."""
+    """Patch tokens in the order frame, row, column; inside a patch the channel is slowest."""
     pt, py, px = model.cfg.patch
     return model.patch(einops.rearrange(
         latent, "b (t pt) (y py) (x px) c -> b (t y x) (c pt py px)", pt=pt, py=py, px=px))  # fmt: skip
 
 
 def head(model: WanDiT, x: Tokens, e: Float[Array, "b t d"], grid: tuple[int, int]) -> Latent:
-    """The network's output as a latent; inside a patch the channel is fastest (backbone.md 1.8)."""
+    """The network's output as a latent; inside a patch the channel is fastest."""
     rows = model.head_modulation[...].astype(e.dtype)[None, None] + e[:, :, None]
     y = model.head(layers.modulate(layers.standardize(x, model.cfg.eps), rows[:, :, 0], rows[:, :, 1]))
     pt, py, px = model.cfg.patch
@@ -179,7 +179,7 @@ def block_of_frame(block_ends: tuple[int, ...]) -> np.ndarray:
 
 def parallel(model: WanDiT, latent: Latent, timesteps: Float[Array, "b t"], context: Array, *,
              block_ends: tuple[int, ...], clean: Latent | None = None) -> Latent:  # fmt: skip
-    """The causal network's output for all blocks at once (backbone.md 3.8).
+    """The causal network's output for all blocks at once (Self-Forcing `causal_model.py`).
 
     Without `clean`, a block sees itself and everything before it. With `clean` (teacher forcing), noisy frames see
     their own noisy block and clean blocks before it; clean frames (timestep 0) see clean blocks up to their own.

@@ -61,7 +61,7 @@ def modulate(x: Array, shift: Float[Array, "b t d"], scale: Float[Array, "b t d"
 
 
 def sinusoid(timestep: Float[Array, "b t"], dim: int) -> Float[Array, "b t dim"]:
-    """[cos, sin] of timestep * 10000^(-i/(dim/2)), exact to float32 for timesteps in 0..1000 (backbone.md 1.3).
+    """[cos, sin] of timestep * 10000^(-i/(dim/2)), exact to float32 for timesteps in 0..1000.
 
     The original works in float64. Here the whole part of the timestep turns a fixed-point angle, whose overflow is
     the reduction to one turn; the fraction and what the fixed point rounded off are multiplied in float32.

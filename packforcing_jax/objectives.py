@@ -90,7 +90,7 @@ def matching(scores: Float[Array, "b slot"], ids: Int[Array, " slot"],
              called: Bool[Array, "b kind block"]) -> Array:  # fmt: skip
     """-log(share of the affinity that the called-back blocks get), 0 where none is packed: mean over videos and kinds.
 
-    Hard selection gives a score no gradient; this does (selector.md 6). `ids` says which block is in which slot.
+    Hard selection gives a score no gradient; this does. `ids` says which block is in which slot.
     """
     there = ids >= 0
     right = called[:, :, jnp.maximum(ids, 0)] & there[None, None]

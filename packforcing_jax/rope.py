@@ -1,4 +1,4 @@
-"""Rotary positions in time, rows and columns (backbone.md 1.9): adjacent channel pairs, time pairs first.
+"""Rotary positions in time, rows and columns: adjacent channel pairs, time pairs first.
 
 Keys are kept rotated in space only; their place in time is decided when a block looks back at them, so time and
 space rotate separately. A rotation is a sum of angles: rotating by space and then by time equals rotating by both.

@@ -26,7 +26,7 @@ class Question:
 def affinity(asked: Question) -> Float[Array, "b slot"]:
     """Sum over queries and heads of (attention mass a block gets)^4, softmax over archive, sink and recent.
 
-    The paper's sum of raw products averages away the few queries that ask (selector.md 4); a softmax with a high
+    The paper's sum of raw products averages away the few queries that ask; a softmax with a high
     power keeps them: its limit is the largest mass any query of any head gives the block.
     """
     scale = asked.q.shape[-1] ** -0.5

@@ -34,10 +34,7 @@ class TrainState:
 
 
 def new_model(exp: Experiment, key: Array) -> objectives.Model:
-    """A model from scratch. Keys start equal to queries: matching by content is then there to be refined.
-
-    Without that start, recall of a called-back guest stays on a plateau for thousands of steps (stage_recipe 5).
-    """
+    """A model from scratch. Keys start equal to queries: matching by content is then there to be refined."""
     keys = jax.random.split(key, 3)
     model = objectives.Model(
         nets=sampler.Nets(dit=dit.WanDiT(exp.dit, nnx.Rngs(keys[0])),

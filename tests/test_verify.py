@@ -239,7 +239,7 @@ def test_an_unknown_kind_on_the_command_line_is_exit_code_1(tmp_path, capsys):
 
 
 def rolling(blocks, *, block, window, sink):
-    """Self-Forcing's rule (backbone.md 3.4) on frame numbers: (frames seen by each block, held after it)."""
+    """Self-Forcing's rule on frame numbers: (frames seen by each block, held after it)."""
     held, history = [], []
     for start in range(0, blocks * block, block):
         over = len(held) + block - window

@@ -59,7 +59,7 @@ def seen_before(guests: Int[np.ndarray, " blocks"]) -> Bool[np.ndarray, " blocks
 def loss_weight(story: world.Story) -> Float[np.ndarray, "blocks block 32 32"]:
     """How much each pixel counts in training: 4 where a guest or scene is called back, 1/4 where it is first seen.
 
-    A first appearance cannot be foretold, a call-back can (stage_recipe 4); all else counts 1.
+    A first appearance cannot be foretold, a call-back can; all else counts 1.
     """
     weight = np.ones((len(story.guests), world.BLOCK, world.SIZE, world.SIZE), np.float32)
     for shown, place in ((story.guests, world.GUEST_CELL), (story.scenes, world.POSTER_CELL)):
