@@ -1,4 +1,4 @@
-"""The memory: sharp first frames, packed middle blocks, sharp last frames. Fixed shapes, one counter (paper section 3.2).
+"""The memory: sharp first frames, packed middle blocks, sharp last frames. Fixed shapes, one counter (paper sec. 3.2).
 
 A finished block is written once, at full size into `sink` or `recent` and packed into `mid`. Its packed twin lies in
 `mid` from that moment and becomes visible when the sharp block leaves `recent`: leaving moves no data. Keys are kept

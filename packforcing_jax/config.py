@@ -230,7 +230,7 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Teacher forcing through the packed memory (stage_recipe: what trained on two cores).
+    """Teacher forcing through the packed memory.
 
     Each step draws one sink size (frames) from `sinks` and, with chance `gap_share`, moves everything before the
     recent block up to `gap` frames further back, so that long packed timelines lie inside the trained range.
