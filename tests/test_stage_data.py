@@ -62,9 +62,9 @@ def test_other_blocks_mostly_show_another_guest():
     assert near(np.mean(np.array(others) >= 0), 0.8, 3000)
 
 
-def test_scenes_stay_in_half_of_the_clips_and_come_back_in_the_others(stories):
+def test_scenes_change_in_most_clips_and_then_come_back(stories):
     constant = [len(set(story.scenes)) == 1 for story in stories]
-    assert near(np.mean(constant), 0.5)
+    assert near(np.mean(constant), 0.15)
     for story, still in zip(stories, constant, strict=True):
         if not still:
             assert (story.scenes[:3] == story.scenes[-1]).sum() == 1
