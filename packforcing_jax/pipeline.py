@@ -103,7 +103,7 @@ class Pipeline:
 
     def with_memory(self, profile: str) -> "Pipeline":
         """The same model with another memory: a name in `config.PROFILES`."""
-        require(profile in PROFILES, f"memory profile {profile!r} is unknown; choose one of {', '.join(PROFILES)}.")
+        require(profile in PROFILES, f"memory profile {profile!r} is unknown; {options.nearest(profile, PROFILES)}")
         return dataclasses.replace(self, experiment=dataclasses.replace(self.experiment, cache=PROFILES[profile]))
 
     def with_settings(self, sets: Sequence[str]) -> "Pipeline":

@@ -122,8 +122,9 @@ def test_generate_is_the_stream_in_one_piece(pipe):
 
 def test_memory_profiles_are_names(pipe):
     assert pipe.with_memory("no-mid").experiment.cache == PROFILES["no-mid"]
-    with pytest.raises(InputError, match="'pack' is unknown; choose one of paper"):
-        pipe.with_memory("pack")
+    for wrong, remedy in (("papre", "did you mean paper"), ("qqq", "known: .*no-mid")):
+        with pytest.raises(InputError, match=f"'{wrong}' is unknown; {remedy}"):
+            pipe.with_memory(wrong)
 
 
 def test_settings_change_the_experiment_and_keep_the_weights(pipe):
