@@ -41,7 +41,7 @@ def test_blocks_say_what_they_are(pipe):
 
 
 def test_a_longer_run_begins_with_the_shorter_one(pipe):
-    """Row 7: bit for bit, and a changed later prompt leaves what came before alone."""
+    """Bit for bit, and a changed later prompt leaves what came before alone."""
     long = latents(pipe, [RED] * 6 + [BLUE] * 5, seed=2)
     np.testing.assert_array_equal(long[:7], latents(pipe, [RED] * 6 + [BLUE], seed=2))
     other = latents(pipe, [RED] * 6 + [LIME] * 2, seed=2)
@@ -65,7 +65,7 @@ def test_noise_follows_the_seed_and_the_first_prompt_unless_told_otherwise(pipe)
 
 
 def test_one_compilation_serves_every_block(pipe):
-    """Row 8: warm-up, saturation of every partition, and changes of prompt."""
+    """Warm-up, saturation of every partition, and changes of prompt."""
     jitted = (pipeline.draw_block, pipeline.remember_block, pipeline.read_prompt)
     latents(pipe, [RED] * 2)
     before = [function._cache_size() for function in jitted]
