@@ -149,7 +149,7 @@ class Run:
 
 def start(exp: Experiment, folder: Path, seed: int) -> Run:
     """A new run, or the one that `folder` holds, continued after its last checkpoint."""
-    require(exp.cache.block * (exp.clip // exp.cache.block) == exp.clip,
+    require(exp.clip % exp.cache.block == 0,
             f"clip={exp.clip} is not a whole number of blocks of {exp.cache.block}; change one.")  # fmt: skip
     batches = iter(data.dataset(seed, exp.train.batch, encode=stage_tokenizer().encode))
     saved = checkpoints.Checkpoints(folder / "checkpoints")

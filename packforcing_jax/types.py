@@ -16,7 +16,6 @@ Video: TypeAlias = Float[Array, "b frames height width 3"]  # in [-1, 1]
 Tokens: TypeAlias = Float[Array, "b q d"]
 Heads: TypeAlias = Float[Array, "b q n h"]
 TextStates: TypeAlias = Float[Array, "b words d"]
-Positions: TypeAlias = Float[Array, "b q 3"]  # (frame, row, column) of each token; may be fractional
 Length: TypeAlias = Int[Array, ""]  # how many leading keys are valid
 TokenIds: TypeAlias = Int[Array, "b words"]
 Mask: TypeAlias = Bool[Array, "b words"]

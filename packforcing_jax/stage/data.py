@@ -56,6 +56,11 @@ def seen_before(guests: Int[np.ndarray, " blocks"]) -> Bool[np.ndarray, " blocks
     return earlier & (guests >= 0)
 
 
+def entering(shown: Int[np.ndarray, " blocks"]) -> Bool[np.ndarray, " blocks"]:
+    """Whether each block shows a guest or scene that the block before did not; -1 stands for nobody."""
+    return (shown >= 0) & (shown != np.append(-1, shown[:-1]))
+
+
 def loss_weight(story: world.Story) -> Float[np.ndarray, "blocks block 32 32"]:
     """How much each pixel counts in training: 4 where a guest or scene is called back, 1/4 where it is first seen.
 
@@ -63,20 +68,15 @@ def loss_weight(story: world.Story) -> Float[np.ndarray, "blocks block 32 32"]:
     """
     weight = np.ones((len(story.guests), world.BLOCK, world.SIZE, world.SIZE), np.float32)
     for shown, place in ((story.guests, world.GUEST_CELL), (story.scenes, world.POSTER_CELL)):
-        entering = (shown >= 0) & (shown != np.append(-1, shown[:-1]))
-        known = seen_before(shown)
-        value = np.where(entering & known, 4.0, np.where(entering, 0.25, 1.0))
+        value = np.where(entering(shown), np.where(seen_before(shown), 4.0, 0.25), 1.0)
         weight[:, :, *world.cell(*place)] = value[:, None, None, None]
     return weight
 
 
 def called_back(story: world.Story) -> Bool[np.ndarray, "blocks 2 blocks"]:
     """For each block, the earlier ones that show the guest (kind 0) or scene (kind 1) it calls onto the stage again."""
-    found = []
-    for shown in (story.guests, story.scenes):
-        entering = (shown >= 0) & (shown != np.append(-1, shown[:-1]))
-        found.append(np.tril(shown[:, None] == shown, k=-1) & entering[:, None])
-    return np.stack(found, axis=1)
+    kinds = (story.guests, story.scenes)
+    return np.stack([np.tril(shown[:, None] == shown, k=-1) & entering(shown)[:, None] for shown in kinds], axis=1)
 
 
 def clip(seed: int, index: int, encode: Encode) -> dict[str, np.ndarray]:
