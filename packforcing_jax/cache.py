@@ -2,7 +2,7 @@
 
 A finished block is written once, at full size into `sink` or `recent` and packed into `mid`. Its packed twin lies in
 `mid` from that moment and becomes visible when the sharp block leaves `recent`: leaving moves no data. Keys are kept
-rotated in space only; `recall` gives each key its place in time, anchored at the sink, when a block looks back.
+rotated in space only; `view` gives each key its place in time when a block looks back.
 """
 
 import math
@@ -14,19 +14,43 @@ from flax import struct
 from jax import Array
 from jaxtyping import Float, Int
 
-from packforcing_jax import rope, selection
+from packforcing_jax import rope, trees
 from packforcing_jax.config import CacheConfig, Experiment
-from packforcing_jax.types import KV, Heads, Length
+from packforcing_jax.types import KV, Length
+
+
+@struct.dataclass
+class Layer:
+    """What one layer remembers.
+
+    Under `rope_adjustment="incremental"` keys lie rotated in time: recent ones at their true frames, the others where
+    `sink_at` and `at` say. Otherwise these two are empty.
+    """
+
+    sink: KV  # [b, frame, s, n, h]   first frames, written once
+    mid: KV  # [b, slot, p, n, h]    packed blocks, a ring
+    recent: KV  # [b, frame, s, n, h]   last frames, a ring
+    sink_at: Array  # []       place in time that the sink's first frame is turned to
+    at: Array  # [b, slot]     and each packed block's first frame
 
 
 @struct.dataclass
 class Memory:
-    """Everything the model remembers. Keys and values have the leading axes [layer, b]."""
+    """Everything the model remembers: one `Layer` per layer, as a list or stacked along a leading axis."""
 
-    sink: KV  # [layer, b, frame, s, n, h]   first frames, written once
-    mid: KV  # [layer, b, slot, p, n, h]    packed blocks, a ring
-    recent: KV  # [layer, b, frame, s, n, h]   last frames, a ring
+    layers: list[Layer] | Layer
     num_blocks: Int[Array, ""]
+
+
+@struct.dataclass
+class Looked:
+    """Which packed blocks a layer looks back at, in time order, behind the last valid one -1."""
+
+    slots: Array  # [b, chosen] where they lie in the ring
+    ids: Array  # [b, chosen]
+    scores: Array  # [b, chosen]
+    at: Array  # [b, chosen] place in time of each block's first frame
+    sink_at: Array  # []
 
 
 @struct.dataclass
@@ -34,25 +58,35 @@ class Plan:
     """Counts and places in time of what the next block sees; a function of the block counter alone."""
 
     num_blocks: Array
+    start: Array  # true number of the current block's first frame
     sink: Array  # valid sink frames
     recent: Array  # visible recent frames
     chosen: Array  # attended packed blocks
     ids: Array  # [slot] id of the packed block in each ring slot, -1 where none is visible
     step: Array  # places in time that one packed block takes
-    recent_at: Array  # place of the first recent frame
-    current_at: Array  # place of the current block's first frame
+    sink_at: Array  # place of the sink's first frame
+    mid_at: Array  # where a row of packed blocks that ends before `recent` begins
+    recent_at: Array
+    current_at: Array
 
 
-def init(exp: Experiment, batch: int, dtype=jnp.float32) -> Memory:
+def init(exp: Experiment, batch: int, dtype=jnp.float32, *, stacked: bool = False) -> Memory:
     """An empty memory for `batch` videos. Every store is its own buffer, so that all can be donated."""
     cfg, dit = exp.cache, exp.dit
+    kept = cfg.slots if cfg.archive == "device" else 0
+    turned = cfg.slots if cfg.rope_adjustment == "incremental" else 0
 
-    def store(slots: int, tokens: int) -> KV:
-        shape = (dit.layers, batch, slots, tokens, dit.heads, dit.head_dim)
-        return KV(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+    def layer(_) -> Layer:
+        def store(slots: int, tokens: int) -> KV:
+            shape = (batch, slots, tokens, dit.heads, dit.head_dim)
+            return KV(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
-    return Memory(sink=store(cfg.sink, exp.tokens_per_frame), recent=store(cfg.ring, exp.tokens_per_frame),
-                  mid=store(cfg.slots, exp.tokens_per_packed_block), num_blocks=jnp.int32(0))  # fmt: skip
+        return Layer(sink=store(cfg.sink, exp.tokens_per_frame), recent=store(cfg.ring, exp.tokens_per_frame),
+                     mid=store(kept, exp.tokens_per_packed_block), sink_at=jnp.zeros(()),
+                     at=jnp.zeros((batch, turned)))  # fmt: skip
+
+    layers = jax.vmap(layer)(jnp.arange(dit.layers)) if stacked else [layer(i) for i in range(dit.layers)]
+    return Memory(layers=layers, num_blocks=jnp.int32(0))
 
 
 def ring_ids(size: int, oldest: Array, newest: Array, written: Array) -> Int[Array, " slot"]:
@@ -62,7 +96,11 @@ def ring_ids(size: int, oldest: Array, newest: Array, written: Array) -> Int[Arr
 
 
 def plan(cfg: CacheConfig, num_blocks: Array, gap: Array | float = 0.0) -> Plan:
-    """Who is seen and where in time, `gap` frames further back for everything before `recent` (training jitter)."""
+    """Who is seen and where in time, `gap` frames further back for everything before `recent` (training jitter).
+
+    Laid out behind the sink, or moved so that the current block lies at its true frame: attention is the same
+    (paper fig. 2c adds to each position what was dropped behind it). `none` leaves the sink where it was.
+    """
     start = num_blocks * cfg.block
     sink = jnp.minimum(start, cfg.sink)
     recent = jnp.minimum(start - sink, cfg.recent)
@@ -72,14 +110,14 @@ def plan(cfg: CacheConfig, num_blocks: Array, gap: Array | float = 0.0) -> Plan:
     chosen = jnp.clip(newest, 0, min(cfg.capacity, cfg.attended))
     room = float(max(cfg.trained - cfg.sink - cfg.recent - cfg.block, 1))
     step = jnp.minimum(cfg.block, room / jnp.maximum(chosen, 1)) if cfg.span == "fit" else jnp.float32(cfg.block)
-    if cfg.rope_adjustment == "none":
-        recent_at, current_at = start - recent, start
-    else:
-        recent_at = sink + chosen * step + gap
-        current_at = recent_at + recent
-    return Plan(num_blocks=num_blocks, sink=sink, recent=recent, chosen=chosen, step=step,
+    packed = chosen * step
+    moved = 0.0 if cfg.rope_adjustment == "sink" else start - (sink + packed + gap + recent)
+    current_at = moved + sink + packed + gap + recent
+    places = {"sink_at": 0.0 if cfg.rope_adjustment == "none" else moved, "mid_at": moved + sink,
+              "recent_at": current_at - recent, "current_at": current_at}  # fmt: skip
+    return Plan(num_blocks=num_blocks, start=start, sink=sink, recent=recent, chosen=chosen, step=step,
                 ids=jnp.where(ids >= 0, ids + sink_blocks, -1),
-                recent_at=recent_at.astype(jnp.float32), current_at=current_at.astype(jnp.float32))  # fmt: skip
+                **{name: jnp.asarray(place, jnp.float32) for name, place in places.items()})  # fmt: skip
 
 
 def length(exp: Experiment, seen: Plan) -> Length:
@@ -104,8 +142,10 @@ def packed_places(exp: Experiment) -> tuple[np.ndarray, np.ndarray]:
     stride, patch = exp.compressor.stride, exp.dit.patch
     frames = np.minimum(np.arange(slots * stride(0)), exp.compressor.frames - 1).reshape(slots, -1)
     frames = np.ma.masked_greater_equal(frames, exp.cache.block).mean(axis=1).filled(exp.cache.block - 1)
-    down, across = ((np.arange(size) + 0.5) * stride(axis) / patch[axis] - 0.5
-                    for axis, size in ((1, rows), (2, columns)))  # fmt: skip
+    down, across = np.arange(rows), np.arange(columns)
+    if exp.compressor.places == "stretched":
+        down, across = ((np.arange(size) + 0.5) * stride(axis) / patch[axis] - 0.5
+                        for axis, size in ((1, rows), (2, columns)))  # fmt: skip
     return np.repeat(frames, rows * columns).astype(np.float32), rope.grid(down, across, slots)
 
 
@@ -120,131 +160,89 @@ def packed_times(exp: Experiment, seen: Plan) -> Float[Array, " p"]:
     return seen.current_at + jnp.asarray(packed_places(exp)[0])
 
 
-def recall(exp: Experiment, seen: Plan, past: tuple[KV, KV, KV], q: Heads) -> tuple[KV, Int[Array, "b chosen"]]:
-    """One layer's view, [b, room, n, h] with rotated keys and valid ones first, and the ids of its packed blocks.
-
-    `past` is that layer's (sink, mid, recent); `q` its un-rotated queries. Parts are laid down at the running
-    length, so that each covers the empty tail of the one before and the order needs no mask.
-    """
-    cfg, mid = exp.cache, past[1]
-    sink, recent = sharp(exp, seen, past)
-    parts, ids = [(sink, seen.sink * exp.tokens_per_frame)], jnp.zeros((q.shape[0], 0), jnp.int32)
-    if cfg.attended:
-        scores = selection.POLICIES[cfg.selection](ask(exp, seen, past, q))
-        slots, ids = selection.choose(scores, seen.ids, cfg.attended)
-        parts.append((_packed(exp, seen, mid, slots, ids), seen.chosen * exp.tokens_per_packed_block))
-    parts.append((recent, seen.recent * exp.tokens_per_frame))
-    shape = (q.shape[0], room(exp), *q.shape[2:])
-    view, at = KV(k=jnp.zeros(shape, mid.k.dtype), v=jnp.zeros(shape, mid.v.dtype)), jnp.int32(0)
-    for part, count in parts:
-        view, at = extend(view, part, at), at + count
-    return view, ids
-
-
-def extend(view: KV, own: KV, at: Length) -> KV:
-    """`view` with the keys and values `own` laid down from key `at` on."""
-    return KV(*(jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), at, axis=1)
-                for x, new in ((view.k, own.k), (view.v, own.v))))  # fmt: skip
-
-
-def _newest(store: Array, cfg: CacheConfig, seen: Plan) -> Array:
+def visible_recent(cfg: CacheConfig, seen: Plan, ring: Array) -> Array:
     """The visible frames of the recent ring [b, frame, s, n, h] in time order (garbage behind the last valid one)."""
     if cfg.ring == cfg.recent == math.gcd(cfg.block, cfg.sink):
-        return store  # one block, always in order
-    first = seen.num_blocks * cfg.block - seen.recent - cfg.sink
-    return jnp.take(store, (first + jnp.arange(cfg.recent)) % max(cfg.ring, 1), axis=1)
+        return ring  # one block, always in order
+    first = seen.start - seen.recent - cfg.sink
+    return jnp.take(ring, (first + jnp.arange(cfg.recent)) % max(cfg.ring, 1), axis=1)
 
 
-def _placed(store: KV, frames: Float[Array, " frame"], exp: Experiment) -> KV:
-    """Tokens [b, frame*s, n, h] of whole frames with their keys rotated to `frames`."""
-    b, count, s, n, h = store.k.shape
-    k, v = (x.reshape(b, count * s, n, h) for x in (store.k, store.v))
-    return KV(k=rope.rotate(k, rope.time_angles(jnp.repeat(frames, s), exp.dit)), v=v)
-
-
-def sharp(exp: Experiment, seen: Plan, past: tuple[KV, KV, KV]) -> tuple[KV, KV]:
-    """One layer's sink and visible recent tokens [b, k, n, h], each with its valid ones first, keys in their places."""
-    cfg, (sink, _, recent) = exp.cache, past
-    newest = KV(*(_newest(x, cfg, seen) for x in (recent.k, recent.v)))
-    return (_placed(sink, jnp.arange(cfg.sink, dtype=jnp.float32), exp),
-            _placed(newest, seen.recent_at + jnp.arange(cfg.recent), exp))  # fmt: skip
-
-
-def ask(exp: Experiment, seen: Plan, past: tuple[KV, KV, KV], q: Heads) -> selection.Question:
-    """What one layer's packed blocks are scored by: its queries `q` pooled, the archive at one common distance.
-
-    One distance for all, so that age does not decide.
-    """
-    cfg, packed = exp.cache, past[1].k
-    b, slots, p, n, h = packed.shape
-    times, _ = packed_places(exp)
-    common = seen.sink + (seen.chosen * seen.step) / 2 + jnp.asarray(times) * seen.step / cfg.block
-    archive = rope.rotate(packed.reshape(b, slots * p, n, h), jnp.tile(rope.time_angles(common, exp.dit), (slots, 1)))
-    sizes = [(cfg.sink, seen.sink), (cfg.recent, seen.recent)]
-    return selection.Question(
-        q=rope.rotate(selection.pool(q, exp.grid, cfg.score_pool), _pool_angles(exp, seen)),
-        archive=archive.reshape(packed.shape), ids=seen.ids,
-        sharp=jnp.concatenate([part.k for part in sharp(exp, seen, past)], axis=1),
-        sharp_valid=jnp.concatenate([jnp.arange(size * exp.tokens_per_frame) < count * exp.tokens_per_frame
-                                     for size, count in sizes]))  # fmt: skip
-
-
-def _pool_angles(exp: Experiment, seen: Plan) -> Array:
-    """Rotary angles at the centres of the windows that queries are pooled over."""
-    frames, rows, columns = (
-        np.arange(size // step) * step + (step - 1) / 2
-        for size, step in zip((exp.cache.block, *exp.grid), exp.cache.score_pool, strict=True))  # fmt: skip
-    times = np.repeat(frames, len(rows) * len(columns)).astype(np.float32)
-    places = rope.grid(rows, columns, len(frames))
-    return rope.time_angles(seen.current_at + jnp.asarray(times), exp.dit) \
-        + rope.space_angles(jnp.asarray(places), exp.dit)  # fmt: skip
-
-
-def _packed(exp: Experiment, seen: Plan, mid: KV, slots: Int[Array, "b chosen"], ids: Int[Array, "b chosen"]) -> KV:
-    """The chosen packed blocks [b, chosen*p, n, h] with their keys rotated to their places behind the sink."""
-    cfg, (b, count) = exp.cache, slots.shape
-    picked = KV(*(jnp.take_along_axis(x, slots[:, :, None, None, None], axis=1) for x in (mid.k, mid.v)))
-    offsets = jnp.asarray(packed_places(exp)[0])[None, None]
-    if cfg.rope_adjustment == "none":
-        times = (ids * cfg.block).astype(jnp.float32)[..., None] + offsets
-    else:
-        times = (seen.sink + jnp.arange(count) * seen.step)[None, :, None] + offsets * seen.step / cfg.block
-    _, _, p, n, h = picked.k.shape
-    angles = rope.time_angles(times.reshape(times.shape[0], count * p), exp.dit)
-    return KV(k=rope.rotate(picked.k.reshape(b, count * p, n, h), angles), v=picked.v.reshape(b, count * p, n, h))
-
-
-def commit(exp: Experiment, memory: Memory, full: KV, packed: KV | None) -> Memory:
+def commit(exp: Experiment, memory: Memory, full: list[KV] | KV, packed: list[KV] | KV | None,
+           looked: list[Looked] | Looked | None = None) -> Memory:  # fmt: skip
     """The memory after one more finished block; shapes never change. The only writer.
 
-    `full` holds [layer, b, block*s, n, h], `packed` [layer, b, p, n, h] (None when nothing is packed); keys are
-    rotated in space only.
+    Per layer, `full` holds [b, block*s, n, h], `packed` [b, p, n, h] (None when none is kept here), keys rotated in
+    space only, and `looked` what the block looked back at, which `incremental` needs.
     """
-    cfg, n = exp.cache, memory.num_blocks
-    frames = KV(*(x.reshape(*x.shape[:2], cfg.block, -1, *x.shape[3:]) for x in (full.k, full.v)))
-    sink, recent, mid = memory.sink, memory.recent, memory.mid
+    if exp.cache.rope_adjustment == "incremental":
+        memory = memory.replace(layers=trees.over(lambda *one: _settle(exp, *one), memory.layers, looked))
+        frames = _true_frames(exp, memory.num_blocks)
+        moved = lambda layer: jnp.where(frames < exp.cache.sink, layer.sink_at, 0.0)  # noqa: E731
+        full = trees.over(lambda layer, kv: _turned(exp, kv, frames + moved(layer)), memory.layers, full)
+        if packed is not None:
+            times = memory.num_blocks * exp.cache.block + jnp.asarray(packed_places(exp)[0])
+            packed = trees.over(lambda kv: _turned(exp, kv, times), packed)
+    write = lambda *one: _write(exp, memory.num_blocks, *one)  # noqa: E731
+    return Memory(layers=trees.over(write, memory.layers, full, packed), num_blocks=memory.num_blocks + 1)
+
+
+def _write(exp: Experiment, n: Array, layer: Layer, full: KV, packed: KV | None) -> Layer:
+    """One layer with block `n` in its places."""
+    cfg = exp.cache
+    frames = KV(*(x.reshape(x.shape[0], cfg.block, -1, *x.shape[2:]) for x in (full.k, full.v)))
+    sink, recent = layer.sink, layer.recent
     chunk = math.gcd(cfg.block, cfg.sink, cfg.ring)  # whole blocks where sizes allow
     for f in range(0, cfg.block, chunk):
         frame = n * cfg.block + f
-        new = KV(*(x[:, :, f : f + chunk] for x in (frames.k, frames.v)))
+        new = KV(*(x[:, f : f + chunk] for x in (frames.k, frames.v)))
         sink = _put(sink, new, slot=frame, when=frame < cfg.sink)
         recent = _put(recent, new, slot=(frame - cfg.sink) % max(cfg.ring, 1), when=frame >= cfg.sink)
-    if packed is not None:
-        past = n - cfg.sink // cfg.block
-        mid = _put(mid, KV(*(x[:, :, None] for x in (packed.k, packed.v))), slot=past % cfg.slots, when=past >= 0)
-    return Memory(sink=sink, mid=mid, recent=recent, num_blocks=n + 1)
+    layer = layer.replace(sink=sink, recent=recent)
+    if packed is None:
+        return layer
+    past = n - cfg.sink // cfg.block
+    there = {"slot": past % cfg.slots, "when": past >= 0}
+    mid = _put(layer.mid, KV(*(x[:, None] for x in (packed.k, packed.v))), **there)
+    if layer.at.shape[1] == 0:
+        return layer.replace(mid=mid)
+    first = jnp.broadcast_to(jnp.float32(n * cfg.block), (layer.at.shape[0], 1))
+    return layer.replace(mid=mid, at=_overwrite(layer.at, first, **there))
 
 
 def _put(store: KV, new: KV, *, slot: Array, when: Array) -> KV:
-    """`store` with `new` at `slot` of axis 2 if `when`; otherwise what was there is written back, in place."""
-    if store.k.shape[2] == 0:
-        return store
+    """`store` with `new` at `slot` if `when`; otherwise what was there is written back, in place."""
+    return KV(k=_overwrite(store.k, new.k, slot=slot, when=when), v=_overwrite(store.v, new.v, slot=slot, when=when))
 
-    def put(x: Array, values: Array) -> Array:
-        old = jax.lax.dynamic_slice_in_dim(x, slot, values.shape[2], axis=2)
-        return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(when, values.astype(x.dtype), old), slot, axis=2)
 
-    return KV(k=put(store.k, new.k), v=put(store.v, new.v))
+def _overwrite(x: Array, values: Array, *, slot: Array, when: Array) -> Array:
+    if x.shape[1] == 0:
+        return x
+    old = jax.lax.dynamic_slice_in_dim(x, slot, values.shape[1], axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(when, values.astype(x.dtype), old), slot, axis=1)
+
+
+def _settle(exp: Experiment, layer: Layer, looked: Looked) -> Layer:
+    """`layer` with every key that was looked at left where it was turned to."""
+    b, slots, p, n, h = layer.mid.k.shape
+    valid = (looked.ids >= 0)[..., None] & (looked.slots[..., None] == jnp.arange(slots)[None, None])
+    target = jnp.where(valid, looked.at[..., None], 0.0).sum(axis=1)
+    at = jnp.where(valid.any(axis=1), target, layer.at)
+    turn = rope.time_angles(jnp.repeat(at - layer.at, p, axis=1), exp.dit)
+    mid = rope.rotate(layer.mid.k.reshape(b, slots * p, n, h), turn).reshape(layer.mid.k.shape)
+    frames = layer.sink.k.shape
+    moved = jnp.full((frames[1] * frames[2],), looked.sink_at - layer.sink_at)
+    sink = rope.rotate(layer.sink.k.reshape(b, -1, n, h), rope.time_angles(moved, exp.dit)).reshape(frames)
+    return layer.replace(sink=layer.sink.replace(k=sink), mid=layer.mid.replace(k=mid), at=at, sink_at=looked.sink_at)
+
+
+def _true_frames(exp: Experiment, n: Array) -> Float[Array, " q"]:
+    frames = np.repeat(np.arange(exp.cache.block), exp.tokens_per_frame)
+    return (n * exp.cache.block + jnp.asarray(frames)).astype(jnp.float32)
+
+
+def _turned(exp: Experiment, tokens: KV, times: Float[Array, " k"]) -> KV:
+    return tokens.replace(k=rope.rotate(tokens.k, rope.time_angles(times, exp.dit)))
 
 
 def export(exp: Experiment, memory: Memory) -> KV:
@@ -253,15 +251,18 @@ def export(exp: Experiment, memory: Memory) -> KV:
     kept = min(frames, cfg.sink)
     recent = np.arange(max(cfg.sink, frames - cfg.ring), frames)
     slots = (recent - cfg.sink) % max(cfg.ring, 1)
-    times = np.repeat(np.concatenate([np.arange(kept), recent]), exp.tokens_per_frame)
-    angles = rope.time_angles(jnp.asarray(times, jnp.float32), exp.dit)
+    true = np.concatenate([np.arange(kept), recent]).astype(np.float32)
 
-    def gather(sink: Array, ring: Array) -> Array:
-        both = jnp.concatenate([sink[:, :, :kept], ring[:, :, slots]], axis=2)
-        return both.reshape(*both.shape[:2], -1, *both.shape[4:])
+    def one(layer: Layer) -> KV:
+        turned = np.zeros_like(true)
+        if cfg.rope_adjustment == "incremental":
+            turned = jnp.where(np.arange(len(true)) < kept, layer.sink_at + true, true)
+        both = [jnp.concatenate([sink[:, :kept], ring[:, slots]], axis=1) for sink, ring in
+                ((layer.sink.k, layer.recent.k), (layer.sink.v, layer.recent.v))]  # fmt: skip
+        flat = KV(*(x.reshape(x.shape[0], -1, *x.shape[3:]) for x in both))
+        return _turned(exp, flat, jnp.repeat(jnp.asarray(true - turned), exp.tokens_per_frame))
 
-    k = jax.vmap(lambda layer: rope.rotate(layer, angles))(gather(memory.sink.k, memory.recent.k))
-    return KV(k=k, v=gather(memory.sink.v, memory.recent.v))
+    return trees.stack(trees.over(one, memory.layers))
 
 
 def end_indices(exp: Experiment, memory: Memory) -> np.ndarray:

@@ -25,7 +25,7 @@ class Compressor(nnx.Module):
         self.out = nnx.Linear(channels[-1], exp.dit.dim, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     def __call__(self, latent: Latent) -> Tokens:
-        x = latent
+        x = latent.astype(self.out.kernel.dtype)
         for conv in self.convs:
             x = jax.nn.silu(conv(x))
         return self.out(x).reshape(x.shape[0], -1, self.out.out_features)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from packforcing_jax.errors import InputError
 
@@ -121,9 +122,28 @@ class TextConfig:
                 f"text.dim_attn={self.dim_attn} is not divisible by heads={self.heads}; change one.")  # fmt: skip
 
 
-ROPE_ADJUSTMENTS = ("sink", "none")
-SPANS = ("true", "fit")
-SELECTIONS = ("affinity", "recency", "all")
+CHOICES = {
+    "cache.rope_adjustment": ("sink", "incremental", "sink_only", "none"),
+    "cache.span": ("true", "fit"),
+    "cache.selection": ("affinity", "mass_sum", "mass_max", "logit_max", "centred_logit_max", "log_sum_exp",
+                        "paper_sum", "recency", "random", "all"),
+    "cache.scope": ("layer", "shared"),
+    "cache.timing": ("first", "late"),
+    "cache.archive": ("device", "host"),
+    "compressor.branches": ("both", "hr", "lr"),
+    "compressor.places": ("stretched", "native"),
+    "compressor.keys": ("blocks", "projected"),
+    "sample.prediction": ("velocity", "clean"),
+}  # fmt: skip
+
+
+def require_choices(group: str, settings: Any) -> None:
+    """Raises `InputError` for the first field of the dataclass `settings` that is none of its `CHOICES`."""
+    for key, allowed in CHOICES.items():
+        owner, name = key.split(".")
+        if owner == group:
+            value = getattr(settings, name)
+            require(value in allowed, f"{key}={value!r} is unknown; choose one of {', '.join(allowed)}.")
 
 
 @dataclass(frozen=True)
@@ -144,6 +164,9 @@ class CacheConfig:
     span: str = "true"
     trained: int = 20
     selection: str = "affinity"
+    scope: str = "layer"  # every layer chooses for itself, or one choice is shared by all
+    timing: str = "first"
+    archive: str = "device"  # where packed blocks lie
     score_pool: tuple[int, int, int] = (2, 4, 4)  # query tokens averaged before scoring: frames, rows, columns
     key_multiple: int = 128
 
@@ -156,9 +179,16 @@ class CacheConfig:
         require(self.top == 0 or (self.sink % self.block == 0 and self.recent % self.block == 0),
                 f"cache.sink={self.sink} and recent={self.recent} must be whole blocks of {self.block} frames "
                 "when packed blocks are attended; change them or set top=0.")  # fmt: skip
-        for name, allowed in (("rope_adjustment", ROPE_ADJUSTMENTS), ("span", SPANS), ("selection", SELECTIONS)):
-            value = getattr(self, name)
-            require(value in allowed, f"cache.{name}={value!r} is unknown; choose one of {', '.join(allowed)}.")
+        require_choices("cache", self)
+        require(self.rope_adjustment != "incremental" or self.span == "true",
+                f"cache.rope_adjustment='incremental' moves whole blocks, but span={self.span!r} squeezes them; "
+                "set span=true or rope_adjustment=sink.")  # fmt: skip
+        require(self.archive == "device" or (self.scope, self.timing) == ("shared", "late"),
+                f"cache.archive='host' is fetched once a block, but scope={self.scope!r} and timing={self.timing!r} "
+                "look it up in every layer; set scope=shared and timing=late.")  # fmt: skip
+        require(self.archive == "device" or self.rope_adjustment != "incremental",
+                "cache.archive='host' cannot be turned in place by rope_adjustment='incremental'; "
+                "set rope_adjustment=sink.")  # fmt: skip
 
     @property
     def ring(self) -> int:
@@ -190,19 +220,22 @@ class CompressorConfig:
     """The packing of one block (paper sec. 3.3): HR strided 3-D convolutions plus LR pooled re-encoding.
 
     `strides` are (t, y, x) per HR convolution; a stride-2 spatial convolution has kernel 4 and padding 1, a
-    temporal one kernel 3. `pool` is the pixel pooling (t, y, x) of the LR branch.
+    temporal one kernel 3. `pool` is the pixel pooling (t, y, x) of the LR branch. `places`: packed tokens stand at the
+    centres of the patches they cover, or (`native`) on a grid of their own. `keys`: their keys and values come out of
+    a pass through all transformer blocks, or (`projected`) from each layer's own projections of the packed tokens.
     """
 
     channels: tuple[int, ...] = (32, 128, 512, 2048)
     strides: tuple[tuple[int, int, int], ...] = ((2, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2))
     frames: int = 4  # latent frames packed together; a shorter block repeats its last frame
     pool: tuple[int, int, int] = (2, 4, 4)
-    branches: str = "both"  # or hr, lr
+    branches: str = "both"
+    places: str = "stretched"
+    keys: str = "blocks"
 
     def __post_init__(self):
         require(len(self.channels) == len(self.strides), "compressor.channels and strides need the same length.")
-        require(self.branches in ("both", "hr", "lr"),
-                f"compressor.branches={self.branches!r} is unknown; choose both, hr or lr.")  # fmt: skip
+        require_choices("compressor", self)
 
     def stride(self, axis: int) -> int:
         """Total latent stride along axis 0 (time), 1 (rows) or 2 (columns)."""
@@ -224,8 +257,7 @@ class SampleConfig:
         require(len(self.steps) > 0 and all(0 < s <= 1000 for s in self.steps)
                 and all(a > b for a, b in zip(self.steps, self.steps[1:])),
                 f"sample.steps={self.steps} must fall strictly within 1000..1.")  # fmt: skip
-        require(self.prediction in ("velocity", "clean"),
-                f"sample.prediction={self.prediction!r} is unknown; choose velocity or clean.")  # fmt: skip
+        require_choices("sample", self)
 
 
 @dataclass(frozen=True)

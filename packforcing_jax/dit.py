@@ -4,7 +4,7 @@ The network knows nothing of caches: a block hands its queries, keys and values 
 whom they attend to and what is kept of them. Full attention, masks and the packed memory are three such functions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from flax import nnx, struct
 from jax import Array
 from jaxtyping import Float
 
-from packforcing_jax import attention, layers, rope
+from packforcing_jax import attention, layers, rope, trees
 from packforcing_jax.config import DiTConfig
 from packforcing_jax.types import KV, Heads, Latent, Tokens
 
@@ -56,9 +56,17 @@ class Block(nnx.Module):
         self.ffn_out = nnx.Linear(cfg.ffn_dim, cfg.dim, rngs=rngs)
         self.eps = cfg.eps
 
+    def rows(self, time: Float[Array, "b t 6 d"]) -> Sequence[Array]:
+        """Shift, scale and gate [b, t, d] of self-attention, then of the MLP."""
+        return jnp.unstack(self.modulation[...].astype(time.dtype)[None, None] + time, axis=2)
+
+    def keys_values(self, x: Tokens, time: Float[Array, "b t 6 d"]) -> KV:
+        """The keys and values that self-attention makes of `x`."""
+        shift, scale, *_ = self.rows(time)
+        return self.attn.keys_values(layers.modulate(layers.standardize(x, self.eps), shift, scale))
+
     def __call__(self, x: Tokens, time: Float[Array, "b t 6 d"], text: KV, past: Any, mix: Mix) -> tuple[Tokens, Any]:
-        rows = self.modulation[...].astype(time.dtype)[None, None] + time
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = jnp.unstack(rows, axis=2)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.rows(time)
         y = layers.modulate(layers.standardize(x, self.eps), shift, scale)
         own = self.attn.keys_values(y)
         mixed, kept = mix(self.attn.queries(y), own.k, own.v, past)
@@ -70,7 +78,7 @@ class Block(nnx.Module):
 
 
 class WanDiT(nnx.Module):
-    """All parameters of the transformer; the blocks are stacked along a leading layer axis."""
+    """All parameters of the transformer; the blocks are stacked along a leading layer axis, or `unrolled`."""
 
     def __init__(self, cfg: DiTConfig, rngs: nnx.Rngs):
         cells = int(np.prod(cfg.patch))
@@ -101,21 +109,42 @@ def embed_time(model: WanDiT, timesteps: Float[Array, "b t"]) -> TimeStates:
     return TimeStates(e=e, rows=einops.rearrange(model.time_proj(jax.nn.silu(e)), "b t (six d) -> b t six d", six=6))
 
 
-def text_kv(model: WanDiT, context: Float[Array, "b words text"]) -> KV:
-    """Cross-attention keys and values [layer, b, text_len, n, h] of encoder states, zero-padded to `text_len`.
+def text_kv(model: WanDiT, context: Float[Array, "b words text"]) -> Any:
+    """Cross-attention keys and values per layer, [b, text_len, n, h], of encoder states zero-padded to `text_len`.
 
     Padding is attended to, as in the original: its zero rows pass the text MLP like any others.
     """
     padded = jnp.pad(context, ((0, 0), (0, model.cfg.text_len - context.shape[1]), (0, 0)))
-    words = model.text_out(jax.nn.gelu(model.text_in(padded), approximate=True))
-    return jax.lax.map(lambda block: block.cross.keys_values(words), model.blocks)
+    words = model.text_in(padded.astype(model.text_in.kernel.dtype))
+    words = model.text_out(jax.nn.gelu(words, approximate=True))
+    return trees.over(lambda block: block.cross.keys_values(words), _blocks(model))
+
+
+def _blocks(model: WanDiT) -> Any:
+    """The transformer's blocks in either form."""
+    return list(model.blocks) if isinstance(model.blocks, nnx.List) else model.blocks
+
+
+def unrolled(model: WanDiT) -> WanDiT:
+    """The same model with its layers apart, to be run one by one: what each layer reads and writes stays in place."""
+    apart = jax.tree.map(lambda leaf: leaf, model)
+    apart.blocks = nnx.List(trees.unstack(model.blocks, model.cfg.layers))
+    return apart
+
+
+def projections(model: WanDiT, x: Tokens, time: TimeStates) -> Any:
+    """Keys and values that each layer's own projections make of the same tokens `x`."""
+    return trees.over(lambda block: block.keys_values(x, time.rows), _blocks(model))
 
 
 def embed_latent(model: WanDiT, latent: Latent) -> Tokens:
-    """Patch tokens in the order frame, row, column; inside a patch the channel is slowest."""
+    """Patch tokens in the order frame, row, column; inside a patch the channel is slowest.
+
+    They have the weights' dtype, which all that follows then has.
+    """
     pt, py, px = model.cfg.patch
-    return model.patch(einops.rearrange(
-        latent, "b (t pt) (y py) (x px) c -> b (t y x) (c pt py px)", pt=pt, py=py, px=px))  # fmt: skip
+    cells = einops.rearrange(latent, "b (t pt) (y py) (x px) c -> b (t y x) (c pt py px)", pt=pt, py=py, px=px)
+    return model.patch(cells.astype(model.patch.kernel.dtype))
 
 
 def head(model: WanDiT, x: Tokens, e: Float[Array, "b t d"], grid: tuple[int, int]) -> Latent:
@@ -127,11 +156,18 @@ def head(model: WanDiT, x: Tokens, e: Float[Array, "b t d"], grid: tuple[int, in
                             y=grid[0], x=grid[1], pt=pt, py=py, px=px)  # fmt: skip
 
 
-def run(model: WanDiT, x: Tokens, time: TimeStates, text: KV, *, past: Any, mix: Mix) -> tuple[Tokens, Any]:
-    """Tokens after all blocks, and what each layer's `mix` kept, stacked over layers. `past` is scanned likewise.
+def run(model: WanDiT, x: Tokens, time: TimeStates, text: Any, *, past: Any, mix: Mix) -> tuple[Tokens, Any]:
+    """Tokens after all blocks, and what each layer's `mix` kept. `text` and `past` hold one entry per layer.
 
-    Under a gradient each layer is computed again rather than stored: less memory, and faster on a CPU too.
+    Unrolled layers run one by one. Stacked ones are scanned: less to compile; under a gradient each is computed
+    again rather than stored, which takes less memory and is faster on a CPU too.
     """
+    if isinstance(model.blocks, nnx.List):
+        kept = []
+        for block, words, before in zip(model.blocks, text, past or [None] * len(model.blocks), strict=True):
+            x, one = block(x, time.rows, words, before, mix)
+            kept.append(one)
+        return x, kept
 
     @partial(jax.checkpoint, prevent_cse=False)
     def layer(x, inputs):

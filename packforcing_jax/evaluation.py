@@ -1,8 +1,7 @@
-"""What a model knows, read off its videos by the Stage world's oracle: teacher-forced, rolled out, and recalling.
+"""What a model knows, read off its videos by the Stage world's oracle: teacher-forced and rolled out.
 
-Three questions, one player. `teacher_forced`: is each next block right behind true ones? `rollout`: does a long video
-stay right? `forced_recall`: does a guest come back right after a true history? Every figure has n, a 95 % interval
-and the level that guessing reaches.
+Two questions, one player. `teacher_forced`: is each next block right behind true ones? `rollout`: does a long video
+stay right? Every figure has n, a 95 % interval and the level that guessing reaches.
 """
 
 import dataclasses
@@ -20,14 +19,13 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from packforcing_jax import cache, checkpoints, codec, pipeline, sampler, train
+from packforcing_jax import cache, checkpoints, codec, dit, pipeline, sampler, train, view
 from packforcing_jax.config import Experiment, SpaceToDepthConfig, require
 from packforcing_jax.pipeline import Pipeline
 from packforcing_jax.stage import captions, data, metrics, oracle, stories, world
 from packforcing_jax.types import KV, Video
 
 HELD_OUT = 1_000_003  # a seed that no training run uses
-SHOWN = 2  # the block in which the guest of `forced_recall` is first seen: behind the shipped sink
 SENTENCES = 64  # texts are encoded in multiples of this many, so that few shapes are compiled
 Row = dict  # chance, value [share or RMS, low, high], n
 Watch = Callable[[Iterable], Iterable]  # shows progress over what it passes on
@@ -51,7 +49,8 @@ def of_checkpoint(exp: Experiment, checkpoint: Path) -> Pipeline:
         state, _ = copy.restore(jax.eval_shape(lambda: train.init(exp, 0)))
         copy.close()
     model = train.as_model(exp, state.ema)
-    return Pipeline(experiment=exp, nets=model.nets, text=model.text, pixels=codec.make(exp.codec, nnx.Rngs(0)),
+    nets = dataclasses.replace(model.nets, dit=dit.unrolled(model.nets.dit))
+    return Pipeline(experiment=exp, nets=nets, text=model.text, pixels=codec.make(exp.codec, nnx.Rngs(0)),
                     tokenizer=train.stage_tokenizer())  # fmt: skip
 
 
@@ -62,7 +61,7 @@ def with_cache(model: Pipeline, **changes) -> Pipeline:
         exp, cache=dataclasses.replace(exp.cache, **changes)))  # fmt: skip
 
 
-def _require_stage(exp: Experiment) -> None:
+def require_stage(exp: Experiment) -> None:
     pixels = tuple(size * exp.codec.space_factor for size in exp.latent)
     fits = isinstance(exp.codec, SpaceToDepthConfig) and pixels == (world.SIZE,) * 2 and exp.cache.block == world.BLOCK
     require(fits, f"experiment {exp.name!r} draws no stage videos, which the oracle reads; evaluate a stage model.")
@@ -71,27 +70,33 @@ def _require_stage(exp: Experiment) -> None:
 # The player
 
 
-@functools.partial(jax.jit, static_argnames="exp", donate_argnames="memory")
-def one_block(nets: sampler.Nets, pixels: codec.Codec, exp: Experiment, memory: cache.Memory, words: KV,
-              seeds: Int[Array, " b"], videos: Int[Array, " b"],
-              truth: Video | None) -> tuple[cache.Memory, Video, Array]:  # fmt: skip
-    """The next block of each (seed, video): the memory after it, its frames, and the packed blocks it chose.
+@functools.partial(jax.jit, static_argnames="exp", donate_argnames=("memory", "views"))
+def one_block(nets: sampler.Nets, pixels: codec.Codec, exp: Experiment, memory: cache.Memory, views: list[KV],
+              words: list[KV], seeds: Int[Array, " b"], videos: Int[Array, " b"],
+              truth: Video | None) -> tuple[cache.Memory, list[KV], Video, Array]:  # fmt: skip
+    """The next block of each (seed, video): the memory after it, scratch, its frames, and the packed blocks it chose.
 
     With `truth`, frames in [-1, 1], that is what is remembered instead.
     """
-    one = jax.vmap(lambda seed, video: sampler.noises(exp, seed, video[None], memory.num_blocks), out_axes=(0, 1))
-    noise, renoise = one(seeds, videos)
-    drawn = sampler.draw(nets, exp, memory, noise=noise[:, 0], renoise=renoise[:, :, 0], text=words)
+    drawn = sampler.draw(nets, exp, memory, chance=chances(exp, seeds, videos, memory.num_blocks), text=words,
+                         views=views)  # fmt: skip
     frames = codec.decode(pixels, drawn.latent)
     latent = drawn.latent if truth is None else codec.encode(pixels, truth)
     low = codec.low_resolution(pixels, frames if truth is None else truth, latents=exp.packed_grid[0],
                                pool=exp.compressor.pool)  # fmt: skip
-    after = sampler.remember(nets, exp, memory, latent=latent, low=low, view=drawn.view, text=words)
-    return after, frames, drawn.chosen
+    memory, _, views = sampler.remember(nets, exp, memory, latent=latent, low=low, drawn=drawn, text=words)
+    return memory, views, frames, jnp.stack([one.ids for one in drawn.looked])
 
 
-def spoken(model: Pipeline, prompts: Sequence[Sequence[str]]) -> tuple[KV, Int[np.ndarray, "video block"]]:
-    """Text keys and values [layer, sentence, words, n, h] of the different sentences, and which one is whose."""
+def chances(exp: Experiment, seeds: Int[Array, " b"], videos: Int[Array, " b"], block: Array) -> sampler.Chance:
+    """What is random about the next block of each (seed, video)."""
+    one = jax.vmap(lambda seed, video: sampler.chances(exp, seed, video[None], block))(seeds, videos)
+    return sampler.Chance(noise=one.noise[:, 0], renoise=jnp.moveaxis(one.renoise[:, :, 0], 0, 1),
+                          lots=jnp.moveaxis(one.lots[:, :, 0], 0, 1))  # fmt: skip
+
+
+def spoken(model: Pipeline, prompts: Sequence[Sequence[str]]) -> tuple[list[KV], Int[np.ndarray, "video block"]]:
+    """Text keys and values per layer, [sentence, words, n, h], of the different sentences, and which one is whose."""
     different, which = np.unique(np.array(prompts), return_inverse=True)
     padded = [*different, *[different[0]] * (-len(different) % SENTENCES)]
     return model.words(padded), which.reshape(np.shape(prompts))
@@ -107,14 +112,14 @@ def play(model: Pipeline, prompts: Sequence[Sequence[str]], *, seeds: Sequence[i
     exp = model.experiment
     glance = dataclasses.replace(exp, sample=dataclasses.replace(exp.sample, steps=exp.sample.steps[:1]))
     words, which = spoken(model, prompts)
-    memory = cache.init(exp, len(prompts))
+    memory, views = cache.init(exp, len(prompts)), view.scratch(exp, len(prompts))
     identity = jnp.asarray(seeds, jnp.uint32), jnp.asarray(videos, jnp.uint32)
     frames, chosen = [], []
     for block, sentences in enumerate(which.T):
         true = None if truth is None else truth[:, block * world.BLOCK : (block + 1) * world.BLOCK]
-        said = KV(k=words.k[:, sentences], v=words.v[:, sentences])
+        said = jax.tree.map(lambda leaf, who=sentences: leaf[who], words)
         how = exp if block >= first else glance
-        memory, shown, ids = one_block(model.nets, model.pixels, how, memory, said, *identity, true)
+        memory, views, shown, ids = one_block(model.nets, model.pixels, how, memory, views, said, *identity, true)
         if block >= first:
             frames.append(np.asarray(shown))
             chosen.append(np.asarray(ids))
@@ -159,7 +164,7 @@ def teacher_forced(model: Pipeline, *, clips: int = 48, seed: int = HELD_OUT, ba
 
     Without a sink three packed blocks compete, so that a guest has to be found by what it looks like.
     """
-    _require_stage(model.experiment)
+    require_stage(model.experiment)
     told = [data.draw_clip(np.random.default_rng((seed, index))) for index in range(clips)]
     sections = {}
     for sink in dict.fromkeys((model.experiment.cache.sink, 0)):
@@ -218,10 +223,10 @@ def _by_block(readings: Sequence[oracle.Reading]) -> dict[str, np.ndarray]:
 def _row(chance: float, right: Bool[np.ndarray, "clip block t"], where: Bool[np.ndarray, "clip block"]) -> Row:
     """The share of frames right `where` it applies, averaged over clips; blocks of one clip are not independent."""
     of_clip = [float(right[i][where[i]].mean()) for i in range(len(right)) if where[i].any()]
-    return _share(chance, sum(of_clip), len(of_clip))
+    return share(chance, sum(of_clip), len(of_clip))
 
 
-def _share(chance: float, right: float, n: int) -> Row:
+def share(chance: float, right: float, n: int) -> Row:
     return {"chance": chance, "value": _plain(metrics.wilson(right, n)), "n": n}  # type: ignore[arg-type]
 
 
@@ -240,7 +245,7 @@ def _plain(values: Sequence[float]) -> list[float | None]:
 def rollout(model: Pipeline, *, videos: int = 64, blocks: int = 120, seed: int = HELD_OUT, batch: int = 16,
             watch: Watch = iter) -> dict:  # fmt: skip
     """`metrics.report` of free-running videos; video i is the one that `sample --seed SEED+i --blocks N` makes."""
-    _require_stage(model.experiment)
+    require_stage(model.experiment)
     readings, prompts = [], []
     for part in watch(chunks(videos, batch)):
         told = [stories.default_timeline(seed + i, blocks) for i in part]
@@ -251,56 +256,6 @@ def rollout(model: Pipeline, *, videos: int = 64, blocks: int = 120, seed: int =
     return {"mode": "rollout", "seed": seed} | metrics.report(readings, prompts)
 
 
-# Recall behind a true history
-
-
-def forced_recall(model: Pipeline, *, gaps: Sequence[int] = (2, 4, 8, 15, 32, 64, 110), videos: int = 32,
-                  seed: int = HELD_OUT, batch: int = 16, watch: Watch = iter) -> dict:  # fmt: skip
-    """A guest shown once and called again `gap` blocks later behind true frames: is its mark back, was it found?"""
-    _require_stage(model.experiment)
-    sections = {}
-    for gap in gaps:
-        require(gap > 0, f"gap={gap} leaves no time between two visits; give 1 or more.")
-        told = [forced_story(np.random.default_rng((seed, gap, i)), gap) for i in range(videos)]
-        readings, chosen = [], []
-        for part in watch(chunks(videos, batch)):
-            found = behind_truth(model, [told[i] for i in part], seed=seed, start=part.start, first=SHOWN + gap)
-            readings += found[0]
-            chosen.append(found[1][0])
-        sections[f"gap of {gap} blocks"] = recall_figures(model.experiment, gap, readings, told,
-                                                          np.concatenate(chosen, axis=1))  # fmt: skip
-    return {"mode": "forced", "videos": videos, "seed": seed, "sections": sections}
-
-
-def forced_story(rng: np.random.Generator, gap: int) -> world.Story:
-    """One guest in block `SHOWN` and again `gap` blocks later; another guest in half of the other blocks."""
-    blocks = SHOWN + gap + 1
-    guest = rng.integers(len(world.GUESTS))
-    others = (guest + rng.integers(1, len(world.GUESTS), size=blocks)) % len(world.GUESTS)
-    shown = np.where(rng.random(blocks) < 0.5, others, -1)
-    shown[[SHOWN, -1]] = guest
-    return world.draw_story(rng, blocks, guests=shown, scenes=np.full(blocks, rng.integers(len(world.SCENES))))
-
-
-def recall_figures(exp: Experiment, gap: int, readings: Sequence[oracle.Reading], told: Sequence[world.Story],
-                   chosen: Int[np.ndarray, "layer video top"]) -> dict[str, Row]:  # fmt: skip
-    """How often the called guest wears its mark, and how often its block is among the packed blocks attended."""
-    right = 0
-    for reading, story in zip(readings, told, strict=True):
-        guest = story.guests[-1]
-        mark = metrics.majority(np.where(reading.guest == guest, reading.guest_mark, -1)[-world.BLOCK :])
-        right += mark == story.guest_marks[guest]
-    rows = {"mark recalled": _share(1 / world.MARKS, right, len(told))}
-    held = int(np.count_nonzero(cache.plan(exp.cache, jnp.int32(SHOWN + gap)).ids >= 0))
-    if held:
-        level = min(1.0, exp.cache.attended / held)
-        looked = (chosen == SHOWN).any(axis=-1)
-        rows["its block looked up, last layer"] = _share(level, int(looked[-1].sum()), len(told))
-        rows["its block looked up, any layer"] = _share(1 - (1 - level) ** len(looked), int(looked.any(axis=0).sum()),
-                                                       len(told))  # fmt: skip
-    return rows
-
-
 # The report
 
 
@@ -309,9 +264,10 @@ def table(result: dict) -> str:
     if result["mode"] == "rollout":
         return metrics.table(result)
     lines = [f"{result['videos']} videos; brackets hold 95 % intervals"]
+    wide = 2 + max(len(name) for rows in result["sections"].values() for name in rows)
     for title, rows in result["sections"].items():
-        lines += ["", f"{title:<38}{'chance':>8}{'value':>24}{'n':>6}"]
-        lines += [f"{name:<38}{row['chance']:>8.3f}{_spell(row['value']):>24}{row['n']:>6}"
+        lines += ["", f"{title:<{wide}}{'chance':>8}{'value':>24}{'n':>6}"]
+        lines += [f"{name:<{wide}}{row['chance']:>8.3f}{_spell(row['value']):>24}{row['n']:>6}"
                   for name, row in rows.items()]  # fmt: skip
     return "\n".join(lines)
 

@@ -37,7 +37,8 @@ class Clips:
 def for_training(exp: Experiment, blocks: int, sink: int) -> Experiment:
     """`exp` with a memory for clips of `blocks` blocks: `sink` frames, every packed block attended."""
     held = max(blocks - (sink + exp.cache.recent) // exp.cache.block, 1)
-    smaller = dataclasses.replace(exp.cache, sink=sink, top=held, capacity=held, selection="all", span="true")
+    smaller = dataclasses.replace(exp.cache, sink=sink, top=held, capacity=held, selection="all", span="true",
+                                  scope="layer", timing="first", archive="device")  # fmt: skip
     return dataclasses.replace(exp, cache=smaller)
 
 
@@ -67,22 +68,22 @@ def teacher_forcing(model: Model, clips: Clips, key: Array, exp: Experiment) -> 
     noise = jax.random.normal(keys[1], clips.latent.shape)
     jitter = jax.random.uniform(keys[2], maxval=exp.train.gap)
     gap = jnp.where(jax.random.uniform(keys[3]) < exp.train.gap_share, jitter, 0.0)
-    nets = model.nets
+    nets, batch = model.nets, clips.latent.shape[1]
+    lots = jnp.zeros((exp.dit.layers, batch, exp.cache.slots))  # every packed block is attended
 
     def one_block(memory: cache.Memory, inputs) -> tuple[cache.Memory, tuple[Array, Array]]:
         latent, low, weight, called, fresh, sigma, words = inputs
         seen = cache.plan(exp.cache, memory.num_blocks, gap)
         noisy = schedules.add_noise(latent, fresh, sigma)
-        past = (memory.sink, memory.mid, memory.recent)
-        clean, (view, _, scores) = sampler.guess(nets, exp, seen, noisy, 1000 * sigma, sigma, words, past,
-                                                 look=sampler.watching_look)  # fmt: skip
+        clean, (views, looked, scores) = sampler.guess(nets, exp, seen, noisy, 1000 * sigma, sigma, words,
+                                                       (memory.layers, lots), look=sampler.watching_look)  # fmt: skip
         loss = jnp.mean(weight * (clean - latent) ** 2)
-        full, whole = sampler.read_clean(nets, exp, seen, latent, words, view)
-        packed = sampler.read_packed(nets, exp, seen, latent, low, words, whole)
-        return cache.commit(exp, memory, full, packed), (loss, matching(scores[-1], seen.ids, called))
+        full, views = sampler.read_clean(nets, exp, seen, latent, words, views)
+        packed, _ = sampler.read_packed(nets, exp, seen, latent, low, words, views)
+        return cache.commit(exp, memory, full, packed, looked), (loss, matching(scores[-1], seen.ids, called))
 
     xs = (clips.latent, clips.low, clips.weight, clips.called, noise, levels, text_states(model, clips))
-    _, (losses, missed) = jax.lax.scan(one_block, cache.init(exp, clips.latent.shape[1]), xs)
+    _, (losses, missed) = jax.lax.scan(one_block, cache.init(exp, batch, stacked=True), xs)
     return losses.mean() + exp.train.matching * missed.mean(), (losses, missed)
 
 

@@ -14,7 +14,21 @@ import numpy as np
 from flax import nnx, struct
 from jax import Array
 
-from packforcing_jax import cache, checkpoints, codec, compressor, dit, options, sampler, text, tokenizer, trees, video
+from packforcing_jax import (
+    archive,
+    cache,
+    checkpoints,
+    codec,
+    compressor,
+    dit,
+    options,
+    sampler,
+    text,
+    tokenizer,
+    trees,
+    video,
+    view,
+)
 from packforcing_jax.config import PROFILES, Experiment, require
 from packforcing_jax.types import KV, Latent
 
@@ -23,30 +37,46 @@ SHIPPED = Path(__file__).parent / "weights" / "stage"
 
 @struct.dataclass
 class State:
-    """Everything between two blocks; one pytree, so that a sampler can be saved and continued anywhere."""
+    """Everything between two blocks; one pytree, so that a sampler can be saved and continued anywhere.
+
+    The block counter in `memory` is also the position in the timeline.
+    """
 
     memory: cache.Memory
+    archive: archive.Archive  # packed blocks in host memory; empty when they lie in `memory`
+    views: list[KV]  # scratch: nothing in it matters between two blocks
     decoder: Any
     seed: Array
     videos: Array  # [b] video ids
 
 
+def put_away(state: State) -> State:
+    """What has to be kept of a state to go on from it: all but its scratch."""
+    return dataclasses.replace(state, views=[])
+
+
 @dataclass(frozen=True)
 class Finished:
-    """One finished block of one video: its place, what was asked for, and what came out."""
+    """One finished block of one video: its place, what was asked for, what came out, and what it looked back at."""
 
     index: int
     prompt: str
     frames: np.ndarray  # [t, height, width, 3] in [-1, 1]
     latent: np.ndarray  # [t, y, x, c]
-    chosen: np.ndarray  # [layer, top] packed blocks each layer recalled, -1 where fewer exist
+    chosen: np.ndarray  # [layer, top] packed blocks each layer recalled, in time order, -1 where fewer exist
+    scores: np.ndarray  # [layer, top] by which it chose them
+    places: np.ndarray  # [layer, top] place in time of the first frame of each
+    layout: dict[str, float]  # counts and places of the other partitions: fields of `cache.Plan`, and `block`
+    sink_sum: int  # checksum of the sink; its keys do not count when they move
+    state: State  # after this block; used up when the next one is drawn
 
 
-@functools.partial(jax.jit, static_argnames="exp")
-def draw_block(nets: sampler.Nets, exp: Experiment, state: State, words: KV) -> sampler.Drawn:
-    """`sampler.draw` with the noise of (seed, video, block)."""
-    noise, renoise = sampler.noises(exp, state.seed, state.videos, state.memory.num_blocks)
-    return sampler.draw(nets, exp, state.memory, noise=noise, renoise=renoise, text=words)
+@functools.partial(jax.jit, static_argnames="exp", donate_argnames="views")
+def draw_block(nets: sampler.Nets, exp: Experiment, memory: cache.Memory, views: list[KV], seed: Array, videos: Array,
+               words: Any) -> sampler.Drawn:  # fmt: skip
+    """`sampler.draw` with the noise of (seed, video, block), its views in place."""
+    chance = sampler.chances(exp, seed, videos, memory.num_blocks)
+    return sampler.draw(nets, exp, memory, chance=chance, text=words, views=views)
 
 
 @functools.partial(jax.jit, static_argnames=("exp", "first"))
@@ -57,15 +87,28 @@ def show_block(pixels: codec.Codec, exp: Experiment, decoder: Any, latent: Laten
     return frames, low, decoder
 
 
-@functools.partial(jax.jit, static_argnames="exp", donate_argnames="memory")
-def remember_block(nets: sampler.Nets, exp: Experiment, memory: cache.Memory, drawn: sampler.Drawn, low: Latent,
-                   words: KV) -> cache.Memory:  # fmt: skip
+@functools.partial(jax.jit, static_argnames="exp", donate_argnames=("memory", "views"))
+def remember_block(nets: sampler.Nets, exp: Experiment, memory: cache.Memory, views: list[KV], latent: Latent,
+                   low: Latent, looked: Any, words: Any) -> tuple[cache.Memory, Any, list[KV]]:  # fmt: skip
     """`sampler.remember`, in place."""
-    return sampler.remember(nets, exp, memory, latent=drawn.latent, low=low, view=drawn.view, text=words)
+    drawn = sampler.Drawn(latent=latent, views=views, looked=looked)
+    return sampler.remember(nets, exp, memory, latent=latent, low=low, drawn=drawn, text=words)
+
+
+chances = jax.jit(sampler.chances, static_argnames="exp")
+
+
+@functools.partial(jax.jit, static_argnames="exp")
+def sink_sum(exp: Experiment, memory: cache.Memory) -> Array:
+    """The bits of all stored sink values, and of the keys where they stay, added up as one unsigned number."""
+    kept = [layer.sink.v if exp.cache.rope_adjustment == "incremental" else layer.sink for layer in memory.layers]
+    sizes = {2: jnp.uint16, 4: jnp.uint32}
+    bits = [jax.lax.bitcast_convert_type(x, sizes[x.dtype.itemsize]) for x in jax.tree.leaves(kept)]
+    return sum((x.sum(dtype=jnp.uint32) for x in bits), jnp.uint32(0))
 
 
 @jax.jit
-def read_prompt(encoder: text.UMT5, model: dit.WanDiT, ids: Array, mask: Array) -> KV:
+def read_prompt(encoder: text.UMT5, model: dit.WanDiT, ids: Array, mask: Array) -> Any:
     """The cross-attention keys and values of one prompt for every layer."""
     return dit.text_kv(model, text.encode(encoder, ids, mask))
 
@@ -73,6 +116,13 @@ def read_prompt(encoder: text.UMT5, model: dit.WanDiT, ids: Array, mask: Array) 
 def video_id(prompt: str) -> int:
     """The id that decides a video's noise unless one is given: a hash of its first prompt."""
     return int.from_bytes(hashlib.sha256(tokenizer.clean(prompt).encode()).digest()[:4], "big")
+
+
+def blocks_of(exp: Experiment, seconds: float) -> int:
+    """Blocks that make a video of `seconds`; frames that do not fill a last latent are not asked for."""
+    require(np.isfinite(seconds) and seconds > 0, f"seconds={seconds} is not a length; give a number above 0.")
+    latents = codec.latents_of(exp.codec, int(np.ceil(seconds * exp.fps)))
+    return max(1, -(-latents // exp.cache.block))
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +145,7 @@ class Pipeline:
             held = {path: jnp.asarray(leaf) for path, leaf in checkpoints.part(flat, name).items()}
             return trees.fill(jax.eval_shape(build), held, source=f"the {name} weights of {folder}")
 
-        nets = sampler.Nets(dit=part("dit", lambda: dit.WanDiT(exp.dit, nnx.Rngs(0))),
+        nets = sampler.Nets(dit=dit.unrolled(part("dit", lambda: dit.WanDiT(exp.dit, nnx.Rngs(0)))),
                             compressor=part("compressor", lambda: compressor.Compressor(exp, nnx.Rngs(0))))  # fmt: skip
         return cls(experiment=exp, nets=nets, text=part("text", lambda: text.UMT5(exp.text, nnx.Rngs(0))),
                    pixels=part("codec", lambda: codec.make(exp.codec, nnx.Rngs(0))),
@@ -112,53 +162,86 @@ class Pipeline:
 
     def start(self, *, seed: int, videos: Sequence[int]) -> State:
         """The state before the first block of `videos`."""
-        exp = self.experiment
-        return State(memory=cache.init(exp, len(videos)), seed=jnp.uint32(seed), videos=jnp.asarray(videos, jnp.uint32),
-                     decoder=codec.init_decoder(self.pixels, len(videos), *exp.latent))  # fmt: skip
+        exp, batch = self.experiment, len(videos)
+        return State(memory=cache.init(exp, batch), archive=archive.init(exp, batch), views=view.scratch(exp, batch),
+                     decoder=codec.init_decoder(self.pixels, batch, *exp.latent),
+                     seed=jnp.uint32(seed), videos=jnp.asarray(videos, jnp.uint32))  # fmt: skip
 
-    def words(self, prompts: Sequence[str]) -> KV:
-        """Text keys and values of one prompt per video."""
+    def kept_form(self, videos: int = 1) -> State:
+        """Shapes and dtypes of what `put_away` keeps; packed blocks in host memory stand there as themselves."""
+        form = jax.eval_shape(lambda: put_away(self.start(seed=0, videos=[0] * videos)))
+        return dataclasses.replace(form, archive=archive.init(self.experiment, videos))
+
+    def taken_up(self, kept: State) -> State:
+        """A state that was put away, with new scratch."""
+        return dataclasses.replace(kept, views=view.scratch(self.experiment, len(kept.videos)))
+
+    def words(self, prompts: Sequence[str]) -> Any:
+        """Text keys and values per layer of one prompt per video."""
         ids, mask = self.tokenizer.encode(prompts)
         return read_prompt(self.text, self.nets.dit, jnp.asarray(ids), jnp.asarray(mask))
 
-    def step(self, state: State, words: KV, *, first: bool) -> tuple[State, Array, sampler.Drawn]:
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises `InputError` unless there are prompts and every word of them is known."""
+        require(len(prompts) > 0, "a video needs at least one block; give one prompt per block.")
+        self.tokenizer.encode(list(dict.fromkeys(prompts)))
+
+    def draw(self, state: State, words: Any) -> sampler.Drawn:
+        """The next block of every video, as drawn; the scratch inside `state` is used up."""
+        exp, memory = self.experiment, state.memory
+        if exp.cache.archive == "device":
+            return draw_block(self.nets, exp, memory, state.views, state.seed, state.videos, words)
+        chance = chances(exp, state.seed, state.videos, memory.num_blocks)
+        return archive.draw(self.nets, exp, memory, state.archive, chance=chance, text=words, views=state.views)
+
+    def step(self, state: State, words: Any, *, first: bool) -> tuple[State, Array, sampler.Drawn]:
         """One block of every video: the state after it, its frames [b, t, height, width, 3], and how it was drawn.
 
-        The memory inside `state` is used up.
+        `state` is used up, and with it the views that `Drawn` names.
         """
-        drawn = draw_block(self.nets, self.experiment, state, words)
-        frames, low, decoder = show_block(self.pixels, self.experiment, state.decoder, drawn.latent, first=first)
-        memory = remember_block(self.nets, self.experiment, state.memory, drawn, low, words)
-        return dataclasses.replace(state, memory=memory, decoder=decoder), frames, drawn
+        exp, block = self.experiment, int(state.memory.num_blocks) if state.archive else 0
+        drawn = self.draw(state, words)
+        frames, low, decoder = show_block(self.pixels, exp, state.decoder, drawn.latent, first=first)
+        memory, packed, views = remember_block(self.nets, exp, state.memory, drawn.views, drawn.latent, low,
+                                               drawn.looked, words)  # fmt: skip
+        if state.archive:
+            archive.put(exp, state.archive, block, packed)
+        return dataclasses.replace(state, memory=memory, views=views, decoder=decoder), frames, drawn
 
-    def stream(self, prompts: Sequence[str], *, seed: int = 0, identity: int | None = None) -> Iterator[Finished]:
+    def stream(self, prompts: Sequence[str], *, seed: int = 0, identity: int | None = None,
+               state: State | None = None) -> Iterator[Finished]:  # fmt: skip
         """Finished blocks of one video, one prompt per block; all are checked before the first is drawn.
 
         A longer run begins with the shorter one, bit for bit; a changed later prompt leaves earlier blocks alone.
+        A `state` that an earlier run left goes on from its block, as if that run had never stopped.
         """
-        require(len(prompts) > 0, "a video needs at least one block; give one prompt per block.")
-        self.tokenizer.encode(list(dict.fromkeys(prompts)))
-        return self._stream(prompts, seed, video_id(prompts[0]) if identity is None else identity)
+        self.check(prompts)
+        if state is None:
+            state = self.start(seed=seed, videos=[video_id(prompts[0]) if identity is None else identity])
+        return self._stream(prompts, state)
 
-    def _stream(self, prompts: Sequence[str], seed: int, identity: int) -> Iterator[Finished]:
-        state, words = self.start(seed=seed, videos=[identity]), None
-        for index, prompt in enumerate(prompts):
-            if words is None or prompt != prompts[index - 1]:
-                words = self.words([prompt])
+    def _stream(self, prompts: Sequence[str], state: State) -> Iterator[Finished]:
+        words, first = None, int(state.memory.num_blocks)
+        for index in range(first, len(prompts)):
+            if words is None or prompts[index] != prompts[index - 1]:
+                words = self.words([prompts[index]])
             state, frames, drawn = self.step(state, words, first=index == 0)
             shown = np.asarray(frames[0])
             video.guard(shown, first=index * len(shown))
-            yield Finished(index=index, prompt=prompt, frames=shown, latent=np.asarray(drawn.latent[0]),
-                           chosen=np.asarray(drawn.chosen[:, 0]))  # fmt: skip
+            yield self._finished(index, prompts[index], shown, drawn, state)
+
+    def _finished(self, index: int, prompt: str, shown: np.ndarray, drawn: sampler.Drawn, state: State) -> Finished:
+        exp = self.experiment
+        seen = cache.plan(exp.cache, np.int32(index))
+        names = ("sink", "recent", "chosen", "step", "sink_at", "mid_at", "recent_at", "current_at")
+        per_layer = {name: np.stack([np.asarray(getattr(one, name)[0]) for one in drawn.looked])
+                     for name in ("ids", "scores", "at")}  # fmt: skip
+        return Finished(
+            index=index, prompt=prompt, frames=shown, latent=np.asarray(drawn.latent[0]), chosen=per_layer["ids"],
+            scores=per_layer["scores"], places=per_layer["at"], state=state,
+            layout={"block": exp.cache.block} | {name: np.asarray(getattr(seen, name)).item() for name in names},
+            sink_sum=int(sink_sum(exp, state.memory)))  # fmt: skip
 
     def generate(self, prompts: Sequence[str], *, seed: int = 0, identity: int | None = None) -> np.ndarray:
         """The whole video [frames, height, width, 3] in [-1, 1]; `stream` keeps less in memory."""
         return np.concatenate([block.frames for block in self.stream(prompts, seed=seed, identity=identity)])
-
-    def blocks_of(self, seconds: float) -> int:
-        """Blocks that make a video of at least `seconds`."""
-        require(np.isfinite(seconds) and seconds > 0, f"seconds={seconds} is not a length; give a number above 0.")
-        exp = self.experiment
-        latents = codec.latents_of(exp.codec, int(np.ceil(seconds * exp.fps)))
-        return max(1, -(-latents // exp.cache.block))
-

@@ -1,6 +1,7 @@
 """One block of video: drawn in a few steps that only read the memory, then remembered once, sharp and packed.
 
-`draw` and `remember` are the whole algorithm (paper figure 2). Training calls the same parts on known latents.
+`draw` and `remember` are the whole algorithm (paper figure 2). Training calls the same parts on known latents. What
+there is per layer is a list when the transformer's layers run one by one, stacked when they are scanned.
 """
 
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from flax import struct
 from jax import Array
 from jaxtyping import Float
 
-from packforcing_jax import attention, cache, compressor, dit, rope, schedules, selection
+from packforcing_jax import attention, cache, compressor, dit, rope, schedules, selection, trees, view
 from packforcing_jax.config import Experiment, SampleConfig
 from packforcing_jax.types import KV, Heads, Latent
+
+LOTS = 2**32 - 1  # takes the place of a step's number in the key of a block's lots
 
 
 @struct.dataclass
@@ -26,92 +29,178 @@ class Nets:
 
 
 @struct.dataclass
+class Chance:
+    """Everything random about a block."""
+
+    noise: Array  # [b, t, y, x, c]         where it starts from
+    renoise: Array  # [step, b, t, y, x, c]   added to the clean guess of each step but the last
+    lots: Array  # [layer, b, slot]        uniform draws, for the `random` selection
+
+
+@struct.dataclass
 class Drawn:
-    """A finished block, the context it was drawn in (to be remembered with), and the packed blocks it chose."""
+    """A finished block, the views it was drawn in (to be remembered with), and what it looked back at.
+
+    `views` and `looked` have one entry per layer.
+    """
 
     latent: Array  # [b, t, y, x, c]
-    view: KV  # [layer, b, room, n, h]
-    chosen: Array  # [layer, b, top] block ids, -1 where empty
+    views: Any
+    looked: Any
 
 
-def draw(nets: Nets, exp: Experiment, memory: cache.Memory, *, noise: Latent, renoise: Float[Array, "step b t y x c"],
-         text: KV) -> Drawn:  # fmt: skip
-    """The next block's latent, drawn from `noise`; step i+1 starts from the clean guess of step i plus `renoise[i]`.
+def draw(nets: Nets, exp: Experiment, memory: cache.Memory, *, chance: Chance, text: Any, views: Any = None) -> Drawn:
+    """The next block, drawn from noise in a few steps that only read the memory; `views` is scratch.
 
-    Each layer looks back once: the first step's queries choose its packed blocks and fix its view, which later
-    steps, the clean pass and the packing pass reuse.
+    The queries of the first step choose the packed blocks; the views they fix serve the later steps, the clean pass
+    and the packing pass. A layer that chooses for itself does so on its way. A choice that takes all layers, or
+    comes late, is made after a first step behind the newest blocks.
     """
     seen = cache.plan(exp.cache, memory.num_blocks)
+    lots = chance.lots if isinstance(memory.layers, cache.Layer) else list(chance.lots)
+    if exp.cache.top == 0 or (exp.cache.scope, exp.cache.timing) == ("layer", "first"):
+        past = trees.zipped(memory.layers, lots, views) if views is not None else trees.zipped(memory.layers, lots)
+        clean, kept = first_step(nets, exp, seen, chance, text, past, look=first_look)
+        views, looked = trees.unzip(kept)
+        return Drawn(*later_steps(nets, exp, seen, chance, text, views, clean), looked)
+    newest = trees.over(lambda layer: view.newest(exp, seen, chance.noise.shape[0]), memory.layers)
+    clean, views, asked = glance(nets, exp, memory, chance, text, views, trees.over(view.take, memory.layers, newest),
+                                 newest)  # fmt: skip
+    scores = trees.over(lambda *one: view.score(exp, seen, *one), memory.layers, asked, lots)
+    looked = decide(exp, seen, scores)
+    picked = trees.over(view.take, memory.layers, looked)
+    return conclude(nets, exp, memory, chance, text, views, clean, picked, looked)
+
+
+def glance(nets: Nets, exp: Experiment, memory: cache.Memory, chance: Chance, text: Any, views: Any, picked: Any,
+           looked: Any) -> tuple[Latent, Any, Any]:  # fmt: skip
+    """A first step behind given packed blocks: (the clean guess, the views, what each layer asked)."""
+    seen = cache.plan(exp.cache, memory.num_blocks)
+    views = trees.over(lambda *one: view.lay(exp, seen, *one), memory.layers, picked, looked, views)
+    clean, kept = first_step(nets, exp, seen, chance, text, views, look=asking_look)
+    return clean, *trees.unzip(kept)
+
+
+def decide(exp: Experiment, seen: cache.Plan, scores: Any) -> Any:
+    """What each layer looks at, by its own scores [b, slot] or by the sum over layers."""
+    if exp.cache.scope == "layer":
+        return trees.over(lambda one: view.look(exp, seen, one), scores)
+    total = trees.stack(scores).sum(axis=0)
+    return trees.over(lambda _: view.look(exp, seen, total), scores)
+
+
+def conclude(nets: Nets, exp: Experiment, memory: cache.Memory, chance: Chance, text: Any, views: Any, clean: Latent,
+             picked: Any, looked: Any) -> Drawn:  # fmt: skip
+    """The block, given the packed blocks that were chosen after a first step gave `clean`."""
+    seen = cache.plan(exp.cache, memory.num_blocks)
+    views = trees.over(lambda *one: view.lay(exp, seen, *one), memory.layers, picked, looked, views)
+    if exp.cache.timing == "first":
+        clean, views = first_step(nets, exp, seen, chance, text, views)
+    return Drawn(*later_steps(nets, exp, seen, chance, text, views, clean), looked)
+
+
+def first_step(nets: Nets, exp: Experiment, seen: cache.Plan, chance: Chance, text: Any, past: Any, *,
+               look: Callable | None = None) -> tuple[Latent, Any]:  # fmt: skip
+    """The clean guess out of pure noise, and what each layer kept."""
     times, sigmas = (jnp.asarray(x) for x in step_table(exp.sample))
-    past = (memory.sink, memory.mid, memory.recent)
-    clean, (view, chosen) = guess(nets, exp, seen, noise, times[0], sigmas[0], text, past, look=first_look)
+    return guess(nets, exp, seen, chance.noise, times[0], sigmas[0], text, past, look=look)
 
-    def step(clean, inputs):
+
+def later_steps(nets: Nets, exp: Experiment, seen: cache.Plan, chance: Chance, text: Any, views: Any,
+                clean: Latent) -> tuple[Latent, Any]:  # fmt: skip
+    """The block after the remaining steps, each from the clean guess before it plus noise, and the views."""
+    times, sigmas = (jnp.asarray(x) for x in step_table(exp.sample))
+
+    def step(carry, inputs):
         time, sigma, fresh = inputs
-        noisy = schedules.add_noise(clean, fresh, sigma)
-        return guess(nets, exp, seen, noisy, time, sigma, text, view)[0], None
+        noisy = schedules.add_noise(carry[0], fresh, sigma)
+        return guess(nets, exp, seen, noisy, time, sigma, text, carry[1]), None
 
-    clean, _ = jax.lax.scan(step, clean, (times[1:], sigmas[1:], renoise))
-    return Drawn(latent=clean, view=view, chosen=chosen)
+    return jax.lax.scan(step, (clean, views), (times[1:], sigmas[1:], chance.renoise))[0]
 
 
-def remember(nets: Nets, exp: Experiment, memory: cache.Memory, *, latent: Latent, low: Latent, view: KV,
-             text: KV) -> cache.Memory:  # fmt: skip
-    """The memory after `latent`: one clean pass at timestep 0 for its own keys, one more for its packed twin's.
+def remember(nets: Nets, exp: Experiment, memory: cache.Memory, *, latent: Latent, low: Latent, drawn: Drawn,
+             text: Any) -> tuple[cache.Memory, Any, Any]:  # fmt: skip
+    """(the memory after `latent`, its packed keys and values per layer, the views as scratch).
 
-    The twin sees what the clean pass saw, the block at full size, and itself; the block never sees its twin.
+    One clean pass at timestep 0 for the block's own keys, one more for its packed twin's. The twin sees what the
+    clean pass saw, the block at full size, and itself; the block never sees its twin.
     """
     seen = cache.plan(exp.cache, memory.num_blocks)
-    full, whole = read_clean(nets, exp, seen, latent, text, view)
-    packed = read_packed(nets, exp, seen, latent, low, text, whole) if exp.cache.top else None
-    return cache.commit(exp, memory, full, packed)
+    full, views = read_clean(nets, exp, seen, latent, text, drawn.views)
+    packed = None
+    if exp.cache.top:
+        # Without the barrier a layer's view may be wanted before and after the twin is laid into it: two copies of it.
+        views, latent, low = jax.lax.optimization_barrier((views, latent, low))
+        packed, views = read_packed(nets, exp, seen, latent, low, text, views)
+    kept = packed if exp.cache.archive == "device" else None
+    return cache.commit(exp, memory, full, kept, drawn.looked), packed, views
 
 
-def read_clean(nets: Nets, exp: Experiment, seen: cache.Plan, latent: Latent, text: KV, view: KV) -> tuple[KV, KV]:
+def read_clean(nets: Nets, exp: Experiment, seen: cache.Plan, latent: Latent, text: Any, views: Any) -> tuple[Any, Any]:
     """Keys and values of a clean block in every layer, and the views with that block laid down behind."""
     time = dit.embed_time(nets.dit, jnp.zeros(latent.shape[:2]))
-    _, (own, whole) = dit.run(nets.dit, dit.embed_latent(nets.dit, latent), time, text, past=view,
-                              mix=_mix(exp, *_own_places(exp, seen, latent), cache.length(exp, seen), keep=_both))
-    return own, whole
+    _, kept = dit.run(nets.dit, dit.embed_latent(nets.dit, latent), time, text, past=views,
+                      mix=_mix(exp, *_own_places(exp, seen, latent), cache.length(exp, seen), keep=_both))  # fmt: skip
+    return trees.unzip(kept)
 
 
-def read_packed(nets: Nets, exp: Experiment, seen: cache.Plan, latent: Latent, low: Latent, text: KV,
-                whole: KV) -> KV:  # fmt: skip
-    """Keys and values in every layer of a clean block's packed twin, which also sees the block in `whole`."""
+def read_packed(nets: Nets, exp: Experiment, seen: cache.Plan, latent: Latent, low: Latent, text: Any,
+                views: Any) -> tuple[Any, Any]:  # fmt: skip
+    """Keys and values in every layer of a clean block's packed twin, and the views, which also hold the block.
+
+    The twin passes through all layers, or (`projected`) each layer projects the packed tokens themselves.
+    """
     tokens = compressor.pack(nets.compressor, nets.dit, exp, latent, low)
     time = dit.embed_time(nets.dit, jnp.zeros((latent.shape[0], 1)))
-    behind = cache.length(exp, seen) + exp.cache.block * exp.tokens_per_frame
     places = jnp.asarray(cache.packed_places(exp)[1])
-    _, packed = dit.run(nets.dit, tokens, time, text, past=whole,
-                        mix=_mix(exp, cache.packed_times(exp, seen), places, behind, keep=_own))  # fmt: skip
-    return packed
+    if exp.compressor.keys == "projected":
+        turned = rope.space_angles(places, exp.dit)
+        return trees.over(lambda own: KV(k=rope.rotate(own.k, turned), v=own.v),
+                          dit.projections(nets.dit, tokens, time)), views  # fmt: skip
+    behind = cache.length(exp, seen) + exp.cache.block * exp.tokens_per_frame
+    _, kept = dit.run(nets.dit, tokens, time, text, past=views,
+                      mix=_mix(exp, cache.packed_times(exp, seen), places, behind, keep=_both))  # fmt: skip
+    return trees.unzip(kept)
 
 
-def guess(nets: Nets, exp: Experiment, seen: cache.Plan, noisy: Latent, timestep: Array, sigma: Array, text: KV,
+def guess(nets: Nets, exp: Experiment, seen: cache.Plan, noisy: Latent, timestep: Array, sigma: Array, text: Any,
           past: Any, *, look: Callable | None = None) -> tuple[Latent, Any]:  # fmt: skip
-    """The clean block the network sees behind `noisy`, and what `look` keeps; `past` is a view unless it makes one.
+    """The clean block the network sees behind `noisy`, and what each layer kept: its view, unless `look` says else.
 
-    `timestep` and `sigma` are scalars, one value per video [b] or one per frame [b, t].
+    `past` holds views, or what `look` takes. `timestep` and `sigma` are scalars, one value per video [b] or one per
+    frame [b, t].
     """
     per_frame = jnp.expand_dims(timestep, range(jnp.ndim(timestep), 2))
     time = dit.embed_time(nets.dit, jnp.broadcast_to(per_frame, noisy.shape[:2]))
-    places = _own_places(exp, seen, noisy)
-    mix = _mix(exp, *places, cache.length(exp, seen), keep=_nothing)
+    mix = _mix(exp, *_own_places(exp, seen, noisy), cache.length(exp, seen), keep=_whole)
     if look is not None:
         mix = look(exp, seen, mix)
     x, kept = dit.run(nets.dit, dit.embed_latent(nets.dit, noisy), time, text, past=past, mix=mix)
-    output = dit.head(nets.dit, x, time.e, exp.grid)
+    output = dit.head(nets.dit, x, time.e, exp.grid).astype(noisy.dtype)
     if exp.sample.prediction == "clean":
         return output, kept
     return schedules.clean_from_velocity(noisy, output, sigma), kept
 
 
 def first_look(exp: Experiment, seen: cache.Plan, mix: dit.Mix) -> dit.Mix:
-    """`mix` on a view recalled from the memory by the layer's own queries; keeps the view and the chosen ids."""
+    """`mix` on a view recalled by the layer's own queries from its (memory, lots[, scratch]); keeps (view, looked)."""
 
     def look(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, Any]:
-        view, ids = cache.recall(exp, seen, past, q)
-        return mix(q, k, v, view)[0], (view, ids)
+        layer, lots, *scratch = past
+        recalled, looked = view.recall(exp, seen, layer, q, lots, *scratch)
+        mixed, whole = mix(q, k, v, recalled)
+        return mixed, (whole, looked)
+
+    return look
+
+
+def asking_look(exp: Experiment, seen: cache.Plan, mix: dit.Mix) -> dit.Mix:
+    """`mix` that also keeps what the layer's queries ask."""
+
+    def look(q: Heads, k: Heads, v: Heads, past: KV) -> tuple[Heads, Any]:
+        mixed, whole = mix(q, k, v, past)
+        return mixed, (whole, view.ask(exp, seen, q))
 
     return look
 
@@ -120,18 +209,15 @@ def watching_look(exp: Experiment, seen: cache.Plan, mix: dit.Mix) -> dit.Mix:
     """`first_look` that also keeps the affinity [b, slot] of every packed block, whatever the policy: for training."""
 
     def look(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, Any]:
-        mixed, (view, ids) = first_look(exp, seen, mix)(q, k, v, past)
-        return mixed, (view, ids, selection.affinity(cache.ask(exp, seen, past, q)))
+        mixed, (whole, looked) = first_look(exp, seen, mix)(q, k, v, past)
+        question = view.question(exp, seen, past[0], view.ask(exp, seen, q), past[1])
+        return mixed, (whole, looked, selection.affinity(question))
 
     return look
 
 
-def _nothing(own: KV, whole: KV) -> None:
-    return None
-
-
-def _own(own: KV, whole: KV) -> KV:
-    return own
+def _whole(own: KV, whole: KV) -> KV:
+    return whole
 
 
 def _both(own: KV, whole: KV) -> tuple[KV, KV]:
@@ -143,9 +229,9 @@ def _mix(exp: Experiment, times: Float[Array, " q"], places: Float[Array, "q 2"]
     """Attention of tokens at (times, places) to the first `at` keys of a view and to themselves."""
     in_time, in_space = rope.time_angles(times, exp.dit), rope.space_angles(places, exp.dit)
 
-    def mix(q: Heads, k: Heads, v: Heads, view: KV) -> tuple[Heads, Any]:
+    def mix(q: Heads, k: Heads, v: Heads, past: KV) -> tuple[Heads, Any]:
         own = KV(k=rope.rotate(k, in_space), v=v)
-        whole = cache.extend(view, KV(k=rope.rotate(own.k, in_time), v=v), at)
+        whole = view.extend(past, KV(k=rope.rotate(own.k, in_time), v=v), at)
         attend = attention.backend(exp.attention, q.dtype)
         return attend(rope.rotate(q, in_time + in_space), whole.k, whole.v, at + k.shape[1]), keep(own, whole)
 
@@ -163,13 +249,17 @@ def step_table(cfg: SampleConfig):
     return times, schedules.sigma_at(schedules.table(cfg.shift), jnp.asarray(times))
 
 
-def noises(exp: Experiment, seed: int | Array, videos: Array, block: Array) -> tuple[Latent, Array]:
-    """(noise [b,t,y,x,c], renoise [step,b,t,y,x,c]) of one block: a function of (seed, video id, block, step) alone."""
+def chances(exp: Experiment, seed: int | Array, videos: Array, block: Array) -> Chance:
+    """What is random about one block: a function of (seed, video id, block, step or layer) alone."""
     shape = (exp.cache.block, *exp.latent, exp.dit.in_channels)
 
-    def one(video: Array, step: Array) -> Array:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), video), block), step)
-        return jax.random.normal(key, shape)
+    def key(video: Array, step: Array | int) -> Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), video), block), step)
 
-    every = jax.vmap(lambda step: jax.vmap(lambda video: one(video, step))(videos))(jnp.arange(len(exp.sample.steps)))
-    return every[0], every[1:]
+    def every(one: Callable, count: int) -> Array:
+        return jax.vmap(lambda i: jax.vmap(lambda video: one(video, i))(videos))(jnp.arange(count))
+
+    noise = every(lambda video, step: jax.random.normal(key(video, step), shape), len(exp.sample.steps))
+    lots = every(lambda video, layer: jax.random.uniform(jax.random.fold_in(key(video, jnp.uint32(LOTS)), layer),
+                                                         (exp.cache.slots,)), exp.dit.layers)  # fmt: skip
+    return Chance(noise=noise[0], renoise=noise[1:], lots=lots)

@@ -1,5 +1,6 @@
 """Which packed blocks a block looks back at: every policy scores the archive, the best are attended in time order."""
 
+import functools
 from collections.abc import Callable
 
 import einops
@@ -14,50 +15,130 @@ from packforcing_jax.types import Heads
 
 @struct.dataclass
 class Question:
-    """What a layer may score by: pooled rotated queries, and rotated keys with the mask of the valid ones."""
+    """What one layer may score its packed blocks by; queries and keys are rotated."""
 
-    q: Array  # [b, q, n, h]
-    archive: Array  # [b, slot, p, n, h]
+    pooled: Array  # [b, q, n, h] queries averaged over windows, at the windows' centres
+    archive: Array  # [b, slot, p, n, h] packed keys, every block at one common distance
+    sharp: tuple[Array, ...]  # sink and recent keys in their places, each [b, k, n, h]
+    sharp_valid: tuple[Array, ...]  # each [k]
     ids: Array  # [slot] block id, -1 where empty or not yet visible
-    sharp: Array  # [b, k, n, h]  sink and recent keys
-    sharp_valid: Array  # [k]
+    query_sum: Array  # [b, n, h] over all queries, at their true frames
+    key_sum: Array  # [b, slot, n, h] over each block's packed keys, at their true frames
+    lots: Array  # [b, slot] uniform draws of this layer
 
 
-def affinity(asked: Question) -> Float[Array, "b slot"]:
-    """Sum over queries and heads of (attention mass a block gets)^4, softmax over archive, sink and recent.
+def logits(asked: Question) -> Float[Array, "b n q slot p"]:
+    """How much each pooled query of each head agrees with each packed key."""
+    flat = _agreement(asked.pooled, einops.rearrange(asked.archive, "b m p n h -> b (m p) n h"))
+    return einops.rearrange(flat, "b n q (m p) -> b n q m p", p=asked.archive.shape[2])
+
+
+def _agreement(queries: Heads, keys: Heads) -> Float[Array, "b n q k"]:
+    products = jnp.einsum("bqnh,bknh->bnqk", queries, keys, preferred_element_type=jnp.float32)
+    return products * queries.shape[-1] ** -0.5
+
+
+def mass(asked: Question) -> Float[Array, "b n q slot"]:
+    """Attention that each pooled query of each head pays each block: softmax over archive, sink and recent."""
+    lowest = jnp.finfo(jnp.float32).min
+    packed = jnp.where((asked.ids >= 0)[None, None, None, :, None], logits(asked), lowest)
+    others = [jnp.where(valid[None, None, None], _agreement(asked.pooled, keys), lowest)
+              for keys, valid in zip(asked.sharp, asked.sharp_valid, strict=True)]  # fmt: skip
+    highest = packed.max((-2, -1), initial=lowest)
+    for sharp in others:
+        highest = jnp.maximum(highest, sharp.max(-1, initial=lowest))
+    highest = jax.lax.stop_gradient(highest)[..., None]
+    mine = jnp.exp(packed - highest[..., None]).sum(-1)
+    theirs = [jnp.exp(sharp - highest).sum(-1, keepdims=True) for sharp in others]
+    return mine / sum(theirs, mine.sum(-1, keepdims=True))
+
+
+def affinity(asked: Question, power: int = 4) -> Float[Array, "b slot"]:
+    """Sum over queries and heads of (attention mass a block gets)^power.
 
     The paper's sum of raw products averages away the few queries that ask; a softmax with a high
     power keeps them: its limit is the largest mass any query of any head gives the block.
     """
-    scale = asked.q.shape[-1] ** -0.5
-    packed = jnp.einsum("bqnh,bmpnh->bnqmp", asked.q, asked.archive, preferred_element_type=jnp.float32) * scale
-    sharp = jnp.einsum("bqnh,bknh->bnqk", asked.q, asked.sharp, preferred_element_type=jnp.float32) * scale
-    lowest = jnp.finfo(jnp.float32).min
-    packed = jnp.where((asked.ids >= 0)[None, None, None, :, None], packed, lowest)
-    sharp = jnp.where(asked.sharp_valid[None, None, None], sharp, lowest)
-    logits = jnp.concatenate([einops.rearrange(packed, "b n q m p -> b n q (m p)"), sharp], axis=-1)
-    weights = jax.nn.softmax(logits, axis=-1)[..., : packed.shape[3] * packed.shape[4]]
-    mass = einops.reduce(weights, "b n q (m p) -> b n q m", "sum", p=packed.shape[4])
-    return einops.reduce(mass**4, "b n q m -> b m", "sum")
+    return einops.reduce(mass(asked) ** power, "b n q m -> b m", "sum")
+
+
+def mass_max(asked: Question) -> Float[Array, "b slot"]:
+    """The largest attention mass that any query of any head gives the block."""
+    return einops.reduce(mass(asked), "b n q m -> b m", "max")
+
+
+def logit_max(asked: Question, centred: bool = False) -> Float[Array, "b slot"]:
+    """The best logit of any query of any head, averaged over the block's keys.
+
+    `centred` takes each query's mean over the visible blocks away first, so that no query favours every block.
+    """
+    agreed = einops.reduce(logits(asked), "b n q m p -> b n q m", "mean")
+    if centred:
+        visible = (asked.ids >= 0)[None, None, None]
+        total = jnp.where(visible, agreed, 0).sum(axis=-1, keepdims=True)
+        agreed = agreed - total / jnp.maximum(visible.sum(), 1)
+    return einops.reduce(agreed, "b n q m -> b m", "max")
+
+
+def log_sum_exp(asked: Question) -> Float[Array, "b slot"]:
+    """Sum over queries and heads of the log of the block's summed exponentials."""
+    return einops.reduce(jax.nn.logsumexp(logits(asked), axis=-1), "b n q m -> b m", "sum")
+
+
+def paper_sum(asked: Question) -> Float[Array, "b slot"]:
+    """The paper's score: all products of queries and keys, summed over heads; no softmax, so the sums' product."""
+    exact = jax.lax.Precision.HIGHEST  # blocks differ by little of what they have in common
+    products = jnp.einsum("bnh,bmnh->bm", asked.query_sum, asked.key_sum, precision=exact,
+                          preferred_element_type=jnp.float32)  # fmt: skip
+    return products * asked.query_sum.shape[-1] ** -0.5
 
 
 def recency(asked: Question) -> Float[Array, "b slot"]:
     """The block's age alone: newer is better (first in, first out)."""
-    return jnp.broadcast_to(asked.ids.astype(jnp.float32)[None], (asked.q.shape[0], asked.ids.shape[0]))
+    return _by_age(asked.ids, batch=asked.pooled.shape[0])
 
 
-POLICIES: dict[str, Callable[[Question], Array]] = {"affinity": affinity, "recency": recency, "all": recency}
+def lottery(asked: Question) -> Float[Array, "b slot"]:
+    """The drawn lots alone."""
+    return asked.lots.astype(jnp.float32)
 
 
-def choose(scores: Float[Array, "b slot"], ids: Int[Array, " slot"], keep: int) -> tuple[Array, Array]:
-    """The best `keep` blocks per video in time order: (slots, ids) each [b, keep], id -1 behind the last valid one."""
+POLICIES: dict[str, Callable[[Question], Array]] = {
+    "affinity": affinity,
+    "mass_sum": functools.partial(affinity, power=1),
+    "mass_max": mass_max,
+    "logit_max": logit_max,
+    "centred_logit_max": functools.partial(logit_max, centred=True),
+    "log_sum_exp": log_sum_exp,
+    "paper_sum": paper_sum,
+    "recency": recency,
+    "random": lottery,
+    "all": recency,
+}
+
+
+def choose(scores: Float[Array, "b slot"], ids: Int[Array, " slot"], keep: int) -> tuple[Array, Array, Array]:
+    """The best `keep` blocks per video in time order: (slots, ids, scores), each [b, keep].
+
+    Behind the last visible one ids are -1 and scores -inf.
+    """
     ranked = jnp.where((ids >= 0)[None], scores, -jnp.inf)
-    best = jax.lax.top_k(ranked, keep)[1]
-    last = jnp.iinfo(jnp.int32).max
+    height, best = jax.lax.top_k(ranked, keep)
+    last = jnp.iinfo(ids.dtype).max
     when = jnp.where(ids[best] >= 0, ids[best], last)
     order = jnp.argsort(when, axis=-1)
-    slots, when = (jnp.take_along_axis(x, order, axis=-1) for x in (best, when))
-    return slots, jnp.where(when == last, -1, when)
+    slots, when, height = (jnp.take_along_axis(x, order, axis=-1) for x in (best, when, height))
+    return slots, jnp.where(when == last, -1, when), height
+
+
+def newest(ids: Int[Array, " slot"], keep: int, batch: int = 1) -> tuple[Array, Array]:
+    """The newest `keep` blocks in time order, alike for every video: (slots, ids) each [b, keep], id -1 where none."""
+    slots, chosen, _ = choose(_by_age(ids, batch), ids, keep)
+    return slots, chosen
+
+
+def _by_age(ids: Int[Array, " slot"], batch: int) -> Float[Array, "b slot"]:
+    return jnp.broadcast_to(ids.astype(jnp.float32)[None], (batch, ids.shape[0]))
 
 
 def pool(q: Heads, grid: tuple[int, int], window: tuple[int, int, int]) -> Heads:
@@ -67,5 +148,3 @@ def pool(q: Heads, grid: tuple[int, int], window: tuple[int, int, int]) -> Heads
     t, y, x = (size // step * step for size, step in zip(by_place.shape[1:4], window, strict=True))
     return einops.reduce(by_place[:, :t, :y, :x], "b (t pt) (y py) (x px) n h -> b (t y x) n h", "mean",
                          pt=window[0], py=window[1], px=window[2])  # fmt: skip
-
-

@@ -1,8 +1,10 @@
-"""Modules as flat dictionaries `path -> array` and back: what checkpoints, converters and optimisers share."""
+"""Modules as flat dictionaries `path -> array` and back, and one entry per layer in its two forms."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from packforcing_jax.errors import InputError
@@ -32,3 +34,33 @@ def fill(module: Module, flat: dict[str, Array], source: str = "weights") -> Mod
         shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
         raise InputError(f"{source} do not fit the model ({len(wrong)} tensors: {shown}); use weights of this config.")
     return jax.tree_util.tree_map_with_path(lambda keys, leaf: flat[_path(keys)].astype(leaf.dtype), module)
+
+
+# One entry per layer: a list of them (layers run one by one), or arrays with a leading layer axis (layers are scanned)
+
+
+def over(function: Callable, *args: Any) -> Any:
+    """`function` of every layer's share of `args`, in the form that the first one has; None is every layer's None."""
+    if not isinstance(args[0], list):
+        return jax.vmap(function)(*args)
+    return [function(*(None if arg is None else arg[layer] for arg in args)) for layer in range(len(args[0]))]
+
+
+def unzip(pairs: Any) -> tuple[Any, Any]:
+    """Pairs per layer as a pair of what there is per layer."""
+    return ([a for a, _ in pairs], [b for _, b in pairs]) if isinstance(pairs, list) else pairs
+
+
+def zipped(*args: Any) -> Any:
+    """What there is per layer, of each of `args`, as one tuple per layer."""
+    return list(zip(*args, strict=True)) if isinstance(args[0], list) else args
+
+
+def stack(layers: Any) -> Any:
+    """What there is per layer with a leading layer axis, whatever form it has."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers) if isinstance(layers, list) else layers
+
+
+def unstack(stacked: Any, count: int) -> list:
+    """What there is per layer as a list of `count`."""
+    return [jax.tree.map(lambda leaf, at=layer: leaf[at], stacked) for layer in range(count)]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import rules, wan_dit
-from packforcing_jax import cache, dit, sampler, verify_parts
+from packforcing_jax import cache, dit, sampler, trees, verify_parts
 from packforcing_jax.config import CacheConfig, DiTConfig, Experiment, SampleConfig, VAEConfig, require
 from packforcing_jax.types import KV, Latent
 from packforcing_jax.verify_parts import Fixture, Outputs
@@ -104,30 +104,31 @@ def _experiment(config: Mapping[str, Any], *, frames: int, latent: tuple[int, in
 
 def _nets(fixture: Fixture, exp: Experiment) -> sampler.Nets:
     packs_nothing: Any = None
-    return sampler.Nets(dit=_transformer(exp.dit, fixture.weights), compressor=packs_nothing)
+    return sampler.Nets(dit=dit.unrolled(_transformer(exp.dit, fixture.weights)), compressor=packs_nothing)
 
 
-def _by_layer(prefix: str, kept: KV) -> Outputs:
+def _by_layer(prefix: str, kept: list[KV]) -> Outputs:
     """Keys and values of each layer under the reference's names."""
-    return {f"{prefix}.{layer}.{name}": value for name, stacked in (("k", kept.k), ("v", kept.v))
-            for layer, value in enumerate(stacked)}  # fmt: skip
+    return {f"{prefix}.{layer}.{name}": getattr(kv, name) for name in "kv" for layer, kv in enumerate(kept)}
 
 
 @partial(jax.jit, static_argnames="exp")
 def _noisy_then_clean(nets: sampler.Nets, exp: Experiment, memory: cache.Memory, noisy: Latent, times: jax.Array,
-                      clean: Latent, text: KV) -> tuple[Latent, Latent, cache.Memory]:  # fmt: skip
+                      clean: Latent, text: list[KV]) -> tuple[Latent, Latent, cache.Memory]:  # fmt: skip
     """The network's output for a noisy block and for the clean one at timestep 0, and the memory after the latter."""
     flow, _ = _flow(nets, exp, memory, noisy, times, text)
-    flow_clean, view = _flow(nets, exp, memory, clean, jnp.zeros_like(times), text)
-    return flow, flow_clean, sampler.remember(nets, exp, memory, latent=clean, low=clean, view=view, text=text)
+    flow_clean, drawn = _flow(nets, exp, memory, clean, jnp.zeros_like(times), text)
+    memory, *_ = sampler.remember(nets, exp, memory, latent=clean, low=clean, drawn=drawn, text=text)
+    return flow, flow_clean, memory
 
 
 def _flow(nets: sampler.Nets, exp: Experiment, memory: cache.Memory, latent: Latent, times: jax.Array,
-          text: KV) -> tuple[Latent, KV]:  # fmt: skip
+          text: list[KV]) -> tuple[Latent, sampler.Drawn]:  # fmt: skip
     """The network's output for the next block at a timestep per frame [b, t], and what each layer looked back on."""
-    seen, past = cache.plan(exp.cache, memory.num_blocks), (memory.sink, memory.mid, memory.recent)
-    flow, (view, _) = sampler.guess(nets, exp, seen, latent, times, times / 1000, text, past, look=sampler.first_look)
-    return flow, view
+    seen, no_lots = cache.plan(exp.cache, memory.num_blocks), [jnp.zeros((len(latent), 0))] * exp.dit.layers
+    past = trees.zipped(memory.layers, no_lots)
+    flow, kept = sampler.guess(nets, exp, seen, latent, times, times / 1000, text, past, look=sampler.first_look)
+    return flow, sampler.Drawn(flow, *trees.unzip(kept))
 
 
 def causal_dit_kvcache(fixture: Fixture) -> Outputs:
@@ -145,7 +146,7 @@ def causal_dit_kvcache(fixture: Fixture) -> Outputs:
             verify_parts.ours(clean[block]), text)  # fmt: skip
         out[f"block{block}.flow_noisy"] = verify_parts.theirs(flow)
         out[f"block{block}.flow_clean_t0"] = verify_parts.theirs(flow_clean)
-        out |= _by_layer(f"block{block}.after_clean.kv", cache.export(exp, memory))
+        out |= _by_layer(f"block{block}.after_clean.kv", trees.unstack(cache.export(exp, memory), exp.dit.layers))
         ends = cache.end_indices(exp, memory)
         out |= {f"block{block}.after_clean.kv.{layer}.end_index_global_local": ends for layer in range(exp.dit.layers)}
     return out
@@ -153,10 +154,11 @@ def causal_dit_kvcache(fixture: Fixture) -> Outputs:
 
 @partial(jax.jit, static_argnames="exp")
 def _draw_and_remember(nets: sampler.Nets, exp: Experiment, memory: cache.Memory, noise: Latent, renoise: jax.Array,
-                       text: KV) -> tuple[Latent, cache.Memory]:  # fmt: skip
+                       text: list[KV]) -> tuple[Latent, cache.Memory]:  # fmt: skip
     """The next block and the memory that holds it."""
-    drawn = sampler.draw(nets, exp, memory, noise=noise, renoise=renoise, text=text)
-    memory = sampler.remember(nets, exp, memory, latent=drawn.latent, low=drawn.latent, view=drawn.view, text=text)
+    chance = sampler.Chance(noise=noise, renoise=renoise, lots=jnp.zeros((exp.dit.layers, len(noise), 0)))
+    drawn = sampler.draw(nets, exp, memory, chance=chance, text=text)
+    memory, *_ = sampler.remember(nets, exp, memory, latent=drawn.latent, low=drawn.latent, drawn=drawn, text=text)
     return drawn.latent, memory
 
 
@@ -178,5 +180,5 @@ def causal_rollout(fixture: Fixture) -> Outputs:
     return {
         "denoising_step_list_warped": sampler.step_table(sample)[0],
         "latents": einops.rearrange(jnp.concatenate(latents, axis=1), "b t y x c -> b t c y x"),
-        **_by_layer("final_kv", cache.export(exp, memory)),
+        **_by_layer("final_kv", trees.unstack(cache.export(exp, memory), exp.dit.layers)),
     }

@@ -89,7 +89,8 @@ def nets(exp: Experiment, flat: dict[str, np.ndarray]) -> sampler.Nets:
     rng = np.random.default_rng(1)
     high = {name: rng.normal(size=leaf.shape) * (not name.startswith("out/"))
             for name, leaf in trees.flatten(shapes).items()}  # fmt: skip
-    return sampler.Nets(dit=trees.fill(model(exp), jax.tree.map(jnp.asarray, flat)),
+    transformer = trees.fill(model(exp), jax.tree.map(jnp.asarray, flat))
+    return sampler.Nets(dit=dit.unrolled(transformer),
                         compressor=trees.fill(shapes, jax.tree.map(jnp.asarray, high)))  # fmt: skip
 
 
@@ -179,9 +180,11 @@ class Player:
 
     def _step(self, nets, memory, noise, prompt, latent):
         text = dit.text_kv(nets.dit, prompt)
-        drawn = sampler.draw(nets, self.exp, memory, noise=noise[0], renoise=noise[1:], text=text)
-        after = sampler.remember(nets, self.exp, memory, latent=latent, low=low(latent), view=drawn.view, text=text)
-        return after, drawn.latent, drawn.chosen
+        no_lots = jnp.zeros((self.exp.dit.layers, len(prompt), self.exp.cache.slots))
+        chance = sampler.Chance(noise=noise[0], renoise=noise[1:], lots=no_lots)
+        drawn = sampler.draw(nets, self.exp, memory, chance=chance, text=text)
+        after, *_ = sampler.remember(nets, self.exp, memory, latent=latent, low=low(latent), drawn=drawn, text=text)
+        return after, drawn.latent, jnp.stack([one.ids for one in drawn.looked])
 
     def history(self, nets, rng, script):
         """The memories before every block of `script`, a list of (prompt, latent), and the one behind the last."""

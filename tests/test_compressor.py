@@ -1,6 +1,7 @@
 """Packing starts as the low-resolution branch alone and learns from there; the config says how many tokens it gives."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from packforcing_jax import compressor, config, dit, options, trees
+from packforcing_jax import codec, compressor, config, dit, options, trees
 
 LATENT, LOW = tiny.latents(1)[0], tiny.lows(1)[0]
 
@@ -29,6 +30,13 @@ def test_before_training_only_low_resolution_speaks():
     nets = tiny.fresh()
     np.testing.assert_array_equal(pack(nets), tiny.jit(dit.embed_latent)(nets.dit, LOW))
     np.testing.assert_array_equal(pack(nets), pack(nets, latent=LATENT + 1))
+
+
+def test_an_untrained_high_resolution_branch_is_exactly_zero():
+    start = tiny.fresh().compressor
+    assert (tiny.jit(start)(jnp.pad(LATENT, ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0)))) == 0).all()
+    assert all((leaf != 0).any() for name, leaf in trees.flatten(start).items() if name.endswith("kernel")
+               and not name.startswith("out"))  # fmt: skip
 
 
 def test_branches_add_up():
@@ -121,3 +129,55 @@ def test_kernels_are_as_wide_as_their_strides_ask():
     wan = jax.eval_shape(lambda: compressor.Compressor(config.Experiment("wan"), nnx.Rngs(0)))
     assert [leaf.shape for name, leaf in trees.flatten(wan).items() if name.endswith("kernel")] == [
         (3, 3, 3, 16, 32), (1, 4, 4, 32, 128), (1, 4, 4, 128, 512), (1, 4, 4, 512, 2048), (2048, 1536)]  # fmt: skip
+
+
+# Nothing a block shows is left out ------------------------------------------------------------------------------------
+
+WAN = config.VAEConfig(dim=2, z_dim=12, dim_mult=(1, 2, 1), num_res_blocks=1, temporal_downsample=(True, True),
+                       mean=(0.1,) * 12, std=(1.5,) * 12)  # fmt: skip
+SEEN = [(WAN, block, first) for block in (3, 4) for first in (True, False)]
+SEEN += [(tiny.EXP.codec, block, False) for block in (3, 4)]
+
+
+@functools.cache
+def pixels(cfg):
+    """A codec with random weights that keep the size of features."""
+    shapes = jax.eval_shape(lambda: codec.make(cfg, nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    return trees.fill(shapes, {name: jnp.asarray(rng.normal(size=leaf.shape) * np.prod(leaf.shape[:-1]) ** -0.5)
+                               for name, leaf in trees.flatten(shapes).items()})  # fmt: skip
+
+
+def frames_shown(cfg, block, first):
+    """Pixel frames of one block: the first latent of a video is a single frame, others are a group."""
+    return codec.frames_of(cfg, block) if first else block * cfg.time_factor
+
+
+@pytest.mark.parametrize(("cfg", "block", "first"), SEEN)
+def test_every_pixel_frame_of_a_block_is_felt_by_its_packed_tokens(cfg, block, first):
+    """Each frame alone is another one, in a batch of the block as it is and with every one of these changes."""
+    exp, count = with_branches("lr"), frames_shown(cfg, block, first)
+    size = [cfg.space_factor * cells for cells in tiny.EXP.latent]
+    plain, other = np.random.default_rng(3).uniform(-1, 1, (2, count, *size, 3)).astype(np.float32)
+    video = np.where(np.eye(count + 1, count, dtype=bool)[..., None, None, None], other, plain)
+
+    @tiny.jit
+    def packed(nets, pixels, video):
+        low = codec.low_resolution(pixels, video, latents=exp.packed_grid[0], pool=exp.compressor.pool)
+        latent = jnp.zeros((len(video), block, 8, 4, 12))
+        return compressor.pack(nets.compressor, nets.dit, exp, latent, low)
+
+    tokens = np.asarray(packed(tiny.nets(), pixels(cfg), video))
+    assert tokens.shape == (count + 1, exp.tokens_per_packed_block, exp.dit.dim)
+    moved = np.abs(tokens[:count] - tokens[count]).max(axis=(1, 2))
+    assert (moved > 1e-4).all(), moved
+
+
+@pytest.mark.parametrize("block", [3, 4])
+def test_every_latent_frame_of_a_block_is_felt_by_its_packed_tokens(block):
+    exp = with_branches("hr")
+    plain, other = np.random.default_rng(4).normal(size=(2, block, 8, 4, 12)).astype(np.float32)
+    latent = np.where(np.eye(block + 1, block, dtype=bool)[..., None, None, None], other, plain)
+    tokens = np.asarray(pack(tiny.nets(), jnp.asarray(latent), np.zeros((block + 1, *LOW.shape[1:])), exp))
+    moved = np.abs(tokens[:block] - tokens[block]).max(axis=(1, 2))
+    assert (moved > 1e-4).all(), moved

@@ -27,6 +27,12 @@ from packforcing_jax.errors import InputError
     (lambda: CacheConfig(rope_adjustment="shift"), r"cache\.rope_adjustment='shift' is unknown; choose one of sink"),
     (lambda: CacheConfig(span="loose"), r"cache\.span='loose' is unknown"),
     (lambda: CacheConfig(selection="luck"), r"cache\.selection='luck' is unknown; choose one of affinity"),
+    (lambda: CacheConfig(scope="video"), r"cache\.scope='video' is unknown; choose one of layer, shared"),
+    (lambda: CacheConfig(timing="last"), r"cache\.timing='last' is unknown; choose one of first, late"),
+    (lambda: CacheConfig(archive="disk"), r"cache\.archive='disk' is unknown; choose one of device, host"),
+    (lambda: CacheConfig(rope_adjustment="incremental", span="fit"), "squeezes them; set span=true or .*=sink"),
+    (lambda: CompressorConfig(places="odd"), r"compressor\.places='odd' is unknown; choose one of stretched, native"),
+    (lambda: CompressorConfig(keys="own"), r"compressor\.keys='own' is unknown; choose one of blocks, projected"),
     (lambda: CompressorConfig(channels=(3, 4)), "channels and strides need the same length"),
     (lambda: CompressorConfig(branches="none"), r"compressor\.branches='none' is unknown"),
     (lambda: SampleConfig(steps=()), r"sample\.steps=\(\) must fall"),
@@ -78,6 +84,16 @@ def test_tokens_are_counted_in_frames_and_packed_blocks():
     assert (tiny.EXP.packed_grid, tiny.EXP.tokens_per_packed_block) == ((2, 2, 2), 8)
     wan = Experiment("wan")
     assert (wan.tokens_per_frame, wan.packed_grid, wan.tokens_per_packed_block) == (1560, (2, 7, 13), 182)
+
+
+def test_every_choice_on_offer_can_be_made():
+    defaults = {"cache": CacheConfig, "compressor": CompressorConfig, "sample": SampleConfig}
+    for key, allowed in config.CHOICES.items():
+        group, name = key.split(".")
+        assert getattr(defaults[group](), name) in allowed
+        for choice in allowed:
+            beside = {"scope": "shared", "timing": "late"} if choice == "host" else {}
+            assert getattr(defaults[group](**beside, **{name: choice}), name) == choice
 
 
 @pytest.mark.parametrize("profile", config.PROFILES)

@@ -10,11 +10,12 @@ import pytest
 import tiny
 from flax import nnx
 
-from packforcing_jax import cache, dit, sampler
+from packforcing_jax import cache, dit, sampler, trees
 from packforcing_jax.config import DiTConfig
 from packforcing_jax.types import KV
 
 MODEL = tiny.nets().dit
+APART = tiny.apart()  # its layers one by one
 CFG = tiny.EXP.dit
 ENDS = (1, 3, 4, 7)
 OWNER = np.array([0, 1, 1, 2, 3, 3, 3])
@@ -83,11 +84,12 @@ FULL = tiny.with_cache(top=0, capacity=0, recent=9, sink=3)
 def behind_memory(exp, memory, noisy, clean, times, text):
     """The output for a noisy block behind the memory, and the memory after its clean twin."""
     seen = cache.plan(exp.cache, memory.num_blocks)
-    past = (memory.sink, memory.mid, memory.recent)
-    output, (view, _) = sampler.guess(tiny.nets(), exp, seen, noisy, times, times / 1000, text, past,
-                                      look=sampler.first_look)  # fmt: skip
-    full, _ = sampler.read_clean(tiny.nets(), exp, seen, clean, text, view)
-    return output, cache.commit(exp, memory, full, None)
+    past = trees.zipped(memory.layers, [jnp.zeros((2, 0))] * exp.dit.layers)
+    output, kept = sampler.guess(APART, exp, seen, noisy, times, times / 1000, text, past,
+                                 look=sampler.first_look)  # fmt: skip
+    views, looked = trees.unzip(kept)
+    full, _ = sampler.read_clean(APART, exp, seen, clean, text, views)
+    return output, cache.commit(exp, memory, full, None, looked)
 
 
 @pytest.mark.parametrize(("rope_adjustment", "sink"), [("none", 3), ("sink", 3), ("sink", 1)])
@@ -97,7 +99,7 @@ def test_blocks_behind_a_full_memory_equal_one_teacher_forced_pass(rope_adjustme
     exp = dataclasses.replace(exp, sample=as_is)
     noisy, clean = tiny.latents(BLOCKS, seed=8), tiny.latents(BLOCKS, seed=9)
     times = tiny.normal(4, 2, 3 * BLOCKS) ** 2 * 300
-    text = tiny.text_kv(MODEL, CONTEXT)
+    text = tiny.text_kv(APART.dit, CONTEXT)
     memory, outputs = cache.init(exp, 2), []
     for block in range(BLOCKS):
         now = times[:, 3 * block : 3 * block + 3]
@@ -225,6 +227,53 @@ def test_the_scan_is_a_loop_over_layers_and_stacks_what_they_keep():
         np.testing.assert_allclose(sums[layer], total, rtol=1e-4)
         np.testing.assert_allclose(keys[layer], k, atol=1e-5)
     np.testing.assert_allclose(scanned, x, atol=1e-5)
+
+
+def test_layers_one_by_one_are_the_scan_over_them():
+    x, time = tiny.normal(9, 2, 2 * 6, 36), embed_time(MODEL, TIMES[:, :2])
+    gains = jnp.asarray([0.5, 2.0])
+
+    def mix(q, k, v, past):
+        return v * past, (q.sum(axis=1), k)
+
+    run = tiny.jit(lambda model, text, past: dit.run(model, x, time, text, past=past, mix=mix))
+    scanned, stacked = run(MODEL, tiny.text_kv(MODEL, CONTEXT), gains)
+    looped, listed = run(APART.dit, tiny.text_kv(APART.dit, CONTEXT), list(gains))
+    assert isinstance(listed, list)
+    np.testing.assert_allclose(scanned, looped, atol=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), stacked, trees.stack(listed))
+
+
+def test_layers_come_apart_without_touching_the_model_or_its_numbers():
+    before, apart = trees.flatten(MODEL), trees.flatten(dit.unrolled(MODEL))
+    assert trees.flatten(MODEL).keys() == before.keys()
+    for name, leaf in before.items():
+        if name.startswith("blocks/"):
+            for layer in range(CFG.layers):
+                np.testing.assert_array_equal(apart.pop(name.replace("blocks", f"blocks/{layer}", 1)), leaf[layer])
+        else:
+            np.testing.assert_array_equal(apart.pop(name), leaf)
+    assert apart == {}
+
+
+def test_words_of_layers_apart_are_those_of_the_stack():
+    stacked, listed = tiny.text_kv(MODEL, CONTEXT), tiny.text_kv(APART.dit, CONTEXT)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), stacked, trees.stack(listed))
+
+
+def test_projections_are_those_a_layer_hands_to_attention():
+    """Caught on the way of a run through the first layer, which reads the very tokens."""
+    x, time, text = tiny.normal(9, 2, 2 * 6, 36), embed_time(MODEL, TIMES[:, :2]), tiny.text_kv(MODEL, CONTEXT)
+
+    def keep(q, k, v, past):
+        return jnp.zeros_like(v), KV(k=k, v=v)
+
+    stacked = tiny.jit(dit.projections)(MODEL, x, time)
+    listed = tiny.jit(dit.projections)(APART.dit, x, time)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), stacked, trees.stack(listed))
+    _, caught = tiny.jit(lambda: dit.run(MODEL, x, time, text, past=None, mix=keep))()
+    jax.tree.map(lambda own, seen: np.testing.assert_allclose(own[0], seen[0], atol=1e-5), stacked, caught)
+    assert np.abs(stacked.k[1] - caught.k[1]).max() > 0.01
 
 
 def test_queries_and_keys_are_normed_over_all_heads_before_the_split():

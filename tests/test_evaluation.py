@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from packforcing_jax import checkpoints, codec, config, evaluation, pipeline, train, trees
+from packforcing_jax import checkpoints, codec, config, dit, evaluation, pipeline, recall, train, trees
 from packforcing_jax.cli import main
 from packforcing_jax.errors import InputError
 from packforcing_jax.stage import captions, data, oracle, stories, world
@@ -40,7 +40,8 @@ def model(exp):
     built = jax.jit(lambda key: train.new_model(exp, key))(jax.random.key(3))
     head = built.nets.dit.head
     head.kernel = nnx.Param(0.15 * head.kernel[...])
-    return pipeline.Pipeline(experiment=exp, nets=built.nets, text=built.text, tokenizer=train.stage_tokenizer(),
+    nets = dataclasses.replace(built.nets, dit=dit.unrolled(built.nets.dit))
+    return pipeline.Pipeline(experiment=exp, nets=nets, text=built.text, tokenizer=train.stage_tokenizer(),
                              pixels=codec.make(exp.codec, nnx.Rngs(0)))  # fmt: skip
 
 
@@ -148,59 +149,6 @@ def test_the_right_mark_on_the_wrong_guest_is_not_recall(exp):
     assert rows["called-back guest, packed only"]["value"][0] == 0
 
 
-# Recall behind a true history
-
-
-def test_a_forced_story_shows_its_guest_exactly_twice():
-    half = []
-    for i in range(20):
-        story = evaluation.forced_story(np.random.default_rng(i), 40)
-        guest = story.guests[-1]
-        assert np.flatnonzero(story.guests == guest).tolist() == [evaluation.SHOWN, evaluation.SHOWN + 40]
-        assert len(set(story.scenes)) == 1
-        half.append((story.guests >= 0).mean())
-    assert 0.4 < np.mean(half) < 0.6
-
-
-def recalled(exp, gap, chosen, videos=4):
-    told = [evaluation.forced_story(np.random.default_rng(i), gap) for i in range(videos)]
-    readings = []
-    for story in told:
-        true = evaluation.true_reading(story)
-        fields = {field.name: getattr(true, field.name)[-4:] for field in dataclasses.fields(true)}
-        readings.append(oracle.Reading(**fields))
-    return evaluation.recall_figures(exp, gap, readings, told, np.asarray(chosen)), readings, told
-
-
-def test_perfect_recall_is_one_and_look_ups_are_counted_by_layer(exp):
-    shown = evaluation.SHOWN
-    chosen = [[[shown, 4, 5], [3, 4, 5], [3, 4, 5], [3, 4, 5]], [[shown, 3, 4], [2, 5, 6], [3, 4, 5], [-1, -1, -1]]]
-    rows, _, _ = recalled(exp, 6, chosen)
-    assert rows["mark recalled"]["value"][0] == 1
-    assert rows["mark recalled"]["chance"] == 1 / 16
-    assert rows["its block looked up, last layer"]["value"][0] == 2 / 4
-    assert rows["its block looked up, any layer"]["value"][0] == 2 / 4
-    assert rows["its block looked up, last layer"]["chance"] == pytest.approx(3 / 5)
-    assert rows["its block looked up, any layer"]["chance"] == pytest.approx(1 - (2 / 5) ** 2)
-
-
-def test_a_wrong_mark_or_an_absent_guest_is_no_recall(exp):
-    _, readings, told = recalled(exp, 4, np.full((2, 4, 3), -1))
-    readings[0] = dataclasses.replace(readings[0], guest=np.full(4, -1))
-    readings[1] = dataclasses.replace(readings[1], guest_mark=(readings[1].guest_mark + 1) % 16)
-    rows = evaluation.recall_figures(exp, 4, readings, told, np.full((2, 4, 3), -1))
-    assert rows["mark recalled"]["value"][0] == 0.5
-
-
-@pytest.mark.parametrize(("profile", "gap", "level"), [
-    ("stage", 64, 16 / 63), ("stage", 2, 1.0), ("stage", 110, 16 / 109), ("no-mid", 64, None), ("stage", 1, None),
-])  # fmt: skip
-def test_look_up_by_chance_is_the_share_of_the_archive_that_is_attended(exp, profile, gap, level):
-    changed = dataclasses.replace(exp, cache=config.PROFILES[profile])
-    rows, _, _ = recalled(changed, gap, np.full((2, 4, 16), -1))
-    assert rows.get("its block looked up, last layer", {}).get("chance") == (level and pytest.approx(level))
-
-
 # The player
 
 
@@ -274,23 +222,11 @@ def test_rolling_out_an_untrained_model(model):
     assert any(name.startswith("recall guest") for name in result["whole"])
 
 
-def test_forced_recall_of_an_untrained_model(model):
-    result = evaluation.forced_recall(model, gaps=(2, 5), videos=2, seed=SEED, batch=2)
-    assert list(result["sections"]) == ["gap of 2 blocks", "gap of 5 blocks"]
-    near, far = result["sections"].values()
-    row = near["its block looked up, last layer"]  # the only one there is
-    assert (row["chance"], row["value"][0], row["n"]) == (1.0, 1.0, 2)
-    assert far["its block looked up, last layer"]["chance"] == pytest.approx(3 / 4)
-    assert "gap of 5 blocks" in evaluation.table(result)
-
-
 def test_what_cannot_be_evaluated_is_refused(model):
     with pytest.raises(InputError, match="batch=0"):
         evaluation.rollout(model, videos=2, blocks=3, batch=0)
     with pytest.raises(InputError, match="0 videos"):
         evaluation.teacher_forced(model, clips=0)
-    with pytest.raises(InputError, match="gap=0"):
-        evaluation.forced_recall(model, gaps=(0,))
     other = dataclasses.replace(model, experiment=dataclasses.replace(model.experiment, latent=(10, 8), name="wide"))
     with pytest.raises(InputError, match="'wide' draws no stage videos"):
         evaluation.rollout(other)
@@ -320,8 +256,11 @@ def test_the_average_of_the_newest_checkpoint_is_read_and_the_run_left_alone(exp
     before = listing(folder)
     assert evaluation.newest(folder).name == "10"
     model = evaluation.of_checkpoint(exp, evaluation.newest(folder))
+    read = trees.flatten(model.nets.dit)
     for name, leaf in checkpoints.part(state.ema, "nets/dit").items():
-        np.testing.assert_array_equal(trees.flatten(model.nets.dit)[name], 2 * leaf)
+        rest = name.removeprefix("blocks/")
+        held = read[name] if rest == name else np.stack([read[f"blocks/{i}/{rest}"] for i in range(2)])
+        np.testing.assert_array_equal(held, 2 * leaf)
     assert listing(folder) == before
 
 
@@ -347,20 +286,23 @@ def test_the_program_evaluates_a_run(run, tiny, capsys):
     assert "checkpoints/10" in err
 
 
-@pytest.mark.parametrize(("mode", "function", "videos"), [
-    ("teacher", "teacher_forced", {"clips": 48}), ("rollout", "rollout", {"videos": 64, "blocks": 12}),
-    ("forced", "forced_recall", {"videos": 32, "gaps": (4, 9)}),
+@pytest.mark.parametrize(("mode", "module", "function", "videos"), [
+    ("teacher", evaluation, "teacher_forced", {"clips": 48}),
+    ("rollout", evaluation, "rollout", {"videos": 64, "blocks": 12}),
+    ("forced", recall, "forced", {"videos": 32, "gaps": (4, 9), "ways": recall.ways_of("recency,all-fit")}),
 ])  # fmt: skip
-def test_flags_reach_the_evaluation(run, tiny, capsys, monkeypatch, mode, function, videos):
+def test_flags_reach_the_evaluation(run, tiny, capsys, monkeypatch, mode, module, function, videos):
     asked = {}
 
-    def stand_in(model, **settings):
+    def stand_in(model, *ways, **settings):
         asked.update(settings, cache=model.experiment.cache)
+        asked.update(zip(("ways",), ways))
         return {"mode": mode, "videos": 0, "sections": {}}
 
-    monkeypatch.setattr(evaluation, function, stand_in)
+    monkeypatch.setattr(module, function, stand_in)
     monkeypatch.setattr(evaluation, "table", lambda result: f"table of {result['mode']}")
-    words = ["--run", str(run[0]), "--config", tiny, "--memory", "no-mid", "--set", "cache.sink=4"]
+    words = ["--run", str(run[0]), "--config", tiny, "--memory", "no-mid", "--set", "cache.sink=4", "--ways",
+             "recency,all-fit"]  # fmt: skip
     assert main.main(["evaluate", *words, "--mode", mode, "--seed", "5", "--blocks", "12", "--gaps", "4,9"]) == 0
     assert capsys.readouterr().out == f"table of {mode}\n"
     assert asked.pop("cache") == dataclasses.replace(config.PROFILES["no-mid"], sink=4)
@@ -374,6 +316,7 @@ def test_flags_reach_the_evaluation(run, tiny, capsys, monkeypatch, mode, functi
     (["--run", "nowhere"], "nowhere holds no checkpoint"),
     (["--weights", "nowhere"], "nowhere does not exist"),
     (["--gaps", "2,x"], "--gaps 2,x is not a list"),
+    (["--ways", "recensy"], "--ways recensy: no such way to choose; did you mean recency"),
     (["--seed", "-1"], "--seed -1 is out of range"),
     (["--weights", "a", "--run", "b"], "not allowed with"),
     (["--mode", "guess"], "invalid choice: 'guess'"),
@@ -387,7 +330,8 @@ def test_captions_of_held_out_clips_are_understood(model):
     story = data.draw_clip(np.random.default_rng((evaluation.HELD_OUT, 0)))
     sentences = [captions.caption(story, block) for block in range(5)]
     words, which = evaluation.spoken(model, [sentences, sentences[::-1]])
-    assert words.k.shape[1] == evaluation.SENTENCES
+    assert [kv.k.shape[0] for kv in words] == [evaluation.SENTENCES] * 2
     np.testing.assert_array_equal(which[0], which[1][::-1])
     alone = model.words([sentences[3]])
-    np.testing.assert_allclose(words.k[:, which[0, 3]], alone.k[:, 0], atol=1e-5)
+    for kv, one in zip(words, alone, strict=True):
+        np.testing.assert_allclose(kv.k[which[0, 3]], one.k[0], atol=1e-5)

@@ -17,6 +17,7 @@ BASE = dataclasses.replace(
     tiny.EXP, cache=dataclasses.replace(tiny.EXP.cache, recent=3),
     train=dataclasses.replace(tiny.EXP.train, gap_share=0.0, gap=9.0), clip=3 * BLOCKS)  # fmt: skip
 MODEL = objectives.Model(nets=tiny.nets(), text=tiny.filled(jax.eval_shape(lambda: text.UMT5(BASE.text, nnx.Rngs(0)))))
+APART = tiny.apart()  # layers one by one
 KEY = jax.random.key(4)
 CALLED = np.zeros((BLOCKS, tiny.BATCH, 2, BLOCKS), bool)  # block 3 calls back block 0 or 2
 CALLED[3, 0, 1, 0] = CALLED[3, 1, 0, 2] = True
@@ -90,35 +91,41 @@ def test_training_attends_every_packed_block(sink, held):
     assert dataclasses.replace(exp, cache=BASE.cache, sample=BASE.sample) == BASE
 
 
+def test_training_lets_every_layer_look_for_itself_on_the_device_however_sampling_does():
+    hosted = dataclasses.replace(BASE, cache=dataclasses.replace(
+        BASE.cache, scope="shared", timing="late", archive="host"))  # fmt: skip
+    assert training(3, hosted) == training(3)
+
+
 def test_training_keeps_what_the_network_predicts():
     clean = dataclasses.replace(BASE, sample=dataclasses.replace(BASE.sample, prediction="clean"))
     assert training(3, clean).sample.prediction == "clean"
 
 
 def test_training_guesses_behind_the_memory_that_sampling_fills():
-    """Losses recomputed behind a memory filled by the sampler, whose views come from its own drawing."""
+    """Losses recomputed behind a memory filled by the sampler, its layers apart, in views of its own drawing."""
     exp, given, memory = training(0), clips(), cache.init(training(0), tiny.BATCH)
     keys = jax.random.split(KEY, 4)
     levels = objectives.noise_levels(keys[0], given.latent.shape[:2], exp.train.shift)
     noise = jax.random.normal(keys[1], given.latent.shape)
     words = tiny.jit(objectives.text_states)(MODEL, given)
+    lots = jnp.zeros((exp.dit.layers, tiny.BATCH, exp.cache.slots))
 
     @tiny.jit
     def block_loss(memory, latent, noise, sigma, words, weight):
-        seen, past = cache.plan(exp.cache, memory.num_blocks), (memory.sink, memory.mid, memory.recent)
+        seen, past = cache.plan(exp.cache, memory.num_blocks), trees.zipped(memory.layers, list(lots))
         noisy = schedules.add_noise(latent, noise, sigma)
-        clean, _ = sampler.guess(MODEL.nets, exp, seen, noisy, 1000 * sigma, sigma, words, past,
-                                 look=sampler.first_look)  # fmt: skip
+        clean, _ = sampler.guess(APART, exp, seen, noisy, 1000 * sigma, sigma, words, past, look=sampler.first_look)
         return jnp.mean(weight * (clean - latent) ** 2)
 
-    by_hand = []
+    by_hand, chance = [], tiny.chances(exp, 0)
     for block in range(BLOCKS):
-        prompt = KV(k=words.k[block], v=words.v[block])
+        prompt = trees.unstack(KV(k=words.k[block], v=words.v[block]), exp.dit.layers)
         by_hand.append(block_loss(memory, given.latent[block], noise[block], levels[block], prompt,
                                   given.weight[block]))  # fmt: skip
-        view = tiny.draw(MODEL.nets, exp, memory, noise=noise[block], renoise=tiny.noises(exp, 0)[1], text=prompt).view
-        memory = tiny.remember(MODEL.nets, exp, memory, latent=given.latent[block], low=given.low[block], view=view,
-                               text=prompt)  # fmt: skip
+        drawn = tiny.draw(APART, exp, memory, chance=chance.replace(noise=noise[block]), text=prompt)
+        memory, *_ = tiny.remember(APART, exp, memory, latent=given.latent[block], low=given.low[block],
+                                   drawn=drawn, text=prompt)  # fmt: skip
     np.testing.assert_allclose(losses(given), jnp.stack(by_hand), rtol=1e-5)
 
 

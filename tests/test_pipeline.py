@@ -19,13 +19,18 @@ def pipe(folder):
     return pipeline.Pipeline.from_pretrained(folder)
 
 
+def copied(state):
+    """A state that the next block of its own run cannot touch."""
+    return jax.tree.map(np.array, state)
+
+
 def latents(pipe, prompts, **how):
     return np.stack([block.latent for block in pipe.stream(prompts, **how)])
 
 
 def test_a_folder_comes_back_as_it_was_saved(pipe):
     assert pipe.experiment == tiny.EXP
-    saved, loaded = trees.flatten(tiny.nets()), trees.flatten(pipe.nets)
+    saved, loaded = trees.flatten(tiny.apart()), trees.flatten(pipe.nets)
     assert saved.keys() == loaded.keys()
     for name, leaf in saved.items():
         np.testing.assert_array_equal(leaf, loaded[name], err_msg=name)
@@ -85,9 +90,97 @@ def test_a_state_can_be_kept_and_continued(pipe):
     start = {"seed": 3, "videos": [5, 8]}
     _, whole = run(pipe.start(**start), 0, 7)
     half, first = run(pipe.start(**start), 0, 4)
-    kept = jax.tree.map(np.asarray, half)
-    _, second = run(jax.tree.map(jax.numpy.asarray, kept), 4, 3)
+    _, second = run(copied(half), 4, 3)
     np.testing.assert_array_equal(whole, first + second)
+
+
+PROMPTS = [RED] * 4 + [BLUE] * 5
+SETTINGS = {"plain": [], "incremental": ["cache.rope_adjustment=incremental"]}
+
+
+@pytest.fixture(scope="module")
+def streams(pipe):
+    """For each of `SETTINGS`: the model, its blocks of one video, and copies of the state after each."""
+    found = {}
+    for name, sets in SETTINGS.items():
+        model = pipe.with_settings(sets)
+        pairs = [(block, copied(block.state)) for block in model.stream(PROMPTS, seed=3)]
+        found[name] = (model, *zip(*pairs, strict=True))
+    return found
+
+
+@pytest.mark.parametrize(("name", "after"), [("plain", 0), ("plain", 6), ("incremental", 6)])
+def test_a_stream_goes_on_from_the_state_a_block_left(streams, name, after):
+    model, whole, states = streams[name]
+    rest = list(model.stream(PROMPTS, seed=99, state=copied(states[after])))  # the state knows its seed
+    assert [block.index for block in rest] == list(range(after + 1, len(PROMPTS)))
+    for block, expected in zip(rest, whole[after + 1 :], strict=True):
+        assert (block.prompt, block.layout, block.sink_sum) == (expected.prompt, expected.layout, expected.sink_sum)
+        for field in ("frames", "latent", "chosen", "scores", "places"):
+            np.testing.assert_array_equal(getattr(block, field), getattr(expected, field), err_msg=field)
+    assert len({block.chosen.tobytes() for block in rest}) > 1
+
+
+def test_a_state_at_the_end_of_its_prompts_has_nothing_left_to_draw(streams):
+    model, _, states = streams["plain"]
+    assert list(model.stream(PROMPTS, state=copied(states[-1]))) == []
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_sinks_checksum_stays_once_the_sink_is_full(streams, name):
+    model, blocks, _ = streams[name]
+    assert model.experiment.cache.sink == model.experiment.cache.block  # full behind the first block
+    assert len({block.sink_sum for block in blocks}) == 1
+    assert blocks[0].sink_sum > 0
+
+
+def test_the_sinks_checksum_tells_other_videos_apart(pipe):
+    assert len({next(pipe.stream([RED], seed=seed)).sink_sum for seed in range(4)}) == 4
+
+
+@pytest.mark.parametrize(("name", "kept"), [("plain", ["sink/k", "sink/v"]), ("incremental", ["sink/v"])])
+def test_one_number_of_the_sink_changes_its_checksum_and_none_of_another_store_does(streams, name, kept):
+    model, blocks, states = streams[name]
+    memory, exp = states[-1].memory, model.experiment
+    for path in ("sink/k", "sink/v", "mid/k", "recent/v"):
+        changed = copied(memory)
+        store, part = path.split("/")
+        numbers = getattr(getattr(changed.layers[1], store), part)
+        numbers[0, 0, 1, 2, 3] = np.nextafter(numbers[0, 0, 1, 2, 3], np.float32(9))
+        same = int(pipeline.sink_sum(exp, changed)) == int(pipeline.sink_sum(exp, memory)) == blocks[-1].sink_sum
+        assert same == (path not in kept), path
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_partitions_lie_behind_one_another_without_a_hole(streams, name):
+    model, blocks, _ = streams[name]
+    cfg = model.experiment.cache
+    for block in blocks:
+        layout, count = block.layout, int(block.layout["chosen"])
+        assert layout["block"] == layout["step"] == 3
+        assert layout["mid_at"] == layout["sink_at"] + layout["sink"]
+        assert layout["recent_at"] == layout["mid_at"] + count * layout["step"]
+        assert layout["current_at"] == layout["recent_at"] + layout["recent"]
+        begin = block.index * 3 if cfg.rope_adjustment == "incremental" else layout["current_at"]
+        assert layout["current_at"] == begin
+        assert layout["sink_at"] == 0 or cfg.rope_adjustment == "incremental"
+        np.testing.assert_array_equal((block.chosen >= 0).sum(axis=1), count)
+        in_row = np.broadcast_to(layout["mid_at"] + 3 * np.arange(count), (2, count))
+        np.testing.assert_array_equal(block.places[:, :count], in_row)
+        assert np.isfinite(block.scores[:, :count]).all()
+    assert max(int(block.layout["chosen"]) for block in blocks) == cfg.top
+
+
+def test_keys_left_turned_in_place_show_the_same_video(streams):
+    """`incremental`, its memory donated from block to block, against a memory that turns every key afresh."""
+    dropped = 0
+    for one, other in zip(streams["plain"][1], streams["incremental"][1], strict=True):
+        np.testing.assert_array_equal(one.chosen, other.chosen)
+        np.testing.assert_allclose(one.latent, other.latent, atol=1e-4)
+        dropped += (np.diff(one.chosen, axis=-1) > 1).sum()
+    assert dropped > 0
+    first, second = (layer.at for layer in streams["incremental"][2][-1].memory.layers)
+    assert (first != second).any()  # layers that chose differently turned differently
 
 
 def test_videos_of_a_batch_do_not_meet(pipe):
@@ -136,11 +229,11 @@ def test_settings_change_the_experiment_and_keep_the_weights(pipe):
 
 
 @pytest.mark.parametrize(("seconds", "blocks"), [(0.1, 1), (0.6, 1), (0.61, 2), (7.0, 12)])
-def test_a_length_in_seconds_is_rounded_up_to_blocks(pipe, seconds, blocks):
-    assert pipe.blocks_of(seconds) == blocks  # 3 frames a block, 5 a second
+def test_a_length_in_seconds_is_rounded_up_to_blocks(seconds, blocks):
+    assert pipeline.blocks_of(tiny.EXP, seconds) == blocks  # 3 frames a block, 5 a second
 
 
 @pytest.mark.parametrize("seconds", [0, -2.0, float("nan"), float("inf")])
-def test_a_length_that_is_none_is_refused(pipe, seconds):
+def test_a_length_that_is_none_is_refused(seconds):
     with pytest.raises(InputError, match="is not a length"):
-        pipe.blocks_of(seconds)
+        pipeline.blocks_of(tiny.EXP, seconds)

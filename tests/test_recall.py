@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from packforcing_jax import cache, dit, sampler
+from packforcing_jax import cache, dit, sampler, view
 
 VIDEOS, CALLED, GAP, FIRST = 11, 4, 40, 2  # guests 0..3 appear once in blocks 2..5, before 40 further blocks
 TOP = 16
@@ -96,11 +96,15 @@ def test_the_block_that_answers_was_chosen(story):
 
 def swapped(memory, first, second, what):
     """`memory` with the packed keys or values of two blocks [b] exchanged."""
-    videos, slots = np.arange(VIDEOS), (np.stack([first, second]) - FIRST) % memory.mid.k.shape[2]
-    old = np.array(getattr(memory.mid, what))
-    new = old.copy()
-    new[:, videos, slots[0]], new[:, videos, slots[1]] = old[:, videos, slots[1]], old[:, videos, slots[0]]
-    return memory.replace(mid=memory.mid.replace(**{what: new}))
+    videos, slots = np.arange(VIDEOS), (np.stack([first, second]) - FIRST) % memory.layers[0].mid.k.shape[1]
+
+    def one(layer):
+        old = np.array(getattr(layer.mid, what))
+        new = old.copy()
+        new[videos, slots[0]], new[videos, slots[1]] = old[videos, slots[1]], old[videos, slots[0]]
+        return layer.replace(mid=layer.mid.replace(**{what: new}))
+
+    return memory.replace(layers=[one(layer) for layer in memory.layers])
 
 
 @pytest.mark.parametrize("what", ["k", "v"])
@@ -150,18 +154,18 @@ def test_a_sum_of_raw_products_misses_what_one_place_asks(story):
     exp, memory, nets = story.player.exp, story.memories[-1], story.nets
 
     def keep_queries(exp, seen, mix):
-        return lambda q, k, v, past: (mix(q, k, v, cache.recall(exp, seen, past, q)[0])[0], q)
+        return lambda q, k, v, layer: (mix(q, k, v, view.recall(exp, seen, layer, q, None)[0])[0], q)
 
     @jax.jit
     def first_queries(memory, noise, prompt):
-        past, seen = (memory.sink, memory.mid, memory.recent), cache.plan(exp.cache, memory.num_blocks)
-        return sampler.guess(nets, exp, seen, noise, 1000.0, 1.0, dit.text_kv(nets.dit, prompt), past,
+        seen = cache.plan(exp.cache, memory.num_blocks)
+        return sampler.guess(nets, exp, seen, noise, 1000.0, 1.0, dit.text_kv(nets.dit, prompt), memory.layers,
                              look=keep_queries)[1], seen.ids  # fmt: skip
 
     noise = handwired.noises(np.random.default_rng(6), VIDEOS)[0]
     queries, ids = first_queries(memory, noise, handwired.prompts(np.full(VIDEOS, 2)))
     visible = np.flatnonzero(ids >= 0)
-    scores = np.einsum("bqnh,bmpnh->bm", np.asarray(queries[1]), np.asarray(memory.mid.k[1])[:, visible])
+    scores = np.einsum("bqnh,bmpnh->bm", np.asarray(queries[1]), np.asarray(memory.layers[1].mid.k)[:, visible])
     relevant = np.asarray(ids)[visible] == first_seen(story.guests, story.marks, 2)[0][:, None]
     rank = (scores > scores[relevant][:, None]).sum(axis=1)
     assert relevant.sum() == VIDEOS

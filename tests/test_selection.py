@@ -1,4 +1,4 @@
-"""Choosing packed blocks: scores against a slow softmax, and what is chosen when few or none may be."""
+"""Choosing packed blocks: every policy against slow sums over single queries and keys, and what is chosen from them."""
 
 import jax
 import jax.numpy as jnp
@@ -7,70 +7,192 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packforcing_jax import selection
+from packforcing_jax import config, selection
 
-VIDEOS, QUERIES, HEADS, SIZE, PACKED = 2, 5, 3, 6, 2
+VIDEOS, QUERIES, HEADS, SIZE, PACKED, WINDOW = 2, 5, 3, 7, 4, 6
+IDS = (9, -1, 2, 5, -1, 11, 3)
+BY_CONTENT = ("affinity", "mass_sum", "mass_max", "logit_max", "centred_logit_max", "log_sum_exp", "paper_sum")
+choose = jax.jit(selection.choose, static_argnums=2)
 
 
-def question(rng, ids, sharp_valid, *, scale=1.0):
+def question(rng, ids=IDS, sharp_valid=(True, True, False), *, scale=1.5):
+    """Random queries and keys, each pooled query the mean over a window of those that are summed."""
     def normal(*shape):
-        return jnp.asarray(scale * rng.normal(size=(VIDEOS, *shape, HEADS, SIZE)), jnp.float32)
+        return scale * rng.normal(size=(VIDEOS, *shape, HEADS, SIZE))
 
-    return selection.Question(q=normal(QUERIES), archive=normal(len(ids), PACKED), ids=jnp.asarray(ids),
-                              sharp=normal(len(sharp_valid)), sharp_valid=jnp.asarray(sharp_valid))  # fmt: skip
+    q, archive = np.sqrt(WINDOW) * normal(QUERIES, WINDOW), normal(len(ids), PACKED)
+    lots, sharp = rng.uniform(size=(VIDEOS, len(ids))), normal(len(sharp_valid))
+    arrays = (q.mean(axis=2), archive, sharp, q.sum(axis=(1, 2)), archive.sum(axis=2), lots)
+    pooled, archive, sharp, query_sum, key_sum, lots = (jnp.asarray(x, jnp.float32) for x in arrays)
+    return selection.Question(
+        pooled=pooled, archive=archive, sharp=(sharp[:, :1], sharp[:, 1:]),
+        sharp_valid=(jnp.asarray(sharp_valid[:1], bool), jnp.asarray(sharp_valid[1:], bool)), ids=jnp.asarray(ids),
+        query_sum=query_sum, key_sum=key_sum, lots=lots)  # fmt: skip
 
 
-def slow_affinity(asked):
-    """Sum over queries and heads of (softmax mass of a block)^4, one query at a time."""
-    scores = np.zeros((VIDEOS, len(asked.ids)))
-    visible, valid = np.asarray(asked.ids) >= 0, np.asarray(asked.sharp_valid)
-    q, archive, sharp = (np.asarray(x, float) for x in (asked.q, asked.archive, asked.sharp))
-    for video, query, head in np.ndindex(VIDEOS, q.shape[1], HEADS):
+def slow_logits(asked):
+    """Logits [b, slot, p, q, n] of packed and [b, k, q, n] of sharp keys, one query at a time in float64."""
+    arrays = (asked.pooled, asked.archive, np.concatenate(asked.sharp, axis=1))
+    q, archive, sharp = (np.asarray(x, float) for x in arrays)
+    packed = np.zeros((*archive.shape[:3], *q.shape[1:3]))
+    near = np.zeros((*sharp.shape[:2], *q.shape[1:3]))
+    for video, query, head in np.ndindex(q.shape[:3]):
         one = q[video, query, head] / np.sqrt(SIZE)
-        packed = np.exp(archive[video, :, :, head] @ one).sum(axis=1) * visible
-        total = packed.sum() + (np.exp(sharp[video, :, head] @ one) * valid).sum()
-        scores[video] += (packed / total) ** 4
-    return scores
+        packed[video, ..., query, head] = archive[video, :, :, head] @ one
+        near[video, ..., query, head] = sharp[video, :, head] @ one
+    return packed, near
 
 
-@pytest.mark.parametrize("ids", [(3, 4, 5, 6, 7, 1, 2), (7, -1, -1, 4, 5, 6, -1), (-1, 2, -1, -1, -1, -1, -1)])
-@pytest.mark.parametrize("sharp_valid", [(True,) * 4, (True, True, False, False), (False,) * 4])
-def test_affinity_is_the_fourth_power_of_attention_mass(ids, sharp_valid):
-    asked = question(np.random.default_rng(len(set(ids))), ids, sharp_valid, scale=1.5)
-    np.testing.assert_allclose(selection.affinity(asked), slow_affinity(asked), rtol=1e-4, atol=1e-5)
+def slow_mass(asked):
+    """Attention mass [b, slot, q, n] of every block, of which one at least is visible."""
+    packed, near = slow_logits(asked)
+    visible, valid = np.asarray(asked.ids) >= 0, np.concatenate(asked.sharp_valid)
+    top = max(packed.max(), near.max(initial=-np.inf))
+    packed = np.exp(packed - top).sum(axis=2) * visible[None, :, None, None]
+    total = packed.sum(axis=1, keepdims=True)
+    for key in np.flatnonzero(valid):
+        total = total + np.exp(near[:, key] - top)[:, None]
+    return packed / total
 
 
-def test_affinity_survives_large_logits():
-    asked = question(np.random.default_rng(1), (0, 1, 2), (True, False), scale=40.0)
-    scores = np.asarray(selection.affinity(asked))
+def slow_centred(asked):
+    """Logits averaged over keys, [b, slot, q, n], less each query's mean over the visible blocks."""
+    packed = slow_logits(asked)[0].mean(axis=2)
+    return packed - packed[:, np.asarray(asked.ids) >= 0].mean(axis=1, keepdims=True)
+
+
+SLOW = {
+    "affinity": lambda asked: (slow_mass(asked) ** 4).sum(axis=(2, 3)),
+    "mass_sum": lambda asked: slow_mass(asked).sum(axis=(2, 3)),
+    "mass_max": lambda asked: slow_mass(asked).max(axis=(2, 3)),
+    "logit_max": lambda asked: slow_logits(asked)[0].mean(axis=2).max(axis=(2, 3)),
+    "centred_logit_max": lambda asked: slow_centred(asked).max(axis=(2, 3)),
+    "log_sum_exp": lambda asked: np.logaddexp.reduce(slow_logits(asked)[0], axis=2).sum(axis=(2, 3)),
+}
+
+
+def test_the_policies_are_the_choices_of_the_config():
+    assert tuple(selection.POLICIES) == config.CHOICES["cache.selection"]
+
+
+@pytest.mark.parametrize("ids", [IDS, (3, 4, 5, 6, 7, 1, 2), (-1, 2, -1, -1, -1, -1, -1)])
+@pytest.mark.parametrize("sharp_valid", [(True, True, False), (True,) * 3, (False,) * 3])
+@pytest.mark.parametrize("policy", SLOW)
+def test_scores_are_those_of_a_sum_over_single_queries(policy, ids, sharp_valid):
+    asked = question(np.random.default_rng(len(set(ids))), ids, sharp_valid)
+    scores, visible = selection.POLICIES[policy](asked), np.asarray(ids) >= 0
+    assert scores.dtype == jnp.float32
+    np.testing.assert_allclose(scores[:, visible], SLOW[policy](asked)[:, visible], rtol=1e-5, atol=1e-6)
+
+
+def test_the_papers_sum_is_the_double_sum_over_all_queries_and_keys():
+    rng = np.random.default_rng(12)
+    q, archive = rng.normal(size=(VIDEOS, 11, HEADS, SIZE)), rng.normal(size=(VIDEOS, 3, PACKED, HEADS, SIZE))
+    sums = (jnp.asarray(x, jnp.float32) for x in (q.sum(axis=1), archive.sum(axis=2)))
+    asked = question(rng, (4, 0, 2)).replace(**dict(zip(("query_sum", "key_sum"), sums, strict=True)))
+    expected = np.zeros((VIDEOS, 3))
+    for video, slot, query, key, head in np.ndindex(VIDEOS, 3, 11, PACKED, HEADS):
+        expected[video, slot] += q[video, query, head] @ archive[video, slot, key, head] / np.sqrt(SIZE)
+    np.testing.assert_allclose(selection.paper_sum(asked), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", BY_CONTENT)
+def test_half_precision_is_rounded_once(policy):
+    asked = question(np.random.default_rng(3))
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 2 else x, asked)
+    exact = jax.tree.map(lambda x, like: x.astype(like.dtype), half, asked)
+    scores, expected = selection.POLICIES[policy](half), selection.POLICIES[policy](exact)
+    assert scores.dtype == jnp.float32
+    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", selection.POLICIES)
+def test_scores_move_with_their_slots(policy):
+    asked, order = question(np.random.default_rng(5)), np.asarray((4, 6, 0, 3, 5, 1, 2))
+    moved = asked.replace(archive=asked.archive[:, order], ids=asked.ids[order], key_sum=asked.key_sum[:, order],
+                          lots=asked.lots[:, order])  # fmt: skip
+    seen, policy = np.asarray(moved.ids) >= 0, selection.POLICIES[policy]
+    np.testing.assert_allclose(policy(moved)[:, seen], policy(asked)[:, order][:, seen], rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", selection.POLICIES)
+def test_what_lies_in_unseen_slots_and_keys_does_not_count(policy):
+    asked, unseen = question(np.random.default_rng(6)), np.asarray(IDS) < 0
+    best = 60 * asked.pooled[:, None, :PACKED]  # what every head likes best
+    noisy = asked.replace(
+        archive=asked.archive.at[:, unseen].set(best), key_sum=asked.key_sum.at[:, unseen].set(1e4),
+        sharp=(asked.sharp[0], asked.sharp[1].at[:, 1].set(1e4)), lots=asked.lots.at[:, unseen].set(2.0))  # fmt: skip
+    scores, before = (selection.POLICIES[policy](x) for x in (noisy, asked))
+    assert np.isfinite(scores).all()
+    np.testing.assert_array_equal(scores[:, ~unseen], before[:, ~unseen])
+    slots, chosen, _ = choose(scores, noisy.ids, 6)
+    np.testing.assert_array_equal(chosen, [[2, 3, 5, 9, 11, -1]] * VIDEOS)
+    np.testing.assert_array_equal(slots[:, :5], [[2, 6, 3, 0, 5]] * VIDEOS)
+
+
+@pytest.mark.parametrize("policy", BY_CONTENT)
+def test_every_visible_block_can_win_by_its_keys(policy):
+    asked = question(np.random.default_rng(7), scale=0.3)
+    for slot in (0, 2, 6):
+        keys = asked.archive.at[:, slot].set(40 * asked.pooled.mean(axis=1, keepdims=True))
+        liked = asked.replace(archive=keys, key_sum=keys.sum(axis=2))
+        _, chosen, _ = choose(selection.POLICIES[policy](liked), asked.ids, 1)
+        np.testing.assert_array_equal(chosen, [[IDS[slot]]] * VIDEOS)
+
+
+@pytest.mark.parametrize("policy", selection.POLICIES)
+@pytest.mark.parametrize("sharp_valid", [(False, False, False), (True, False, True)])
+def test_an_archive_without_blocks_is_scored_without_harm(policy, sharp_valid):
+    asked = question(np.random.default_rng(8), (-1,) * len(IDS), sharp_valid)
+    scores = selection.POLICIES[policy](asked)
+    assert np.isfinite(scores).all()
+    _, chosen, height = choose(scores, asked.ids, 2)
+    np.testing.assert_array_equal(chosen, np.full((VIDEOS, 2), -1))
+    np.testing.assert_array_equal(height, np.full((VIDEOS, 2), -np.inf))
+
+
+@pytest.mark.parametrize("policy", selection.POLICIES)
+def test_an_archive_without_slots_has_no_scores(policy):
+    asked = question(np.random.default_rng(8), np.zeros(0, int), ())
+    scores = selection.POLICIES[policy](asked)
+    assert scores.shape == (VIDEOS, 0)
+    assert all(x.shape == (VIDEOS, 0) for x in selection.choose(scores, asked.ids, 0))
+
+
+@pytest.mark.parametrize("sharp_valid", [(True, False), (False, False)])
+def test_affinity_survives_large_logits(sharp_valid):
+    scores = np.asarray(selection.affinity(question(np.random.default_rng(1), (0, 1, 2), sharp_valid, scale=40.0)))
     assert np.isfinite(scores).all()
     assert (scores.sum(axis=1) <= QUERIES * HEADS).all()
     assert (scores.max(axis=1) > 0.9).all()
 
 
-def one_of_many(rng, *, relevant, slots):
-    """One query of one head asks for block `relevant`; the other 63 lean towards what all other blocks have."""
-    q = 0.1 * rng.normal(size=(1, 64, HEADS, SIZE))
-    archive = 0.1 * rng.normal(size=(1, slots, PACKED, HEADS, SIZE))
-    q[..., 0] += 2
-    archive[..., 0] += 2
-    archive[:, relevant, :, :, 0] -= 2
-    archive[:, relevant, 0, 1, 3] += 5
-    q[:, 17, 1] = 5 * np.eye(SIZE)[3]
-    return selection.Question(
-        q=jnp.asarray(q, jnp.float32), archive=jnp.asarray(archive, jnp.float32), ids=jnp.arange(slots),
-        sharp=jnp.zeros((1, 3, HEADS, SIZE)), sharp_valid=jnp.ones(3, bool))  # fmt: skip
+def test_the_gradient_of_affinity_is_finite_when_nothing_is_visible():
+    asked = question(np.random.default_rng(2), (-1, -1), (False,))
+    slope = jax.grad(lambda q: selection.affinity(asked.replace(pooled=q)).sum())(asked.pooled)
+    assert np.isfinite(slope).all()
 
 
-@pytest.mark.parametrize("relevant", [0, 8, 20])
-def test_one_asking_query_of_many_finds_its_block_where_a_plain_sum_misses(relevant):
-    asked = one_of_many(np.random.default_rng(relevant), relevant=relevant, slots=21)
-    assert int(selection.affinity(asked).argmax()) == relevant
-    plain = np.einsum("bqnh,bmpnh->m", asked.q, asked.archive)
-    assert int(plain.argmin()) == relevant
+def test_affinity_and_recency_choose_differently():
+    asked = question(np.random.default_rng(0), (15, 16, 12, 13, 14), (True,))
+    old = asked.replace(archive=asked.archive.at[:, 2, 1].set(9 * asked.pooled[:, 3]))
+    slots, chosen, _ = choose(selection.recency(old), old.ids, 3)
+    np.testing.assert_array_equal(chosen, [[14, 15, 16]] * VIDEOS)
+    np.testing.assert_array_equal(slots, [[4, 0, 1]] * VIDEOS)
+    assert (np.asarray(choose(selection.affinity(old), old.ids, 3)[1])[:, 0] == 12).all()
 
 
-@given(st.integers(0, 9), st.integers(1, 7), st.integers(0, 99))
+def test_random_depends_on_the_lots_alone():
+    asked, other = (question(np.random.default_rng(seed)) for seed in (10, 11))
+    draw = selection.POLICIES["random"]
+    np.testing.assert_array_equal(draw(asked), draw(other.replace(lots=asked.lots)))
+    lots = jnp.asarray(np.random.default_rng(9).uniform(size=(VIDEOS, len(IDS))), jnp.float32)
+    lots = lots.at[0, 6].set(1.5).at[1, 3].set(1.5)
+    _, chosen, _ = choose(draw(asked.replace(lots=lots)), asked.ids, 1)
+    np.testing.assert_array_equal(chosen, [[3], [5]])
+
+
+@given(st.integers(0, 9), st.sampled_from((0, 1, 4, 9)), st.integers(0, 99))
 @settings(max_examples=30, derandomize=True, deadline=None)
 def test_the_best_visible_are_chosen_in_time_order(visible, keep, seed):
     rng, size = np.random.default_rng(seed), 9
@@ -78,40 +200,25 @@ def test_the_best_visible_are_chosen_in_time_order(visible, keep, seed):
     ids[rng.permutation(size)[:visible]] = rng.choice(40, visible, replace=False)
     scores = rng.permutation(2 * size).reshape(2, size).astype(np.float32)
     scores[:, ids < 0] += 100  # the unseen look best
-    slots, chosen = choose(jnp.asarray(scores), jnp.asarray(ids), keep)
+    slots, chosen, height = choose(jnp.asarray(scores), jnp.asarray(ids), keep)
+    assert slots.shape == chosen.shape == height.shape == (2, keep)
     for video in range(2):
         best = sorted(np.flatnonzero(ids >= 0), key=lambda slot: -scores[video, slot])[:keep]
-        expected = sorted(ids[best])
-        np.testing.assert_array_equal(chosen[video], expected + [-1] * (keep - len(expected)))
-        np.testing.assert_array_equal(ids[slots[video]][: len(expected)], expected)
+        best = sorted(best, key=lambda slot: ids[slot])
+        behind = keep - len(best)
+        np.testing.assert_array_equal(chosen[video], [*ids[best], *[-1] * behind])
+        np.testing.assert_array_equal(slots[video][: len(best)], best)
+        np.testing.assert_array_equal(height[video], [*scores[video, best], *[-np.inf] * behind])
         assert len(set(np.asarray(slots[video]).tolist())) == keep
 
 
-choose = jax.jit(selection.choose, static_argnums=2)
-
-
-@pytest.mark.parametrize("policy", selection.POLICIES)
-def test_unseen_blocks_are_never_chosen(policy):
-    ids = (9, -1, 2, -1, -1, 5)
-    asked = question(np.random.default_rng(4), ids, (True, True), scale=2.0)
-    archive = asked.archive.at[:, 1].set(60 * asked.q[:, :PACKED])  # what every query of a head likes best
-    slots, chosen = choose(selection.POLICIES[policy](asked.replace(archive=archive)), asked.ids, 4)
-    np.testing.assert_array_equal(chosen, [[2, 5, 9, -1]] * VIDEOS)
-    np.testing.assert_array_equal(slots[:, :3], [[2, 5, 0]] * VIDEOS)
-
-
-def test_what_lies_in_unseen_slots_and_keys_does_not_count():
-    asked = question(np.random.default_rng(6), (9, -1, 2, 5), (True, False, True))
-    noisy = asked.replace(archive=asked.archive.at[:, 1].set(1e3), sharp=asked.sharp.at[:, 1].set(1e3))
-    np.testing.assert_array_equal(selection.affinity(noisy), selection.affinity(asked))
-    assert (np.asarray(selection.affinity(asked))[:, 1] == 0).all()
-
-
-def test_recency_takes_the_newest_wherever_they_lie():
-    asked = question(np.random.default_rng(0), (15, 16, 12, 13, 14), (True,))
-    slots, chosen = choose(selection.recency(asked), asked.ids, 3)
-    np.testing.assert_array_equal(chosen, [[14, 15, 16]] * VIDEOS)
-    np.testing.assert_array_equal(slots, [[4, 0, 1]] * VIDEOS)
+@pytest.mark.parametrize(("keep", "slots", "ids"), [
+    (3, [3, 0, 5], [5, 9, 11]), (1, [5], [11]), (6, [2, 6, 3, 0, 5], [2, 3, 5, 9, 11, -1]), (0, [], []),
+])  # fmt: skip
+def test_the_newest_are_chosen_without_a_question(keep, slots, ids):
+    where, chosen = selection.newest(jnp.asarray((9, -1, 2, 5, -1, 11, 3)), keep, batch=3)
+    np.testing.assert_array_equal(chosen, np.tile(np.asarray(ids, int), (3, 1)))
+    np.testing.assert_array_equal(where[:, : len(slots)], np.tile(np.asarray(slots, int), (3, 1)))
 
 
 def test_a_pool_averages_whole_windows_and_leaves_the_rest_out():

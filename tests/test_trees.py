@@ -51,6 +51,12 @@ def test_stacked_blocks_have_one_name_and_a_leading_axis():
     assert flat["compressor/convs/0/kernel"].shape == (3, 3, 3, 12, 5)
 
 
+def test_blocks_apart_have_a_name_each_and_no_leading_axis():
+    flat = trees.flatten(tiny.apart())
+    assert {flat[f"dit/blocks/{layer}/attn/q/kernel"].shape for layer in range(2)} == {(36, 36)}
+    assert "dit/blocks/attn/q/kernel" not in flat
+
+
 @pytest.mark.parametrize("build", [Net, lambda: jax.eval_shape(Net)], ids=["arrays", "shapes"])
 def test_filled_modules_hold_what_they_were_given(build):
     flat = numbered(Net())
@@ -76,6 +82,62 @@ def test_a_filled_module_computes_with_its_new_values():
     filled = trees.fill(shapes, trees.flatten(tiny.nets().compressor))
     latent = tiny.normal(0, 1, 4, 8, 4, 12)
     np.testing.assert_array_equal(tiny.jit(filled)(latent), tiny.jit(tiny.nets().compressor)(latent))
+
+
+# One entry per layer --------------------------------------------------------------------------------------------------
+
+
+def entries():
+    """Three layers' dictionaries, no two numbers alike."""
+    return [{"a": jnp.arange(4.0) + 10 * i, "b": jnp.full((2, 1), 100.0 * i)} for i in range(3)]
+
+
+def both_forms():
+    return [entries(), trees.stack(entries())]
+
+
+def as_list(layers):
+    return layers if isinstance(layers, list) else trees.unstack(layers, 3)
+
+
+def test_stacking_and_taking_apart_undo_each_other():
+    stacked = trees.stack(entries())
+    assert jax.tree.map(jnp.shape, stacked) == {"a": (3, 4), "b": (3, 2, 1)}
+    jax.tree.map(np.testing.assert_array_equal, trees.unstack(stacked, 3), entries())
+    jax.tree.map(np.testing.assert_array_equal, trees.stack(stacked), stacked)  # it is already
+
+
+@pytest.mark.parametrize("form", [0, 1], ids=["list", "stacked"])
+def test_a_function_is_asked_once_per_layer_and_answers_in_the_form_it_was_asked(form):
+    layers, shifts = both_forms()[form], [jnp.arange(3.0)[i] for i in range(3)]
+    shifts = shifts if form == 0 else trees.stack(shifts)
+    sums = trees.over(lambda layer, shift: layer["a"].sum() - layer["b"].sum() + shift, layers, shifts)
+    assert isinstance(sums, list) == (form == 0)
+    np.testing.assert_array_equal(trees.stack(sums), [6, 46 - 200 + 1, 86 - 400 + 2])
+
+
+@pytest.mark.parametrize("form", [0, 1], ids=["list", "stacked"])
+def test_nothing_is_nothing_for_every_layer(form):
+    layers, asked = both_forms()[form], []
+    trees.over(lambda layer, other: asked.append(other) or layer, layers, None)
+    assert set(asked) == {None}
+
+
+@pytest.mark.parametrize("form", [0, 1], ids=["list", "stacked"])
+def test_pairs_come_apart_and_together(form):
+    layers = both_forms()[form]
+    pairs = trees.over(lambda layer: (layer["a"], layer["b"]), layers)
+    first, second = trees.unzip(pairs)
+    for i, (a, b, entry) in enumerate(zip(as_list(first), as_list(second), entries(), strict=True)):
+        np.testing.assert_array_equal(a, entry["a"], err_msg=str(i))
+        np.testing.assert_array_equal(b, entry["b"], err_msg=str(i))
+    again = trees.zipped(first, second)
+    jax.tree.map(np.testing.assert_array_equal, again, pairs)
+
+
+def test_layers_that_do_not_match_in_number_are_noticed():
+    with pytest.raises(ValueError, match="shorter"):
+        trees.zipped(entries(), entries()[:2])
 
 
 def test_every_mismatch_is_told_at_once():

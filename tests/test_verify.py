@@ -8,12 +8,13 @@ import pathlib
 import re
 
 import einops
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
 from safetensors.numpy import load_file, save_file
 
-from packforcing_jax import cache, verify, verify_dit, verify_parts
+from packforcing_jax import cache, verify, verify_dit, verify_parts, view
 from packforcing_jax.cli import main
 from packforcing_jax.config import DiTConfig
 from packforcing_jax.errors import InputError
@@ -261,12 +262,12 @@ def test_cache_settings_see_and_hold_the_frames_of_the_rolling_cache(block, wind
     memory = cache.init(exp, 1)
     for number, (seen, held) in enumerate(rolling(blocks, block=block, window=window, sink=sink)):
         plan = cache.plan(exp.cache, memory.num_blocks)
-        past = tuple(KV(k=part.k[0], v=part.v[0]) for part in (memory.sink, memory.mid, memory.recent))
-        view, _ = cache.recall(exp, plan, past, np.zeros((1, block * 3, 2, 6), np.float32))
-        np.testing.assert_array_equal(view.v[0, : int(cache.length(exp, plan)), 0, 0], np.repeat(seen, 3))
+        q, no_lots = np.zeros((1, block * 3, 2, 6), np.float32), np.zeros((1, 0), np.float32)
+        recalled, _ = view.recall(exp, plan, memory.layers[0], q, no_lots)
+        np.testing.assert_array_equal(recalled.v[0, : int(cache.length(exp, plan)), 0, 0], np.repeat(seen, 3))
         frames = np.repeat(np.arange(block) + number * block, 3).astype(np.float32)
-        values = np.broadcast_to(frames[None, None, :, None, None], (1, 1, block * 3, 2, 6))
-        memory = cache.commit(exp, memory, KV(k=values, v=values), None)
+        values = jnp.broadcast_to(frames[None, :, None, None], (1, block * 3, 2, 6))
+        memory = cache.commit(exp, memory, [KV(k=values, v=values)], None)
         np.testing.assert_array_equal(cache.export(exp, memory).v[0, 0, :, 0, 0], np.repeat(held, 3))
         np.testing.assert_array_equal(cache.end_indices(exp, memory), [(number + 1) * block * 3, len(held) * 3])
 

@@ -59,8 +59,14 @@ def filled(module, seed=0):
 
 @functools.cache
 def nets(exp=EXP):
-    """Nets as if trained."""
+    """Nets as if trained, their layers stacked, as training runs them."""
     return filled(jax.eval_shape(lambda: _build(exp)))
+
+
+@functools.cache
+def apart(exp=EXP):
+    """The same nets with their layers one by one, as sampling runs them."""
+    return dataclasses.replace(nets(exp), dit=dit.unrolled(nets(exp).dit))
 
 
 @functools.cache
@@ -86,23 +92,34 @@ def lows(blocks, exp=EXP, batch=BATCH, seed=6):
 text_kv = jit(dit.text_kv)
 draw = jit(sampler.draw, static_argnames="exp")
 remember = jit(sampler.remember, static_argnames="exp")
-_noises = jit(sampler.noises, static_argnames="exp")
+_chances = jit(sampler.chances, static_argnames="exp")
 
 
 def words(exp=EXP, batch=BATCH, seed=7):
-    """Cross-attention keys and values of a random prompt, one word shorter than the longest."""
-    return text_kv(nets(exp).dit, normal(seed, batch, exp.dit.text_len - 1, exp.dit.text_dim))
+    """Cross-attention keys and values per layer of a random prompt, one word shorter than the longest."""
+    return text_kv(apart(exp).dit, normal(seed, batch, exp.dit.text_len - 1, exp.dit.text_dim))
 
 
-def noises(exp, block, videos=range(BATCH), seed=11):
-    return _noises(exp, seed, jnp.asarray(videos), jnp.int32(block))
+def chances(exp, block, videos=range(BATCH), seed=11):
+    return _chances(exp, seed, jnp.asarray(videos), jnp.int32(block))
+
+
+def ids(drawn):
+    """The packed blocks that each layer looked at, [layer, b, top]."""
+    return np.asarray(trees.stack(drawn.looked).ids)
+
+
+def views(exp, block, drawn):
+    """What was committed when a block was drawn, keys and values [layer, b, k, n, h]: the rest is scratch."""
+    length = int(cache.length(exp, cache.plan(exp.cache, jnp.int32(block))))
+    return jax.tree.map(lambda x: np.asarray(x)[:, :, :length], trees.stack(drawn.views))
 
 
 def one_block(exp, memory, text, block, low):
     """A block drawn and remembered: what was drawn, and the memory after it."""
-    noise, renoise = noises(exp, block)
-    drawn = draw(nets(), exp, memory, noise=noise, renoise=renoise, text=text)
-    return drawn, remember(nets(), exp, memory, latent=drawn.latent, low=low, view=drawn.view, text=text)
+    drawn = draw(apart(), exp, memory, chance=chances(exp, block), text=text)
+    memory, *_ = remember(apart(), exp, memory, latent=drawn.latent, low=low, drawn=drawn, text=text)
+    return drawn, memory
 
 
 def rollout(exp, blocks, text_of=lambda block: words()):

@@ -14,7 +14,7 @@ from packforcing_jax.errors import InputError
 MODES = {
     "teacher": "each next block of held-out clips, behind the true blocks before it",
     "rollout": "long videos that run freely: first window, last window, call-backs",
-    "forced": "a guest called back after a true history, by gap",
+    "forced": "guests called back after a true history, by gap and by how packed blocks are chosen",
 }
 VIDEOS = {"teacher": 48, "rollout": 64, "forced": 32}
 
@@ -31,8 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blocks", type=int, default=120, metavar="N", help="length of a rollout (default: 120)")
     parser.add_argument("--seed", type=int, metavar="S", help="of stories and noise (default: one not trained on)")
     parser.add_argument("--memory", metavar="PROFILE", help="another memory than the model's own, such as no-mid")
-    parser.add_argument("--gaps", type=gaps, metavar="A,B,...", default=(2, 4, 8, 15, 32, 64, 110),
-                        help="blocks between two visits in mode forced (default: 2,4,8,15,32,64,110)")  # fmt: skip
+    parser.add_argument("--gaps", type=gaps, metavar="A,B,...", default=(8, 32, 64, 110),
+                        help="blocks between two visits in mode forced, at most four (default: 8,32,64,110)")
+    parser.add_argument("--ways", metavar="A,B,...", default="affinity,paper_sum,recency",
+                        help="how packed blocks are chosen in mode forced: settings of cache.selection and more, or "
+                             "every (default: affinity,paper_sum,recency)")  # fmt: skip
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="videos drawn together (default: 16)")
 
 
@@ -50,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
     require(args.memory in (None, *PROFILES),
             f"--memory {args.memory} is unknown; choose one of {', '.join(PROFILES)}.")  # fmt: skip
     require(args.seed is None or 0 <= args.seed < 2**31, f"--seed {args.seed} is out of range; give 0 to {2**31 - 1}.")
-    from packforcing_jax import attention, evaluation
+    from packforcing_jax import attention, evaluation, recall
 
+    ways = recall.ways_of(args.ways)
     model = _model(args)
     backend, why = attention.chosen(model.experiment.attention)
     common.start_line("evaluate", experiment=model.experiment, dtype="float32", attention=backend, why=why)
@@ -62,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     result = {
         "teacher": lambda: evaluation.teacher_forced(model, clips=count, **shared),
         "rollout": lambda: evaluation.rollout(model, videos=count, blocks=args.blocks, **shared),
-        "forced": lambda: evaluation.forced_recall(model, gaps=args.gaps, videos=count, **shared),
+        "forced": lambda: recall.forced(model, ways, gaps=args.gaps, videos=count, **shared),
     }[args.mode]()
     print(json.dumps(result) if args.json else evaluation.table(result))
     return 0

@@ -1,0 +1,199 @@
+"""Forced recall: guests shown once in a true history, one for every way of choosing; each figure with its chance."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from packforcing_jax import cache, codec, config, dit, evaluation, pipeline, recall, train, trees
+from packforcing_jax.errors import InputError
+from packforcing_jax.stage import world
+
+GAPS = (4, 5)  # newest blocks alone reach back 4 behind a top of 3 and one recent block
+SMALL = config.Experiment(
+    name="stage", latent=(8, 8), clip=20, fps=8, codec=config.SpaceToDepthConfig(factor=4),
+    dit=config.DiTConfig(dim=24, ffn_dim=20, heads=2, layers=2, text_dim=10, text_len=16, freq_dim=12, in_channels=48,
+                         out_channels=48, rope_pairs=(2, 2, 2)),
+    text=config.TextConfig(vocab=46, dim=10, dim_attn=6, dim_ffn=9, heads=2, layers=1, max_words=16),
+    compressor=config.CompressorConfig(channels=(6, 7, 8, 9)),
+    cache=config.CacheConfig(top=3, capacity=6, score_pool=(4, 1, 1), key_multiple=1),
+    sample=config.SampleConfig(steps=(1000, 400), prediction="clean"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A model of the stage with random weights."""
+    shapes, rng = jax.eval_shape(lambda: train.new_model(SMALL, jax.random.key(0))), np.random.default_rng(1)
+    draws = {name: name.endswith("scale") + 0.2 * rng.normal(size=leaf.shape)
+             for name, leaf in trees.flatten(shapes).items()}  # fmt: skip
+    built = trees.fill(shapes, {name: jnp.asarray(draw, jnp.float32) for name, draw in draws.items()})
+    nets = dataclasses.replace(built.nets, dit=dit.unrolled(built.nets.dit))
+    return pipeline.Pipeline(experiment=SMALL, nets=nets, text=built.text, tokenizer=train.stage_tokenizer(),
+                             pixels=codec.make(SMALL.codec, nnx.Rngs(0)))  # fmt: skip
+
+
+# Stories
+
+
+@pytest.mark.parametrize("gaps", [(2,), (9, 4), (3, 17, 8, 40)])
+def test_a_called_guest_is_seen_once_and_only_at_its_gap(gaps):
+    shares = []
+    for seed in range(12):
+        guests = recall.forced_story(np.random.default_rng(seed), gaps).guests
+        assert len(guests) == recall.OPENING + max(gaps) + 1
+        called = [int(guests[-1 - gap]) for gap in gaps]
+        assert len(set(called)) == len(gaps)
+        for gap, guest in zip(gaps, called):
+            assert np.flatnonzero(guests == guest).tolist() == [len(guests) - 1 - gap]
+        assert (guests[: recall.OPENING] == -1).all()
+        shares.append((np.delete(guests, [-1 - gap for gap in gaps]) >= 0)[recall.OPENING :].mean())
+    assert max(gaps) < 40 or 0.4 < np.mean(shares) < 0.6
+
+
+def test_others_pass_by_and_none_of_them_is_called():
+    gaps, passing = (3, 50, 8), []
+    for seed in range(8):
+        guests = recall.forced_story(np.random.default_rng(seed), gaps).guests
+        called = {int(guests[-1 - gap]) for gap in gaps}
+        others = {int(guest) for guest in np.delete(guests, [-1 - gap for gap in gaps])} - {-1}
+        assert called.isdisjoint(others)
+        assert len(others) <= len(world.GUESTS) - recall.CALLED
+        passing.append(len(others))
+    assert max(passing) == len(world.GUESTS) - recall.CALLED
+
+
+def test_stories_differ_by_seed_and_stay_in_one_scene():
+    told = [recall.forced_story(np.random.default_rng((7, i)), (8, 3)) for i in range(6)]
+    again = recall.forced_story(np.random.default_rng((7, 2)), (8, 3))
+    np.testing.assert_array_equal(told[2].guests, again.guests)
+    assert len({story.guests.tobytes() for story in told}) == 6
+    assert all(len(set(story.scenes)) == 1 for story in told)
+
+
+# Ways
+
+
+def test_every_policy_is_a_way_and_every_way_a_memory():
+    ways = recall.ways_of("every")
+    assert set(config.CHOICES["cache.selection"]) == {way.get("selection") for way in ways.values()}
+    caches = [recall.changed(SMALL, way).cache for way in ways.values()]
+    assert len(set(caches)) == len(ways)
+    assert recall.ways_of("recency,all-fit") == {"recency": recall.WAYS["recency"], "all-fit": recall.WAYS["all-fit"]}
+    for wrong, remedy in (("recensy", "did you mean recency"), ("recency,", "no such way"), ("qqqq", "known: .*every")):
+        with pytest.raises(InputError, match=f"^--ways .*{remedy}"):
+            recall.ways_of(wrong)
+
+
+@pytest.mark.parametrize(("way", "chosen", "room"), [
+    ("affinity", 3, 12), ("all-true", 6, 24), ("all-fit", 6, 12), ("affinity-shared-late", 3, 12),
+])  # fmt: skip
+def test_a_fitted_row_has_the_room_of_the_best(way, chosen, room):
+    exp = recall.changed(SMALL, recall.WAYS[way])
+    seen = cache.plan(exp.cache, np.int32(20))
+    assert int(seen.chosen) == chosen
+    assert float(seen.recent_at - seen.mid_at) == room
+    assert (exp.dit, exp.compressor, exp.cache.capacity) == (SMALL.dit, SMALL.compressor, SMALL.cache.capacity)
+
+
+# Figures
+
+
+@pytest.mark.parametrize(("way", "held", "level"), [("affinity", 6, 0.5), ("affinity", 2, 1.0), ("all-fit", 6, 1.0)])
+def test_figures_count_the_last_layer_beside_blind_choices(way, held, level):
+    looked = np.array([[True] * 5, [True] * 5, [True, False, False, True, False]])
+    right = np.array([False, True, False, False, True])
+    found = [(looked[:, :3], right[:3]), (looked[:, 3:], right[3:])]
+    rows = recall.figures(recall.changed(SMALL, recall.WAYS[way]), held, found)
+    block, mark = rows["block found, last layer"], rows["mark recalled"]
+    assert (block["chance"], block["value"][0], block["n"]) == (level, 2 / 5, 5)
+    assert (mark["chance"], mark["value"][0], mark["n"]) == (1 / 16, 2 / 5, 5)
+    assert block["value"][1] < 2 / 5 < block["value"][2]
+
+
+# The study
+
+
+def test_one_history_serves_every_gap_and_way(model, monkeypatch):
+    histories, asked = [], []
+
+    def history(model, told, identity):
+        histories.append((told, identity))
+        return len(histories)
+
+    def answers(model, way, memory, told, identity, gap):
+        asked.append((gap, way["selection"], memory, [story.guests.tobytes() for story in told], identity[1].tolist()))
+        return np.ones((2, len(told)), bool), np.zeros(len(told), bool)
+
+    monkeypatch.setattr(recall, "history", history)
+    monkeypatch.setattr(recall, "answers", answers)
+    ways = recall.ways_of("recency,affinity,paper_sum")
+    result = recall.forced(model, ways, gaps=(9, 2), videos=5, seed=7, batch=3)
+    assert [len(told) for told, _ in histories] == [3, 2]
+    assert [identity[1].tolist() for _, identity in histories] == [[0, 1, 2], [3, 4]]
+    for memory in (1, 2):
+        mine = [each for each in asked if each[2] == memory]
+        assert {each[:2] for each in mine} == {(gap, way) for gap in (9, 2) for way in ways}
+        assert len({str(each[3:]) for each in mine}) == 1
+    assert list(result["sections"]) == [f"gap of {gap} blocks, 6 in the archive" for gap in (9, 2)]
+    assert all(row["n"] == 5 for rows in result["sections"].values() for row in rows.values())
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """The programs of the study, compiled in a third of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((evaluation, "one_block"), (recall, "_last_block")):
+            patch.setattr(module, name, tiny.jit(getattr(module, name).__wrapped__, static_argnames="exp"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def study(model, quick):
+    ways = {name: recall.WAYS[name] for name in ("recency", "all-fit")}
+    return recall.forced(model, ways, gaps=GAPS, videos=2, seed=7, batch=2)
+
+
+def test_blocks_are_found_where_a_way_looks(study):
+    """The newest three reach back 4 blocks behind one recent block, all of them further; random weights recall none."""
+    assert (study["mode"], study["videos"], study["seed"]) == ("forced", 2, 7)
+    near, far = (study["sections"][f"gap of {gap} blocks, 4 in the archive"] for gap in GAPS)
+    found = "block found, last layer"
+    assert near[f"recency: {found}"]["value"][0] == 1
+    assert far[f"recency: {found}"]["value"][0] == 0
+    assert near[f"all-fit: {found}"]["value"][0] == far[f"all-fit: {found}"]["value"][0] == 1
+    assert near[f"recency: {found}"]["chance"] == pytest.approx(3 / 4)
+    assert {row["chance"] for name, row in near.items() if "mark" in name} == {1 / 16}
+    assert all(name in evaluation.table(study) for name in near)
+
+
+def test_a_history_answers_as_often_as_it_is_asked(model, quick):
+    told = [recall.forced_story(np.random.default_rng((7, i)), GAPS) for i in range(2)]
+    identity = jnp.full(2, 7, jnp.uint32), jnp.arange(2, dtype=jnp.uint32)
+    memory = recall.history(model, told, identity)
+    assert int(memory.num_blocks) == recall.OPENING + max(GAPS)
+    before = jax.tree.map(np.array, memory)
+    for _ in range(2):
+        looked, right = recall.answers(model, recall.WAYS["recency"], memory, told, identity, GAPS[0])
+        assert looked.shape == (2, 2)
+        assert looked.all()
+        assert right.shape == (2,)
+    jax.tree.map(np.testing.assert_array_equal, memory, before)
+
+
+@pytest.mark.parametrize("gaps", [(), (1,), (8, 8), (2, 3, 4, 5, 6), (0, 9)])
+def test_gaps_that_cannot_be_compared_are_refused(model, gaps):
+    with pytest.raises(InputError, match=r"gaps=\(.*must be one to 4 different numbers above 1"):
+        recall.forced(model, recall.ways_of("recency"), gaps=gaps, videos=2)
+
+
+def test_other_models_and_no_videos_are_refused(model):
+    other = dataclasses.replace(model, experiment=dataclasses.replace(SMALL, latent=(10, 8), name="wide"))
+    with pytest.raises(InputError, match="'wide' draws no stage videos"):
+        recall.forced(other, recall.ways_of("recency"))
+    with pytest.raises(InputError, match="0 videos"):
+        recall.forced(model, recall.ways_of("recency"), gaps=(2,), videos=0)
