@@ -146,7 +146,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
             _swap(fresh, folder, Path(room, "old"))
     except (OSError, safetensors.SafetensorError) as error:
         raise MachineError(
-            f"Writing the model folder {folder} failed ({_brief(error)}); nothing was changed."
+            f"Writing the model folder {folder} failed ({brief(error)}); nothing was changed."
         ) from error
 
 
@@ -181,14 +181,14 @@ def _weights(path: Path) -> dict[str, np.ndarray]:
                 leaf = file.get_tensor(name)
                 flat[name] = leaf.astype(np.float32) if _floating(leaf) else leaf
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path} is damaged ({_brief(error)}); fetch or convert the model again.") from error
+        raise InputError(f"{path} is damaged ({brief(error)}); fetch or convert the model again.") from error
     broken = [name for name, leaf in flat.items() if not np.isfinite(leaf).all()]
     require(not broken, f"{path} holds values that are not finite in {len(broken)} tensors ({', '.join(broken[:3])}); "
             "fetch or convert the model again.")  # fmt: skip
     return flat
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
     """The first line of what an error says."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -263,7 +263,7 @@ class Checkpoints:
         try:
             self._manager.save(step, args=arguments, force=True)
         except (OSError, ValueError) as error:  # Orbax reports a full disk as ValueError
-            sentence = f"Saving step {step} below {self.folder} failed ({_brief(error)}); earlier steps are kept."
+            sentence = f"Saving step {step} below {self.folder} failed ({brief(error)}); earlier steps are kept."
             raise MachineError(sentence) from error
 
     def latest(self) -> int | None:
@@ -291,7 +291,7 @@ class Checkpoints:
             return self._manager.restore(step, args=self._orbax.args.Composite(**items))
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
-                f"{place} is damaged ({_brief(error)}); delete it to resume from the one before."
+                f"{place} is damaged ({brief(error)}); delete it to resume from the one before."
             ) from error
 
     def close(self) -> None:

@@ -5,14 +5,17 @@ on disk, no encoder is alive between blocks, and a process that dies can cost at
 """
 
 import contextlib
+import io
 import itertools
 import json
+import mmap
 import os
 import signal
 import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -78,7 +81,7 @@ def check_writable(path) -> None:
         raise InputError(f"Video path {path} is not writable ({error.strerror}); choose another folder.") from error
 
 
-def boxes(stream: bytes) -> Iterator[tuple[bytes, bytes]]:
+def boxes(stream: bytes | mmap.mmap) -> Iterator[tuple[bytes, bytes]]:
     """The (kind, whole box) pairs an MP4 byte stream consists of."""
     at = 0
     while at < len(stream):
@@ -148,14 +151,25 @@ def encode(frames: np.ndarray, fps: float, comment: str) -> bytes:
         return target.read_bytes()
 
 
+@dataclass(frozen=True)
+class Position:
+    """How far a video file has been written: all that is needed to go on with it."""
+
+    bytes: int = 0
+    frames: int = 0
+    fragments: int = 0
+
+
 class Writer:
     """A growing MP4 of `size` (width, height) frames, each pixel shown as `scale` x `scale`, settings kept inside.
 
     Nothing is created before the first `write`; a file already at `path` is replaced then. Whatever ends the block,
-    an error, Ctrl-C or a kill, the file holds every block whose `write` returned.
+    an error, Ctrl-C or a kill, the file holds every block whose `write` returned. `resume`, a `position` of an earlier
+    writer, cuts the file at `path` back to there and goes on: the result is byte for byte that of an unbroken run.
     """
 
-    def __init__(self, path, *, fps: float, size: tuple[int, int], settings: dict, scale: int = 1):
+    def __init__(self, path, *, fps: float, size: tuple[int, int], settings: dict, scale: int = 1,
+                 resume: Position | None = None):  # fmt: skip
         require(scale >= 1, f"scale={scale} must be 1 or more.")
         require(fps > 0, f"fps={fps} must be above 0.")
         require(all(side > 0 and side * scale % 2 == 0 for side in size),
@@ -165,15 +179,19 @@ class Writer:
         encoder()
         self.path, self.fps, self.size, self.scale = Path(path), fps, size, scale
         self.comment = json.dumps(settings)
-        self.frames = 0
-        self.fragments = 0
-        self._file = None
+        self.position = resume or Position()
+        self._file = _reopened(self.path, self.position) if self.position.bytes else None
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
+
+    @property
+    def frames(self) -> int:
+        """Frames written so far."""
+        return self.position.frames
 
     def write(self, frames) -> None:
         """Appends frames [t,h,w,3] (float in [-1, 1] or uint8); they are on disk and play when this returns."""
@@ -184,32 +202,43 @@ class Writer:
         shown = einops.repeat(frames, "t h w c -> t (h a) (w b) c", a=self.scale, b=self.scale)
         with _signals_wait():
             try:
-                self._append(encode(shown, self.fps, self.comment if self.fragments == 0 else ""))
+                self._append(encode(shown, self.fps, "" if self.position.bytes else self.comment), len(frames))
             except OSError as error:
-                raise MachineError(f"Writing {self.path} failed ({error.strerror}); "
-                                   f"the first {self.frames} frames are kept in it.") from error  # fmt: skip
-            self.frames += len(frames)
+                raise self._failed(error) from error
 
-    def _append(self, stream: bytes) -> None:
+    def sync(self) -> Position:
+        """The position, once everything up to it is on the disk itself: a crash of the machine leaves it true."""
+        if self._file is not None:
+            try:
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                raise self._failed(error) from error
+        return self.position
+
+    def _failed(self, error: OSError) -> MachineError:
+        return MachineError(f"Writing {self.path} failed ({error.strerror}); "
+                            f"the first {self.frames} frames are kept in it.")  # fmt: skip
+
+    def _append(self, stream: bytes, frames: int) -> None:
         """Adds the fragments of `stream`, and its header to an empty file; a failure leaves the file as it was."""
-        numbers = itertools.count(self.fragments + 1)
-        start = Fraction(self.frames) * TICKS * Fraction(self.fps).limit_denominator(1001).denominator
-        parts = [placed(box, next(numbers), int(start)) if kind == b"moof" else box
-                 for kind, box in boxes(stream) if self.fragments == 0 or kind in (b"moof", b"mdat")]  # fmt: skip
+        at = self.position
+        numbers = itertools.count(at.fragments + 1)
+        start = Fraction(at.frames) * TICKS * Fraction(self.fps).limit_denominator(1001).denominator
+        added = b"".join(placed(box, next(numbers), int(start)) if kind == b"moof" else box
+                         for kind, box in boxes(stream) if at.bytes == 0 or kind in (b"moof", b"mdat"))  # fmt: skip
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("wb", buffering=0)
-        end = self._file.tell()
         try:
-            view = memoryview(b"".join(parts))
+            view = memoryview(added)
             while view:
                 view = view[self._file.write(view) :]
         except BaseException:
             with contextlib.suppress(OSError):
-                self._file.truncate(end)
-                self._file.seek(end)
+                self._file.truncate(at.bytes)
+                self._file.seek(at.bytes)
             raise
-        self.fragments = next(numbers) - 1
+        self.position = Position(at.bytes + len(added), at.frames + frames, next(numbers) - 1)
 
     def close(self) -> None:
         """Ends the file; without a single block written there is none."""
@@ -218,8 +247,26 @@ class Writer:
                 os.fsync(self._file.fileno())
             self._file.close()
             self._file = None
-            if self.fragments == 0:
+            if self.position.bytes == 0:
                 self.path.unlink(missing_ok=True)
+
+
+def _reopened(path: Path, at: Position) -> io.FileIO:
+    """The video file `path`, cut back to `at` and open there; any other file is refused and left alone."""
+    size = path.stat().st_size if path.exists() else 0
+    require(size >= at.bytes, f"Video {path} has {size} bytes, but {at.bytes} were written by the run to continue; "
+            "put that file back or start anew.")  # fmt: skip
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), at.bytes, access=mmap.ACCESS_READ) as start:
+            fragments = sum(kind == b"moof" for kind, _ in boxes(start))
+    except MachineError:
+        fragments = None
+    require(fragments == at.fragments, f"Video {path} ({size} bytes) is not the file of the run to continue; "
+            "put that file back or start anew.")  # fmt: skip
+    file = path.open("r+b", buffering=0)
+    file.truncate(at.bytes)
+    file.seek(at.bytes)
+    return file
 
 
 def _existing(path) -> str:

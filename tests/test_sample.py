@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 
 import pytest
 
-from packforcing_jax import video
+from packforcing_jax import saves, trace, video
 from packforcing_jax.cli import main
 
 
@@ -52,12 +53,29 @@ def test_the_same_request_gives_the_same_pixels(capsys, folder, tmp_path):
 
 
 PROMPT = ["--prompt", "a red disc"]
+HOST = ["--set", "cache.archive=host"]
+LATE = ["--set", "cache.scope=shared", "--set", "cache.timing=late"]
 WRONG = {
     "unknown flag": (["--promt", "a red disc"], ["--promt", "--prompt"]),
     "unknown profile": ([*PROMPT, "--memory", "papre"], ["papre", "paper"]),
     "unknown key": ([*PROMPT, "--set", "cache.tpo=3"], ["tpo", "top"]),
     "value of a wrong kind": ([*PROMPT, "--set", "cache.top=many"], ["cache.top", "many"]),
     "impossible value": ([*PROMPT, "--set", "cache.top=9"], ["cache.top=9", "capacity=4"]),
+    "sink that is no number of frames": ([*PROMPT, "--set", "cache.sink=7.5"], ["cache.sink=7.5", "int"]),
+    "sink of no whole blocks": ([*PROMPT, "--set", "cache.sink=7"], ["cache.sink=7", "whole blocks of 3 frames"]),
+    "a choice per layer on the host": ([*PROMPT, *HOST, *LATE[2:]], ["archive='host'", "scope='layer'", "=shared"]),
+    "an early choice on the host": ([*PROMPT, *HOST, *LATE[:2]], ["archive='host'", "timing='first'", "timing=late"]),
+    "keys left turned on the host": ([*PROMPT, *HOST, *LATE, "--set", "cache.rope_adjustment=incremental"],
+                                     ["archive='host'", "'incremental'", "rope_adjustment=sink"]),
+    "unknown selection": ([*PROMPT, "--set", "cache.selection=afinity"], ["'afinity'", "affinity, "]),
+    "trace in place of a folder": ([*PROMPT, "--trace", "."], ["Trace .", "folder"]),
+    "trace that cannot be written": ([*PROMPT, "--trace", "/proc/run.jsonl"], ["/proc/run.jsonl", "not writable"]),
+    "saves in a place that is none": ([*PROMPT, "--state", "/proc/version/saves"], ["/proc/version", "not usable"]),
+    "no pace of saving": ([*PROMPT, "--state", "saves", "--every", "0"], ["--every 0", "1"]),
+    "no pace, nothing saved": ([*PROMPT, "--every", "-2"], ["--every -2", "1"]),
+    "video among the saves": ([*PROMPT, "--state", "a", "--out", "a/v.mp4"], ["--out a/v.mp4", "--state a"]),
+    "trace among the saves": ([*PROMPT, "--state", "a", "--trace", "a/t.jsonl"], ["--trace a/t.jsonl", "--state a"]),
+    "trace in place of the video": ([*PROMPT, "--out", "a.mp4", "--trace", "./a.mp4"], ["--trace ./a.mp4", "--out"]),
     "unknown word": (["--prompt", "a purpel disc"], ["purpel"]),
     "empty prompt": (["--prompt", "  "], ["--prompt", "empty"]),
     "prompt and timeline": ([*PROMPT, "--timeline", "x"], ["--prompt", "--timeline"]),
@@ -88,6 +106,153 @@ def test_a_wrong_request_is_one_sentence_and_leaves_nothing(case, capsys, folder
     assert "Traceback" not in complaint
     assert all(name in complaint for name in named), complaint
     assert list(tmp_path.iterdir()) == []
+
+
+# Runs that are traced, kept and continued
+
+STORY = ["a red disc"] * 4 + ["lime square"] * 7
+
+
+@pytest.fixture
+def story(tmp_path):
+    (tmp_path / "story.txt").write_text("0: a red disc\n4: lime square\n")
+    return tmp_path / "story.txt"
+
+
+def kept(capsys, folder, story, place, blocks, *more):
+    """A run with all its files in `place`: (exit code, stdout, stderr)."""
+    return run(capsys, folder, "--timeline", story, "--blocks", blocks, "--every", 4, "--state", place / "saves",
+               "--out", place / "v.mp4", "--trace", place / "t.jsonl", *more)  # fmt: skip
+
+
+def contents(place):
+    return {path.relative_to(place): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+
+def test_a_trace_tells_of_the_blocks_that_were_drawn(capsys, folder, story, tmp_path):
+    code, _, _ = run(capsys, folder, "--timeline", story, "--blocks", 7, "--seed", 5, "--out", tmp_path / "v.mp4",
+                     "--trace", tmp_path / "new" / "t.jsonl")  # fmt: skip
+    assert code == 0
+    found = trace.read(tmp_path / "new" / "t.jsonl")
+    assert [block.prompt for block in found.blocks] == STORY[:7]
+    assert (found.header["seed"], found.header["prompts"]) == (5, [[0, "a red disc"], [4, "lime square"]])
+    assert [len(block.layers[0].ids) for block in found.blocks] == [0, 0, 0, 1, 2, 2, 2]
+    assert main.main(["inspect", "--no-map", str(tmp_path / "new" / "t.jsonl")]) == 0
+
+
+def test_tracing_and_keeping_leave_the_video_alone(capsys, folder, story, tmp_path):
+    assert kept(capsys, folder, story, tmp_path / "kept", 5)[0] == 0
+    plain = ("--timeline", story, "--blocks", 5, "--out", tmp_path / "plain.mp4")
+    assert run(capsys, folder, *plain)[0] == 0
+    assert (tmp_path / "plain.mp4").read_bytes() == (tmp_path / "kept" / "v.mp4").read_bytes()
+
+
+def test_a_run_goes_on_from_its_last_save(capsys, folder, story, tmp_path):
+    """What was drawn behind that save, and a line that was cut off, are drawn and written again."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert kept(capsys, folder, story, whole, 11)[0] == 0
+    shutil.copytree(whole, broken)
+    assert saves.Saves(broken / "saves").latest() == 11
+    shutil.rmtree(broken / "saves" / "block_11")
+    lines = (whole / "t.jsonl").read_bytes()
+    (broken / "t.jsonl").write_bytes(lines[:-40])
+    code, said, told = kept(capsys, folder, story, broken, 11)
+    assert code == 0
+    assert "goes on behind block 8" in told
+    assert "11 blocks" in said
+    for file in ("v.mp4", "t.jsonl"):
+        assert (broken / file).read_bytes() == (whole / file).read_bytes(), file
+    assert len(video.read(broken / "v.mp4")) == 33
+
+
+def test_a_finished_run_can_be_asked_again_and_made_longer(capsys, folder, story, tmp_path):
+    whole, grown = tmp_path / "whole", tmp_path / "grown"
+    assert kept(capsys, folder, story, grown, 6)[0] == 0
+    before = contents(grown)
+    assert kept(capsys, folder, story, grown, 6)[0] == 0
+    assert contents(grown) == before
+    code, said, _ = kept(capsys, folder, story, grown, 11, "--json")
+    assert code == 0
+    assert (json.loads(said)["resumed_at"], json.loads(said)["blocks"]) == (6, 11)
+    assert kept(capsys, folder, story, whole, 11)[0] == 0
+    one, other = (trace.read(place / "t.jsonl").blocks for place in (whole, grown))
+    assert [block.latent for block in one] == [block.latent for block in other]
+    assert (video.read(grown / "v.mp4") == video.read(whole / "v.mp4")).all()
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """A traced run of 5 blocks, kept behind the fourth and the last."""
+    place = tmp_path_factory.mktemp("finished")
+    (place / "story.txt").write_text("0: a red disc\n4: lime square\n")
+    assert main.main(["sample", "--weights", str(folder), "--timeline", str(place / "story.txt"), "--blocks", "5",
+                      "--every", "4", "--state", str(place / "saves"), "--out", str(place / "v.mp4"),
+                      "--trace", str(place / "t.jsonl")]) == 0  # fmt: skip
+    return place
+
+
+OTHERS = {
+    "another seed": (["--seed", "9"], "seed: 0 saved, 9 wanted"),
+    "another memory": (["--set", "cache.top=1"], "experiment.cache.top: 2 saved, 1 wanted"),
+    "another profile": (["--memory", "no-mid"], "experiment.cache"),
+    "another story": (["--timeline", "other.txt"], "tells another story in its first 5 blocks"),
+    "fewer blocks": (["--blocks", "3"], "tells another story in its first 5 blocks"),
+    "another video": (["--out", "other.mp4"], "other.mp4 has 0 bytes"),
+    "another trace": (["--trace", "other.jsonl"], "other.jsonl has 0 bytes"),
+}
+
+
+def refused(capsys, folder, place, *words):
+    """The complaint about a run in `place` with other words, which may not change a file there."""
+    before = contents(place)
+    code, said, complaint = kept(capsys, folder, place / "story.txt", place, 9, *words)
+    assert code == 2
+    assert said == ""
+    assert complaint.splitlines()[-1].startswith("packforcing: ")
+    assert "Traceback" not in complaint
+    assert contents(place) == before
+    return complaint.splitlines()[-1]
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_saves_of_another_run_are_refused_and_left_alone(case, capsys, folder, finished, tmp_path, monkeypatch):
+    words, named = OTHERS[case]
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "other.txt").write_text("0: a red disc\n3: lime square\n")
+    monkeypatch.chdir(tmp_path)
+    assert named in refused(capsys, folder, tmp_path / "run", *words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.txt", "run"]
+
+
+def test_a_damaged_save_is_refused_with_the_way_out(capsys, folder, finished, tmp_path):
+    place = tmp_path / "run"
+    shutil.copytree(finished, place)
+    largest = max((place / "saves" / "block_5").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-7])
+    assert "delete it to continue from the one before" in refused(capsys, folder, place)
+    shutil.rmtree(place / "saves" / "block_5")
+    code, _, told = kept(capsys, folder, place / "story.txt", place, 5)
+    assert code == 0
+    assert "goes on behind block 4" in told
+    for file in ("v.mp4", "t.jsonl"):
+        assert (place / file).read_bytes() == (finished / file).read_bytes(), file
+
+
+def test_a_folder_of_other_things_takes_no_saves(capsys, folder, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "saves" / "thesis.txt").write_text("years")
+    assert "thesis.txt" in refused(capsys, folder, tmp_path / "run")
+
+
+def test_a_trace_cannot_begin_in_the_middle(capsys, folder, finished, tmp_path):
+    place = tmp_path / "run"
+    words = ("--timeline", finished / "story.txt", "--out", place / "v.mp4", "--state", place / "saves")
+    assert run(capsys, folder, *words, "--blocks", 2)[0] == 0
+    code, _, complaint = run(capsys, folder, *words, "--blocks", 3, "--trace", place / "t.jsonl")
+    assert code == 2
+    assert "was not traced from its start; leave --trace out" in complaint
+    assert not (place / "t.jsonl").exists()
+    assert run(capsys, folder, *words, "--blocks", 3)[0] == 0
 
 
 def test_missing_and_broken_weights_are_refused(capsys, folder, tmp_path):

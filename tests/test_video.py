@@ -1,5 +1,7 @@
 """A video plays after every block, whatever ends the run, and gives back its settings."""
 
+import dataclasses
+import json
 import os
 import re
 import resource
@@ -77,6 +79,91 @@ def test_one_long_write_equals_many_short_ones(tmp_path):
         out.write(scene(5, count))
     assert bars(video.read(tmp_path / "long.mp4")) == [i % WIDTH for i in range(count + 5)]
     assert timing(tmp_path / "long.mp4")[0] == pytest.approx((count + 5) / 16, abs=0.01)
+
+
+@pytest.mark.parametrize("fps", [16, 24000 / 1001])
+@pytest.mark.parametrize("stopped", [1, 2, 3])
+def test_continued_file_is_byte_for_byte_that_of_an_unbroken_run(tmp_path, fps, stopped):
+    counts = (video.GROUP + 9, 1, 5, 3)
+    starts = np.cumsum((0, *counts)).tolist()
+    blocks = [scene(count, start) for count, start in zip(counts, starts)]
+    whole, broken = tmp_path / "whole.mp4", tmp_path / "broken.mp4"
+    with writer(whole, fps=fps, settings={"seed": 3}) as out:
+        for block in blocks:
+            out.write(block)
+            assert out.sync() == out.position
+            assert out.position.bytes == whole.stat().st_size
+        assert out.position == video.Position(bytes=whole.stat().st_size, frames=sum(counts), fragments=5)
+    with writer(broken, fps=fps, settings={"seed": 3}) as out:
+        for block in blocks[:stopped]:
+            out.write(block)
+        kept = dataclasses.asdict(out.sync())
+        out.write(scene(4))  # not part of what was saved
+    broken.write_bytes(broken.read_bytes() + b"torn")
+    kept = video.Position(**json.loads(json.dumps(kept)))
+    with writer(broken, fps=fps, settings={"seed": 3}, resume=kept) as out:
+        assert out.position == kept
+        assert bars(video.read(broken)) == [i % WIDTH for i in range(starts[stopped])]
+        for block in blocks[stopped:]:
+            out.write(block)
+    assert broken.read_bytes() == whole.read_bytes()
+    assert bars(video.read(broken)) == [i % WIDTH for i in range(sum(counts))]
+
+
+def test_continuing_from_before_the_first_block_starts_anew(tmp_path):
+    path = tmp_path / "a.mp4"
+    with writer(path) as out:
+        assert out.sync() == video.Position(0, 0, 0)
+        out.write(scene(4))
+        whole = path.read_bytes()
+    with writer(path, resume=video.Position()) as out:
+        assert path.read_bytes() == whole
+        out.write(scene(4))
+    assert path.read_bytes() == whole
+
+
+def test_files_of_other_runs_are_not_continued_and_left_alone(tmp_path):
+    path = tmp_path / "a.mp4"
+    with writer(path) as out:
+        out.write(scene(5))
+        kept = out.sync()
+        out.write(scene(5, 5))
+    whole = path.read_bytes()
+    with writer(tmp_path / "other.mp4", scale=20, settings={"prompts": ["another"] * 99}) as out:
+        out.write(scene(7))
+        out.write(scene(30))
+    other = (tmp_path / "other.mp4").read_bytes()
+    assert len(other) > len(whole)
+    strangers = {b"": "has 0 bytes", whole[: kept.bytes - 1]: f"has {kept.bytes - 1} bytes, but {kept.bytes} were",
+                 other: "is not the file of the run", 9 * b"years of work" * len(whole): "is not the file"}  # fmt: skip
+    for content, reason in strangers.items():
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"a.mp4 .*{reason}.* put that file back or start anew"):
+            writer(path, resume=kept)
+        assert path.read_bytes() == content
+    path.write_bytes(whole)
+    for fragments in (0, kept.fragments + 1):
+        with pytest.raises(InputError, match="is not the file of the run"):
+            writer(path, resume=dataclasses.replace(kept, fragments=fragments))
+    path.unlink()
+    with pytest.raises(InputError, match="has 0 bytes"):
+        writer(path, resume=kept)
+    assert not path.exists()
+
+
+def test_position_is_given_only_once_the_disk_has_it(tmp_path, monkeypatch):
+    synced = []
+    with writer(tmp_path / "a.mp4") as out:
+        out.write(scene(3))
+        monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_size))
+        assert out.sync().bytes == synced[0] == (tmp_path / "a.mp4").stat().st_size
+
+        def refuse(_):
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(os, "fsync", refuse)
+        with pytest.raises(MachineError, match="Input/output error.; the first 3 frames are kept"):
+            out.sync()
 
 
 def test_fragments_are_numbered_and_timed_without_gaps(tmp_path):

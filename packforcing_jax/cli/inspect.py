@@ -1,0 +1,76 @@
+"""`packforcing inspect`: shows what a traced run recalled as a table and a map, and checks what must hold."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from packforcing_jax.config import require
+
+SHOWN = 20  # problems printed in full; --json holds all
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `inspect`."""
+    parser.add_argument("file", metavar="FILE", help="trace written by sample --trace")
+    picture = parser.add_mutually_exclusive_group()
+    picture.add_argument("--map", metavar="PNG", help="where the map goes (default: FILE with the suffix .png)")
+    picture.add_argument("--no-map", action="store_true", help="write no map")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table and what is wrong, writes the map; 1 if anything is wrong."""
+    target = _target(args)
+    from packforcing_jax import inspection, trace
+
+    found = trace.read(args.file)
+    wrong = inspection.problems(found)
+    if target is not None:
+        _write(inspection.heat_map(found), target)
+    if args.json:
+        print(json.dumps({"blocks": len(found.blocks), "problems": wrong, "layers": inspection.rows(found),
+                          "map": target and str(target), "note": found.note}))  # fmt: skip
+        return 1 if wrong else 0
+    print(inspection.table(found))
+    if target is not None:
+        print(f"\nmap: {target} (row: block; column: packed block; bright: recalled by many layers)")
+    print(f"\n{_verdict(wrong, len(found.blocks))}")
+    if found.note:
+        print(f"inspect: {found.note}.", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _target(args: argparse.Namespace) -> Path | None:
+    """Where the map goes, if anywhere; refuses what can be refused before anything is read."""
+    require(Path(args.file).is_file(), f"Trace {args.file} is no file; check the path.")
+    if args.no_map:
+        return None
+    target = Path(args.map or Path(args.file).with_suffix(".png"))
+    require(target.suffix.lower() == ".png", f"Map {target} does not end in .png; give it that suffix.")
+    require(not target.is_dir(), f"Map {target} is a folder; name a file inside it.")
+    require(target.resolve() != Path(args.file).resolve(),
+            f"Map {target} would replace the trace; give --map another name or --no-map.")  # fmt: skip
+    return target
+
+
+def _write(image, target: Path) -> None:
+    """Writes the map; a failure leaves no part of it."""
+    import imageio.v3
+
+    data = imageio.v3.imwrite("<bytes>", image, extension=".png")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.write_bytes(data)
+    except OSError:
+        if target.is_file() and target.stat().st_size < len(data):
+            target.unlink()
+        raise
+
+
+def _verdict(wrong: list[str], blocks: int) -> str:
+    """What was found wrong, or that all holds."""
+    if not wrong:
+        return (f"{blocks} blocks checked: positions contiguous, sink untouched, nothing twice, "
+                "every choice visible and complete")  # fmt: skip
+    left = [f"... and {len(wrong) - SHOWN} more; --json lists all"] if len(wrong) > SHOWN else []
+    return "\n".join([*wrong[:SHOWN], *left, f"{blocks} blocks checked, {len(wrong)} problems"])

@@ -1,0 +1,157 @@
+"""What a run keeps is its own: the sampler's state, how far its files go, and the story told so far."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from packforcing_jax import keeping, pipeline, saves, trees, video
+from packforcing_jax.errors import InputError
+from packforcing_jax.pipeline import Pipeline
+
+RED, BLUE, LIME = "a red disc", "the blue figure walks", "lime square"
+STORY = [RED] * 5 + [BLUE] * 6
+HOST = ["cache.scope=shared", "cache.timing=late", "cache.archive=host"]
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return Pipeline.from_pretrained(folder)
+
+
+@dataclasses.dataclass
+class File:
+    """A writer whose position is known only once it is on the disk."""
+
+    far: object
+    synced: bool = False
+
+    def sync(self):
+        self.synced = True
+        return self.far
+
+
+@dataclasses.dataclass
+class Block:
+    """What `keep` reads of a finished block."""
+
+    index: int
+    state: pipeline.State
+
+
+def scrambled(model, blocks, seed=0):
+    """A state behind so many blocks in which every number is another one."""
+    rng, start = np.random.default_rng(seed), model.start(seed=3, videos=[5])
+
+    def draws(leaf):
+        drawn = rng.normal(size=leaf.shape).astype(leaf.dtype)
+        return drawn if isinstance(leaf, np.ndarray) else jnp.asarray(drawn)
+
+    memory = jax.tree.map(draws, start.memory).replace(num_blocks=jnp.int32(blocks))
+    return start.replace(memory=memory, archive=jax.tree.map(draws, start.archive))
+
+
+def keep(keeper, blocks, *, written=video.Position(70, 8, 3), traced=900, seed=0):  # noqa: B008
+    """Keeps a scrambled state behind so many blocks; the state and the two files."""
+    state, files = scrambled(keeper.model, blocks, seed), (File(written), File(traced) if traced else None)
+    keeper.keep(Block(blocks - 1, state), *files)
+    return state, files
+
+
+def keeper(folder, model, **changed):
+    return keeping.Keeper(folder, model, **({"prompts": STORY, "every": 4, "seed": 3} | changed))
+
+
+def same_bits(one, two):
+    one, two = (trees.flatten(pipeline.put_away(state)) for state in (one, two))
+    assert one.keys() == two.keys()
+    for name, leaf in one.items():
+        assert type(leaf) is type(two[name]), name
+        np.testing.assert_array_equal(leaf, two[name], err_msg=name)
+
+
+def test_a_run_is_kept_after_every_few_blocks_and_behind_its_last(pipe, tmp_path):
+    one, kept = keeper(tmp_path / "saves", pipe), []
+    for blocks in range(1, 12):
+        before = saves.Saves(tmp_path / "saves").latest()
+        _, files = keep(one, blocks)
+        if saves.Saves(tmp_path / "saves").latest() != before:
+            kept.append(blocks)
+        assert all(file.synced == (blocks in kept) for file in files)
+    assert kept == [4, 8, 11]
+
+
+@pytest.mark.parametrize("sets", [[], ["cache.rope_adjustment=incremental"], HOST, ["cache.top=0"]])
+def test_what_was_kept_comes_back_with_new_scratch(pipe, tmp_path, sets):
+    model = pipe.with_settings(sets)
+    state, _ = keep(keeper(tmp_path, model), 8)
+    at = keeper(tmp_path, model).resume()
+    same_bits(at.state, state)
+    assert (at.written, at.traced) == (video.Position(70, 8, 3), 900)
+    fresh = model.start(seed=0, videos=[0]).views
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), at.state.views) \
+        == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), fresh)  # fmt: skip
+    assert all(leaf.flags.writeable for leaf in jax.tree.leaves(at.state.archive))
+
+
+def test_the_newest_state_is_the_one_that_comes_back(pipe, tmp_path):
+    one = keeper(tmp_path, pipe)
+    for blocks in (4, 8):
+        state, _ = keep(one, blocks, written=video.Position(blocks, blocks, 1), traced=blocks, seed=blocks)
+    at = keeper(tmp_path, pipe).resume()
+    same_bits(at.state, state)
+    assert (at.written.bytes, at.traced) == (8, 8)
+
+
+def test_a_run_that_is_not_traced_says_so(pipe, tmp_path):
+    keep(keeper(tmp_path, pipe), 4, traced=None)
+    assert keeper(tmp_path, pipe).resume().traced == 0
+
+
+def test_without_a_save_a_run_starts_and_leaves_no_folder(pipe, tmp_path):
+    assert keeper(tmp_path / "saves", pipe).resume() == keeping.Resumed(state=None, written=None, traced=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("story", [STORY[:8] + [LIME] * 9, STORY[:8], STORY[:9]])
+def test_what_follows_the_kept_blocks_may_be_told_anew(pipe, tmp_path, story):
+    state, _ = keep(keeper(tmp_path, pipe), 8)
+    later = keeper(tmp_path, pipe, prompts=story)
+    same_bits(later.resume().state, state)
+    keep(later, len(story)) if len(story) > 8 else None
+    assert keeper(tmp_path, pipe, prompts=story).saves.about()["prompts"] == (story if len(story) > 8 else STORY)
+
+
+@pytest.mark.parametrize("story", [[LIME, *STORY[1:]], STORY[:7] + [LIME] * 4, STORY[:7], [RED] + STORY])
+def test_another_story_is_refused(pipe, tmp_path, story):
+    keep(keeper(tmp_path, pipe), 8)
+    with pytest.raises(InputError, match="^Save folder .* another story in its first 8 blocks; give the same prompts"):
+        keeper(tmp_path, pipe, prompts=story).resume()
+
+
+@pytest.mark.parametrize(("changed", "named"), [
+    ({"seed": 4}, "seed: 3 saved, 4 wanted"),
+    ({"sets": ["cache.top=1"]}, "experiment.cache.top: 2 saved, 1 wanted"),
+    ({"sets": ["fps=6", "cache.selection=random"]}, 'selection: "affinity" saved, "random" wanted; experiment.fps: 5'),
+])  # fmt: skip
+def test_another_run_is_refused_by_what_differs(pipe, tmp_path, changed, named):
+    keep(keeper(tmp_path, pipe), 4)
+    model = pipe.with_settings(changed.pop("sets", []))
+    with pytest.raises(InputError, match=f"block_4 does not fit this run .*{named}.*; continue with the settings"):
+        keeper(tmp_path, model, **changed).resume()
+
+
+def test_other_weights_are_refused(pipe, tmp_path):
+    keep(keeper(tmp_path, pipe), 4)
+    nets = jax.tree.map(lambda leaf: leaf + 1e-3, pipe.nets)
+    differs = 'weights: "[0-9a-f]+" saved, "[0-9a-f]+" wanted'
+    with pytest.raises(InputError, match=f"block_4 does not fit this run .*{differs}"):
+        keeper(tmp_path, dataclasses.replace(pipe, nets=nets)).resume()
+
+
+@pytest.mark.parametrize("every", [0, -3])
+def test_a_pace_that_is_none_is_refused(pipe, tmp_path, every):
+    with pytest.raises(InputError, match=f"every={every} must be at least 1"):
+        keeper(tmp_path, pipe, every=every)
