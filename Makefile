@@ -22,7 +22,7 @@ define install
 	@touch $(VENV)/.installed $@
 endef
 
-.PHONY: setup demo test test-slow check lint types clean
+.PHONY: setup demo test test-slow check lint types h200 clean
 
 setup: $(VENV)/.installed$(EXTRAS:%=-%)
 
@@ -36,7 +36,7 @@ demo: $(VENV)/.installed
 	$(BIN)/packforcing sample --out out/demo.mp4
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
@@ -49,5 +49,9 @@ types: $(VENV)/.installed-dev
 
 check: lint types test
 
+h200:
+	@$(MAKE) setup VENV=$(VENV)-h200 EXTRAS=cuda13
+	$(VENV)-h200/bin/python -m benchmarks.compile_for_h200
+
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(VENV)-h200 out

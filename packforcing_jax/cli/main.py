@@ -5,6 +5,7 @@ import contextlib
 import errno
 import importlib
 import json
+import os
 import re
 import signal
 import sys
@@ -35,6 +36,10 @@ VERBS = {
                   "packforcing train --config stage --set cache.top=8"),
     "evaluate": Verb("evaluate", "read a model's videos with the Stage world's oracle",
                      "packforcing evaluate --mode forced --gaps 8,64"),
+    "plan": Verb("plan", "say what a video costs in keys, bytes and operations, allocating nothing",
+                 "packforcing plan --config wan_t2v_1_3b_paper --seconds 120"),
+    "inspect": Verb("inspect", "show what a traced run looked back at, and check what must hold",
+                    "packforcing inspect out/video.trace.jsonl", checked=False),
     "doctor": Verb("doctor", "say what works on this machine, and the remedy for what does not",
                    "packforcing doctor --json", checked=False),
 }  # fmt: skip
@@ -172,6 +177,8 @@ def main(words: Sequence[str] | None = None) -> int:
         if found is None:
             raise
         code, sentence = found[0], " ".join(found[1].split())
+        if isinstance(error, BrokenPipeError):
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  nothing more can be said there, at exit neither
         if "--json" in words:
             print(json.dumps({"error": sentence}))
         print(f"packforcing: {sentence}", file=sys.stderr)

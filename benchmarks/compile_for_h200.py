@@ -1,0 +1,240 @@
+"""Compiles drawing and remembering a block for an NVIDIA H200, without one, and checks what XLA made of them.
+
+    make h200                                                             # installs jax[cuda13] and runs this
+    python -m benchmarks.compile_for_h200 wan_t2v_1_3b_paper --json       # with jax[cuda13] installed
+
+Nothing is computed and nothing timed. All arrays are bfloat16 and none is allocated.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import topologies
+
+from packforcing_jax import cache, codec, compressor, dit, hlo, options, pipeline, sampler, view
+from packforcing_jax.config import Experiment, require
+from packforcing_jax.errors import InputError
+
+DEVICE = Path(__file__).parent / "h200.txtpb"
+CUDNN = {"check_cudnn_version": 92700, "check_compute_capability": True, "is_cuda_compute_capability_equal": True}
+TEMPORARY = 0.25  # of the views: a copy of all keys alone would take 0.5
+LENGTH = 4  # operand of cuDNN's attention, after queries, keys, values and the queries' lengths
+
+
+@dataclass(frozen=True)
+class Built:
+    """A program compiled for the H200: the trees donated to it, its operations, where XLA put their results."""
+
+    name: str
+    donated: Any
+    stats: Any
+    program: hlo.Program
+    assignment: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report; `ok` is None where nothing is promised."""
+
+    program: str
+    check: str
+    figure: str
+    ok: bool | None
+
+
+def device() -> jax.sharding.Sharding:
+    """Placement on one H200 that is only described."""
+    require(importlib.util.find_spec("jax_cuda13_plugin") is not None,
+            "XLA's compiler for NVIDIA GPUs is missing; run `make h200`, or install jax[cuda13].")  # fmt: skip
+    found = topologies.get_topology_desc(platform="cuda", target_config=DEVICE.read_text(), topology="1x1x1")
+    return jax.sharding.SingleDeviceSharding(found.devices[0])
+
+
+def answer_for_cudnn() -> None:
+    """Lets jax emit cuDNN attention here.
+
+    Before it does, jax asks the GPU of this machine for its cuDNN version and compute capability. There is none to
+    ask, and the program is not for this machine: the answers are an H200's.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as attention
+
+    for name, answer in CUDNN.items():
+        require(hasattr(attention, name), f"jax {jax.__version__} does not ask for cuDNN by {name}; use jax 0.12.0.1.")
+        setattr(attention, name, lambda *_, _answer=answer: _answer)
+
+
+def halved(tree: Any) -> Any:
+    """Shapes with bfloat16 for float32."""
+    kind = {jnp.dtype(jnp.float32): jnp.bfloat16}
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, kind.get(x.dtype, x.dtype)), tree)
+
+
+def low_resolution(exp: Experiment, latent: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Shape of the latents that a block is packed from beside its own."""
+    pixels = jax.eval_shape(lambda: codec.make(exp.codec, nnx.Rngs(0)))
+    size = [n * exp.codec.space_factor for n in exp.latent]
+    frames = jax.ShapeDtypeStruct((1, latent.shape[1] * exp.codec.time_factor, *size, 3), jnp.float32)
+    return jax.eval_shape(lambda pixels, frames: codec.low_resolution(
+        pixels, frames, latents=exp.packed_grid[0], pool=exp.compressor.pool), pixels, frames)  # fmt: skip
+
+
+def build(exp: Experiment) -> Iterator[Built]:
+    """`pipeline.draw_block` and `pipeline.remember_block` of one video."""
+    where = device()
+    nets = halved(jax.eval_shape(lambda: sampler.Nets(
+        dit=dit.unrolled(dit.WanDiT(exp.dit, nnx.Rngs(0))), compressor=compressor.Compressor(exp, nnx.Rngs(0)))))
+    memory = jax.eval_shape(lambda: cache.init(exp, 1, jnp.bfloat16))
+    views = jax.eval_shape(lambda: view.scratch(exp, 1, jnp.bfloat16))
+    context = jax.ShapeDtypeStruct((1, exp.dit.text_len, exp.dit.text_dim), jnp.bfloat16)
+    words = jax.eval_shape(dit.text_kv, nets.dit, context)
+    given = memory, views, jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((1,), jnp.uint32), words
+    yield compiled("draw", pipeline.draw_block, exp, where, views, nets, *given)
+    drawn = jax.eval_shape(lambda nets, *rest: pipeline.draw_block(nets, exp, *rest), nets, *given)
+    yield compiled("remember", pipeline.remember_block, exp, where, (memory, views), nets, memory, drawn.views,
+                   drawn.latent, low_resolution(exp, drawn.latent), drawn.looked, words)  # fmt: skip
+
+
+def compiled(name: str, function: Any, exp: Experiment, where: Any, donated: Any, *args: Any) -> Built:
+    """`function` of (nets, exp, ...), compiled for `where`, with XLA's own account of where each result lies."""
+    start = time.monotonic()
+    nets, *rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), args)
+    with tempfile.TemporaryDirectory() as folder:
+        done = function.lower(nets, exp, *rest).compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        assignment = "".join(path.read_text() for path in Path(folder).glob("*buffer-assignment.txt"))
+    return Built(name=name, donated=donated, stats=done.memory_analysis(), program=hlo.read(done.as_text()),
+                 assignment=assignment, seconds=time.monotonic() - start)  # fmt: skip
+
+
+def rows(exp: Experiment, built: Built) -> Iterator[Row]:
+    """What is checked of one program."""
+    shapes = stores(exp)
+    least = min(map(hlo.size, shapes))
+    given, kept = total(built.donated), built.stats.alias_size_in_bytes
+    yield Row(built.name, "donated buffers handed back", f"{kept:,} of {given:,} bytes", kept == given)
+    places, astray = len(hlo.written(built.program, shapes)), hlo.astray(built.assignment, shapes)
+    yield Row(built.name, "stores updated by slices", f"{places} times", places > 0)
+    yield Row(built.name, "results of a store's shape elsewhere", listed(astray), not astray and known(built))
+    beside = hlo.remade(built.program, shapes, least)
+    copies = [op for op in beside if built.program.ends_in(op) in hlo.MOVES] + hlo.moved(built.program, shapes)
+    yield Row(built.name, f"copies of {least / 1e6:.0f} MB or more", counted(copies), not copies)
+    yield Row(built.name, "keys turned beside their store", counted(op for op in beside if op not in copies), None)
+    yield from attention_rows(exp, built)
+    used, share = built.stats.temp_size_in_bytes, built.stats.temp_size_in_bytes / total(views_of(exp))
+    yield Row(built.name, "temporary memory", f"{used / 1e9:.2f} GB, {share:.1%} of the views", share < TEMPORARY)
+    yield Row(built.name, "time to compile", f"{built.seconds:.0f} s", None)
+
+
+def attention_rows(exp: Experiment, built: Built) -> Iterator[Row]:
+    """How the program attends to views."""
+    calls = [(name, op) for name, op in built.program.kernels() if '"__cudnn$fmha' in op.text]
+    wanted = passes(exp, built.name)
+    yield Row(built.name, "self-attention by cuDNN", f"{len(calls)} of {wanted} calls", len(calls) == wanted)
+    cut = [op for name, op in calls if '"mask_type": "PADDING"' in op.text and traced(built.program, name, op)]
+    yield Row(built.name, "of them over a traced length", f"{len(cut)}", len(cut) == len(calls) > 0)
+    rooms = {int(size) for _, op in calls for size in re.findall(r"constraints=\{[^}]*\}, \w+\[\d+,(\d+),", op.text)}
+    good = rooms == {cache.room(exp)} and not any(room % 128 for room in rooms)
+    yield Row(built.name, "keys in a view", ", ".join(f"{room} = {room / 128:g} x 128" for room in sorted(rooms)), good)
+
+
+def passes(exp: Experiment, name: str) -> int:
+    """Self-attentions in a program: per layer one in each pass that is written out.
+
+    Drawing is a first step, one more where a shared choice is made before it, and the loop over the others. In
+    remembering, the last layer of each pass attends to nothing: its keys are made before.
+    """
+    if name == "draw":
+        twice = exp.cache.top > 0 and (exp.cache.scope, exp.cache.timing) == ("shared", "first")
+        return (2 + twice) * exp.dit.layers
+    return (1 + (exp.cache.top > 0 and exp.compressor.keys == "blocks")) * (exp.dit.layers - 1)
+
+
+def traced(program: hlo.Program, computation: str, call: hlo.Op) -> bool:
+    """Whether the number of valid keys is computed by the program."""
+    return len(call.operands) > LENGTH and "constant" not in call.operands[LENGTH]
+
+
+def views_of(exp: Experiment) -> Any:
+    return jax.eval_shape(lambda: view.scratch(exp, 1, jnp.bfloat16))
+
+
+def stores(exp: Experiment) -> set[hlo.Shape]:
+    """Shapes of everything that keeps keys or values."""
+    memory = jax.eval_shape(lambda: cache.init(exp, 1, jnp.bfloat16))
+    kept = [layer.replace(at=None, sink_at=None) for layer in memory.layers]
+    return {("bf16", x.shape) for x in jax.tree.leaves((kept, views_of(exp))) if x.size}
+
+
+def total(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def known(built: Built) -> bool:
+    """Whether XLA told where results lie."""
+    return "BufferAssignment:" in built.assignment
+
+
+def listed(names: list[str]) -> str:
+    return f"{len(names)}: {', '.join(names[:3])}" if names else "none"
+
+
+def counted(ops: Any) -> str:
+    """Operations by kind, as `30 x concatenate bf16[1,18720,12,128] (58 MB)`."""
+    kinds = Counter((op.shape, re.sub(r"[.\d]+$", "", op.name)) for op in ops)
+    return "; ".join(f"{count} x {name} {kind[0]}[{','.join(map(str, kind[1]))}] ({hlo.size(kind) / 1e6:.0f} MB)"
+                     for (kind, name), count in kinds.items()) or "none"  # fmt: skip
+
+
+def report(found: list[Row]) -> str:
+    """The rows as a table."""
+    lines = [("program", "check", "figure", "ok")]
+    lines += [(row.program, row.check, row.figure, {None: "-", True: "yes", False: "NO"}[row.ok]) for row in found]
+    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report; 1 if a check failed."""
+    exp = dataclasses.replace(options.load_experiment(args.config, args.sets), attention="cudnn")
+    require(exp.cache.archive == "device", "cache.archive='host' is drawn in parts; this looks at whole steps only.")
+    answer_for_cudnn()
+    found = [row for built in build(exp) for row in rows(exp, built)]
+    failed = [row for row in found if row.ok is False]
+    if args.json:
+        print(json.dumps({"config": args.config, "jax": jax.__version__, "ok": not failed,
+                          "rows": [dataclasses.asdict(row) for row in found]}))  # fmt: skip
+    else:
+        print(f"{args.config} for {DEVICE.stem.upper()}, jax {jax.__version__}, bfloat16, one video\n\n{report(found)}")
+        print(f"\n{len(failed)} of {sum(row.ok is not None for row in found)} checks failed.")
+    return 1 if failed else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", default="wan_t2v_1_3b_paper", help="a config (default: %(default)s)")
+    parser.add_argument("--set", metavar="A.B=VALUE", action="append", default=[], dest="sets", help="change one value")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        return run(parser.parse_args())
+    except InputError as error:
+        print(f"compile_for_h200: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

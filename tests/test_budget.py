@@ -1,0 +1,188 @@
+"""Budgets are counted from the real step: they meet hand-made figures, the paper's, and every closed formula."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from packforcing_jax import budget, cache, config, counting, formulas, options, pipeline, selection, view
+from packforcing_jax.errors import InputError
+
+FILM = dataclasses.replace(
+    tiny.EXP,
+    name="film",
+    dit=config.DiTConfig(dim=30, ffn_dim=22, heads=5, layers=3, text_dim=9, text_len=11, freq_dim=8, in_channels=4,
+                         out_channels=4),
+    codec=config.VAEConfig(dim=4, z_dim=4, dim_mult=(1, 2, 3), num_res_blocks=1, temporal_downsample=(True, False),
+                           mean=(0.0,) * 4, std=(1.0,) * 4),
+    cache=config.CacheConfig(block=4, sink=4, recent=8, top=3, capacity=5, score_pool=(2, 3, 2), key_multiple=7),
+    compressor=config.CompressorConfig(channels=(3, 5), strides=((2, 1, 1), (1, 2, 2)), pool=(2, 1, 1)),
+    latent=(6, 10),  # 3 x 5 tokens a frame, packed to 2 x 3 x 5
+)  # fmt: skip
+SHARP = tiny.with_cache(top=0, capacity=0, sink=2, recent=4, spare=1)  # frames that are not whole blocks
+PARTS = ("sink", "packed", "recent", "cached", "current", "attended", "packed twin", "room")
+
+
+of = functools.cache(budget.of)
+
+
+def counted(found, part, *names):
+    return tuple(found.rows[f"{part}/{name}"].counted for name in names)
+
+
+def compressed(**changes):
+    return dataclasses.replace(tiny.EXP, compressor=dataclasses.replace(tiny.EXP.compressor, **changes))
+
+
+@pytest.mark.parametrize(("exp", "keys"), [
+    (tiny.EXP, (24, 16, 24, 64, 24, 88, 8, 100)),
+    (FILM, (60, 90, 120, 270, 60, 330, 30, 364)),
+    (SHARP, (16, 0, 32, 48, 24, 72, 0, 75)),
+])  # fmt: skip
+def test_keys_bytes_and_last_block_of_awkward_sizes(exp, keys):
+    found = of(exp, 9, batch=2, dtype="float32")
+    each = 2 * 2 * exp.dit.layers * exp.dit.dim * 4  # keys and values, two videos, float32
+    assert found.wrong == []
+    assert counted(found, "keys", *PARTS) == keys
+    assert counted(found, "bytes", "cached", "attended") == (keys[3] * each, keys[5] * each)
+    assert counted(found, "held", "views") == (keys[-1] * each,)
+    assert counted(found, "last block", "keys it attends") == (keys[5],)  # nine blocks fill every partition
+
+
+@pytest.mark.parametrize("exp", [
+    tiny.with_cache(sink=0, recent=6),
+    tiny.with_cache(recent=0, rope_adjustment="incremental"),
+    tiny.with_cache(selection="all", span="fit"),
+    tiny.with_cache(selection="paper_sum", timing="late"),
+    tiny.with_cache(selection="log_sum_exp", scope="shared"),  # one more pass, to ask in
+    tiny.with_cache(selection="random", scope="shared"),
+    compressed(keys="projected", branches="hr"),
+    compressed(branches="lr", places="native"),
+], ids=lambda exp: f"{exp.cache.selection}-{exp.cache.scope}-{exp.compressor.keys}")  # fmt: skip
+def test_every_way_to_remember_costs_what_its_formula_says(exp):
+    found = budget.of(exp, 6, dtype="float32")
+    assert [(row.name, row.counted, row.formula) for row in found.wrong] == []
+    assert found.rows["operations/selection"].counted >= 0
+
+
+@pytest.fixture(scope="module")
+def paper():
+    """The paper's memory at full size, two minutes: 120 blocks."""
+    exp = options.load_experiment("wan_t2v_1_3b_paper")
+    return budget.of(exp, pipeline.blocks_of(exp, 120))
+
+
+def test_the_paper_profile_has_the_papers_budget(paper):
+    assert paper.wrong == []
+    assert paper.blocks == 120
+    assert counted(paper, "keys", *PARTS) == (12_480, 2_912, 6_240, 21_632, 6_240, 27_872, 182, 28_160)
+    gigabytes = [figure / 1e9 for figure in counted(paper, "bytes", "cached", "attended", "every block at full size")]
+    assert gigabytes == pytest.approx([3.987, 5.137, 138.02], abs=0.005)
+
+
+def test_the_papers_archive_is_33_5_megabytes_a_block(paper):
+    one, archive = counted(paper, "bytes", "one packed block", "archive of the last block")
+    assert one == pytest.approx(33.5e6, rel=0.002)
+    assert archive == 116 * one  # all but the sink, the block in `recent` and the block itself
+    assert counted(paper, "last block", "packed blocks it chooses from", "packed blocks it attends") == (116, 16)
+
+
+def test_operations_of_the_paper_profile(paper):
+    step, decoding = counted(paper, "operations", "one step, keys attended", "decoding")
+    assert step / 1e12 == pytest.approx(48.25, abs=0.005)
+    assert decoding / 1e12 == pytest.approx(54.2, abs=0.05)
+    assert counted(paper, "parameters", "transformer") == (1_418_996_800,)
+
+
+def test_the_default_selection_costs_at_most_three_thousandths_of_a_block(paper):
+    assert paper.experiment.cache.selection == "affinity"
+    assert 0 < paper.rows["share/selection"].counted <= 0.003
+
+
+def test_the_published_profile_attends_26312_keys():
+    exp = options.load_experiment("wan_t2v_1_3b")
+    one_layer = dataclasses.replace(exp, dit=dataclasses.replace(exp.dit, layers=1))
+    found = budget.of(one_layer, 160)
+    assert found.wrong == []
+    assert counted(found, "keys", "cached", "attended") == (21_632, 26_312)
+
+
+def test_attention_written_out_needs_far_more_workspace(paper):
+    fused, written = counted(paper, "workspace", "drawing, fused attention", "drawing, attention written out")
+    logits = 12 * 6240 * 28160 * 4
+    assert fused < logits < written - fused
+
+
+def test_packed_blocks_on_the_host_are_not_on_the_device():
+    device, host = (budget.of(tiny.with_cache(scope="shared", timing="late", archive=place), 6)
+                    for place in ("device", "host"))  # fmt: skip
+    assert counted(host, "held", "on the host") == counted(host, "held", "packed blocks") != (0,)
+    assert sum(counted(host, "held", "on the device", "on the host")) == counted(device, "held", "on the device")[0]
+    assert counted(device, "held", "on the host") == (0,)
+
+
+def test_budgets_are_counted_not_recited(monkeypatch):
+    """What the step really does decides: queries that are not pooled, and a view with more room, are found out."""
+    monkeypatch.setattr(selection, "pool", lambda q, grid, window: q)
+    monkeypatch.setattr(view, "_pool_angles", lambda exp, seen: jnp.zeros((exp.cache.block * exp.tokens_per_frame, 6)))
+    monkeypatch.setattr(cache, "room", lambda exp: 125)
+    wrong = {row.name for row in budget.of(tiny.EXP, 6).wrong}
+    assert {"operations/selection", "keys/room", "held/views", "operations/of it self-attention"} <= wrong
+    assert not {"keys/attended", "bytes/cached", "operations/one step, keys attended"} & wrong
+
+
+@pytest.mark.parametrize("exp", [tiny.EXP, FILM, tiny.with_cache(sink=0, top=1, capacity=2)])
+def test_what_each_block_sees_by_formula_is_what_the_plan_says(exp):
+    for blocks in range(1, 15):
+        seen = cache.plan(exp.cache, jnp.int32(blocks - 1))
+        own = exp.cache.block * exp.tokens_per_frame
+        want = ((seen.ids >= 0).sum(), seen.chosen, cache.length(exp, seen) + own)
+        assert tuple(formulas.last_block(exp, blocks).values()) == tuple(map(int, want)), blocks
+
+
+def test_what_is_held_is_what_a_sampler_allocates():
+    found = of(tiny.EXP, 9, batch=2, dtype="float32")
+    layers = cache.init(tiny.EXP, 2).layers
+    real = {"sink": [layer.sink for layer in layers], "recent": [layer.recent for layer in layers],
+            "packed blocks": [layer.mid for layer in layers], "views": view.scratch(tiny.EXP, 2),
+            "weights": tiny.nets()}  # fmt: skip
+    assert counted(found, "held", *real) == tuple(map(counting.nbytes, real.values()))
+
+
+def test_compiling_adds_what_the_compiler_reserves(monkeypatch):
+    for program in ("draw_block", "remember_block"):
+        quick = tiny.jit(getattr(pipeline, program).__wrapped__, static_argnames="exp")
+        monkeypatch.setattr(pipeline, program, quick)
+    exp = dataclasses.replace(tiny.with_cache(top=0), dit=dataclasses.replace(tiny.EXP.dit, layers=1),
+                              sample=config.SampleConfig(steps=(1000,)))  # fmt: skip
+    shapes = budget.shapes_of(exp, 2, jnp.dtype("float32"))
+    reserved = budget.compile_here(exp, shapes)
+    assert set(reserved) == {"workspace/drawing, compiled here", "workspace/remembering, compiled here"}
+    assert min(reserved.values()) > 0
+
+
+def test_nothing_is_allocated():
+    before = sum(array.nbytes for array in jax.live_arrays())
+    found = budget.of(SHARP, 12, dtype="float32")
+    held = counted(found, "held", "on the device")[0]
+    assert sum(array.nbytes for array in jax.live_arrays()) - before < 0.01 * held
+
+
+@pytest.mark.parametrize(("seconds", "blocks"), [(120, 120), (1 / 16, 1), (13 / 16, 1), (17 / 16, 2), (60.3, 61)])
+def test_blocks_of_a_length(seconds, blocks):
+    """The first of four latent frames is one frame, each of the others four."""
+    assert pipeline.blocks_of(options.load_experiment("wan_t2v_1_3b_paper"), seconds) == blocks
+
+
+@pytest.mark.parametrize(("act", "named"), [
+    (lambda: budget.of(tiny.EXP, 0), "blocks=0"),
+    (lambda: budget.of(tiny.EXP, 3, batch=0), "batch=0"),
+    (lambda: pipeline.blocks_of(tiny.EXP, float("nan")), "seconds=nan"),
+    (lambda: pipeline.blocks_of(tiny.EXP, -2), "seconds=-2"),
+])  # fmt: skip
+def test_impossible_lengths_are_refused_by_name(act, named):
+    with pytest.raises(InputError, match=named):
+        act()
