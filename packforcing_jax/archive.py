@@ -3,8 +3,9 @@
 One choice is shared by all layers and made late, so that each block fetches what it needs once.
 """
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,8 @@ def init(exp: Experiment, batch: int, dtype=jnp.float32) -> Archive:
     if exp.cache.archive == "device":
         return []
     shape = (batch, exp.cache.slots, exp.tokens_per_packed_block, exp.dit.heads, exp.dit.head_dim)
-    return [KV(k=np.zeros(shape, dtype), v=np.zeros(shape, dtype)) for _ in range(exp.dit.layers)]
+    store = lambda: cast(Array, np.zeros(shape, dtype))  # noqa: E731
+    return [KV(k=store(), v=store()) for _ in range(exp.dit.layers)]
 
 
 def put(exp: Experiment, archive: Archive, block: int, packed: list[KV]) -> None:
@@ -69,7 +71,7 @@ def _glance(nets: sampler.Nets, exp: Experiment, memory: cache.Memory, chance: s
 @functools.partial(jax.jit, static_argnames="exp")
 def _score(exp: Experiment, num_blocks: Array, layer: cache.Layer, keys: Array, asked: view.Asked,
            lots: Array) -> Array:  # fmt: skip
-    held = layer.replace(mid=layer.mid.replace(k=keys))
+    held = dataclasses.replace(layer, mid=dataclasses.replace(layer.mid, k=keys))
     return view.score(exp, cache.plan(exp.cache, num_blocks), held, asked, lots)
 
 

@@ -5,7 +5,9 @@ A finished block is written once, at full size into `sink` or `recent` and packe
 rotated in space only; `view` gives each key its place in time when a block looks back.
 """
 
+import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +40,7 @@ class Layer:
 class Memory:
     """Everything the model remembers: one `Layer` per layer, as a list or stacked along a leading axis."""
 
-    layers: list[Layer] | Layer
+    layers: Any  # list[Layer] | Layer
     num_blocks: Int[Array, ""]
 
 
@@ -176,7 +178,7 @@ def commit(exp: Experiment, memory: Memory, full: list[KV] | KV, packed: list[KV
     space only, and `looked` what the block looked back at, which `incremental` needs.
     """
     if exp.cache.rope_adjustment == "incremental":
-        memory = memory.replace(layers=trees.over(lambda *one: _settle(exp, *one), memory.layers, looked))
+        memory = dataclasses.replace(memory, layers=trees.over(lambda *one: _settle(exp, *one), memory.layers, looked))
         frames = _true_frames(exp, memory.num_blocks)
         moved = lambda layer: jnp.where(frames < exp.cache.sink, layer.sink_at, 0.0)  # noqa: E731
         full = trees.over(lambda layer, kv: _turned(exp, kv, frames + moved(layer)), memory.layers, full)
@@ -198,16 +200,16 @@ def _write(exp: Experiment, n: Array, layer: Layer, full: KV, packed: KV | None)
         new = KV(*(x[:, f : f + chunk] for x in (frames.k, frames.v)))
         sink = _put(sink, new, slot=frame, when=frame < cfg.sink)
         recent = _put(recent, new, slot=(frame - cfg.sink) % max(cfg.ring, 1), when=frame >= cfg.sink)
-    layer = layer.replace(sink=sink, recent=recent)
+    layer = dataclasses.replace(layer, sink=sink, recent=recent)
     if packed is None:
         return layer
     past = n - cfg.sink // cfg.block
     there = {"slot": past % cfg.slots, "when": past >= 0}
     mid = _put(layer.mid, KV(*(x[:, None] for x in (packed.k, packed.v))), **there)
     if layer.at.shape[1] == 0:
-        return layer.replace(mid=mid)
+        return dataclasses.replace(layer, mid=mid)
     first = jnp.broadcast_to(jnp.float32(n * cfg.block), (layer.at.shape[0], 1))
-    return layer.replace(mid=mid, at=_overwrite(layer.at, first, **there))
+    return dataclasses.replace(layer, mid=mid, at=_overwrite(layer.at, first, **there))
 
 
 def _put(store: KV, new: KV, *, slot: Array, when: Array) -> KV:
@@ -233,7 +235,8 @@ def _settle(exp: Experiment, layer: Layer, looked: Looked) -> Layer:
     frames = layer.sink.k.shape
     moved = jnp.full((frames[1] * frames[2],), looked.sink_at - layer.sink_at)
     sink = rope.rotate(layer.sink.k.reshape(b, -1, n, h), rope.time_angles(moved, exp.dit)).reshape(frames)
-    return layer.replace(sink=layer.sink.replace(k=sink), mid=layer.mid.replace(k=mid), at=at, sink_at=looked.sink_at)
+    turned = {"sink": KV(k=sink, v=layer.sink.v), "mid": KV(k=mid, v=layer.mid.v)}
+    return dataclasses.replace(layer, **turned, at=at, sink_at=looked.sink_at)
 
 
 def _true_frames(exp: Experiment, n: Array) -> Float[Array, " q"]:
@@ -242,7 +245,7 @@ def _true_frames(exp: Experiment, n: Array) -> Float[Array, " q"]:
 
 
 def _turned(exp: Experiment, tokens: KV, times: Float[Array, " k"]) -> KV:
-    return tokens.replace(k=rope.rotate(tokens.k, rope.time_angles(times, exp.dit)))
+    return dataclasses.replace(tokens, k=rope.rotate(tokens.k, rope.time_angles(times, exp.dit)))
 
 
 def export(exp: Experiment, memory: Memory) -> KV:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Finished:
     chosen: np.ndarray  # [layer, top] packed blocks each layer recalled, in time order, -1 where fewer exist
     scores: np.ndarray  # [layer, top] by which it chose them
     places: np.ndarray  # [layer, top] place in time of the first frame of each
-    layout: dict[str, float]  # counts and places of the other partitions: fields of `cache.Plan`, and `block`
+    layout: Mapping[str, float]  # counts and places of the other partitions: fields of `cache.Plan`, and `block`
     sink_sum: int  # checksum of the sink; its keys do not count when they move
     state: State  # after this block; used up when the next one is drawn
 
@@ -232,7 +232,7 @@ class Pipeline:
 
     def _finished(self, index: int, prompt: str, shown: np.ndarray, drawn: sampler.Drawn, state: State) -> Finished:
         exp = self.experiment
-        seen = cache.plan(exp.cache, np.int32(index))
+        seen = cache.plan(exp.cache, jnp.int32(index))
         names = ("sink", "recent", "chosen", "step", "sink_at", "mid_at", "recent_at", "current_at")
         per_layer = {name: np.stack([np.asarray(getattr(one, name)[0]) for one in drawn.looked])
                      for name in ("ids", "scores", "at")}  # fmt: skip

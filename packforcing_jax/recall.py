@@ -66,7 +66,7 @@ def forced(model: Pipeline, ways: dict[str, dict], *, gaps: Sequence[int] = (8, 
         for gap, way in found:
             found[gap, way].append(answers(model, ways[way], memory, stories, identity, gap))
     last = len(told[0].guests) - 1
-    held = int(np.count_nonzero(cache.plan(model.experiment.cache, np.int32(last)).ids >= 0))
+    held = int(np.count_nonzero(cache.plan(model.experiment.cache, jnp.int32(last)).ids >= 0))
     sections = {f"gap of {gap} blocks, {held} in the archive":
                 {f"{way}: {what}": row for way in ways
                  for what, row in figures(changed(model.experiment, ways[way]), held, found[gap, way]).items()}
