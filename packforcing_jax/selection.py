@@ -95,7 +95,7 @@ def paper_sum(asked: Question) -> Float[Array, "b slot"]:
 
 def recency(asked: Question) -> Float[Array, "b slot"]:
     """The block's age alone: newer is better (first in, first out)."""
-    return _by_age(asked.ids, batch=asked.pooled.shape[0])
+    return jnp.broadcast_to(asked.ids.astype(jnp.float32)[None], (asked.pooled.shape[0], asked.ids.shape[0]))
 
 
 def lottery(asked: Question) -> Float[Array, "b slot"]:
@@ -129,16 +129,6 @@ def choose(scores: Float[Array, "b slot"], ids: Int[Array, " slot"], keep: int) 
     order = jnp.argsort(when, axis=-1)
     slots, when, height = (jnp.take_along_axis(x, order, axis=-1) for x in (best, when, height))
     return slots, jnp.where(when == last, -1, when), height
-
-
-def newest(ids: Int[Array, " slot"], keep: int, batch: int = 1) -> tuple[Array, Array]:
-    """The newest `keep` blocks in time order, alike for every video: (slots, ids) each [b, keep], id -1 where none."""
-    slots, chosen, _ = choose(_by_age(ids, batch), ids, keep)
-    return slots, chosen
-
-
-def _by_age(ids: Int[Array, " slot"], batch: int) -> Float[Array, "b slot"]:
-    return jnp.broadcast_to(ids.astype(jnp.float32)[None], (batch, ids.shape[0]))
 
 
 def pool(q: Heads, grid: tuple[int, int], window: tuple[int, int, int]) -> Heads:

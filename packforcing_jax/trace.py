@@ -1,13 +1,9 @@
 """The diary of a run: what every layer recalled for every block, written while it goes, and read back."""
 
-import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from packforcing_jax import growing
 from packforcing_jax.config import CacheConfig, Experiment, require
 from packforcing_jax.errors import InputError, MachineError
 
@@ -87,17 +84,7 @@ def line(finished: Any) -> dict[str, Any]:
 
 def check_writable(path) -> None:
     """Raises `InputError` unless a trace can be written at `path`; leaves nothing behind."""
-    path = Path(path)
-    require(not path.is_dir(), f"Trace {path} is a folder; name a file inside it.")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    require(folder.is_dir(), f"Trace {path} lies below {folder}, which is a file; choose another folder.")
-    try:
-        if path.exists():
-            path.open("ab").close()
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"Trace {path} is not writable ({error.strerror}); choose another folder.") from error
+    growing.check_writable(path, "Trace")
 
 
 def _check_same_run(path: Path, head: dict[str, Any], position: int) -> None:
@@ -125,10 +112,10 @@ class Writer:
     def __init__(self, path, head: dict[str, Any], *, position: int = 0):
         require(position >= 0, f"Trace position {position} is negative; give 0 or more.")
         check_writable(path)
-        self.path, self.head, self.position = Path(path), head, position
+        self.path, self.head = Path(path), head
         if position > 0:
             _check_same_run(self.path, head, position)
-        self._file: io.FileIO | None = None
+        self._file = growing.File(self.path, position)
 
     def __enter__(self) -> "Writer":
         return self
@@ -136,58 +123,34 @@ class Writer:
     def __exit__(self, *_) -> None:
         self.close()
 
+    @property
+    def position(self) -> int:
+        """Bytes written so far."""
+        return self._file.size
+
     def write(self, finished: Any) -> None:
         """Appends one finished block; its line is in the file when this returns, and `position` behind it."""
         lines = [line(finished)] if self.position else [self.head, line(finished)]
         text = "".join(json.dumps(each, allow_nan=False) + "\n" for each in lines)
         try:
-            self._append(text.encode())
+            self._file.append(text.encode())
         except OSError as error:
             raise self._failed(error) from error
 
     def sync(self) -> int:
-        """The position, once everything up to it is on the disk itself: a crash of the machine leaves it true."""
-        if self._file is not None:
-            try:
-                os.fsync(self._file.fileno())
-            except OSError as error:
-                raise self._failed(error) from error
+        """The position, once everything up to it is on the disk itself."""
+        try:
+            self._file.sync()
+        except OSError as error:
+            raise self._failed(error) from error
         return self.position
 
     def _failed(self, error: OSError) -> MachineError:
         return MachineError(f"Writing trace {self.path} failed ({error.strerror}); what it holds is kept.")
 
-    def _append(self, data: bytes) -> None:
-        """Adds `data`; a failure leaves the file as it was."""
-        file = self._file = self._file or self._opened()
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[file.write(view) :]
-        except BaseException:
-            with contextlib.suppress(OSError):
-                file.truncate(self.position)
-                file.seek(self.position)
-            raise
-        self.position += len(data)
-
-    def _opened(self) -> io.FileIO:
-        """The file, cut back to `position` and open there."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = self.path.open("r+b" if self.position else "wb", buffering=0)
-        file.truncate(self.position)
-        file.seek(self.position)
-        return file
-
     def close(self) -> None:
         """Ends the file; without a single line written there is none."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
-            if self.position == 0:
-                self.path.unlink(missing_ok=True)
+        self._file.close()
 
 
 def _parsed(path, number: int, text: bytes, make: Callable[[Any], Any]) -> Any:

@@ -5,11 +5,9 @@ on disk, no encoder is alive between blocks, and a process that dies can cost at
 """
 
 import contextlib
-import io
 import itertools
 import json
 import mmap
-import os
 import signal
 import struct
 import subprocess
@@ -24,6 +22,7 @@ import imageio.v3
 import imageio_ffmpeg
 import numpy as np
 
+from packforcing_jax import growing
 from packforcing_jax.config import require
 from packforcing_jax.errors import InputError, MachineError
 
@@ -67,18 +66,9 @@ def guard(frames, first: int = 0) -> None:
 
 def check_writable(path) -> None:
     """Raises `InputError` unless a video can be written at `path`; leaves nothing behind."""
-    path = Path(path)
-    require(path.suffix.lower() == ".mp4", f"Video path {path} does not end in .mp4; give it that suffix.")
-    require(not path.is_dir(), f"Video path {path} is a folder; name a file inside it.")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    require(folder.is_dir(), f"Video path {path} lies below {folder}, which is a file; choose another folder.")
-    try:
-        if path.exists():
-            path.open("ab").close()
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"Video path {path} is not writable ({error.strerror}); choose another folder.") from error
+    suffix = Path(path).suffix
+    require(suffix.lower() == ".mp4", f"Video path {path} does not end in .mp4; give it that suffix.")
+    growing.check_writable(path, "Video path")
 
 
 def boxes(stream: bytes | mmap.mmap) -> Iterator[tuple[bytes, bytes]]:
@@ -180,7 +170,9 @@ class Writer:
         self.path, self.fps, self.size, self.scale = Path(path), fps, size, scale
         self.comment = json.dumps(settings)
         self.position = resume or Position()
-        self._file = _reopened(self.path, self.position) if self.position.bytes else None
+        if self.position.bytes:
+            _check_same_file(self.path, self.position)
+        self._file = growing.File(self.path, self.position.bytes)
 
     def __enter__(self) -> "Writer":
         return self
@@ -207,12 +199,11 @@ class Writer:
                 raise self._failed(error) from error
 
     def sync(self) -> Position:
-        """The position, once everything up to it is on the disk itself: a crash of the machine leaves it true."""
-        if self._file is not None:
-            try:
-                os.fsync(self._file.fileno())
-            except OSError as error:
-                raise self._failed(error) from error
+        """The position, once everything up to it is on the disk itself."""
+        try:
+            self._file.sync()
+        except OSError as error:
+            raise self._failed(error) from error
         return self.position
 
     def _failed(self, error: OSError) -> MachineError:
@@ -226,33 +217,16 @@ class Writer:
         start = Fraction(at.frames) * TICKS * Fraction(self.fps).limit_denominator(1001).denominator
         added = b"".join(placed(box, next(numbers), int(start)) if kind == b"moof" else box
                          for kind, box in boxes(stream) if at.bytes == 0 or kind in (b"moof", b"mdat"))  # fmt: skip
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("wb", buffering=0)
-        try:
-            view = memoryview(added)
-            while view:
-                view = view[self._file.write(view) :]
-        except BaseException:
-            with contextlib.suppress(OSError):
-                self._file.truncate(at.bytes)
-                self._file.seek(at.bytes)
-            raise
-        self.position = Position(at.bytes + len(added), at.frames + frames, next(numbers) - 1)
+        self._file.append(added)
+        self.position = Position(self._file.size, at.frames + frames, next(numbers) - 1)
 
     def close(self) -> None:
         """Ends the file; without a single block written there is none."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
-            if self.position.bytes == 0:
-                self.path.unlink(missing_ok=True)
+        self._file.close()
 
 
-def _reopened(path: Path, at: Position) -> io.FileIO:
-    """The video file `path`, cut back to `at` and open there; any other file is refused and left alone."""
+def _check_same_file(path: Path, at: Position) -> None:
+    """Raises `InputError` unless the file at `path` begins as a run left it that had written up to `at`."""
     size = path.stat().st_size if path.exists() else 0
     require(size >= at.bytes, f"Video {path} has {size} bytes, but {at.bytes} were written by the run to continue; "
             "put that file back or start anew.")  # fmt: skip
@@ -263,10 +237,6 @@ def _reopened(path: Path, at: Position) -> io.FileIO:
         fragments = None
     require(fragments == at.fragments, f"Video {path} ({size} bytes) is not the file of the run to continue; "
             "put that file back or start anew.")  # fmt: skip
-    file = path.open("r+b", buffering=0)
-    file.truncate(at.bytes)
-    file.seek(at.bytes)
-    return file
 
 
 def _existing(path) -> str:

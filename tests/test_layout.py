@@ -12,7 +12,7 @@ ORDER = """
 errors hlo types config trees versions options
 rope schedules unipc attention layers selection cache view dit vae_layers vae codec text tokenizer compressor sampler
 archive formulas counting
-checkpoints video
+checkpoints growing video
 stage.world stage.captions stage.oracle stage.metrics stage.data stage.stories
 pipeline budget trace saves keeping inspection timelines
 objectives train evaluation recall verify_parts verify_dit verify

@@ -212,15 +212,6 @@ def test_the_best_visible_are_chosen_in_time_order(visible, keep, seed):
         assert len(set(np.asarray(slots[video]).tolist())) == keep
 
 
-@pytest.mark.parametrize(("keep", "slots", "ids"), [
-    (3, [3, 0, 5], [5, 9, 11]), (1, [5], [11]), (6, [2, 6, 3, 0, 5], [2, 3, 5, 9, 11, -1]), (0, [], []),
-])  # fmt: skip
-def test_the_newest_are_chosen_without_a_question(keep, slots, ids):
-    where, chosen = selection.newest(jnp.asarray((9, -1, 2, 5, -1, 11, 3)), keep, batch=3)
-    np.testing.assert_array_equal(chosen, np.tile(np.asarray(ids, int), (3, 1)))
-    np.testing.assert_array_equal(where[:, : len(slots)], np.tile(np.asarray(slots, int), (3, 1)))
-
-
 def test_a_pool_averages_whole_windows_and_leaves_the_rest_out():
     q = np.random.default_rng(8).normal(size=(VIDEOS, 3, 5, 7, HEADS, SIZE)).astype(np.float32)
     pooled = selection.pool(jnp.asarray(q.reshape(VIDEOS, -1, HEADS, SIZE)), (5, 7), (2, 2, 3))

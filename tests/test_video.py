@@ -310,11 +310,11 @@ def test_interrupt_while_appending_keeps_whole_blocks(tmp_path):
     path = tmp_path / "a.mp4"
     with writer(path) as out:
         out.write(scene(3))
-        whole, file = path.read_bytes(), out._file
-        out._file = Interrupted(file)
+        whole, file = path.read_bytes(), out._file.handle
+        out._file.handle = Interrupted(file)
         with pytest.raises(KeyboardInterrupt):
             out.write(scene(3, 3))
-        out._file = file
+        out._file.handle = file
     assert path.read_bytes() == whole
 
 
