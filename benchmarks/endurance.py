@@ -4,7 +4,6 @@
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import sys
@@ -16,9 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from packforcing_jax import codec, dit, objectives, options, pipeline, train, trees
+from packforcing_jax import objectives, options, pipeline, train, trees
 from packforcing_jax.cli import common
 from packforcing_jax.config import (
     CacheConfig,
@@ -61,9 +59,7 @@ def weights(exp: Experiment = TOY, seed: int = 0) -> objectives.Model:
 def toy(exp: Experiment = TOY, seed: int = 0) -> Pipeline:
     """The model of these weights."""
     built = weights(exp, seed)
-    nets = dataclasses.replace(built.nets, dit=dit.unrolled(built.nets.dit))
-    return Pipeline(experiment=exp, nets=nets, text=built.text, pixels=codec.make(exp.codec, nnx.Rngs(0)),
-                    tokenizer=train.stage_tokenizer())  # fmt: skip
+    return Pipeline.of(exp, built.nets, built.text, train.stage_tokenizer())
 
 
 def told(blocks: int, every: int) -> list[str]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import endurance
-from packforcing_jax import checkpoints, saves, tokenizer, trees, video
+from packforcing_jax import models, saves, tokenizer, video
 from packforcing_jax.stage import captions
 
 PATIENCE = 300  # seconds until a moment that does not come is given up
@@ -128,10 +128,9 @@ def playing(run: Run) -> dict:
 def prepared(folder: Path, blocks: int, every: int) -> list[Run]:
     """Runs of the same model and the same story: a short one, one that stays unbroken and one that is killed."""
     exp, built = endurance.TOY, endurance.weights()
-    flat = checkpoints.joined(dit=trees.flatten(built.nets.dit), compressor=trees.flatten(built.nets.compressor),
-                              text=trees.flatten(built.text))  # fmt: skip
+    parts = {"dit": built.nets.dit, "compressor": built.nets.compressor, "text": built.text}
     words = tokenizer.word_tokenizer(captions.VOCABULARY).to_str()
-    checkpoints.save_model(folder / "model", exp, flat, tokenizer_json=words, dtype="float32")
+    models.save(folder / "model", exp, parts, dtype="float32", texts={models.TOKENIZER: words})
     story = folder / "story.txt"
     story.write_text("".join(f"{i}: {prompt}\n" for i, prompt in enumerate(endurance.told(blocks, 7))))
     model = ("--weights", str(folder / "model"), "--timeline", str(story))

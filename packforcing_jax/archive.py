@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from packforcing_jax import cache, sampler, view
+from packforcing_jax import cache, sampler, trees, view
 from packforcing_jax.config import Experiment
 from packforcing_jax.types import KV, Latent
 
@@ -65,6 +65,7 @@ def _newest(exp: Experiment, memory: cache.Memory, batch: int) -> cache.Looked:
 @functools.partial(jax.jit, static_argnames="exp", donate_argnames="views")
 def _glance(nets: sampler.Nets, exp: Experiment, memory: cache.Memory, chance: sampler.Chance, text: Any,
             views: list[KV], picked: list[view.Picked], looked: cache.Looked):  # fmt: skip
+    nets = trees.cast(nets, exp.dtypes.compute)
     return sampler.glance(nets, exp, memory, chance, text, views, picked, [looked] * exp.dit.layers)
 
 
@@ -84,4 +85,5 @@ def _decide(exp: Experiment, memory: cache.Memory, scores: Array) -> cache.Looke
 def _conclude(nets: sampler.Nets, exp: Experiment, memory: cache.Memory, chance: sampler.Chance, text: Any,
               views: list[KV], clean: Latent, picked: list[view.Picked],
               looked: cache.Looked) -> sampler.Drawn:  # fmt: skip
+    nets = trees.cast(nets, exp.dtypes.compute)
     return sampler.conclude(nets, exp, memory, chance, text, views, clean, picked, [looked] * exp.dit.layers)

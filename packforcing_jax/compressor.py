@@ -15,10 +15,15 @@ from packforcing_jax.types import Latent, Tokens
 
 
 class Compressor(nnx.Module):
-    """The HR branch: one convolution per row of the config, SiLU between, then a 1x1x1 to the model's width."""
+    """The HR branch: one convolution per row of the config, SiLU between, then a 1x1x1 to the model's width.
+
+    It has no parameters where LR works alone.
+    """
 
     def __init__(self, exp: Experiment, rngs: nnx.Rngs):
         cfg, channels = exp.compressor, (exp.dit.in_channels, *exp.compressor.channels)
+        if cfg.branches == "lr":
+            return
         self.convs = nnx.List([
             _conv(inner, outer, stride, rngs)
             for inner, outer, stride in zip(channels, channels[1:], cfg.strides, strict=False)])  # fmt: skip

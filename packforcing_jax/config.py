@@ -1,10 +1,12 @@
 """Every size and choice of an experiment, as frozen values that refuse impossible combinations."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
-from packforcing_jax.errors import InputError
+from packforcing_jax.errors import require
+from packforcing_jax.train_config import TrainConfig
 
 WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
             0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)  # fmt: skip
@@ -12,10 +14,7 @@ WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
            3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)  # fmt: skip
 
 
-def require(condition: bool, sentence: str) -> None:
-    """Raises `InputError(sentence)` unless `condition` holds."""
-    if not condition:
-        raise InputError(sentence)
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -134,6 +133,7 @@ CHOICES = {
     "compressor.places": ("stretched", "native"),
     "compressor.keys": ("blocks", "projected"),
     "sample.prediction": ("velocity", "clean"),
+    **{f"dtypes.{name}": DTYPES for name in ("params", "compute", "cache", "vae", "text")},
 }  # fmt: skip
 
 
@@ -183,12 +183,11 @@ class CacheConfig:
         require(self.rope_adjustment != "incremental" or self.span == "true",
                 f"cache.rope_adjustment='incremental' moves whole blocks, but span={self.span!r} squeezes them; "
                 "set span=true or rope_adjustment=sink.")  # fmt: skip
-        require(self.archive == "device" or (self.scope, self.timing) == ("shared", "late"),
-                f"cache.archive='host' is fetched once a block, but scope={self.scope!r} and timing={self.timing!r} "
-                "look it up in every layer; set scope=shared and timing=late.")  # fmt: skip
-        require(self.archive == "device" or self.rope_adjustment != "incremental",
-                "cache.archive='host' cannot be turned in place by rope_adjustment='incremental'; "
-                "set rope_adjustment=sink.")  # fmt: skip
+        beside = (self.scope, self.timing, self.rope_adjustment == "incremental")
+        require(self.archive == "device" or beside == ("shared", "late", False),
+                f"cache.archive='host' is fetched once a block and not turned in place, but scope={self.scope!r}, "
+                f"timing={self.timing!r} and rope_adjustment={self.rope_adjustment!r} were asked for; "
+                "set scope=shared, timing=late and rope_adjustment=sink.")  # fmt: skip
 
     @property
     def ring(self) -> int:
@@ -239,10 +238,7 @@ class CompressorConfig:
 
     def stride(self, axis: int) -> int:
         """Total latent stride along axis 0 (time), 1 (rows) or 2 (columns)."""
-        total = 1
-        for step in self.strides:
-            total *= step[axis]
-        return total
+        return math.prod(step[axis] for step in self.strides)
 
 
 @dataclass(frozen=True)
@@ -261,32 +257,23 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Teacher forcing through the packed memory.
+class DtypeConfig:
+    """Number formats: weights as held, what is computed with them, stored keys and values, codec, text encoder.
 
-    Each step draws one sink size (frames) from `sinks` and, with chance `gap_share`, moves everything before the
-    recent block up to `gap` frames further back, so that long packed timelines lie inside the trained range.
+    Norms, softmax, rotary angles and time embeddings are computed in float32 whatever stands here.
     """
 
-    steps: int = 6000
-    batch: int = 8
-    shift: float = 6.0  # noise levels: uniform draws warped towards noise
-    sinks: tuple[int, ...] = (0, 0, 0, 4, 8)
-    gap: float = 64.0
-    gap_share: float = 0.5
-    matrix_rate: float = 4e-3  # Muon, times 0.2 sqrt(larger side)
-    rate: float = 3e-3  # Adam, everything that is not a matrix
-    decay: float = 0.01
-    warmup: int = 50
-    cooldown: float = 0.4  # last share of the steps, down to 2 % of the rate
-    ema: float = 0.995
-    matching: float = 0.02  # weight of the loss that the last layer's affinity finds the blocks called back
-    save_every: int = 250
+    params: str = "float32"
+    compute: str = "float32"
+    cache: str = "float32"
+    vae: str = "float32"
+    text: str = "float32"
 
     def __post_init__(self):
-        for name in ("steps", "batch", "save_every"):
-            value = getattr(self, name)
-            require(value > 0, f"train.{name}={value} must be at least 1.")
+        require_choices("dtypes", self)
+
+
+HALF = DtypeConfig(*(["bfloat16"] * 5))  # as Self-Forcing samples
 
 
 @dataclass(frozen=True)
@@ -300,6 +287,7 @@ class Experiment:
     cache: CacheConfig = CacheConfig()
     compressor: CompressorConfig = CompressorConfig()
     sample: SampleConfig = SampleConfig()
+    dtypes: DtypeConfig = DtypeConfig()
     train: TrainConfig = TrainConfig()
     latent: tuple[int, int] = (60, 104)
     fps: int = 16
@@ -333,5 +321,4 @@ class Experiment:
 
     @property
     def tokens_per_packed_block(self) -> int:
-        slots, rows, columns = self.packed_grid
-        return slots * rows * columns
+        return math.prod(self.packed_grid)

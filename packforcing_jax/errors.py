@@ -11,3 +11,14 @@ class MachineError(Exception):
     """The machine failed (disk full, out of memory, not-a-number latents): finished work is kept. Exit code 3."""
 
     exit_code = 3
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raises `InputError(sentence)` unless `condition` holds."""
+    if not condition:
+        raise InputError(sentence)
+
+
+def brief(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -15,11 +15,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from packforcing_jax import cache, checkpoints, codec, dit, pipeline, sampler, train, view
+from packforcing_jax import cache, checkpoints, codec, pipeline, sampler, train, view
 from packforcing_jax.config import Experiment, SpaceToDepthConfig, require
 from packforcing_jax.pipeline import Pipeline
 from packforcing_jax.stage import captions, data, metrics, oracle, stories, world
@@ -49,9 +48,7 @@ def of_checkpoint(exp: Experiment, checkpoint: Path) -> Pipeline:
         state, _ = copy.restore(jax.eval_shape(lambda: train.init(exp, 0)))
         copy.close()
     model = train.as_model(exp, state.ema)
-    nets = dataclasses.replace(model.nets, dit=dit.unrolled(model.nets.dit))
-    return Pipeline(experiment=exp, nets=nets, text=model.text, pixels=codec.make(exp.codec, nnx.Rngs(0)),
-                    tokenizer=train.stage_tokenizer())  # fmt: skip
+    return Pipeline.of(exp, model.nets, model.text, train.stage_tokenizer())
 
 
 def with_cache(model: Pipeline, **changes) -> Pipeline:
@@ -98,7 +95,7 @@ def chances(exp: Experiment, seeds: Int[Array, " b"], videos: Int[Array, " b"], 
 def spoken(model: Pipeline, prompts: Sequence[Sequence[str]]) -> tuple[list[KV], Int[np.ndarray, "video block"]]:
     """Text keys and values per layer, [sentence, words, n, h], of the different sentences, and which one is whose."""
     different, which = np.unique(np.array(prompts), return_inverse=True)
-    padded = [*different, *[different[0]] * (-len(different) % SENTENCES)]
+    padded = [*different, *[different[0]] * (-len(different) % SENTENCES)]  # few widths to compile for
     return model.words(padded), which.reshape(np.shape(prompts))
 
 

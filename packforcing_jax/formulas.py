@@ -117,7 +117,9 @@ def _text_encoder(exp: Experiment) -> int:
 
 
 def _compressor(exp: Experiment) -> tuple[int, int]:
-    """(parameters, operations on one block) of the HR branch."""
+    """(parameters, operations on one block) of the HR branch, which LR alone does without."""
+    if exp.compressor.branches == "lr":
+        return 0, 0
     size, parameters, operations = (exp.compressor.frames, *exp.latent), 0, 0
     channels = (exp.dit.in_channels, *exp.compressor.channels)
     for inner, outer, stride in zip(channels, channels[1:], exp.compressor.strides, strict=False):
@@ -167,7 +169,7 @@ def _packing(exp: Experiment, room: float) -> float:
     """One more pass for the packed twin, or its projections alone, behind the compressor."""
     p, d, branches = exp.tokens_per_packed_block, exp.dit.dim, exp.compressor.branches
     embedding = 2 * p * exp.dit.in_channels * math.prod(exp.dit.patch) * d
-    count = (branches != "lr") * _compressor(exp)[1] + (branches != "hr") * embedding
+    count = _compressor(exp)[1] + (branches != "hr") * embedding
     if exp.compressor.keys == "projected":
         return count + exp.dit.layers * 4 * p * d * d + 2 * d * (exp.dit.freq_dim + 7 * d)
     return count + _pass(exp, p, 1, room, ends=False, embeds=False)

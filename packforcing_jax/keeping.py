@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from packforcing_jax import checkpoints, pipeline, saves, trace, video
+from packforcing_jax import models, pipeline, saves, trace, video
 from packforcing_jax.config import require
 from packforcing_jax.pipeline import Finished, Pipeline, State
 
@@ -29,7 +29,7 @@ class Keeper:
     def __init__(self, folder, model: Pipeline, *, prompts: Sequence[str], every: int = 8, **same: Any):
         require(every > 0, f"every={every} must be at least 1.")
         self.saves, self.model, self.prompts, self.every = saves.Saves(folder), model, list(prompts), every
-        self.same = {"experiment": json.loads(checkpoints.experiment_to_json(model.experiment)),
+        self.same = {"experiment": json.loads(models.experiment_to_json(model.experiment)),
                      "weights": _digest(model)} | same  # fmt: skip
 
     def resume(self) -> Resumed:

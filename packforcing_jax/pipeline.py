@@ -3,10 +3,10 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,11 @@ from jax import Array
 from packforcing_jax import (
     archive,
     cache,
-    checkpoints,
     codec,
     compressor,
     dit,
+    encoding,
+    models,
     options,
     sampler,
     text,
@@ -30,8 +31,10 @@ from packforcing_jax import (
     view,
 )
 from packforcing_jax.config import PROFILES, Experiment, require
-from packforcing_jax.types import KV, Latent
+from packforcing_jax.types import KV, Latent, TextStates
 
+Words: TypeAlias = tokenizer.Tokenizer
+TextEncoder: TypeAlias = text.UMT5
 SHIPPED = Path(__file__).parent / "weights" / "stage"
 
 
@@ -75,7 +78,7 @@ class Finished:
 def draw_block(nets: sampler.Nets, exp: Experiment, memory: cache.Memory, views: list[KV], seed: Array, videos: Array,
                words: Any) -> sampler.Drawn:  # fmt: skip
     """`sampler.draw` with the noise of (seed, video, block), its views in place."""
-    chance = sampler.chances(exp, seed, videos, memory.num_blocks)
+    chance, nets = sampler.chances(exp, seed, videos, memory.num_blocks), trees.cast(nets, exp.dtypes.compute)
     return sampler.draw(nets, exp, memory, chance=chance, text=words, views=views)
 
 
@@ -91,7 +94,7 @@ def show_block(pixels: codec.Codec, exp: Experiment, decoder: Any, latent: Laten
 def remember_block(nets: sampler.Nets, exp: Experiment, memory: cache.Memory, views: list[KV], latent: Latent,
                    low: Latent, looked: Any, words: Any) -> tuple[cache.Memory, Any, list[KV]]:  # fmt: skip
     """`sampler.remember`, in place."""
-    drawn = sampler.Drawn(latent=latent, views=views, looked=looked)
+    drawn, nets = sampler.Drawn(latent=latent, views=views, looked=looked), trees.cast(nets, exp.dtypes.compute)
     return sampler.remember(nets, exp, memory, latent=latent, low=low, drawn=drawn, text=words)
 
 
@@ -107,10 +110,10 @@ def sink_sum(exp: Experiment, memory: cache.Memory) -> Array:
     return sum((x.sum(dtype=jnp.uint32) for x in bits), jnp.uint32(0))
 
 
-@jax.jit
-def read_prompt(encoder: text.UMT5, model: dit.WanDiT, ids: Array, mask: Array) -> Any:
-    """The cross-attention keys and values of one prompt for every layer."""
-    return dit.text_kv(model, text.encode(encoder, ids, mask))
+@functools.partial(jax.jit, static_argnames="exp")
+def read_prompt(model: dit.WanDiT, exp: Experiment, states: TextStates) -> Any:
+    """The cross-attention keys and values of prompts for every layer."""
+    return dit.text_kv(trees.cast(model, exp.dtypes.compute), states)
 
 
 def video_id(prompt: str) -> int:
@@ -125,31 +128,44 @@ def blocks_of(exp: Experiment, seconds: float) -> int:
     return max(1, -(-latents // exp.cache.block))
 
 
+def _read(model: models.Opened, part: str, build: Callable[[], Any], dtype: str) -> Any:
+    """A part of a model folder as the module that `build` makes; one without parameters needs no file."""
+    shapes = jax.eval_shape(build)
+    held = model.part(part) if trees.flatten(shapes) else {}
+    return models.fill(shapes, held, dtype=dtype, source=f"the {part} weights of {model.folder}")
+
+
 @dataclass(frozen=True, eq=False)
 class Pipeline:
     """A loaded model. `stream` yields finished blocks, `generate` a whole video."""
 
     experiment: Experiment
     nets: sampler.Nets
-    text: text.UMT5
+    text: encoding.Encoder
     pixels: codec.Codec
     tokenizer: tokenizer.Tokenizer
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path | None = None) -> "Pipeline":
-        """The model of a folder (config, weights, tokenizer); by default the one that ships."""
-        folder = Path(folder or SHIPPED)
-        exp, flat = checkpoints.load_model(folder)
+    def from_pretrained(cls, folder: str | Path | None = None, sets: Sequence[str] = ()) -> "Pipeline":
+        """The model of a folder, by default the one that ships, with settings changed, such as `dtypes.cache=float32`.
 
-        def part(name: str, build) -> Any:
-            held = {path: jnp.asarray(leaf) for path, leaf in checkpoints.part(flat, name).items()}
-            return trees.fill(jax.eval_shape(build), held, source=f"the {name} weights of {folder}")
+        Weights are read tensor by tensor into their places; the text encoder stays on disk.
+        """
+        model = models.opened(folder or SHIPPED)
+        exp = options.override(model.experiment, list(sets))
+        nets = sampler.Nets(
+            dit=_read(model, "dit", lambda: dit.unrolled(dit.WanDiT(exp.dit, nnx.Rngs(0))), exp.dtypes.params),
+            compressor=_read(model, "compressor", lambda: compressor.Compressor(exp, nnx.Rngs(0)), exp.dtypes.params))
+        words = tokenizer.Tokenizer.from_file(model.folder / models.TOKENIZER, exp.text.max_words)
+        return cls(experiment=exp, nets=nets, text=encoding.of_folder(model, exp.dtypes), tokenizer=words,
+                   pixels=_read(model, "codec", lambda: codec.make(exp.codec, nnx.Rngs(0)), exp.dtypes.vae))
 
-        nets = sampler.Nets(dit=dit.unrolled(part("dit", lambda: dit.WanDiT(exp.dit, nnx.Rngs(0)))),
-                            compressor=part("compressor", lambda: compressor.Compressor(exp, nnx.Rngs(0))))  # fmt: skip
-        return cls(experiment=exp, nets=nets, text=part("text", lambda: text.UMT5(exp.text, nnx.Rngs(0))),
-                   pixels=part("codec", lambda: codec.make(exp.codec, nnx.Rngs(0))),
-                   tokenizer=tokenizer.Tokenizer.from_file(folder / "tokenizer.json", exp.text.max_words))  # fmt: skip
+    @classmethod
+    def of(cls, exp: Experiment, nets: sampler.Nets, encoder: TextEncoder, words: Words) -> "Pipeline":
+        """Networks in memory, layers stacked as in training, ready to sample."""
+        apart = dataclasses.replace(nets, dit=dit.unrolled(nets.dit))
+        return cls(experiment=exp, nets=trees.cast(apart, exp.dtypes.params), tokenizer=words,
+                   text=encoding.of_module(encoder, exp.dtypes), pixels=codec.make(exp.codec, nnx.Rngs(0)))  # fmt: skip
 
     def with_memory(self, profile: str) -> "Pipeline":
         """The same model with another memory: a name in `config.PROFILES`."""
@@ -162,24 +178,26 @@ class Pipeline:
 
     def start(self, *, seed: int, videos: Sequence[int]) -> State:
         """The state before the first block of `videos`."""
-        exp, batch = self.experiment, len(videos)
-        return State(memory=cache.init(exp, batch), archive=archive.init(exp, batch), views=view.scratch(exp, batch),
+        exp, batch, kept = self.experiment, len(videos), jnp.dtype(self.experiment.dtypes.cache)
+        return State(memory=cache.init(exp, batch, kept), archive=archive.init(exp, batch, kept),
+                     views=view.scratch(exp, batch, kept),
                      decoder=codec.init_decoder(self.pixels, batch, *exp.latent),
                      seed=jnp.uint32(seed), videos=jnp.asarray(videos, jnp.uint32))  # fmt: skip
 
     def kept_form(self, videos: int = 1) -> State:
         """Shapes and dtypes of what `put_away` keeps; packed blocks in host memory stand there as themselves."""
         form = jax.eval_shape(lambda: put_away(self.start(seed=0, videos=[0] * videos)))
-        return dataclasses.replace(form, archive=archive.init(self.experiment, videos))
+        kept = jnp.dtype(self.experiment.dtypes.cache)
+        return dataclasses.replace(form, archive=archive.init(self.experiment, videos, kept))
 
     def taken_up(self, kept: State) -> State:
         """A state that was put away, with new scratch."""
-        return dataclasses.replace(kept, views=view.scratch(self.experiment, len(kept.videos)))
+        exp = self.experiment
+        return dataclasses.replace(kept, views=view.scratch(exp, len(kept.videos), jnp.dtype(exp.dtypes.cache)))
 
     def words(self, prompts: Sequence[str]) -> Any:
         """Text keys and values per layer of one prompt per video."""
-        ids, mask = self.tokenizer.encode(prompts)
-        return read_prompt(self.text, self.nets.dit, jnp.asarray(ids), jnp.asarray(mask))
+        return read_prompt(self.nets.dit, self.experiment, self.text(*self.tokenizer.encode(prompts)))
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raises `InputError` unless there are prompts and every word of them is known."""
@@ -222,6 +240,8 @@ class Pipeline:
 
     def _stream(self, prompts: Sequence[str], state: State) -> Iterator[Finished]:
         words, first = None, int(state.memory.num_blocks)
+        if prompts[first:]:
+            self.text.prepare(*self.tokenizer.encode(list(dict.fromkeys(prompts[first:]))))
         for index in range(first, len(prompts)):
             if words is None or prompts[index] != prompts[index - 1]:
                 words = self.words([prompts[index]])

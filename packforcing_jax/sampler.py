@@ -232,8 +232,9 @@ def _mix(exp: Experiment, times: Float[Array, " q"], places: Float[Array, "q 2"]
     def mix(q: Heads, k: Heads, v: Heads, past: KV) -> tuple[Heads, Any]:
         own = KV(k=rope.rotate(k, in_space), v=v)
         whole = view.extend(past, KV(k=rope.rotate(own.k, in_time), v=v), at)
-        attend = attention.backend(exp.attention, q.dtype)
-        return attend(rope.rotate(q, in_time + in_space), whole.k, whole.v, at + k.shape[1]), keep(own, whole)
+        attend = attention.backend(exp.attention, whole.k.dtype)
+        turned = rope.rotate(q, in_time + in_space).astype(whole.k.dtype)
+        return attend(turned, whole.k, whole.v, at + k.shape[1]).astype(q.dtype), keep(own, whole)
 
     return mix
 

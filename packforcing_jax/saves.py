@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from packforcing_jax import checkpoints, trees
+from packforcing_jax import trees
 from packforcing_jax.config import require
-from packforcing_jax.errors import InputError, MachineError
+from packforcing_jax.errors import InputError, MachineError, brief
 
 STATE, NOTES, FILES = "state", "notes.json", "files.json"  # what a save consists of
 NAME = re.compile(r"block_(\d+)")
@@ -123,7 +123,7 @@ class Saves:
             for old in self._blocks()[:-KEPT]:
                 self._discard(old)
         except (OSError, ValueError) as error:  # Orbax reports a full disk as ValueError
-            sentence = f"Saving block {block} below {self.folder} failed ({checkpoints.brief(error)}); "
+            sentence = f"Saving block {block} below {self.folder} failed ({brief(error)}); "
             raise MachineError(sentence + "earlier saves are kept.") from error
 
     def _write(self, block: int, flat: Mapping[str, np.ndarray], notes: str) -> None:

@@ -94,17 +94,22 @@ class UMT5(nnx.Module):
         self.norm = layers.RMSNorm(cfg.dim, EPS)
 
 
-def encode(
-    model: UMT5, ids: TokenIds, mask: Int[Array, "b words"] | Mask, *, zero_padding: bool = True
-) -> Float[Array, "b words d"]:
-    """Text states of every token; those of padding are zero, as the DiT expects, or left as the encoder made them."""
+def layer(block: Block, x: TextStates, mask: Mask, cfg: TextConfig) -> TextStates:
+    """States after one of the encoder's layers; real tokens alone are attended to."""
+    bucket = jnp.asarray(buckets(x.shape[1], cfg.buckets, cfg.max_distance))
+    return block(x, bucket, mask)
+
+
+def finish(norm: layers.RMSNorm, x: TextStates, mask: Mask, *, zero_padding: bool = True) -> TextStates:
+    """States behind the last layer; those of padding are zero, as the DiT expects, or left as they are."""
+    states = norm(x)
+    return jnp.where(mask[..., None], states, 0) if zero_padding else states
+
+
+def encode(model: UMT5, ids: TokenIds, mask: Int[Array, "b words"] | Mask, *, zero_padding: bool = True) -> TextStates:
+    """Text states of every token; those of padding are zero, or left as the encoder made them."""
     require(ids.shape == mask.shape, f"text ids {ids.shape} and mask {mask.shape} differ in shape; give one per token.")
     real = jnp.asarray(mask).astype(bool)
-    bucket = jnp.asarray(buckets(ids.shape[1], model.cfg.buckets, model.cfg.max_distance))
-
-    def layer(x, block):
-        return block(x, bucket, real), None
-
-    x, _ = jax.lax.scan(layer, _rows(model.embedding, jnp.asarray(ids)), model.blocks)
-    states = model.norm(x)
-    return jnp.where(real[..., None], states, 0) if zero_padding else states
+    x, _ = jax.lax.scan(lambda x, block: (layer(block, x, real, model.cfg), None),
+                        _rows(model.embedding, jnp.asarray(ids)), model.blocks)  # fmt: skip
+    return finish(model.norm, x, real, zero_padding=zero_padding)

@@ -16,7 +16,7 @@ import optax.contrib
 from flax import nnx, struct
 from jax import Array
 
-from packforcing_jax import checkpoints, codec, compressor, dit, objectives, sampler, text, tokenizer, trees
+from packforcing_jax import checkpoints, codec, compressor, dit, models, objectives, sampler, text, tokenizer, trees
 from packforcing_jax.config import Experiment, TrainConfig, require
 from packforcing_jax.stage import captions, data
 
@@ -186,9 +186,9 @@ def steps(run: Run) -> Iterator[dict[str, Any]]:
 def export(run: Run, folder: Path, card: str | None = None) -> None:
     """The averaged weights as a model folder that `sample --weights` takes."""
     model = as_model(run.exp, run.state.ema)
-    flat = checkpoints.joined(dit=trees.flatten(model.nets.dit), compressor=trees.flatten(model.nets.compressor),
-                              text=trees.flatten(model.text))  # fmt: skip
-    checkpoints.save_model(folder, run.exp, flat, tokenizer_json=stage_tokenizer().inner.to_str(pretty=True), card=card)
+    parts = {"dit": model.nets.dit, "compressor": model.nets.compressor, "text": model.text}
+    texts = {models.TOKENIZER: stage_tokenizer().inner.to_str(pretty=True), models.CARD: card}
+    models.save(folder, run.exp, parts, texts=texts)
 
 
 def log_line(file, metrics: dict[str, Any]) -> None:

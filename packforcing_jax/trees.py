@@ -1,6 +1,6 @@
 """Modules as flat dictionaries `path -> array` and back, and one entry per layer in its two forms."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -23,8 +23,12 @@ def flatten(module: Any) -> dict[str, Array]:
     return {_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(module)}
 
 
-def fill(module: Module, flat: dict[str, Array], source: str = "weights") -> Module:
-    """`module` with its leaves replaced from `flat`; raises `InputError` listing every mismatch at once."""
+def fill(module: Module, flat: Mapping[str, Any], source: str = "weights",
+         put: Callable[[str, Any], Any] | None = None) -> Module:  # fmt: skip
+    """`module` with its leaves replaced from `flat`; raises `InputError` listing every mismatch at once.
+
+    `put(path, value)` makes a leaf of a value; by default it takes the dtype of the leaf it replaces.
+    """
     wanted = flatten(module)
     wrong = [f"{name}: missing" for name in wanted if name not in flat]
     wrong += [f"{name}: not part of the model" for name in flat if name not in wanted]
@@ -33,7 +37,8 @@ def fill(module: Module, flat: dict[str, Array], source: str = "weights") -> Mod
     if wrong:
         shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
         raise InputError(f"{source} do not fit the model ({len(wrong)} tensors: {shown}); use weights of this config.")
-    return jax.tree_util.tree_map_with_path(lambda keys, leaf: flat[_path(keys)].astype(leaf.dtype), module)
+    make = put or (lambda path, value: value.astype(wanted[path].dtype))
+    return jax.tree_util.tree_map_with_path(lambda keys, leaf: make(_path(keys), flat[_path(keys)]), module)
 
 
 # One entry per layer: a list of them (layers run one by one), or arrays with a leading layer axis (layers are scanned)
@@ -64,3 +69,8 @@ def stack(layers: Any) -> Any:
 def unstack(stacked: Any, count: int) -> list:
     """What there is per layer as a list of `count`."""
     return [jax.tree.map(lambda leaf, at=layer: leaf[at], stacked) for layer in range(count)]
+
+
+def cast(tree: Any, dtype: str) -> Any:
+    """`tree` with its floating leaves as `dtype`."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)

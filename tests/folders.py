@@ -4,7 +4,7 @@ import jax
 import tiny
 from flax import nnx
 
-from packforcing_jax import checkpoints, text, tokenizer, trees
+from packforcing_jax import models, text, tokenizer
 from packforcing_jax.stage import captions
 
 
@@ -12,8 +12,7 @@ def model_folder(path, exp=tiny.EXP):
     """A folder that `Pipeline.from_pretrained` takes: random weights and the Stage world's words."""
     encoder = jax.jit(lambda: text.UMT5(exp.text, nnx.Rngs(2)))()
     nets = tiny.nets(exp)
-    flat = checkpoints.joined(dit=trees.flatten(nets.dit), compressor=trees.flatten(nets.compressor),
-                              text=trees.flatten(encoder))  # fmt: skip
+    parts = {"dit": nets.dit, "compressor": nets.compressor, "text": encoder}
     words = tokenizer.word_tokenizer(captions.VOCABULARY).to_str()
-    checkpoints.save_model(path, exp, flat, tokenizer_json=words, dtype="float32")
+    models.save(path, exp, parts, dtype="float32", texts={models.TOKENIZER: words})
     return path

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from packforcing_jax import checkpoints, codec, config, dit, evaluation, pipeline, recall, train, trees
+from packforcing_jax import checkpoints, config, evaluation, pipeline, recall, train, trees
 from packforcing_jax.cli import main
 from packforcing_jax.errors import InputError
 from packforcing_jax.stage import captions, data, oracle, stories, world
@@ -40,9 +40,7 @@ def model(exp):
     built = jax.jit(lambda key: train.new_model(exp, key))(jax.random.key(3))
     head = built.nets.dit.head
     head.kernel = nnx.Param(0.15 * head.kernel[...])
-    nets = dataclasses.replace(built.nets, dit=dit.unrolled(built.nets.dit))
-    return pipeline.Pipeline(experiment=exp, nets=nets, text=built.text, tokenizer=train.stage_tokenizer(),
-                             pixels=codec.make(exp.codec, nnx.Rngs(0)))  # fmt: skip
+    return pipeline.Pipeline.of(exp, built.nets, built.text, train.stage_tokenizer())
 
 
 def clip(guests, *, scenes=None, seed=0):

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from flax import nnx
 
-from packforcing_jax import cache, codec, config, dit, evaluation, pipeline, recall, train, trees
+from packforcing_jax import cache, config, evaluation, pipeline, recall, train, trees
 from packforcing_jax.errors import InputError
 from packforcing_jax.stage import world
 
@@ -32,9 +31,7 @@ def model():
     draws = {name: name.endswith("scale") + 0.2 * rng.normal(size=leaf.shape)
              for name, leaf in trees.flatten(shapes).items()}  # fmt: skip
     built = trees.fill(shapes, {name: jnp.asarray(draw, jnp.float32) for name, draw in draws.items()})
-    nets = dataclasses.replace(built.nets, dit=dit.unrolled(built.nets.dit))
-    return pipeline.Pipeline(experiment=SMALL, nets=nets, text=built.text, tokenizer=train.stage_tokenizer(),
-                             pixels=codec.make(SMALL.codec, nnx.Rngs(0)))  # fmt: skip
+    return pipeline.Pipeline.of(SMALL, built.nets, built.text, train.stage_tokenizer())
 
 
 # Stories

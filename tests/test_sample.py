@@ -266,7 +266,7 @@ def test_missing_and_broken_weights_are_refused(capsys, folder, tmp_path):
         (broken / file.name).write_bytes(data[: len(data) // 2] if file.suffix == ".safetensors" else data)
     code, _, complaint = run(capsys, broken, *PROMPT, "--out", tmp_path / "v.mp4")
     assert code == 2
-    assert "model.safetensors" in complaint
+    assert "dit.safetensors" in complaint
     assert not (tmp_path / "v.mp4").exists()
 
 

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from packforcing_jax import checkpoints, config, saves
+from packforcing_jax import checkpoints, config, models, saves
 from packforcing_jax.errors import InputError, MachineError
 
 
@@ -153,7 +153,7 @@ def test_newest_two_are_kept_and_the_newest_restored(tmp_path):
 
 def test_other_settings_are_refused_by_name_and_values(tmp_path):
     def told(exp):
-        return {"experiment": json.loads(checkpoints.experiment_to_json(exp)), "seed": 7}
+        return {"experiment": json.loads(models.experiment_to_json(exp)), "seed": 7}
 
     exp = config.Experiment("wan")
     store, state = saves.Saves(tmp_path), sampler()

@@ -36,6 +36,7 @@ VERBS = {
                   "packforcing train --config stage --set cache.top=8"),
     "evaluate": Verb("evaluate", "read a model's videos with the Stage world's oracle",
                      "packforcing evaluate --mode forced --gaps 8,64"),
+    "download": Verb("download", "fetch public weights", "packforcing download --list", checked=False),
     "plan": Verb("plan", "say what a video costs in keys, bytes and operations, allocating nothing",
                  "packforcing plan --config wan_t2v_1_3b_paper --seconds 120"),
     "inspect": Verb("inspect", "show what a traced run looked back at, and check what must hold",
