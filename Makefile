@@ -22,7 +22,7 @@ define install
 	@touch $(VENV)/.installed $@
 endef
 
-.PHONY: setup demo test test-slow check lint types h200 clean
+.PHONY: setup demo test test-slow parity check lint types h200 clean
 
 setup: $(VENV)/.installed$(EXTRAS:%=-%)
 
@@ -41,6 +41,10 @@ test: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
 
+parity:
+	@$(MAKE) setup VENV=$(VENV)-parity EXTRAS=dev,parity
+	$(VENV)-parity/bin/python -m pytest -m parity tests/parity
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 
@@ -54,4 +58,4 @@ h200:
 	$(VENV)-h200/bin/python -m benchmarks.compile_for_h200
 
 clean:
-	rm -rf $(VENV) $(VENV)-h200 out
+	rm -rf $(VENV) $(VENV)-h200 $(VENV)-parity out

@@ -7,6 +7,7 @@ target's leading layer axis.
 """
 
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from typing import TypeAlias
 import einops
 import numpy as np
 
+from packforcing_jax import tensors
 from packforcing_jax.errors import InputError
+from packforcing_jax.tensors import Form, Tensor
 
 same = "... -> ..."
 linear = "o i -> i o"
@@ -26,9 +29,17 @@ gamma2d = "c 1 1 -> c"
 gamma3d = "c 1 1 1 -> c"
 drop0 = "1 ... -> ..."
 
+NUMBER = "(0|[1-9][0-9]{0,3})"  # what `(\d+)` of a pattern matches: names have one spelling, layers an end
 SHOWN = 8  # names per kind of mismatch in an error
+PIECE = 1 << 22  # elements looked at together
 
+Shape: TypeAlias = tuple[int, ...]
 Mismatches: TypeAlias = dict[str, list[str]]  # kind of mismatch -> names
+
+
+def no_mismatches() -> Mismatches:
+    """An empty account of mismatches."""
+    return defaultdict(list)
 
 
 @dataclass(frozen=True)
@@ -46,10 +57,21 @@ class Rule:
 
     def place(self, name: str) -> "Place | None":
         """Where tensor `name` goes, or None if this rule is not about it."""
-        found = re.fullmatch(self.pattern, name)
+        found = re.fullmatch(self.pattern.replace(r"(\d+)", NUMBER), name)
         if found is None:
             return None
         return Place(found.expand(self.target), int(found.group(1)) if self.stacks else None, self.transform)
+
+    def name(self, path: str) -> str | None:
+        """The name of what goes to `path`, with `{}` for the layer; None if this rule fills another path."""
+        pieces = re.split(r"\(([^()]*)\)", self.pattern.replace(r"(\d+)", NUMBER))
+        literals, groups = [re.sub(r"\\(.)", r"\1", piece) for piece in pieces[::2]], pieces[1::2]
+        target = re.sub(r"\\\\(\d)", lambda hit: f"(?P<g{hit[1]}>{groups[int(hit[1]) - 1]})", re.escape(self.target))
+        found = re.fullmatch(target, path)
+        if found is None:
+            return None
+        filled = [found.groupdict().get(f"g{number}", "{}") for number in range(1, len(groups) + 1)]
+        return "".join(literal + group for literal, group in zip(literals, [*filled, ""], strict=True))
 
 
 @dataclass(frozen=True)
@@ -57,94 +79,178 @@ class Place:
     """The target path of one tensor, its index along the layer axis (None: it fills the target) and its transform."""
 
     path: str
-    layer: int | None
-    transform: str
+    layer: int | None = None
+    transform: str = same
 
     def forward(self, tensor: np.ndarray) -> np.ndarray:
         """The tensor as the model holds it."""
         return einops.rearrange(tensor, self.transform)
 
-    def inverse(self, value: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-        """The tensor as the checkpoint holds it; `shape` is its shape there."""
+    def inverse(self, value: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
+        """The tensor as the checkpoint holds it; `sizes` says how long the axes are that the model holds as one."""
         left, right = self.transform.split(" -> ")
-        axes = [] if "..." in left else left.split()
-        sizes = {axis: size for axis, size in zip(axes, shape, strict=bool(axes)) if axis.isalpha()}
-        return einops.rearrange(value, f"{right} -> {left}", **sizes)
+        merged = [axis for group in re.findall(r"\(([^()]*)\)", right) for axis in group.split()]
+        return einops.rearrange(value, f"{right} -> {left}", **{axis: sizes[axis] for axis in merged})
+
+    def axes(self, shape: Shape) -> dict[str, int]:
+        """How long each axis is that the transform names, of a checkpoint's tensor."""
+        names = self.transform.split(" -> ")[0].split()
+        return {} if "..." in names else dict(zip(names, shape, strict=True))
 
 
-def _raise(wrong: Mismatches, what: str) -> None:
-    """Raises one `InputError` that names every kind of mismatch with its count and first examples."""
+def hollow(shape: Shape) -> np.ndarray:
+    """An array of this shape that takes no memory, to learn what a transform makes of it."""
+    return np.broadcast_to(np.int8(0), shape)
+
+
+def raise_all(wrong: Mismatches, what: str,
+              remedy: str = "use a checkpoint of this architecture and these sizes") -> None:  # fmt: skip
+    """Raises one `InputError` that names every kind of mismatch with its count and first examples, if there are any."""
     kinds = []
     for kind, names in wrong.items():
         more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         if names:
             kinds.append(f"{len(names)} {kind}: {', '.join(names[:SHOWN])}{more}")
     if kinds:
-        raise InputError(f"{what}: {'; '.join(kinds)}; use a checkpoint of this architecture and these sizes.")
+        raise InputError(f"{what}: {'; '.join(kinds)}; {remedy}.")
 
 
-def _places(names: Iterable[str], table: Sequence[Rule], wrong: Mismatches) -> dict[str, Place]:
+# Which tensor goes where
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The place of every tensor that fits, by its original name, and shape and dtype of every target."""
+
+    places: Mapping[str, Place]
+    forms: Mapping[str, Form]
+
+
+def plan(held: Mapping[str, Tensor], table: Sequence[Rule], wanted: Mapping[str, Shape], wrong: Mismatches,
+         where: str = "") -> Plan:  # fmt: skip
+    """Where each tensor goes, seen by name, shape and dtype; notes whatever does not fit, paths as `where` + path."""
+    return fit(held, _places(held, table, wrong), wanted, wrong, where)
+
+
+def fit(held: Mapping[str, Tensor], places: Mapping[str, Place], wanted: Mapping[str, Shape], wrong: Mismatches,
+        where: str = "") -> Plan:  # fmt: skip
+    """The plan of `places`, less what does not fit."""
+    _check_cover(held, places, wanted, wrong, where)
+    fitting = {name: place for name, place in places.items()
+               if place.path in wanted and _fits(held[name], place, wanted[place.path], wrong)}  # fmt: skip
+    forms: dict[str, Form] = {}
+    for name, place in fitting.items():
+        _, dtype = forms.setdefault(place.path, (wanted[place.path], held[name].dtype))
+        if dtype != held[name].dtype:
+            wrong["of another dtype than its other layers"].append(f"{held[name].name} ({held[name].dtype})")
+    return Plan(fitting, forms)
+
+
+def _places(held: Mapping[str, Tensor], table: Sequence[Rule], wrong: Mismatches) -> dict[str, Place]:
     """The place of each name that exactly one rule matches; the others are noted in `wrong`."""
     places = {}
-    for name in names:
+    for name, tensor in held.items():
         found = [place for rule in table if (place := rule.place(name)) is not None]
         if len(found) == 1:
             places[name] = found[0]
         else:
-            wrong["matched by several rules" if found else "unknown to the table"].append(name)
+            wrong["matched by several rules" if found else "unknown to the table"].append(tensor.name)
     return places
 
 
-def _check_cover(places: Mapping[str, Place], wanted: Mapping[str, tuple[int, ...]], wrong: Mismatches) -> None:
+def _check_cover(held: Mapping[str, Tensor], places: Mapping[str, Place], wanted: Mapping[str, Shape],
+                 wrong: Mismatches, where: str) -> None:  # fmt: skip
     """Notes targets that are not wanted, filled twice, not filled at all, or lack a layer."""
     filled: dict[str, list[int | None]] = defaultdict(list)
     for name, place in places.items():
         if place.path not in wanted:
-            wrong["without a place in the model"].append(f"{name} -> {place.path}")
+            wrong["without a place in the model"].append(f"{held[name].name} -> {where}{place.path}")
         elif place.layer in filled[place.path]:
-            wrong["filling a place twice"].append(f"{name} -> {place.path}")
+            wrong["filling a place twice"].append(f"{held[name].name} -> {where}{place.path}")
         filled[place.path].append(place.layer)
     for path, shape in wanted.items():
-        layers = filled.get(path, [])
-        needed = list(range(shape[0])) if layers and layers[0] is not None else [None]
+        layers = set(filled.get(path, []))
+        needed = range(shape[0]) if layers and None not in layers else [None]
         absent = [layer for layer in needed if layer not in layers]
         if absent:
-            wrong["missing"].append(f"{path} of layers {absent}" if layers else path)
-        wrong["beyond the model's layers"] += [f"{path} of layer {layer}" for layer in layers if layer not in needed]
+            shown = ", ".join(map(str, absent[:SHOWN])) + (", ..." if len(absent) > SHOWN else "")
+            wrong["missing"].append(f"{where}{path} of layers [{shown}]" if layers else f"{where}{path}")
+        beyond = [layer for layer in layers if layer not in needed]
+        wrong["beyond the model's layers"] += [f"{where}{path} of layer {layer}" for layer in beyond]
 
 
-def _transformed(name: str, tensor: np.ndarray, place: Place, shape: tuple[int, ...], wrong: Mismatches):
-    """The tensor as the model holds it, or None with the reason noted."""
+def _fits(tensor: Tensor, place: Place, shape: Shape, wrong: Mismatches) -> bool:
+    """Whether a tensor holds fractions and becomes its share of a target of this shape; the reason is noted if not."""
     expected = tuple(shape if place.layer is None else shape[1:])
     try:
-        value = place.forward(tensor)
+        made = place.forward(hollow(tensor.shape)).shape
     except einops.EinopsError:
         axes = place.transform.split(" -> ")[0]
-        wrong["of another rank or shape"].append(f"{name} {tensor.shape}, expected axes '{axes}'")
-        return None
-    if value.shape != expected:
-        wrong["of another rank or shape"].append(f"{name} {tensor.shape}, as {value.shape}, expected {expected}")
-    elif not np.isfinite(value).all():
-        wrong["not finite"].append(name)
-    else:
-        return value
-    return None
+        wrong["of another rank or shape"].append(f"{tensor.name} {tensor.shape}, expected axes '{axes}'")
+        return False
+    if made != expected:
+        wrong["of another rank or shape"].append(f"{tensor.name} {tensor.shape}, as {made}, expected {expected}")
+    elif not tensors.floating(tensor.dtype):
+        wrong["of whole numbers"].append(f"{tensor.name} ({tensor.dtype})")
+    return made == expected and tensors.floating(tensor.dtype)
+
+
+def sources(forms: Mapping[str, Shape], table: Sequence[Rule], wrong: Mismatches, where: str = "") -> dict[str, Place]:
+    """The place of every tensor that the arrays of these shapes are made of, by original name: `plan` backwards."""
+    places = {}
+    for path, shape in forms.items():
+        found = [(rule, name) for rule in table if (name := rule.name(path)) is not None]
+        if len(found) != 1:
+            wrong["without a name in the checkpoint"].append(where + path)
+            continue
+        rule, name = found[0]
+        for layer in range(shape[0]) if rule.stacks else [None]:
+            places[name if layer is None else name.format(layer)] = Place(path, layer, rule.transform)
+    return places
+
+
+# What shapes say
+
+
+def axis(shapes: Mapping[str, Shape], pattern: str, number: int, default: int) -> int:
+    """The length that axis `number` has in most tensors that `pattern` names; the default where there is none."""
+    found = [shape[number] for name, shape in shapes.items() if len(shape) > number and re.fullmatch(pattern, name)]
+    return statistics.mode(found) or default if found else default
+
+
+def layers(names: Iterable[str]) -> int:
+    """How many layers names such as `blocks.3.norm3.bias` number."""
+    found = (re.match(rf"blocks\.{NUMBER}\.", name) for name in names)
+    return max((1 + int(hit[1]) for hit in found if hit), default=0)
+
+
+# In memory
+
+
+def in_memory(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Arrays as tensors like those of a file."""
+    return {name: Tensor(name, array.shape, array.dtype, lambda array=array: array, "memory")
+            for name, array in arrays.items()}  # fmt: skip
+
+
+def finite(array: np.ndarray) -> bool:
+    """Whether no element is infinite or not a number; a piece at a time, for arrays that lie in files."""
+    flat = array.reshape(-1)
+    return all(np.isfinite(flat[start : start + PIECE]).all() for start in range(0, flat.size, PIECE))
 
 
 def convert(
-    tensors: Mapping[str, np.ndarray], table: Sequence[Rule], wanted: Mapping[str, tuple[int, ...]]
+    arrays: Mapping[str, np.ndarray], table: Sequence[Rule], wanted: Mapping[str, Shape]
 ) -> dict[str, np.ndarray]:
-    """The model's arrays by path; one `InputError` names every mismatch between `tensors` and the `wanted` shapes."""
-    wrong: Mismatches = defaultdict(list)
-    places = _places(tensors, table, wrong)
-    _check_cover(places, wanted, wrong)
+    """The model's arrays by path; one `InputError` names every mismatch between `arrays` and the `wanted` shapes."""
+    wrong, held = no_mismatches(), in_memory(arrays)
+    made = plan(held, table, wanted, wrong)
     parts: dict[str, dict[int | None, np.ndarray]] = defaultdict(dict)
-    for name, place in places.items():
-        if place.path in wanted:
-            value = _transformed(name, tensors[name], place, wanted[place.path], wrong)
-            if value is not None:
-                parts[place.path][place.layer] = value
-    _raise(wrong, f"{len(tensors)} tensors do not fit the model")
+    for name, place in made.places.items():
+        if not finite(arrays[name]):
+            wrong["not finite"].append(name)
+        parts[place.path][place.layer] = place.forward(arrays[name])
+    raise_all(wrong, f"{len(arrays)} tensors do not fit the model")
     return {path: _joined(by_layer) for path, by_layer in parts.items()}
 
 
@@ -156,24 +262,29 @@ def _joined(by_layer: Mapping[int | None, np.ndarray]) -> np.ndarray:
 
 
 def invert(
-    flat: Mapping[str, np.ndarray], table: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]
+    flat: Mapping[str, np.ndarray], table: Sequence[Rule], shapes: Mapping[str, Shape]
 ) -> dict[str, np.ndarray]:
     """The checkpoint tensors named in `shapes` (name -> shape), read back from the model's arrays."""
-    wrong: Mismatches = defaultdict(list)
-    places = _places(shapes, table, wrong)
-    wrong["missing"] += sorted({place.path for place in places.values()} - set(flat))
-    wrong["without a name in the checkpoint"] += sorted(set(flat) - {place.path for place in places.values()})
-    _raise(wrong, f"{len(flat)} arrays do not fit the table")
+    wrong = no_mismatches()
+    places = _places(in_memory({name: hollow(shape) for name, shape in shapes.items()}), table, wrong)
+    filled = {place.path for place in places.values()}
+    wrong["missing"] += sorted(filled - set(flat))
+    wrong["without a name in the checkpoint"] += sorted(set(flat) - filled)
+    raise_all(wrong, f"{len(flat)} arrays do not fit the table")
     back = {}
     for name, place in places.items():
         value = flat[place.path] if place.layer is None else flat[place.path][place.layer]
-        back[name] = np.ascontiguousarray(place.inverse(np.asarray(value), shapes[name])).reshape(shapes[name])
+        made = place.inverse(np.asarray(value), place.axes(shapes[name]))
+        back[name] = np.ascontiguousarray(made).reshape(shapes[name])
     return back
+
+
+# Other names for the same tensors
 
 
 def _renaming(original: str, theirs: str) -> Callable[[str], str | None]:
     """A function from a name under `theirs` to the one under `original`; None if the name is another one."""
-    pattern = re.compile(re.escape(theirs).replace(r"\{\}", r"(\d+)") + r"(\.weight|\.bias|\.gamma)?")
+    pattern = re.compile(re.escape(theirs).replace(r"\{\}", NUMBER) + r"(\.weight|\.bias|\.gamma)?")
 
     def renamed(name: str) -> str | None:
         found = pattern.fullmatch(name)
@@ -182,22 +293,26 @@ def _renaming(original: str, theirs: str) -> Callable[[str], str | None]:
     return renamed
 
 
-def rename(tensors: Mapping[str, np.ndarray], rows: Iterable[tuple[str, str]]) -> dict[str, np.ndarray]:
-    """`tensors` under their original names; rows are (original, theirs), of a tensor or of its module.
+def renamings(names: Iterable[str], rows: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """What each name is called according to every row that is about it; rows are those of `rename`."""
+    known = [_renaming(original, theirs) for original, theirs in rows]
+    return {name: [new for renaming in known if (new := renaming(name)) is not None] for name in names}
+
+
+def rename(arrays: Mapping[str, np.ndarray], rows: Iterable[tuple[str, str]]) -> dict[str, np.ndarray]:
+    """`arrays` under their original names; rows are (original, theirs), of a tensor or of its module.
 
     `{}` stands for a layer index, the same on both sides, and `.weight`, `.bias`, `.gamma` carry over. Swap the
     columns for the way back.
     """
-    renamings = [_renaming(original, theirs) for original, theirs in rows]
-    wrong: Mismatches = defaultdict(list)
+    wrong = no_mismatches()
     out: dict[str, np.ndarray] = {}
-    for name, tensor in tensors.items():
-        found = [new for renaming in renamings if (new := renaming(name)) is not None]
+    for name, found in renamings(arrays, rows).items():
         if len(found) != 1:
             wrong["matched by several rows" if found else "unknown to the name map"].append(name)
         elif found[0] in out:
             wrong["given the same name"].append(found[0])
         else:
-            out[found[0]] = tensor
-    _raise(wrong, f"{len(tensors)} tensor names do not fit the name map")
+            out[found[0]] = arrays[name]
+    raise_all(wrong, f"{len(arrays)} tensor names do not fit the name map")
     return out

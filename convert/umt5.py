@@ -1,6 +1,8 @@
 """Wan2.1's UMT5 encoder: original names to ours, transformers names to original ones, sizes from both configs."""
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,12 @@ UMT5_TRANSFORMERS = {
 EMBEDDING_TWIN = "encoder.embed_tokens.weight"  # transformers may write the shared embedding a second time
 
 
+def renamings(names: Collection[str]) -> dict[str, list[str]]:
+    """What each name of a transformers checkpoint is called originally; two of them may be the same tensor."""
+    rows = [*UMT5_TRANSFORMERS.items(), ("token_embedding.weight", EMBEDDING_TWIN)]
+    return rules.renamings(names, rows)
+
+
 def original_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A transformers checkpoint of the encoder under Wan2.1's names."""
     single = {name: tensor for name, tensor in tensors.items() if name != EMBEDDING_TWIN}
@@ -45,6 +53,21 @@ def original_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         if not np.array_equal(single.setdefault("shared.weight", twin), twin):
             raise InputError(f"{EMBEDDING_TWIN} differs from shared.weight; UMT5 has only one.")
     return rules.rename(single, UMT5_TRANSFORMERS.items())
+
+
+def config_from_shapes(shapes: Mapping[str, rules.Shape], template: TextConfig) -> TextConfig:
+    """The encoder that tensors of these shapes, by original name, belong to; what they do not say is the template's."""
+    size = functools.partial(rules.axis, shapes)
+    return dataclasses.replace(
+        template,
+        vocab=size(r"token_embedding\.weight", 0, template.vocab),
+        dim=size(r"(blocks\..*\.)?norm[12]?\.weight", 0, template.dim),
+        dim_attn=size(r"blocks\..*\.attn\.[qkv]\.weight", 0, template.dim_attn),
+        dim_ffn=size(r"blocks\..*\.ffn\.(gate\.0|fc1)\.weight", 0, template.dim_ffn),
+        heads=size(r"blocks\..*\.pos_embedding\.embedding\.weight", 1, template.heads),
+        layers=rules.layers(shapes) or template.layers,
+        buckets=size(r"blocks\..*\.pos_embedding\.embedding\.weight", 0, template.buckets),
+    )
 
 
 def config_from_original(config: Mapping[str, Any]) -> TextConfig:
@@ -65,8 +88,9 @@ def config_from_original(config: Mapping[str, Any]) -> TextConfig:
 
 def config_from_transformers(config: Mapping[str, Any]) -> TextConfig:
     """The encoder that a transformers `config.json` of UMT5 describes."""
-    if config.get("model_type", "umt5") != "umt5":
-        raise InputError(f"model_type={config['model_type']!r} is not UMT5; use a checkpoint of model_type 'umt5'.")
+    for key, built in (("model_type", "umt5"), ("feed_forward_proj", "gated-gelu")):
+        if config.get(key, built) != built:
+            raise InputError(f"{key}={config[key]!r} is not UMT5; use a checkpoint of {key} {built!r}.")
     return TextConfig(
         vocab=config["vocab_size"],
         dim=config["d_model"],

@@ -1,16 +1,15 @@
 """Wan2.1's diffusion transformer: original names to ours, diffusers names to original ones, sizes from both configs."""
 
+import dataclasses
+import functools
+import math
 from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from convert import rules
 from convert.rules import Rule
 from packforcing_jax.config import DiTConfig
 from packforcing_jax.errors import InputError
-
-WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")  # left in names by training tools
 
 
 def _dense(pattern: str, target: str) -> tuple[Rule, Rule]:
@@ -70,40 +69,85 @@ DIFFUSERS = (
 )
 
 
-def plain_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """`tensors` without the prefixes that trainers leave in the names (backbone: Self-Forcing checkpoints)."""
-    out = {}
-    for name, tensor in tensors.items():
-        for wrapper in WRAPPERS:
-            name = name.replace(wrapper, "")
-        out[name.removeprefix("model.")] = tensor
-    if len(out) != len(tensors):
-        raise InputError(f"{len(tensors) - len(out)} tensors have the same name once trainer prefixes are removed; "
-                         "give a file with one network.")  # fmt: skip
-    return out
+OTHERS = {  # names that only other models of the family have -> which
+    r"img_emb\..*|.*\.(k_img|v_img|norm_k_img)\..*": "an image-to-video model",
+    r"condition_embedder\.image_embedder\..*|.*\.(add_[kv]_proj|norm_added_k)\..*": "an image-to-video model",
+    r"vace_.*": "a VACE model",
+}
+EXTRAS = {  # names of what stands beside the network in trainers' files -> why it is left out
+    r"_(cls_pred_branch|register_tokens|gan_ca_blocks)(\..*)?": "head of a GAN critic, not of the network",
+}
+VARIANTS = {  # setting -> the values that this architecture has
+    "model_type": ("t2v",),
+    "cross_attn_norm": (True,),
+    "qk_norm": (True, "rms_norm_across_heads"),
+    "image_dim": (None,),
+    "added_kv_proj_dim": (None,),
+}
+WIDEST_HEAD = 128  # of every released model
 
 
 def _refuse_variants(config: Mapping[str, Any]) -> None:
-    for key, built in (("cross_attn_norm", (True,)), ("qk_norm", (True, "rms_norm_across_heads"))):
+    for key, built in VARIANTS.items():
         if config.get(key, built[0]) not in built:
             raise InputError(f"{key}={config[key]!r} is not Wan2.1's text-to-video network; use {built[-1]!r}.")
 
 
-def config_from_original(config: Mapping[str, Any]) -> DiTConfig:
-    """The network that an original `config.json` describes; what it leaves out has Wan2.1's value."""
+def config_from_shapes(shapes: Mapping[str, rules.Shape], template: DiTConfig) -> DiTConfig:
+    """The network that tensors of these shapes, by original name, belong to; what they do not say is the template's.
+
+    They do not say how many heads there are: see `heads_of`.
+    """
+    size = functools.partial(rules.axis, shapes)
+    dim = size(r"(patch_embedding|text_embedding\.2|time_embedding\.2|blocks\.0\.norm3)\.bias", 0, template.dim)
+    patch = r"patch_embedding\.weight"
+    cell = tuple(size(patch, axis, template.patch[axis - 2]) for axis in (2, 3, 4))
+    return dataclasses.replace(
+        template,
+        dim=dim,
+        ffn_dim=size(r"blocks\..*\.ffn\.0\.(weight|bias)", 0, template.ffn_dim),
+        heads=heads_of(dim, template),
+        layers=rules.layers(shapes) or template.layers,
+        text_dim=size(r"text_embedding\.0\.weight", 1, template.text_dim),
+        freq_dim=size(r"time_embedding\.0\.weight", 1, template.freq_dim),
+        in_channels=size(patch, 1, template.in_channels),
+        out_channels=size(r"head\.head\.(weight|bias)", 0, 0) // math.prod(cell) or template.out_channels,
+        patch=cell,
+    )
+
+
+def heads_of(dim: int, template: DiTConfig) -> int:
+    """The template's heads at its width, else the fewest that are of even size and at most `WIDEST_HEAD` wide."""
+    if dim == template.dim:
+        return template.heads
+    widths = (width for width in range(WIDEST_HEAD, 0, -2) if dim % width == 0)
+    return dim // next(widths, dim)
+
+
+def assumption(cfg: DiTConfig, template: DiTConfig) -> str | None:
+    """What was assumed about the heads of `cfg`, of which only the shapes are known."""
+    if cfg.dim == template.dim or cfg.dim % WIDEST_HEAD == 0:
+        return None
+    return (f"dit.heads={cfg.heads} is assumed (heads of {cfg.head_dim} channels): the tensors do not say how many "
+            "heads there are; give --set dit.heads=N if the network has others")  # fmt: skip
+
+
+def config_from_original(config: Mapping[str, Any], other: DiTConfig = DiTConfig()) -> DiTConfig:
+    """The network that an original `config.json` describes; what it leaves out is as in `other`."""
     _refuse_variants(config)
-    return DiTConfig(
+    return dataclasses.replace(
+        other,
         dim=config["dim"],
         ffn_dim=config["ffn_dim"],
         heads=config["num_heads"],
         layers=config["num_layers"],
-        text_dim=config.get("text_dim", 4096),
-        text_len=config.get("text_len", 512),
-        freq_dim=config.get("freq_dim", 256),
-        in_channels=config.get("in_dim", 16),
-        out_channels=config.get("out_dim", 16),
-        patch=tuple(config.get("patch_size", (1, 2, 2))),
-        eps=config.get("eps", 1e-6),
+        text_dim=config.get("text_dim", other.text_dim),
+        text_len=config.get("text_len", other.text_len),
+        freq_dim=config.get("freq_dim", other.freq_dim),
+        in_channels=config.get("in_dim", other.in_channels),
+        out_channels=config.get("out_dim", other.out_channels),
+        patch=tuple(config.get("patch_size", other.patch)),
+        eps=config.get("eps", other.eps),
     )
 
 

@@ -1,13 +1,15 @@
 """The names of the video autoencoder's weights: original checkpoint, ours and diffusers, in one table."""
 
 import dataclasses
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 
+from convert import rules
 from convert.rules import Rule, conv2d, conv3d, gamma2d, gamma3d, same
 from packforcing_jax import trees, vae
 from packforcing_jax.config import WAN_MEAN, WAN_STD, VAEConfig, require
@@ -59,6 +61,8 @@ PLACES = (  # original, ours, diffusers, what is there
       for what in (RESIDUAL, RESAMPLE)),
 )  # fmt: skip
 
+DOWN = r"encoder\.downsamples\.{}"  # pattern
+
 NAMES = tuple(  # original, ours, diffusers, transform: one row per tensor, with {layer} left open
     (f"{original}{a}.{leaf}", f"{ours}{b}/{our_leaf}", f"{diffusers}{c}.{leaf}", transform)
     for original, ours, diffusers, what in PLACES
@@ -90,6 +94,57 @@ def _names_of(path: str, num_res_blocks: int) -> tuple[str, str]:
     raise KeyError(path)
 
 
+def renamings(names: Collection[str]) -> dict[str, list[str]]:
+    """What each name of a diffusers checkpoint may be called originally."""
+    numbers = (re.match(rf"decoder\.up_blocks\.0\.resnets\.{rules.NUMBER}\.", name) for name in names)
+    stage = 2 + max((int(hit[1]) for hit in numbers if hit), default=0)  # residual blocks, then one upsampler
+    rows = [(original, _pattern(diffusers)) for original, _, diffusers, _ in NAMES]
+    return {name: [_flat(original, hit, stage) for original, row in rows if (hit := row.fullmatch(name))]
+            for name in names}  # fmt: skip
+
+
+def _pattern(diffusers: str) -> re.Pattern[str]:
+    """What matches a diffusers name with its numbers open."""
+    opened = {"layer": f"(?P<layer>{rules.NUMBER})", "stage": f"(?P<stage>{rules.NUMBER})",
+              "part": rf"(resnets\.(?P<resnet>{rules.NUMBER})|upsamplers\.0)"}  # fmt: skip
+    return re.compile(functools.reduce(lambda text, key: text.replace(rf"\{{{key}\}}", opened[key]), opened,
+                                       re.escape(diffusers)))  # fmt: skip
+
+
+def _flat(original: str, hit: re.Match[str], stage: int) -> str:
+    """The original name, whose layers are numbered through, of a name that matched."""
+    groups = hit.groupdict()
+    if "stage" not in groups:
+        return original.format(**groups)
+    place = stage - 1 if groups["resnet"] is None else int(groups["resnet"])
+    return original.format(layer=int(groups["stage"]) * stage + place)
+
+
+def config_from_shapes(shapes: Mapping[str, rules.Shape], template: VAEConfig) -> VAEConfig:
+    """The codec that tensors of these shapes, by original name, belong to.
+
+    They do not say how latents are normalised: that is the template's if it has as many channels, else nothing.
+    """
+    size = functools.partial(rules.axis, shapes)
+    dim = size(r"encoder\.conv1\..*|encoder\.downsamples\.0\.residual\.0\.gamma", 0, template.dim)
+    z_dim = size(r"conv2\.(weight|bias)", 0, template.z_dim)
+    found = (re.fullmatch(DOWN.format(rules.NUMBER) + r"\.resample\.1\.weight", name) for name in shapes)
+    places = sorted(int(hit[1]) for hit in found if hit)
+    if not places or places[0] * len(places) > len(shapes):  # too few tensors to be that many layers
+        places = [template.num_res_blocks + stage * (template.num_res_blocks + 1)
+                  for stage in range(len(template.temporal_downsample))]  # fmt: skip
+    widths = [size(DOWN.format(place) + r"\.resample\.1\..*", 0, dim) for place in places]
+    widths.append(size(r"encoder\.head\.0\.gamma|encoder\.middle\..*\.gamma", 0, dim))
+    scale = template if template.z_dim == z_dim else plain(z_dim)
+    return dataclasses.replace(
+        scale,
+        dim=dim,
+        dim_mult=tuple(width // dim or 1 for width in widths),
+        num_res_blocks=places[0],
+        temporal_downsample=tuple(f"encoder.downsamples.{place}.time_conv.weight" in shapes for place in places),
+    )
+
+
 ONLY = {  # setting of the original or of diffusers -> the values that this architecture has
     "attn_scales": ([],),
     "is_residual": (False,),
@@ -118,15 +173,27 @@ def vae_config(meta: Mapping[str, Any]) -> VAEConfig:
     )
 
 
+def config_from_diffusers(meta: Mapping[str, Any], other: VAEConfig) -> VAEConfig:
+    """The codec that a diffusers `config.json` describes, its latents normalised as in `other` if it does not say."""
+    cfg = vae_config(meta)
+    told = len(meta.get("latents_mean") or ()) == len(meta.get("latents_std") or ()) == cfg.z_dim
+    return cfg if told or other.z_dim != cfg.z_dim else dataclasses.replace(cfg, mean=other.mean, std=other.std)
+
+
 def _scale(meta: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Latent means and deviations; a list of another length than z_dim is one that was never used."""
-    mean, std = tuple(meta.get("latents_mean", ())), tuple(meta.get("latents_std", ()))
+    mean, std = tuple(meta.get("latents_mean") or ()), tuple(meta.get("latents_std") or ())
     if "wan2.1" in meta.get("scale", "").lower():
         mean, std = WAN_MEAN, WAN_STD
-    channels = meta["z_dim"]
-    return (mean, std) if len(mean) == len(std) == channels else ((0.0,) * channels, (1.0,) * channels)
+    unused = plain(meta["z_dim"])
+    return (mean, std) if len(mean) == len(std) == meta["z_dim"] else (unused.mean, unused.std)
+
+
+def plain(z_dim: int) -> VAEConfig:
+    """A codec of Wan2.1's form whose latents, of `z_dim` channels, are not normalised."""
+    return VAEConfig(z_dim=z_dim, mean=(0.0,) * z_dim, std=(1.0,) * z_dim)
 
 
 def unscaled(cfg: VAEConfig) -> VAEConfig:
     """`cfg` for latents that are not normalised, as the autoencoder of diffusers takes and gives them."""
-    return dataclasses.replace(cfg, mean=(0.0,) * cfg.z_dim, std=(1.0,) * cfg.z_dim)
+    return dataclasses.replace(cfg, mean=plain(cfg.z_dim).mean, std=plain(cfg.z_dim).std)

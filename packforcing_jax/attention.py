@@ -41,7 +41,7 @@ BACKENDS: dict[str, Attend] = {
 
 def default_backend(dtype=jnp.float32) -> tuple[str, str]:
     """(name, reason) of the backend used unless one is asked for."""
-    if jax.default_backend() == "gpu" and dtype in (jnp.bfloat16, jnp.float16):
+    if jax.default_backend() == "gpu" and jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
         return "cudnn", "fused attention for half precision on this GPU"
     return "reference", f"float32 softmax on {jax.default_backend()}; cudnn needs a GPU and half precision"
 

@@ -177,21 +177,19 @@ def commit(exp: Experiment, memory: Memory, full: list[KV] | KV, packed: list[KV
     Per layer, `full` holds [b, block*s, n, h], `packed` [b, p, n, h] (None when none is kept here), keys rotated in
     space only, and `looked` what the block looked back at, which `incremental` needs.
     """
-    if exp.cache.rope_adjustment == "incremental":
-        memory = dataclasses.replace(memory, layers=trees.over(lambda *one: _settle(exp, *one), memory.layers, looked))
-        frames = _true_frames(exp, memory.num_blocks)
-        moved = lambda layer: jnp.where(frames < exp.cache.sink, layer.sink_at, 0.0)  # noqa: E731
-        full = trees.over(lambda layer, kv: _turned(exp, kv, frames + moved(layer)), memory.layers, full)
-        if packed is not None:
-            times = memory.num_blocks * exp.cache.block + jnp.asarray(packed_places(exp)[0])
-            packed = trees.over(lambda kv: _turned(exp, kv, times), packed)
-    write = lambda *one: _write(exp, memory.num_blocks, *one)  # noqa: E731
-    return Memory(layers=trees.over(write, memory.layers, full, packed), num_blocks=memory.num_blocks + 1)
+    n = memory.num_blocks
+    layers = trees.over(lambda *one: commit_sharp(exp, n, *one), memory.layers, full, looked)
+    if packed is not None:
+        layers = trees.over(lambda *one: commit_packed(exp, n, *one), layers, packed)
+    return Memory(layers=layers, num_blocks=n + 1)
 
 
-def _write(exp: Experiment, n: Array, layer: Layer, full: KV, packed: KV | None) -> Layer:
-    """One layer with block `n` in its places."""
+def commit_sharp(exp: Experiment, n: Array, layer: Layer, full: KV, looked: Looked | None = None) -> Layer:
+    """One layer with block `n` at full size in its places."""
     cfg = exp.cache
+    if cfg.rope_adjustment == "incremental":
+        layer, frames = _settle(exp, layer, looked), _true_frames(exp, n)
+        full = _turned(exp, full, frames + jnp.where(frames < cfg.sink, layer.sink_at, 0.0))
     frames = KV(*(x.reshape(x.shape[0], cfg.block, -1, *x.shape[2:]) for x in (full.k, full.v)))
     sink, recent = layer.sink, layer.recent
     chunk = math.gcd(cfg.block, cfg.sink, cfg.ring)  # whole blocks where sizes allow
@@ -200,9 +198,14 @@ def _write(exp: Experiment, n: Array, layer: Layer, full: KV, packed: KV | None)
         new = KV(*(x[:, f : f + chunk] for x in (frames.k, frames.v)))
         sink = _put(sink, new, slot=frame, when=frame < cfg.sink)
         recent = _put(recent, new, slot=(frame - cfg.sink) % max(cfg.ring, 1), when=frame >= cfg.sink)
-    layer = dataclasses.replace(layer, sink=sink, recent=recent)
-    if packed is None:
-        return layer
+    return dataclasses.replace(layer, sink=sink, recent=recent)
+
+
+def commit_packed(exp: Experiment, n: Array, layer: Layer, packed: KV) -> Layer:
+    """One layer with the packed twin of block `n` in its slot."""
+    cfg = exp.cache
+    if cfg.rope_adjustment == "incremental":
+        packed = _turned(exp, packed, n * cfg.block + jnp.asarray(packed_places(exp)[0]))
     past = n - cfg.sink // cfg.block
     there = {"slot": past % cfg.slots, "when": past >= 0}
     mid = _put(layer.mid, KV(*(x[:, None] for x in (packed.k, packed.v))), **there)
@@ -224,7 +227,7 @@ def _overwrite(x: Array, values: Array, *, slot: Array, when: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(when, values.astype(x.dtype), old), slot, axis=1)
 
 
-def _settle(exp: Experiment, layer: Layer, looked: Looked) -> Layer:
+def _settle(exp: Experiment, layer: Layer, looked: Any) -> Layer:
     """`layer` with every key that was looked at left where it was turned to."""
     b, slots, p, n, h = layer.mid.k.shape
     valid = (looked.ids >= 0)[..., None] & (looked.slots[..., None] == jnp.arange(slots)[None, None])

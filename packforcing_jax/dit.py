@@ -20,6 +20,7 @@ from packforcing_jax import attention, layers, rope, trees
 from packforcing_jax.config import DiTConfig
 from packforcing_jax.types import KV, Heads, Latent, Tokens
 
+Attend = Callable[..., Heads]  # attend(q, k, v), as in attention.BACKENDS
 # mix(q, k, v, past) -> (attended values, anything worth keeping); q, k without positions, past = this layer's share
 Mix = Callable[[Heads, Heads, Heads, Any], tuple[Heads, Any]]
 
@@ -65,13 +66,14 @@ class Block(nnx.Module):
         shift, scale, *_ = self.rows(time)
         return self.attn.keys_values(layers.modulate(layers.standardize(x, self.eps), shift, scale))
 
-    def __call__(self, x: Tokens, time: Float[Array, "b t 6 d"], text: KV, past: Any, mix: Mix) -> tuple[Tokens, Any]:
+    def __call__(self, x: Tokens, time: Float[Array, "b t 6 d"], text: KV, past: Any, mix: Mix,
+                 attend: Attend) -> tuple[Tokens, Any]:  # fmt: skip
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.rows(time)
         y = layers.modulate(layers.standardize(x, self.eps), shift, scale)
         own = self.attn.keys_values(y)
         mixed, kept = mix(self.attn.queries(y), own.k, own.v, past)
         x = x + self.attn.merge(mixed) * layers.per_frame(x, gate)
-        words = attention.reference(self.cross.queries(self.norm3(x)), text.k, text.v)
+        words = attend(self.cross.queries(self.norm3(x)), text.k, text.v)
         x = x + self.cross.merge(words)
         y = layers.modulate(layers.standardize(x, self.eps), shift_mlp, scale_mlp)
         return x + self.ffn_out(jax.nn.gelu(self.ffn_in(y), approximate=True)) * layers.per_frame(x, gate_mlp), kept
@@ -156,23 +158,25 @@ def head(model: WanDiT, x: Tokens, e: Float[Array, "b t d"], grid: tuple[int, in
                             y=grid[0], x=grid[1], pt=pt, py=py, px=px)  # fmt: skip
 
 
-def run(model: WanDiT, x: Tokens, time: TimeStates, text: Any, *, past: Any, mix: Mix) -> tuple[Tokens, Any]:
+def run(model: WanDiT, x: Tokens, time: TimeStates, text: Any, *, past: Any, mix: Mix,
+        attend: Attend = attention.reference) -> tuple[Tokens, Any]:  # fmt: skip
     """Tokens after all blocks, and what each layer's `mix` kept. `text` and `past` hold one entry per layer.
 
+    `mix` is self-attention with all that belongs to it, `attend` what reads the text.
     Unrolled layers run one by one. Stacked ones are scanned: less to compile; under a gradient each is computed
     again rather than stored, which takes less memory and is faster on a CPU too.
     """
     if isinstance(model.blocks, nnx.List):
         kept = []
         for block, words, before in zip(model.blocks, text, past or [None] * len(model.blocks), strict=True):
-            x, one = block(x, time.rows, words, before, mix)
+            x, one = block(x, time.rows, words, before, mix, attend)
             kept.append(one)
         return x, kept
 
     @partial(jax.checkpoint, prevent_cse=False)
     def layer(x, inputs):
         block, words, before = inputs
-        return block(x, time.rows, words, before, mix)
+        return block(x, time.rows, words, before, mix, attend)
 
     return jax.lax.scan(layer, x, (model.blocks, text, past))
 

@@ -30,7 +30,7 @@ class Keeper:
         require(every > 0, f"every={every} must be at least 1.")
         self.saves, self.model, self.prompts, self.every = saves.Saves(folder), model, list(prompts), every
         self.same = {"experiment": json.loads(models.experiment_to_json(model.experiment)),
-                     "weights": _digest(model)} | same  # fmt: skip
+                     "weights": digest(model)} | same  # fmt: skip
 
     def resume(self) -> Resumed:
         """The newest save, which must be of this very run up to its block; from the start if there is none."""
@@ -61,7 +61,7 @@ def _form(model: Pipeline) -> dict[str, Any]:
     return {"sampler": model.kept_form(), "video": at, "trace": np.int64(0)}
 
 
-def _digest(model: Pipeline) -> str:
+def digest(model: Pipeline) -> str:
     """What tells one set of weights from another: a hash of the first and the last matrix."""
     ends = (model.nets.dit.patch.kernel, model.nets.dit.head.kernel)
     return hashlib.sha256(b"".join(np.asarray(end[...]).tobytes() for end in ends)).hexdigest()[:16]

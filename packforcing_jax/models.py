@@ -205,6 +205,14 @@ def fill(shapes: Module, held: Mapping[str, Tensor], *, dtype: str, source: str,
     A module with its layers apart takes each layer's slice of what files stack; `inside` is where in the held paths
     the module begins, such as `blocks/3/`. Raises `InputError` naming every mismatch.
     """
+    filled = placed(shapes, held, dtype=dtype, source=source, inside=inside, shardings=shardings)
+    _require_finite(trees.flatten(filled), source)
+    return filled
+
+
+def placed(shapes: Module, held: Mapping[str, Tensor], *, dtype: str, source: str, inside: str = "",
+           shardings: Mapping[str, jax.sharding.Sharding] | None = None) -> Module:  # fmt: skip
+    """`fill` without a look at the values."""
     found = {path: _found(held, inside + path) for path in trees.flatten(shapes)}
     flat = {path: value for path, (_, value) in found.items() if value is not None}
     if not inside:
@@ -216,9 +224,7 @@ def fill(shapes: Module, held: Mapping[str, Tensor], *, dtype: str, source: str,
         form = jnp.dtype(dtype) if tensors.floating(value.dtype) else value.dtype
         return jax.make_array_from_callback(value.shape, place.get(path, _here()), lambda at: value[at].astype(form))
 
-    filled = trees.fill(shapes, flat, source, put)
-    _require_finite(trees.flatten(filled), source)
-    return filled
+    return trees.fill(shapes, flat, source, put)
 
 
 def _here() -> jax.sharding.Sharding:

@@ -128,6 +128,13 @@ def blocks_of(exp: Experiment, seconds: float) -> int:
     return max(1, -(-latents // exp.cache.block))
 
 
+def asked_for(exp: Experiment, memory: str | None, sets: Sequence[str]) -> Experiment:
+    """`exp` with a memory profile by name and then single settings changed."""
+    require(memory in (None, *PROFILES), f"memory profile {memory!r} is unknown; "
+            f"{options.nearest(str(memory), PROFILES)}")  # fmt: skip
+    return options.override(dataclasses.replace(exp, cache=PROFILES[memory]) if memory else exp, list(sets))
+
+
 def _read(model: models.Opened, part: str, build: Callable[[], Any], dtype: str) -> Any:
     """A part of a model folder as the module that `build` makes; one without parameters needs no file."""
     shapes = jax.eval_shape(build)
@@ -146,13 +153,14 @@ class Pipeline:
     tokenizer: tokenizer.Tokenizer
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path | None = None, sets: Sequence[str] = ()) -> "Pipeline":
-        """The model of a folder, by default the one that ships, with settings changed, such as `dtypes.cache=float32`.
+    def from_pretrained(cls, folder: str | Path | None = None, *, memory: str | None = None,
+                        sets: Sequence[str] = ()) -> "Pipeline":  # fmt: skip
+        """The model of a folder, by default the one that ships, with another memory profile or settings if asked for.
 
         Weights are read tensor by tensor into their places; the text encoder stays on disk.
         """
         model = models.opened(folder or SHIPPED)
-        exp = options.override(model.experiment, list(sets))
+        exp = asked_for(model.experiment, memory, sets)
         nets = sampler.Nets(
             dit=_read(model, "dit", lambda: dit.unrolled(dit.WanDiT(exp.dit, nnx.Rngs(0))), exp.dtypes.params),
             compressor=_read(model, "compressor", lambda: compressor.Compressor(exp, nnx.Rngs(0)), exp.dtypes.params))
@@ -169,12 +177,16 @@ class Pipeline:
 
     def with_memory(self, profile: str) -> "Pipeline":
         """The same model with another memory: a name in `config.PROFILES`."""
-        require(profile in PROFILES, f"memory profile {profile!r} is unknown; {options.nearest(profile, PROFILES)}")
-        return dataclasses.replace(self, experiment=dataclasses.replace(self.experiment, cache=PROFILES[profile]))
+        return self._with(asked_for(self.experiment, profile, ()))
 
     def with_settings(self, sets: Sequence[str]) -> "Pipeline":
         """The same weights with settings changed, such as `cache.top=8`."""
-        return dataclasses.replace(self, experiment=options.override(self.experiment, list(sets)))
+        return self._with(asked_for(self.experiment, None, sets))
+
+    def _with(self, exp: Experiment) -> "Pipeline":
+        return dataclasses.replace(self, experiment=exp, nets=trees.cast(self.nets, exp.dtypes.params),
+                                   pixels=trees.cast(self.pixels, exp.dtypes.vae),
+                                   text=dataclasses.replace(self.text, dtype=exp.dtypes.text))  # fmt: skip
 
     def start(self, *, seed: int, videos: Sequence[int]) -> State:
         """The state before the first block of `videos`."""

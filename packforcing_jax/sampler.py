@@ -4,6 +4,7 @@
 there is per layer is a list when the transformer's layers run one by one, stacked when they are scanned.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -126,22 +127,29 @@ def remember(nets: Nets, exp: Experiment, memory: cache.Memory, *, latent: Laten
     One clean pass at timestep 0 for the block's own keys, one more for its packed twin's. The twin sees what the
     clean pass saw, the block at full size, and itself; the block never sees its twin.
     """
-    seen = cache.plan(exp.cache, memory.num_blocks)
-    full, views = read_clean(nets, exp, seen, latent, text, drawn.views)
+    seen, n = cache.plan(exp.cache, memory.num_blocks), memory.num_blocks
+    layers, views = read_clean(nets, exp, seen, latent, text, trees.zipped(drawn.views, memory.layers, drawn.looked),
+                               keep=functools.partial(_committed, exp, n))  # fmt: skip
     packed = None
     if exp.cache.top:
         # Without the barrier a layer's view may be wanted before and after the twin is laid into it: two copies of it.
         views, latent, low = jax.lax.optimization_barrier((views, latent, low))
         packed, views = read_packed(nets, exp, seen, latent, low, text, views)
-    kept = packed if exp.cache.archive == "device" else None
-    return cache.commit(exp, memory, full, kept, drawn.looked), packed, views
+    if packed is not None and exp.cache.archive == "device":
+        layers = trees.over(lambda *one: cache.commit_packed(exp, n, *one), layers, packed)
+    return cache.Memory(layers=layers, num_blocks=n + 1), packed, views
 
 
-def read_clean(nets: Nets, exp: Experiment, seen: cache.Plan, latent: Latent, text: Any, views: Any) -> tuple[Any, Any]:
-    """Keys and values of a clean block in every layer, and the views with that block laid down behind."""
+def read_clean(nets: Nets, exp: Experiment, seen: cache.Plan, latent: Latent, text: Any, past: Any, *,
+               keep: Callable | None = None) -> tuple[Any, Any]:  # fmt: skip
+    """What `keep` makes of a clean block's keys and values in every layer, by default themselves, and the views.
+
+    `past` holds the views, which afterwards hold that block too, or tuples of a view and what else `keep` takes.
+    """
     time = dit.embed_time(nets.dit, jnp.zeros(latent.shape[:2]))
-    _, kept = dit.run(nets.dit, dit.embed_latent(nets.dit, latent), time, text, past=views,
-                      mix=_mix(exp, *_own_places(exp, seen, latent), cache.length(exp, seen), keep=_both))  # fmt: skip
+    _, kept = dit.run(nets.dit, dit.embed_latent(nets.dit, latent), time, text, past=past, attend=_reader(exp, text),
+                      mix=_mix(exp, *_own_places(exp, seen, latent), cache.length(exp, seen),
+                               keep=keep or _both))  # fmt: skip
     return trees.unzip(kept)
 
 
@@ -159,7 +167,7 @@ def read_packed(nets: Nets, exp: Experiment, seen: cache.Plan, latent: Latent, l
         return trees.over(lambda own: KV(k=rope.rotate(own.k, turned), v=own.v),
                           dit.projections(nets.dit, tokens, time)), views  # fmt: skip
     behind = cache.length(exp, seen) + exp.cache.block * exp.tokens_per_frame
-    _, kept = dit.run(nets.dit, tokens, time, text, past=views,
+    _, kept = dit.run(nets.dit, tokens, time, text, past=views, attend=_reader(exp, text),
                       mix=_mix(exp, cache.packed_times(exp, seen), places, behind, keep=_both))  # fmt: skip
     return trees.unzip(kept)
 
@@ -176,7 +184,8 @@ def guess(nets: Nets, exp: Experiment, seen: cache.Plan, noisy: Latent, timestep
     mix = _mix(exp, *_own_places(exp, seen, noisy), cache.length(exp, seen), keep=_whole)
     if look is not None:
         mix = look(exp, seen, mix)
-    x, kept = dit.run(nets.dit, dit.embed_latent(nets.dit, noisy), time, text, past=past, mix=mix)
+    x, kept = dit.run(nets.dit, dit.embed_latent(nets.dit, noisy), time, text, past=past, mix=mix,
+                      attend=_reader(exp, text))  # fmt: skip
     output = dit.head(nets.dit, x, time.e, exp.grid).astype(noisy.dtype)
     if exp.sample.prediction == "clean":
         return output, kept
@@ -224,19 +233,32 @@ def _both(own: KV, whole: KV) -> tuple[KV, KV]:
     return own, whole
 
 
+def _committed(exp: Experiment, n: Array, own: KV, whole: KV, layer: cache.Layer, looked: Any) -> tuple[Any, KV]:
+    return cache.commit_sharp(exp, n, layer, own, looked), whole
+
+
 def _mix(exp: Experiment, times: Float[Array, " q"], places: Float[Array, "q 2"], at: Array, *,
-         keep: Callable[[KV, KV], Any]) -> dit.Mix:  # fmt: skip
+         keep: Callable) -> dit.Mix:  # fmt: skip
     """Attention of tokens at (times, places) to the first `at` keys of a view and to themselves."""
     in_time, in_space = rope.time_angles(times, exp.dit), rope.space_angles(places, exp.dit)
 
-    def mix(q: Heads, k: Heads, v: Heads, past: KV) -> tuple[Heads, Any]:
+    def mix(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, Any]:
+        before, *rest = past if isinstance(past, tuple) else (past,)
         own = KV(k=rope.rotate(k, in_space), v=v)
-        whole = view.extend(past, KV(k=rope.rotate(own.k, in_time), v=v), at)
+        whole = view.extend(before, KV(k=rope.rotate(own.k, in_time), v=v), at)
         attend = attention.backend(exp.attention, whole.k.dtype)
         turned = rope.rotate(q, in_time + in_space).astype(whole.k.dtype)
-        return attend(turned, whole.k, whole.v, at + k.shape[1]).astype(q.dtype), keep(own, whole)
+        mixed = attend(turned, whole.k, whole.v, at + k.shape[1]).astype(q.dtype)
+        kept = keep(own, whole, *rest)
+        # What is written elsewhere is written now, or keys and values of all layers wait for the end side by side.
+        return jax.lax.optimization_barrier((mixed, kept)) if rest else (mixed, kept)
 
     return mix
+
+
+def _reader(exp: Experiment, text: Any) -> dit.Attend:
+    """The attention that reads the text."""
+    return attention.backend(exp.attention, jax.tree.leaves(text)[0].dtype)
 
 
 def _own_places(exp: Experiment, seen: cache.Plan, latent: Latent) -> tuple[Array, Array]:

@@ -1,5 +1,6 @@
 """Which packed blocks a block looks back at: every policy scores the archive, the best are attended in time order."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -11,6 +12,8 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from packforcing_jax.types import Heads
+
+QUERIES_AT_A_TIME = 16
 
 
 @struct.dataclass
@@ -34,12 +37,24 @@ def logits(asked: Question) -> Float[Array, "b n q slot p"]:
 
 
 def _agreement(queries: Heads, keys: Heads) -> Float[Array, "b n q k"]:
+    queries = jax.lax.optimization_barrier(queries)  # or XLA copies all keys side by side, to multiply them in one go
     products = jnp.einsum("bqnh,bknh->bnqk", queries, keys, preferred_element_type=jnp.float32)
     return products * queries.shape[-1] ** -0.5
 
 
 def mass(asked: Question) -> Float[Array, "b n q slot"]:
-    """Attention that each pooled query of each head pays each block: softmax over archive, sink and recent."""
+    """Attention that each pooled query of each head pays each block: softmax over archive, sink and recent.
+
+    A few queries at a time: the logits of all would be the largest array of a whole block's step at full size.
+    """
+    count = asked.pooled.shape[1]
+    together = max(size for size in range(1, QUERIES_AT_A_TIME + 1) if count % size == 0)
+    parts = einops.rearrange(asked.pooled, "b (part q) n h -> part b q n h", q=together)
+    masses = jax.lax.map(lambda few: _masses(dataclasses.replace(asked, pooled=few)), parts)
+    return einops.rearrange(masses, "part b n q m -> b n (part q) m")
+
+
+def _masses(asked: Question) -> Float[Array, "b n q slot"]:
     lowest = jnp.finfo(jnp.float32).min
     packed = jnp.where((asked.ids >= 0)[None, None, None, :, None], logits(asked), lowest)
     others = [jnp.where(valid[None, None, None], _agreement(asked.pooled, keys), lowest)

@@ -79,6 +79,7 @@ def question(exp: Experiment, seen: Plan, layer: Layer, asked: Asked, lots: Arra
     All lie at one common distance, the middle of the row they will form, so that age does not decide. The paper's
     sum alone sees them at their true frames, counted from the current block's first.
     """
+    layer = jax.lax.optimization_barrier(layer)  # or keys are turned once for here and the view, which is then a copy
     cfg, packed = exp.cache, layer.mid.k
     offsets = jnp.asarray(cache.packed_places(exp)[0])[None, None]
     lies = layer.at[..., None] + offsets if cfg.rope_adjustment == "incremental" else jnp.zeros((1, 1, 1))

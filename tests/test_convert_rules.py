@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from convert import rules, wan_dit
+from convert import contents, networks, rules, wan_dit
 from convert.rules import Rule
+from packforcing_jax.config import Experiment
 from packforcing_jax.errors import InputError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -77,7 +78,7 @@ def test_axes_of_one_are_dropped_but_no_others(transform, shape):
 
 
 def test_layers_are_stacked_in_order_of_number_not_of_name():
-    tensors = {f"blocks.{i}.q.weight": np.full((2, 3), i) for i in (10, 2, 0, 7, 1, 3, 11, 4, 5, 9, 6, 8)}
+    tensors = {f"blocks.{i}.q.weight": np.full((2, 3), i, np.float32) for i in (10, 2, 0, 7, 1, 3, 11, 4, 5, 9, 6, 8)}
     table = [Rule(r"blocks\.(\d+)\.q\.weight", "blocks/q", rules.linear)]
     made = rules.convert(tensors, table, {"blocks/q": (12, 3, 2)})
     np.testing.assert_array_equal(made["blocks/q"][:, 0, 0], np.arange(12))
@@ -199,12 +200,58 @@ def test_the_table_is_about_every_tensor_of_the_original_once():
         assert sum(rule.place(name) is not None for rule in wan_dit.WAN_DIT) == 1, name
 
 
-def test_trainer_prefixes_are_removed():
-    wrapped = {"model._fsdp_wrapped_module.blocks.0._checkpoint_wrapped_module.norm3.weight": counting(2),
-               "model.head.head.bias": counting(3), "_orig_mod.model.patch_embedding.bias": counting(4)}  # fmt: skip
-    assert set(wan_dit.plain_names(wrapped)) == {"blocks.0.norm3.weight", "head.head.bias", "patch_embedding.bias"}
-    with pytest.raises(InputError, match="1 tensors have the same name"):
-        wan_dit.plain_names({"model.a": counting(1), "a": counting(1)})
+def test_names_are_made_from_the_paths_that_they_lead_to():
+    forms, wrong = shapes(), rules.no_mismatches()
+    places = rules.sources(forms, TABLE, wrong)
+    assert not any(wrong.values())
+    assert places == {name: place for name in checkpoint() for rule in TABLE if (place := rule.place(name))}
+    rules.sources({"novel": (2,)}, TABLE, wrong, "part/")
+    assert wrong["without a name in the checkpoint"] == ["part/novel"]
+
+
+@pytest.mark.parametrize(("part", "count"), [("dit", 825), ("codec", 194), ("text", 242)])
+def test_full_size_networks_have_as_many_tensors_as_were_published(part, count):
+    exp, wrong = Experiment("published"), rules.no_mismatches()
+    places = rules.sources(networks.wanted(part, exp), networks.NETWORKS[part].table, wrong)
+    assert not any(wrong.values())
+    assert len(places) == count
+    assert all(sum(rule.place(name) == place for rule in networks.NETWORKS[part].table) == 1
+               for name, place in places.items())  # fmt: skip
+
+
+def test_every_original_name_tells_its_network():
+    exp = Experiment("published")
+    names = {name: part for part in networks.NETWORKS
+             for name in rules.sources(networks.wanted(part, exp), networks.NETWORKS[part].table,
+                                       rules.no_mismatches())}  # fmt: skip
+    assert networks.original_names(names) == {name: (part, name) for name, part in names.items()}
+
+
+def test_layers_have_one_spelling_and_an_end():
+    rule = Rule(r"blocks\.(\d+)\.w", "blocks/w")
+    assert rule.place("blocks.0.w") == rules.Place("blocks/w", 0)
+    assert rule.place("blocks.9999.w") == rules.Place("blocks/w", 9999)
+    assert not any(rule.place(f"blocks.{spelt}.w") for spelt in ("00", "01", "10000", "-1", "+1", "1_0", "\u0663", ""))
+
+
+@pytest.mark.parametrize("name", [
+    "model.blocks.0.x", "_fsdp_wrapped_module.model.blocks.0.x", "base_model.model.model.blocks.0.x",
+    "model._orig_mod.blocks.0._checkpoint_wrapped_module.x", "blocks._fsdp_wrapped_module.0.base_layer.x",
+    "model.diffusion_model.blocks.0.x",
+])  # fmt: skip
+def test_what_trainers_put_into_names_is_removed(name):
+    assert contents.WRAPPERS.sub("", name) == "blocks.0.x"
+
+
+def test_names_that_only_look_wrapped_are_kept():
+    assert contents.WRAPPERS.sub("", "remodel.blocks.modulation.submodule") == "remodel.blocks.modulation.submodule"
+
+
+def test_lengths_are_those_of_most_tensors():
+    held = {"blocks.0.a.bias": (5,), "blocks.1.a.bias": (5,), "blocks.2.a.bias": (7,), "b": ()}
+    assert rules.axis(held, r"blocks\..*\.a\.bias", 0, 3) == 5
+    assert rules.axis(held, "b", 0, 3) == rules.axis(held, "absent", 0, 3) == 3
+    assert (rules.layers(held), rules.layers(["a"])) == (3, 0)
 
 
 def test_both_configs_describe_the_same_network():

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from packforcing_jax import cache, dit, sampler, trees
+from packforcing_jax import attention, cache, dit, sampler, trees
 from packforcing_jax.config import DiTConfig
 from packforcing_jax.types import KV
 
@@ -218,7 +218,7 @@ def test_the_scan_is_a_loop_over_layers_and_stacks_what_they_keep():
     def mix(q, k, v, past):
         return v * past, (q.sum(), k)
 
-    one_layer = tiny.jit(lambda block, *inputs: block(*inputs, mix))
+    one_layer = tiny.jit(lambda block, *inputs: block(*inputs, mix, attention.reference))
     gains = jnp.asarray([0.5, 2.0])
     scanned, (sums, keys) = tiny.jit(lambda: dit.run(MODEL, x, time, text, past=gains, mix=mix))()
     for layer in range(2):

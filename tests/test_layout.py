@@ -14,13 +14,13 @@ rope schedules unipc attention layers selection cache view dit vae_layers vae co
 archive formulas counting
 checkpoints models encoding growing video
 stage.world stage.captions stage.oracle stage.metrics stage.data stage.stories
-pipeline budget trace saves keeping inspection timelines
+pipeline budget trace saves keeping inspection timelines jobs
 objectives train evaluation recall verify_parts verify_dit verify
-cli.common cli.doctor cli.plan cli.download cli.inspect cli.sample cli.verify cli.train cli.evaluate
+cli.common cli.doctor cli.convert cli.plan cli.download cli.inspect cli.sample cli.verify cli.train cli.evaluate
 cli.main __main__
 """.split()  # noqa: SIM905
 CONVERT_STANDS_ABOVE = "pipeline"  # conversion knows the networks and checkpoints, nothing that runs them
-MAY_CONVERT = "verify"  # and the modules whose names begin so
+MAY_CONVERT = ("verify", "cli.convert")  # and the modules whose names begin so
 FOREIGN = {"torch", "diffusers", "transformers", "tensorflow"}
 LINES = 350
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -237,3 +238,29 @@ def test_a_length_in_seconds_is_rounded_up_to_blocks(seconds, blocks):
 def test_a_length_that_is_none_is_refused(seconds):
     with pytest.raises(InputError, match="is not a length"):
         pipeline.blocks_of(tiny.EXP, seconds)
+
+
+# Number formats
+
+
+def bits(pipe, blocks=3):
+    return [block.latent for block in pipe.stream(["a red disc"] * blocks, seed=4)]
+
+
+def test_weights_cast_when_used_are_weights_cast_when_read(pipe):
+    held = bits(pipe.with_settings(["dtypes.params=bfloat16", "dtypes.compute=bfloat16"]))
+    used = bits(pipe.with_settings(["dtypes.compute=bfloat16"]))
+    for one, other, exact in zip(held, used, bits(pipe), strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert 0 < np.abs(one - exact).max() < 0.5
+
+
+def test_keys_and_values_are_stored_as_asked(pipe):
+    model = pipe.with_settings(["dtypes.cache=bfloat16"])
+    state = model.start(seed=0, videos=[3])
+    kept = (state.views, [(layer.sink, layer.mid, layer.recent) for layer in state.memory.layers])
+    assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype(jnp.bfloat16)}
+    for rounded, exact in zip(bits(model), bits(pipe), strict=True):
+        assert rounded.dtype == exact.dtype
+        assert np.abs(rounded - exact).max() < 0.5
+    assert np.abs(bits(model)[2] - bits(pipe)[2]).max() > 0

@@ -77,6 +77,10 @@ WRONG = {
     "trace among the saves": ([*PROMPT, "--state", "a", "--trace", "a/t.jsonl"], ["--trace a/t.jsonl", "--state a"]),
     "trace in place of the video": ([*PROMPT, "--out", "a.mp4", "--trace", "./a.mp4"], ["--trace ./a.mp4", "--out"]),
     "unknown word": (["--prompt", "a purpel disc"], ["purpel"]),
+    "prompt and prompts": ([*PROMPT, "--prompts", "x"], ["--prompt", "--prompts"]),
+    "missing prompts": (["--prompts", "nowhere.txt"], ["nowhere.txt"]),
+    "one trace for many videos": (["--prompts", "x", "--trace", "t.jsonl"], ["--trace t.jsonl", "--prompts"]),
+    "unknown number format": ([*PROMPT, "--set", "dtypes.cache=float8"], ["dtypes.cache='float8'", "bfloat16"]),
     "empty prompt": (["--prompt", "  "], ["--prompt", "empty"]),
     "prompt and timeline": ([*PROMPT, "--timeline", "x"], ["--prompt", "--timeline"]),
     "no story for this model": ([], ["--prompt"]),
@@ -106,6 +110,78 @@ def test_a_wrong_request_is_one_sentence_and_leaves_nothing(case, capsys, folder
     assert "Traceback" not in complaint
     assert all(name in complaint for name in named), complaint
     assert list(tmp_path.iterdir()) == []
+
+
+# Many videos from one file
+
+LINES = [
+    {"prompt": "a red disc"},
+    {"timeline": [[0, "a red disc"], [2, "lime square"]], "blocks": 4, "seed": 9, "name": "two halves"},
+    {"prompt": "a red disc", "set": ["cache.top=1"], "seconds": 2},
+]
+
+
+@pytest.fixture
+def lines(tmp_path):
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return tmp_path / "lines.jsonl"
+
+
+def test_every_line_is_a_video_with_its_own_settings(capsys, folder, tmp_path, lines):
+    words = ("--blocks", 3, "--seed", 5, "--out", tmp_path / "made")
+    assert run(capsys, folder, "--prompts", lines, *words)[0] == 0
+    made = {path.name: video.settings(path) for path in (tmp_path / "made").glob("*.mp4")}
+    assert sorted(made) == ["a-red-disc-2.mp4", "a-red-disc.mp4", "two halves.mp4"]
+    assert [made[name]["blocks"] for name in sorted(made)] == [4, 3, 4]
+    assert [made[name]["seed"] for name in sorted(made)] == [5, 5, 9]
+    assert made["two halves.mp4"]["prompts"] == [[0, "a red disc"], [2, "lime square"]]
+    assert made["a-red-disc-2.mp4"]["set"] == ["cache.top=1"]
+
+
+def test_a_line_gives_the_video_that_the_prompt_alone_gives(capsys, folder, tmp_path):
+    (tmp_path / "lines.txt").write_text("# two videos\nlime square\n\na red disc\n")
+    assert run(capsys, folder, "--prompts", tmp_path / "lines.txt", "--blocks", 2, "--out", tmp_path / "made")[0] == 0
+    assert run(capsys, folder, "--prompt", "a red disc", "--blocks", 2, "--out", tmp_path / "alone.mp4")[0] == 0
+    assert (video.read(tmp_path / "made" / "a-red-disc.mp4") == video.read(tmp_path / "alone.mp4")).all()
+
+
+def test_finished_lines_are_skipped_and_changed_ones_made_again(capsys, folder, tmp_path):
+    story, made = tmp_path / "lines.txt", tmp_path / "made"
+
+    def again(text):
+        story.write_text(text)
+        before = {path.name: path.stat().st_mtime_ns for path in made.glob("*.mp4")}
+        assert run(capsys, folder, "--prompts", story, "--blocks", 2, "--out", made)[0] == 0
+        after = {path.name: path.stat().st_mtime_ns for path in made.glob("*.mp4")}
+        return sorted(name for name, at in after.items() if before.get(name) != at)
+
+    assert again("a red disc\nlime square\n") == ["a-red-disc.mp4", "lime-square.mp4"]
+    assert again("lime square\na red disc\n") == []
+    assert again("lime square\na red disc\na lime disc\n") == ["a-lime-disc.mp4"]
+    (made / "lime-square.mp4").write_bytes(b"cut off")
+    with (made / "finished.jsonl").open("a") as ledger:
+        ledger.write('{"key": "')  # as a kill leaves it
+    assert again("lime square\na red disc\n") == ["lime-square.mp4"]
+    assert run(capsys, folder, "--prompts", story, "--blocks", 2, "--seed", 3, "--out", made)[0] == 0
+    assert video.settings(made / "a-red-disc.mp4")["seed"] == 3
+
+
+def test_a_wrong_line_stops_everything_before_the_first_video(capsys, folder, tmp_path):
+    lines = [LINES[0], {"prompt": "a purpel disc"}]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, _, complaint = run(capsys, folder, "--prompts", tmp_path / "lines.jsonl", "--out", tmp_path / "made")
+    assert code == 2
+    assert "lines.jsonl, line 2" in complaint
+    assert "purpel" in complaint
+    assert not (tmp_path / "made").exists()
+
+
+def test_half_precision_is_sampled_and_named(capsys, folder, tmp_path):
+    half = [word for name in ("params", "compute", "cache") for word in ("--set", f"dtypes.{name}=bfloat16")]
+    code, _, said = run(capsys, folder, *PROMPT, "--blocks", 3, *half, "--out", tmp_path / "v.mp4")
+    assert code == 0
+    assert "bfloat16" in said
+    assert video.read(tmp_path / "v.mp4").std() > 0
 
 
 # Runs that are traced, kept and continued

@@ -1,7 +1,6 @@
 """`packforcing evaluate`: reads a model's videos with the Stage world's oracle, each figure beside its chance level."""
 
 import argparse
-import dataclasses
 import functools
 import json
 import sys
@@ -77,11 +76,8 @@ def _model(args: argparse.Namespace):
     from packforcing_jax import evaluation, pipeline
 
     if args.run is None:
-        model = pipeline.Pipeline.from_pretrained(args.weights)
-    else:
-        checkpoint = evaluation.newest(args.run)
-        print(f"evaluate: averaged weights of {checkpoint}", file=sys.stderr)
-        model = evaluation.of_checkpoint(common.load_experiment(args.config or "stage"), checkpoint)
-    if args.memory is not None:
-        model = model.with_memory(args.memory)
-    return dataclasses.replace(model, experiment=common.override(model.experiment, args.sets))
+        return pipeline.Pipeline.from_pretrained(args.weights, memory=args.memory, sets=args.sets)
+    checkpoint = evaluation.newest(args.run)
+    print(f"evaluate: averaged weights of {checkpoint}", file=sys.stderr)
+    exp = pipeline.asked_for(common.load_experiment(args.config or "stage"), args.memory, args.sets)
+    return evaluation.of_checkpoint(exp, checkpoint)

@@ -36,6 +36,8 @@ VERBS = {
                   "packforcing train --config stage --set cache.top=8"),
     "evaluate": Verb("evaluate", "read a model's videos with the Stage world's oracle",
                      "packforcing evaluate --mode forced --gaps 8,64"),
+    "convert": Verb("convert", "make a model folder of public weights, or one file for torch of a model folder",
+                    "packforcing convert weights/wan2.1-t2v-1.3b --out models/wan2.1-t2v-1.3b"),
     "download": Verb("download", "fetch public weights", "packforcing download --list", checked=False),
     "plan": Verb("plan", "say what a video costs in keys, bytes and operations, allocating nothing",
                  "packforcing plan --config wan_t2v_1_3b_paper --seconds 120"),

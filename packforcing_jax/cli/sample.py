@@ -5,9 +5,11 @@ import contextlib
 import json
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from packforcing_jax import timelines
+from packforcing_jax import jobs, timelines
 from packforcing_jax.cli import common
 from packforcing_jax.config import require
 from packforcing_jax.errors import InputError
@@ -15,17 +17,21 @@ from packforcing_jax.errors import InputError
 TIMES_CLIP = 24  # length of the default video in training clips
 SHOWN_HEIGHT = 384  # small videos are enlarged to about this many pixels
 SHEET_HEIGHT = 96  # and the frames of a contact sheet to this many
+SHEET_FRAMES, SHEET_BLOCKS = 40, 20  # at most about so many frames, from so many blocks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `sample`."""
     parser.add_argument("--prompt", metavar="TEXT", help="one prompt for the whole video")
     parser.add_argument("--timeline", metavar="FILE", help="prompts by block, lines `BLOCK: prompt`")
+    parser.add_argument("--prompts", metavar="FILE",
+                        help="many videos: a prompt per line, or JSON lines with settings; finished ones are skipped")
     parser.add_argument("--seconds", type=float, metavar="S", help="length; default 24 training clips")
     parser.add_argument("--blocks", type=int, metavar="N", help="length in blocks")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     parser.add_argument("--memory", metavar="PROFILE", help="another memory than the model's own, such as no-mid")
-    parser.add_argument("--out", metavar="FILE", default="out/video.mp4", help="video file (default: out/video.mp4)")
+    parser.add_argument("--out", metavar="PATH",
+                        help="video file (default: out/video.mp4); with --prompts a folder (default: out/videos)")
     parser.add_argument("--sheet", metavar="FILE", help="also write a contact sheet, a PNG")
     parser.add_argument("--trace", metavar="FILE", help="also record what each layer looked back at, for `inspect`")
     parser.add_argument("--state", metavar="DIR",
@@ -37,51 +43,127 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Makes the video and prints where it is and, in the Stage world, what the oracle reads in it."""
+    """Makes the videos and prints where each is and, in the Stage world, what the oracle reads in it."""
     _check(args)
-    from packforcing_jax import attention, trace, video
-    from packforcing_jax.pipeline import Pipeline, blocks_of
+    wanted = jobs.named(jobs.read(args.prompts)) if args.prompts else []
+    from packforcing_jax.pipeline import Pipeline
 
-    began = time.monotonic()
-    video.check_writable(args.out)
-    if args.trace is not None:
-        trace.check_writable(args.trace)
-    pipeline = Pipeline.from_pretrained(args.weights)
-    if args.memory is not None:
-        pipeline = pipeline.with_memory(args.memory)
-    pipeline = pipeline.with_settings(args.sets)
+    _writable(args)
+    pipeline = Pipeline.from_pretrained(args.weights, memory=args.memory, sets=args.sets)
     exp = pipeline.experiment
-    blocks = args.blocks or (blocks_of(exp, args.seconds) if args.seconds is not None else
-                             TIMES_CLIP * exp.clip // exp.cache.block)  # fmt: skip
-    prompts = _prompts(args, blocks, stage=exp.name == "stage")
+    if not wanted:
+        return _make(_film(args, pipeline, _prompts(args, _blocks(args, exp), stage=exp.name == "stage")))
+    return _make_all([(job, _of_job(args, pipeline, job)) for job in wanted], Path(args.out))
+
+
+@dataclass(frozen=True)
+class Film:
+    """One video to make, checked: nothing of it has been drawn."""
+
+    pipeline: Any
+    prompts: list[str]
+    seed: int
+    blocks: int
+    args: argparse.Namespace  # where files go, and what the settings inside the video say
+
+    @property
+    def settings(self) -> dict:
+        """What stands inside the video file."""
+        args = self.args
+        return {"experiment": self.pipeline.experiment.name, "seed": self.seed, "memory": args.memory,
+                "blocks": self.blocks, "set": args.sets, "weights": args.weights,
+                "prompts": _runs(self.prompts)}  # fmt: skip
+
+
+def _film(args: argparse.Namespace, pipeline, prompts: list[str]) -> Film:
     pipeline.check(prompts)
-    keeper, at = _kept(args, pipeline, prompts)
-    backend, why = attention.chosen(exp.attention)
-    common.start_line("sample", experiment=exp, dtype="float32", attention=backend, why=why)
-    settings = {"experiment": exp.name, "seed": args.seed, "memory": args.memory, "blocks": blocks,
-                "set": args.sets, "weights": args.weights, "prompts": _runs(prompts)}  # fmt: skip
+    return Film(pipeline, prompts, args.seed, len(prompts), args)
+
+
+def _of_job(args: argparse.Namespace, pipeline, job: jobs.Job) -> Film:
+    """The film of one line of --prompts: what it does not say comes from the flags."""
+    own = argparse.Namespace(**vars(args) | {
+        "out": str(Path(args.out, f"{job.name}.mp4")), "seed": args.seed if job.seed is None else job.seed,
+        "state": args.state and str(Path(args.state, str(job.name))), "sets": [*args.sets, *job.sets],
+        "memory": job.memory or args.memory})  # fmt: skip
+    if job.blocks or job.seconds:
+        own.blocks, own.seconds = job.blocks, job.seconds
+    try:
+        if job.memory is not None:
+            pipeline = pipeline.with_memory(job.memory).with_settings(args.sets)
+        if job.sets:
+            pipeline = pipeline.with_settings(job.sets)
+        return _film(own, pipeline, timelines.spread(list(job.entries), _blocks(own, pipeline.experiment)))
+    except InputError as error:
+        raise InputError(f"{job.source}: {error}") from error
+
+
+def _make_all(films: list[tuple[jobs.Job, Film]], folder: Path) -> int:
+    """Makes the videos that `folder` does not hold finished yet."""
+    from packforcing_jax import keeping, models
+
+    ledger = jobs.Ledger(folder)
+    for number, (job, film) in enumerate(films, start=1):
+        key = jobs.key(experiment=models.experiment_to_json(film.pipeline.experiment), seed=film.seed,
+                       weights=keeping.digest(film.pipeline), prompts=_runs(film.prompts), blocks=film.blocks,
+                       name=job.name)  # fmt: skip
+        if ledger.holds(key):
+            print(f"sample: {number} of {len(films)}, {film.args.out} is finished", file=sys.stderr)
+            continue
+        print(f"sample: {number} of {len(films)}, {film.args.out}", file=sys.stderr)
+        _make(film)
+        ledger.add(key, Path(film.args.out))
+    return 0
+
+
+def _make(film: Film) -> int:
+    """Draws and writes one video."""
+    from packforcing_jax import attention, trace, video
+
+    args, pipeline, exp = film.args, film.pipeline, film.pipeline.experiment
+    began = time.monotonic()
+    keeper, at = _kept(args, pipeline, film.prompts)
+    backend, why = attention.chosen(exp.attention, exp.dtypes.cache)
+    common.start_line("sample", experiment=exp, dtype=exp.dtypes.compute, attention=backend, why=why)
     size = (exp.latent[1] * exp.codec.space_factor, exp.latent[0] * exp.codec.space_factor)
-    frames = []
+    seen = _Seen(all=exp.name == "stage", total=film.blocks if args.sheet else 0)
     with contextlib.ExitStack() as files:
-        writer = files.enter_context(video.Writer(args.out, fps=exp.fps, size=size, settings=settings,
+        writer = files.enter_context(video.Writer(args.out, fps=exp.fps, size=size, settings=film.settings,
                                                   scale=max(1, SHOWN_HEIGHT // size[1]),
                                                   resume=at.written))  # fmt: skip
-        tracer = files.enter_context(trace.Writer(args.trace, trace.header(exp, seed=args.seed, prompts=_runs(prompts)),
-                                                  position=at.traced)) if args.trace else None  # fmt: skip
-        stream = pipeline.stream(prompts, seed=args.seed, state=at.state)
+        header = trace.header(exp, seed=film.seed, prompts=_runs(film.prompts))
+        tracer = files.enter_context(trace.Writer(args.trace, header, position=at.traced)) if args.trace else None
+        stream = pipeline.stream(film.prompts, seed=film.seed, state=at.state)
         first = 0 if at.state is None else int(at.state.memory.num_blocks)
-        for block in common.progress(stream, name="sample", unit="blocks", total=blocks - first):
+        for block in common.progress(stream, name="sample", unit="blocks", total=film.blocks - first):
             writer.write(block.frames)
             if tracer is not None:
                 tracer.write(block)
             if keeper is not None:
                 keeper.keep(block, writer, tracer)
-            if args.sheet is not None or exp.name == "stage":
-                frames.append(block.frames)
-    if args.sheet is not None and frames:
-        _sheet(frames, args.sheet)
-    _report(args, prompts, first, frames, exp, time.monotonic() - began)
+            seen.add(block)
+    if args.sheet is not None and seen.sheet:
+        _sheet(seen.sheet, args.sheet)
+    _report(film, first, seen, time.monotonic() - began)
     return 0
+
+
+@dataclass
+class _Seen:
+    """Frames that are still needed when the video is finished: all of a Stage video, some for a contact sheet."""
+
+    all: bool
+    total: int  # blocks of the video, 0 without a sheet
+    count: int = 0
+    frames: list = field(default_factory=list)
+    sheet: list = field(default_factory=list)
+
+    def add(self, block) -> None:
+        self.count += len(block.frames)
+        if self.all:
+            self.frames.append(block.frames)
+        if self.total and block.index % max(1, self.total // SHEET_BLOCKS) == 0:
+            self.sheet.append(block.frames[:: max(1, len(block.frames) * SHEET_BLOCKS // SHEET_FRAMES)])
 
 
 def _kept(args: argparse.Namespace, pipeline, prompts: list[str]):
@@ -101,20 +183,26 @@ def _kept(args: argparse.Namespace, pipeline, prompts: list[str]):
 
 
 def _sheet(frames: list, path: str) -> None:
-    """One picture of about 40 frames spread over the video, each enlarged to about SHEET_HEIGHT pixels."""
+    """One picture of frames spread over the video, each enlarged to about SHEET_HEIGHT pixels."""
     import numpy as np
 
     from packforcing_jax import video
 
     whole = np.concatenate(frames)
     scale = max(1, SHEET_HEIGHT // whole.shape[1])
-    shown = whole[:: max(1, len(whole) // 40)].repeat(scale, axis=1).repeat(scale, axis=2)
+    shown = whole[:: max(1, len(whole) // SHEET_FRAMES)].repeat(scale, axis=1).repeat(scale, axis=2)
     video.contact_sheet(shown, path)
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses what can be refused before anything is loaded."""
-    require(args.prompt is None or args.timeline is None, "--prompt and --timeline exclude each other; give one.")
+    given = [flag for flag, value in (("--prompt", args.prompt), ("--timeline", args.timeline),
+                                      ("--prompts", args.prompts)) if value is not None]  # fmt: skip
+    require(len(given) < 2, f"{' and '.join(given)} exclude each other; give one.")
+    for flag, value in (("--trace", args.trace), ("--sheet", args.sheet)):
+        require(args.prompts is None or value is None, f"{flag} {value} is of one video, but --prompts may make many; "
+                "leave it out.")  # fmt: skip
+    args.out = args.out or ("out/videos" if args.prompts else "out/video.mp4")
     require(args.seconds is None or args.blocks is None, "--seconds and --blocks exclude each other; give one.")
     require(args.blocks is None or args.blocks > 0, f"--blocks {args.blocks} is not a length; give 1 or more.")
     require(args.seconds is None or 0 < args.seconds < float("inf"),
@@ -129,6 +217,24 @@ def _check(args: argparse.Namespace) -> None:
             f"--trace {args.trace} is also the video (--out {args.out}); give them two names.")  # fmt: skip
     if args.prompt is not None and not args.prompt.strip():
         raise InputError("--prompt is empty; say what the video should show.")
+
+
+def _writable(args: argparse.Namespace) -> None:
+    """Refuses places that cannot be written, leaving nothing there."""
+    from packforcing_jax import trace, video
+
+    video.check_writable(Path(args.out, "video.mp4") if args.prompts else args.out)
+    if args.trace is not None:
+        trace.check_writable(args.trace)
+
+
+def _blocks(args: argparse.Namespace, exp) -> int:
+    """How many blocks make the video."""
+    from packforcing_jax.pipeline import blocks_of
+
+    if args.seconds is not None:
+        return blocks_of(exp, args.seconds)
+    return args.blocks or TIMES_CLIP * exp.clip // exp.cache.block
 
 
 def _prompts(args: argparse.Namespace, blocks: int, *, stage: bool) -> list[str]:
@@ -148,9 +254,10 @@ def _runs(prompts: list[str]) -> list[tuple[int, str]]:
     return [(i, prompt) for i, prompt in enumerate(prompts) if i == 0 or prompt != prompts[i - 1]]
 
 
-def _report(args: argparse.Namespace, prompts: list[str], first: int, frames: list, exp, seconds: float) -> None:
+def _report(film: Film, first: int, seen: _Seen, seconds: float) -> None:
     """What was made; in the Stage world with the oracle's reading beside chance, if all was drawn in this run."""
-    made = {"out": str(Path(args.out)), "blocks": len(prompts), "frames": sum(map(len, frames)) or None,
+    args, exp, prompts = film.args, film.pipeline.experiment, film.prompts
+    made = {"out": str(Path(args.out)), "blocks": len(prompts), "frames": seen.count or None,
             "seconds": round(seconds, 1)}  # fmt: skip
     if first:
         made |= {"resumed_at": first}
@@ -161,7 +268,7 @@ def _report(args: argparse.Namespace, prompts: list[str], first: int, frames: li
 
     from packforcing_jax.stage import captions, metrics, oracle
 
-    read = metrics.report([oracle.read(np.concatenate(frames))], [[captions.parse(prompt) for prompt in prompts]])
+    read = metrics.report([oracle.read(np.concatenate(seen.frames))], [[captions.parse(prompt) for prompt in prompts]])
     if args.json:
         print(json.dumps(made | {"oracle": read}))
         return

@@ -1,0 +1,118 @@
+"""Wan2.1 1.3B in float32 through the converter and back: how long it takes, how much memory, and that nothing changes.
+
+    python -m benchmarks.convert_full_size --room /tmp/room      # needs 12 GB of disk there; exit 1 if a bound breaks
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from convert import contents, networks, rules
+from packforcing_jax import models, tensors
+from packforcing_jax.config import Experiment
+from packforcing_jax.errors import InputError
+
+LONGEST, MOST = 240.0, 3e9  # seconds, bytes of private memory
+OFTEN = 0.05  # seconds between two looks at the memory
+
+
+class Run(NamedTuple):
+    """What one command took: seconds, and the most private memory that it held at once."""
+
+    seconds: float
+    memory: int
+
+
+def shapes(exp: Experiment) -> dict[str, rules.Shape]:
+    """The tensors of the published transformer by original name."""
+    wanted, sizes = networks.wanted("dit", exp), networks.merged_axes(exp)
+    places = rules.sources(wanted, networks.NETWORKS["dit"].table, rules.no_mismatches())
+    return {name: place.inverse(rules.hollow(wanted[place.path][0 if place.layer is None else 1 :]), sizes).shape
+            for name, place in places.items()}  # fmt: skip
+
+
+def write(path: Path, exp: Experiment, seed: int) -> dict[str, str]:
+    """A checkpoint of random numbers, written one tensor at a time, and the SHA-256 of each."""
+    rng, forms = np.random.default_rng(seed), {name: (shape, np.dtype("f4")) for name, shape in shapes(exp).items()}
+    digests = {}
+    with tensors.Writer(path, forms, {"format": "pt"}) as file:
+        for name, (shape, _) in forms.items():
+            value = rng.random(shape, dtype=np.float32) - np.float32(0.5)
+            digests[name] = contents.digest(value)
+            file.put(name, value)
+    return digests
+
+
+def private_memory(pid: int) -> int:
+    """Bytes of memory that belong to a process alone (`RssAnon`); 0 once it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
+
+
+def run(*words: str) -> Run:
+    """`packforcing WORDS` in a process of its own."""
+    start, most = time.monotonic(), 0
+    process = subprocess.Popen([sys.executable, "-m", "packforcing_jax", *words], stderr=subprocess.PIPE, text=True,
+                               stdout=subprocess.DEVNULL)  # fmt: skip
+    while process.poll() is None:
+        most = max(most, private_memory(process.pid))
+        time.sleep(OFTEN)
+    if process.returncode:
+        raise InputError(f"packforcing {words[0]} ended with {process.returncode}: {process.communicate()[1][-500:]}")
+    return Run(time.monotonic() - start, most)
+
+
+def measured(room: Path, exp: Experiment, seed: int) -> dict:
+    """Figures of one conversion there and back, in an empty folder."""
+    source, model = room / "Wan" / "diffusion_pytorch_model.safetensors", room / "model"
+    back = room / "back.safetensors"
+    source.parent.mkdir()
+    digests = write(source, exp, seed)
+    size = source.stat().st_size
+    there = run("convert", str(source.parent), "--out", str(model))
+    shutil.rmtree(source.parent)  # room for the way back
+    told = json.loads((model / models.MANIFEST).read_text())["tensors"]
+    again = run("convert", str(model), "--to-torch", str(back))
+    same = {name: contents.digest(tensor.read()) for name, tensor in tensors.opened(back).items()}
+    return {
+        "tensors": len(digests), "bytes": size,
+        "seconds": there.seconds, "memory": there.memory,
+        "seconds_back": again.seconds, "memory_back": again.memory,
+        "manifest_tells_them": {row["original"]: row["sha256"] for row in told} == digests,
+        "there_and_back_is_the_same": same == digests,
+    }  # fmt: skip
+
+
+def holds(found: dict) -> bool:
+    """Whether all of what this shows is so."""
+    fast = max(found["seconds"], found["seconds_back"]) < LONGEST
+    small = max(found["memory"], found["memory_back"]) < MOST
+    return fast and small and found["manifest_tells_them"] and found["there_and_back_is_the_same"]
+
+
+def main() -> int:
+    """Prints the figures; exit code 1 if a bound is broken or a tensor has changed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--room", type=Path, required=True, help="a folder with 12 GB of room, which is given back")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.room.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.room) as room:
+        found = measured(Path(room), Experiment("wan"), args.seed)
+    print(json.dumps(found, indent=2))
+    return 0 if holds(found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

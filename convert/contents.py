@@ -1,0 +1,233 @@
+"""What the sources hold for which network: trainers' tables and prefixes, known extras, and other models refused."""
+
+import hashlib
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import networks, rules, umt5, wan_dit
+from convert.sources import Found, Group
+from packforcing_jax.config import require
+from packforcing_jax.errors import InputError
+from packforcing_jax.tensors import Tensor
+
+PREFERRED = ("generator_ema", "generator", "state_dict", "model_state_dict", "model", "module")  # tables of trainers
+LORA = "lora"  # the kind of a source that holds additions to a network
+LORA_NAME = re.compile(r"(^|.*\.)lora_.*")
+ALPHA = re.compile(r"(^|.*\.)alpha")
+ALPHAS = ("lora_alpha", "alpha")  # how the strength of a LoRA is called beside it
+WRAPPERS = re.compile(  # what tools for training and fine-tuning put into names, anywhere
+    r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|base_model|base_layer|"
+    r"diffusion_model|transformer|module|model)\.")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """What is left out and why; `part` is the network it would have belonged to, if that is known."""
+
+    name: str
+    origin: str
+    reason: str
+    part: str = ""
+    tensor: Tensor | None = None
+
+
+@dataclass
+class Contents:
+    """Tensors by part and original name, additions by plain name, and whatever else there was."""
+
+    networks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    groups: dict[str, list[Group]] = field(default_factory=dict)
+    adapters: dict[str, Tensor] = field(default_factory=dict)
+    alpha: float | None = None
+    ignored: list[Ignored] = field(default_factory=list)
+    wrong: rules.Mismatches = field(default_factory=rules.no_mismatches)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """The tensors of one network, by original name, in one group."""
+
+    group: Group
+    tensors: Mapping[str, Tensor]
+
+
+def sort(found: Found, network: str | None = None, kind: str | None = None) -> Contents:
+    """The tensors of all groups by network; `network` and `kind` are what the user wants of them."""
+    contents, offers = Contents(), defaultdict(list)
+    tables = {group.origin: _tables(group.content) for group in found.groups}
+    known = {key for per_group in tables.values() for place in per_group for key in place}
+    require(network is None or not known.isdisjoint({network, f"{network}_{LORA}"}),
+            f"no source has a network called {network!r}; they have {', '.join(sorted(known)[:8]) or 'one each'}.")
+    for group in found.groups:
+        named = _plain(_chosen(tables[group.origin], group, network, contents), group, contents)
+        for part, held in _by_part(named, group, kind, contents).items():
+            offers[part].append(Offer(group, held))
+        _note_alpha(group, contents)
+    for part, each in offers.items():
+        _settle(part, each, contents)
+    return contents
+
+
+# Tables inside each other
+
+
+def _tables(content: Any, place: tuple[str, ...] = ()) -> dict[tuple[str, ...], dict[str, Tensor]]:
+    """Every table that has tensors itself, by the keys that lead to it."""
+    items = content.items() if isinstance(content, dict) else enumerate(content) if _listed(content) else ()
+    own, inner, named = {}, {}, {str(key): value for key, value in items}
+    require(not named or len(named) == len(content),
+            f"{'.'.join(place) or 'the file'} has a number and a text as keys that read alike; re-save it.")
+    for key, value in named.items():
+        if isinstance(value, Tensor):
+            own[key] = value
+        else:
+            inner |= _tables(value, (*place, key))
+    return ({place: own} if own else {}) | inner
+
+
+def _listed(content: Any) -> bool:
+    return isinstance(content, list | tuple)
+
+
+def _chosen(tables: Mapping[tuple[str, ...], Mapping[str, Tensor]], group: Group, network: str | None,
+            contents: Contents) -> dict[str, Tensor]:  # fmt: skip
+    """The tensors of the tables that are meant, of a network and of a LoRA; the others are noted as ignored."""
+    loras = [place for place, table in tables.items() if all(LORA_NAME.match(n) or ALPHA.match(n) for n in table)]
+    others = [place for place in tables if place not in loras]
+    preferred = (network, *PREFERRED) if network else PREFERRED
+    places = [*_pick(others, preferred, group), *_pick(loras, [f"{name}_{LORA}" for name in preferred], group)]
+    for place, table in tables.items():
+        if place not in places:
+            reason = f"of {'.'.join(place) or 'no network'}, which was not chosen"
+            contents.ignored += [Ignored(t.name, t.origin, reason, "dit", t) for t in table.values()]
+    contents.ignored += [Ignored(name, group.origin, "no tensor") for name in _numbers(group.content)]
+    return {name: tensor for place in places for name, tensor in tables[place].items()}
+
+
+def _pick(places: Sequence[tuple[str, ...]], preferred: Sequence[str], group: Group) -> list[tuple[str, ...]]:
+    """The one table that is meant of those at `places`, if there are any."""
+    for found in (*([place for place in places if key in place] for key in preferred),
+                  [place for place in places if not place], places):  # fmt: skip
+        if len(found) == 1:
+            return list(found)
+        names = ", ".join(sorted({place[0] for place in found if place})[:8])
+        require(not found, f"{group.origin} holds several networks ({names}); choose one with --network NAME.")
+    return []
+
+
+def _numbers(content: Any) -> Iterator[str]:
+    """What a trainer's file holds beside tensors, such as step counters."""
+    if isinstance(content, dict):
+        yield from (str(key) for key, value in content.items() if not isinstance(value, Tensor) and not _tables(value))
+
+
+def _note_alpha(group: Group, contents: Contents) -> None:
+    """Notes how strong the LoRA of a group is, if something beside its tensors says so."""
+    beside = group.content if isinstance(group.content, dict) else {}
+    told = [table.get(key) for table in (beside, group.adapter) for key in ALPHAS]
+    contents.alpha = next((float(value) for value in told if isinstance(value, int | float)), contents.alpha)
+    require(math.isfinite(contents.alpha or 0), f"{group.origin}: the LoRA's alpha is no number; correct it.")
+    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        require(not group.adapter.get(key), f"{group.origin}: {key} of the LoRA is not supported; merge it first.")
+
+
+# Names
+
+
+def _plain(named: Mapping[str, Tensor], group: Group, contents: Contents) -> dict[str, Tensor]:
+    """Tensors by name without what trainers put into it, less known extras; other models are refused."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in named.items():
+        name = WRAPPERS.sub("", name)
+        _refuse_others(name, tensor, group)
+        reasons = [why for pattern, why in wan_dit.EXTRAS.items() if re.fullmatch(pattern, name)]
+        if reasons:
+            contents.ignored.append(Ignored(tensor.name, tensor.origin, reasons[0], "dit", tensor))
+        else:
+            _put(out, name, tensor, contents.wrong)
+    return out
+
+
+def _refuse_others(name: str, tensor: Tensor, group: Group) -> None:
+    for pattern, model in wan_dit.OTHERS.items():
+        if re.fullmatch(pattern, name):
+            raise InputError(f"{group.origin} is {model} (it has {tensor.name}), not Wan2.1's text-to-video network; "
+                             "convert a text-to-video checkpoint.")  # fmt: skip
+
+
+def _by_part(named: dict[str, Tensor], group: Group, kind: str | None,
+             contents: Contents) -> dict[str, dict[str, Tensor]]:  # fmt: skip
+    """Tensors by part and original name; what no network knows is noted, or refused if that is all there is."""
+    added = {name for name in named if kind == LORA or LORA_NAME.match(name)}
+    added |= {name for name in named if added and ALPHA.match(name)}
+    for name in added:
+        _put(contents.adapters, name, named[name], contents.wrong)
+    rest = {name: tensor for name, tensor in named.items() if name not in added}
+    known = networks.original_names(rest)
+    meant = networks.original_names(rest, [networks.KINDS[kind]]) if kind in networks.KINDS else known
+    require(bool(known or added), f"{group.origin} holds no network of Wan2.1 (its tensors are called "
+            f"{', '.join(list(named)[:4])}); {_hint(named)}.")  # fmt: skip
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in rest.items():
+        if name == umt5.EMBEDDING_TWIN and name in meant and "shared.weight" in rest:
+            _check_twin(tensor, rest["shared.weight"], contents)
+        elif name in meant:
+            part, original = meant[name]
+            _put(parts[part], original, tensor, contents.wrong)
+        elif name in known:
+            contents.ignored.append(Ignored(tensor.name, tensor.origin, f"--kind {kind}", known[name][0], tensor))
+        else:
+            contents.wrong["unknown to the table"].append(tensor.name)
+    return parts
+
+
+def _hint(named: Mapping[str, Tensor]) -> str:
+    ours = any("/" in name for name in named)
+    return "give the model folder that it belongs to" if ours else "convert a checkpoint of Wan2.1 text-to-video"
+
+
+def _put(held: dict[str, Tensor], name: str, tensor: Tensor, wrong: rules.Mismatches) -> None:
+    if name in held:
+        wrong["named twice"].append(" and ".join(f"{each.name} of {Path(each.origin).name}"
+                                                 for each in (tensor, held[name])))  # fmt: skip
+    held.setdefault(name, tensor)
+
+
+def _settle(part: str, offers: Sequence[Offer], contents: Contents) -> None:
+    """Takes a network from the files that the user named, else from those that were found in folders."""
+    best = [offer for offer in offers if offer.group.named] or list(offers)
+    contents.groups[part], contents.networks[part] = [offer.group for offer in best], {}
+    for offer in best:
+        for name, tensor in offer.tensors.items():
+            _put(contents.networks[part], name, tensor, contents.wrong)
+    taken = ", ".join(offer.group.origin for offer in best)
+    contents.ignored += [Ignored(tensor.name, tensor.origin, f"this network is taken from {taken}", part, tensor)
+                         for offer in offers if offer not in best for tensor in offer.tensors.values()]  # fmt: skip
+
+
+# Twins
+
+
+def plain_bytes(array: np.ndarray) -> np.ndarray:
+    """The bytes of an array in the order of its axes, without a copy where they lie so."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def digest(array: np.ndarray) -> str:
+    """The SHA-256 of an array's bytes, in the order of its axes."""
+    return hashlib.sha256(plain_bytes(array).data).hexdigest()
+
+
+def _check_twin(twin: Tensor, shared: Tensor, contents: Contents) -> None:
+    """Leaves out the second copy of the embedding, which must be one."""
+    same = (twin.shape, twin.dtype) == (shared.shape, shared.dtype) and digest(twin.read()) == digest(shared.read())
+    if not same:
+        contents.wrong[f"unlike {shared.name}"].append(twin.name)
+    contents.ignored.append(Ignored(twin.name, twin.origin, f"the same as {shared.name}", "text", twin))

@@ -1,0 +1,65 @@
+"""The experiment that belongs to converted weights: sizes from their settings or shapes, the rest from a template."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from convert import networks, wan_dit, wan_vae
+from convert.contents import Contents
+from packforcing_jax import models, options
+from packforcing_jax.config import Experiment, VAEConfig
+
+
+def describe(contents: Contents, taken: Mapping[str, models.Opened], template: Experiment, *, sets: Sequence[str],
+             notes: list[str]) -> Experiment:  # fmt: skip
+    """The template with the sizes of what was found, then with the user's `sets`.
+
+    Parts `taken` from model folders bring their settings; what was assumed goes to `notes`.
+    """
+    found = {part: _from_weights(part, contents, template) for part in contents.networks}
+    found |= {part: getattr(model.experiment, part) for part, model in taken.items()}
+    dit = found.get("dit", template.dit)
+    if "codec" not in found:
+        found["codec"] = _codec_for(dit.in_channels, template.codec, notes)
+    if "dit" in contents.networks and "dit" not in taken:
+        _note_heads(contents, dit, template, sets, notes)
+    found.setdefault("compressor", dataclasses.replace(template.compressor, branches="lr"))
+    codec = found.pop("codec")
+    start = dataclasses.replace(template, codec=codec,
+                                dit=dataclasses.replace(template.dit, in_channels=codec.z_dim))  # fmt: skip
+    given = [f"{part}.{field.name}={getattr(cfg, field.name)!r}" for part, cfg in found.items()
+             for field in dataclasses.fields(cfg)]  # fmt: skip
+    return options.override(start, [*given, *sets])
+
+
+def _from_weights(part: str, contents: Contents, template: Experiment) -> Any:
+    """The config of a part, from the settings beside its weights if they are about it, else from shapes."""
+    other = getattr(template, part)
+    if part == "codec" and not isinstance(other, VAEConfig):
+        other = VAEConfig()
+    shapes = {name: tensor.shape for name, tensor in contents.networks[part].items()}
+    cfg = networks.NETWORKS[part].from_shapes(shapes, other)
+    settings = _settings(part, contents, cfg)
+    return settings[0] if settings else cfg
+
+
+def _settings(part: str, contents: Contents, cfg: Any) -> list[Any]:
+    """What the settings beside the weights of a part say, where they are about it."""
+    told = (networks.described(part, group.settings, cfg, group.origin) for group in contents.groups[part])
+    return [each for each in told if each is not None]
+
+
+def _codec_for(channels: int, codec: Any, notes: list[str]) -> Any:
+    """The template's codec if its latents have this many channels, else one of that many that are not normalised."""
+    if codec.z_dim == channels:
+        return codec
+    notes.append(f"no codec was given and the template's has {codec.z_dim} channels, not {channels}: latents are "
+                 "taken as not normalised; give --set codec.mean=(...) and codec.std=(...) if they are")  # fmt: skip
+    return wan_vae.plain(channels)
+
+
+def _note_heads(contents: Contents, dit: Any, template: Experiment, sets: Sequence[str], notes: list[str]) -> None:
+    told = any(each.partition("=")[0].strip() == "dit.heads" for each in sets)
+    assumed = None if told or _settings("dit", contents, dit) else wan_dit.assumption(dit, template.dit)
+    notes += [assumed] if assumed else []
+

@@ -1,0 +1,63 @@
+"""What a conversion did, told in full: every tensor of every source once, and a line for each part."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from convert.contents import Ignored
+from convert.sources import Found
+from convert.writing import Entry
+from packforcing_jax.tensors import Form, Tensor
+
+FORMAT = "packforcing-jax manifest 1"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One part: how many tensors of the sources it took and left out, and what it holds."""
+
+    part: str
+    tensors: int
+    ignored: int
+    parameters: int
+    dtype: str
+    bytes: int
+
+
+def row(part: str, forms: Iterable[Form], *, tensors: int, ignored: int = 0) -> Row:
+    """The line of a part that holds arrays of these forms."""
+    counts = [(int(np.prod(shape, dtype=np.int64)), dtype) for shape, dtype in forms]
+    dtypes = sorted({dtype.name for _, dtype in counts})
+    return Row(part, tensors, ignored, sum(count for count, _ in counts), ", ".join(dtypes),
+               sum(count * dtype.itemsize for count, dtype in counts))  # fmt: skip
+
+
+def text(found: Found, entries: Sequence[Entry], ignored: Sequence[Ignored], notes: Sequence[str]) -> str:
+    """The manifest as JSON; it names files as the user does, and nothing else of this machine."""
+    return json.dumps({
+        "format": FORMAT,
+        "sources": [{"file": name, "bytes": path.stat().st_size} for name, path in found.files.items()],
+        "tensors": [_taken(entry, found) for entry in entries],
+        "ignored": [_left(each, found) for each in ignored],
+        "assumptions": list(notes),
+    }, indent=1) + "\n"  # fmt: skip
+
+
+def _form(tensor: Tensor) -> Mapping[str, Any]:
+    return {"dtype": tensor.dtype.name, "shape": list(tensor.shape)}
+
+
+def _taken(entry: Entry, found: Found) -> Mapping[str, Any]:
+    return {
+        "file": found.shown(entry.tensor.origin), "name": entry.tensor.name, "original": entry.original,
+        "sha256": entry.sha256, **_form(entry.tensor), "part": entry.part, "path": entry.path, "layer": entry.layer,
+        "transform": entry.transform,
+    }  # fmt: skip
+
+
+def _left(each: Ignored, found: Found) -> Mapping[str, Any]:
+    form = {} if each.tensor is None else _form(each.tensor)
+    return {"file": found.shown(each.origin), "name": each.name, **form, "reason": each.reason}

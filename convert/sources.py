@@ -1,0 +1,205 @@
+"""What the user points at: files and folders of weights by their names, and no file outside of a folder given."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from convert import networks, pickles
+from packforcing_jax import models, tensors
+from packforcing_jax.config import require
+from packforcing_jax.errors import InputError
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    ".safetensors": tensors.opened, ".pth": pickles.opened, ".pt": pickles.opened, ".bin": pickles.opened,
+}  # fmt: skip
+INDEX = ".index.json"  # ends the name of the list of a network's shards
+SETTINGS, ADAPTER = "config.json", "adapter_config.json"
+FOLDERS = (".", "transformer", "vae", "text_encoder")  # where a folder given may have weights
+TOKENIZERS = ("google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json", "tokenizer.json")
+LONGEST_INDEX = 1 << 26  # bytes
+
+
+@dataclass(frozen=True)
+class Group:
+    """What came together, as one file or as shards: tables of tensors inside each other, and the settings beside it.
+
+    `named`: the user named the file itself, and not a folder that has it.
+    """
+
+    origin: str
+    content: Any
+    settings: Mapping[str, Any]
+    adapter: Mapping[str, Any]
+    named: bool
+
+
+@dataclass
+class Found:
+    """Everything that the sources hold; `files` are those read, under the names that reports give them."""
+
+    groups: list[Group] = field(default_factory=list)
+    folders: list[models.Opened] = field(default_factory=list)
+    tokenizers: list[Path] = field(default_factory=list)
+    files: dict[str, Path] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def shown(self, path: str | Path) -> str:
+        """The name that reports give to a file, or that name itself."""
+        if str(path) in self.files:
+            return str(path)
+        return next((name for name, known in self.files.items() if str(known) == str(path)), Path(path).name)
+
+
+def gather(given: list[Path]) -> Found:
+    """What the files and folders `given` hold; every tensor of them unread."""
+    found = Found()
+    for path in given:
+        require(path.is_dir() or path.is_file(), f"{path} does not exist; give a file or a folder of weights.")
+        if path.is_dir():
+            _folder(path, found)
+        else:
+            _group(path, Folder(path.parent), found, named=True)
+    return found
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder given by the user, whose files are read only if they really lie in it."""
+
+    root: Path
+
+    def inside(self, path: Path) -> Path:
+        """`path`, unless a symbolic link leads out of the folder or nothing is there."""
+        real = path.resolve()
+        require(real.is_file(), f"{path} is no file; fetch it again or remove it.")
+        lies = any(real.is_relative_to(home) for home in self.homes())
+        require(lies, f"{path} is a symbolic link that leads out of {self.root}; copy the file into the folder.")
+        return path
+
+    def homes(self) -> Iterator[Path]:
+        """The folder itself and, if it lies in a cache of the hub, where that keeps the files it links to."""
+        root = self.root.resolve()
+        yield root
+        for folder in (root, *root.parents):
+            if folder.parent.name == "snapshots":
+                yield folder.parent.parent / "blobs"
+
+    def known(self, path: Path) -> Path | None:
+        """`path` if there is such a file."""
+        return self.inside(path) if path.is_symlink() or path.is_file() else None
+
+
+def _folder(path: Path, found: Found) -> None:
+    """Notes everything in a folder: one of our models, or weights in the layouts of others."""
+    folder = Folder(path)
+    before = len(found.groups) + len(found.folders) + len(found.tokenizers)
+    found.tokenizers += [file for name in TOKENIZERS if (file := folder.known(path / name))]
+    if _is_model(folder):
+        _model(folder, found)
+        return
+    for name in FOLDERS:
+        if (path / name).is_dir():
+            _weights(path / name, folder, found)
+    require(len(found.groups) + len(found.folders) + len(found.tokenizers) > before,
+            f"{path} holds no weights; known are files that end in {', '.join(READERS)}, a diffusers folder with "
+            "transformer/, vae/ or text_encoder/, and model folders.")  # fmt: skip
+
+
+def _is_model(folder: Folder) -> bool:
+    """Whether a folder is a model folder of ours, by the settings it has."""
+    settings = folder.known(folder.root / models.CONFIG)
+    return settings is not None and {"name", "dit", "cache"} <= networks.read_settings(settings).keys()
+
+
+def opened_model(path: Path) -> models.Opened:
+    """The model folder at `path`, of whose files none leads out of it."""
+    for name in (models.CONFIG, *map(models.weights_file, models.PARTS)):
+        Folder(path).known(path / name)
+    return models.opened(path)
+
+
+def _model(folder: Folder, found: Found) -> None:
+    model = opened_model(folder.root)
+    found.folders.append(model)
+    for part in model.parts:
+        _note(folder.root / models.weights_file(part), folder, found, named=False)
+
+
+def _weights(place: Path, folder: Folder, found: Found) -> None:
+    """Notes the weights that lie directly in `place`: shards together, every other file alone."""
+    files = sorted(file for file in place.iterdir() if not file.is_dir())
+    indexes = [file for file in files if file.name.endswith(INDEX)]
+    shards = {place / name for index in indexes for name in _shards(folder.inside(index)).values()}
+    alone = [file for file in files if file.suffix in READERS and file not in shards]
+    if any(file.suffix == ".safetensors" for file in [*alone, *shards]):
+        passed = [file for file in [*alone, *indexes] if re.match(r"(diffusion_)?pytorch_model\b.*\.bin\b", file.name)]
+        found.notes += [f"{place.name}/{file.name} is passed over: the folder has safetensors" for file in passed]
+        alone, indexes = ([file for file in files if file not in passed] for files in (alone, indexes))
+    for file in [*indexes, *alone]:
+        _group(file, folder, found, named=False)
+
+
+def _group(file: Path, folder: Folder, found: Found, *, named: bool) -> None:
+    """Notes one file, or the shards that an index lists."""
+    index = file.name.endswith(INDEX)
+    require(index or file.suffix in READERS, f"{file} is of a type that is not known; known are "
+            f"{', '.join([*READERS, '*' + INDEX])}.")  # fmt: skip
+    beside = [folder.known(file.parent / name) for name in (SETTINGS, ADAPTER)]
+    settings, adapter = ({} if path is None else networks.read_settings(path) for path in beside)
+    real = file if named else folder.inside(file)
+    content = _sharded(real, folder, found) if index else READERS[file.suffix](real)
+    found.groups.append(Group(_note(file, folder, found, named), content, settings, adapter, named))
+
+
+def _note(file: Path, folder: Folder, found: Found, named: bool) -> str:
+    """The name that reports give to a file from now on, which tells nothing of this machine."""
+    name = file.name if named else str(Path(folder.root.resolve().name, file.relative_to(folder.root)))
+    while name in found.files and found.files[name] != file:
+        name += "'"
+    found.files[name] = file
+    return name
+
+
+# Shards
+
+
+def _shards(index: Path) -> dict[str, str]:
+    """The file of each tensor according to an index, files of its own folder."""
+    require(index.stat().st_size <= LONGEST_INDEX, f"{index} is too long for an index; check the path.")
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        whole = bool(weight_map) and all(isinstance(name, str) for name in weight_map.values())
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        whole = False
+    require(whole, f"{index} is damaged (no weight_map of tensors to files); fetch it again.")
+    for name in set(weight_map.values()):
+        plain = Path(name).name == name and "\\" not in name and "\0" not in name
+        require(plain and Path(name).suffix in READERS, f"{index} names the file {name!r}, which is no weights file "
+                "of its own folder; fetch it again.")  # fmt: skip
+    return weight_map
+
+
+def _sharded(index: Path, folder: Folder, found: Found) -> dict[str, tensors.Tensor]:
+    """The tensors of all shards by name; raises `InputError` where index and shards do not agree."""
+    weight_map, held = _shards(index), {}
+    for name in sorted(set(weight_map.values())):
+        shard = index.parent / name
+        require(shard.is_symlink() or shard.exists(), f"{index} names {name}, which is missing; fetch it.")
+        _note(folder.inside(shard), folder, found, named=False)
+        content = READERS[shard.suffix](shard)
+        _require_agreement(index, name, content, {key for key, file in weight_map.items() if file == name})
+        held |= content
+    return held
+
+
+def _require_agreement(index: Path, shard: str, content: Any, listed: set[str]) -> None:
+    """Raises `InputError` unless a shard holds exactly the tensors that the index lists for it."""
+    flat = isinstance(content, dict) and all(isinstance(tensor, tensors.Tensor) for tensor in content.values())
+    require(flat, f"{shard} of {index} is no plain table of tensors; convert the file that it was made from.")
+    differ = sorted(set(content) ^ listed)
+    if differ:
+        raise InputError(f"{index} and {shard} do not agree on {len(differ)} tensors ({', '.join(differ[:4])}), which "
+                         "are missing in one or stand in two shards; fetch both again.")  # fmt: skip

@@ -1,0 +1,149 @@
+"""Converted parts written tensor by tensor: each is read, checked, hashed and put in its place, then let go."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from convert import networks, rules
+from convert.contents import digest
+from convert.lora import Addition
+from packforcing_jax import models, tensors
+from packforcing_jax.config import Experiment
+from packforcing_jax.tensors import Form, Tensor
+
+LARGE = 1 << 26  # bytes beyond which a tensor that only changes its number format is written row by row
+
+
+@dataclass(frozen=True)
+class Job:
+    """One part to be written: its tensors by original name, where they go, and what is added to them.
+
+    `link`: the file that already is what is wanted.
+    """
+
+    part: str
+    held: Mapping[str, Tensor]
+    plan: rules.Plan
+    added: Mapping[str, Addition] = field(default_factory=dict)
+    dtype: str | None = None
+    link: Path | None = None
+
+    @property
+    def count(self) -> int:
+        """Tensors of the sources that are read for it."""
+        return len(self.held) + sum(len(each.used) for each in self.added.values())
+
+    @property
+    def forms(self) -> dict[str, Form]:
+        """Shape and dtype of every array as stored."""
+        return {path: (shape, np.dtype(_named(self.dtype) if self.dtype else dtype))
+                for path, (shape, dtype) in self.plan.forms.items()}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What became of one tensor of the sources."""
+
+    tensor: Tensor
+    original: str
+    sha256: str
+    part: str
+    path: str
+    layer: int | None
+    transform: str
+
+
+def _named(dtype: str) -> type:
+    return next(known for known in tensors.DTYPES.values() if np.dtype(known).name == dtype)
+
+
+def job(part: str, held: Mapping[str, Tensor], exp: Experiment, wrong: rules.Mismatches, *,
+        added: Mapping[str, Addition], dtype: str | None) -> Job:  # fmt: skip
+    """How tensors under original names become a part of a model of this experiment."""
+    plan = rules.plan(held, networks.NETWORKS[part].table, networks.wanted(part, exp), wrong, f"{part}/")
+    return Job(part, held, plan, added, dtype)
+
+
+def taking(part: str, model: models.Opened, exp: Experiment, wrong: rules.Mismatches, dtype: str | None) -> Job:
+    """How a part of a model folder is taken over: as it is, unless its number format is to change."""
+    held = model.part(part)
+    places = {path: rules.Place(path) for path in held}
+    plan = rules.fit(held, places, networks.wanted(part, exp), wrong, f"{part}/")
+    stays = all(dtype in (None, tensor.dtype.name) for tensor in held.values())
+    return Job(part, held, plan, {}, dtype, model.folder / models.weights_file(part) if stays else None)
+
+
+def check(job: Job, wrong: rules.Mismatches) -> Iterator[str]:
+    """Notes the tensors of a part that are not finite; yields the name of each that was read."""
+    for tensor in [*job.held.values(), *(used for each in job.added.values() for used in each.used.values())]:
+        _read(tensor, wrong)
+        yield tensor.name
+
+
+def carry_out(jobs: Sequence[Job], folder: Path, wrong: rules.Mismatches) -> Iterator[Entry]:
+    """Writes every part into `folder`; yields what became of each tensor, notes those whose values are no numbers."""
+    for job in jobs:
+        target = folder / models.weights_file(job.part)
+        if job.link is not None:
+            _link(job.link, target)
+            for name, place in job.plan.places.items():
+                yield _entry(job, name, place, _read(job.held[name], wrong))
+            continue
+        with tensors.Writer(target, job.forms, {"format": models.FORMAT}) as file:
+            for name, place in job.plan.places.items():
+                array = _read(job.held[name], wrong)
+                if array is not None:
+                    _put(file, job, name, array, wrong)
+                yield _entry(job, name, place, array)
+                yield from _additions(job, name, place, wrong)
+
+
+def _link(path: Path, target: Path) -> None:
+    """The same file under another name, or a copy where that is not possible."""
+    try:
+        os.link(path.resolve(), target)
+    except OSError:
+        shutil.copyfile(path, target)
+
+
+def _read(tensor: Tensor, wrong: rules.Mismatches) -> np.ndarray | None:
+    """The values of a tensor, if all are numbers."""
+    array = np.asarray(tensor.read(), order="C")
+    if rules.finite(array):
+        return array
+    wrong["not finite"].append(tensor.name)
+    return None
+
+
+def _entry(job: Job, name: str, place: rules.Place, array: np.ndarray | None) -> Entry:
+    sha256 = "" if array is None else digest(array)
+    return Entry(job.held[name], name, sha256, job.part, place.path, place.layer, place.transform)
+
+
+def _additions(job: Job, name: str, place: rules.Place, wrong: rules.Mismatches) -> Iterator[Entry]:
+    """What became of the tensors that are added to weight `name`."""
+    for added in [job.added[name]] if name in job.added else []:
+        for side, tensor in added.used.items():
+            array = _read(tensor, wrong)
+            yield Entry(tensor, name, "" if array is None else digest(array), job.part, place.path, place.layer,
+                        f"{side} of + {added.scale:g} * up @ down")  # fmt: skip
+
+
+def _put(file: tensors.Writer, job: Job, name: str, array: np.ndarray, wrong: rules.Mismatches) -> None:
+    """Writes one tensor into its place, with what is added to it and in its new number format."""
+    place, (_, dtype) = job.plan.places[name], job.forms[job.plan.places[name].path]
+    if name in job.added:
+        array = job.added[name].onto(array)
+    changed = name in job.added or array.dtype != dtype
+    rows = changed and place.transform == rules.same and place.layer is None and array.ndim > 1 and array.nbytes > LARGE
+    for row, values in enumerate(array) if rows else [(place.layer, array)]:
+        with np.errstate(over="ignore", invalid="ignore"):
+            value = place.forward(values).astype(dtype, copy=False)
+        if changed and not rules.finite(value):
+            wrong[f"too large for {dtype}"].append(job.held[name].name)
+            return
+        file.put(place.path, value, layer=row)
