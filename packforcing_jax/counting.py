@@ -83,23 +83,36 @@ def writes(program: core.Jaxpr | core.ClosedJaxpr, shape: tuple[int, ...], axis:
     return found
 
 
-def peak(program: core.Jaxpr | core.ClosedJaxpr, besides: Collection[tuple[int, ...]] = ()) -> int:
+def peak(program: core.Jaxpr | core.ClosedJaxpr, besides: Collection[tuple[int, ...]] = (), *,
+         results: bool = True) -> int:  # fmt: skip
     """Most bytes of intermediate values alive at once, before compilers fuse anything; arguments are not among them.
 
-    `besides`: arrays of these shapes are not counted, such as those that are updated in place.
+    `besides`: arrays of these shapes are not counted, such as those that are updated in place. Without `results`
+    neither are the program's own, as in what XLA calls temporary memory.
     """
     jaxpr = getattr(program, "jaxpr", program)
+    return _peak(jaxpr, besides, set() if results else _variables(jaxpr.outvars))
+
+
+def _peak(jaxpr: Any, besides: Collection[tuple[int, ...]], elsewhere: set[core.Var]) -> int:
+    """`peak` without the variables `elsewhere`."""
     eqns, alive, most = _needed(jaxpr), 0, 0
     last = {variable: at for at, eqn in enumerate(eqns) for variable in _variables(eqn.invars)}
     last |= dict.fromkeys(_variables(jaxpr.outvars), len(eqns))
-    own = {variable for eqn in eqns for variable in eqn.outvars}
+    own = {variable for eqn in eqns for variable in eqn.outvars} - elsewhere
 
     def weigh(variables: Iterable[Any]) -> int:
-        return sum(nbytes(one.aval) for one in variables if one in last and _shape(one) not in besides)
+        return sum(nbytes(one.aval) for one in variables
+                   if one in last and one not in elsewhere and _shape(one) not in besides)  # fmt: skip
+
+    def inside(body: Any, eqn: core.JaxprEqn) -> int:
+        inner = getattr(body, "jaxpr", body)
+        placed = (one for one, out in zip(inner.outvars, eqn.outvars, strict=False) if out in elsewhere)
+        return _peak(inner, besides, _variables(placed))
 
     for at, eqn in enumerate(eqns):
         made, used = weigh(eqn.outvars), _variables(eqn.invars) & own
-        most = max(most, alive + max([made, *(peak(body, besides) for body in _inside(eqn))]))
+        most = max(most, alive + max([made, *(inside(body, eqn) for body in _inside(eqn))]))
         alive += made - weigh(variable for variable in used if last[variable] == at)
     return most
 

@@ -1,15 +1,16 @@
 """What an experiment costs by closed formula, from its config alone: the arithmetic that counted figures must meet.
 
 Letters: B frames a block, s keys a frame, p keys a packed block, L layers, d width, f width of the MLP, W words,
-q keys of one block (B s), S denoising steps, b videos, V room of a view.
+q keys of one block (B s), S denoising steps, b videos, V room of a view; `bytes` are those of one number.
 """
 
 import math
 from typing import TypeAlias
 
-from packforcing_jax.config import DiTConfig, Experiment, SpaceToDepthConfig
+from packforcing_jax.config import DiTConfig, Experiment, SpaceToDepthConfig, TextConfig, VAEConfig
 
 Figures: TypeAlias = dict[str, float]
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TERMS = {
     "keys/sink": "N_sink s",
     "keys/packed": "N_top p",
@@ -19,23 +20,43 @@ TERMS = {
     "keys/attended": "cached + current",
     "keys/packed twin": "p",
     "keys/room": "attended + p, rounded up",
-    "last block/packed blocks it chooses from": "blocks - 1 - (N_sink + N_recent) / B, at most capacity",
+    "last block/packed blocks it chooses from": "blocks - 1 - (N_sink + N_recent) / B, up to capacity",
     "last block/packed blocks it attends": "at most N_top",
     "last block/keys it attends": "sink + packed + recent + current, as far as there are",
-    "bytes/cached": "cached 2 L d bytes b",
+    "bytes/cached": "attended of the memory: cached 2 L d bytes b",
     "bytes/attended": "attended 2 L d bytes b",
     "bytes/one packed block": "p 2 L d bytes b",
     "bytes/archive of the last block": "one packed block for each it chooses from",
     "bytes/every block at full size": "blocks B s 2 L d bytes b",
     "held/sink": "N_sink s 2 L d bytes b",
     "held/recent": "(N_recent + spare) s 2 L d bytes b",
-    "held/packed blocks": "(capacity + N_recent / B) p 2 L d bytes b",
-    "held/views": "V 2 L d bytes b",
+    "held/packed blocks": "archive: (capacity + N_recent / B) p 2 L d bytes b",
+    "held/views": "scratch: V 2 L d bytes b",
     "held/words": "W 2 L d bytes b",
+    "held/weights": "transformer + compressor + codec",
+    "held/decoder": "what the codec remembers of frames before",
+    "held/on the device": "all of it that does not lie on the host",
+    "held/on the host": "packed blocks, where cache.archive=host",
+    "weights/transformer": "parameters bytes",
+    "weights/compressor": "parameters bytes",
+    "weights/codec": "parameters bytes",
+    "weights/text encoder, on disk alone": "parameters bytes",
+    "weights/of it while prompts are read": "parameters of two layers, bytes",
+    "weights/text states of one prompt": "words d bytes",
+    "workspace/decoding": "a part of showing",
+    "workspace/low-resolution encode": "a part of showing",
+    "peak/loading": "weights",
+    "peak/reading prompts": "held + frames + two layers of the encoder + its own",
+    "peak/drawing": "held + frames + its own",
+    "peak/showing": "held + frames + its own + new frames and decoder",
+    "peak/remembering": "held + frames of two blocks + new decoder + its own",
+    "peak/on the device": "the highest of these",
+    "peak/on the host": "packed blocks there + frames of two blocks",
+    "peak/both, in one memory": "as on a CPU",
     "parameters/transformer": "L (8 d d + 2 d f + f + 21 d) + ends",
     "parameters/compressor": "kernel in out + out, each layer",
     "parameters/text encoder": "vocab d + L (4 d a + 3 d f + buckets heads + 2 d) + d",
-    "operations/one step": "2 b (L (6 q d d + 2 q W d + 2 q d f + 2 q V d) + ends)",
+    "operations/one step": "2 b (L q (6 d d + 2 W d + 2 d f + 2 V d) + ends)",
     "operations/of it self-attention": "4 b L q V d",
     "operations/one step, keys attended": "with attended for V",
     "operations/denoising": "S steps",
@@ -47,12 +68,11 @@ TERMS = {
 }
 
 
-def closed(exp: Experiment, *, blocks: int, batch: int, itemsize: int) -> Figures:
+def closed(exp: Experiment, *, blocks: int, batch: int) -> Figures:
     """Every figure that has a closed formula, by name."""
     keys = keys_of(exp)
-    last = last_block(exp, blocks)
-    return keys | last | bytes_of(exp, keys, last, blocks, batch * 2 * exp.dit.layers * exp.dit.dim * itemsize) \
-        | parameters(exp) | operations(exp, keys, batch)  # fmt: skip
+    return keys | last_block(exp, blocks) | bytes_of(exp, blocks, batch) | held(exp, batch) | parameters(exp) \
+        | weights(exp) | operations(exp, keys, batch)  # fmt: skip
 
 
 def keys_of(exp: Experiment) -> Figures:
@@ -78,18 +98,53 @@ def last_block(exp: Experiment, blocks: int) -> Figures:
             "last block/keys it attends": keys}  # fmt: skip
 
 
-def bytes_of(exp: Experiment, keys: Figures, last: Figures, blocks: int, each: int) -> Figures:
-    """Bytes of keys and values, `each` per key of all layers and videos; then of what a sampler holds."""
-    cfg, s, p = exp.cache, exp.tokens_per_frame, exp.tokens_per_packed_block
+def _each(exp: Experiment, batch: int, dtype: str) -> int:
+    """Bytes of the keys and values of one token in all layers, for `batch` videos."""
+    return batch * 2 * exp.dit.layers * exp.dit.dim * BYTES[dtype]
+
+
+def bytes_of(exp: Experiment, blocks: int, batch: int) -> Figures:
+    """Bytes of stored keys and values."""
+    keys, last, each = keys_of(exp), last_block(exp, blocks), _each(exp, batch, exp.dtypes.cache)
     counts = {
         "bytes/cached": keys["keys/cached"], "bytes/attended": keys["keys/attended"],
         "bytes/one packed block": keys["keys/packed twin"],
-        "bytes/archive of the last block": p * last["last block/packed blocks it chooses from"],
-        "bytes/every block at full size": blocks * cfg.block * s,
-        "held/sink": cfg.sink * s, "held/recent": cfg.ring * s, "held/packed blocks": cfg.slots * p,
-        "held/views": keys["keys/room"], "held/words": exp.dit.text_len,
+        "bytes/archive of the last block": exp.tokens_per_packed_block * last[
+            "last block/packed blocks it chooses from"],
+        "bytes/every block at full size": blocks * exp.cache.block * exp.tokens_per_frame,
     }  # fmt: skip
     return {name: count * each for name, count in counts.items()}
+
+
+def held(exp: Experiment, batch: int) -> Figures:
+    """Bytes that lie there from the first block to the last beside weights and the codec's state."""
+    cfg, s, p = exp.cache, exp.tokens_per_frame, exp.tokens_per_packed_block
+    counts = {"held/sink": cfg.sink * s, "held/recent": cfg.ring * s, "held/packed blocks": cfg.slots * p,
+              "held/views": keys_of(exp)["keys/room"]}  # fmt: skip
+    each = _each(exp, batch, exp.dtypes.cache)
+    found: Figures = {name: count * each for name, count in counts.items()}
+    found["held/words"] = exp.dit.text_len * _each(exp, batch, exp.dtypes.compute)
+    found["held/on the host"] = found["held/packed blocks"] if cfg.archive == "host" else 0
+    return found
+
+
+def logits(exp: Experiment, batch: int) -> int:
+    """Bytes of all queries by all keys of one layer, held in float32."""
+    keys = keys_of(exp)
+    return int(4 * batch * exp.dit.heads * keys["keys/current"] * keys["keys/room"])
+
+
+def largest(exp: Experiment, batch: int) -> int:
+    """Bytes of the largest array of intermediate values of any program of a block, held in float32."""
+    cfg, model, words, keys = exp.cache, exp.dit, exp.text.max_words, keys_of(exp)
+    q, packed = keys["keys/current"], cfg.slots * exp.tokens_per_packed_block
+    sharp = (cfg.sink + cfg.recent) * exp.tokens_per_frame
+    width = exp.codec.dim * max(exp.codec.dim_mult[:2]) if isinstance(exp.codec, VAEConfig) else 3
+    cells = (cfg.block + 1) * math.prod(exp.latent) * exp.codec.time_factor * exp.codec.space_factor**2
+    each = {"mlp": q * max(model.ffn_dim, 6 * model.dim), "scores": model.heads * _windows(exp) * (packed + sharp),
+            "archive": packed * model.dim, "view": keys["keys/room"] * model.dim, "frames": cells * width}  # fmt: skip
+    text = words * max(exp.text.dim_ffn, exp.text.heads * words, exp.text.dim)
+    return max(logits(exp, batch), 4 * int(max(batch * max(each.values()), text)))
 
 
 # Parameters
@@ -98,8 +153,21 @@ def bytes_of(exp: Experiment, keys: Figures, last: Figures, blocks: int, each: i
 def parameters(exp: Experiment) -> Figures:
     """Numbers in the weights; the video autoencoder's have no short formula."""
     found: Figures = {"parameters/transformer": _transformer(exp.dit), "parameters/compressor": _compressor(exp)[0],
-                      "parameters/text encoder": _text_encoder(exp)}  # fmt: skip
+                      "parameters/text encoder": _text_encoder(exp.text)}  # fmt: skip
     return found | {"parameters/codec": 0} if isinstance(exp.codec, SpaceToDepthConfig) else found
+
+
+def weights(exp: Experiment) -> Figures:
+    """Bytes of the weights of every network that has a formula for them."""
+    dtypes, numbers = exp.dtypes, parameters(exp)
+    stored = {"transformer": dtypes.params, "compressor": dtypes.params, "codec": dtypes.vae}
+    found = {f"weights/{name}": numbers[f"parameters/{name}"] * BYTES[dtype] for name, dtype in stored.items()
+             if f"parameters/{name}" in numbers}  # fmt: skip
+    return found | {
+        "weights/text encoder, on disk alone": numbers["parameters/text encoder"] * BYTES[dtypes.text],
+        "weights/of it while prompts are read": 2 * _text_layer(exp.text) * BYTES[dtypes.text],
+        "weights/text states of one prompt": exp.text.max_words * exp.text.dim * BYTES[dtypes.text],
+    }
 
 
 def _transformer(cfg: DiTConfig) -> int:
@@ -110,10 +178,12 @@ def _transformer(cfg: DiTConfig) -> int:
     return cfg.layers * layer + sum((inner + 1) * outer for inner, outer in ends) + 2 * d
 
 
-def _text_encoder(exp: Experiment) -> int:
-    cfg = exp.text
-    layer = 4 * cfg.dim * cfg.dim_attn + 3 * cfg.dim * cfg.dim_ffn + cfg.buckets * cfg.heads + 2 * cfg.dim
-    return cfg.vocab * cfg.dim + cfg.layers * layer + cfg.dim
+def _text_layer(cfg: TextConfig) -> int:
+    return 4 * cfg.dim * cfg.dim_attn + 3 * cfg.dim * cfg.dim_ffn + cfg.buckets * cfg.heads + 2 * cfg.dim
+
+
+def _text_encoder(cfg: TextConfig) -> int:
+    return cfg.vocab * cfg.dim + cfg.layers * _text_layer(cfg) + cfg.dim
 
 
 def _compressor(exp: Experiment) -> tuple[int, int]:
@@ -175,6 +245,12 @@ def _packing(exp: Experiment, room: float) -> float:
     return count + _pass(exp, p, 1, room, ends=False, embeds=False)
 
 
+def _windows(exp: Experiment) -> int:
+    """Windows that the queries of a block are averaged over."""
+    sizes = zip((exp.cache.block, *exp.grid), exp.cache.score_pool, strict=True)
+    return math.prod(size // step for size, step in sizes)
+
+
 SCORED = {"affinity": "all", "mass_sum": "all", "mass_max": "all", "logit_max": "packed", "centred_logit_max": "packed",
           "log_sum_exp": "packed", "paper_sum": "sums"}  # fmt: skip
 
@@ -185,7 +261,7 @@ def _selection(exp: Experiment, q: float, room: float) -> float:
     A choice that all layers share from the first step on takes one more pass to ask in.
     """
     cfg = exp.cache
-    windows = math.prod(size // step for size, step in zip((cfg.block, *exp.grid), cfg.score_pool, strict=True))
+    windows = _windows(exp)
     packed, sharp = cfg.slots * exp.tokens_per_packed_block, (cfg.sink + cfg.recent) * exp.tokens_per_frame
     pairs = {"all": windows * (packed + sharp), "packed": windows * packed, "sums": cfg.slots, None: 0}
     scored = SCORED.get(cfg.selection) if cfg.attended else None

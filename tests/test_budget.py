@@ -8,7 +8,19 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from packforcing_jax import budget, cache, config, counting, formulas, options, pipeline, selection, view
+from packforcing_jax import (
+    budget,
+    cache,
+    config,
+    counting,
+    formulas,
+    options,
+    pipeline,
+    programs,
+    sampler,
+    selection,
+    view,
+)
 from packforcing_jax.errors import InputError
 
 FILM = dataclasses.replace(
@@ -68,6 +80,21 @@ def test_every_way_to_remember_costs_what_its_formula_says(exp):
     assert found.rows["operations/selection"].counted >= 0
 
 
+MIXED = config.DtypeConfig(params="float16", compute="bfloat16", cache="float32", vae="bfloat16", text="float16")
+
+
+def test_every_use_has_its_own_dtype():
+    """Hand-made: which of the five decides about each store."""
+    exp = dataclasses.replace(FILM, dtypes=MIXED)
+    found = budget.of(exp, 6, batch=3)
+    assert found.wrong == []
+    assert counted(found, "bytes", "cached") == (270 * 3 * 2 * 3 * 30 * 4,)  # keys, videos, k and v, layers, d, bytes
+    assert counted(found, "held", "words") == (11 * 3 * 2 * 3 * 30 * 2,)
+    assert counted(found, "weights", "transformer") == (2 * found.rows["parameters/transformer"].counted,)
+    assert counted(found, "weights", "codec") == (2 * found.rows["parameters/codec"].counted,)
+    assert counted(found, "weights", "text states of one prompt") == (16 * 10 * 2,)
+
+
 @pytest.fixture(scope="module")
 def paper():
     """The paper's memory at full size, two minutes: 120 blocks."""
@@ -110,6 +137,33 @@ def test_the_published_profile_attends_26312_keys():
     assert counted(found, "keys", "cached", "attended") == (21_632, 26_312)
 
 
+def test_the_parts_of_the_paper_profile_in_memory(paper):
+    """Row by row what a person with a card wants to know, in gigabytes."""
+    names = ("weights", "sink", "recent", "packed blocks", "views", "words", "decoder", "on the device", "on the host")
+    gigabytes = [figure / 1e9 for figure in counted(paper, "held", *names)]
+    assert gigabytes == pytest.approx([3.134, 2.300, 1.150, 4.327, 5.190, 0.094, 1.889, 18.085, 0], abs=5e-4)
+    on_disk, read = counted(paper, "weights", "text encoder, on disk alone", "of it while prompts are read")
+    assert (on_disk / 1e9, read / 1e9) == pytest.approx((11.362, 0.772), abs=5e-4)
+    phases = ("loading", "reading prompts", "drawing", "showing", "remembering")
+    peak, least = counted(paper, "peak", "on the device")[0], counted(paper, "held", "on the device")[0]
+    assert max(counted(paper, "peak", *phases)) == peak == counted(paper, "peak", "showing")[0] > least
+
+
+def test_the_compiler_counts_the_operations_of_the_full_size_step_too(paper):
+    """XLA's own count of one unrolled pass over the whole room of the views, elementwise work included."""
+    exp = programs.plain(paper.experiment)
+    held = programs.shapes_of(exp)
+
+    def step(nets, latent, words, views, n):
+        none = jnp.zeros(())
+        return sampler.guess(nets, exp, cache.plan(exp.cache, n), latent, none, none, words, views)
+
+    lowered = jax.jit(step).lower(held.computed, held.latent, held.words, held.views, held.memory.num_blocks)
+    theirs, ours = (lowered.cost_analysis() or {})["flops"], paper.rows["operations/one step"].counted
+    assert ours / 1e12 == pytest.approx(48.585, abs=5e-4)
+    assert 1 < theirs / ours < 1.02
+
+
 def test_attention_written_out_needs_far_more_workspace(paper):
     fused, written = counted(paper, "workspace", "drawing, fused attention", "drawing, attention written out")
     logits = 12 * 6240 * 28160 * 4
@@ -117,11 +171,11 @@ def test_attention_written_out_needs_far_more_workspace(paper):
 
 
 def test_packed_blocks_on_the_host_are_not_on_the_device():
-    device, host = (budget.of(tiny.with_cache(scope="shared", timing="late", archive=place), 6)
-                    for place in ("device", "host"))  # fmt: skip
-    assert counted(host, "held", "on the host") == counted(host, "held", "packed blocks") != (0,)
-    assert sum(counted(host, "held", "on the device", "on the host")) == counted(device, "held", "on the device")[0]
-    assert counted(device, "held", "on the host") == (0,)
+    exps = [tiny.with_cache(scope="shared", timing="late", archive=place) for place in ("device", "host")]
+    device, host = (budget.held(exp, programs.shapes_of(exp)) for exp in exps)
+    assert host["held/on the host"] == host["held/packed blocks"] == device["held/packed blocks"] > 0
+    assert host["held/on the device"] + host["held/on the host"] == device["held/on the device"]
+    assert device["held/on the host"] == 0
 
 
 def test_budgets_are_counted_not_recited(monkeypatch):
@@ -153,15 +207,18 @@ def test_what_is_held_is_what_a_sampler_allocates():
 
 
 def test_compiling_adds_what_the_compiler_reserves(monkeypatch):
+    """Peaks are made of it then."""
     for program in ("draw_block", "remember_block"):
         quick = tiny.jit(getattr(pipeline, program).__wrapped__, static_argnames="exp")
         monkeypatch.setattr(pipeline, program, quick)
     exp = dataclasses.replace(tiny.with_cache(top=0), dit=dataclasses.replace(tiny.EXP.dit, layers=1),
                               sample=config.SampleConfig(steps=(1000,)))  # fmt: skip
-    shapes = budget.shapes_of(exp, 2, jnp.dtype("float32"))
-    reserved = budget.compile_here(exp, shapes)
-    assert set(reserved) == {"workspace/drawing, compiled here", "workspace/remembering, compiled here"}
-    assert min(reserved.values()) > 0
+    found = budget.of(exp, 3, batch=2, compiled=True)
+    names = [f"compiled/drawing, {what}" for what in ("temporary", "results", "arguments", "laid into arguments")]
+    temporary, results, arguments, reused = (found.rows[name].counted for name in names)
+    assert min(temporary, results, arguments) > 0 == reused  # nothing is donated to these
+    held, frames = counted(found, "held", "on the device")[0], 2 * 3 * 16 * 8 * 3 * 4
+    assert counted(found, "peak", "drawing")[0] == pytest.approx(held + frames + temporary + results, abs=16)
 
 
 def test_nothing_is_allocated():

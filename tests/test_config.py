@@ -87,7 +87,8 @@ def test_tokens_are_counted_in_frames_and_packed_blocks():
 
 
 def test_every_choice_on_offer_can_be_made():
-    defaults = {"cache": CacheConfig, "compressor": CompressorConfig, "sample": SampleConfig, "dtypes": config.DtypeConfig}
+    defaults = {"cache": CacheConfig, "compressor": CompressorConfig, "sample": SampleConfig,
+                "dtypes": config.DtypeConfig}  # fmt: skip
     for key, allowed in config.CHOICES.items():
         group, name = key.split(".")
         assert getattr(defaults[group](), name) in allowed

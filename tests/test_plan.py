@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from packforcing_jax import budget, formulas
+from packforcing_jax import budget, formulas, programs
 from packforcing_jax.cli import plan
 from packforcing_jax.errors import InputError
 
@@ -39,9 +39,10 @@ def test_the_table_has_every_figure_beside_its_formula(run):
     code, out = run("--blocks", "7")
     lines = {line.strip().split("  ")[0]: line.split() for line in out.splitlines() if line.startswith("  ")}
     assert code == 0
-    assert out.startswith("tiny: 7 blocks of 3 latent frames, bfloat16")
+    assert out.startswith("tiny: 7 blocks of 3 latent frames, float32")
     assert lines["room"] == ["room", "100", "100", "attended", "+", "p,", "rounded", "up"]
-    assert lines["one packed block"][3:7] == ["2.304", "kB", "2.304", "kB"]  # 8 keys, 2 layers of 36, 2 bytes
+    assert lines["one packed block"][3:7] == ["4.608", "kB", "4.608", "kB"]  # 8 keys, 2 layers of 36, 4 bytes
+    assert max(map(len, out.splitlines())) <= 120
     assert "N_sink s" in out
     assert "not compiled" in out
     assert out.rstrip().endswith("0 differ from it")
@@ -54,18 +55,66 @@ def test_json_has_the_exact_figures(run):
     assert (said["experiment"], said["blocks"], said["batch"], said["differ"]) == ("tiny", 7, 1, [])
     attended, cached = (said["figures"][name] for name in ("keys/attended", "bytes/cached"))
     assert (attended["counted"], attended["formula"], attended["unit"]) == (88, 88, "keys")
-    assert cached["counted"] == 64 * 2 * 2 * 36 * 2
+    assert cached["counted"] == 64 * 2 * 2 * 36 * 4
+    assert said["dtypes"] == dict.fromkeys(("params", "compute", "cache", "vae", "text"), "float32")
+
+
+def test_every_use_is_named_where_dtypes_differ(run):
+    code, out = run("--blocks", "7", "--set", "dtypes.cache=bfloat16")
+    assert code == 0
+    assert out.startswith("tiny: 7 blocks of 3 latent frames, params float32, compute float32, cache bfloat16, vae")
+    assert "cached 18.432 kB 18.432 kB" in " ".join(out.split())
+
+
+def test_what_fits_is_said_of_every_memory(run):
+    """A card of 24 GB and one of 141 GB, or those asked for."""
+    code, out = run("--blocks", "7")
+    assert code == 0
+    assert "24GB      fits, 24.000 GB are left" in out  # all but a few hundred kilobytes
+    assert "141GB     fits, 141.000 GB are left" in out
+    code, out = run("--blocks", "7", "--device-memory", "0.0004GB", "--device-memory", "1MiB", "--json")
+    small, large = json.loads(out)["fits"]
+    assert code == 0  # no figure differs
+    assert (small["bytes"], small["fits"], large["bytes"], large["fits"]) == (400_000, False, 2**20, True)
+    assert small["set"]
+    assert small["then_needs"] <= 400_000 < small["needs"] == large["needs"]
+    code, out = run("--blocks", "7", "--device-memory", "0.0004GB")
+    assert "0.0004GB  does not fit" in out
+    assert f"with --set {small['set'][0]}" in out
+    code, out = run("--blocks", "7", "--device-memory", "100kB")
+    assert "no setting helps enough" in out
+
+
+def test_a_card_that_is_nearly_full_needs_a_larger_share(run):
+    """jax leaves a quarter of a GPU alone."""
+    needs = json.loads(run("--blocks", "7", "--json")[1])["fits"][0]["needs"]
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.96" in run("--blocks", "7", "--device-memory", f"{needs / 955:.1f}kB")[1]
+    assert "FRACTION" not in run("--blocks", "7", "--device-memory", f"{needs / 740:.1f}kB")[1]
+
+
+def test_compiled_programs_stand_in_one_line_each(run, monkeypatch):
+    names = (programs.ENCODING, programs.PROMPT, programs.DRAWING, programs.SHOWING, programs.REMEMBERING)
+    uses = dict.fromkeys(names, programs.Use(temporary=2_000_000, results=1500, arguments=70, reused=0))
+    monkeypatch.setattr(programs, "compiled", lambda exp, batch: uses)
+    code, out = run("--blocks", "7", "--batch", "2", "--compile")
+    assert code == 0
+    assert "not compiled" not in out
+    assert "peak, as compiled here" in out
+    line = next(line for line in out.splitlines() if line.startswith("  drawing  ") and "1.500 kB" in line)
+    assert line.split() == ["drawing", "2.000", "MB", "1.500", "kB", "70", "B", "0", "B"]
+    assert max(map(len, out.splitlines())) <= 120
 
 
 def test_settings_memory_batch_dtype_and_seconds_change_the_figures(run):
     code, out = run("--seconds", "3", "--memory", "no-mid", "--set", "cache.recent=6", "--set", "cache.block=3",
-                    "--batch", "3", "--dtype", "float32", "--json")  # fmt: skip
+                    "--batch", "3", "--dtype", "bfloat16", "--json")  # fmt: skip
     said = json.loads(out)
     figures = {name: figure["counted"] for name, figure in said["figures"].items()}
     assert code == 0
     assert said["blocks"] == 5  # 15 frames of its codec, 3 a block
     assert (figures["keys/packed"], figures["keys/recent"], figures["keys/cached"]) == (0, 6 * 8, (8 + 6) * 8)
-    assert figures["bytes/cached"] == 14 * 8 * 2 * 2 * 36 * 4 * 3
+    assert figures["bytes/cached"] == 14 * 8 * 2 * 2 * 36 * 2 * 3
+    assert set(said["dtypes"].values()) == {"bfloat16"}
 
 
 def test_a_figure_that_differs_from_its_formula_is_an_error(run, monkeypatch):
@@ -94,8 +143,13 @@ def test_figures_are_spelt_for_people(figure, unit, said):
 
 
 def test_an_unknown_memory_is_refused(run):
-    with pytest.raises(InputError, match="papers.*choose one of paper, published"):
+    with pytest.raises(InputError, match="memory profile 'papers' is unknown; did you mean paper?"):
         run("--memory", "papers")
+
+
+def test_a_size_of_no_memory_is_refused(run):
+    with pytest.raises(InputError, match="'24' is no size of a memory; write it as 24GB"):
+        run("--device-memory", "24")
 
 
 def test_reading_the_flags_loads_no_jax():

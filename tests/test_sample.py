@@ -81,6 +81,8 @@ WRONG = {
     "missing prompts": (["--prompts", "nowhere.txt"], ["nowhere.txt"]),
     "one trace for many videos": (["--prompts", "x", "--trace", "t.jsonl"], ["--trace t.jsonl", "--prompts"]),
     "unknown number format": ([*PROMPT, "--set", "dtypes.cache=float8"], ["dtypes.cache='float8'", "bfloat16"]),
+    "more than there is memory": ([*PROMPT, "--set", "cache.capacity=99999999"],
+                                  ["needs", "of memory", "--set cache."]),
     "empty prompt": (["--prompt", "  "], ["--prompt", "empty"]),
     "prompt and timeline": ([*PROMPT, "--timeline", "x"], ["--prompt", "--timeline"]),
     "no story for this model": ([], ["--prompt"]),

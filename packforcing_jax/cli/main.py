@@ -41,6 +41,8 @@ VERBS = {
     "download": Verb("download", "fetch public weights", "packforcing download --list", checked=False),
     "plan": Verb("plan", "say what a video costs in keys, bytes and operations, allocating nothing",
                  "packforcing plan --config wan_t2v_1_3b_paper --seconds 120"),
+    "bench": Verb("bench", "time every part of a block against this machine's own ceiling, and against a baseline",
+                  "packforcing bench --gate"),
     "inspect": Verb("inspect", "show what a traced run looked back at, and check what must hold",
                     "packforcing inspect out/video.trace.jsonl", checked=False),
     "doctor": Verb("doctor", "say what works on this machine, and the remedy for what does not",

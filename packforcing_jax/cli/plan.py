@@ -1,26 +1,33 @@
-"""`packforcing plan`: what a video costs, counted from the real step beside the formulas, nothing allocated."""
+"""`packforcing plan`: what a video costs, counted from the real step beside the formulas, and what it fits into."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+import textwrap
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from packforcing_jax.cli import common
-from packforcing_jax.config import PROFILES, Experiment, require
+from packforcing_jax.config import DTYPES, PROFILES
 
 if TYPE_CHECKING:
     from packforcing_jax.budget import Budget, Row
+    from packforcing_jax.fitting import Verdict
 
 DEFAULT = "wan_t2v_1_3b_paper"
+CARDS = ("24GB", "141GB")
+SHARE = 0.75  # of a GPU's memory is what jax takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+WIDTH = 120
 TITLES = {
     "keys": "keys that a layer attends to, one video",
     "last block": "the last block",
     "bytes": "keys and values, all layers",
-    "held": "held from the first block to the last",
-    "workspace": "workspace at its peak, before fusion",
     "parameters": "parameters",
+    "weights": "weights",
+    "held": "held from the first block to the last",
+    "workspace": "workspace",
+    "peak": "peak",
     "operations": "operations of one block",
     "share": "share of a block's operations",
 }
@@ -35,36 +42,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--seconds", type=float, default=120.0, metavar="S", help="length (default: 120)")
     length.add_argument("--blocks", type=int, metavar="N", help="length in blocks")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="videos drawn together (default: 1)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16",
-                        help="of weights, keys and values (default: bfloat16)")  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, help="instead of every one of the experiment's own dtypes.*")
     parser.add_argument("--memory", metavar="PROFILE", help=f"another memory: {', '.join(PROFILES)}")
+    parser.add_argument("--device-memory", metavar="SIZE", action="append", dest="rooms",
+                        help=f"to fit into, such as 24GB or 22.5GiB; may be repeated (default: {', '.join(CARDS)})")
     parser.add_argument("--compile", action="store_true",
-                        help="also ask the compiler of this machine for its workspace; takes minutes at full size")
+                        help="also ask the compiler of this machine what each program takes; minutes at full size")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints every figure; exit code 1 if one is not what its formula says."""
-    exp = _experiment(args)
+    exp = common.load_experiment(args.config)
     import jax
 
     if not args.compile:
         jax.config.update("jax_platforms", "cpu")  # shapes need no accelerator, which another program may be using
-    from packforcing_jax import budget, pipeline
+    from packforcing_jax import budget, fitting, pipeline
 
+    rooms = [fitting.parse(size) for size in args.rooms or CARDS]
+    exp = pipeline.asked_for(exp, args.memory, args.sets)
     blocks = pipeline.blocks_of(exp, args.seconds) if args.blocks is None else args.blocks
     found = budget.of(exp, blocks, batch=args.batch, dtype=args.dtype, compiled=args.compile)
-    print(json.dumps(report(found)) if args.json else table(found, compiled=args.compile))
+    known = found.peaks if args.compile and jax.default_backend() == "gpu" else None
+    verdicts = [fitting.judge(found.experiment, room, args.batch, known) for room in rooms]
+    print(json.dumps(report(found, verdicts)) if args.json else table(found, verdicts))
     return 1 if found.wrong else 0
-
-
-def _experiment(args: argparse.Namespace) -> Experiment:
-    """The experiment that the flags name; `--set` has the last word."""
-    require(args.memory in (None, *PROFILES),
-            f"--memory {args.memory} is unknown; choose one of {', '.join(PROFILES)}.")  # fmt: skip
-    exp = common.load_experiment(args.config)
-    if args.memory is not None:
-        exp = dataclasses.replace(exp, cache=PROFILES[args.memory])
-    return common.override(exp, args.sets)
 
 
 def spell(figure: float, unit: str) -> str:
@@ -81,33 +83,86 @@ def line(row: Row) -> str:
     """`name counted formula terms`; figures that differ are printed to the last digit."""
     name = row.name.partition("/")[2]
     if not row.ok:
-        return f"  {name:<34}{row.counted:>20,}{row.formula:>20,}  DIFFERS from {row.terms}"
+        return f"  {name:<35}{row.counted:>14,}{row.formula:>14,}  DIFFERS from {row.terms}"
     formula = "" if row.formula is None else spell(row.formula, row.unit)
-    return f"  {name:<34}{spell(row.counted, row.unit):>20}{formula:>20}  {row.terms}".rstrip()
+    return f"  {name:<35}{spell(row.counted, row.unit):>14}{formula:>14}  {row.terms}".rstrip()
 
 
-def table(found: Budget, *, compiled: bool) -> str:
-    """All figures by part as aligned text."""
+def table(found: Budget, verdicts: Sequence[Verdict]) -> str:
+    """All figures by part as aligned text, and what they fit into."""
     exp, lines = found.experiment, []
     for part, title in TITLES.items():
-        lines += ["", f"{title:<36}{'counted':>20}{'formula':>20}"]
+        lines += ["", f"{title + of_what(part, found):<37}{'counted':>14}{'formula':>14}"]
         lines += [line(row) for row in found.rows.values() if row.name.partition("/")[0] == part]
-        if part == "workspace" and not compiled:
-            lines.append(f"  {'compiled here':<34}{'not compiled':>20}{'':>20}  --compile asks this machine's compiler")
+        if part == "workspace":
+            lines += compiled(found)
     sizes = {"B": exp.cache.block, "s": exp.tokens_per_frame, "p": exp.tokens_per_packed_block, "L": exp.dit.layers,
              "d": exp.dit.dim, "f": exp.dit.ffn_dim, "W": exp.dit.text_len, "q": exp.cache.block * exp.tokens_per_frame,
              "S": len(exp.sample.steps), "b": found.batch}  # fmt: skip
     checked = [row for row in found.rows.values() if row.formula is not None]
+    lines += ["", "what it fits into, on a GPU", *(said for verdict in verdicts for said in fit(verdict))]
     return "\n".join([
-        f"{exp.name}: {found.blocks} blocks of {exp.cache.block} latent frames, {found.dtype}",
+        f"{exp.name}: {found.blocks} blocks of {exp.cache.block} latent frames, {dtypes(found)}",
         "with " + ", ".join(f"{letter} = {size:,}" for letter, size in sizes.items()) + ", V = room", *lines, "",
         f"{len(found.rows)} figures, {len(checked)} have a formula, {len(found.wrong)} differ from it",
     ])  # fmt: skip
 
 
-def report(found: Budget) -> dict:
-    """All figures as counted, with their formulas and units, by name."""
+def of_what(part: str, found: Budget) -> str:
+    """Where figures come from that are no plain counts."""
+    from packforcing_jax import fitting, programs
+
+    kind = programs.FUSED if fitting.fused(found.experiment, "gpu") else programs.WRITTEN
+    sources = {"workspace": ", estimated before fusion",
+               "peak": ", as compiled here" if found.compiled else f" on a GPU, {kind}"}  # fmt: skip
+    return sources.get(part, "")
+
+
+def dtypes(found: Budget) -> str:
+    """`bfloat16`, or every use with its own."""
+    each = vars(found.experiment.dtypes)
+    return ", ".join(sorted(set(each.values()))) if len(set(each.values())) == 1 else \
+        ", ".join(f"{name} {dtype}" for name, dtype in each.items())  # fmt: skip
+
+
+def compiled(found: Budget) -> Iterator[str]:
+    """What the compiler said of each program, one line each."""
+    rows = {name.partition("/")[2]: row for name, row in found.rows.items() if name.startswith("compiled/")}
+    if not rows:
+        yield f"  {'compiled here':<35}{'not compiled':>14}{'':>14}  --compile asks this machine's compiler"
+        return
+    columns = list(dict.fromkeys(name.rpartition(", ")[2] for name in rows))
+    yield from ("", f"{'programs, compiled here':<37}" + "".join(f"{column:>20}" for column in columns))
+    for program in dict.fromkeys(name.rpartition(", ")[0] for name in rows):
+        cells = (rows[f"{program}, {column}"] for column in columns)
+        yield f"  {program:<35}" + "".join(f"{spell(cell.counted, cell.unit):>20}" for cell in cells)
+
+
+def fit(verdict: Verdict) -> Iterator[str]:
+    """What there is to say of one memory."""
+    from packforcing_jax import fitting
+
+    room, then = verdict.room, verdict.then.on_device
+    if verdict.lacks <= 0:
+        yield f"  {room.name:<10}fits, {spell(-verdict.lacks, 'bytes')} are left"
+    else:
+        yield f"  {room.name:<10}does not fit, {spell(verdict.lacks, 'bytes')} are missing"
+        most = f"no setting helps enough: {spell(then, 'bytes')} at best" if verdict.sets is None else \
+            f"needs {spell(then, 'bytes')} with {fitting.flags(verdict.sets)}"  # fmt: skip
+        yield from textwrap.wrap(most, WIDTH, initial_indent=" " * 12, subsequent_indent=" " * 12,
+                                 break_on_hyphens=False)  # fmt: skip
+    if SHARE * room.device < then <= room.device:
+        share = -(-100 * then // room.device) / 100
+        yield f"{'':12}jax takes {SHARE:.0%} of a GPU: set XLA_PYTHON_CLIENT_MEM_FRACTION={share:.2f} or more"
+
+
+def report(found: Budget, verdicts: Sequence[Verdict]) -> dict:
+    """All figures as counted, with their formulas and units, by name, and what they fit into."""
     rows = {name: {"counted": row.counted, "formula": row.formula, "unit": row.unit, "ok": row.ok, "terms": row.terms}
             for name, row in found.rows.items()}  # fmt: skip
-    return {"experiment": found.experiment.name, "blocks": found.blocks, "batch": found.batch, "dtype": found.dtype,
-            "differ": [row.name for row in found.wrong], "figures": rows}  # fmt: skip
+    fits = [{"memory": one.room.name, "bytes": one.room.device, "needs": one.need.on_device, "fits": one.lacks <= 0,
+             "set": None if one.sets is None else list(one.sets), "then_needs": one.then.on_device}
+            for one in verdicts]  # fmt: skip
+    return {"experiment": found.experiment.name, "blocks": found.blocks, "batch": found.batch,
+            "dtypes": vars(found.experiment.dtypes), "compiled": found.compiled,
+            "differ": [row.name for row in found.wrong], "figures": rows, "fits": fits}  # fmt: skip

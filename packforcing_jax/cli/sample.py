@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--state", metavar="DIR",
                         help="keep the sampler's state here; the same command goes on from it, even after a kill")
     parser.add_argument("--every", type=int, metavar="N", default=8, help="blocks between two saves (default: 8)")
+    parser.add_argument("--anyway", action="store_true", help="try even what seems to need more memory than there is")
     parser.add_argument("--weights", metavar="DIR", help="model folder (default: the Stage model that ships)")
     parser.add_argument("--set", metavar="A.B=VALUE", action="append", default=[], dest="sets",
                         help="change one setting of the model's config, such as cache.top=8; may be repeated")
@@ -49,11 +50,21 @@ def run(args: argparse.Namespace) -> int:
     from packforcing_jax.pipeline import Pipeline
 
     _writable(args)
+    _require_fits(args)
     pipeline = Pipeline.from_pretrained(args.weights, memory=args.memory, sets=args.sets)
     exp = pipeline.experiment
     if not wanted:
         return _make(_film(args, pipeline, _prompts(args, _blocks(args, exp), stage=exp.name == "stage")))
     return _make_all([(job, _of_job(args, pipeline, job)) for job in wanted], Path(args.out))
+
+
+def _require_fits(args: argparse.Namespace) -> None:
+    """Refuses what this machine has no memory for, before any of it is taken."""
+    from packforcing_jax import fitting, models, pipeline
+
+    exp = models.opened(args.weights or pipeline.SHIPPED).experiment
+    if not args.anyway:
+        fitting.require_fits(pipeline.asked_for(exp, args.memory, args.sets))
 
 
 @dataclass(frozen=True)

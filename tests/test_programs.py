@@ -1,0 +1,89 @@
+"""The programs of sampling on shapes: what they are handed is what is held, and what they set aside is estimated."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import pytest
+import tiny
+
+from packforcing_jax import config, counting, pipeline, programs
+from packforcing_jax.programs import DRAWING, FUSED, REMEMBERING, SHOWING, WRITTEN
+
+HOST = tiny.with_cache(scope="shared", timing="late", archive="host")
+LONG = dataclasses.replace(tiny.EXP, dit=dataclasses.replace(tiny.EXP.dit, layers=5))
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    """Drawing and remembering compile in a second."""
+    for name in ("draw_block", "remember_block"):
+        quick = tiny.jit(getattr(pipeline, name).__wrapped__, static_argnames="exp")
+        monkeypatch.setattr(pipeline, name, quick)
+
+
+def test_a_program_is_handed_what_is_held_and_nothing_else(quickly):
+    """To the byte: all but what is of no use in drawing, which jit leaves out."""
+    exp, batch = dataclasses.replace(tiny.EXP, dtypes=config.DtypeConfig(cache="bfloat16", text="bfloat16")), 2
+    found, held = programs.compiled(exp, batch), programs.shapes_of(exp, batch)
+    model: Any = held.nets.dit
+    prompt = counting.nbytes([model.text_in, model.text_out,
+                              [(block.cross.k, block.cross.v, block.cross.norm_k) for block in model.blocks]])
+    numbers = 4 * batch + 4  # ids of the videos and the seed
+    whole = counting.nbytes((model, held.memory, held.views, held.words))
+    assert found[DRAWING].arguments == whole - prompt + numbers
+    assert found[programs.PROMPT].arguments == prompt + counting.nbytes(held.context)
+    assert found[SHOWING].arguments == counting.nbytes(held.latent)  # this codec has no weights and remembers nothing
+    assert found[SHOWING].results == pytest.approx(counting.nbytes((held.frames, held.low)), abs=64)
+    assert set(found) == {programs.ENCODING, programs.PROMPT, DRAWING, f"{SHOWING} the first block", SHOWING,
+                          REMEMBERING}  # fmt: skip
+
+
+def test_memory_and_views_are_handed_back_not_made_anew():
+    held = programs.shapes_of(tiny.EXP, 2)
+    lowered = dict(programs.lowered_programs(tiny.EXP, 2))
+    given = {name: counting.nbytes([leaf for leaf in jax.tree.leaves(program.args_info) if leaf.donated])
+             for name, program in lowered.items()}  # fmt: skip
+    assert given == dict.fromkeys(given, 0) | {
+        DRAWING: counting.nbytes(held.views), REMEMBERING: counting.nbytes((held.views, held.memory))}  # fmt: skip
+
+
+def test_drawing_from_the_host_is_three_programs():
+    drawing = [name for name, _ in programs.lowered_programs(HOST, 2) if name.startswith(DRAWING)]
+    assert drawing == [f"{DRAWING}, the first step", f"{DRAWING}, scoring a layer", f"{DRAWING}, the other steps"]
+
+
+def test_two_layers_say_what_a_deep_model_sets_aside():
+    """What a layer leaves behind for the next is gone after that."""
+    exp, held = programs.plain(LONG), programs.shapes_of(LONG, 2)
+    whole = held.views[0].k.shape
+    deep = counting.trace(functools.partial(programs._draw, exp), held.computed, held.memory, held.chance, held.words,
+                          held.views)  # fmt: skip
+    besides = [whole, *((2, exp.dit.heads, 3 * 8, keys) for keys in (whole[1], exp.dit.text_len))]
+    found = programs.workspace(LONG, 2)
+    assert found[f"{DRAWING}, {FUSED}"] == pytest.approx(counting.peak(deep, besides, results=False), rel=0.05)
+    assert found == programs.workspace(dataclasses.replace(LONG, dit=dataclasses.replace(LONG.dit, layers=2)), 2)
+
+
+def test_attention_written_out_sets_logits_aside():
+    found, held = programs.workspace(tiny.EXP, 2), programs.shapes_of(tiny.EXP, 2)
+    batch, room, heads, _ = held.views[0].k.shape
+    logits = batch * heads * held.latent.shape[1] * tiny.EXP.tokens_per_frame * room * 4
+    for name in (DRAWING, REMEMBERING):
+        assert found[f"{name}, {WRITTEN}"] - found[f"{name}, {FUSED}"] > logits
+
+
+def test_weights_that_are_cast_are_there_twice():
+    halves = config.DtypeConfig(params="float32", compute="bfloat16", cache="bfloat16")
+    mixed = dataclasses.replace(tiny.EXP, dtypes=halves)
+    alike = dataclasses.replace(tiny.EXP, dtypes=dataclasses.replace(halves, params="bfloat16"))
+    cast = counting.nbytes(programs.shapes_of(mixed).computed)
+    for name, size in programs.workspace(mixed).items():
+        more = cast if name.startswith((DRAWING, REMEMBERING)) else 0
+        assert size == programs.workspace(alike)[name] + more, name
+
+
+def test_showing_is_as_large_as_its_larger_part():
+    found = programs.workspace(tiny.EXP, 2)
+    assert max(found["decoding"], found["low-resolution encode"]) <= found[SHOWING]
