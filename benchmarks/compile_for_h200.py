@@ -130,7 +130,8 @@ def rows(exp: Experiment, built: Built) -> Iterator[Row]:
     yield Row(built.name, "stores updated by slices", f"{places} times", places > 0)
     yield Row(built.name, "results of a store's shape elsewhere", listed(astray), not astray and known(built))
     beside = hlo.remade(built.program, shapes, least)
-    copies = [op for op in beside if built.program.ends_in(op) in hlo.MOVES] + hlo.moved(built.program, shapes)
+    plain = [op for op in beside if built.program.ends_in(op) in hlo.MOVES and not built.program.multiplies(op)]
+    copies = plain + hlo.moved(built.program, shapes)
     yield Row(built.name, f"copies of {least / 1e6:.0f} MB or more", counted(copies), not copies)
     yield Row(built.name, "keys turned beside their store", counted(op for op in beside if op not in copies), None)
     yield from attention_rows(exp, built)
@@ -140,15 +141,22 @@ def rows(exp: Experiment, built: Built) -> Iterator[Row]:
 
 
 def attention_rows(exp: Experiment, built: Built) -> Iterator[Row]:
-    """How the program attends to views."""
+    """How the program attends, to views and to the text."""
     calls = [(name, op) for name, op in built.program.kernels() if '"__cudnn$fmha' in op.text]
+    own = [call for call in calls if keys_of(call[1]) == {cache.room(exp)}]
     wanted = passes(exp, built.name)
-    yield Row(built.name, "self-attention by cuDNN", f"{len(calls)} of {wanted} calls", len(calls) == wanted)
-    cut = [op for name, op in calls if '"mask_type": "PADDING"' in op.text and traced(built.program, name, op)]
-    yield Row(built.name, "of them over a traced length", f"{len(cut)}", len(cut) == len(calls) > 0)
-    rooms = {int(size) for _, op in calls for size in re.findall(r"constraints=\{[^}]*\}, \w+\[\d+,(\d+),", op.text)}
-    good = rooms == {cache.room(exp)} and not any(room % 128 for room in rooms)
-    yield Row(built.name, "keys in a view", ", ".join(f"{room} = {room / 128:g} x 128" for room in sorted(rooms)), good)
+    yield Row(built.name, "self-attention by cuDNN", f"{len(own)} of {wanted} calls", len(own) == wanted)
+    cut = [op for name, op in own if '"mask_type": "PADDING"' in op.text and traced(built.program, name, op)]
+    yield Row(built.name, "of them over a traced length", f"{len(cut)}", len(cut) == len(own) > 0)
+    room = cache.room(exp)
+    yield Row(built.name, "keys in a view", f"{room} = {room / 128:g} x 128", room % 128 == 0)
+    read = [op for _, op in calls if keys_of(op) == {exp.dit.text_len}]
+    yield Row(built.name, "text read by cuDNN", f"{len(read)} of {wanted} calls", len(read) == wanted)
+
+
+def keys_of(call: hlo.Op) -> set[int]:
+    """How many keys an attention call has room for."""
+    return {int(size) for size in re.findall(r"constraints=\{[^}]*\}, \w+\[\d+,(\d+),", call.text)}
 
 
 def passes(exp: Experiment, name: str) -> int:

@@ -58,8 +58,7 @@ class Peaks:
     @property
     def together(self) -> int:
         """Where the device's memory is the host's."""
-        sampling = max(size for phase, size in self.device.items() if phase != LOADING)
-        return max(self.device[LOADING] + self.host[LOADING], sampling + self.host[SAMPLING])
+        return max(size + self.host.get(phase, self.host[SAMPLING]) for phase, size in self.device.items())
 
 
 def fused(exp: Experiment, platform: str) -> bool:
@@ -126,7 +125,9 @@ def peaks(exp: Experiment, batch: int, uses: Uses) -> Peaks:
               DRAWING: whole + frames + fetched + taken(uses, DRAWING),
               SHOWING: whole + frames + latent + taken(uses, SHOWING),
               REMEMBERING: whole + 2 * frames + latent + low + held["decoder"] + taken(uses, REMEMBERING)}  # fmt: skip
-    return Peaks(device, {LOADING: _largest_tensor(exp), SAMPLING: archived + fetched + 2 * frames // batch})
+    models, encoder = _largest_tensors(exp)
+    kept = archived + 2 * frames // batch
+    return Peaks(device, {LOADING: models, READING: kept + encoder, SAMPLING: kept + fetched})
 
 
 def taken(uses: Uses, name: str) -> int:
@@ -142,11 +143,13 @@ def _fetched(exp: Experiment, batch: int) -> int:
     return int(exp.cache.attended * one + exp.cache.slots * one / (2 * exp.dit.layers))
 
 
-def _largest_tensor(exp: Experiment) -> int:
-    """Bytes of the largest tensor that is read into host memory on its way to the device."""
+def _largest_tensors(exp: Experiment) -> tuple[int, int]:
+    """Bytes of the largest tensor that passes host memory: of what stays on the device, and of the text encoder."""
     nets = programs.nets_of(programs.visible(exp), 1, exp.dtypes.params)
     pixels = programs.codec_of(exp.codec, exp.latent, 1, exp.dtypes.vae)[0]
-    return max(map(counting.nbytes, jax.tree.leaves((nets, pixels))))
+    layer = programs.encoder_layer(exp.text, exp.dtypes.text)
+    of_nets, of_text = (max(map(counting.nbytes, jax.tree.leaves(tree))) for tree in ((nets, pixels), layer))
+    return of_nets, of_text
 
 
 # Rooms

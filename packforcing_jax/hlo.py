@@ -67,6 +67,10 @@ class Program:
         """Whether `op` adds up over its operands, alone or inside its fusion."""
         return any(one.opcode in MIXES for one in (op, *self.computations.get(op.calls, {}).values()))
 
+    def multiplies(self, op: Op) -> bool:
+        """Whether `op` multiplies inside its fusion, as what turns keys does: it is no mere copy then."""
+        return any(one.opcode == "multiply" for one in self.computations.get(op.calls, {}).values())
+
 
 def size(shape: Shape) -> int:
     """Bytes of an array."""

@@ -122,6 +122,7 @@ def _shown_of(exp: Experiment, batch: int) -> tuple[Any, Any]:
     return jax.eval_shape(functools.partial(_show, exp), *own)[:2]
 
 
+@functools.cache
 def encoder_layer(cfg: TextConfig, dtype: str) -> text.Block:
     """Shapes of one layer of the text encoder."""
     return forms(lambda: text.Block(cfg, nnx.Rngs(0)), dtype)

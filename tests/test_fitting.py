@@ -47,6 +47,7 @@ def test_a_peak_is_what_lies_there_and_what_the_program_takes():
     assert found.device[REMEMBERING] == whole + 2 * frames + latent + low + held["decoder"]
     assert found.on_device == max(found.device.values())
     assert found.host["sampling"] == frames  # of two blocks of one of two videos
+    assert found.host["reading prompts"] == frames + 10 * 9 * 4  # and a matrix of the text encoder on its way
     assert found.together == found.on_device + frames
 
 
