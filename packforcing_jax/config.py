@@ -183,11 +183,12 @@ class CacheConfig:
         require(self.rope_adjustment != "incremental" or self.span == "true",
                 f"cache.rope_adjustment='incremental' moves whole blocks, but span={self.span!r} squeezes them; "
                 "set span=true or rope_adjustment=sink.")  # fmt: skip
-        beside = (self.scope, self.timing, self.rope_adjustment == "incremental")
-        require(self.archive == "device" or beside == ("shared", "late", False),
-                f"cache.archive='host' is fetched once a block and not turned in place, but scope={self.scope!r}, "
-                f"timing={self.timing!r} and rope_adjustment={self.rope_adjustment!r} were asked for; "
-                "set scope=shared, timing=late and rope_adjustment=sink.")  # fmt: skip
+        require(self.archive == "device" or (self.scope, self.timing) == ("shared", "late"),
+                f"cache.archive='host' is fetched once a block, but scope={self.scope!r} and timing={self.timing!r} "
+                "look it up in every layer; set scope=shared and timing=late.")  # fmt: skip
+        require(self.archive == "device" or self.rope_adjustment != "incremental",
+                "cache.archive='host' cannot be turned in place by rope_adjustment='incremental'; "
+                "set rope_adjustment=sink.")  # fmt: skip
 
     @property
     def ring(self) -> int:

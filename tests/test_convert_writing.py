@@ -7,7 +7,7 @@ import convert_layouts
 import numpy as np
 import pytest
 
-from convert import experiments, folders, lora, networks, rules, writing
+from convert import folders, lora, networks, rules, writing
 from packforcing_jax import models, options, tensors
 from packforcing_jax.tensors import Tensor
 
@@ -122,5 +122,4 @@ def test_a_sum_is_made_in_float32_and_stored_as_the_weight_was(exp):
 def test_the_planned_parts_are_those_of_the_networks(exp):
     assert set(networks.NETWORKS) == set(models.PARTS)
     assert set(folders.KINDS) == {"dit", "vae", "text", "compressor", "lora"}
-    assert experiments.STORED.keys() < set(models.PARTS)
     assert networks.wanted("compressor", options.override(exp, ["compressor.branches=lr"])) == {}

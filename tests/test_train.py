@@ -12,7 +12,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from packforcing_jax import checkpoints, codec, config, objectives, train, trees
+from packforcing_jax import checkpoints, codec, config, models, objectives, train, trees
 from packforcing_jax.errors import InputError
 from packforcing_jax.stage import data
 
@@ -254,17 +254,17 @@ def test_a_run_reports_each_step_as_json(straight):
 def test_the_average_is_exported_as_a_folder_that_loads(straight, tmp_path):
     run = straight[1]
     train.export(run, tmp_path / "model", card="what it is")
-    exp, flat = checkpoints.load_model(tmp_path / "model")
-    assert exp == EXP
+    exported = models.opened(tmp_path / "model")
+    assert exported.experiment == EXP
     parts = {"dit": "nets/dit", "compressor": "nets/compressor", "text": "text"}
     for name, prefix in parts.items():
-        part = checkpoints.part(flat, name)
+        part = {path: tensor.read() for path, tensor in exported.part(name).items()}
         averaged = {path for path in run.state.ema if path.startswith(f"{prefix}/")}
         assert {f"{prefix}/{path}" for path in part} == averaged
         for path, leaf in part.items():
             np.testing.assert_array_equal(leaf, run.state.ema[f"{prefix}/{path}"].astype(jnp.bfloat16), err_msg=path)
-    assert (tmp_path / "model" / checkpoints.CARD).read_text() == "what it is"
-    again = type(train.stage_tokenizer()).from_file(tmp_path / "model" / checkpoints.TOKENIZER, 16)
+    assert (tmp_path / "model" / models.CARD).read_text() == "what it is"
+    again = type(train.stage_tokenizer()).from_file(tmp_path / "model" / models.TOKENIZER, 16)
     np.testing.assert_array_equal(again.encode(["a red disc"])[0], ENCODE(["a red disc"])[0])
 
 
