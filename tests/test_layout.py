@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "packforcing_jax"
 ORDER = """
-errors hlo types train_config config tensors trees versions options hub timing
+errors interrupts hlo types train_config config tensors trees versions options hub timing
 rope schedules unipc attention layers selection cache view dit vae_layers vae codec text tokenizer compressor sampler
 archive formulas counting
 checkpoints models encoding growing video

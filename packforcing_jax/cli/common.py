@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TextIO, TypeVar
 
-from packforcing_jax import options
+from packforcing_jax import interrupts, options
 from packforcing_jax.config import Experiment
 
 Item = TypeVar("Item")
@@ -57,7 +57,10 @@ def progress(
     out: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Item]:
-    """`items` unchanged, shown as a bar with rate and time left on a terminal, as plain lines otherwise (stderr)."""
+    """`items` unchanged, shown as a bar with rate and time left on a terminal, as plain lines otherwise (stderr).
+
+    Between two items a lost interruption is raised again.
+    """
     out = out or sys.stderr
     total = len(items) if total is None and hasattr(items, "__len__") else total  # type: ignore[arg-type]
     if out is None or not out.isatty():
@@ -66,7 +69,9 @@ def progress(
     import tqdm
 
     with tqdm.tqdm(items, desc=name, unit=unit, total=total, file=out, dynamic_ncols=True) as bar:
-        yield from bar
+        for item in bar:
+            yield item
+            interrupts.look()
 
 
 def _lines(items, name, unit, total, out, clock):
@@ -74,6 +79,7 @@ def _lines(items, name, unit, total, out, clock):
     done = 0
     for done, item in enumerate(items, start=1):
         yield item
+        interrupts.look()
         now = clock()
         if now - shown >= SECONDS_BETWEEN_LINES or done == total:
             print(_line(name, unit, done, total, now - start), file=out, flush=True)

@@ -1,20 +1,17 @@
 """The program `packforcing`: finds the verb, reads its flags, and turns every failure into one sentence and a code."""
 
 import argparse
-import contextlib
 import errno
 import importlib
 import json
 import os
 import re
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 import packforcing_jax
-from packforcing_jax import options, versions
+from packforcing_jax import interrupts, options, versions
 from packforcing_jax.errors import InputError, MachineError
 
 
@@ -152,28 +149,11 @@ def outcome(error: BaseException) -> tuple[int, str] | None:
     return None
 
 
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """While inside, SIGTERM is a KeyboardInterrupt, so that `finally` blocks close files and keep finished work."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(signum, frame):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def main(words: Sequence[str] | None = None) -> int:
     """Runs `packforcing WORDS` and returns the exit code."""
     words = list(sys.argv[1:] if words is None else words)
     try:
-        with terminable():
+        with interrupts.raised():
             return run(words)
     except SystemExit as done:  # argparse after --help
         return int(done.code or 0)

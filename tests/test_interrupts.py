@@ -1,0 +1,91 @@
+"""A signal ends the work once, wherever it falls; what is only noted lets the step finish."""
+
+import gc
+import os
+import signal
+import sys
+import threading
+
+import pytest
+
+from packforcing_jax import interrupts
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+
+
+@pytest.fixture(autouse=True)
+def default_handlers():
+    before = {each: signal.getsignal(each) for each in SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
+@pytest.mark.parametrize("stop", SIGNALS)
+def test_a_signal_is_an_interruption_and_the_handlers_come_back(stop):
+    before = signal.getsignal(stop)
+    with pytest.raises(KeyboardInterrupt), interrupts.raised():
+        os.kill(os.getpid(), stop)
+    assert signal.getsignal(stop) is before
+
+
+@pytest.mark.parametrize("callback", ["swallow", "_xla_gc_callback"])
+def test_one_that_cannot_pass_is_raised_at_the_next_look(callback, monkeypatch):
+    def swallow(phase, info):
+        gc.callbacks.remove(swallow)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    swallow.__code__ = swallow.__code__.replace(co_name=callback)
+    lost = []
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)
+    with interrupts.raised():
+        gc.callbacks.append(swallow)
+        gc.collect()
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.look()
+    assert len(lost) == (callback == "swallow")
+
+
+def test_there_is_nothing_to_raise_in_quiet_or_in_the_next_run():
+    with pytest.raises(KeyboardInterrupt), interrupts.raised():
+        os.kill(os.getpid(), signal.SIGINT)
+    with interrupts.raised():
+        interrupts.look()
+
+
+@pytest.mark.parametrize("stop", SIGNALS)
+def test_a_noted_signal_waits_and_the_second_does_not(stop):
+    def work():
+        with interrupts.noted() as asked:
+            answers.append(asked())
+            os.kill(os.getpid(), stop)
+            answers.append(asked())
+            os.kill(os.getpid(), stop)
+            answers.append("went on")
+
+    answers = []
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert answers == [False, True]
+
+
+def test_an_ignored_signal_stays_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with interrupts.raised(), interrupts.noted() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not asked()
+
+
+def test_outside_the_main_thread_nothing_is_changed():
+    seen = []
+
+    def work():
+        with interrupts.raised(), interrupts.noted() as asked:
+            seen.append((signal.getsignal(signal.SIGTERM), asked()))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(before, False)]
