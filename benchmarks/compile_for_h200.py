@@ -31,7 +31,7 @@ from packforcing_jax.errors import InputError
 
 DEVICE = Path(__file__).parent / "h200.txtpb"
 CUDNN = {"check_cudnn_version": 92700, "check_compute_capability": True, "is_cuda_compute_capability_equal": True}
-TEMPORARY = 0.25  # of the views: a copy of all keys alone would take 0.5
+TEMPORARY = 0.3e9  # bytes: the largest values of one layer side by side, and nothing of a second one
 LENGTH = 4  # operand of cuDNN's attention, after queries, keys, values and the queries' lengths
 
 
@@ -135,8 +135,8 @@ def rows(exp: Experiment, built: Built) -> Iterator[Row]:
     yield Row(built.name, f"copies of {least / 1e6:.0f} MB or more", counted(copies), not copies)
     yield Row(built.name, "keys turned beside their store", counted(op for op in beside if op not in copies), None)
     yield from attention_rows(exp, built)
-    used, share = built.stats.temp_size_in_bytes, built.stats.temp_size_in_bytes / total(views_of(exp))
-    yield Row(built.name, "temporary memory", f"{used / 1e9:.2f} GB, {share:.1%} of the views", share < TEMPORARY)
+    used = built.stats.temp_size_in_bytes
+    yield Row(built.name, "temporary memory", f"{used / 1e9:.2f} GB", used < TEMPORARY)
     yield Row(built.name, "time to compile", f"{built.seconds:.0f} s", None)
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from packforcing_jax import objectives, options, pipeline, train, trees
+from packforcing_jax import options, pipeline, trees
 from packforcing_jax.cli import common
 from packforcing_jax.config import (
     CacheConfig,
@@ -30,6 +30,7 @@ from packforcing_jax.config import (
 from packforcing_jax.errors import InputError
 from packforcing_jax.pipeline import Finished, Pipeline
 from packforcing_jax.stage import captions, world
+from packforcing_jax.training import batches
 
 TOY = Experiment(
     name="toy",
@@ -48,9 +49,9 @@ OPENING = 2  # blocks in which everything is compiled: the first of a video is s
 MEMORY, TIME = 1.02, 1.1  # highest ratio of the second half's median to the first's
 
 
-def weights(exp: Experiment = TOY, seed: int = 0) -> objectives.Model:
+def weights(exp: Experiment = TOY, seed: int = 0) -> batches.Model:
     """Random weights, none of which is zero or one as some are before training."""
-    shapes, rng = jax.eval_shape(lambda: train.new_model(exp, jax.random.key(0))), np.random.default_rng(seed)
+    shapes, rng = jax.eval_shape(lambda: batches.new_model(exp, jax.random.key(0))), np.random.default_rng(seed)
     draws = {name: name.endswith("scale") + rng.normal(size=leaf.shape) * max(leaf.shape[-2:-1] + (4,)) ** -0.5
              for name, leaf in trees.flatten(shapes).items()}  # fmt: skip
     return trees.fill(shapes, {name: jnp.asarray(draw, jnp.float32) for name, draw in draws.items()})
@@ -59,7 +60,7 @@ def weights(exp: Experiment = TOY, seed: int = 0) -> objectives.Model:
 def toy(exp: Experiment = TOY, seed: int = 0) -> Pipeline:
     """The model of these weights."""
     built = weights(exp, seed)
-    return Pipeline.of(exp, built.nets, built.text, train.stage_tokenizer())
+    return Pipeline.of(exp, built.nets, built.text, captions.reader())
 
 
 def told(blocks: int, every: int) -> list[str]:

@@ -12,6 +12,9 @@ from packforcing_jax.config import (
     SpaceToDepthConfig,
     TextConfig,
 )
+from packforcing_jax.train_config import CoverConfig, OptimiserConfig, TrainConfig
+
+MUON = OptimiserConfig(kind="muon", matrix_rate=4e-3, rate=3e-3, betas=(0.9, 0.98), clip=0.0, warmup=50, cooldown=0.4)
 
 experiment = Experiment(
     name="stage",
@@ -24,6 +27,11 @@ experiment = Experiment(
     cache=PROFILES["stage"],
     compressor=CompressorConfig(channels=(32, 64, 128, 192)),
     sample=SampleConfig(steps=tuple(round(1000 - 62.5 * i) for i in range(16)), shift=6.0, prediction="clean"),
+    train=TrainConfig(
+        objective="forcing", steps=6000, batch=8, shift=6.0, trained=("dit", "compressor", "text"), ema=0.995,
+        cover=CoverConfig(sinks=(0, 0, 0, 4, 8), gap=64.0, gap_share=0.5, matching=0.02),
+        generator=MUON, compressor=MUON,
+    ),
     latent=(8, 8),
     fps=8,
     clip=20,

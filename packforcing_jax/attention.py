@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from packforcing_jax import placement
 from packforcing_jax.errors import InputError
 from packforcing_jax.types import Heads, Length
 
 
 def reference(q: Heads, k: Heads, v: Heads, length: Length | None = None, mask: Array | None = None) -> Heads:
     """softmax(q k^T / sqrt(h)) v over the first `length` keys, or where `mask` [q, k] is true; float32 softmax."""
+    q, k, v = placement.by_heads(q, k, v)
     logits = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
     if length is not None:
         mask = (jnp.arange(k.shape[1]) < length)[None]
@@ -25,6 +27,7 @@ def reference(q: Heads, k: Heads, v: Heads, length: Length | None = None, mask: 
 
 def _fused(q: Heads, k: Heads, v: Heads, length: Length | None = None, mask: Array | None = None, *,
            implementation: Literal["xla", "cudnn"]) -> Heads:  # fmt: skip
+    q, k, v = placement.by_heads(q, k, v)
     lengths = None if length is None else jnp.full(q.shape[0], length, jnp.int32)
     visible = None if mask is None else mask[None, None]
     return jax.nn.dot_product_attention(  # type: ignore[no-matching-overload]

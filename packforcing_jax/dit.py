@@ -16,7 +16,7 @@ from flax import nnx, struct
 from jax import Array
 from jaxtyping import Float
 
-from packforcing_jax import attention, layers, rope, trees
+from packforcing_jax import attention, layers, placement, rope, trees
 from packforcing_jax.config import DiTConfig
 from packforcing_jax.types import KV, Heads, Latent, Tokens
 
@@ -107,8 +107,9 @@ class TimeStates:
 def embed_time(model: WanDiT, timesteps: Float[Array, "b t"]) -> TimeStates:
     """Time states of per-frame timesteps on the 0..1000 scale (fractions allowed)."""
     wave = layers.sinusoid(timesteps, model.cfg.freq_dim)
-    e = model.time_out(jax.nn.silu(model.time_in(wave)))
-    return TimeStates(e=e, rows=einops.rearrange(model.time_proj(jax.nn.silu(e)), "b t (six d) -> b t six d", six=6))
+    e = placement.by_batch(model.time_out(placement.by_batch(jax.nn.silu(model.time_in(wave)))))
+    rows = placement.by_batch(model.time_proj(placement.by_batch(jax.nn.silu(e))))
+    return TimeStates(e=e, rows=einops.rearrange(rows, "b t (six d) -> b t six d", six=6))
 
 
 def text_kv(model: WanDiT, context: Float[Array, "b words text"]) -> Any:
@@ -176,6 +177,7 @@ def run(model: WanDiT, x: Tokens, time: TimeStates, text: Any, *, past: Any, mix
     @partial(jax.checkpoint, prevent_cse=False)
     def layer(x, inputs):
         block, words, before = inputs
+        x = placement.by_tokens(x)
         return block(x, time.rows, words, before, mix, attend)
 
     return jax.lax.scan(layer, x, (model.blocks, text, past))
@@ -192,24 +194,38 @@ def frame_places(cfg: DiTConfig, latent: Latent) -> np.ndarray:
     return rope.grid(np.arange(rows), np.arange(columns), latent.shape[1])
 
 
-def _whole(model: WanDiT, latent: Latent, timesteps: Array, context: Array, frames: np.ndarray,
-           mask: Array | None) -> Latent:  # fmt: skip
-    """One pass over all frames with rotary time positions `frames` and an optional dense mask over tokens."""
+def _whole(model: WanDiT, latent: Latent, timesteps: Array, context: Array, frames: np.ndarray, mask: Array | None,
+           attend: Attend) -> Latent:  # fmt: skip
+    """One pass over all frames with rotary time positions `frames` and an optional dense mask over tokens.
+
+    `context` [b, words, text] is read by all frames, [b, block, words, text] by as many equal blocks of them.
+    """
     cfg, size = model.cfg, np.prod(token_grid(model.cfg, latent))
     angles = rope.time_angles(jnp.asarray(np.repeat(frames, size), jnp.float32), cfg) \
         + rope.space_angles(jnp.asarray(frame_places(cfg, latent)), cfg)  # fmt: skip
+    texts = context if context.ndim == 4 else context[:, None]
+    blocks = texts.shape[1]
 
     def mix(q, k, v, past):
-        return attention.reference(rope.rotate(q, angles), rope.rotate(k, angles), v, mask=mask), None
+        q, k = rope.rotate(q, angles), rope.rotate(k, angles)
+        return (attend(q, k, v) if mask is None else attention.reference(q, k, v, mask=mask)), None
 
-    time = embed_time(model, timesteps)
-    x, _ = run(model, embed_latent(model, latent), time, text_kv(model, context), past=None, mix=mix)
-    return head(model, x, time.e, token_grid(cfg, latent))
+    def read(q, k, v):
+        by_block = einops.rearrange(q, "b (block q) n h -> (b block) q n h", block=blocks)
+        return einops.rearrange(attend(by_block, k, v), "(b block) q n h -> b (block q) n h", block=blocks)
+
+    time, words = embed_time(model, timesteps), text_kv(model, einops.rearrange(texts, "b block w d -> (b block) w d"))
+    x, _ = run(model, embed_latent(model, latent), time, words, past=None, mix=mix, attend=read)
+    return head(model, x, time.e, token_grid(cfg, latent)).astype(latent.dtype)
 
 
-def bidirectional(model: WanDiT, latent: Latent, timesteps: Float[Array, "b t"], context: Array) -> Latent:
-    """The network's output when every frame sees every frame (the original Wan2.1; teacher and critic)."""
-    return _whole(model, latent, timesteps, context, np.arange(latent.shape[1]), None)
+def bidirectional(model: WanDiT, latent: Latent, timesteps: Float[Array, "b t"], context: Array, *,
+                  attend: Attend = attention.reference) -> Latent:  # fmt: skip
+    """The network's output when every frame sees every frame (the original Wan2.1; teacher and critic).
+
+    `context` holds one prompt's states per clip [b, words, text], or per block of the clip [b, block, words, text].
+    """
+    return _whole(model, latent, timesteps, context, np.arange(latent.shape[1]), None, attend)
 
 
 def block_of_frame(block_ends: tuple[int, ...]) -> np.ndarray:
@@ -227,12 +243,14 @@ def parallel(model: WanDiT, latent: Latent, timesteps: Float[Array, "b t"], cont
     owner = block_of_frame(block_ends)
     frames, size = np.arange(latent.shape[1]), int(np.prod(token_grid(model.cfg, latent)))
     if clean is None:
-        return _whole(model, latent, timesteps, context, frames, _mask(owner[:, None] >= owner[None], size))
+        visible = _mask(owner[:, None] >= owner[None], size)
+        return _whole(model, latent, timesteps, context, frames, visible, attention.reference)
     past, now = owner[:, None] > owner[None], owner[:, None] == owner[None]
-    visible = np.block([[past | now, np.zeros_like(now)], [past, now]])
-    both = jnp.concatenate([clean, latent], axis=1)
-    times = jnp.concatenate([jnp.zeros_like(timesteps), timesteps], axis=1)
-    return _whole(model, both, times, context, np.tile(frames, 2), _mask(visible, size))[:, latent.shape[1] :]
+    visible = _mask(np.block([[past | now, np.zeros_like(now)], [past, now]]), size)
+    both, times = (jnp.concatenate(pair, axis=1) for pair in ((clean, latent), (jnp.zeros_like(timesteps), timesteps)))
+    texts = jnp.tile(context, (1, 2, 1, 1)) if context.ndim == 4 else context
+    whole = _whole(model, both, times, texts, np.tile(frames, 2), visible, attention.reference)
+    return whole[:, latent.shape[1] :]
 
 
 def _mask(frames: np.ndarray, size: int) -> Array:

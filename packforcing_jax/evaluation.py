@@ -18,10 +18,11 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from packforcing_jax import cache, checkpoints, codec, pipeline, sampler, train, view
-from packforcing_jax.config import Experiment, SpaceToDepthConfig, require
+from packforcing_jax import cache, checkpoints, codec, pipeline, sampler, view
+from packforcing_jax.config import Experiment, require
 from packforcing_jax.pipeline import Pipeline
 from packforcing_jax.stage import captions, data, metrics, oracle, stories, world
+from packforcing_jax.training import batches, state
 from packforcing_jax.types import KV, Video
 
 HELD_OUT = 1_000_003  # a seed that no training run uses
@@ -45,10 +46,10 @@ def of_checkpoint(exp: Experiment, checkpoint: Path) -> Pipeline:
     with tempfile.TemporaryDirectory() as room:
         shutil.copytree(checkpoint, Path(room, checkpoint.name))
         copy = checkpoints.Checkpoints(room)
-        state, _ = copy.restore(jax.eval_shape(lambda: train.init(exp, 0)))
+        now, _ = copy.restore(jax.eval_shape(lambda: state.init(exp, jax.random.key(0), {})))
         copy.close()
-    model = train.as_model(exp, state.ema)
-    return Pipeline.of(exp, model.nets, model.text, train.stage_tokenizer())
+    model = batches.as_model(exp, now.ema)
+    return Pipeline.of(exp, model.nets, model.text, captions.reader())
 
 
 def with_cache(model: Pipeline, **changes) -> Pipeline:
@@ -59,9 +60,9 @@ def with_cache(model: Pipeline, **changes) -> Pipeline:
 
 
 def require_stage(exp: Experiment) -> None:
-    pixels = tuple(size * exp.codec.space_factor for size in exp.latent)
-    fits = isinstance(exp.codec, SpaceToDepthConfig) and pixels == (world.SIZE,) * 2 and exp.cache.block == world.BLOCK
-    require(fits, f"experiment {exp.name!r} draws no stage videos, which the oracle reads; evaluate a stage model.")
+    """Raises `InputError` unless the oracle can read the videos of `exp`."""
+    require(captions.tells(exp), f"experiment {exp.name!r} draws no stage videos, which the oracle reads; "
+            "evaluate a stage model.")  # fmt: skip
 
 
 # The player

@@ -4,11 +4,12 @@ import ast
 import dataclasses
 import difflib
 import pathlib
+import re
 import runpy
 import types
 import typing
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_collections
 
@@ -16,6 +17,8 @@ from packforcing_jax.config import Experiment
 from packforcing_jax.errors import InputError
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
+STAGE = re.compile(r"[\w-]+")  # the name of a stage, and of its folder
+Recipe: TypeAlias = tuple[tuple[str, Experiment], ...]  # stages of training in order, by name
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -41,17 +44,40 @@ def find(config: str | pathlib.Path) -> pathlib.Path:
     raise InputError(f"no experiment {str(config)!r}: neither a file nor a name in configs/; {hint}")
 
 
-def read(path: pathlib.Path) -> Experiment:
-    """The module-level `experiment` of a Python file."""
+def _names_of(path: pathlib.Path) -> dict[str, Any]:
+    """What a Python file defines at module level."""
     try:
-        found = runpy.run_path(str(path)).get("experiment")
+        return runpy.run_path(str(path))
     except InputError:
         raise
     except Exception as error:
         raise InputError(f"config {path} does not run ({type(error).__name__}: {error}); correct that file.") from error
-    if not isinstance(found, Experiment):
+
+
+def _experiment_in(found: dict[str, Any], path: pathlib.Path) -> Experiment:
+    experiment = found.get("experiment")
+    if not isinstance(experiment, Experiment):
         raise InputError(f"config {path} defines no `experiment = Experiment(...)` at module level; add it.")
-    return found
+    return experiment
+
+
+def read(path: pathlib.Path) -> Experiment:
+    """The module-level `experiment` of a Python file."""
+    return _experiment_in(_names_of(path), path)
+
+
+def read_recipe(path: pathlib.Path) -> Recipe:
+    """The module-level `recipe` of a Python file: its stages in order; without one a single nameless stage."""
+    found = _names_of(path)
+    if "recipe" not in found:
+        return (("", _experiment_in(found, path)),)
+    recipe, hint = found["recipe"], tuple[tuple[str, Experiment], ...]
+    if not recipe or not fits(recipe, hint) or not all(STAGE.fullmatch(name) for name, _ in recipe):
+        raise InputError(f"config {path}: `recipe` must be a tuple of (name, Experiment), each name a word of "
+                         "letters, digits, - and _; correct that file.")  # fmt: skip
+    if len(dict(recipe)) < len(recipe):
+        raise InputError(f"config {path}: two stages of `recipe` have the same name; rename one.")
+    return recipe
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -136,3 +162,23 @@ def override(experiment: Experiment, sets: Sequence[str]) -> Experiment:
 def load_experiment(config: str | pathlib.Path, sets: Sequence[str] = ()) -> Experiment:
     """The experiment of a file or a name in `configs/`, with `a.b=value` overrides."""
     return override(read(find(config)), sets)
+
+
+def load_recipe(config: str | pathlib.Path, sets: Sequence[str] = ()) -> Recipe:
+    """The stages of a file or a name in `configs/`; `a.b=value` changes every stage, `STAGE:a.b=value` only one."""
+    recipe = read_recipe(find(config))
+    addressed = [_address(each, [name for name, _ in recipe]) for each in sets]
+    return tuple((name, override(experiment, [setting for stage, setting in addressed if stage in (None, name)]))
+                 for name, experiment in recipe)  # fmt: skip
+
+
+def _address(setting: str, stages: Sequence[str]) -> tuple[str | None, str]:
+    """(stage that a setting is for, None for all; the setting without it)."""
+    key, equals, text = setting.partition("=")
+    stage, colon, key = key.rpartition(":")
+    if not colon:
+        return None, setting
+    if stage.strip() not in stages or not stage.strip():
+        raise InputError(f"--set {setting}: no stage {stage.strip()!r} in this recipe; "
+                         f"{nearest(stage.strip(), filter(None, stages))}")  # fmt: skip
+    return stage.strip(), f"{key}{equals}{text}"

@@ -4,6 +4,7 @@
 there is per layer is a list when the transformer's layers run one by one, stacked when they are scanned.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from flax import struct
 from jax import Array
 from jaxtyping import Float
 
-from packforcing_jax import attention, cache, compressor, dit, rope, schedules, selection, trees, view
+from packforcing_jax import attention, cache, compressor, dit, rope, schedules, trees, view
 from packforcing_jax.config import Experiment, SampleConfig
 from packforcing_jax.types import KV, Heads, Latent
 
@@ -141,23 +142,25 @@ def remember(nets: Nets, exp: Experiment, memory: cache.Memory, *, latent: Laten
 
 
 def read_clean(nets: Nets, exp: Experiment, seen: cache.Plan, latent: Latent, text: Any, past: Any, *,
-               keep: Callable | None = None) -> tuple[Any, Any]:  # fmt: skip
+               keep: Callable | None = None, behind: Callable | None = None) -> tuple[Any, Any]:  # fmt: skip
     """What `keep` makes of a clean block's keys and values in every layer, by default themselves, and the views.
 
-    `past` holds the views, which afterwards hold that block too, or tuples of a view and what else `keep` takes.
+    `past` holds the views, which afterwards hold that block too, or tuples of a view and what else `keep` takes;
+    `behind` makes a view of what stands in its place.
     """
     time = dit.embed_time(nets.dit, jnp.zeros(latent.shape[:2]))
     _, kept = dit.run(nets.dit, dit.embed_latent(nets.dit, latent), time, text, past=past, attend=_reader(exp, text),
-                      mix=_mix(exp, *_own_places(exp, seen, latent), cache.length(exp, seen),
-                               keep=keep or _both))  # fmt: skip
+                      mix=_mix(exp, *_own_places(exp, seen, latent), cache.length(exp, seen), keep=keep or _both,
+                               behind=behind))  # fmt: skip
     return trees.unzip(kept)
 
 
-def read_packed(nets: Nets, exp: Experiment, seen: cache.Plan, latent: Latent, low: Latent, text: Any,
-                views: Any) -> tuple[Any, Any]:  # fmt: skip
+def read_packed(nets: Nets, exp: Experiment, seen: cache.Plan, latent: Latent, low: Latent, text: Any, views: Any, *,
+                keep: Callable | None = None, behind: Callable | None = None) -> tuple[Any, Any]:  # fmt: skip
     """Keys and values in every layer of a clean block's packed twin, and the views, which also hold the block.
 
-    The twin passes through all layers, or (`projected`) each layer projects the packed tokens themselves.
+    The twin passes through all layers, or (`projected`) each layer projects the packed tokens themselves. `keep` and
+    `behind` as in `read_clean`.
     """
     tokens = compressor.pack(nets.compressor, nets.dit, exp, latent, low)
     time = dit.embed_time(nets.dit, jnp.zeros((latent.shape[0], 1)))
@@ -166,9 +169,10 @@ def read_packed(nets: Nets, exp: Experiment, seen: cache.Plan, latent: Latent, l
         turned = rope.space_angles(places, exp.dit)
         return trees.over(lambda own: KV(k=rope.rotate(own.k, turned), v=own.v),
                           dit.projections(nets.dit, tokens, time)), views  # fmt: skip
-    behind = cache.length(exp, seen) + exp.cache.block * exp.tokens_per_frame
+    at = cache.length(exp, seen) + exp.cache.block * exp.tokens_per_frame
     _, kept = dit.run(nets.dit, tokens, time, text, past=views, attend=_reader(exp, text),
-                      mix=_mix(exp, cache.packed_times(exp, seen), places, behind, keep=_both))  # fmt: skip
+                      mix=_mix(exp, cache.packed_times(exp, seen), places, at, keep=keep or _both,
+                               behind=behind))  # fmt: skip
     return trees.unzip(kept)
 
 
@@ -219,8 +223,8 @@ def watching_look(exp: Experiment, seen: cache.Plan, mix: dit.Mix) -> dit.Mix:
 
     def look(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, Any]:
         mixed, (whole, looked) = first_look(exp, seen, mix)(q, k, v, past)
-        question = view.question(exp, seen, past[0], view.ask(exp, seen, q), past[1])
-        return mixed, (whole, looked, selection.affinity(question))
+        wanted = dataclasses.replace(exp, cache=dataclasses.replace(exp.cache, selection="affinity"))
+        return mixed, (whole, looked, view.score(wanted, seen, past[0], view.ask(exp, seen, q), past[1]))
 
     return look
 
@@ -238,12 +242,13 @@ def _committed(exp: Experiment, n: Array, own: KV, whole: KV, layer: cache.Layer
 
 
 def _mix(exp: Experiment, times: Float[Array, " q"], places: Float[Array, "q 2"], at: Array, *,
-         keep: Callable) -> dit.Mix:  # fmt: skip
+         keep: Callable, behind: Callable | None = None) -> dit.Mix:  # fmt: skip
     """Attention of tokens at (times, places) to the first `at` keys of a view and to themselves."""
     in_time, in_space = rope.time_angles(times, exp.dit), rope.space_angles(places, exp.dit)
 
     def mix(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, Any]:
         before, *rest = past if isinstance(past, tuple) else (past,)
+        before = before if behind is None else behind(before)
         own = KV(k=rope.rotate(k, in_space), v=v)
         whole = view.extend(before, KV(k=rope.rotate(own.k, in_time), v=v), at)
         attend = attention.backend(exp.attention, whole.k.dtype)

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from packforcing_jax.types import Heads
 
-QUERIES_AT_A_TIME = 16
+QUERIES_AT_A_TIME = 256
 
 
 @struct.dataclass
@@ -37,7 +37,6 @@ def logits(asked: Question) -> Float[Array, "b n q slot p"]:
 
 
 def _agreement(queries: Heads, keys: Heads) -> Float[Array, "b n q k"]:
-    queries = jax.lax.optimization_barrier(queries)  # or XLA copies all keys side by side, to multiply them in one go
     products = jnp.einsum("bqnh,bknh->bnqk", queries, keys, preferred_element_type=jnp.float32)
     return products * queries.shape[-1] ** -0.5
 
@@ -45,7 +44,7 @@ def _agreement(queries: Heads, keys: Heads) -> Float[Array, "b n q k"]:
 def mass(asked: Question) -> Float[Array, "b n q slot"]:
     """Attention that each pooled query of each head pays each block: softmax over archive, sink and recent.
 
-    A few queries at a time: the logits of all would be the largest array of a whole block's step at full size.
+    Some queries at a time: without windows, the logits of all would be the largest array of a whole block's step.
     """
     count = asked.pooled.shape[1]
     together = max(size for size in range(1, QUERIES_AT_A_TIME + 1) if count % size == 0)
@@ -129,6 +128,17 @@ POLICIES: dict[str, Callable[[Question], Array]] = {
     "recency": recency,
     "random": lottery,
     "all": recency,
+}
+
+# How the scores by single heads make one; policies that are not here look at no head.
+ACROSS_HEADS: dict[str, Callable[..., Array]] = {
+    "affinity": jnp.sum,
+    "mass_sum": jnp.sum,
+    "mass_max": jnp.max,
+    "logit_max": jnp.max,
+    "centred_logit_max": jnp.max,
+    "log_sum_exp": jnp.sum,
+    "paper_sum": jnp.sum,
 }
 
 

@@ -1,34 +1,165 @@
-"""How a model is trained, as frozen values."""
+"""How a model is trained, as frozen values: what is minimised, what moves how fast, where, and from what data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from packforcing_jax.errors import require
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Teacher forcing through the packed memory.
+class OptimiserConfig:
+    """How one group of parameters moves (Self-Forcing's AdamW by default).
 
-    Each step draws one sink size (frames) from `sinks` and, with chance `gap_share`, moves everything before the
-    recent block up to `gap` frames further back, so that long packed timelines lie inside the trained range.
+    `muon` orthogonalises the updates of matrices, at `matrix_rate` times 0.2 sqrt(larger side), and moves the rest
+    by Adam at `rate`. `clip` bounds the global norm of the group's gradient; 0 leaves it alone.
     """
 
-    steps: int = 6000
-    batch: int = 8
-    shift: float = 6.0  # noise levels: uniform draws warped towards noise
-    sinks: tuple[int, ...] = (0, 0, 0, 4, 8)
-    gap: float = 64.0
-    gap_share: float = 0.5
-    matrix_rate: float = 4e-3  # Muon, times 0.2 sqrt(larger side)
-    rate: float = 3e-3  # Adam, everything that is not a matrix
+    kind: str = "adamw"
+    rate: float = 2e-6
+    matrix_rate: float = 0.0
+    betas: tuple[float, float] = (0.0, 0.999)
     decay: float = 0.01
-    warmup: int = 50
-    cooldown: float = 0.4  # last share of the steps, down to 2 % of the rate
-    ema: float = 0.995
-    matching: float = 0.02  # weight of the loss that the last layer's affinity finds the blocks called back
-    save_every: int = 250
+    clip: float = 10.0
+    warmup: int = 0
+    cooldown: float = 0.0  # last share of the steps, down to 2 % of the rate
+    delay: int = 0  # updates of the run before this group begins to move
 
     def __post_init__(self):
-        for name in ("steps", "batch", "save_every"):
+        require(self.kind in ("adamw", "muon"), f"optimiser kind={self.kind!r} is unknown; choose adamw or muon.")
+        require(self.rate >= 0 and self.matrix_rate >= 0, f"optimiser rate={self.rate} is negative; give 0 or more.")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; 0 is what the others leave. `data` and `fsdp` split the batch, `fsdp` the state too."""
+
+    data: int = 0
+    fsdp: int = 1
+    tensor: int = 1  # heads and hidden channels
+    context: int = 1  # tokens
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where examples come from: a row of `sources.KINDS`, its file or folder, only the first `limit` (0: all)."""
+
+    kind: str = "stage"
+    path: str = ""
+    limit: int = 0
+
+
+@dataclass(frozen=True)
+class CoverConfig:
+    """How far training reaches into what sampling will meet (the paper's five blocks see one packed one).
+
+    Each step draws one size of sink and of recent (latent frames; empty: the cache's) and a clip length between
+    `shortest` and `longest` blocks (0: the clip's). With chance `gap_share` everything before the recent block is
+    moved up to `gap` frames further back. `top` packed blocks are attended by the cache's own selection; 0: all.
+    `matching` weighs the loss that the last layer's affinity finds the blocks called back (selection gets no gradient
+    otherwise).
+    """
+
+    sinks: tuple[int, ...] = ()
+    recents: tuple[int, ...] = ()
+    shortest: int = 0
+    longest: int = 0
+    gap: float = 0.0
+    gap_share: float = 0.0
+    top: int = 0
+    matching: float = 0.0
+
+
+@dataclass(frozen=True)
+class DistilConfig:
+    """Distribution matching (DMD) and its SiD variant, as in Self-Forcing except where said.
+
+    `guidance` is the original's: clean + guidance (clean - unconditional), which is the usual form at guidance + 1;
+    `plain` is the usual form. `score_shift` is the table by which score networks turn velocities into clean samples:
+    0 takes sigma = timestep / 1000, the original takes 8 while it noises with the shift of `train.shift`.
+    `noised_context`: the clean pass reads the block with the noise that timestep 0 has in the table (the original's
+    rollout; sampling adds none). `gradient`: through packed keys computed again (`packed`), through nothing stored
+    (`none`), or `leak`: the released code's, clean values with the gradient of the exit step.
+    """
+
+    critic_updates: int = 5  # per update of the generator
+    guidance: float = 3.0
+    form: str = "extra"
+    score_shift: float = 0.0
+    noised_context: bool = False
+    gradient: str = "packed"
+    low: float = 20.0  # timesteps of the scores lie between
+    high: float = 980.0
+    scored: int = 0  # last blocks that are scored; 0: all
+    alpha: float = 1.0  # SiD
+
+    def __post_init__(self):
+        require(self.form in ("extra", "plain"), f"train.distil.form={self.form!r} is unknown; choose extra or plain.")
+        require(self.gradient in ("packed", "none", "leak"),
+                f"train.distil.gradient={self.gradient!r} is unknown; choose packed, none or leak.")  # fmt: skip
+        require(self.critic_updates > 0, f"train.distil.critic_updates={self.critic_updates} must be at least 1.")
+
+
+OBJECTIVES = ("flow_matching", "forcing", "trajectory", "consistency", "dmd", "sid")
+HISTORIES = ("memory", "clean", "noisy")
+SOURCES = ("stage", "prompts", "records")
+LOGS = ("jsonl", "tensorboard", "wandb")
+REMATS = ("layers", "blocks", "attention")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One stage of training.
+
+    `history` is what the noisy blocks of a causal objective see: the packed `memory` of the true blocks before them,
+    all `clean` blocks before them (teacher forcing), or all `noisy` ones (diffusion forcing).
+    `generator_from`, `teacher_from`, `critic_from`: an earlier stage of the recipe or a model folder; "" draws the
+    generator anew and starts the critic as the teacher.
+    """
+
+    objective: str = "forcing"
+    history: str = "memory"
+    steps: int = 3000
+    batch: int = 8  # clips, over all devices
+    accumulate: int = 1  # parts that a batch is computed in, one after the other
+    trained: tuple[str, ...] = ("dit", "compressor")  # parts of the generator that move
+    generator_from: str = ""
+    teacher_from: str = ""
+    critic_from: str = ""
+    shift: float = 5.0  # noise levels: uniform draws warped towards noise
+    drop_text: float = 0.0  # chance that a clip's text is hidden, for guidance later
+    grid: int = 48  # steps of the teacher's path, for trajectory and consistency
+    ema: float = 0.99
+    ema_from: int = 0  # generator updates before the average begins
+    negative: str = ""  # prompt of the unconditional guess; "" hides the text
+    cover: CoverConfig = CoverConfig()
+    distil: DistilConfig = DistilConfig()
+    generator: OptimiserConfig = OptimiserConfig()
+    compressor: OptimiserConfig = OptimiserConfig(rate=1e-4)
+    critic: OptimiserConfig = OptimiserConfig(rate=4e-7)
+    mesh: MeshConfig = MeshConfig()
+    source: DataConfig = DataConfig()
+    remat: str = "layers"
+    save_every: int = 250
+    keep: int = 2
+    log_every: int = 1
+    log: tuple[str, ...] = ("jsonl",)
+    preview_every: int = 0
+    patience: int = 10  # updates in a row that are not finite until the run stops
+    profile: tuple[int, int] = (0, 0)  # first and last step of the profiler's window
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "accumulate", "grid", "save_every", "keep", "log_every", "patience"):
             value = getattr(self, name)
             require(value > 0, f"train.{name}={value} must be at least 1.")
+        for name, allowed in (("objective", OBJECTIVES), ("history", HISTORIES), ("remat", REMATS)):
+            value = getattr(self, name)
+            require(value in allowed, f"train.{name}={value!r} is unknown; choose one of {', '.join(allowed)}.")
+        require(self.source.kind in SOURCES,
+                f"train.source.kind={self.source.kind!r} is unknown; choose one of {', '.join(SOURCES)}.")  # fmt: skip
+        strangers = sorted({*self.log} - {*LOGS})
+        require(not strangers, f"train.log={strangers} is unknown; choose from {', '.join(LOGS)}.")
+        require(self.batch % self.accumulate == 0,
+                f"train.batch={self.batch} is not a multiple of accumulate={self.accumulate}; change one.")  # fmt: skip
+        require(0 <= self.drop_text <= 1, f"train.drop_text={self.drop_text} is no chance; give 0 to 1.")
+
+
+GROUPS = tuple(field.name for field in fields(TrainConfig) if field.type is OptimiserConfig)

@@ -41,6 +41,11 @@ def fill(module: Module, flat: Mapping[str, Any], source: str = "weights",
     return jax.tree_util.tree_map_with_path(lambda keys, leaf: make(_path(keys), flat[_path(keys)]), module)
 
 
+def as_given(path: str, value: Any) -> Any:
+    """For `fill`: the value as it is, whatever dtype the leaf had that it replaces."""
+    return value
+
+
 # One entry per layer: a list of them (layers run one by one), or arrays with a leading layer axis (layers are scanned)
 
 

@@ -20,7 +20,7 @@ from packforcing_jax.verify_parts import Fixture, Outputs
 FIRST_FRAME_TIMESTEP = 250.0  # of the lone first frame in the block-mask files, whose metadata leave it out
 
 
-def _transformer(cfg: DiTConfig, tensors: Mapping[str, np.ndarray]) -> dit.WanDiT:
+def transformer(cfg: DiTConfig, tensors: Mapping[str, np.ndarray]) -> dit.WanDiT:
     return verify_parts.load(dit.WanDiT, cfg, tensors, wan_dit.WAN_DIT)
 
 
@@ -35,7 +35,7 @@ def _context(fixture: Fixture, cfg: DiTConfig) -> jax.Array:
 
 
 def _bidirectional(fixture: Fixture, cfg: DiTConfig, tensors: Mapping[str, np.ndarray]) -> Outputs:
-    model, latent = _transformer(cfg, tensors), verify_parts.ours(fixture.inputs["x"])
+    model, latent = transformer(cfg, tensors), verify_parts.ours(fixture.inputs["x"])
     times = einops.repeat(jnp.asarray(fixture.inputs["t"]), "b -> b t", t=latent.shape[1])
     return {"flow": verify_parts.theirs(jax.jit(dit.bidirectional)(model, latent, times, _context(fixture, cfg)))}
 
@@ -54,7 +54,7 @@ def wan_dit_diffusers(fixture: Fixture) -> Outputs:
 def causal_dit_blockmask(fixture: Fixture) -> Outputs:
     """The causal network over all blocks at once: block-causal, after a lone first frame, and teacher-forced."""
     cfg, size = wan_dit.config_from_original(fixture.config), fixture.config["frames_per_block"]
-    model, context = _transformer(cfg, fixture.weights), _context(fixture, cfg)
+    model, context = transformer(cfg, fixture.weights), _context(fixture, cfg)
     noisy, clean = (verify_parts.ours(fixture.inputs[name]) for name in ("noisy", "clean"))
     times = jnp.asarray(fixture.inputs["t"])
     parallel = jax.jit(dit.parallel, static_argnames="block_ends")
@@ -85,7 +85,7 @@ def _cache_config(config: Mapping[str, Any], frames: int) -> CacheConfig:
     The window counts the current block, and the oldest frames go when the next block needs their room: they are held
     one block longer (`spare`) than they are seen.
     """
-    block, window = config["frames_per_block"], config["local_attn_size"]
+    block, window = config["frames_per_block"], config.get("local_attn_size", -1)
     plain = CacheConfig(block=block, sink=0, recent=frames, top=0, capacity=0, rope_adjustment="none", key_multiple=1)
     if window == -1:
         return plain
@@ -93,7 +93,7 @@ def _cache_config(config: Mapping[str, Any], frames: int) -> CacheConfig:
     return dataclasses.replace(plain, sink=sink, recent=window - sink - block, spare=block)
 
 
-def _experiment(config: Mapping[str, Any], *, frames: int, latent: tuple[int, int],
+def experiment(config: Mapping[str, Any], *, frames: int, latent: tuple[int, int],
                 sample: SampleConfig = SampleConfig()) -> Experiment:  # fmt: skip
     """The causal network with Self-Forcing's cache, on latents of (rows, columns)."""
     cfg = wan_dit.config_from_original(config)
@@ -104,7 +104,7 @@ def _experiment(config: Mapping[str, Any], *, frames: int, latent: tuple[int, in
 
 def _nets(fixture: Fixture, exp: Experiment) -> sampler.Nets:
     packs_nothing: Any = None
-    return sampler.Nets(dit=dit.unrolled(_transformer(exp.dit, fixture.weights)), compressor=packs_nothing)
+    return sampler.Nets(dit=dit.unrolled(transformer(exp.dit, fixture.weights)), compressor=packs_nothing)
 
 
 def _by_layer(prefix: str, kept: list[KV]) -> Outputs:
@@ -136,7 +136,7 @@ def causal_dit_kvcache(fixture: Fixture) -> Outputs:
     noisy, clean = fixture.inputs["noisy"], fixture.inputs["clean"]
     blocks, batch, _, size, *_ = noisy.shape
     raw = SampleConfig(prediction="clean")  # what the network returns is what the file holds
-    exp = _experiment(fixture.config, frames=blocks * size, latent=noisy.shape[-2:], sample=raw)
+    exp = experiment(fixture.config, frames=blocks * size, latent=noisy.shape[-2:], sample=raw)
     nets = _nets(fixture, exp)
     text = jax.jit(dit.text_kv)(nets.dit, _context(fixture, exp.dit))
     memory, out = cache.init(exp, batch), _by_layer("crossattn", text)
@@ -170,7 +170,7 @@ def causal_rollout(fixture: Fixture) -> Outputs:
     sample = SampleConfig(steps=tuple(config["denoising_step_list"]), shift=float(config["timestep_shift"]))
     noise = jnp.asarray(einops.rearrange(fixture.inputs["noise"], "b t c y x -> b t y x c"))
     renoise = jnp.asarray(einops.rearrange(renoise, "block step b t c y x -> block step b t y x c"))
-    exp = _experiment(config, frames=noise.shape[1], latent=(noise.shape[2], noise.shape[3]), sample=sample)
+    exp = experiment(config, frames=noise.shape[1], latent=(noise.shape[2], noise.shape[3]), sample=sample)
     nets, memory, latents = _nets(fixture, exp), cache.init(exp, len(noise)), []
     text = jax.jit(dit.text_kv)(nets.dit, _context(fixture, exp.dit))
     for block, fresh in enumerate(renoise):

@@ -1,5 +1,7 @@
 """What a layer sees when it looks back: which packed blocks it chooses, and every key turned to its place in time."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,6 @@ def recall(exp: Experiment, seen: Plan, layer: Layer, q: Heads, lots: Array,
     The view holds [b, room, n, h], valid keys first, laid into `scratch` (whatever that held stays behind them).
     `lots` [b, slot] are the layer's random draws.
     """
-    q, layer = jax.lax.optimization_barrier((q, layer))  # or the turned archives of all layers are made at once
     empty = jnp.zeros((q.shape[0], 0))
     scores = score(exp, seen, layer, ask(exp, seen, q), lots) if exp.cache.attended else empty
     looked = look(exp, seen, scores)
@@ -79,7 +80,6 @@ def question(exp: Experiment, seen: Plan, layer: Layer, asked: Asked, lots: Arra
     All lie at one common distance, the middle of the row they will form, so that age does not decide. The paper's
     sum alone sees them at their true frames, counted from the current block's first.
     """
-    layer = jax.lax.optimization_barrier(layer)  # or keys are turned once for here and the view, which is then a copy
     cfg, packed = exp.cache, layer.mid.k
     offsets = jnp.asarray(cache.packed_places(exp)[0])[None, None]
     lies = layer.at[..., None] + offsets if cfg.rope_adjustment == "incremental" else jnp.zeros((1, 1, 1))
@@ -95,8 +95,25 @@ def question(exp: Experiment, seen: Plan, layer: Layer, asked: Asked, lots: Arra
 
 
 def score(exp: Experiment, seen: Plan, layer: Layer, asked: Asked, lots: Array) -> Float[Array, "b slot"]:
-    """How much one layer wants each packed block; what it says of invisible ones means nothing."""
-    return selection.POLICIES[exp.cache.selection](question(exp, seen, layer, asked, lots))
+    """How much one layer wants each packed block; what it says of invisible ones means nothing.
+
+    One head at a time: the turned keys of all heads, and their logits, would be the largest arrays of a whole block's
+    step at full size.
+    """
+    name = exp.cache.selection
+    if name not in selection.ACROSS_HEADS:
+        return selection.POLICIES[name](question(exp, seen, layer, asked, lots))
+
+    def of(head: Array) -> Float[Array, "b slot"]:
+        its_layer, its_asked = _head((layer, asked), head)
+        return selection.POLICIES[name](question(exp, seen, its_layer, its_asked, lots))
+
+    return selection.ACROSS_HEADS[name](jax.lax.map(of, jnp.arange(exp.dit.heads)), axis=0)
+
+
+def _head(tree: Any, head: Array) -> Any:
+    """Everything [..., n, h] in `tree` with one head alone; the places of keys stay as they are."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, head, 1, axis=-2) if x.ndim > 2 else x, tree)
 
 
 def look(exp: Experiment, seen: Plan, scores: Float[Array, "b slot"]) -> Looked:

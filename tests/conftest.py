@@ -1,5 +1,10 @@
 """Strict settings for every test: no silent rank promotion, exact matrix products, two fake CPU devices."""
 
+import os
+
+# Most of a test's time is compiling, and small programs need no optimised machine code. Read when a backend starts.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
 import jax
 import pytest
 

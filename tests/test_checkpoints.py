@@ -136,8 +136,10 @@ def test_newest_steps_are_kept_and_any_of_them_restored(store):
     assert (back["a"].tolist(), data) == ([10, 10, 10], {"step": 10})
 
 
-def test_interrupted_save_is_ignored(store, monkeypatch):
+def test_interrupted_save_is_ignored(tmp_path, monkeypatch):
+    store = checkpoints.Checkpoints(tmp_path)  # never closed
     store.save(1, {"a": jnp.arange(3)})
+    store.wait()
 
     def killed(*_, **__):
         raise SystemExit
@@ -145,8 +147,9 @@ def test_interrupted_save_is_ignored(store, monkeypatch):
     with monkeypatch.context() as patch:  # the last act of a save is to rename its temporary folder
         for name in ("rename", "replace"):
             patch.setattr(os, name, killed)
+        store.save(2, {"a": jnp.arange(3) + 1})
         with pytest.raises(SystemExit):
-            store.save(2, {"a": jnp.arange(3) + 1})
+            store.wait()
     left = [p.name for p in store.folder.iterdir()]
     assert len(left) == 2
     again = checkpoints.Checkpoints(store.folder)
@@ -155,22 +158,76 @@ def test_interrupted_save_is_ignored(store, monkeypatch):
     again.save(2, {"a": jnp.arange(3) + 7})
     assert again.restore({"a": jnp.zeros(3, int)})[0]["a"].tolist() == [7, 8, 9]
     again.close()
+    assert sorted(p.name for p in store.folder.iterdir()) == ["1", "2"]
 
 
-def test_full_disk_keeps_the_earlier_steps(store):
+@pytest.mark.parametrize("ask", [lambda store, state: store.save(3, state), lambda store, _: store.latest(),
+                                 lambda store, _: store.close()], ids=["save", "latest", "close"])  # fmt: skip
+def test_full_disk_is_told_by_the_next_call_and_keeps_the_earlier_steps(store, ask, capfd):
     store.save(1, {"a": jnp.arange(3)})
+    store.wait()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     noise = {"a": jax.random.normal(jax.random.key(0), (90_000,))}
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        store.save(2, noise)
         with pytest.raises(MachineError, match="(?s)^Saving step 2 below [^\n]* earlier steps are kept.$"):
-            store.save(2, noise)
+            ask(store, noise)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert store.latest() == 1
     assert store.restore({"a": jnp.zeros(3, int)})[0]["a"].tolist() == [0, 1, 2]
     store.save(2, noise)  # room again
     assert_same(store.restore(noise)[0], noise)
+    assert capfd.readouterr().err == ""
+
+
+def test_what_is_saved_may_be_used_up_at_once(store):
+    use_up = jax.jit(lambda state: jax.tree.map(lambda leaf: 0 * leaf - 7, state), donate_argnums=0)
+    for step in (1, 2):
+        given = {"a": jnp.arange(900_000.0) + step, "b": jnp.full((700, 300), 3.0 * step)}
+        kept = jax.tree.map(np.array, given)
+        store.save(step, given)
+        used = use_up(use_up(given))
+        assert_same(jax.tree.map(np.asarray, store.restore(used)[0]), kept)
+
+
+def test_a_state_of_another_training_is_refused_by_what_differs(tmp_path):
+    about = {"seed": 3, "experiment": {"dit": {"dim": 24}, "train": {"steps": 9, "batch": 2, "mesh": {"fsdp": 1}}}}
+    free = ("experiment.train.steps", "experiment.train.mesh")
+
+    def opened(seed=3, dim=24, steps=9, fsdp=1, batch=2):
+        train = {"steps": steps, "batch": batch, "mesh": {"fsdp": fsdp}}
+        return checkpoints.Checkpoints(tmp_path, free=free, about={"seed": seed, "experiment": {
+            "dit": {"dim": dim}, "train": train}})  # fmt: skip
+
+    first = opened()
+    assert first.about == about
+    first.check()  # nothing there yet
+    first.save(4, {"a": jnp.arange(3)})
+    first.close()
+    for same in (opened(), opened(steps=20, fsdp=2)):
+        same.check()
+        assert same.restore({"a": jnp.zeros(3, int)})[0]["a"].tolist() == [0, 1, 2]
+        same.close()
+    for other, said in ((opened(seed=4), "seed: 3 saved, 4 wanted"), (opened(dim=36), "dit.dim: 24 saved, 36 wanted"),
+                        (opened(batch=5), "train.batch: 2 saved, 5 wanted")):  # fmt: skip
+        for ask in (other.check, lambda other=other: other.restore({"a": jnp.zeros(3, int)})):
+            with pytest.raises(InputError, match=f"belongs to another training .*{said}"):
+                ask()
+        other.close()
+
+
+def test_positions_are_kept_by_process(store, monkeypatch):
+    """As several processes would: their positions in order, one for all only if they agree."""
+    told = ['{"json": {"next": 5}}', '{"json": {"next": 6}}']
+    monkeypatch.setattr(checkpoints, "_everyones", lambda _: told)
+    store.save(1, {"a": jnp.zeros(3)})
+    with pytest.raises(InputError, match="saved by 2 processes .* resume with 2 processes instead of 1"):
+        store.restore({"a": jnp.zeros(3)})
+    told[1] = told[0]
+    store.save(2, {"a": jnp.zeros(3)})
+    assert store.restore({"a": jnp.zeros(3)})[1] == {"next": 5}
 
 
 def test_other_states_are_refused_leaf_by_leaf(store):
@@ -185,6 +242,7 @@ def test_other_states_are_refused_leaf_by_leaf(store):
 
 def test_damaged_step_is_refused_with_the_way_out(store):
     store.save(1, {"a": jnp.arange(3)})
+    store.wait()
     for path in (store.folder / "1" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")

@@ -16,7 +16,7 @@ def test_a_config_builds_and_says_what_it_is(name):
     experiment = options.load_experiment(name)
     text = options.find(name).read_text()
     assert experiment.name == name
-    assert text.startswith('"""')
+    assert text.removeprefix("r").startswith('"""')
     assert len(text.splitlines()) <= 60
 
 

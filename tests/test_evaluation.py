@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from packforcing_jax import checkpoints, config, evaluation, pipeline, recall, train, trees
+from packforcing_jax import checkpoints, config, evaluation, pipeline, recall, trees
 from packforcing_jax.cli import main
 from packforcing_jax.errors import InputError
 from packforcing_jax.stage import captions, data, oracle, stories, world
+from packforcing_jax.training import batches, state
 
 TINY = """
 from packforcing_jax import config
@@ -37,10 +38,10 @@ def exp():
 @pytest.fixture(scope="module")
 def model(exp):
     """An untrained model of the stage, whose frames are too faint to be clipped."""
-    built = jax.jit(lambda key: train.new_model(exp, key))(jax.random.key(3))
+    built = jax.jit(lambda key: batches.new_model(exp, key))(jax.random.key(3))
     head = built.nets.dit.head
     head.kernel = nnx.Param(0.15 * head.kernel[...])
-    return pipeline.Pipeline.of(exp, built.nets, built.text, train.stage_tokenizer())
+    return pipeline.Pipeline.of(exp, built.nets, built.text, captions.reader())
 
 
 def clip(guests, *, scenes=None, seed=0):
@@ -237,12 +238,12 @@ def test_what_cannot_be_evaluated_is_refused(model):
 def run(exp, tmp_path_factory):
     """The folder of a training run with checkpoints 9 and 10; the average of the newer one is twice the other's."""
     folder = tmp_path_factory.mktemp("run")
-    state = train.init(exp, 0)
+    now = state.init(exp, jax.random.key(0), {})
     saved = checkpoints.Checkpoints(folder / "checkpoints")
-    saved.save(9, state)
-    saved.save(10, state.replace(ema=jax.tree.map(lambda x: 2 * x, state.ema)))
+    saved.save(9, now)
+    saved.save(10, now.replace(ema=jax.tree.map(lambda x: 2 * x, now.ema)))
     saved.close()
-    return folder, state
+    return folder, now
 
 
 def listing(folder):
@@ -250,15 +251,15 @@ def listing(folder):
 
 
 def test_the_average_of_the_newest_checkpoint_is_read_and_the_run_left_alone(exp, run):
-    folder, state = run
+    folder, now = run
     before = listing(folder)
     assert evaluation.newest(folder).name == "10"
     model = evaluation.of_checkpoint(exp, evaluation.newest(folder))
     read = trees.flatten(model.nets.dit)
-    for path, leaf in state.ema.items():
-        if not path.startswith("nets/dit/"):
+    for path, leaf in now.ema.items():
+        if not path.startswith("dit/"):
             continue
-        name = path.removeprefix("nets/dit/")
+        name = path.removeprefix("dit/")
         rest = name.removeprefix("blocks/")
         held = read[name] if rest == name else np.stack([read[f"blocks/{i}/{rest}"] for i in range(2)])
         np.testing.assert_array_equal(held, 2 * leaf)

@@ -9,14 +9,17 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "packforcing_jax"
 ORDER = """
-errors interrupts hlo types train_config config tensors trees versions options hub timing
+errors interrupts hlo types train_config config tensors trees versions options hub timing placement
 rope schedules unipc attention layers selection cache view dit vae_layers vae codec text tokenizer compressor sampler
 archive formulas counting
 checkpoints models encoding growing video
 stage.world stage.captions stage.oracle stage.metrics stage.data stage.stories
 pipeline programs fitting budget bench trace saves keeping inspection timelines jobs
-objectives train evaluation recall verify_parts verify_dit verify
-cli.common cli.doctor cli.convert cli.plan cli.download cli.bench cli.inspect cli.sample cli.verify
+training.records training.sources training.mesh training.optimisers training.batches
+training.rollout training.distillation training.objectives training.paths training.importing
+training.state training.exports training.logs training.runs
+evaluation recall verify_parts verify_dit verify_training verify
+cli.common cli.doctor cli.convert cli.plan cli.prepare cli.download cli.bench cli.inspect cli.sample cli.verify
 cli.train cli.evaluate cli.main __main__
 """.split()  # noqa: SIM905
 CONVERT_STANDS_ABOVE = "pipeline"  # conversion knows the networks and checkpoints, nothing that runs them

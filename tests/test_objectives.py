@@ -1,50 +1,61 @@
 """Training sees what sampling sees: losses depend on earlier blocks, and on packed twins when they show."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from flax import nnx
 
-from packforcing_jax import cache, objectives, sampler, schedules, text, trees
+from packforcing_jax import cache, sampler, schedules, trees
+from packforcing_jax.errors import InputError
+from packforcing_jax.training import batches, objectives, rollout
+from packforcing_jax.training.batches import Batch, Model, Networks
 from packforcing_jax.types import KV
 
 BLOCKS = 4
+COVER = dataclasses.replace(tiny.EXP.train.cover, gap=9.0, matching=0.02)
 BASE = dataclasses.replace(
-    tiny.EXP, cache=dataclasses.replace(tiny.EXP.cache, recent=3),
-    train=dataclasses.replace(tiny.EXP.train, gap_share=0.0, gap=9.0), clip=3 * BLOCKS)  # fmt: skip
-MODEL = objectives.Model(nets=tiny.nets(), text=tiny.filled(jax.eval_shape(lambda: text.UMT5(BASE.text, nnx.Rngs(0)))))
+    tiny.EXP, sample=dataclasses.replace(tiny.EXP.sample, prediction="clean"), clip=3 * BLOCKS,
+    train=dataclasses.replace(tiny.EXP.train, shift=6.0, cover=COVER))  # fmt: skip
+MODEL = Model(dit=tiny.nets().dit, compressor=tiny.nets().compressor)
+STATES = tiny.normal(7, BLOCKS, tiny.BATCH, 9, BASE.dit.text_dim)  # another prompt for each block
 APART = tiny.apart()  # layers one by one
 KEY = jax.random.key(4)
 CALLED = np.zeros((BLOCKS, tiny.BATCH, 2, BLOCKS), bool)  # block 3 calls back block 0 or 2
 CALLED[3, 0, 1, 0] = CALLED[3, 1, 0, 2] = True
-teacher_forcing = tiny.jit(objectives.teacher_forcing, static_argnames="exp")
+
+
+@functools.partial(tiny.jit, static_argnames=("exp", "objective"))
+def run(given, key, exp, objective="forcing", model=MODEL, teacher=None, average=None):
+    """(loss, metrics) of an objective."""
+    networks = Networks(generator=model, teacher=teacher, average=average)
+    return objectives.OBJECTIVES[objective]["generator"](networks, given, key, exp)
 
 
 def losses(given, key=KEY, exp=None):
     """The denoising loss of each block."""
-    return teacher_forcing(MODEL, given, key, training(0) if exp is None else exp)[1][0]
+    return run(given, key, training(0) if exp is None else exp)[1]["loss_by_block"]
 
 
 def clips():
-    rng = np.random.default_rng(2)
-    shape = (BLOCKS, tiny.BATCH, 16)
-    return objectives.Clips(
-        latent=tiny.latents(BLOCKS), low=tiny.lows(BLOCKS), ids=jnp.asarray(rng.integers(3, 46, shape), jnp.int32),
-        mask=jnp.asarray(np.arange(16) < rng.integers(2, 17, shape[:2])[..., None], jnp.int32),
-        weight=jnp.asarray(rng.uniform(0.5, 2, (BLOCKS, tiny.BATCH, 3, 8, 4, 1)), jnp.float32),
-        called=jnp.asarray(CALLED))  # fmt: skip
+    weight = np.random.default_rng(2).uniform(0.5, 2, (BLOCKS, tiny.BATCH, 3, 8, 4, 1))
+    return Batch(words=STATES, latent=tiny.latents(BLOCKS), low=tiny.lows(BLOCKS),
+                 weight=jnp.asarray(weight, jnp.float32), called=jnp.asarray(CALLED))  # fmt: skip
 
 
 def training(sink, exp=BASE):
-    return objectives.for_training(exp, BLOCKS, sink)
+    return rollout.for_training(exp, BLOCKS, sink)
 
 
 def with_gap(share):
-    return dataclasses.replace(BASE, train=dataclasses.replace(BASE.train, gap_share=share))
+    return with_train(cover=dataclasses.replace(COVER, gap_share=share))
+
+
+def with_train(**settings):
+    return dataclasses.replace(BASE, train=dataclasses.replace(BASE.train, **settings))
 
 
 def twins_seen(sink):
@@ -52,54 +63,41 @@ def twins_seen(sink):
     return np.array([[twin >= sink // 3 and twin < block - 1 for twin in range(BLOCKS)] for block in range(BLOCKS)])
 
 
-@pytest.fixture(scope="module", params=[3, 6])
-def gradients(request):
-    """The sink, and what each block's loss depends on: latents, low-resolution latents, the compressor."""
+@pytest.fixture(scope="module")
+def gradients():
+    """What each block's loss depends on behind a sink of one block: latents, low-resolution latents, the compressor."""
 
     def by_block(latent, low, packer):
-        model = dataclasses.replace(MODEL, nets=sampler.Nets(dit=MODEL.nets.dit, compressor=packer))
         given = dataclasses.replace(clips(), latent=latent, low=low)
-        return objectives.teacher_forcing(model, given, KEY, training(request.param))[1][0]
+        networks = Networks(generator=Model(dit=MODEL.dit, compressor=packer))
+        return objectives.forcing(networks, given, KEY, training(3))[1]["loss_by_block"]
 
     given = clips()
-    jacobian = jax.jacrev(by_block, argnums=(0, 1, 2))
-    return request.param, *tiny.jit(jacobian)(given.latent, given.low, MODEL.nets.compressor)
+    return tiny.jit(jax.jacrev(by_block, argnums=(0, 1, 2)))(given.latent, given.low, MODEL.compressor)
 
 
 def test_a_loss_depends_on_its_own_block_and_earlier_ones_only(gradients):
-    depends = jnp.abs(gradients[1]).max(axis=range(2, 7)) > 0
+    depends = np.abs(gradients[0]).max(axis=tuple(range(2, 7))) > 0
     np.testing.assert_array_equal(depends, np.tri(BLOCKS, dtype=bool))
 
 
 def test_a_loss_depends_on_the_packed_twins_that_show(gradients):
-    depends = jnp.abs(gradients[2]).max(axis=range(2, 7)) > 0
-    np.testing.assert_array_equal(depends, twins_seen(gradients[0]))
+    depends = np.abs(gradients[1]).max(axis=tuple(range(2, 7))) > 0
+    np.testing.assert_array_equal(depends, twins_seen(3))
+
+
+def test_without_a_sink_the_first_twin_shows_too():
+    given, depends = clips(), []
+    for block in range(BLOCKS):
+        other = dataclasses.replace(given, low=given.low.at[block].add(0.5))
+        depends.append(losses(other) != losses(given))
+    np.testing.assert_array_equal(np.stack(depends, axis=1), twins_seen(0))
 
 
 def test_the_compressor_learns_from_blocks_that_see_packed_ones(gradients):
-    for name, leaf in trees.flatten(gradients[3]).items():
-        learns = jnp.abs(leaf).max(axis=range(1, leaf.ndim)) > 0
-        np.testing.assert_array_equal(learns, twins_seen(gradients[0]).any(axis=1), err_msg=name)
-
-
-@pytest.mark.parametrize(("sink", "held"), [(0, 3), (3, 2), (6, 1), (9, 1)])
-def test_training_attends_every_packed_block(sink, held):
-    exp = training(sink)
-    assert (exp.cache.sink, exp.cache.top, exp.cache.capacity, exp.cache.attended) == (sink, held, held, held)
-    assert (exp.cache.selection, exp.cache.span) == ("all", "true")
-    assert exp.sample.prediction == BASE.sample.prediction
-    assert dataclasses.replace(exp, cache=BASE.cache, sample=BASE.sample) == BASE
-
-
-def test_training_lets_every_layer_look_for_itself_on_the_device_however_sampling_does():
-    hosted = dataclasses.replace(BASE, cache=dataclasses.replace(
-        BASE.cache, scope="shared", timing="late", archive="host"))  # fmt: skip
-    assert training(3, hosted) == training(3)
-
-
-def test_training_keeps_what_the_network_predicts():
-    clean = dataclasses.replace(BASE, sample=dataclasses.replace(BASE.sample, prediction="clean"))
-    assert training(3, clean).sample.prediction == "clean"
+    for name, leaf in trees.flatten(gradients[2]).items():
+        learns = np.abs(leaf).max(axis=tuple(range(1, leaf.ndim))) > 0
+        np.testing.assert_array_equal(learns, twins_seen(3).any(axis=1), err_msg=name)
 
 
 def test_training_guesses_behind_the_memory_that_sampling_fills():
@@ -108,22 +106,21 @@ def test_training_guesses_behind_the_memory_that_sampling_fills():
     keys = jax.random.split(KEY, 4)
     levels = objectives.noise_levels(keys[0], given.latent.shape[:2], exp.train.shift)
     noise = jax.random.normal(keys[1], given.latent.shape)
-    words = tiny.jit(objectives.text_states)(MODEL, given)
+    words = tiny.jit(batches.text_kv)(MODEL.dit, STATES)
     lots = jnp.zeros((exp.dit.layers, tiny.BATCH, exp.cache.slots))
 
     @tiny.jit
     def block_loss(memory, latent, noise, sigma, words, weight):
         seen, past = cache.plan(exp.cache, memory.num_blocks), trees.zipped(memory.layers, list(lots))
         noisy = schedules.add_noise(latent, noise, sigma)
-        clean, _ = sampler.guess(APART, exp, seen, noisy, 1000 * sigma, sigma, words, past, look=sampler.first_look)
-        return jnp.mean(weight * (clean - latent) ** 2)
+        clean, kept = sampler.guess(APART, exp, seen, noisy, 1000 * sigma, sigma, words, past, look=sampler.first_look)
+        return jnp.mean(weight * (clean - latent) ** 2), sampler.Drawn(clean, *trees.unzip(kept))
 
-    by_hand, chance = [], tiny.chances(exp, 0)
+    by_hand = []
     for block in range(BLOCKS):
         prompt = trees.unstack(KV(k=words.k[block], v=words.v[block]), exp.dit.layers)
-        by_hand.append(block_loss(memory, given.latent[block], noise[block], levels[block], prompt,
-                                  given.weight[block]))  # fmt: skip
-        drawn = tiny.draw(APART, exp, memory, chance=chance.replace(noise=noise[block]), text=prompt)
+        loss, drawn = block_loss(memory, given.latent[block], noise[block], levels[block], prompt, given.weight[block])
+        by_hand.append(loss)
         memory, *_ = tiny.remember(APART, exp, memory, latent=given.latent[block], low=given.low[block],
                                    drawn=drawn, text=prompt)  # fmt: skip
     np.testing.assert_allclose(losses(given), jnp.stack(by_hand), rtol=1e-5)
@@ -135,25 +132,16 @@ def test_weights_scale_the_loss_of_their_cells():
     np.testing.assert_allclose(other, losses(given) * jnp.asarray([1, 2, 0, 1]), rtol=1e-6)
 
 
+def saying(given, block):
+    """`given` with another prompt for one block."""
+    return dataclasses.replace(given, words=given.words.at[block].add(0.5))
+
+
 def test_a_block_hears_its_own_prompt():
     given = clips()
-    plain, other = losses(given), losses(dataclasses.replace(given, ids=given.ids.at[2, :, 0].add(-1)))
+    plain, other = losses(given), losses(saying(given, 2))
     np.testing.assert_array_equal(plain[:2], other[:2])
     assert (plain[2:] != other[2:]).all()
-
-
-def test_padding_words_do_not_count():
-    given = clips()
-    padded = dataclasses.replace(given, ids=jnp.where(given.mask == 1, given.ids, 7))
-    np.testing.assert_array_equal(losses(padded), losses(given))
-
-
-def test_prompts_are_encoded_block_by_block():
-    given = clips()
-    words = tiny.jit(objectives.text_states)(MODEL, given)
-    assert words.k.shape == (BLOCKS, 2, tiny.BATCH, 17, 3, 12)
-    one = tiny.jit(objectives.text_states)(MODEL, jax.tree.map(lambda x: x[2:3], given))
-    np.testing.assert_allclose(words.v[2], one.v[0], atol=1e-5)
 
 
 def test_a_gap_moves_only_what_lies_before_recent():
@@ -172,9 +160,11 @@ def test_the_key_decides():
 
 
 def test_both_losses_count_and_matching_counts_where_a_called_block_is_packed():
-    total, (denoising, missed) = teacher_forcing(MODEL, clips(), KEY, training(0))
-    np.testing.assert_allclose(total, denoising.mean() + BASE.train.matching * missed.mean(), rtol=1e-6)
-    np.testing.assert_array_equal(missed > 0, [False, False, False, True])  # block 0 is packed by then, 2 still sharp
+    total, told = run(clips(), KEY, training(0))
+    np.testing.assert_allclose(total, told["loss_by_block"].mean() + 0.02 * told["matching"], rtol=1e-6)
+    assert told["matching"] > 0
+    sharp = dataclasses.replace(clips(), called=clips().called.at[3, 0, 1, 0].set(False))  # block 2 is still sharp
+    assert run(sharp, KEY, training(0))[1]["matching"] == 0
 
 
 def test_matching_is_the_surprise_at_the_called_blocks_share():
@@ -183,19 +173,20 @@ def test_matching_is_the_surprise_at_the_called_blocks_share():
     called = np.zeros((2, 3, 5), bool)
     called[0, 0, [1, 2]] = called[0, 1, 4] = called[1, 0, 3] = True  # block 3 is not packed
     expected = -(np.log(5 / 8) + np.log(3 / 8)) / 6  # over two videos and three kinds
-    np.testing.assert_allclose(objectives.matching(scores, ids, jnp.asarray(called)), expected, rtol=1e-6)
+    np.testing.assert_allclose(tiny.jit(objectives.matching)(scores, ids, jnp.asarray(called)), expected, rtol=1e-6)
 
 
 def test_matching_raises_the_called_block_and_lowers_the_others():
-    called = jnp.asarray([[[False, True, False]]])
-    gradient = jax.grad(objectives.matching)(jnp.asarray([[1.0, 2.0, 3.0, 4.0]]), jnp.asarray([2, 1, 0, -1]), called)
+    scores, called = jnp.asarray([[1.0, 2.0, 3.0, 4.0]]), jnp.asarray([[[False, True, False]]])
+    gradient = tiny.jit(jax.grad(objectives.matching))(scores, jnp.asarray([2, 1, 0, -1]), called)
     np.testing.assert_array_equal(jnp.sign(gradient), [[1, -1, 1, 0]])
 
 
 def test_nothing_called_or_nothing_packed_is_no_surprise_and_no_gradient():
     scores, called = jnp.zeros((1, 2)), jnp.ones((1, 2, 3), bool)
+    graded = tiny.jit(jax.value_and_grad(objectives.matching))
     for ids, asked in ((jnp.asarray([-1, -1]), called), (jnp.asarray([0, 2]), ~called)):
-        value, gradient = jax.value_and_grad(objectives.matching)(scores, ids, asked)
+        value, gradient = graded(scores, ids, asked)
         assert value == 0
         np.testing.assert_array_equal(gradient, scores)
 
@@ -206,3 +197,114 @@ def test_noise_levels_are_uniform_draws_warped_towards_noise():
     np.testing.assert_allclose(np.quantile(plain, [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.03)
     assert np.median(warped) == pytest.approx(6 / 7, abs=0.02)
     assert 0 <= warped.min() <= warped.max() < 1
+
+
+# other histories ------------------------------------------------------------------------------------------------------
+
+
+def seeing_everything(exp):
+    """A memory in which every true block stays sharp."""
+    return tiny.with_cache(exp, sink=0, recent=3 * BLOCKS, top=0, capacity=0)
+
+
+def test_teacher_forcing_in_one_pass_is_what_a_memory_of_sharp_blocks_gives():
+    masked = with_train(history="clean")
+    one, behind = (losses(clips(), exp=seeing_everything(each)) for each in (masked, BASE))
+    np.testing.assert_allclose(one, behind, rtol=1e-5)
+
+
+def test_diffusion_forcing_sees_noise_and_not_the_truth():
+    exp, given = with_train(history="noisy"), clips()
+    far = dataclasses.replace(given, latent=given.latent.at[1].add(1.0), low=given.low + 1)
+    plain, other = losses(given, exp=exp), losses(far, exp=exp)
+    assert plain[0] == other[0]
+    assert (plain[1:] != other[1:]).all()  # the noisy block 1 is seen by those behind it
+    assert (plain != losses(given, exp=seeing_everything(BASE)))[1:].all()
+
+
+def test_a_velocity_is_weighed_by_wans_bell():
+    sigma, exp = jnp.asarray([[0.3, 0.9]]), dataclasses.replace(BASE, sample=tiny.EXP.sample)
+    clean, noise, guess = tiny.normal(1, 3, 1, 2, 3, 8, 4, 12)
+    ours = tiny.jit(lambda *given: objectives.denoising_loss(exp, *given, None))(guess, clean, sigma)
+    velocity = (schedules.add_noise(clean, noise, sigma) - guess) / jnp.expand_dims(sigma, range(2, 6))
+    error = ((velocity - (noise - clean)) ** 2).mean(axis=(0, 2, 3, 4, 5))
+    grid = schedules.table(6.0)
+    bell = schedules.training_weights(grid)[np.asarray(schedules.nearest_id(grid, 1000 * sigma[0]))]
+    np.testing.assert_allclose(ours, [(error * bell).mean()], rtol=1e-4)
+
+
+def test_data_without_low_resolution_latents_are_refused_where_packing_reads_them():
+    with pytest.raises(InputError, match="no low-resolution latents"):
+        run(dataclasses.replace(clips(), low=None), KEY, training(0))
+
+
+# the teacher ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_teacher_sees_every_frame_under_one_level_of_noise():
+    given = clips()
+    plain = run(given, KEY, BASE, objective="flow_matching")[1]["loss_by_block"]
+    later = dataclasses.replace(given, latent=given.latent.at[3].add(0.5))
+    other = run(later, KEY, BASE, objective="flow_matching")[1]["loss_by_block"]
+    assert (plain != other).all()
+
+
+@pytest.mark.parametrize("drop", [0.0, 1.0])
+def test_hidden_text_is_no_text(drop):
+    exp, given = with_train(drop_text=drop), clips()
+    one, two = (run(each, KEY, exp, objective="flow_matching")[0] for each in (given, saying(given, 1)))
+    assert (one == two) == (drop == 1.0)
+
+
+# fewer steps ----------------------------------------------------------------------------------------------------------
+
+
+CLEAN = with_train(history="clean", grid=7)
+
+
+@tiny.jit
+def guess(model, latent, sample, sigma, states):
+    """The guess of noisy blocks behind the clean ones before them."""
+    return objectives.causal(model, CLEAN, Batch(words=None, latent=latent), sample, sigma, states).clean
+
+
+def with_trajectory(seed=3):
+    """Data without the clip: a way's last state is it."""
+    way = jnp.stack([tiny.latents(BLOCKS, seed=seed + i) for i in range(len(BASE.sample.steps) + 1)])
+    return Batch(words=STATES, trajectory=way)
+
+
+def test_a_trajectory_is_followed_from_a_step_of_its_own_for_each_block():
+    """Errors recomputed for every step, of which each block has one."""
+    given, (times, sigmas) = with_trajectory(), sampler.step_table(BASE.sample)
+    way, end = given.trajectory, np.asarray(given.trajectory[-1])
+    by_step = [guess(MODEL, way[-1], way[i], jnp.full((BLOCKS, tiny.BATCH), sigmas[i]), STATES)
+               for i in range(len(times))]  # fmt: skip
+    errors = np.stack([((np.asarray(clean) - end) ** 2).mean(axis=(2, 3, 4, 5)) for clean in by_step])
+    told = np.asarray(run(given, KEY, CLEAN, objective="trajectory")[1]["loss_by_block"])
+    pairs = [(i, j) for i in range(3) for j in range(3)]
+    means = [{pair: errors[list(pair), block, [0, 1]].mean() for pair in pairs} for block in range(BLOCKS)]
+    found = [min(table, key=lambda pair, t=table, e=told[block]: abs(t[pair] - e)) for block, table in enumerate(means)]
+    np.testing.assert_allclose([means[block][pair] for block, pair in enumerate(found)], told, rtol=1e-4)
+    assert len(set(found)) > 1
+
+
+def test_a_trajectory_of_other_steps_is_refused():
+    given = with_trajectory()
+    with pytest.raises(InputError, match="hold 3 states a clip, but sample.steps"):
+        run(dataclasses.replace(given, trajectory=given.trajectory[1:]), KEY, CLEAN, objective="trajectory")
+
+
+def test_consistency_asks_the_average_behind_one_step_of_the_teacher():
+    teacher, average = (Model(dit=tiny.filled(MODEL.dit, seed), compressor=MODEL.compressor) for seed in (4, 6))
+    given, keys = clips(), jax.random.split(KEY, 4)
+    grid, at = schedules.table(6.0, steps=7), int(jax.random.randint(keys[0], (), 0, 6))
+    here, there = (jnp.full((BLOCKS, tiny.BATCH), grid.sigmas[i]) for i in (at, at + 1))
+    noisy = schedules.add_noise(given.latent, jax.random.normal(keys[1], given.latent.shape), here)
+    with_text, without = (guess(teacher, given.latent, noisy, here, states) for states in (STATES, 0 * STATES))
+    clean = without + CLEAN.train.distil.guidance * (with_text - without)
+    nearer = noisy + (grid.sigmas[at + 1] - grid.sigmas[at]) * (noisy - clean) / grid.sigmas[at]
+    target = guess(average, given.latent, nearer, there, STATES)
+    expected = ((guess(MODEL, given.latent, noisy, here, STATES) - target) ** 2).mean()
+    loss, _ = run(given, KEY, CLEAN, objective="consistency", teacher=teacher, average=average)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)

@@ -43,6 +43,7 @@ FAULTS = {  # what is wrong: the kind of memory it shows in, module, text, text 
     "packed keys summed at other frames": ("true frames", "view", "- seen.start)[", "- seen.recent)["),
     "queries pooled off their windows' centres": ("affinity", "view", "(step - 1) / 2", "step / 2"),
     "scores that count the wrong keys": ("affinity", "selection", "jnp.where(valid[", "jnp.where(~valid["),
+    "the first head asked for all": ("affinity", "view", "in_dim(x, head, 1,", "in_dim(x, 0 * head, 1,"),
     "packed tokens on a grid of their own": ("affinity", "cache", 'places == "stretched"', 'places == "native"'),
     "the span not fitted": ("squeezed", "cache", 'cfg.span == "fit"', 'cfg.span == "never"'),
     "a squeezed block whose frames are not": ("squeezed", "view", "scale = seen.step / cfg.block if", "scale = 1.0 if"),

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
-from packforcing_jax import cache, config, evaluation, pipeline, recall, train, trees
+from packforcing_jax import cache, config, evaluation, pipeline, recall, trees
 from packforcing_jax.errors import InputError
-from packforcing_jax.stage import world
+from packforcing_jax.stage import captions, world
+from packforcing_jax.training import batches
 
 GAPS = (4, 5)  # newest blocks alone reach back 4 behind a top of 3 and one recent block
 SMALL = config.Experiment(
@@ -27,11 +28,11 @@ SMALL = config.Experiment(
 @pytest.fixture(scope="module")
 def model():
     """A model of the stage with random weights."""
-    shapes, rng = jax.eval_shape(lambda: train.new_model(SMALL, jax.random.key(0))), np.random.default_rng(1)
+    shapes, rng = jax.eval_shape(lambda: batches.new_model(SMALL, jax.random.key(0))), np.random.default_rng(1)
     draws = {name: name.endswith("scale") + 0.2 * rng.normal(size=leaf.shape)
              for name, leaf in trees.flatten(shapes).items()}  # fmt: skip
     built = trees.fill(shapes, {name: jnp.asarray(draw, jnp.float32) for name, draw in draws.items()})
-    return pipeline.Pipeline.of(SMALL, built.nets, built.text, train.stage_tokenizer())
+    return pipeline.Pipeline.of(SMALL, built.nets, built.text, captions.reader())
 
 
 # Stories

@@ -73,6 +73,7 @@ SLOW = {
 
 def test_the_policies_are_the_choices_of_the_config():
     assert tuple(selection.POLICIES) == config.CHOICES["cache.selection"]
+    assert tuple(selection.ACROSS_HEADS) == BY_CONTENT
 
 
 @pytest.mark.parametrize("ids", [IDS, (3, 4, 5, 6, 7, 1, 2), (-1, 2, -1, -1, -1, -1, -1)])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from packforcing_jax import cache, view
+from packforcing_jax import cache, counting, options, programs, selection, view
 from packforcing_jax.types import KV
 
 EXP = tiny.EXP
@@ -98,6 +98,35 @@ def test_packed_blocks_of_one_content_are_scored_alike_whatever_their_age(rope_a
         if number >= 0:
             true = turned_each(same, 3.0 * (number - NUMBER) + offsets).sum(axis=1)
             np.testing.assert_allclose(found.key_sum[:, slot], true, atol=1e-4)
+
+
+@pytest.mark.parametrize("rope_adjustment", ["sink", "incremental"])
+def test_heads_that_are_scored_one_by_one_give_the_score_of_all(rope_adjustment):
+    here = situation(rope_adjustment)
+    visible = np.asarray(here.seen.ids) >= 0
+
+    def both(seen, layer, asked, lots):
+        exps = {name: tiny.with_cache(here.exp, selection=name) for name in selection.POLICIES}
+        ours = {name: view.score(exp, seen, layer, asked, lots) for name, exp in exps.items()}
+        return ours, {name: policy(view.question(here.exp, seen, layer, asked, lots))
+                      for name, policy in selection.POLICIES.items()}  # fmt: skip
+
+    ours, whole = tiny.jit(both)(here.seen, here.layer, asked(here), here.lots)
+    for name, scores in whole.items():
+        np.testing.assert_allclose(ours[name][:, visible], scores[:, visible], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_scoring_at_full_size_makes_no_array_as_large_as_the_keys_of_the_sink():
+    """What is turned to be scored belongs to one head: traced, so that nothing is allocated."""
+    exp = options.load_experiment("wan_t2v_1_3b_paper", ["dit.layers=1"])
+    shapes = programs.shapes_of(exp)
+    q = jax.ShapeDtypeStruct((1, exp.cache.block * exp.tokens_per_frame, 12, 128), jnp.bfloat16)
+    lots = jax.ShapeDtypeStruct((1, exp.cache.slots), jnp.float32)
+    layer, seen = shapes.layers[0], plan(exp, NUMBER)
+    asked = jax.eval_shape(lambda seen, q: view.ask(exp, seen, q), seen, q)
+    program = counting.trace(lambda *args: view.score(exp, *args), seen, layer, asked, lots)
+    largest = max(counting.nbytes(out.aval) for eqn, _ in counting.walk(program) for out in eqn.outvars)
+    assert largest < counting.nbytes(layer.sink.k) < counting.nbytes(layer.mid.k)
 
 
 # looking

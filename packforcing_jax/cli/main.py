@@ -36,6 +36,8 @@ VERBS = {
     "convert": Verb("convert", "make a model folder of public weights, or one file for torch of a model folder",
                     "packforcing convert weights/wan2.1-t2v-1.3b --out models/wan2.1-t2v-1.3b"),
     "download": Verb("download", "fetch public weights", "packforcing download --list", checked=False),
+    "prepare": Verb("prepare", "encode videos, prompts or LMDB folders once, as data for training",
+                    "packforcing prepare videos --weights models/self-forcing --out data/videos"),
     "plan": Verb("plan", "say what a video costs in keys, bytes and operations, allocating nothing",
                  "packforcing plan --config wan_t2v_1_3b_paper --seconds 120"),
     "bench": Verb("bench", "time every part of a block against this machine's own ceiling, and against a baseline",

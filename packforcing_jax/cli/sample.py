@@ -48,13 +48,14 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     wanted = jobs.named(jobs.read(args.prompts)) if args.prompts else []
     from packforcing_jax.pipeline import Pipeline
+    from packforcing_jax.stage import captions
 
     _writable(args)
     _require_fits(args)
     pipeline = Pipeline.from_pretrained(args.weights, memory=args.memory, sets=args.sets)
     exp = pipeline.experiment
     if not wanted:
-        return _make(_film(args, pipeline, _prompts(args, _blocks(args, exp), stage=exp.name == "stage")))
+        return _make(_film(args, pipeline, _prompts(args, _blocks(args, exp), stage=captions.tells(exp))))
     return _make_all([(job, _of_job(args, pipeline, job)) for job in wanted], Path(args.out))
 
 
@@ -130,6 +131,7 @@ def _make_all(films: list[tuple[jobs.Job, Film]], folder: Path) -> int:
 def _make(film: Film) -> int:
     """Draws and writes one video."""
     from packforcing_jax import attention, trace, video
+    from packforcing_jax.stage import captions
 
     args, pipeline, exp = film.args, film.pipeline, film.pipeline.experiment
     began = time.monotonic()
@@ -137,7 +139,7 @@ def _make(film: Film) -> int:
     backend, why = attention.chosen(exp.attention, exp.dtypes.cache)
     common.start_line("sample", experiment=exp, dtype=exp.dtypes.compute, attention=backend, why=why)
     size = (exp.latent[1] * exp.codec.space_factor, exp.latent[0] * exp.codec.space_factor)
-    seen = _Seen(all=exp.name == "stage", total=film.blocks if args.sheet else 0)
+    seen = _Seen(all=captions.tells(exp), total=film.blocks if args.sheet else 0)
     with contextlib.ExitStack() as files:
         writer = files.enter_context(video.Writer(args.out, fps=exp.fps, size=size, settings=film.settings,
                                                   scale=max(1, SHOWN_HEIGHT // size[1]),
@@ -272,7 +274,7 @@ def _report(film: Film, first: int, seen: _Seen, seconds: float) -> None:
             "seconds": round(seconds, 1)}  # fmt: skip
     if first:
         made |= {"resumed_at": first}
-    if exp.name != "stage" or first:
+    if not seen.all or first:
         print(json.dumps(made) if args.json else f"{made['out']}: {made['blocks']} blocks in {made['seconds']} s")
         return
     import numpy as np

@@ -1,9 +1,11 @@
 """What the text says about a block of a stage story, as one sentence of a small closed vocabulary, and back."""
 
+import functools
 import re
 from typing import NamedTuple
 
-from packforcing_jax.config import require
+from packforcing_jax import tokenizer
+from packforcing_jax.config import Experiment, SpaceToDepthConfig, require
 from packforcing_jax.stage import world
 
 WORDS = {
@@ -17,6 +19,19 @@ WORDS = {
 GLUE = ("a", "walks", "before", "the", "curtain", "in", "scene", "with", "guest")
 VOCABULARY: tuple[str, ...] = GLUE + sum(WORDS.values(), ())
 MAX_WORDS = 16  # the longest sentence has 15 words; one more ends it
+
+
+@functools.cache
+def reader() -> tokenizer.Tokenizer:
+    """The tokenizer of this vocabulary."""
+    return tokenizer.Tokenizer(tokenizer.word_tokenizer(VOCABULARY), MAX_WORDS)
+
+
+def tells(exp: Experiment) -> bool:
+    """Whether a model of `exp` draws this world: its frames and blocks, told in this vocabulary."""
+    pixels = tuple(size * exp.codec.space_factor for size in exp.latent)
+    exact = isinstance(exp.codec, SpaceToDepthConfig) and exp.text.vocab == reader().inner.get_vocab_size()
+    return exact and pixels == (world.SIZE,) * 2 and exp.cache.block == world.BLOCK
 
 
 class Prompt(NamedTuple):

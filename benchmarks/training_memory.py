@@ -1,0 +1,172 @@
+"""Compiles a full-size distillation step for eight devices, without any, and shows what each holds and exchanges.
+
+    python -m benchmarks.training_memory                              # eight fake CPU devices: the state counts
+    .venv-h200/bin/python -m benchmarks.training_memory --json        # eight H200s, where jax[cuda13] is installed
+
+Nothing is allocated, computed or timed. On a CPU attention is not fused and numbers are not half as wide, so that only
+what the devices hold means anything there; the memory of a step and what it exchanges are those of the H200s.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import math
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import topologies
+
+from benchmarks import compile_for_h200
+from benchmarks.compile_for_h200 import Row
+from packforcing_jax import codec, dit, hlo, options, trees
+from packforcing_jax.config import Experiment
+from packforcing_jax.errors import InputError
+from packforcing_jax.training import mesh, rollout, runs
+
+COUNT = 8
+SETTINGS = ("train.objective=dmd", "train.source.kind=records", f"train.batch={COUNT}", f"train.mesh.fsdp={COUNT}")
+STEPS = ("generator", "critic")
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+COLLECTIVE = re.compile(rf"^\s+(?:ROOT )?%?\S+ = (.+?) ({'|'.join(KINDS)})(?:-done)?\(", re.MULTILINE)
+ROOM = 1.03  # times equal shares of the transformers: the compressor is held too, and vectors are whole everywhere
+PEAK = 80e9  # bytes on a device with one clip each, from the size of activations
+WANTED = 0.99  # share of the exchanged bytes that all-gather and reduce-scatter carry
+
+
+def gpus() -> bool:
+    """Whether XLA's compiler for NVIDIA GPUs is installed."""
+    return importlib.util.find_spec("jax_cuda13_plugin") is not None
+
+
+def devices(on_gpus: bool) -> Sequence[Any]:
+    """Eight H200s of one machine that are only described, or eight fake devices."""
+    if not on_gpus:
+        jax.config.update("jax_num_cpu_devices", COUNT)
+        return jax.devices()
+    compile_for_h200.answer_for_cudnn()
+    return topologies.get_topology_desc(platform="cuda", target_config=compile_for_h200.DEVICE.read_text(),
+                                        topology=f"1x{COUNT}x1").devices  # fmt: skip
+
+
+def frozen(exp: Experiment, form: Any, grid: jax.sharding.Mesh) -> dict[str, Any]:
+    """Shapes and places of what a step reads and leaves alone."""
+    teacher = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(exp.dtypes.params), sharding=leaf.sharding)
+               for path, leaf in form.params["generator"].items() if path.startswith("dit/")}  # fmt: skip
+    everywhere = jax.sharding.NamedSharding(grid, jax.sharding.PartitionSpec())
+    pixels = trees.flatten(jax.eval_shape(lambda: codec.make(exp.codec, nnx.Rngs(0))))
+    return {"teacher": teacher, "codec": {
+        path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(exp.dtypes.vae), sharding=everywhere)
+        for path, leaf in pixels.items()}}  # fmt: skip
+
+
+def held(tree: Any) -> int:
+    """Bytes of a tree of placed shapes on each device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def state_rows(exp: Experiment, form: Any, others: Mapping[str, Any], parts: int) -> Iterator[Row]:
+    """What each device holds between steps, beside an equal share of the transformer's parameters, times bytes each."""
+    count = sum(math.prod(leaf.shape) for leaf in trees.flatten(
+        jax.eval_shape(lambda: dit.WanDiT(exp.dit, nnx.Rngs(0)))).values())  # fmt: skip
+    half = jnp.dtype(exp.dtypes.params).itemsize
+    table = (("generator", form.params["generator"], 4), ("its average", form.ema, 4),
+             ("its moments", (form.opt["generator"], form.opt["compressor"]), 8),
+             ("critic", form.params["critic"], 4), ("its moments", form.opt["critic"], 8),
+             ("teacher", others["teacher"], half), ("all", (form, others["teacher"]), 28 + half),
+             ("all, with gradients", (form, others["teacher"], form.params["generator"]), 32 + half))  # fmt: skip
+    for name, tree, each in table:
+        known, share = held(tree), each * count / parts
+        ok = known <= ROOM * share if name.startswith("all") else None
+        yield Row("state", name, f"{known / 1e9:.2f} GB; {share / 1e9:.2f} of equal shares", ok)
+    yield Row("state", "codec, whole on each", f"{held(others['codec']) / 1e9:.2f} GB", None)
+
+
+def exchanged(text: str) -> tuple[Counter, Counter]:
+    """(places, bytes that come out on each device) of the collectives in a compiled program, by kind and type.
+
+    What stands in a loop is counted once.
+    """
+    places, volume = Counter(), Counter()
+    for result, kind in COLLECTIVE.findall(text):
+        for item, sizes in hlo.ARRAY.findall(result):
+            shape = item, tuple(int(size) for size in sizes.split(",") if size)
+            places[kind, item] += 1
+            volume[kind, item] += hlo.size(shape)
+    return places, volume
+
+
+def step_rows(exp: Experiment, name: str, form: Any, others: Mapping[str, Any], grid: jax.sharding.Mesh, *,
+              on_gpus: bool) -> Iterator[Row]:  # fmt: skip
+    """What one step needs beside the state, and what the devices exchange in it."""
+    start = time.monotonic()
+    states = jax.ShapeDtypeStruct((exp.train.batch, exp.dit.text_len, exp.dit.text_dim), jnp.bfloat16,
+                                  sharding=mesh.batch_sharding(grid))  # fmt: skip
+    with jax.set_mesh(grid):
+        update = runs.compiled(exp, runs.Program(), form, grid)
+        done = update.lower(form, others, {"states": states}, np.uint32(0), (name,)).compile()
+    stats: Any = done.memory_analysis()
+    peak = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes \
+        - stats.alias_size_in_bytes  # fmt: skip
+    yield Row(name, "state handed back in place", f"{stats.alias_size_in_bytes / 1e9:.2f} of {held(form) / 1e9:.2f} GB",
+              stats.alias_size_in_bytes >= held(form) - 64)  # fmt: skip
+    yield Row(name, "temporary memory", f"{stats.temp_size_in_bytes / 1e9:.2f} GB", None)
+    yield Row(name, "in all on each device", f"{peak / 1e9:.2f} GB", peak < PEAK if on_gpus else None)
+    places, volume = exchanged(done.as_text())
+    for key in sorted(places):
+        yield Row(name, f"{key[0]} of {key[1]}", f"{places[key]} times, {volume[key] / 1e6:,.1f} MB", None)
+    wanted = sum(size for (kind, _), size in volume.items() if kind in KINDS[:2]) / max(sum(volume.values()), 1)
+    yield Row(name, "carried by all-gather and reduce-scatter", f"{wanted:.1%}", wanted > WANTED if on_gpus else None)
+    yield Row(name, "time to compile", f"{time.monotonic() - start:.0f} s", None)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report; 1 if a check failed."""
+    on_gpus = gpus() and not args.cpu
+    found = devices(on_gpus)
+    exp = options.load_experiment(args.config, (*SETTINGS, *args.sets))
+    exp = dataclasses.replace(rollout.for_training(exp, exp.clip // exp.cache.block, exp.cache.sink),
+                              attention="cudnn" if on_gpus else "xla")  # fmt: skip
+    grid = mesh.make(exp.train.mesh, found)
+    mesh.check(exp, grid)
+    form = runs.abstract(exp, runs.Program(), 0, grid)
+    others = frozen(exp, form, grid)
+    rows = list(state_rows(exp, form, others, grid.shape["fsdp"] * grid.shape["tensor"]))
+    for name in filter(None, args.steps.split(",")):
+        rows += step_rows(exp, name, form, others, grid, on_gpus=on_gpus)
+    failed = [row for row in rows if row.ok is False]
+    what = f"{COUNT} x {compile_for_h200.DEVICE.stem.upper()}" if on_gpus else f"{COUNT} fake CPU devices"
+    if args.json:
+        print(json.dumps({"config": args.config, "devices": what, "mesh": dict(grid.shape), "jax": jax.__version__,
+                          "ok": not failed, "rows": [dataclasses.asdict(row) for row in rows]}))  # fmt: skip
+    else:
+        sizes = ", ".join(f"{name}={size}" for name, size in grid.shape.items())
+        print(f"{args.config} on {what} ({sizes}), jax {jax.__version__}\n\n{compile_for_h200.report(rows)}")
+    return 1 if failed else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", default="wan_t2v_1_3b_paper", help="a config (default: %(default)s)")
+    parser.add_argument("--set", metavar="A.B=VALUE", action="append", default=[], dest="sets", help="change one value")
+    parser.add_argument("--steps", default=",".join(STEPS), help="what to compile, or nothing (default: %(default)s)")
+    parser.add_argument("--cpu", action="store_true", help="fake CPU devices, whatever is installed")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        return run(parser.parse_args())
+    except InputError as error:
+        print(f"training_memory: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+r"""The student of four steps, its packed memory in the rollout: Self-Forcing's DMD (paper section 8), on prompts.
+
+    packforcing train --config wan_t2v_1_3b_dmd --set train.generator_from=runs/consistency/model \
+        --set train.teacher_from=models/wan --set train.source.path=data/prompts
+
+Defaults are Self-Forcing's but for the compressor, which has a rate of its own, and for what docs/training.md argues.
+"""
+
+import dataclasses
+
+from configs.wan_t2v_1_3b_paper import experiment as base
+from packforcing_jax.train_config import CoverConfig, DataConfig, OptimiserConfig, TrainConfig
+
+train = TrainConfig(
+    objective="dmd", steps=3000, batch=8, ema=0.99, ema_from=40, compressor=OptimiserConfig(rate=1e-4, warmup=20),
+    cover=CoverConfig(sinks=(0, 4, 8), gap=60.0, gap_share=0.5), source=DataConfig(kind="records"),
+)  # fmt: skip
+
+experiment = dataclasses.replace(base, name="wan_t2v_1_3b_dmd", train=train)

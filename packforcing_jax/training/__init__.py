@@ -1,0 +1,1 @@
+"""Learning: objectives, states, data, and the life of a training run."""

@@ -1,0 +1,162 @@
+"""What objectives read: clips block by block with their text, and the networks that take part."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from jax import Array
+
+from packforcing_jax import codec, compressor, dit, sampler, text, trees
+from packforcing_jax.config import Experiment
+from packforcing_jax.errors import require
+from packforcing_jax.types import KV
+
+Flat = dict[str, Array]
+
+
+@struct.dataclass
+class Words:
+    """A prompt per block as tokens."""
+
+    ids: Array  # [block, b, words]
+    mask: Array  # [block, b, words]
+
+
+@struct.dataclass
+class Batch:
+    """Clips, `block` latent frames at a time; what an objective does not need may be None."""
+
+    words: Any  # Words, or encoder states [block or 1, b, words, d]
+    latent: Any = None  # [block, b, t, y, x, c]
+    low: Any = None  # [block, b, t', y', x', c]  low-resolution latents of the same frames
+    trajectory: Any = None  # [k, block, b, t, y, x, c]  a teacher's way from noise to its clip
+    weight: Any = None  # [block, b, t, y, x, 1]  scales the loss of each latent cell
+    called: Any = None  # [block, b, kind, block]  earlier blocks that show what this one calls back, by kind
+
+
+@struct.dataclass
+class Model:
+    """What a generator is made of; `text` is None where states of the text come with the data."""
+
+    dit: dit.WanDiT
+    compressor: compressor.Compressor
+    text: Any = None
+
+    @property
+    def nets(self) -> sampler.Nets:
+        return sampler.Nets(dit=self.dit, compressor=self.compressor)
+
+
+@struct.dataclass
+class Networks:
+    """Who takes part in a step: the generator in training, and those that an objective asks."""
+
+    generator: Model
+    teacher: Any = None  # Model
+    critic: Any = None  # WanDiT
+    average: Any = None  # Model, the generator's running average
+    pixels: Any = None  # the codec, by which a rollout sees its own frames
+    hidden: Any = None  # [words, d]  what is read where the text is hidden; None: nothing
+
+
+def new_model(exp: Experiment, key: Array, *, reads: bool = True) -> Model:
+    """A generator from scratch, with a text encoder if it `reads`.
+
+    Keys start equal to queries: matching by content is then there to be refined.
+    """
+    keys = jax.random.split(key, 3)
+    model = Model(dit=dit.WanDiT(exp.dit, nnx.Rngs(keys[0])),
+                  compressor=compressor.Compressor(exp, nnx.Rngs(keys[1])),
+                  text=text.UMT5(exp.text, nnx.Rngs(keys[2])) if reads else None)  # fmt: skip
+    attn = model.dit.blocks.attn
+    attn.k.kernel = nnx.Param(jnp.copy(attn.q.kernel[...]))
+    return model
+
+
+def as_model(exp: Experiment, params: Mapping[str, Array]) -> Model:
+    """The modules that hold `params`, whose paths begin with dit/, compressor/ and, if it reads, text/."""
+    reads = any(path.startswith("text/") for path in params)
+    shapes = jax.eval_shape(lambda: new_model(exp, jax.random.key(0), reads=reads))
+    return trees.fill(shapes, params, put=trees.as_given)
+
+
+def as_transformer(exp: Experiment, params: Mapping[str, Array]) -> dit.WanDiT:
+    """The transformer alone, from the paths under dit/."""
+    own = {path.removeprefix("dit/"): leaf for path, leaf in params.items() if path.startswith("dit/")}
+    return trees.fill(jax.eval_shape(lambda: dit.WanDiT(exp.dit, nnx.Rngs(0))), own, put=trees.as_given)
+
+
+def encode(exp: Experiment, pixels: codec.Codec, raw: Mapping[str, Array]) -> Batch:
+    """A raw batch, clips in front, as objectives read it; pixels are encoded here, latents were before."""
+    blocked = {name: einops.rearrange(raw[name], "b (block t) y x c -> block b t y x c", t=exp.cache.block)
+               for name in ("latent",) if name in raw}  # fmt: skip
+    swapped = {name: jnp.moveaxis(raw[name], 1, 0) for name in ("low", "called") if name in raw}
+    if "video" in raw:
+        blocked |= seen_pixels(exp, pixels, raw["video"])
+    if "trajectory" in raw:
+        blocked["trajectory"] = einops.rearrange(raw["trajectory"], "b k (block t) y x c -> k block b t y x c",
+                                                 t=exp.cache.block)  # fmt: skip
+    if "weight" in raw:
+        blocked["weight"] = einops.reduce(raw["weight"], "b block t (y i) (x j) -> block b t y x 1", "mean",
+                                          i=exp.codec.space_factor, j=exp.codec.space_factor)  # fmt: skip
+    if "states" in raw:
+        words: Any = raw["states"].astype(jnp.float32)[None]
+    else:
+        words = Words(*(jnp.moveaxis(raw[name], 1, 0) for name in ("ids", "mask")))
+    floats = {name: leaf.astype(jnp.float32) if leaf.dtype != bool else leaf for name, leaf in
+              {**blocked, **swapped}.items()}  # fmt: skip
+    return Batch(words=words, **floats)
+
+
+def seen_pixels(exp: Experiment, pixels: codec.Codec, video: Array) -> dict[str, Array]:
+    """The latents of whole clips [b, frames, height, width, 3], block by block, and of each block in low resolution."""
+    blocks = einops.rearrange(video, "b (block t) y x c -> (block b) t y x c", t=exp.cache.block)
+    low = codec.low_resolution(pixels, blocks, latents=exp.packed_grid[0], pool=exp.compressor.pool)
+    return {"latent": einops.rearrange(codec.encode(pixels, video), "b (block t) y x c -> block b t y x c",
+                                       t=exp.cache.block),
+            "low": einops.rearrange(low, "(block b) t y x c -> block b t y x c", b=video.shape[0])}  # fmt: skip
+
+
+def text_states(model: Model, words: Any) -> Array:
+    """Encoder states [block or 1, b, words, d] of every block's prompt."""
+    if not isinstance(words, Words):
+        return words
+    flat = [einops.rearrange(x, "block b words -> (block b) words") for x in (words.ids, words.mask)]
+    states = text.encode(model.text, *flat)
+    return einops.rearrange(states, "(block b) words d -> block b words d", b=words.ids.shape[1])
+
+
+def hide(states: Array, hidden: Array | None, chosen: Array | bool = True) -> Array:
+    """`states` with those of the `chosen` clips [b] replaced by what is read where the text is hidden."""
+    nothing = jnp.zeros_like(states)
+    if hidden is not None:
+        short = states.shape[2] - hidden.shape[0]
+        require(short >= 0, f"train.negative has {hidden.shape[0]} words, but the data's text holds {states.shape[2]}; "
+                "shorten it or prepare the data with longer text.")  # fmt: skip
+        nothing = nothing + jnp.pad(hidden, ((0, short), (0, 0)))[None, None].astype(states.dtype)
+    return jnp.where(jnp.reshape(chosen, (1, -1, 1, 1)), nothing, states)
+
+
+def text_kv(transformer: dit.WanDiT, states: Array) -> KV:
+    """Cross-attention keys and values [block or 1, layer, b, words, n, h] of such states."""
+    kv = dit.text_kv(transformer, einops.rearrange(states, "block b words d -> (block b) words d"))
+    return KV(*(einops.rearrange(x, "layer (block b) words n h -> block layer b words n h", b=states.shape[1])
+                for x in (kv.k, kv.v)))  # fmt: skip
+
+
+def of_block(per_block: Any, block: Array) -> Any:
+    """What there is for one block, or for all of them if there is only one entry."""
+    return jax.tree.map(lambda x: x[jnp.minimum(block, x.shape[0] - 1)], per_block)
+
+
+def by_clip(blocks: Array) -> Array:
+    """[block, b, t, ...] as whole clips [b, block*t, ...]."""
+    return einops.rearrange(blocks, "block b t y x c -> b (block t) y x c")
+
+
+def by_block(clips: Array, block: int) -> Array:
+    """Whole clips [b, frames, ...] as [block, b, t, ...], `block` frames each."""
+    return einops.rearrange(clips, "b (block t) y x c -> block b t y x c", t=block)

@@ -1,0 +1,174 @@
+"""What goes into a run from model folders and comes out of it: networks, the average as a model, videos to look at."""
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from packforcing_jax import codec, dit, encoding, models, pipeline, tokenizer, trees, video
+from packforcing_jax.config import Experiment
+from packforcing_jax.errors import InputError, require
+from packforcing_jax.stage import captions
+from packforcing_jax.training import batches, mesh
+
+Flat = dict[str, Any]
+PREVIEW_ROWS = 256  # of pixels at least, so that a small model's video can be looked at
+
+log = logging.getLogger(__name__)
+
+
+# In
+
+
+def beginnings(exp: Experiment) -> dict[str, str]:
+    """The model folders that a training begins from, by their setting."""
+    found = {name: getattr(exp.train, name) for name in ("generator_from", "teacher_from", "critic_from")}
+    return {name: folder for name, folder in found.items() if folder}
+
+
+def holding(exp: Experiment, file: str) -> Path | None:
+    """The first of those folders that holds a file of this name."""
+    return next((Path(folder) for folder in beginnings(exp).values() if (Path(folder) / file).is_file()), None)
+
+
+def words(exp: Experiment) -> tokenizer.Tokenizer:
+    """The tokenizer of the model that training begins from; without one, the closed vocabulary of the Stage world."""
+    folder = holding(exp, models.TOKENIZER)
+    if folder is not None:
+        return tokenizer.Tokenizer.from_file(folder / models.TOKENIZER, exp.text.max_words)
+    return captions.reader()
+
+
+def network(folder: str, shapes: Flat, grid: Mesh, dtype: str = "float32") -> Flat:
+    """The parameters at the paths of `shapes` as `dtype`, read from a model folder straight to where they lie.
+
+    Parts that the folder lacks are left out, but for the transformer.
+    """
+    model = models.opened(folder)
+    model.part("dit")
+    wanted = {path: shape for path, shape in shapes.items() if path.partition("/")[0] in model.parts}
+    parts = {path.partition("/")[0] for path in wanted}
+    held = {f"{part}/{path}": tensor for part in parts for path, tensor in model.parts[part].items()}
+    return models.fill(wanted, held, dtype=dtype, source=f"the weights of {folder}",
+                       shardings=mesh.shardings(wanted, grid))  # fmt: skip
+
+
+def codec_weights(exp: Experiment, grid: Mesh) -> Flat | None:
+    """The parameters of the codec, whole on every device; None where it has some and no model folder brings them."""
+    shapes = trees.flatten(jax.eval_shape(lambda: codec.make(exp.codec, nnx.Rngs(0))))
+    folder = holding(exp, models.weights_file("codec"))
+    if not shapes or folder is None:
+        return None if shapes else {}
+    everywhere = dict.fromkeys(shapes, NamedSharding(grid, PartitionSpec()))
+    return models.fill(shapes, models.opened(folder).part("codec"), dtype=exp.dtypes.vae,
+                       source=f"the codec weights of {folder}", shardings=everywhere)  # fmt: skip
+
+
+def as_codec(exp: Experiment, flat: Mapping[str, Any] | None) -> codec.Codec | None:
+    """The codec of these parameters, if there are any to have."""
+    return None if flat is None else trees.fill(jax.eval_shape(lambda: codec.make(exp.codec, nnx.Rngs(0))), flat)
+
+
+def hidden(exp: Experiment) -> np.ndarray | None:
+    """Encoder states [words, d] of the negative prompt, if there is one."""
+    if not exp.train.negative:
+        return None
+    folder = holding(exp, models.weights_file("text"))
+    require(folder is not None, f"train.negative={exp.train.negative!r} needs a text encoder to read it; begin from a "
+            "model folder with one, or leave it empty.")  # fmt: skip
+    ids, mask = words(exp).encode([exp.train.negative])
+    states = encoding.of_folder(models.opened(Path(folder or "")), exp.dtypes)(ids, mask)
+    return np.asarray(states[0, : int(mask.sum())])
+
+
+# Out
+
+
+def whole(flat: Mapping[str, Any]) -> Flat:
+    """Arrays that lie all over the mesh as NumPy ones on the first process; others get none. All have to ask."""
+    found = {}
+    for path, leaf in flat.items():
+        local = leaf.is_fully_addressable
+        value = np.asarray(leaf) if local else multihost_utils.process_allgather(leaf, tiled=True)
+        if jax.process_index() == 0:
+            found[path] = value
+    return found
+
+
+def part(flat: Mapping[str, Any], name: str) -> Flat:
+    """What lies below `name` in flat parameters."""
+    return {path.removeprefix(f"{name}/"): leaf for path, leaf in flat.items() if path.startswith(f"{name}/")}
+
+
+def save(folder: Path, exp: Experiment, flat: Mapping[str, Any], *, card: str | None = None) -> None:
+    """A model folder of a generator's parameters, complete or absent, that `sample --weights` takes.
+
+    Parts that were not trained come from the model that training began from. All processes have to ask.
+    """
+    host = whole(flat)
+    if jax.process_index() == 0:
+        parts = {name: part(host, name) for name in models.PARTS}
+        with models.replacing(folder) as fresh:
+            models.save(fresh, exp, {name: held for name, held in parts.items() if held},
+                        texts={models.TOKENIZER: words(exp).inner.to_str(pretty=True), models.CARD: card})  # fmt: skip
+            for name in models.PARTS:
+                _borrow(exp, models.weights_file(name), fresh)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"{folder} is written")
+
+
+def _borrow(exp: Experiment, file: str, fresh: Path) -> None:
+    """Puts a file that is missing in `fresh` there, as a link where the disk can."""
+    source = holding(exp, file)
+    if source is None or (fresh / file).exists():
+        return
+    try:
+        os.link(source / file, fresh / file)
+    except OSError:
+        shutil.copyfile(source / file, fresh / file)
+
+
+def preview(path: Path, exp: Experiment, flat: Mapping[str, Any], *, raw: Mapping[str, Any], seed: int) -> None:
+    """A video at `path` of a generator's parameters, drawn block by block for the text of the first clip in `raw`.
+
+    Whatever goes wrong is one line of warning. All processes have to ask; the first one draws.
+    """
+    host = whole(flat)
+    if jax.process_index() == 0:
+        try:
+            _draw(path, exp, host, raw, seed)
+        except Exception as error:
+            log.warning("no preview %s: %s: %s", path.name, type(error).__name__, " ".join(str(error).split())[:300])
+
+
+def _draw(path: Path, exp: Experiment, flat: Flat, raw: Mapping[str, Any], seed: int) -> None:
+    here = jax.make_mesh((1,), ("data",), devices=jax.local_devices()[:1], axis_types=(jax.sharding.AxisType.Auto,))
+    model = batches.as_model(exp, jax.tree.map(jnp.asarray, flat))
+    pixels, nothing = as_codec(exp, codec_weights(exp, here)), cast(Any, None)
+    if pixels is None:
+        raise InputError("the codec's weights are in none of the model folders that training began from.")
+    told = {name: jnp.asarray(raw[name][:1]) for name in ("ids", "mask", "states") if name in raw}
+    states = batches.text_states(model, batches.encode(exp, pixels, told).words)
+    apart = trees.cast(dit.unrolled(model.dit), exp.dtypes.params)
+    nets = trees.cast(model.nets, exp.dtypes.params)
+    shown = pipeline.Pipeline(experiment=exp, nets=nets.replace(dit=apart), pixels=pixels, text=nothing,
+                              tokenizer=nothing)  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh, rows = path.with_name(f".{path.name}"), exp.latent[0] * exp.codec.space_factor
+    size, scale = (exp.latent[1] * exp.codec.space_factor, rows), max(1, PREVIEW_ROWS // rows)
+    with video.Writer(fresh, fps=exp.fps, size=size, scale=scale, settings={"seed": seed}) as file:
+        state = shown.start(seed=seed, videos=[0])
+        for block in range(exp.clip // exp.cache.block):
+            read = pipeline.read_prompt(apart, exp, states[min(block, len(states) - 1)])
+            state, frames, _ = shown.step(state, read, first=block == 0)
+            file.write(np.asarray(frames[0]))
+    os.replace(fresh, path)

@@ -1,0 +1,167 @@
+"""What a run says of itself, step by step: lines of JSON always, TensorBoard and Weights & Biases if asked for."""
+
+import importlib.util
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from packforcing_jax import growing
+from packforcing_jax.errors import require
+
+LINES = "metrics.jsonl"
+LIBRARIES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # the extra that brings each has the name of the log
+
+
+class Sink(Protocol):
+    """A place where metrics go."""
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def plain(value: Any) -> Any:
+    """A number or array as JSON has it: decimals that are the same float32 again, None for what is not finite."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if np.isfinite(value) else None
+    array = np.asarray(value)
+    if array.ndim:
+        return [plain(each) for each in array]
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return array.item()
+    return float(str(np.float32(array))) if np.isfinite(array) else None
+
+
+def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers in `metrics`, those of an array as `name/0`, `name/1`, ..."""
+    found = {}
+    for name, value in metrics.items():
+        flat = np.asarray(value).reshape(-1)
+        if jnp.issubdtype(flat.dtype, jnp.number) or flat.dtype == bool:
+            found |= {f"{name}/{i}" if np.ndim(value) else name: float(each) for i, each in enumerate(flat)}
+    return found
+
+
+# Lines of JSON
+
+
+def told(line: bytes) -> int | None:
+    """The step that a line is about; None for one that is no whole line of ours."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, TypeError, KeyError):
+        return None
+    return step if isinstance(step, int) else None
+
+
+def whole(path: Path, after: int) -> int:
+    """Bytes of the leading lines in `path` that are about steps up to `after`."""
+    size = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        step = told(line)
+        if step is None or step > after:
+            break
+        size += len(line)
+    return size
+
+
+class Lines:
+    """One line of JSON per step; what an earlier run wrote behind step `after` is cut away, so each comes once."""
+
+    def __init__(self, folder: Path, after: int, about: Mapping[str, Any]):
+        del about
+        self.file = growing.File(folder / LINES, whole(folder / LINES, after))
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        told = {"step": step} | {name: value if isinstance(value, str) else plain(value)
+                                 for name, value in metrics.items()}  # fmt: skip
+        self.file.append(json.dumps(told).encode() + b"\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+# Optional ones
+
+
+class TensorBoard:
+    """Event files below `folder`/tensorboard; events behind step `after` are taken back."""
+
+    def __init__(self, folder: Path, after: int, about: Mapping[str, Any]):
+        import tensorboardX  # pyright: ignore[reportMissingImports]
+
+        self.writer = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1,
+                                                 filename_suffix=f".{after}")  # fmt: skip
+        self.writer.add_text("experiment", f"```\n{json.dumps(about, indent=2)}\n```", after)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        for name, value in scalars(metrics).items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """One W&B run per folder, continued with it: its id lies in `folder`/wandb.id."""
+
+    def __init__(self, folder: Path, after: int, about: Mapping[str, Any]):
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        del after  # the service itself keeps the first of two values for a step
+        identity = folder / "wandb.id"
+        if not identity.exists():
+            identity.write_text(uuid.uuid4().hex[:12])
+        self.run = wandb.init(project="packforcing", name=folder.name, id=identity.read_text(), resume="allow",
+                              dir=str(folder), config=dict(about))  # fmt: skip
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self.run.log(scalars(metrics), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+SINKS = {"jsonl": Lines, "tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+
+
+# All together
+
+
+def require_installed(names: Sequence[str]) -> None:
+    """Raises `InputError` naming the extra, if the library of one of the logs is missing."""
+    for name, library in LIBRARIES.items():
+        require(name not in names or importlib.util.find_spec(library) is not None,
+                f"train.log names {name!r}, but {library} is not installed; "
+                f"install packforcing-jax[{name}] or leave it out.")  # fmt: skip
+
+
+class Log:
+    """All logs of a run in `folder`, opened to go on behind step `after`; only the first process writes them."""
+
+    def __init__(self, folder: Path, names: Sequence[str], *, after: int, about: Mapping[str, Any]):
+        require_installed(names)
+        asked = dict.fromkeys(("jsonl", *names)) if jax.process_index() == 0 else {}
+        self.sinks: list[Sink] = [SINKS[name](folder, after, about) for name in asked]
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Adds the numbers of one step."""
+        for sink in self.sinks:
+            sink.write(step, metrics)
+
+    def close(self) -> None:
+        """Ends every log."""
+        for sink in self.sinks:
+            sink.close()

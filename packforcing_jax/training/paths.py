@@ -1,0 +1,63 @@
+"""A teacher's way from noise to a clip: the states that `trajectory` training starts from (CausVid, Self-Forcing)."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from packforcing_jax import schedules
+from packforcing_jax.config import Experiment
+from packforcing_jax.errors import require
+from packforcing_jax.training import batches, distillation, objectives
+from packforcing_jax.training.batches import Batch, Model
+
+
+def kept(exp: Experiment) -> tuple[int, ...]:
+    """The entries of the teacher's grid at which the student's steps stand, and the end."""
+    grid = exp.train.grid
+    entries = [grid * (schedules.TIMESTEPS - step) / schedules.TIMESTEPS for step in exp.sample.steps]
+    least = np.lcm.reduce([schedules.TIMESTEPS // np.gcd(step, schedules.TIMESTEPS) for step in exp.sample.steps])
+    require(all(entry == int(entry) for entry in entries), f"train.grid={grid} steps do not pass through "
+            f"sample.steps={exp.sample.steps}; choose a multiple of {least}.")  # fmt: skip
+    return (*map(int, entries), grid)
+
+
+def way(teacher: Model, exp: Experiment, noise: Array, states: Array, hidden: Any = None, *,
+        behind: Batch | None = None) -> Array:  # fmt: skip
+    """The teacher's states [k, block, b, t, y, x, c] at the student's noise levels, the last one clean.
+
+    Euler steps on the table of `train.shift`, guided in the usual form by `train.distil.guidance`. A bidirectional
+    teacher draws whole clips; a causal one draws each block `behind` true clips (Causal-Forcing).
+    """
+    table, last = schedules.table(exp.sample.shift, steps=exp.train.grid), exp.train.grid
+    falls = jnp.asarray(np.append(table.sigmas, np.float32(0)))
+    nothing, scale = batches.hide(states, hidden), exp.train.distil.guidance
+
+    def guess(noisy: Array, sigma: Array, text: Array) -> Array:
+        if behind is not None:
+            return objectives.causal(teacher, exp, behind, noisy, jnp.broadcast_to(sigma, noisy.shape[:2]), text).clean
+        clip, times = batches.by_clip(noisy), jnp.broadcast_to(schedules.TIMESTEPS * sigma, noisy.shape[1:2])
+        return batches.by_block(distillation.score(teacher.dit, exp, clip, times, text), exp.cache.block)
+
+    def step(noisy: Array, i: Array) -> tuple[Array, Array]:
+        with_text, without = guess(noisy, falls[i], states), guess(noisy, falls[i], nothing)
+        velocity = schedules.velocity_from_clean(noisy, without + scale * (with_text - without), falls[i])
+        return noisy + (falls[i + 1] - falls[i]) * velocity, noisy
+
+    end, before = jax.lax.scan(step, noise, jnp.arange(last))
+    return jnp.concatenate([before[jnp.asarray(kept(exp)[:-1])], end[None]])
+
+
+def timesteps(exp: Experiment) -> list[float]:
+    """The timesteps of these states."""
+    return [*(float(time) for time in schedules.warped(exp.sample.steps, exp.sample.shift)), 0.0]
+
+
+@functools.partial(jax.jit, static_argnames="exp")
+def drawn(teacher: Model, exp: Experiment, seed: Array, states: Array) -> Array:
+    """A bidirectional teacher's way [k, block, b, t, y, x, c] out of the noise of `seed`, to clips of `exp.clip`."""
+    shape = (exp.clip // exp.cache.block, states.shape[1], exp.cache.block, *exp.latent, exp.dit.in_channels)
+    return way(teacher, exp, jax.random.normal(jax.random.key(seed), shape), states)

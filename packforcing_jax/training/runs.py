@@ -1,0 +1,336 @@
+"""The life of a run: born on the mesh or restored to it, then batch by batch until it is done, stopped or broken.
+
+Everything random is a function of (seed, step), and the position of the data is in the checkpoint: a run killed
+anywhere and started again does what the unbroken one would have done.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from packforcing_jax import checkpoints, growing, models, options
+from packforcing_jax.config import Experiment
+from packforcing_jax.errors import MachineError, require
+from packforcing_jax.training import batches, exports, logs, mesh, rollout, sources, state
+
+FREE = ("name", "attention", "fps", *(f"train.{name}" for name in (
+    "steps", "save_every", "keep", "log_every", "log", "preview_every", "patience", "profile", "mesh", "accumulate",
+    "remat", "generator_from", "teacher_from", "critic_from", "source.path")))  # fmt: skip
+TAUGHT = ("consistency", "dmd", "sid")  # objectives that ask a teacher
+NEEDS = {"flow_matching": ("latent",), "forcing": ("latent",), "consistency": ("latent",),
+         "trajectory": ("trajectory",)}  # of the data, besides text
+TIMES = ("seconds", "waited", "clips_per_second", "tokens_per_second")  # metrics that no two runs have in common
+MODEL, CHECKPOINTS, PREVIEWS, PROFILE = "model", "checkpoints", "previews", "profile"  # inside the folder of a run
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a run does at its steps, as pure functions, and what it reads."""
+
+    init: Callable = state.init
+    update: Callable = state.update
+    movers: Callable = state.movers
+    variant: Callable = rollout.variant
+    encode: Callable = batches.encode
+    batches: Callable = sources.batches
+
+
+@dataclass
+class Run:
+    """A training run in a folder: what it has reached so far, and what it works with."""
+
+    exp: Experiment
+    folder: Path
+    seed: int
+    mesh: Mesh
+    state: Any
+    frozen: Mapping[str, Any]
+    batches: Any
+    update: Callable
+    program: Program
+    saved: checkpoints.Checkpoints
+    step: int
+    stopped: bool = False
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.exp.train.steps
+
+
+# The beginning
+
+
+def about(exp: Experiment, seed: int) -> dict[str, Any]:
+    """What a checkpoint belongs to."""
+    return {"seed": seed, "experiment": json.loads(models.experiment_to_json(exp))}
+
+
+def store(exp: Experiment, folder: Path, seed: int) -> checkpoints.Checkpoints:
+    """The checkpoints of a run."""
+    return checkpoints.Checkpoints(folder / CHECKPOINTS, keep=exp.train.keep, about=about(exp, seed),
+                                   free=[f"experiment.{name}" for name in FREE])  # fmt: skip
+
+
+def check_folder(folder: Path) -> None:
+    """Raises `InputError` unless a run can be begun or continued in `folder`; leaves nothing behind."""
+    growing.check_writable(folder / logs.LINES, "Run file")
+    require(not (folder / models.CONFIG).exists(), f"Run folder {folder} is a model folder; choose another one.")
+    require((folder / CHECKPOINTS).is_dir() or not (folder / MODEL).exists(), f"Run folder {folder} holds a finished "
+            "model, but no checkpoints to go on from; choose another folder or delete the model.")  # fmt: skip
+
+
+def start(exp: Experiment, folder: Path, *, seed: int = 0, program: Program = Program()) -> Run:
+    """A new run, or the one that `folder` holds, behind its last checkpoint. What is wrong is said before a step."""
+    grid = mesh.make(exp.train.mesh)
+    mesh.check(exp, grid)
+    check_folder(folder)
+    check_taught(exp)
+    logs.require_installed(exp.train.log)
+    read = data(exp, seed, program)
+    with jax.set_mesh(grid):
+        form = abstract(exp, program, seed, grid)
+        frozen = others(exp, form, grid)
+        saved = store(exp, folder, seed) if (folder / CHECKPOINTS).is_dir() else None
+        if saved is None or saved.latest() is None:
+            now = born(exp, program, seed, form, grid)
+        else:
+            now, position = saved.restore(form)
+            read.set_state(position)
+    return Run(exp=exp, folder=folder, seed=seed, mesh=grid, state=now, frozen=frozen, batches=read,
+               update=compiled(exp, program, form, grid), program=program, saved=saved or store(exp, folder, seed),
+               step=int(now.step))  # fmt: skip
+
+
+def check_taught(exp: Experiment) -> None:
+    """Raises `InputError` if there is no teacher and the objective asks one."""
+    require(bool(exp.train.teacher_from) or exp.train.objective not in TAUGHT, f"train.objective="
+            f"{exp.train.objective!r} asks a teacher; name a model folder in train.teacher_from.")  # fmt: skip
+
+
+def needs(exp: Experiment) -> tuple[str, ...]:
+    """What the objective reads of the data besides text."""
+    found = NEEDS.get(exp.train.objective, ())
+    packs = exp.train.objective != "flow_matching" and exp.train.history == "memory" and rollout.sees_pixels(exp)
+    return (*found, "low") if found and packs else found
+
+
+def data(exp: Experiment, seed: int, program: Program) -> Any:
+    """This process's rows of endless batches, from the first one on."""
+    return program.batches(exp, seed=seed, batch=exp.train.batch, process=jax.process_index(), needs=needs(exp),
+                           processes=jax.process_count(), encode=exports.words(exp).encode)  # fmt: skip
+
+
+def abstract(exp: Experiment, program: Program, seed: int, grid: Mesh) -> Any:
+    """Shapes and places of everything a run carries."""
+    shapes = jax.eval_shape(lambda: program.init(exp, jax.random.key(seed), {}))
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                        shapes, mesh.shardings(shapes, grid))  # fmt: skip
+
+
+def places(form: Any) -> Any:
+    """Where the leaves of an abstract state lie."""
+    return jax.tree.map(lambda leaf: leaf.sharding, form)
+
+
+def born(exp: Experiment, program: Program, seed: int, form: Any, grid: Mesh) -> Any:
+    """The state before the first step, made where it lies: networks of model folders are read, others drawn."""
+    cfg = exp.train
+    folders = {"generator": cfg.generator_from, "critic": cfg.critic_from or cfg.teacher_from}
+    given = {name: exports.network(folder, form.params[name], grid)
+             for name, folder in folders.items() if folder and name in form.params}  # fmt: skip
+
+    def make(given: Mapping[str, Any]) -> Any:
+        return program.init(exp, jax.random.key(seed), given)
+
+    return jax.jit(make, out_shardings=places(form))(given)
+
+
+def others(exp: Experiment, form: Any, grid: Mesh) -> dict[str, Any]:
+    """What steps read and leave alone: the teacher, the codec, the states of the negative prompt."""
+    found = {"codec": exports.codec_weights(exp, grid), "hidden": exports.hidden(exp)}
+    if exp.train.objective in TAUGHT:
+        parts = ("dit/", "compressor/") if exp.train.objective == "consistency" else ("dit/",)
+        shapes = {path: leaf for path, leaf in form.params["generator"].items() if path.startswith(parts)}
+        found["teacher"] = exports.network(exp.train.teacher_from, shapes, grid, exp.dtypes.compute)
+    return {name: each for name, each in found.items() if each is not None}
+
+
+def compiled(exp: Experiment, program: Program, form: Any, grid: Mesh) -> Callable:
+    """(state, frozen, raw batch, seed, moves, drawn) -> (state, metrics), in place, on the whole mesh.
+
+    `drawn` is the experiment of the step: `exp` with sizes that may differ from step to step.
+    """
+
+    def step(now: Any, frozen: Mapping[str, Any], raw: Mapping[str, Any], seed: Any, moves: tuple[str, ...],
+             drawn: Experiment) -> Any:  # fmt: skip
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), now.step)
+        batch = program.encode(exp, exports.as_codec(exp, frozen.get("codec")), raw)
+        return program.update(now, frozen, batch, key, drawn, moves=moves)
+
+    everywhere = NamedSharding(grid, PartitionSpec())
+    return jax.jit(step, static_argnames=("moves", "drawn"), donate_argnums=0, out_shardings=(places(form), everywhere))
+
+
+# Step by step
+
+
+def steps(run: Run, asked: Callable[[], bool] = lambda: False) -> Iterator[dict[str, Any]]:
+    """Trains to the end, or until `asked` says to stop behind the step at hand; yields the metrics of each step.
+
+    However it ends, a checkpoint that was begun is complete then.
+    """
+    cfg = run.exp.train
+    opened = logs.Log(run.folder, cfg.log, after=run.step, about=about(run.exp, run.seed))
+    try:
+        with opened as log, Window(run.folder / PROFILE, *cfg.profile) as window:
+            while not (run.done or run.stopped):
+                window.at(run.step)
+                metrics = advance(run)
+                if run.step % cfg.log_every == 0 or run.done:
+                    log.write(run.step, metrics)
+                require_finite(run, metrics)
+                run.stopped = agreed(asked())
+                keep(run)
+                yield {"step": run.step, **metrics}
+    finally:
+        run.saved.wait()
+
+
+def keep(run: Run) -> None:
+    """Saves and previews if it is time to."""
+    cfg = run.exp.train
+    if run.step % cfg.save_every == 0 or run.done or run.stopped:
+        save(run)
+    if cfg.preview_every and run.step % cfg.preview_every == 0:
+        preview(run)
+
+
+def advance(run: Run) -> dict[str, Any]:
+    """One update; its metrics, with the seconds it took and those it waited for data."""
+    began = time.monotonic()
+    raw = next(run.batches)
+    waited = time.monotonic() - began
+    moves, drawn = run.program.movers(run.exp, run.step), run.program.variant(run.exp, run.seed, run.step)
+    with jax.set_mesh(run.mesh):
+        run.state, metrics = run.update(run.state, run.frozen, sources.global_batch(run.mesh, raw),
+                                        np.uint32(run.seed), moves, drawn)  # fmt: skip
+    told = {name: np.asarray(value) for name, value in metrics.items()}  # waits for the step
+    run.step = int(run.state.step)
+    seconds, clips, exp = time.monotonic() - began, run.exp.train.batch, run.exp
+    return {"moves": "+".join(moves), "sink": drawn.cache.sink, "recent": drawn.cache.recent, **told,
+            "skipped": int(run.state.skipped), "seconds": seconds, "waited": waited,
+            "clips_per_second": clips / seconds, "tokens_per_second": clips * exp.clip * exp.tokens_per_frame / seconds}  # fmt: skip
+
+
+def require_finite(run: Run, metrics: Mapping[str, Any]) -> None:
+    """Saves what was last good and raises `MachineError` if too many updates in a row were left out."""
+    if metrics["skipped"] < run.exp.train.patience:
+        return
+    broken = [name for name, value in logs.scalars(metrics).items() if not np.isfinite(value)]
+    save(run)
+    raise MachineError(f"Step {run.step} was number {metrics['skipped']} in a row whose update was not finite (not "
+                       f"finite: {', '.join(broken) or 'the gradient'}); the networks as they were before are saved in "
+                       f"{run.folder / CHECKPOINTS}; lower the rates or look at the data.")  # fmt: skip
+
+
+def agreed(asked: bool) -> bool:
+    """Whether any process was asked to stop: all of them stop behind the same step."""
+    return asked if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.bool_(asked))))
+
+
+def save(run: Run) -> None:
+    """Begins to write a checkpoint of everything, the position of the data included."""
+    if run.saved.latest() != run.step:
+        run.saved.save(run.step, run.state, run.batches.get_state())
+
+
+def preview(run: Run) -> None:
+    """A video of the averaged weights for the first clip that the run ever read."""
+    first = next(data(run.exp, run.seed, run.program))
+    exports.preview(run.folder / PREVIEWS / f"step-{run.step}.mp4", run.exp, run.state.ema, raw=first, seed=run.seed)
+
+
+class Window:
+    """The profiler, on while the steps from `first` up to `last` are made."""
+
+    def __init__(self, folder: Path, first: int, last: int):
+        self.folder, self.first, self.last, self.on = folder, first, last, False
+
+    def __enter__(self) -> "Window":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._turn(False)
+
+    def at(self, step: int) -> None:
+        """Turns it on or off in front of a step."""
+        self._turn(self.first <= step < self.last and jax.process_index() == 0)
+
+    def _turn(self, on: bool) -> None:
+        if on and not self.on:
+            jax.profiler.start_trace(str(self.folder))
+        if self.on and not on:
+            jax.profiler.stop_trace()
+        self.on = on
+
+
+# The end
+
+
+def finish(run: Run, *, card: str | None = None) -> None:
+    """Waits for the last checkpoint; what is done is exported as a model folder."""
+    run.saved.close()
+    if run.done:
+        exports.save(run.folder / MODEL, run.exp, run.state.ema, card=card)
+
+
+def finished(exp: Experiment, folder: Path, *, seed: int = 0) -> bool:
+    """Whether `folder` holds the model of this very training, done to its last step."""
+    config = folder / MODEL / models.CONFIG
+    if not config.is_file():
+        return False
+    then = models.experiment_from_json(config.read_text(encoding="utf-8"), str(config))
+    was, wanted = (checkpoints.settings(about(each, seed)["experiment"]) for each in (then, exp))
+    if checkpoints.differences(was, wanted, [name for name in FREE if name != "train.steps"]):
+        return False
+    if (folder / CHECKPOINTS).is_dir():
+        saved = store(exp, folder, seed)
+        saved.check()
+        saved.close()
+    return True
+
+
+# Stage after stage
+
+
+def planned(recipe: options.Recipe, folder: Path, only: str | None = None) -> list[tuple[Path, Experiment]]:
+    """The folder of each stage, and its experiment with the models of earlier stages in place of their names.
+
+    Raises `InputError` for a beginning that is neither an earlier stage nor a model folder.
+    """
+    names = [name for name, _ in recipe]
+    require(only is None or only in names, f"no stage {only!r} in this recipe; "
+            f"{options.nearest(str(only), filter(None, names))}")  # fmt: skip
+    plan = [(name, _resolved(exp, name, names[:at], folder)) for at, (name, exp) in enumerate(recipe)]
+    chosen = [(folder / name, exp) for name, exp in plan if only in (None, name)]
+    coming = {str(place / MODEL) for place, _ in chosen}
+    for place, exp in chosen:
+        for setting, beginning in exports.beginnings(exp).items():
+            require(beginning in coming or Path(beginning).is_dir(), f"{place}: train.{setting} is {beginning}, which "
+                    "is not there; run the stage that makes it, or name a model folder.")  # fmt: skip
+    return chosen
+
+
+def _resolved(exp: Experiment, name: str, earlier: Sequence[str], folder: Path) -> Experiment:
+    models_of = {setting: str(folder / stage / MODEL)
+                 for setting, stage in exports.beginnings(exp).items() if stage in earlier}  # fmt: skip
+    return dataclasses.replace(exp, train=dataclasses.replace(exp.train, **models_of))

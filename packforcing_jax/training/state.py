@@ -1,0 +1,165 @@
+"""What a run carries from step to step, and the step: networks by name, one optimiser per group, one average."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+from jax import Array
+
+from packforcing_jax import codec, dit, trees
+from packforcing_jax.config import Experiment
+from packforcing_jax.errors import require
+from packforcing_jax.training import batches, objectives, optimisers
+from packforcing_jax.training.batches import Batch, Flat, Networks
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that changes; parameters by path, so that any tool can read them."""
+
+    params: dict[str, Flat]  # "generator": dit/..., compressor/..., text/...; "critic": dit/...
+    ema: Flat  # of the generator
+    opt: dict[str, Any]  # by group: "generator", "compressor", "critic"
+    step: Array  # []  updates done
+    skipped: Array  # []  updates in a row that were left out because they were not finite
+
+
+def reads(exp: Experiment) -> bool:
+    """Whether the data hold words, which the generator's own text encoder reads, and not encoder states."""
+    return exp.train.source.kind != "records"
+
+
+def networks(exp: Experiment) -> tuple[str, ...]:
+    """The networks that an objective trains."""
+    return tuple(objectives.OBJECTIVES[exp.train.objective])
+
+
+def movers(exp: Experiment, step: int) -> tuple[str, ...]:
+    """The networks that move in a step: the critic in every one, the generator in one out of `critic_updates`."""
+    if "critic" not in networks(exp):
+        return networks(exp)
+    return ("generator", "critic") if step % exp.train.distil.critic_updates == 0 else ("critic",)
+
+
+def init(exp: Experiment, key: Array, given: Mapping[str, Flat]) -> TrainState:
+    """The state before the first step: networks that are `given`, the others drawn; a critic starts as the teacher."""
+    drawn = trees.flatten(batches.new_model(exp, key, reads=reads(exp)))
+    params = {"generator": completed(exp, given.get("generator", {}), drawn)}
+    if "critic" in networks(exp):
+        own = given.get("critic", given.get("teacher", params["generator"]))
+        params["critic"] = {path: jnp.copy(leaf) for path, leaf in own.items() if path.startswith("dit/")}
+    params = trees.cast(params, "float32")
+    opt = {group: optimisers.of_group(exp.train, group).init(leaves)
+           for group, leaves in optimisers.groups(exp.train, params).items()}  # fmt: skip
+    return TrainState(params=params, ema=jax.tree.map(jnp.copy, params["generator"]), opt=opt, step=jnp.int32(0),
+                      skipped=jnp.int32(0))  # fmt: skip
+
+
+def completed(exp: Experiment, given: Flat, drawn: Flat) -> Flat:
+    """The generator: `given` leaves where there are some, a new compressor where only that is missing."""
+    missing = sorted({path.split("/")[0] for path in drawn if path not in given} - {"compressor"})
+    require(not given or not missing, f"train.generator_from={exp.train.generator_from} lacks {', '.join(missing)}; "
+            "give a model folder that holds them.")  # fmt: skip
+    return {path: jnp.copy(given[path]) if path in given else leaf for path, leaf in drawn.items()}
+
+
+def update(state: TrainState, frozen: Mapping[str, Any], batch: Batch, key: Array, exp: Experiment, *,
+           moves: tuple[str, ...]) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+    """The state after one step in which the networks `moves` are updated, one after the other, and what to log.
+
+    An update that is not finite is left out: everything stays as it was but the count of such in a row.
+    """
+    new, metrics = state, {}
+    for network, own in zip(moves, jax.random.split(key, len(moves))):
+        new, told = _updated(new, frozen, batch, own, exp, network)
+        metrics |= {f"{network}/{name}": value for name, value in told.items()} if len(networks(exp)) > 1 else told
+    fine = jnp.stack([jnp.isfinite(value).all() for name, value in metrics.items()
+                      if name.rsplit("/", 1)[-1] in ("loss", "gradient")]).all()  # fmt: skip
+    kept = jax.tree.map(lambda after, before: jnp.where(fine, after, before), new, state)
+    return dataclasses.replace(kept, step=state.step + 1, skipped=jnp.where(fine, 0, state.skipped + 1)), metrics
+
+
+def _updated(state: TrainState, frozen: Mapping[str, Any], batch: Batch, key: Array, exp: Experiment,
+             network: str) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+    """One network's update."""
+    moving = {group: leaves for group, leaves in optimisers.groups(exp.train, state.params).items()
+              if (group == "critic") == (network == "critic")}  # fmt: skip
+    (loss, metrics), grads = gradients(moving, state, frozen, batch, key, exp, network)
+    metrics |= {"loss": loss, "gradient": optimisers.norm(grads)}
+    opt, params = dict(state.opt), dict(state.params[network])
+    for group, leaves in moving.items():
+        updates, opt[group] = optimisers.of_group(exp.train, group).update(grads[group], state.opt[group], leaves)
+        moved: Any = optax.apply_updates(leaves, updates)
+        params |= moved
+        if len(moving) > 1:
+            metrics |= {f"gradient/{group}": optimisers.norm(grads[group]), f"update/{group}": optimisers.norm(updates)}
+    ema = state.ema if network == "critic" else averaged(exp, state, params)
+    return dataclasses.replace(state, params={**state.params, network: params}, opt=opt, ema=ema), metrics
+
+
+def gradients(moving: dict[str, Flat], state: TrainState, frozen: Mapping[str, Any], batch: Batch, key: Array,
+              exp: Experiment, network: str) -> Any:  # fmt: skip
+    """((loss, metrics), gradients) of the whole batch, computed in `train.accumulate` parts and averaged."""
+    objective = objectives.OBJECTIVES[exp.train.objective][network]
+
+    def loss(moving: dict[str, Flat], part: Batch, key: Array):
+        return objective(assembled(exp, state, frozen, moving, network), part, key, exp)
+
+    graded = jax.value_and_grad(loss, has_aux=True)
+    parts = exp.train.accumulate
+    if parts == 1:
+        return graded(moving, batch, key)
+    each = jax.tree.map(lambda x: einops.rearrange(x, "n (b part) ... -> part n b ...", part=parts),
+                        dataclasses.replace(batch, trajectory=None))  # fmt: skip
+    if batch.trajectory is not None:
+        ways = einops.rearrange(batch.trajectory, "k n (b part) ... -> part k n b ...", part=parts)
+        each = dataclasses.replace(each, trajectory=ways)
+    (value, grads) = jax.lax.map(lambda one: graded(moving, *one), (each, jax.random.split(key, parts)))
+    return jax.tree.map(lambda x: x.mean(axis=0), (value, grads))
+
+
+def assembled(exp: Experiment, state: TrainState, frozen: Mapping[str, Any], moving: Mapping[str, Flat],
+              network: str) -> Networks:  # fmt: skip
+    """The modules that take part, in the dtype of computing; `moving` replaces the parameters under the gradient."""
+    flat = {name: dict(leaves) for name, leaves in state.params.items()}
+    for leaves in moving.values():
+        flat[network] |= leaves
+    half = exp.dtypes.compute
+
+    def model(leaves: Flat) -> batches.Model:
+        return trees.cast(batches.as_model(exp, leaves), half)
+
+    teacher = frozen.get("teacher")
+    asks = exp.train.objective == "consistency"
+    pixels, held = jax.eval_shape(lambda: codec.make(exp.codec, nnx.Rngs(0))), frozen.get("codec", {})
+    return Networks(
+        generator=model(flat["generator"]), teacher=None if teacher is None else _teacher(exp, teacher, half),
+        critic=_transformer(exp, flat["critic"], half) if "critic" in flat else None,
+        average=model(state.ema) if asks else None, hidden=frozen.get("hidden"),
+        pixels=trees.fill(pixels, held, put=trees.as_given) if len(held) == len(trees.flatten(pixels)) else None)
+
+
+def _transformer(exp: Experiment, leaves: Flat, dtype: str) -> dit.WanDiT:
+    return trees.cast(batches.as_transformer(exp, leaves), dtype)
+
+
+def _teacher(exp: Experiment, leaves: Flat, dtype: str) -> Any:
+    """The teacher, whole where it looks back through a memory of its own, else its transformer."""
+    if exp.train.objective == "consistency":
+        return trees.cast(batches.as_model(exp, leaves), dtype)
+    nothing: Any = None
+    return batches.Model(dit=_transformer(exp, leaves, dtype), compressor=nothing)
+
+
+def averaged(exp: Experiment, state: TrainState, params: Flat) -> Flat:
+    """The running average after one more update: a copy until it begins, then of a memory that grows to `train.ema`."""
+    cfg = exp.train
+    alternates = cfg.distil.critic_updates if "critic" in networks(exp) else 1
+    since = state.step // alternates + 1 - cfg.ema_from
+    keep = jnp.where(since > 0, jnp.minimum(cfg.ema, since / (since + 9)), 0.0)
+    return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, state.ema, dict(params))

@@ -1,0 +1,131 @@
+"""A tiny training on several meshes of fake devices, or as one of several processes: prints the losses as JSON.
+
+    python tests/meshed.py '{"objective": "dmd", "steps": 3, "meshes": [[1, 1, 1, 1], [1, 2, 2, 2]]}'
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+for name in [each for each in os.environ if "proxy" in each.lower()]:
+    del os.environ[name]  # processes that look for each other would ask it
+
+SEED, BATCH = 3, 8
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # compiling is what takes time
+
+
+def child(devices=8, **wanted):
+    """A process of its own that trains as `wanted` says."""
+    given = json.dumps({"devices": devices, **wanted})
+    there = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    return subprocess.Popen([sys.executable, __file__, given], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True,
+                            env=there | {"PYTHONPATH": str(Path(__file__).parent.parent), "XLA_FLAGS": QUICK,
+                                         "TF_CPP_MIN_LOG_LEVEL": "2"})  # fmt: skip
+
+
+def told(process, patience=900):
+    """The metrics of every step, by sizes of the mesh."""
+    said, complaints = process.communicate(timeout=patience)
+    assert process.returncode == 0, complaints[-3000:]
+    return {tuple(mesh): steps for mesh, steps in json.loads(said.splitlines()[-1])}
+
+
+def apart(one, other):
+    """The largest relative difference of any loss of two trainings."""
+    names = [name for name in one[0] if name.rpartition("/")[2] == "loss"]
+    return max(abs(a[name] - b[name]) / abs(a[name]) for a, b in zip(one, other, strict=True) for name in names)
+
+
+def experiment(objective, sizes):
+    """Four heads, so that tensor and context have something to divide; rates at which 20 steps make a difference."""
+    import tiny
+
+    from packforcing_jax import train_config
+    from packforcing_jax.training import rollout
+
+    moves = train_config.OptimiserConfig(rate=1e-3, betas=(0.9, 0.99))
+    train = train_config.TrainConfig(
+        objective=objective, batch=BATCH, steps=20, accumulate=1, shift=3.0, grid=7, generator=moves, compressor=moves,
+        critic=moves, distil=train_config.DistilConfig(critic_updates=1, form="plain", guidance=2.0),
+        source=train_config.DataConfig(kind="records"),
+        mesh=train_config.MeshConfig(*sizes))  # fmt: skip
+    heads = dataclasses.replace(tiny.EXP.dit, dim=24, heads=4, rope_pairs=(1, 1, 1))
+    return rollout.for_training(dataclasses.replace(tiny.EXP, dit=heads, train=train), blocks=5, sink=3)
+
+
+def examples(exp, step):
+    """The raw batch of a step, all rows."""
+    import numpy as np
+
+    from packforcing_jax.training import sources
+
+    draw, blocks = np.random.default_rng((SEED, step)), exp.clip // exp.cache.block
+    shapes = {"latent": (exp.clip, *exp.latent, exp.dit.in_channels), "low": (blocks, *sources.low_form(exp)),
+              "states": (exp.dit.text_len - 1, exp.dit.text_dim)}  # fmt: skip
+    return {name: draw.normal(size=(BATCH, *shape)).astype(np.float32) for name, shape in shapes.items()}
+
+
+def train(objective, steps, sizes):
+    """The metrics of every step on one mesh of the first devices."""
+    import math
+
+    import jax
+    import numpy as np
+
+    from packforcing_jax.training import mesh, runs, sources
+
+    exp, program = experiment(objective, sizes), runs.Program()
+    grid = mesh.make(exp.train.mesh, jax.devices()[: math.prod(sizes)])
+    mesh.check(exp, grid)
+    rows = BATCH // jax.process_count()
+    mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+    with jax.set_mesh(grid):
+        form = runs.abstract(exp, program, SEED, grid)
+        frozen = teacher(exp, form)
+        state, update = runs.born(exp, program, SEED, form, grid), runs.compiled(exp, program, form, grid)
+        history = []
+        for step in range(steps):
+            raw = sources.global_batch(grid, {name: rows[mine] for name, rows in examples(exp, step).items()})
+            state, metrics = update(state, frozen, raw, np.uint32(SEED), program.movers(exp, step), exp)
+            history.append({name: np.asarray(value).tolist() for name, value in metrics.items()})
+    return history
+
+
+def teacher(exp, form):
+    """A frozen transformer of other weights, lying where the generator's does."""
+    import jax
+
+    from packforcing_jax import trees
+    from packforcing_jax.training import batches
+
+    places = {path: leaf.sharding for path, leaf in form.params["generator"].items() if path.startswith("dit/")}
+    if exp.train.objective != "dmd":
+        return {}
+
+    def drawn():
+        flat = trees.flatten(batches.new_model(exp, jax.random.key(SEED + 1), reads=False))
+        return {path: flat[path] for path in places}
+
+    return {"teacher": jax.jit(drawn, out_shardings=places)()}
+
+
+def main(wanted):
+    """Trains on every mesh that is asked for, in turn; `process` 0 of several prints."""
+    import jax
+
+    jax.config.update("jax_default_matmul_precision", "highest")
+    jax.config.update("jax_num_cpu_devices", wanted["devices"])
+    if "coordinator" in wanted:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(wanted["coordinator"], wanted["processes"], wanted["process"])
+    sys.path.insert(0, str(Path(__file__).parent))
+    found = [(sizes, train(wanted["objective"], wanted["steps"], sizes)) for sizes in wanted["meshes"]]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

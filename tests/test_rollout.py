@@ -1,0 +1,270 @@
+"""A rollout under training is the sampler's own; its gradients reach the compressor and nothing that is stored."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from packforcing_jax import cache, codec, sampler, schedules, trees
+from packforcing_jax.train_config import DistilConfig
+from packforcing_jax.training import batches, rollout
+
+BLOCKS, SINK, RECENT = 5, 3, 3
+BASE = dataclasses.replace(tiny.EXP, clip=3 * BLOCKS)
+EXP = rollout.for_training(BASE, BLOCKS, SINK, RECENT)
+NETS, PIXELS = tiny.nets(), codec.make(EXP.codec, nnx.Rngs(0))
+STATES = tiny.normal(7, BLOCKS, tiny.BATCH, EXP.dit.text_len - 1, EXP.dit.text_dim)  # another prompt for each block
+draw = tiny.jit(rollout.draw, static_argnames="exp")
+lay = tiny.jit(jax.vmap(lambda seen, one: rollout.lay(EXP, seen, one), in_axes=(None, 0)))  # in every layer
+
+
+def with_distil(exp=EXP, **settings):
+    return dataclasses.replace(exp, train=dataclasses.replace(exp.train, distil=DistilConfig(**settings)))
+
+
+def draws(exit=2, exp=EXP, gap=0.0):
+    drawn = rollout.draws(exp, jax.random.key(3), BLOCKS, tiny.BATCH)
+    return dataclasses.replace(drawn, exit=jnp.int32(exit), gap=jnp.float32(gap))
+
+
+@pytest.fixture(scope="module")
+def text():
+    return tiny.jit(batches.text_kv)(NETS.dit, STATES)
+
+
+@pytest.fixture(scope="module")
+def clip(text):
+    return draw(NETS, EXP, PIXELS, draws(), text)
+
+
+@pytest.fixture(scope="module")
+def sampled(text):
+    """The same clip drawn by the sampler, layers one by one: memories before each block, what was drawn, lows."""
+    memory, out, apart, chance = cache.init(EXP, tiny.BATCH), [], tiny.apart(), draws()
+    for block in range(BLOCKS):
+        words = trees.unstack(batches.of_block(text, block), EXP.dit.layers)
+        drawn = tiny.draw(apart, EXP, memory, text=words, chance=sampler.Chance(
+            noise=chance.noise[block], renoise=chance.renoise[block], lots=chance.lots[block]))  # fmt: skip
+        low = codec.low_resolution(PIXELS, codec.decode(PIXELS, drawn.latent), latents=EXP.packed_grid[0],
+                                   pool=EXP.compressor.pool)  # fmt: skip
+        out.append((memory, drawn, low))
+        memory, *_ = tiny.remember(apart, EXP, memory, latent=drawn.latent, low=low, drawn=drawn, text=words)
+    return out
+
+
+# what training sees is what sampling sees -----------------------------------------------------------------------------
+
+
+def test_a_rollout_to_the_last_step_is_the_samplers_clip(clip, sampled):
+    for block, (_, drawn, low) in enumerate(sampled):
+        np.testing.assert_allclose(clip.latent[block], drawn.latent, atol=2e-5)
+        np.testing.assert_allclose(clip.low[block], low, atol=2e-5)
+
+
+def test_both_look_at_the_same_blocks_in_the_same_places(clip, sampled):
+    looked = 0
+    for block, (_, drawn, _) in enumerate(sampled):
+        for name in ("ids", "slots", "at"):
+            ours, theirs = (np.asarray(getattr(one, name)) for one in (clip.looked, trees.stack(drawn.looked)))
+            np.testing.assert_array_equal(ours[block], theirs, err_msg=name)
+        looked += (np.asarray(clip.looked.ids[block]) >= 0).any()
+    assert looked == BLOCKS - 2 - 1  # those behind sink, recent and at least one packed block
+
+
+def test_both_see_the_same_keys_and_values(clip, sampled):
+    """Keys and values of every view up to its length, as laid out of a stored clip and as kept by the sampler."""
+    for block, (_, drawn, _) in enumerate(sampled):
+        seen = cache.plan(EXP.cache, jnp.int32(block))
+        stored = dataclasses.replace(clip.stored, looked=jax.tree.map(lambda x, at=block: x[at], clip.looked))
+        laid = lay(seen, stored)
+        length, views = int(cache.length(EXP, seen)), trees.stack(drawn.views)
+        for ours, theirs in ((laid.k, views.k), (laid.v, views.v)):
+            np.testing.assert_allclose(ours[:, :, :length], theirs[:, :, :length], atol=2e-5)
+        assert length == {0: 0, 1: 24, 2: 48}.get(block, 48 + 8 * (block - 2))
+
+
+@pytest.mark.parametrize(("sink", "recent"), [(0, 3), (6, 3), (3, 6), (0, 0)])
+def test_what_a_layer_remembers_is_what_commits_leave(sink, recent):
+    """Blocks with their numbers as keys: the memory read from a stored clip against the memory that was written."""
+    exp = rollout.for_training(BASE, BLOCKS, sink, recent)
+    numbers = jnp.arange(1.0, 1 + BLOCKS)
+    full, packed = (jnp.broadcast_to(numbers[:, None, None, None, None], (BLOCKS, 1, tokens, 3, 12))
+                    for tokens in (3 * exp.tokens_per_frame, exp.tokens_per_packed_block))  # fmt: skip
+    stored = jax.tree.map(lambda x: x[0], rollout.empty(exp, BLOCKS, 1, jnp.float32))
+    memory = cache.init(exp, 1)
+    for block in range(BLOCKS):
+        read, seen = rollout.layer_at(exp, stored, jnp.int32(block)), cache.plan(exp.cache, memory.num_blocks)
+        held = memory.layers[0]
+        sink_frames, visible = int(seen.sink), np.asarray(seen.ids) >= 0
+        np.testing.assert_array_equal(read.sink.k[:, :sink_frames], held.sink.k[:, :sink_frames])
+        np.testing.assert_array_equal(np.asarray(read.mid.v)[:, visible], np.asarray(held.mid.v)[:, visible])
+        ours, theirs = (cache.visible_recent(exp.cache, seen, x.recent.k)[:, : int(seen.recent)] for x in (read, held))
+        np.testing.assert_array_equal(ours, theirs)
+        own = [rollout.KV(k=x[block], v=x[block]) for x in (full, packed)]
+        memory = cache.commit(exp, memory, [own[0]] * 2, [own[1]] * 2)
+        frames = own[0].k.reshape(1, 3, -1, 3, 12)
+        stored = rollout.Stored(full=_with(stored.full, frames, 3 * block),
+                                packed=_with(stored.packed, own[1].k, block))  # fmt: skip
+
+
+def _with(store, values, at):
+    values = values if values.ndim == store.k.ndim else values[:, None]
+    new = jax.lax.dynamic_update_slice_in_dim(store.k, values, at, axis=1)
+    return rollout.KV(k=new, v=new)
+
+
+def test_a_rollout_stops_at_its_step_and_goes_on_from_there(text, clip):
+    """The first block up to each step: what a step reads is what the one before it made, under new noise."""
+    _, sigmas = sampler.step_table(EXP.sample)
+    reached, chance = [draw(NETS, EXP, PIXELS, draws(exit), text) for exit in (0, 1)] + [clip], draws()
+    np.testing.assert_array_equal(reached[0].noisy, chance.noise)
+    for step in (1, 2):
+        read = schedules.add_noise(reached[step - 1].latent[0], chance.renoise[0, step - 1], sigmas[step])
+        np.testing.assert_allclose(reached[step].noisy[0], read, atol=1e-5)
+        assert np.abs(np.asarray(reached[step].latent) - np.asarray(reached[step - 1].latent)).max() > 1e-3
+
+
+def test_some_blocks_are_drawn_again_as_all_are(clip, text):
+    last = tiny.jit(lambda: rollout.again(NETS, with_distil(gradient="none"), clip, draws(), text, first=3))()
+    np.testing.assert_allclose(last, clip.latent[3:], atol=2e-5)
+
+
+def test_noise_in_the_clean_pass_is_asked_for():
+    """It is what timestep 0 has in the table: not none."""
+    latent, noise = tiny.normal(1, 2, 2, 3, 8, 4, 12)
+    np.testing.assert_array_equal(rollout._context(EXP, latent, noise), latent)
+    sigma = schedules.table(EXP.sample.shift).sigmas[-1]
+    assert sigma > 1e-3
+    np.testing.assert_allclose(rollout._context(with_distil(noised_context=True), latent, noise),
+                               (1 - sigma) * latent + sigma * noise, atol=1e-6)  # fmt: skip
+
+
+# gradients ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def by_block(clip, text):
+    """What the weighted sum of each block depends on: compressor, what its last step read, transformer."""
+    weights = tiny.normal(9, *clip.latent.shape)
+
+    def sums(compressor, noisy, transformer, gradient):
+        nets, given = sampler.Nets(dit=transformer, compressor=compressor), dataclasses.replace(clip, noisy=noisy)
+        latent = rollout.again(nets, with_distil(gradient=gradient), given, draws(), text)
+        return (latent * weights).sum(axis=range(1, 6)), latent
+
+    def jacobian(gradient, argnums):
+        jacobian = jax.jacrev(lambda *given: sums(*given, gradient), argnums=argnums, has_aux=True)
+        return tiny.jit(jacobian)(NETS.compressor, clip.noisy, NETS.dit)
+
+    return {"packed": jacobian("packed", (0, 1, 2)), "leak": jacobian("leak", (0, 1))}
+
+
+@pytest.mark.parametrize("gradient", ["packed", "leak"])
+def test_drawing_again_gives_the_clip(by_block, clip, gradient):
+    np.testing.assert_allclose(by_block[gradient][1], clip.latent, atol=2e-5)
+
+
+def test_the_compressor_learns_from_the_first_block_that_sees_a_packed_one(by_block):
+    """Sink and recent hold blocks 0 and 1 in front of block 2: mid is empty up to there, and not behind."""
+    for name, leaf in trees.flatten(by_block["packed"][0][0]).items():
+        learns = np.abs(leaf).max(axis=tuple(range(1, leaf.ndim))) > 0
+        np.testing.assert_array_equal(learns, np.arange(BLOCKS) > 2, err_msg=name)
+
+
+def test_nothing_reaches_the_compressor_through_what_is_stored(by_block):
+    assert all((np.asarray(leaf) == 0).all() for leaf in trees.flatten(by_block["leak"][0][0]).values())
+
+
+def test_a_drawn_clip_and_all_it_leaves_behind_are_constants(text):
+    def total(nets, text):
+        drawn = rollout.draw(nets, EXP, PIXELS, draws(), text)
+        return sum(leaf.sum() for leaf in jax.tree.leaves((drawn.latent, drawn.noisy, drawn.low, drawn.stored)))
+
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(tiny.jit(jax.grad(total, (0, 1)))(NETS, text)))
+
+
+def test_blocks_do_not_reach_each_other_but_through_the_leak(by_block):
+    def reach(gradient):
+        return np.abs(by_block[gradient][0][1]).max(axis=tuple(range(2, 7))) > 0
+
+    np.testing.assert_array_equal(reach("packed"), np.eye(BLOCKS, dtype=bool))
+    seen = np.array([[j <= n and (j == n or j < SINK // 3 or j >= n - RECENT // 3) for j in range(BLOCKS)]
+                     for n in range(BLOCKS)])  # fmt: skip
+    leaked = reach("leak")
+    assert (leaked >= seen).all()  # directly, and on from there
+    assert not leaked[np.triu_indices(BLOCKS, 1)].any()
+
+
+def test_the_gradient_of_a_block_without_packed_ones_is_that_of_its_last_step_alone(by_block, clip, sampled, text):
+    """Block 2 sees sink and recent alone: differentiated behind the sampler's memory, a constant."""
+    weights, times_sigmas = tiny.normal(9, *clip.latent.shape)[2], sampler.step_table(EXP.sample)
+    memory = sampled[2][0]
+    layers, lots = trees.stack(memory.layers), jnp.zeros((EXP.dit.layers, tiny.BATCH, EXP.cache.slots))
+
+    def total(transformer):
+        nets = sampler.Nets(dit=transformer, compressor=NETS.compressor)
+        time, sigma = (x[2] for x in times_sigmas)
+        clean, _ = sampler.guess(nets, EXP, cache.plan(EXP.cache, memory.num_blocks), clip.noisy[2], time, sigma,
+                                 batches.of_block(text, 2), (layers, lots), look=sampler.first_look)  # fmt: skip
+        return (clean * weights).sum()
+
+    alone = trees.flatten(tiny.jit(jax.grad(total))(NETS.dit))
+    for name, leaf in trees.flatten(by_block["packed"][0][2]).items():
+        scale = max(np.abs(alone[name]).max(), 1e-6)
+        np.testing.assert_allclose(leaf[2] / scale, alone[name] / scale, atol=2e-5, err_msg=name)
+
+
+# coverage -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_covered_is_counted(clip):
+    told = rollout.covered(EXP, clip, draws())
+    assert {name: int(value) for name, value in told.items()} == {"packed_seen": 1 + 2, "choices": 0, "reach": 15,
+                                                                  "exit": 2}  # fmt: skip
+    assert float(rollout.covered(EXP, clip, draws(gap=7.5))["reach"]) == 22.5
+    covering = dataclasses.replace(BASE, train=dataclasses.replace(BASE.train, cover=dataclasses.replace(
+        BASE.train.cover, top=1)))  # fmt: skip
+    chosen = rollout.for_training(covering, BLOCKS, SINK, RECENT)
+    told = rollout.covered(chosen, clip, draws(exp=chosen))
+    assert (int(told["packed_seen"]), int(told["choices"])) == (2, 1)
+
+
+def test_each_step_draws_its_sizes_by_seed_and_number():
+    cover = dataclasses.replace(BASE.train.cover, sinks=(0, 3), recents=(3, 6), shortest=4, longest=7)
+    exp = dataclasses.replace(BASE, train=dataclasses.replace(BASE.train, objective="dmd", cover=cover))
+    drawn = [rollout.variant(exp, 1, step) for step in range(60)]
+    assert {(each.cache.sink, each.cache.recent) for each in drawn} == {(0, 3), (0, 6), (3, 3), (3, 6)}
+    assert {each.clip // 3 for each in drawn} == {4, 5, 6, 7}
+    assert drawn == [rollout.variant(exp, 1, step) for step in range(60)]
+    assert drawn != [rollout.variant(exp, 2, step) for step in range(60)]
+    forced = dataclasses.replace(exp, train=dataclasses.replace(exp.train, objective="forcing"))
+    assert {rollout.variant(forced, 1, step).clip for step in range(20)} == {exp.clip}
+
+
+def test_what_remembers_nothing_is_left_as_it_is():
+    for objective, history in (("flow_matching", "memory"), ("forcing", "clean"), ("trajectory", "noisy")):
+        train = dataclasses.replace(BASE.train, objective=objective, history=history)
+        exp = dataclasses.replace(BASE, train=train)
+        assert rollout.variant(exp, 0, 5) == exp
+
+
+@pytest.mark.parametrize(("sink", "held"), [(0, 4), (3, 3), (6, 2), (9, 1)])
+def test_training_attends_every_packed_block(sink, held):
+    exp = rollout.for_training(BASE, BLOCKS, sink)
+    assert (exp.cache.sink, exp.cache.top, exp.cache.capacity, exp.cache.attended) == (sink, held, held, held)
+    assert (exp.cache.selection, exp.cache.span) == ("all", "true")
+    assert dataclasses.replace(exp, cache=BASE.cache) == BASE
+
+
+def test_training_lets_every_layer_look_for_itself_on_the_device_however_sampling_does():
+    hosted = tiny.with_cache(BASE, scope="shared", timing="late", archive="host")
+    assert rollout.for_training(hosted, BLOCKS, 3) == rollout.for_training(BASE, BLOCKS, 3)
+
+
+def test_a_memory_without_packed_blocks_stays_without():
+    sharp = rollout.for_training(tiny.with_cache(BASE, top=0, capacity=0), BLOCKS, 3)
+    assert (sharp.cache.top, sharp.cache.capacity, sharp.cache.slots) == (0, 0, 0)
