@@ -112,8 +112,9 @@ def generator_loss(nets: Networks, batch: Batch, key: Array, exp: Experiment) ->
     through = exp.train.objective == "sid"
     noisy = noised(exp, x if through else jax.lax.stop_gradient(x), noise, timestep)
     teacher, critic = jax.lax.stop_gradient((nets.teacher.dit, nets.critic))
-    real = guided(score(teacher, exp, noisy, timestep, states),
-                  score(teacher, exp, noisy, timestep, batches.hide(states, nets.hidden)), exp)  # fmt: skip
+    real = score(teacher, exp, noisy, timestep, states)
+    if (exp.train.distil.form, exp.train.distil.guidance) != ("extra", 0):  # else the unconditional guess has no weight
+        real = guided(real, score(teacher, exp, noisy, timestep, batches.hide(states, nets.hidden)), exp)
     fake = score(critic, exp, noisy, timestep, states)
     gradient = pull(x, fake, real)
     loss = identity_loss(x, fake, real, exp.train.distil.alpha) if through else matching_loss(x, gradient)

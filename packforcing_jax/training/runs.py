@@ -228,7 +228,8 @@ def advance(run: Run) -> dict[str, Any]:
     seconds, clips, exp = time.monotonic() - began, run.exp.train.batch, run.exp
     return {"moves": "+".join(moves), "sink": drawn.cache.sink, "recent": drawn.cache.recent, **told,
             "skipped": int(run.state.skipped), "seconds": seconds, "waited": waited,
-            "clips_per_second": clips / seconds, "tokens_per_second": clips * exp.clip * exp.tokens_per_frame / seconds}  # fmt: skip
+            "clips_per_second": clips / seconds,
+            "tokens_per_second": clips * exp.clip * exp.tokens_per_frame / seconds}  # fmt: skip
 
 
 def require_finite(run: Run, metrics: Mapping[str, Any]) -> None:

@@ -1,0 +1,45 @@
+"""Every objective on eight clips of the Stage world, with a model small enough for continuous integration.
+
+    packforcing train --config stage_overfit --out runs/overfit      # two CPU cores, minutes
+"""
+
+import dataclasses
+
+from configs.stage import experiment as stage
+from packforcing_jax.config import SampleConfig
+from packforcing_jax.train_config import CoverConfig, DataConfig, DistilConfig, OptimiserConfig
+
+MUON = dataclasses.replace(stage.train.generator, warmup=10, cooldown=0.0, matrix_rate=1e-2)
+FINE = OptimiserConfig(rate=1e-3, betas=(0.0, 0.99), decay=0.0)
+small = dataclasses.replace(
+    stage, name="stage_overfit", sample=SampleConfig(steps=(1000, 750, 500, 250), shift=6.0, prediction="clean"),
+    dit=dataclasses.replace(stage.dit, dim=48, ffn_dim=128, layers=2, rope_pairs=(4, 2, 2)),
+    compressor=dataclasses.replace(stage.compressor, channels=(8, 16, 24, 48)),
+)  # fmt: skip
+
+
+def stage_of(**settings):
+    train = dataclasses.replace(
+        stage.train, generator=MUON, compressor=MUON, source=DataConfig(limit=8), cover=CoverConfig(sinks=(0, 4)),
+        ema=0.9, save_every=1000, log_every=5)  # fmt: skip
+    return dataclasses.replace(small, train=dataclasses.replace(train, **settings))
+
+
+def distilled(objective):
+    return stage_of(objective=objective, generator_from="start", teacher_from="teacher", trained=("dit", "compressor"),
+                    steps=200, cover=CoverConfig(sinks=(0, 4)), generator=FINE, compressor=FINE, critic=FINE,
+                    distil=DistilConfig(guidance=0.0, critic_updates=2))  # fmt: skip
+
+
+recipe = (
+    ("start", stage_of(steps=60)),
+    ("teacher", stage_of(objective="flow_matching", generator_from="start", trained=("dit",), steps=250)),
+    ("causal", stage_of(generator_from="start", trained=("dit", "compressor"), steps=200)),
+    ("forced", stage_of(generator_from="start", trained=("dit",), steps=100, history="clean")),
+    ("diffused", stage_of(generator_from="start", trained=("dit",), steps=100, history="noisy")),
+    ("consistency", stage_of(objective="consistency", generator_from="causal", teacher_from="causal",
+                             trained=("dit", "compressor"), steps=60)),
+    ("dmd", distilled("dmd")),
+    ("sid", distilled("sid")),
+)  # fmt: skip
+experiment = recipe[2][1]
