@@ -22,7 +22,7 @@ define install
 	@touch $(VENV)/.installed $@
 endef
 
-.PHONY: setup demo test test-slow parity check lint types h200 clean
+.PHONY: setup demo test test-slow overfit parity check lint types h200 clean
 
 setup: $(VENV)/.installed$(EXTRAS:%=-%)
 
@@ -40,6 +40,9 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
+
+overfit: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.overfit --out runs/overfit
 
 parity:
 	@$(MAKE) setup VENV=$(VENV)-parity EXTRAS=dev,parity

@@ -20,25 +20,24 @@ small = dataclasses.replace(
 
 def stage_of(**settings):
     train = dataclasses.replace(
-        stage.train, generator=MUON, compressor=MUON, source=DataConfig(limit=8), cover=CoverConfig(sinks=(0, 4)),
-        ema=0.9, save_every=1000, log_every=5)  # fmt: skip
+        stage.train, generator=MUON, compressor=MUON, trained=("dit", "compressor"), generator_from="start",
+        source=DataConfig(limit=8), cover=CoverConfig(sinks=(0,)), ema=0.9, save_every=1000, log_every=5)  # fmt: skip
     return dataclasses.replace(small, train=dataclasses.replace(train, **settings))
 
 
 def distilled(objective):
-    return stage_of(objective=objective, generator_from="start", teacher_from="teacher", trained=("dit", "compressor"),
-                    steps=200, cover=CoverConfig(sinks=(0, 4)), generator=FINE, compressor=FINE, critic=FINE,
-                    distil=DistilConfig(guidance=0.0, critic_updates=2))  # fmt: skip
+    return stage_of(objective=objective, teacher_from="teacher", steps=120, generator=FINE, compressor=FINE,
+                    critic=FINE, distil=DistilConfig(guidance=0.0, critic_updates=1))  # fmt: skip
 
 
 recipe = (
-    ("start", stage_of(steps=60)),
-    ("teacher", stage_of(objective="flow_matching", generator_from="start", trained=("dit",), steps=250)),
-    ("causal", stage_of(generator_from="start", trained=("dit", "compressor"), steps=200)),
-    ("forced", stage_of(generator_from="start", trained=("dit",), steps=100, history="clean")),
-    ("diffused", stage_of(generator_from="start", trained=("dit",), steps=100, history="noisy")),
-    ("consistency", stage_of(objective="consistency", generator_from="causal", teacher_from="causal",
-                             trained=("dit", "compressor"), steps=60)),
+    ("start", stage_of(generator_from="", trained=("dit", "compressor", "text"), steps=60)),
+    ("teacher", stage_of(objective="flow_matching", steps=250)),
+    ("causal", stage_of(steps=120)),
+    ("forced", stage_of(steps=60, history="clean")),
+    ("diffused", stage_of(steps=60, history="noisy")),
+    ("trajectory", stage_of(objective="trajectory", history="noisy", steps=60, source=DataConfig("records", "data"))),
+    ("consistency", stage_of(objective="consistency", generator_from="causal", teacher_from="causal", steps=40)),
     ("dmd", distilled("dmd")),
     ("sid", distilled("sid")),
 )  # fmt: skip

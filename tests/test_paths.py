@@ -1,0 +1,72 @@
+"""A teacher's way passes through the student's noise levels and ends where its steps lead."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from packforcing_jax import schedules
+from packforcing_jax.errors import InputError
+from packforcing_jax.training import batches, distillation, objectives, paths
+from packforcing_jax.training.batches import Batch, Model
+
+BLOCKS = 3
+EXP = dataclasses.replace(
+    tiny.EXP, clip=3 * BLOCKS, sample=dataclasses.replace(tiny.EXP.sample, steps=(1000, 600, 200), shift=3.0),
+    train=dataclasses.replace(tiny.EXP.train, grid=5, history="clean",
+                              distil=dataclasses.replace(tiny.EXP.train.distil, guidance=2.0)))  # fmt: skip
+TEACHER = Model(dit=tiny.nets().dit, compressor=tiny.nets().compressor)
+STATES = tiny.normal(3, 1, tiny.BATCH, 9, EXP.dit.text_dim)
+NOISE = tiny.latents(BLOCKS)
+
+
+def by_hand(guess):
+    """Euler's steps one by one, with the states at the student's levels and the end."""
+    sigmas, x, found = np.append(schedules.table(3.0, steps=5).sigmas, 0.0), NOISE, []
+    for i in range(5):
+        found += [x] if i in (0, 2, 4) else []
+        with_text, without = (guess(x, sigmas[i], text) for text in (STATES, jnp.zeros_like(STATES)))
+        velocity = (x - (without + 2.0 * (with_text - without))) / sigmas[i]
+        x = x + (sigmas[i + 1] - sigmas[i]) * velocity
+    return jnp.stack([*found, x])
+
+
+def test_a_bidirectional_teacher_draws_whole_clips():
+    @tiny.jit
+    def guess(x, sigma, text):
+        clean = distillation.score(TEACHER.dit, EXP, batches.by_clip(x), jnp.full(tiny.BATCH, 1000 * sigma), text)
+        return batches.by_block(clean, EXP.cache.block)
+
+    way = tiny.jit(paths.way, static_argnames="exp")(TEACHER, EXP, NOISE, STATES)
+    np.testing.assert_allclose(way, by_hand(guess), atol=2e-4)
+
+
+def test_a_causal_teacher_draws_behind_the_truth():
+    true = Batch(words=STATES, latent=tiny.latents(BLOCKS, seed=9))
+
+    @tiny.jit
+    def guess(x, sigma, text):
+        return objectives.causal(TEACHER, EXP, true, x, jnp.full(x.shape[:2], sigma), text).clean
+
+    way = tiny.jit(paths.way, static_argnames="exp")(TEACHER, EXP, NOISE, STATES, behind=true)
+    np.testing.assert_allclose(way, by_hand(guess), atol=2e-4)
+
+
+def test_states_stand_at_the_students_steps():
+    assert paths.kept(EXP) == (0, 2, 4, 5)
+    sigmas = np.append(schedules.table(3.0, steps=5).sigmas, 0)[list(paths.kept(EXP))]
+    np.testing.assert_allclose(paths.timesteps(EXP), 1000 * sigmas, rtol=1e-5)
+
+
+def test_a_grid_that_misses_a_step_is_refused_with_one_that_does_not():
+    with pytest.raises(InputError, match=r"train\.grid=6 .* choose a multiple of 5\."):
+        paths.kept(dataclasses.replace(EXP, train=dataclasses.replace(EXP.train, grid=6)))
+
+
+def test_the_seed_decides_what_is_drawn():
+    one, same, other = (paths.drawn(TEACHER, EXP, jnp.uint32(seed), STATES) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
+    assert np.abs(np.asarray(one - other)).max() > 0.1
+    assert one.shape == (4, BLOCKS, tiny.BATCH, 3, 8, 4, 12)
