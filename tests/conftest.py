@@ -7,9 +7,12 @@ from importlib import metadata
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false" if metadata.version("jaxlib") < "0.11" else ""
 
+import signal
+
 import jax
 import pytest
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell takes it from what it runs in the background
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_num_cpu_devices", 2)

@@ -34,10 +34,8 @@ FILES = {"Wan-AI/Wan2.1-T2V-1.3B": WAN, "gdhe17/Self-Forcing": OTHERS, "Efficien
 PATIENCE = 120  # seconds; a busy machine takes long to start a program
 HERE = Path(__file__).parent.parent
 PROGRAM = """
-import signal
 import sys
 from packforcing_jax.cli import main
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell takes it from what it runs in the background
 if sys.argv[1:] == ["--help"]:
     main.main(["download", "--help"])
     sys.exit("huggingface_hub" in sys.modules)

@@ -356,9 +356,7 @@ def test_an_unwritable_output_is_refused(capsys, folder, tmp_path):
 
 
 PROGRAM = """
-import signal
 from packforcing_jax.cli import main
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell takes it from what it runs in the background
 raise SystemExit(main.main())
 """
 

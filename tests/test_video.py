@@ -322,7 +322,6 @@ PROGRAM = """
 import signal, sys
 import numpy as np
 from packforcing_jax import video
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell takes it from what it runs in the background
 frames = np.random.default_rng(0).integers(0, 255, (5, 12, 20, 3)).astype(np.uint8)
 try:
     with video.Writer(sys.argv[1], fps=16, size=(20, 12), settings={"seed": 3}, scale=6) as out:
