@@ -1,6 +1,6 @@
 """How a model is trained, as frozen values: what is minimised, what moves how fast, where, and from what data."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from packforcing_jax.errors import require
 
@@ -102,7 +102,7 @@ OBJECTIVES = ("flow_matching", "forcing", "trajectory", "consistency", "dmd", "s
 HISTORIES = ("memory", "clean", "noisy")
 SOURCES = ("stage", "prompts", "records")
 LOGS = ("jsonl", "tensorboard", "wandb")
-REMATS = ("layers", "blocks", "attention")
+REMATS = ("layers", "blocks")
 
 
 @dataclass(frozen=True)
@@ -161,5 +161,3 @@ class TrainConfig:
                 f"train.batch={self.batch} is not a multiple of accumulate={self.accumulate}; change one.")  # fmt: skip
         require(0 <= self.drop_text <= 1, f"train.drop_text={self.drop_text} is no chance; give 0 to 1.")
 
-
-GROUPS = tuple(field.name for field in fields(TrainConfig) if field.type is OptimiserConfig)

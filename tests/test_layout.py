@@ -15,7 +15,7 @@ archive formulas counting
 checkpoints models encoding growing video
 stage.world stage.captions stage.oracle stage.metrics stage.data stage.stories
 pipeline programs fitting budget bench trace saves keeping inspection timelines jobs
-training.records training.sources training.mesh training.optimisers training.batches
+training.records training.mesh training.sources training.optimisers training.batches
 training.rollout training.distillation training.objectives training.paths training.importing
 training.state training.exports training.logs training.runs
 evaluation recall verify_parts verify_dit verify_training verify

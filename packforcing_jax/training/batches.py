@@ -83,16 +83,20 @@ def as_model(exp: Experiment, params: Mapping[str, Array]) -> Model:
     return trees.fill(shapes, params, put=trees.as_given)
 
 
+def part(params: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What lies below `name` in flat parameters."""
+    return {path.removeprefix(f"{name}/"): leaf for path, leaf in params.items() if path.startswith(f"{name}/")}
+
+
 def as_transformer(exp: Experiment, params: Mapping[str, Array]) -> dit.WanDiT:
     """The transformer alone, from the paths under dit/."""
-    own = {path.removeprefix("dit/"): leaf for path, leaf in params.items() if path.startswith("dit/")}
-    return trees.fill(jax.eval_shape(lambda: dit.WanDiT(exp.dit, nnx.Rngs(0))), own, put=trees.as_given)
+    shapes = jax.eval_shape(lambda: dit.WanDiT(exp.dit, nnx.Rngs(0)))
+    return trees.fill(shapes, part(params, "dit"), put=trees.as_given)
 
 
 def encode(exp: Experiment, pixels: codec.Codec, raw: Mapping[str, Array]) -> Batch:
     """A raw batch, clips in front, as objectives read it; pixels are encoded here, latents were before."""
-    blocked = {name: einops.rearrange(raw[name], "b (block t) y x c -> block b t y x c", t=exp.cache.block)
-               for name in ("latent",) if name in raw}  # fmt: skip
+    blocked = {"latent": by_block(raw["latent"], exp.cache.block)} if "latent" in raw else {}
     swapped = {name: jnp.moveaxis(raw[name], 1, 0) for name in ("low", "called") if name in raw}
     if "video" in raw:
         blocked |= seen_pixels(exp, pixels, raw["video"])
@@ -115,8 +119,7 @@ def seen_pixels(exp: Experiment, pixels: codec.Codec, video: Array) -> dict[str,
     """The latents of whole clips [b, frames, height, width, 3], block by block, and of each block in low resolution."""
     blocks = einops.rearrange(video, "b (block t) y x c -> (block b) t y x c", t=exp.cache.block)
     low = codec.low_resolution(pixels, blocks, latents=exp.packed_grid[0], pool=exp.compressor.pool)
-    return {"latent": einops.rearrange(codec.encode(pixels, video), "b (block t) y x c -> block b t y x c",
-                                       t=exp.cache.block),
+    return {"latent": by_block(codec.encode(pixels, video), exp.cache.block),
             "low": einops.rearrange(low, "(block b) t y x c -> block b t y x c", b=video.shape[0])}  # fmt: skip
 
 

@@ -4,8 +4,6 @@ Self-Forcing `model/dmd.py`, `model/sid.py`. Everything is in clean samples; a s
 clip to its guess of the clean one.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -18,7 +16,6 @@ from packforcing_jax.training.batches import Batch, Networks
 from packforcing_jax.types import Latent
 
 Metrics = dict[str, Array]
-Score = Callable[[Latent, Float[Array, " b"]], Latent]
 
 
 def score(model: dit.WanDiT, exp: Experiment, noisy: Latent, timestep: Float[Array, " b"], states: Array) -> Latent:

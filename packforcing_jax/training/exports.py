@@ -104,11 +104,6 @@ def whole(flat: Mapping[str, Any]) -> Flat:
     return found
 
 
-def part(flat: Mapping[str, Any], name: str) -> Flat:
-    """What lies below `name` in flat parameters."""
-    return {path.removeprefix(f"{name}/"): leaf for path, leaf in flat.items() if path.startswith(f"{name}/")}
-
-
 def save(folder: Path, exp: Experiment, flat: Mapping[str, Any], *, card: str | None = None) -> None:
     """A model folder of a generator's parameters, complete or absent, that `sample --weights` takes.
 
@@ -116,7 +111,7 @@ def save(folder: Path, exp: Experiment, flat: Mapping[str, Any], *, card: str | 
     """
     host = whole(flat)
     if jax.process_index() == 0:
-        parts = {name: part(host, name) for name in models.PARTS}
+        parts = {name: batches.part(host, name) for name in models.PARTS}
         with models.replacing(folder) as fresh:
             models.save(fresh, exp, {name: held for name, held in parts.items() if held},
                         texts={models.TOKENIZER: words(exp).inner.to_str(pretty=True), models.CARD: card})  # fmt: skip

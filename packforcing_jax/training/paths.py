@@ -29,7 +29,7 @@ def way(teacher: Model, exp: Experiment, noise: Array, states: Array, hidden: An
         behind: Batch | None = None) -> Array:  # fmt: skip
     """The teacher's states [k, block, b, t, y, x, c] at the student's noise levels, the last one clean.
 
-    Euler steps on the table of `train.shift`, guided in the usual form by `train.distil.guidance`. A bidirectional
+    Euler steps on the table of `sample.shift`, guided in the usual form by `train.distil.guidance`. A bidirectional
     teacher draws whole clips; a causal one draws each block `behind` true clips (Causal-Forcing).
     """
     table, last = schedules.table(exp.sample.shift, steps=exp.train.grid), exp.train.grid

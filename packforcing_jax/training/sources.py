@@ -14,7 +14,7 @@ from packforcing_jax import codec, jobs, timelines
 from packforcing_jax.config import Experiment
 from packforcing_jax.errors import require
 from packforcing_jax.stage import data, world
-from packforcing_jax.training import records
+from packforcing_jax.training import mesh, records
 
 Example: TypeAlias = dict[str, np.ndarray]
 Raw: TypeAlias = dict[str, np.ndarray]  # a batch: what examples hold, the batch in front
@@ -199,8 +199,7 @@ def _spell(form: Sequence[int | None]) -> str:
     return f"[{', '.join('*' if size is None else str(size) for size in form)}]"
 
 
-def global_batch(mesh: jax.sharding.Mesh, raw: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+def global_batch(over: jax.sharding.Mesh, raw: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """A batch over all processes out of each one's rows, its first axis divided over `data` and `fsdp`."""
-    axes = ("data", "fsdp")
-    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(axes))
+    place = mesh.batch_sharding(over)
     return {name: jax.make_array_from_process_local_data(place, value) for name, value in raw.items()}
