@@ -89,14 +89,18 @@ def flow_loss(x: Latent, fake: Latent, noise: Latent, noisy: Latent, sigma: Arra
 # Objectives
 
 
-def clip_again(nets: Networks, batch: Batch, key: Array, exp: Experiment) -> tuple[Latent, Array, Metrics]:
-    """The student's clip [b, frames, y, x, c] with a gradient, its text, and what the rollout covered."""
+def clip_again(nets: Networks, batch: Batch, key: Array, exp: Experiment, *,
+               graded: bool = True) -> tuple[Latent, Array, Metrics]:  # fmt: skip
+    """The student's clip [b, frames, y, x, c], its text, and what the rollout covered.
+
+    Only where it is `graded` are the blocks drawn again, under a gradient.
+    """
     states = batches.text_states(nets.generator, batch.words)
     text, count = batches.text_kv(nets.generator.dit, states), exp.clip // exp.cache.block
     drawn = rollout.draws(exp, key, count, states.shape[1])
     clip = rollout.draw(nets.generator.nets, exp, nets.pixels, drawn, text)
     first = count - (exp.train.distil.scored or count)
-    latent = rollout.again(nets.generator.nets, exp, clip, drawn, text, first=first)
+    latent = rollout.again(nets.generator.nets, exp, clip, drawn, text, first=first) if graded else clip.latent[first:]
     return batches.by_clip(latent), states[-latent.shape[0] :], rollout.covered(exp, clip, drawn)
 
 
@@ -121,7 +125,7 @@ def generator_loss(nets: Networks, batch: Batch, key: Array, exp: Experiment) ->
 def critic_loss(nets: Networks, batch: Batch, key: Array, exp: Experiment) -> tuple[Array, Metrics]:
     """The critic learns what the student's clips look like under noise: flow matching on a rollout of its own."""
     keys = jax.random.split(key, 3)
-    x, states, metrics = jax.lax.stop_gradient(clip_again(nets, batch, keys[0], exp))
+    x, states, metrics = jax.lax.stop_gradient(clip_again(nets, batch, keys[0], exp, graded=False))
     timestep, noise = timesteps(keys[1], exp, x.shape[0]), jax.random.normal(keys[2], x.shape)
     noisy = noised(exp, x, noise, timestep)
     fake = score(nets.critic, exp, noisy, timestep, states)

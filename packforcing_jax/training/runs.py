@@ -225,11 +225,11 @@ def advance(run: Run) -> dict[str, Any]:
                                         np.uint32(run.seed), moves, drawn)  # fmt: skip
     told = {name: np.asarray(value) for name, value in metrics.items()}  # waits for the step
     run.step = int(run.state.step)
-    seconds, clips, exp = time.monotonic() - began, run.exp.train.batch, run.exp
+    seconds, clips = time.monotonic() - began, run.exp.train.batch
     return {"moves": "+".join(moves), "sink": drawn.cache.sink, "recent": drawn.cache.recent, **told,
             "skipped": int(run.state.skipped), "seconds": seconds, "waited": waited,
             "clips_per_second": clips / seconds,
-            "tokens_per_second": clips * exp.clip * exp.tokens_per_frame / seconds}  # fmt: skip
+            "tokens_per_second": clips * drawn.clip * drawn.tokens_per_frame / seconds}  # fmt: skip
 
 
 def require_finite(run: Run, metrics: Mapping[str, Any]) -> None:
