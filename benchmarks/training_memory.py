@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     on_gpus = gpus() and not args.cpu
     found = devices(on_gpus)
     exp = options.load_experiment(args.config, (*SETTINGS, *args.sets))
-    exp = dataclasses.replace(rollout.for_training(exp, exp.clip // exp.cache.block, exp.cache.sink),
+    exp = dataclasses.replace(rollout.for_training(exp, exp.blocks, exp.cache.sink),
                               attention="cudnn" if on_gpus else "xla")  # fmt: skip
     grid = mesh.make(exp.train.mesh, found)
     mesh.check(exp, grid)

@@ -1,5 +1,6 @@
 """Pixels to latents and back through one interface, whatever the codec: whole videos, chunks, and packing's view."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -62,6 +63,12 @@ KINDS = {
 def make(cfg: Config, rngs: nnx.Rngs) -> Codec:
     """The codec that `cfg` describes, freshly initialised."""
     return KINDS[type(cfg)].module(cfg, rngs)
+
+
+@functools.cache
+def shapes(cfg: Config) -> Codec:
+    """The codec that `cfg` describes, with shapes in place of its parameters."""
+    return jax.eval_shape(lambda: make(cfg, nnx.Rngs(0)))
 
 
 def encode(codec: Codec, video: Video) -> Latent:

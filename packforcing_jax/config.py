@@ -306,6 +306,13 @@ class Experiment:
                 f"codec.z_dim={self.codec.z_dim} differs from dit.in_channels={self.dit.in_channels}; change one.")
 
     @property
+    def blocks(self) -> int:
+        """Blocks of a training clip."""
+        require(self.clip % self.cache.block == 0,
+                f"clip={self.clip} is not a whole number of blocks of {self.cache.block}; change one.")  # fmt: skip
+        return self.clip // self.cache.block
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Tokens per latent frame as (rows, columns)."""
         return self.latent[0] // self.dit.patch[1], self.latent[1] // self.dit.patch[2]

@@ -97,13 +97,8 @@ def nets_of(exp: Experiment, layers: int, dtype: str) -> sampler.Nets:
 @functools.cache
 def codec_of(cfg: codec.Config, latent: tuple[int, int], batch: int, dtype: str) -> tuple[Any, Any]:
     """Shapes of a codec and of its decoder's state."""
-    pixels = jax.eval_shape(lambda pixels: trees.cast(pixels, dtype), _fresh_codec(cfg))
+    pixels = jax.eval_shape(lambda pixels: trees.cast(pixels, dtype), codec.shapes(cfg))
     return pixels, jax.eval_shape(lambda pixels: codec.init_decoder(pixels, batch, *latent), pixels)
-
-
-@functools.cache
-def _fresh_codec(cfg: codec.Config) -> Any:
-    return jax.eval_shape(lambda: codec.make(cfg, nnx.Rngs(0)))
 
 
 def latent_of(exp: Experiment, batch: int) -> jax.ShapeDtypeStruct:

@@ -161,3 +161,12 @@ class TrainConfig:
                 f"train.batch={self.batch} is not a multiple of accumulate={self.accumulate}; change one.")  # fmt: skip
         require(0 <= self.drop_text <= 1, f"train.drop_text={self.drop_text} is no chance; give 0 to 1.")
 
+    @property
+    def distils(self) -> bool:
+        """Whether the student learns on clips of its own, from a teacher and a critic."""
+        return self.objective in ("dmd", "sid")
+
+    @property
+    def taught(self) -> bool:
+        """Whether the objective asks a teacher."""
+        return self.distils or self.objective == "consistency"

@@ -63,7 +63,7 @@ def examples(exp, step):
 
     from packforcing_jax.training import sources
 
-    draw, blocks = np.random.default_rng((SEED, step)), exp.clip // exp.cache.block
+    draw, blocks = np.random.default_rng((SEED, step)), exp.blocks
     shapes = {"latent": (exp.clip, *exp.latent, exp.dit.in_channels), "low": (blocks, *sources.low_form(exp)),
               "states": (exp.dit.text_len - 1, exp.dit.text_dim)}  # fmt: skip
     return {name: draw.normal(size=(BATCH, *shape)).astype(np.float32) for name, shape in shapes.items()}

@@ -86,6 +86,12 @@ def test_tokens_are_counted_in_frames_and_packed_blocks():
     assert (wan.tokens_per_frame, wan.packed_grid, wan.tokens_per_packed_block) == (1560, (2, 7, 13), 182)
 
 
+def test_a_training_clip_is_whole_blocks():
+    assert dataclasses.replace(tiny.EXP, clip=21).blocks == 7
+    with pytest.raises(InputError, match=r"clip=20 is not a whole number of blocks of 3; change one\."):
+        _ = dataclasses.replace(tiny.EXP, clip=20).blocks
+
+
 def test_every_choice_on_offer_can_be_made():
     defaults = {"cache": CacheConfig, "compressor": CompressorConfig, "sample": SampleConfig,
                 "dtypes": config.DtypeConfig}  # fmt: skip

@@ -94,6 +94,14 @@ def as_transformer(exp: Experiment, params: Mapping[str, Array]) -> dit.WanDiT:
     return trees.fill(shapes, part(params, "dit"), put=trees.as_given)
 
 
+def as_codec(exp: Experiment, params: Mapping[str, Any] | None) -> codec.Codec | None:
+    """The codec of these parameters; None where it has some and they are not known."""
+    shapes = codec.shapes(exp.codec)
+    if params is None and trees.flatten(shapes):
+        return None
+    return trees.fill(shapes, params or {}, put=trees.as_given)
+
+
 def encode(exp: Experiment, pixels: codec.Codec, raw: Mapping[str, Array]) -> Batch:
     """A raw batch, clips in front, as objectives read it; pixels are encoded here, latents were before."""
     blocked = {"latent": by_block(raw["latent"], exp.cache.block)} if "latent" in raw else {}

@@ -96,7 +96,7 @@ def clip_again(nets: Networks, batch: Batch, key: Array, exp: Experiment, *,
     Only where it is `graded` are the blocks drawn again, under a gradient.
     """
     states = batches.text_states(nets.generator, batch.words)
-    text, count = batches.text_kv(nets.generator.dit, states), exp.clip // exp.cache.block
+    text, count = batches.text_kv(nets.generator.dit, states), exp.blocks
     drawn = rollout.draws(exp, key, count, states.shape[1])
     clip = rollout.draw(nets.generator.nets, exp, nets.pixels, drawn, text)
     first = count - (exp.train.distil.scored or count)

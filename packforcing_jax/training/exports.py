@@ -10,7 +10,6 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -64,18 +63,13 @@ def network(folder: str, shapes: Flat, grid: Mesh, dtype: str = "float32") -> Fl
 
 def codec_weights(exp: Experiment, grid: Mesh) -> Flat | None:
     """The parameters of the codec, whole on every device; None where it has some and no model folder brings them."""
-    shapes = trees.flatten(jax.eval_shape(lambda: codec.make(exp.codec, nnx.Rngs(0))))
+    shapes = trees.flatten(codec.shapes(exp.codec))
     folder = holding(exp, models.weights_file("codec"))
     if not shapes or folder is None:
         return None if shapes else {}
     everywhere = dict.fromkeys(shapes, NamedSharding(grid, PartitionSpec()))
     return models.fill(shapes, models.opened(folder).part("codec"), dtype=exp.dtypes.vae,
                        source=f"the codec weights of {folder}", shardings=everywhere)  # fmt: skip
-
-
-def as_codec(exp: Experiment, flat: Mapping[str, Any] | None) -> codec.Codec | None:
-    """The codec of these parameters, if there are any to have."""
-    return None if flat is None else trees.fill(jax.eval_shape(lambda: codec.make(exp.codec, nnx.Rngs(0))), flat)
 
 
 def hidden(exp: Experiment) -> np.ndarray | None:
@@ -148,7 +142,7 @@ def preview(path: Path, exp: Experiment, flat: Mapping[str, Any], *, raw: Mappin
 def _draw(path: Path, exp: Experiment, flat: Flat, raw: Mapping[str, Any], seed: int) -> None:
     here = jax.make_mesh((1,), ("data",), devices=jax.local_devices()[:1], axis_types=(jax.sharding.AxisType.Auto,))
     model = batches.as_model(exp, jax.tree.map(jnp.asarray, flat))
-    pixels, nothing = as_codec(exp, codec_weights(exp, here)), cast(Any, None)
+    pixels, nothing = batches.as_codec(exp, codec_weights(exp, here)), cast(Any, None)
     if pixels is None:
         raise InputError("the codec's weights are in none of the model folders that training began from.")
     told = {name: jnp.asarray(raw[name][:1]) for name in ("ids", "mask", "states") if name in raw}
@@ -162,7 +156,7 @@ def _draw(path: Path, exp: Experiment, flat: Flat, raw: Mapping[str, Any], seed:
     size, scale = (exp.latent[1] * exp.codec.space_factor, rows), max(1, PREVIEW_ROWS // rows)
     with video.Writer(fresh, fps=exp.fps, size=size, scale=scale, settings={"seed": seed}) as file:
         state = shown.start(seed=seed, videos=[0])
-        for block in range(exp.clip // exp.cache.block):
+        for block in range(exp.blocks):
             read = pipeline.read_prompt(apart, exp, states[min(block, len(states) - 1)])
             state, frames, _ = shown.step(state, read, first=block == 0)
             file.write(np.asarray(frames[0]))

@@ -290,7 +290,7 @@ KINDS = {
 def parts_of(exp: Experiment, model: models.Opened | None, needs: Sequence[str] = ()) -> Parts:
     """What a model folder has of a codec and a text encoder, and the teacher if it `needs` one, for the sizes of `exp`.
     """
-    shapes = jax.eval_shape(lambda: codec.make(exp.codec, nnx.Rngs(0)))
+    shapes = codec.shapes(exp.codec)
     parts = Parts(exp, codec.make(exp.codec, nnx.Rngs(0)) if not trees.flatten(shapes) else None)
     if model is None:
         return parts

@@ -49,7 +49,7 @@ def optimiser(cfg: OptimiserConfig, updates: int) -> optax.GradientTransformatio
 
 def updates_of(cfg: TrainConfig, group: str) -> int:
     """How often a group is updated in a whole run."""
-    alternates = cfg.objective in ("dmd", "sid") and group != "critic"
+    alternates = cfg.distils and group != "critic"
     return -(-cfg.steps // cfg.distil.critic_updates) if alternates else cfg.steps
 
 

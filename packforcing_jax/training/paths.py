@@ -59,5 +59,5 @@ def timesteps(exp: Experiment) -> list[float]:
 @functools.partial(jax.jit, static_argnames="exp")
 def drawn(teacher: Model, exp: Experiment, seed: Array, states: Array) -> Array:
     """A bidirectional teacher's way [k, block, b, t, y, x, c] out of the noise of `seed`, to clips of `exp.clip`."""
-    shape = (exp.clip // exp.cache.block, states.shape[1], exp.cache.block, *exp.latent, exp.dit.in_channels)
+    shape = (exp.blocks, states.shape[1], exp.cache.block, *exp.latent, exp.dit.in_channels)
     return way(teacher, exp, jax.random.normal(jax.random.key(seed), shape), states)

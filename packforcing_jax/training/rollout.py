@@ -21,8 +21,6 @@ from packforcing_jax.errors import require
 from packforcing_jax.training import batches
 from packforcing_jax.types import KV, Heads
 
-DRAWN = ("dmd", "sid")  # objectives whose clips are the student's own
-
 
 @struct.dataclass
 class Draws:
@@ -73,14 +71,14 @@ def for_training(exp: Experiment, blocks: int, sink: int, recent: int | None = N
 
 def variant(exp: Experiment, seed: int, step: int) -> Experiment:
     """`exp` as one step trains it: with sizes of sink, recent and clip drawn from `train.cover`."""
-    cfg, cover, whole = exp.train, exp.train.cover, exp.clip // exp.cache.block
-    if cfg.objective == "flow_matching" or (cfg.objective not in DRAWN and cfg.history != "memory"):
+    cfg, cover, whole = exp.train, exp.train.cover, exp.blocks
+    if cfg.objective == "flow_matching" or (not cfg.distils and cfg.history != "memory"):
         return exp  # nothing is remembered
     rng = np.random.default_rng((seed, step))
     sink, recent = (int(rng.choice(sizes)) for sizes in (cover.sinks or (exp.cache.sink,),
                                                          cover.recents or (exp.cache.recent,)))  # fmt: skip
     blocks = whole
-    if cfg.objective in DRAWN:
+    if cfg.distils:
         blocks = int(rng.integers(cover.shortest or whole, (cover.longest or whole) + 1))
     longer = dataclasses.replace(exp, clip=blocks * exp.cache.block)
     return for_training(longer, blocks, sink, recent)

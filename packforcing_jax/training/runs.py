@@ -25,7 +25,6 @@ from packforcing_jax.training import batches, exports, logs, mesh, rollout, sour
 FREE = ("name", "attention", "fps", *(f"train.{name}" for name in (
     "steps", "save_every", "keep", "log_every", "log", "preview_every", "patience", "profile", "mesh", "accumulate",
     "remat", "generator_from", "teacher_from", "critic_from", "source.path")))  # fmt: skip
-TAUGHT = ("consistency", "dmd", "sid")  # objectives that ask a teacher
 NEEDS = {"flow_matching": ("latent",), "forcing": ("latent",), "consistency": ("latent",),
          "trajectory": ("trajectory",)}  # of the data, besides text
 TIMES = ("seconds", "waited", "clips_per_second", "tokens_per_second")  # metrics that no two runs have in common
@@ -112,7 +111,7 @@ def start(exp: Experiment, folder: Path, *, seed: int = 0, program: Program = Pr
 
 def check_taught(exp: Experiment) -> None:
     """Raises `InputError` if there is no teacher and the objective asks one."""
-    require(bool(exp.train.teacher_from) or exp.train.objective not in TAUGHT, f"train.objective="
+    require(bool(exp.train.teacher_from) or not exp.train.taught, f"train.objective="
             f"{exp.train.objective!r} asks a teacher; name a model folder in train.teacher_from.")  # fmt: skip
 
 
@@ -157,7 +156,7 @@ def born(exp: Experiment, program: Program, seed: int, form: Any, grid: Mesh) ->
 def others(exp: Experiment, form: Any, grid: Mesh) -> dict[str, Any]:
     """What steps read and leave alone: the teacher, the codec, the states of the negative prompt."""
     found = {"codec": exports.codec_weights(exp, grid), "hidden": exports.hidden(exp)}
-    if exp.train.objective in TAUGHT:
+    if exp.train.taught:
         parts = ("dit/", "compressor/") if exp.train.objective == "consistency" else ("dit/",)
         shapes = {path: leaf for path, leaf in form.params["generator"].items() if path.startswith(parts)}
         found["teacher"] = exports.network(exp.train.teacher_from, shapes, grid, exp.dtypes.compute)
@@ -173,7 +172,7 @@ def compiled(exp: Experiment, program: Program, form: Any, grid: Mesh) -> Callab
     def step(now: Any, frozen: Mapping[str, Any], raw: Mapping[str, Any], seed: Any, moves: tuple[str, ...],
              drawn: Experiment) -> Any:  # fmt: skip
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), now.step)
-        batch = program.encode(exp, exports.as_codec(exp, frozen.get("codec")), raw)
+        batch = program.encode(exp, batches.as_codec(exp, frozen.get("codec")), raw)
         return program.update(now, frozen, batch, key, drawn, moves=moves)
 
     everywhere = NamedSharding(grid, PartitionSpec())

@@ -105,7 +105,7 @@ def _records(exp: Experiment, seed: int, encode: Encode | None) -> Source:
     def example(stored: Mapping[str, np.ndarray]) -> Example:
         found = {name: stored[name] for name in arrays}
         if known is not None:
-            return found | _tokenised(known, [bytes(stored["prompt"]).decode()] * blocks_of(exp))
+            return found | _tokenised(known, [bytes(stored["prompt"]).decode()] * exp.blocks)
         return found | {"states": _padded(found["states"], exp.text.max_words, called)}
 
     offers = arrays if known is None else (*arrays, "ids", "mask")
@@ -119,7 +119,7 @@ def _prompts(exp: Experiment, seed: int, encode: Encode | None) -> Source:
     said, known = jobs.read(path), _given(encode, f"prompt file {path}")
 
     def example(job: jobs.Job) -> Example:
-        return _tokenised(known, timelines.spread(list(job.entries), blocks_of(exp)))
+        return _tokenised(known, timelines.spread(list(job.entries), exp.blocks))
 
     example(said[0])
     return Source(grain.MapDataset.source(said).map(example), ("ids", "mask"), f"prompt file {path}")
@@ -138,13 +138,6 @@ KINDS = {
     "records": Kind(_records, 4),
     "prompts": Kind(_prompts, 1),
 }
-
-
-def blocks_of(exp: Experiment) -> int:
-    """Blocks of a training clip."""
-    require(exp.clip % exp.cache.block == 0,
-            f"clip={exp.clip} is not a whole number of blocks of {exp.cache.block}; change one.")  # fmt: skip
-    return exp.clip // exp.cache.block
 
 
 def _path(exp: Experiment, what: str) -> Path:
@@ -186,7 +179,7 @@ def check_forms(exp: Experiment, fields: Mapping[str, records.Field], called: st
     latent = (exp.clip, *exp.latent, exp.dit.in_channels)
     wanted = {"latent": latent, "trajectory": (None, *latent), "states": (None, exp.text.dim)}
     if "low" in fields:
-        wanted["low"] = blocks_of(exp), *low_form(exp)
+        wanted["low"] = exp.blocks, *low_form(exp)
     for name in fields.keys() & wanted.keys():
         shape, form = fields[name].shape, wanted[name]
         fits = len(shape) == len(form) and all(b in (None, a) for a, b in zip(shape, form))

@@ -8,10 +8,10 @@ import einops
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx, struct
+from flax import struct
 from jax import Array
 
-from packforcing_jax import codec, dit, trees
+from packforcing_jax import dit, trees
 from packforcing_jax.config import Experiment
 from packforcing_jax.errors import require
 from packforcing_jax.training import batches, objectives, optimisers
@@ -41,7 +41,7 @@ def networks(exp: Experiment) -> tuple[str, ...]:
 
 def movers(exp: Experiment, step: int) -> tuple[str, ...]:
     """The networks that move in a step: the critic in every one, the generator in one out of `critic_updates`."""
-    if "critic" not in networks(exp):
+    if not exp.train.distils:
         return networks(exp)
     return ("generator", "critic") if step % exp.train.distil.critic_updates == 0 else ("critic",)
 
@@ -50,7 +50,7 @@ def init(exp: Experiment, key: Array, given: Mapping[str, Flat]) -> TrainState:
     """The state before the first step: networks that are `given`, the others drawn; a critic starts as the teacher."""
     drawn = trees.flatten(batches.new_model(exp, key, reads=reads(exp)))
     params = {"generator": completed(exp, given.get("generator", {}), drawn)}
-    if "critic" in networks(exp):
+    if exp.train.distils:
         own = given.get("critic", given.get("teacher", params["generator"]))
         params["critic"] = {path: jnp.copy(leaf) for path, leaf in own.items() if path.startswith("dit/")}
     params = trees.cast(params, "float32")
@@ -136,12 +136,11 @@ def assembled(exp: Experiment, state: TrainState, frozen: Mapping[str, Any], mov
 
     teacher = frozen.get("teacher")
     asks = exp.train.objective == "consistency"
-    pixels, held = jax.eval_shape(lambda: codec.make(exp.codec, nnx.Rngs(0))), frozen.get("codec", {})
     return Networks(
         generator=model(flat["generator"]), teacher=None if teacher is None else _teacher(exp, teacher, half),
         critic=_transformer(exp, flat["critic"], half) if "critic" in flat else None,
         average=model(state.ema) if asks else None, hidden=frozen.get("hidden"),
-        pixels=trees.fill(pixels, held, put=trees.as_given) if len(held) == len(trees.flatten(pixels)) else None)
+        pixels=batches.as_codec(exp, frozen.get("codec")))  # fmt: skip
 
 
 def _transformer(exp: Experiment, leaves: Flat, dtype: str) -> dit.WanDiT:
@@ -159,7 +158,7 @@ def _teacher(exp: Experiment, leaves: Flat, dtype: str) -> Any:
 def averaged(exp: Experiment, state: TrainState, params: Flat) -> Flat:
     """The running average after one more update: a copy until it begins, then of a memory that grows to `train.ema`."""
     cfg = exp.train
-    alternates = cfg.distil.critic_updates if "critic" in networks(exp) else 1
+    alternates = cfg.distil.critic_updates if cfg.distils else 1
     since = state.step // alternates + 1 - cfg.ema_from
     keep = jnp.where(since > 0, jnp.minimum(cfg.ema, since / (since + 9)), 0.0)
     return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, state.ema, dict(params))
