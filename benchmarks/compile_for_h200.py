@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,7 +207,7 @@ def counted(ops: Any) -> str:
                      for (kind, name), count in kinds.items()) or "none"  # fmt: skip
 
 
-def report(found: list[Row]) -> str:
+def report(found: Sequence[Row]) -> str:
     """The rows as a table."""
     lines = [("program", "check", "figure", "ok")]
     lines += [(row.program, row.check, row.figure, {None: "-", True: "yes", False: "NO"}[row.ok]) for row in found]
@@ -215,34 +215,43 @@ def report(found: list[Row]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Prints the report; 1 if a check failed."""
-    exp = dataclasses.replace(options.load_experiment(args.config, args.sets), attention="cudnn")
-    require(exp.cache.archive == "device", "cache.archive='host' is drawn in parts; this looks at whole steps only.")
-    answer_for_cudnn()
-    found = [row for built in build(exp) for row in rows(exp, built)]
-    failed = [row for row in found if row.ok is False]
-    if args.json:
-        print(json.dumps({"config": args.config, "jax": jax.__version__, "ok": not failed,
-                          "rows": [dataclasses.asdict(row) for row in found]}))  # fmt: skip
+def told(rows: Sequence[Row], title: str, *, as_json: bool, **facts: object) -> int:
+    """Prints `rows` below a title, or with `facts` as one JSON object; 1 if a check failed."""
+    failed = [row for row in rows if row.ok is False]
+    if as_json:
+        print(json.dumps({**facts, "jax": jax.__version__, "ok": not failed,
+                          "rows": [dataclasses.asdict(row) for row in rows]}))  # fmt: skip
     else:
-        print(f"{args.config} for {DEVICE.stem.upper()}, jax {jax.__version__}, bfloat16, one video\n\n{report(found)}")
-        print(f"\n{len(failed)} of {sum(row.ok is not None for row in found)} checks failed.")
+        print(f"{title}, jax {jax.__version__}\n\n{report(rows)}")
+        print(f"\n{len(failed)} of {sum(row.ok is not None for row in rows)} checks failed.")
     return 1 if failed else 0
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def program(run: Callable[[argparse.Namespace], int], doc: str | None, **flags: Mapping[str, Any]) -> int:
+    """Runs `run` on the command line's words: a config, changes to it, and `flags` of its own."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default="wan_t2v_1_3b_paper", help="a config (default: %(default)s)")
     parser.add_argument("--set", metavar="A.B=VALUE", action="append", default=[], dest="sets", help="change one value")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    for name, settings in flags.items():
+        parser.add_argument(f"--{name}", **settings)
     jax.config.update("jax_platforms", "cpu")
     try:
         return run(parser.parse_args())
     except InputError as error:
-        print(f"compile_for_h200: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
         return error.exit_code
 
 
+def run(args: argparse.Namespace) -> int:
+    """The block step's report; 1 if a check failed."""
+    exp = dataclasses.replace(options.load_experiment(args.config, args.sets), attention="cudnn")
+    require(exp.cache.archive == "device", "cache.archive='host' is drawn in parts; this looks at whole steps only.")
+    answer_for_cudnn()
+    found = [row for built in build(exp) for row in rows(exp, built)]
+    return told(found, f"{args.config} for {DEVICE.stem.upper()}, bfloat16, one video", as_json=args.json,
+                config=args.config)  # fmt: skip
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(run, __doc__))

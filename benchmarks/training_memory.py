@@ -10,7 +10,6 @@ what the devices hold means anything there; the memory of a step and what it exc
 import argparse
 import dataclasses
 import importlib.util
-import json
 import math
 import re
 import sys
@@ -29,7 +28,6 @@ from benchmarks import compile_for_h200
 from benchmarks.compile_for_h200 import Row
 from packforcing_jax import codec, dit, hlo, options, trees
 from packforcing_jax.config import Experiment
-from packforcing_jax.errors import InputError
 from packforcing_jax.training import mesh, rollout, runs
 
 COUNT = 8
@@ -142,31 +140,14 @@ def run(args: argparse.Namespace) -> int:
     rows = list(state_rows(exp, form, others, grid.shape["fsdp"] * grid.shape["tensor"]))
     for name in filter(None, args.steps.split(",")):
         rows += step_rows(exp, name, form, others, grid, on_gpus=on_gpus)
-    failed = [row for row in rows if row.ok is False]
     what = f"{COUNT} x {compile_for_h200.DEVICE.stem.upper()}" if on_gpus else f"{COUNT} fake CPU devices"
-    if args.json:
-        print(json.dumps({"config": args.config, "devices": what, "mesh": dict(grid.shape), "jax": jax.__version__,
-                          "ok": not failed, "rows": [dataclasses.asdict(row) for row in rows]}))  # fmt: skip
-    else:
-        sizes = ", ".join(f"{name}={size}" for name, size in grid.shape.items())
-        print(f"{args.config} on {what} ({sizes}), jax {jax.__version__}\n\n{compile_for_h200.report(rows)}")
-    return 1 if failed else 0
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", default="wan_t2v_1_3b_paper", help="a config (default: %(default)s)")
-    parser.add_argument("--set", metavar="A.B=VALUE", action="append", default=[], dest="sets", help="change one value")
-    parser.add_argument("--steps", default=",".join(STEPS), help="what to compile, or nothing (default: %(default)s)")
-    parser.add_argument("--cpu", action="store_true", help="fake CPU devices, whatever is installed")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    jax.config.update("jax_platforms", "cpu")
-    try:
-        return run(parser.parse_args())
-    except InputError as error:
-        print(f"training_memory: {error}", file=sys.stderr)
-        return error.exit_code
+    sizes = ", ".join(f"{name}={size}" for name, size in grid.shape.items())
+    return compile_for_h200.told(rows, f"{args.config} on {what} ({sizes})", as_json=args.json, config=args.config,
+                                 devices=what, mesh=dict(grid.shape))  # fmt: skip
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(compile_for_h200.program(
+        run, __doc__,
+        steps={"default": ",".join(STEPS), "help": "what to compile, or nothing (default: %(default)s)"},
+        cpu={"action": "store_true", "help": "fake CPU devices, whatever is installed"}))  # fmt: skip
