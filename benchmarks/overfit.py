@@ -87,6 +87,8 @@ def rows(out: Path, every: bool) -> Iterator[Row]:
         sets = ["--set", f"trajectory:train.source.path={ways(out)}"] if stage == "trajectory" else []
         run("train", "--config", CONFIG, "--stage", stage, "--out", out, "--seed", SEED, *sets)
         seconds = time.monotonic() - began
+        if not (out / stage / runs.MODEL).is_dir():
+            sys.exit(f"{stage} was stopped; the same command goes on from there.")
         if stage in LOSS:
             yield Row(stage, "loss", *losses(out / stage), LOSS[stage], seconds)
         else:

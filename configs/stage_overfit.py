@@ -21,7 +21,8 @@ small = dataclasses.replace(
 def stage_of(**settings):
     train = dataclasses.replace(
         stage.train, generator=MUON, compressor=MUON, trained=("dit", "compressor"), generator_from="start",
-        source=DataConfig(limit=8), cover=CoverConfig(sinks=(0,)), ema=0.9, save_every=1000, log_every=5)  # fmt: skip
+        source=DataConfig(limit=8), cover=CoverConfig(sinks=(0,)), distil=DistilConfig(guidance=1.0), ema=0.9,
+        save_every=1000, log_every=5)  # fmt: skip
     return dataclasses.replace(small, train=dataclasses.replace(train, **settings))
 
 
