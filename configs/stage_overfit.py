@@ -10,7 +10,8 @@ from packforcing_jax.config import SampleConfig
 from packforcing_jax.train_config import CoverConfig, DataConfig, DistilConfig, OptimiserConfig
 
 MUON = dataclasses.replace(stage.train.generator, warmup=10, cooldown=0.0, matrix_rate=1e-2)
-FINE = OptimiserConfig(rate=2e-4, betas=(0.0, 0.99), decay=0.0)
+EASED = dataclasses.replace(MUON, matrix_rate=4e-3, rate=1e-3, cooldown=0.5)
+FINE = OptimiserConfig(rate=6e-4, betas=(0.0, 0.99), decay=0.0, cooldown=0.4)
 small = dataclasses.replace(
     stage, name="stage_overfit", sample=SampleConfig(steps=(1000, 750, 500, 250), shift=6.0, prediction="clean"),
     dit=dataclasses.replace(stage.dit, dim=48, ffn_dim=128, layers=2, rope_pairs=(4, 2, 2)),
@@ -38,7 +39,8 @@ recipe = (
     ("forced", stage_of(steps=150, history="clean")),
     ("diffused", stage_of(steps=150, history="noisy")),
     ("trajectory", stage_of(objective="trajectory", history="noisy", steps=60, source=DataConfig("records", "data"))),
-    ("consistency", stage_of(objective="consistency", generator_from="causal", teacher_from="causal", steps=40)),
+    ("consistency", stage_of(objective="consistency", generator_from="causal", teacher_from="causal", steps=60,
+                             grid=16, generator=EASED, compressor=EASED)),
     ("dmd", distilled("dmd")),
     ("sid", distilled("sid")),
 )  # fmt: skip

@@ -1,9 +1,11 @@
-"""The Stage world's whole recipe: a causal model with memory, its bidirectional teacher, a student of four steps.
+"""The Stage world's whole recipe: a causal model with memory, then a student of four steps.
 
     packforcing train --config stage_student --out runs/student
 
-To begin with the model that ships, run the later stages one by one (`--stage teacher`, then `--stage student`), each
-with `--set STAGE:train.generator_from=packforcing_jax/weights/stage`.
+The student begins where the causal model's ways to clips were made short (consistency), and is pulled to what a
+bidirectional teacher sees (DMD). To begin with another causal model, run the later stages one by one (`--stage
+consistency`, `--stage teacher`, then `--stage student`), with `--set STAGE:train.generator_from=FOLDER` for the first
+two and `--set consistency:train.teacher_from=FOLDER`.
 """
 
 import dataclasses
@@ -12,8 +14,11 @@ from configs.stage import experiment as stage
 from packforcing_jax.config import SampleConfig
 from packforcing_jax.train_config import CoverConfig, DistilConfig, OptimiserConfig
 
+FEW = SampleConfig(steps=(1000, 500, 250, 125), shift=6.0, prediction="clean")
+COVER = CoverConfig(sinks=(0, 0, 4, 8), gap=64.0, gap_share=0.5)
 GENTLE = dataclasses.replace(stage.train.generator, matrix_rate=1e-3, rate=7e-4)
 FINE = OptimiserConfig(rate=1e-4, betas=(0.0, 0.99), decay=0.0)
+FADING = dataclasses.replace(FINE, cooldown=0.5)
 
 
 def trained(sample=stage.sample, **settings):
@@ -22,14 +27,17 @@ def trained(sample=stage.sample, **settings):
 
 
 recipe = (
-    ("causal", trained()),
+    ("causal", trained(steps=3000)),
+    ("consistency", trained(
+        sample=FEW, objective="consistency", generator_from="causal", teacher_from="causal", steps=900, grid=24,
+        trained=("dit", "compressor"), ema=0.95, cover=COVER, distil=DistilConfig(guidance=1.0), generator=GENTLE,
+        compressor=GENTLE)),
     ("teacher", trained(
         objective="flow_matching", generator_from="causal", steps=1200, trained=("dit",), drop_text=0.1,
         cover=CoverConfig(), generator=GENTLE)),
     ("student", trained(
-        sample=SampleConfig(steps=(1000, 750, 500, 250), shift=6.0, prediction="clean"), objective="dmd",
-        generator_from="causal", teacher_from="teacher", steps=2000, trained=("dit", "compressor"), ema=0.99,
-        cover=CoverConfig(sinks=(0, 0, 4, 8), gap=64.0, gap_share=0.5), distil=DistilConfig(guidance=0.0),
-        generator=FINE, compressor=FINE, critic=FINE)),
+        sample=FEW, objective="dmd", generator_from="consistency", teacher_from="teacher", steps=1000,
+        trained=("dit", "compressor"), ema=0.99, cover=COVER, distil=DistilConfig(guidance=0.0), generator=FADING,
+        compressor=FADING, critic=FINE)),
 )  # fmt: skip
 experiment = recipe[-1][1]

@@ -295,16 +295,33 @@ def test_a_trajectory_of_other_steps_is_refused():
         run(dataclasses.replace(given, trajectory=given.trajectory[1:]), KEY, CLEAN, objective="trajectory")
 
 
-def test_consistency_asks_the_average_behind_one_step_of_the_teacher():
+@pytest.mark.parametrize("guidance", [3.0, 1.0])
+def test_consistency_asks_the_average_behind_one_step_of_the_teacher(guidance):
+    """Every block at a step of its own; at the last one the way has ended, and nobody is asked."""
+    exp = with_train(history="clean", grid=7, distil=dataclasses.replace(CLEAN.train.distil, guidance=guidance))
     teacher, average = (Model(dit=tiny.filled(MODEL.dit, seed), compressor=MODEL.compressor) for seed in (4, 6))
     given, keys = clips(), jax.random.split(KEY, 4)
-    grid, at = schedules.table(6.0, steps=7), int(jax.random.randint(keys[0], (), 0, 6))
-    here, there = (jnp.full((BLOCKS, tiny.BATCH), grid.sigmas[i]) for i in (at, at + 1))
-    noisy = schedules.add_noise(given.latent, jax.random.normal(keys[1], given.latent.shape), here)
-    with_text, without = (guess(teacher, given.latent, noisy, here, states) for states in (STATES, 0 * STATES))
-    clean = without + CLEAN.train.distil.guidance * (with_text - without)
-    nearer = noisy + (grid.sigmas[at + 1] - grid.sigmas[at]) * (noisy - clean) / grid.sigmas[at]
-    target = guess(average, given.latent, nearer, there, STATES)
-    expected = ((guess(MODEL, given.latent, noisy, here, STATES) - target) ** 2).mean()
-    loss, _ = run(given, KEY, CLEAN, objective="consistency", teacher=teacher, average=average)
+    sigmas = np.append(schedules.table(6.0, steps=7).sigmas, 0.0)
+    at = np.asarray(jax.random.randint(keys[0], (BLOCKS, tiny.BATCH), 0, 7))
+    assert len(np.unique(at)) > 1
+    here, there = (np.float32(sigmas[at + i])[..., None, None, None, None] for i in (0, 1))
+    noisy = (1 - here) * given.latent + here * jax.random.normal(keys[1], given.latent.shape)
+    with_text, without = (guess(teacher, given.latent, noisy, sigmas[at], states) for states in (STATES, 0 * STATES))
+    clean = without + guidance * (with_text - without)
+    nearer = noisy + (there - here) * (noisy - clean) / here
+    target = np.where(there == 0, nearer, guess(average, given.latent, nearer, sigmas[at + 1], STATES))
+    expected = ((guess(MODEL, given.latent, noisy, sigmas[at], STATES) - target) ** 2).mean()
+    loss, _ = run(given, KEY, exp, objective="consistency", teacher=teacher, average=average)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
+
+
+def test_at_the_ways_last_step_consistency_is_the_teachers_clean_guess():
+    """With a single step all blocks are pure noise, and one step ends the way: no average is asked."""
+    exp = with_train(history="clean", grid=1, distil=dataclasses.replace(CLEAN.train.distil, guidance=1.0))
+    teacher, given = Model(dit=tiny.filled(MODEL.dit, 4), compressor=MODEL.compressor), clips()
+    noise, full = jax.random.normal(jax.random.split(KEY, 4)[1], given.latent.shape), np.ones((BLOCKS, tiny.BATCH))
+    target, own = (guess(model, given.latent, noise, full, STATES) for model in (teacher, MODEL))
+    for seed in (6, 7):
+        average = Model(dit=tiny.filled(MODEL.dit, seed), compressor=MODEL.compressor)
+        loss, _ = run(given, KEY, exp, objective="consistency", teacher=teacher, average=average)
+        np.testing.assert_allclose(loss, ((own - target) ** 2).mean(), rtol=1e-4)

@@ -4,6 +4,9 @@ Self-Forcing `model/dmd.py`, `model/sid.py`. Everything is in clean samples; a s
 clip to its guess of the clean one.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -42,6 +45,15 @@ def guided(conditional: Latent, unconditional: Latent, exp: Experiment) -> Laten
     cfg = exp.train.distil
     base = {"extra": conditional, "plain": unconditional}[cfg.form]
     return base + cfg.guidance * (conditional - unconditional)
+
+
+def steered(guess: Callable[[Array], Latent], states: Array, hidden: Any, scale: float) -> Latent:
+    """`guess(states)` under guidance in its usual form; without text it is asked only where that has a weight."""
+    conditional = guess(states)
+    if scale == 1:
+        return conditional
+    unconditional = guess(batches.hide(states, hidden))
+    return unconditional + scale * (conditional - unconditional)
 
 
 def timesteps(key: Array, exp: Experiment, batch: int) -> Float[Array, " b"]:

@@ -178,11 +178,15 @@ def trajectory(nets: Networks, batch: Batch, key: Array, exp: Experiment) -> tup
 
 
 def consistency(nets: Networks, batch: Batch, key: Array, exp: Experiment) -> tuple[Array, Metrics]:
-    """Two neighbours on the teacher's way have one end: the average's guess behind one teacher step is the target."""
-    keys = jax.random.split(key, 4)
-    grid, count = schedules.table(exp.train.shift, steps=exp.train.grid), batch.latent.shape[:2]
-    at = jax.random.randint(keys[0], (), 0, exp.train.grid - 1)
-    here, there = (jnp.broadcast_to(jnp.asarray(grid.sigmas)[i], count) for i in (at, at + 1))
+    """Two neighbours on the teacher's way have one end: the average's guess behind one teacher step is the target.
+
+    Each block has a step of its own. A guess of clean samples leaves out what a guess of velocities has built in, that
+    a clean sample is its own end: the last step's target is therefore where it leads (Causal-Forcing stops before).
+    """
+    keys, count = jax.random.split(key, 4), batch.latent.shape[:2]
+    falls = jnp.append(schedules.table(exp.train.shift, steps=exp.train.grid).sigmas, 0.0)
+    at = jax.random.randint(keys[0], count, 0, exp.train.grid)
+    here, there = falls[at], falls[at + 1]
     noisy = schedules.add_noise(batch.latent, jax.random.normal(keys[1], batch.latent.shape), here)
     gap, states = rollout.gap(exp, keys[3]), batches.text_states(nets.generator, batch.words)
 
@@ -190,13 +194,18 @@ def consistency(nets: Networks, batch: Batch, key: Array, exp: Experiment) -> tu
         return causal(model, exp, batch, sample, sigma, text, gap).clean
 
     teacher, average = jax.lax.stop_gradient((nets.teacher, nets.average))
-    with_text, without = (guess(teacher, noisy, here, text) for text in (states, batches.hide(states, nets.hidden)))
-    clean = without + exp.train.distil.guidance * (with_text - without)
-    velocity = schedules.velocity_from_clean(noisy, clean, here)
-    nearer = noisy + jnp.expand_dims(there - here, range(2, noisy.ndim)) * velocity
-    target = jax.lax.stop_gradient(guess(average, nearer, there, states))
-    by_block = jnp.mean((guess(nets.generator, noisy, here, states) - target) ** 2, axis=range(1, target.ndim))
+    clean = distillation.steered(lambda text: guess(teacher, noisy, here, text), states, nets.hidden,
+                                 exp.train.distil.guidance)  # fmt: skip
+    nearer = noisy + _each(there - here, noisy) * schedules.velocity_from_clean(noisy, clean, here)
+    target = jnp.where(_each(there == 0, noisy), nearer, guess(average, nearer, there, states))
+    error = (guess(nets.generator, noisy, here, states) - jax.lax.stop_gradient(target)) ** 2
+    by_block = error.mean(axis=range(1, error.ndim))
     return by_block.mean(), {"loss_by_block": by_block}
+
+
+def _each(value: Array, like: Array) -> Array:
+    """One value per block and clip, for all of its sample."""
+    return jnp.expand_dims(value, range(value.ndim, like.ndim))
 
 
 Objective = Callable[[Networks, Batch, Array, Experiment], tuple[Array, Metrics]]

@@ -34,7 +34,6 @@ def way(teacher: Model, exp: Experiment, noise: Array, states: Array, hidden: An
     """
     table, last = schedules.table(exp.sample.shift, steps=exp.train.grid), exp.train.grid
     falls = jnp.asarray(np.append(table.sigmas, np.float32(0)))
-    nothing, scale = batches.hide(states, hidden), exp.train.distil.guidance
 
     def guess(noisy: Array, sigma: Array, text: Array) -> Array:
         if behind is not None:
@@ -43,8 +42,9 @@ def way(teacher: Model, exp: Experiment, noise: Array, states: Array, hidden: An
         return batches.by_block(distillation.score(teacher.dit, exp, clip, times, text), exp.cache.block)
 
     def step(noisy: Array, i: Array) -> tuple[Array, Array]:
-        with_text, without = guess(noisy, falls[i], states), guess(noisy, falls[i], nothing)
-        velocity = schedules.velocity_from_clean(noisy, without + scale * (with_text - without), falls[i])
+        clean = distillation.steered(lambda text: guess(noisy, falls[i], text), states, hidden,
+                                     exp.train.distil.guidance)  # fmt: skip
+        velocity = schedules.velocity_from_clean(noisy, clean, falls[i])
         return noisy + (falls[i + 1] - falls[i]) * velocity, noisy
 
     end, before = jax.lax.scan(step, noise, jnp.arange(last))
