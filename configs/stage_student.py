@@ -14,7 +14,7 @@ from configs.stage import experiment as stage
 from packforcing_jax.config import SampleConfig
 from packforcing_jax.train_config import CoverConfig, DistilConfig, OptimiserConfig
 
-FEW = SampleConfig(steps=(1000, 500, 250, 125), shift=6.0, prediction="clean")
+FEW = SampleConfig(steps=(1000, 750, 375, 125), shift=6.0, prediction="clean")
 COVER = CoverConfig(sinks=(0, 0, 4, 8), gap=64.0, gap_share=0.5)
 GENTLE = dataclasses.replace(stage.train.generator, matrix_rate=1e-3, rate=7e-4)
 FINE = OptimiserConfig(rate=1e-4, betas=(0.0, 0.99), decay=0.0)
