@@ -28,8 +28,9 @@ def stage_of(**settings):
 
 
 def distilled(objective):
-    return stage_of(objective=objective, generator_from="causal", teacher_from="teacher", steps=150, generator=FINE,
-                    compressor=FINE, critic=FINE, distil=DistilConfig(guidance=0.0, critic_updates=2))  # fmt: skip
+    return stage_of(objective=objective, generator_from="consistency", teacher_from="teacher", steps=150,
+                    generator=FINE, compressor=FINE, critic=FINE, distil=DistilConfig(guidance=0.0, critic_updates=2)
+                    )  # fmt: skip
 
 
 recipe = (
