@@ -63,11 +63,10 @@ def distance(folder: Path) -> float:
     return float(np.mean(wrong))
 
 
-def from_ends(exp: Experiment, folder: Path) -> float:
-    """How far a model's guesses at the student's steps are, squared, from where its teacher's ways end."""
+def from_ends(exp: Experiment, folders: Sequence[Path]) -> list[float]:
+    """How far each model's guesses at the student's steps are, squared, from where its teacher's ways end."""
     exp, grid = rollout.variant(exp, SEED, 0), mesh.make(exp.train.mesh)
     form = runs.abstract(exp, runs.Program(), SEED, grid)
-    read = exports.network(str(folder), form.params["generator"], grid)
     taught = runs.others(exp, form, grid)["teacher"]
     told = next(runs.data(exp, SEED, runs.Program()))
 
@@ -79,7 +78,8 @@ def from_ends(exp: Experiment, folder: Path) -> float:
         batch = dataclasses.replace(batch, trajectory=way)
         return objectives.trajectory(batches.Networks(generator=model), batch, key, exp)[0]
 
-    return float(missed(read, taught, told, jax.random.key(SEED)))
+    students = [exports.network(str(folder), form.params["generator"], grid) for folder in folders]
+    return [float(missed(student, taught, told, jax.random.key(SEED))) for student in students]
 
 
 def losses(folder: Path) -> tuple[float, float]:
@@ -121,7 +121,7 @@ def rows(out: Path, every: bool) -> Iterator[Row]:
         if stage in LOSS:
             yield Row(stage, "loss", *losses(folder), LOSS[stage], seconds)
         elif stage in ENDS:
-            yield Row(stage, "ends", *(from_ends(exp, model) for model in models), ENDS[stage], seconds)
+            yield Row(stage, "ends", *from_ends(exp, models), ENDS[stage], seconds)
         else:
             yield Row(stage, "distance", *map(distance, models), DISTANCE[stage], seconds)
 

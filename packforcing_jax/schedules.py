@@ -55,6 +55,11 @@ def table(
     return Table(sigmas=_frozen(sigmas), timesteps=_frozen(sigmas * TIMESTEPS))
 
 
+def falls(table: Table) -> np.ndarray:
+    """The noise levels of a way along the table: its sigmas, then 0, float32 [steps + 1]."""
+    return np.append(table.sigmas, np.float32(0))
+
+
 @functools.cache
 def warped(steps: tuple[int, ...], shift: float) -> np.ndarray:
     """The timesteps a step list stands for, float32 [len(steps)]: listed n is grid entry 1000 - n, listed 0 is 0."""
@@ -74,7 +79,7 @@ def sigma_at(table: Table, timestep: ArrayLike) -> Array:
     return jnp.asarray(table.sigmas)[nearest_id(table, timestep)]
 
 
-def _over(sigma: ArrayLike, sample: Array) -> Array:
+def over(sigma: ArrayLike, sample: Array) -> Array:
     """`sigma` of the leading axes, with unit axes behind them, so that it multiplies `sample`."""
     sigma = jnp.asarray(sigma, jnp.float32)
     return jnp.expand_dims(sigma, range(sigma.ndim, sample.ndim))
@@ -82,19 +87,19 @@ def _over(sigma: ArrayLike, sample: Array) -> Array:
 
 def add_noise(clean: Array, noise: Array, sigma: ArrayLike) -> Array:
     """The sample at noise level `sigma` (of the leading axes), mixed in float32, of the noise's dtype."""
-    sigma = _over(sigma, noise)
+    sigma = over(sigma, noise)
     return ((1 - sigma) * clean.astype(jnp.float32) + sigma * noise.astype(jnp.float32)).astype(noise.dtype)
 
 
 def clean_from_velocity(noisy: Array, velocity: Array, sigma: ArrayLike) -> Array:
     """The clean sample a velocity points at: noisy - sigma velocity, in float32, of the velocity's dtype."""
-    moved = _over(sigma, velocity) * velocity.astype(jnp.float32)
+    moved = over(sigma, velocity) * velocity.astype(jnp.float32)
     return (noisy.astype(jnp.float32) - moved).astype(velocity.dtype)
 
 
 def velocity_from_clean(noisy: Array, clean: Array, sigma: ArrayLike) -> Array:
     """The velocity that points at `clean`: (noisy - clean) / sigma, in float32, of the clean dtype."""
-    return ((noisy.astype(jnp.float32) - clean.astype(jnp.float32)) / _over(sigma, clean)).astype(clean.dtype)
+    return ((noisy.astype(jnp.float32) - clean.astype(jnp.float32)) / over(sigma, clean)).astype(clean.dtype)
 
 
 def training_target(clean: Array, noise: Array) -> Array:
@@ -113,9 +118,9 @@ def training_weights(table: Table) -> np.ndarray:
 def euler_step(table: Table, velocity: Array, timestep: ArrayLike, sample: Array, *, to_final: bool = False) -> Array:
     """`sample` moved along `velocity` to the next entry of the table; from the last one, or `to_final`, to sigma 0."""
     here = nearest_id(table, timestep)
-    below = jnp.asarray(np.append(table.sigmas[1:], np.float32(0)))[here]
+    below = jnp.asarray(falls(table)[1:])[here]
     step = (0.0 if to_final else below) - jnp.asarray(table.sigmas)[here]
-    return sample + _over(step, sample) * velocity
+    return sample + over(step, sample) * velocity
 
 
 def warp_uniform(raw: ArrayLike, shift: float, low: float = 20.0, high: float = 980.0) -> Array:

@@ -44,7 +44,7 @@ def denoising_loss(exp: Experiment, guess: Array, clean: Array, sigma: Array, we
     if exp.sample.prediction == "velocity":
         grid = schedules.table(exp.train.shift)
         bell = jnp.asarray(schedules.training_weights(grid))[schedules.nearest_id(grid, schedules.TIMESTEPS * sigma)]
-        error = error * jnp.expand_dims(bell / jnp.maximum(sigma, 1e-6) ** 2, range(2, error.ndim))
+        error = error * schedules.over(bell / jnp.maximum(sigma, 1e-6) ** 2, error)
     return jnp.mean(error if weight is None else weight * error, axis=range(1, error.ndim))
 
 
@@ -184,7 +184,7 @@ def consistency(nets: Networks, batch: Batch, key: Array, exp: Experiment) -> tu
     a clean sample is its own end: the last step's target is therefore where it leads (Causal-Forcing stops before).
     """
     keys, count = jax.random.split(key, 4), batch.latent.shape[:2]
-    falls = jnp.append(schedules.table(exp.train.shift, steps=exp.train.grid).sigmas, 0.0)
+    falls = jnp.asarray(schedules.falls(schedules.table(exp.train.shift, steps=exp.train.grid)))
     at = jax.random.randint(keys[0], count, 0, exp.train.grid)
     here, there = falls[at], falls[at + 1]
     noisy = schedules.add_noise(batch.latent, jax.random.normal(keys[1], batch.latent.shape), here)
@@ -196,16 +196,11 @@ def consistency(nets: Networks, batch: Batch, key: Array, exp: Experiment) -> tu
     teacher, average = jax.lax.stop_gradient((nets.teacher, nets.average))
     clean = distillation.steered(lambda text: guess(teacher, noisy, here, text), states, nets.hidden,
                                  exp.train.distil.guidance)  # fmt: skip
-    nearer = noisy + _each(there - here, noisy) * schedules.velocity_from_clean(noisy, clean, here)
-    target = jnp.where(_each(there == 0, noisy), nearer, guess(average, nearer, there, states))
+    nearer = noisy + schedules.over(there - here, noisy) * schedules.velocity_from_clean(noisy, clean, here)
+    target = jnp.where(schedules.over(there, noisy) == 0, nearer, guess(average, nearer, there, states))
     error = (guess(nets.generator, noisy, here, states) - jax.lax.stop_gradient(target)) ** 2
     by_block = error.mean(axis=range(1, error.ndim))
     return by_block.mean(), {"loss_by_block": by_block}
-
-
-def _each(value: Array, like: Array) -> Array:
-    """One value per block and clip, for all of its sample."""
-    return jnp.expand_dims(value, range(value.ndim, like.ndim))
 
 
 Objective = Callable[[Networks, Batch, Array, Experiment], tuple[Array, Metrics]]

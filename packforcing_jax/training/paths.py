@@ -32,8 +32,7 @@ def way(teacher: Model, exp: Experiment, noise: Array, states: Array, hidden: An
     Euler steps on the table of `sample.shift`, guided in the usual form by `train.distil.guidance`. A bidirectional
     teacher draws whole clips; a causal one draws each block `behind` true clips (Causal-Forcing).
     """
-    table, last = schedules.table(exp.sample.shift, steps=exp.train.grid), exp.train.grid
-    falls = jnp.asarray(np.append(table.sigmas, np.float32(0)))
+    falls = jnp.asarray(schedules.falls(schedules.table(exp.sample.shift, steps=exp.train.grid)))
 
     def guess(noisy: Array, sigma: Array, text: Array) -> Array:
         if behind is not None:
@@ -47,7 +46,7 @@ def way(teacher: Model, exp: Experiment, noise: Array, states: Array, hidden: An
         velocity = schedules.velocity_from_clean(noisy, clean, falls[i])
         return noisy + (falls[i + 1] - falls[i]) * velocity, noisy
 
-    end, before = jax.lax.scan(step, noise, jnp.arange(last))
+    end, before = jax.lax.scan(step, noise, jnp.arange(exp.train.grid))
     return jnp.concatenate([before[jnp.asarray(kept(exp)[:-1])], end[None]])
 
 
