@@ -10,8 +10,10 @@ from packforcing_jax.config import SampleConfig
 from packforcing_jax.train_config import CoverConfig, DataConfig, DistilConfig, OptimiserConfig
 
 MUON = dataclasses.replace(stage.train.generator, warmup=10, cooldown=0.0, matrix_rate=1e-2)
-EASED = dataclasses.replace(MUON, matrix_rate=4e-3, rate=1e-3, cooldown=0.5)
+SETTLED = dataclasses.replace(MUON, cooldown=0.5)
+EASED = dataclasses.replace(SETTLED, matrix_rate=4e-3, rate=1e-3)
 FINE = OptimiserConfig(rate=6e-4, betas=(0.0, 0.99), decay=0.0, cooldown=0.4)
+CRITIC = dataclasses.replace(FINE, rate=1e-3)
 small = dataclasses.replace(
     stage, name="stage_overfit", sample=SampleConfig(steps=(1000, 750, 500, 250), shift=6.0, prediction="clean"),
     dit=dataclasses.replace(stage.dit, dim=48, ffn_dim=128, layers=2, rope_pairs=(4, 2, 2)),
@@ -29,14 +31,14 @@ def stage_of(**settings):
 
 def distilled(objective):
     return stage_of(objective=objective, generator_from="consistency", teacher_from="teacher", steps=150,
-                    generator=FINE, compressor=FINE, critic=FINE, distil=DistilConfig(guidance=0.0, critic_updates=2)
+                    generator=FINE, compressor=FINE, critic=CRITIC, distil=DistilConfig(guidance=0.0, critic_updates=1)
                     )  # fmt: skip
 
 
 recipe = (
     ("start", stage_of(generator_from="", trained=("dit", "compressor", "text"), steps=60)),
-    ("teacher", stage_of(objective="flow_matching", steps=250)),
-    ("causal", stage_of(steps=120)),
+    ("teacher", stage_of(objective="flow_matching", steps=400, generator=SETTLED)),
+    ("causal", stage_of(steps=300, generator=SETTLED, compressor=SETTLED)),
     ("forced", stage_of(steps=150, history="clean")),
     ("diffused", stage_of(steps=150, history="noisy")),
     ("trajectory", stage_of(objective="trajectory", history="noisy", steps=60, source=DataConfig("records", "data"))),
