@@ -11,7 +11,7 @@ from packforcing_jax.train_config import CoverConfig, DataConfig, DistilConfig, 
 
 MUON = dataclasses.replace(stage.train.generator, warmup=10, cooldown=0.0, matrix_rate=1e-2)
 SETTLED = dataclasses.replace(MUON, cooldown=0.5)
-EASED = dataclasses.replace(SETTLED, matrix_rate=4e-3, rate=1e-3)
+EASED = dataclasses.replace(SETTLED, matrix_rate=1.5e-3, rate=7e-4)
 FINE = OptimiserConfig(rate=6e-4, betas=(0.0, 0.99), decay=0.0, cooldown=0.4)
 CRITIC = dataclasses.replace(FINE, rate=1e-3)
 small = dataclasses.replace(
@@ -42,7 +42,7 @@ recipe = (
     ("forced", stage_of(steps=150, history="clean")),
     ("diffused", stage_of(steps=150, history="noisy")),
     ("trajectory", stage_of(objective="trajectory", history="noisy", steps=60, source=DataConfig("records", "data"))),
-    ("consistency", stage_of(objective="consistency", generator_from="causal", teacher_from="causal", steps=60,
+    ("consistency", stage_of(objective="consistency", generator_from="causal", teacher_from="causal", steps=180,
                              grid=16, generator=EASED, compressor=EASED)),
     ("dmd", distilled("dmd")),
     ("sid", distilled("sid")),
