@@ -31,8 +31,8 @@ def stage_of(**settings):
 
 def distilled(objective):
     return stage_of(objective=objective, generator_from="consistency", teacher_from="teacher", steps=150,
-                    generator=FINE, compressor=FINE, critic=CRITIC, distil=DistilConfig(guidance=0.0, critic_updates=1)
-                    )  # fmt: skip
+                    generator=FINE, compressor=FINE, critic=CRITIC,
+                    distil=DistilConfig(guidance=0.0, critic_updates=1, finished=False))  # fmt: skip
 
 
 recipe = (

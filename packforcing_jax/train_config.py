@@ -76,8 +76,9 @@ class DistilConfig:
     `plain` is the usual form. `score_shift` is the table by which score networks turn velocities into clean samples:
     0 takes sigma = timestep / 1000, the original takes 8 while it noises with the shift of `train.shift`.
     `noised_context`: the clean pass reads the block with the noise that timestep 0 has in the table (the original's
-    rollout; sampling adds none). `gradient`: through packed keys computed again (`packed`), through nothing stored
-    (`none`), or `leak`: the released code's, clean values with the gradient of the exit step.
+    rollout; sampling adds none). `finished`: blocks are remembered, and shown to the critic, as all steps leave them;
+    the original takes the guess of the exit step. `gradient`: through packed keys computed again (`packed`), through
+    nothing stored (`none`), or `leak`: the released code's, clean values with the gradient of the exit step.
     """
 
     critic_updates: int = 5  # per update of the generator
@@ -85,6 +86,7 @@ class DistilConfig:
     form: str = "extra"
     score_shift: float = 0.0
     noised_context: bool = False
+    finished: bool = True
     gradient: str = "packed"
     low: float = 20.0  # timesteps of the scores lie between
     high: float = 980.0

@@ -129,7 +129,7 @@ def self_forcing_train_rollout(fixture: Fixture) -> Outputs:
     graded = jax.jit(_graded, static_argnames="exp")
     out: Outputs = {"denoised_timestep_from_to": _bounds(sample, config["exit_index"])}
     for name, gradient in GRADIENTS.items():
-        settings = _distilling(exp, sample.shift, gradient=gradient, noised_context=True)
+        settings = _distilling(exp, sample.shift, gradient=gradient, noised_context=True, finished=False)
         loss, latents, (grads, _) = graded(settings, model, drawn, context, weights)
         out |= {"loss": loss, "latents": _theirs(latents)} | _named(name, fixture, fixture.weights, grads)
         first = dataclasses.replace(drawn, exit=jnp.int32(0))

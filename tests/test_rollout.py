@@ -120,12 +120,24 @@ def _with(store, values, at):
 def test_a_rollout_stops_at_its_step_and_goes_on_from_there(text, clip):
     """The first block up to each step: what a step reads is what the one before it made, under new noise."""
     _, sigmas = sampler.step_table(EXP.sample)
-    reached, chance = [draw(NETS, EXP, PIXELS, draws(exit), text) for exit in (0, 1)] + [clip], draws()
+    stops, chance = with_distil(finished=False), draws()
+    reached = [draw(NETS, stops, PIXELS, draws(exit), text) for exit in (0, 1)] + [clip]
     np.testing.assert_array_equal(reached[0].noisy, chance.noise)
     for step in (1, 2):
         read = schedules.add_noise(reached[step - 1].latent[0], chance.renoise[0, step - 1], sigmas[step])
         np.testing.assert_allclose(reached[step].noisy[0], read, atol=1e-5)
         assert np.abs(np.asarray(reached[step].latent) - np.asarray(reached[step - 1].latent)).max() > 1e-3
+
+
+@pytest.mark.parametrize("exit", [0, 1])
+def test_a_finished_rollout_is_the_samplers_clip_wherever_a_gradient_begins(exit, text, clip):
+    """Later blocks remember what all steps made; of the exit step only what it read is kept, for every block."""
+    found = draw(NETS, EXP, PIXELS, draws(exit), text)
+    np.testing.assert_allclose(found.latent, clip.latent, atol=2e-5)
+    stopped = draw(NETS, with_distil(finished=False), PIXELS, draws(exit), text)
+    np.testing.assert_allclose(found.noisy[0], stopped.noisy[0], atol=1e-5)
+    for block in range(1, exit * found.noisy.shape[0]):
+        assert np.abs(np.asarray(found.noisy[block] - stopped.noisy[block])).max() > 1e-4
 
 
 def test_some_blocks_are_drawn_again_as_all_are(clip, text):

@@ -47,8 +47,8 @@ class Stored:
 class Clip:
     """A clip and all that is needed to draw each of its blocks again."""
 
-    noisy: Array  # [block, b, t, y, x, c]  what the last step read
-    latent: Array  # [block, b, t, y, x, c]  what it made of it
+    noisy: Array  # [block, b, t, y, x, c]  what the exit step read
+    latent: Array  # [block, b, t, y, x, c]  the block as later ones remember it
     low: Array  # [block, b, t', y', x', c]
     stored: Stored  # all layers
     looked: Any  # [block, layer, ...]
@@ -156,7 +156,10 @@ def given_look(exp: Experiment, seen: cache.Plan, mix: dit.Mix) -> dit.Mix:
 
 
 def draw(nets: sampler.Nets, exp: Experiment, pixels: Any, drawn: Draws, text: Any) -> Clip:
-    """Clips drawn block after block up to step `drawn.exit`, without a gradient; `text` [block or 1, layer, ...]."""
+    """Clips drawn block after block without a gradient, to their end or, not `train.distil.finished`, to `drawn.exit`.
+
+    `text` [block or 1, layer, ...].
+    """
     nets, text = jax.lax.stop_gradient((nets, text))
     blocks, batch = drawn.noise.shape[:2]
     start = empty(exp, blocks, batch, jax.tree.leaves(text)[0].dtype)
@@ -193,8 +196,8 @@ def empty(exp: Experiment, blocks: int, batch: int, dtype: Any) -> Stored:
 
 
 def _to_exit(nets: sampler.Nets, exp: Experiment, seen: cache.Plan, stored: Stored, words: KV, chance: Any):
-    """(what the exit step read, its guess, what each layer looked at), by steps that start from noise."""
-    noise, renoise, lots, last = chance
+    """(what the exit step read, the block as its history keeps it, what each layer looked at), from noise on."""
+    noise, renoise, lots, exit = chance
     times, sigmas = (jnp.asarray(x) for x in sampler.step_table(exp.sample))
     clean, looked = sampler.guess(nets, exp, seen, noise, times[0], sigmas[0], words, (stored, lots),
                                   look=choosing_look)  # fmt: skip
@@ -202,9 +205,10 @@ def _to_exit(nets: sampler.Nets, exp: Experiment, seen: cache.Plan, stored: Stor
 
     def step(i, carry):
         noisy = schedules.add_noise(carry[1], renoise[i], sigmas[i + 1])
-        return noisy, sampler.guess(nets, exp, seen, noisy, times[i + 1], sigmas[i + 1], words, behind,
-                                    look=given_look)[0]  # fmt: skip
+        clean, _ = sampler.guess(nets, exp, seen, noisy, times[i + 1], sigmas[i + 1], words, behind, look=given_look)
+        return jnp.where(i < exit, noisy, carry[0]), clean
 
+    last = len(sigmas) - 1 if exp.train.distil.finished else exit
     return *jax.lax.fori_loop(0, last, step, (noise, clean)), looked
 
 
