@@ -8,6 +8,7 @@ from the clips, as the oracle reads both.
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -54,14 +55,14 @@ def clips() -> list[world.Story]:
     return [data.draw_clip(np.random.default_rng((SEED, index))) for index in range(CLIPS)]
 
 
+@functools.cache  # two stages begin with one model
 def distance(folder: Path) -> float:
     """The share of the oracle's readings in which videos to the clips' prompts differ from the clips."""
     model, told = Pipeline.from_pretrained(folder), DRAWN * clips()
     prompts = [[captions.caption(story, block) for block in range(len(story.guests))] for story in told]
     frames, _ = evaluation.play(model, prompts, seeds=[SEED] * len(told), videos=range(len(told)))
-    wrong = [np.mean([getattr(oracle.read(video), name) != getattr(evaluation.true_reading(story), name)
-                      for name in READ]) for video, story in zip(frames, told, strict=True)]  # fmt: skip
-    return float(np.mean(wrong))
+    pairs = zip(map(oracle.read, frames), map(evaluation.true_reading, told), strict=True)
+    return float(np.mean([[getattr(seen, name) != getattr(true, name) for name in READ] for seen, true in pairs]))
 
 
 def from_ends(exp: Experiment, folders: Sequence[Path]) -> list[float]:

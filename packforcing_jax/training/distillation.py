@@ -105,7 +105,7 @@ def clip_again(nets: Networks, batch: Batch, key: Array, exp: Experiment, *,
                graded: bool = True) -> tuple[Latent, Array, Metrics]:  # fmt: skip
     """The student's clip [b, frames, y, x, c], its text, and what the rollout covered.
 
-    Only where it is `graded` are the blocks drawn again, under a gradient.
+    Where it is `graded`, the exit step's guesses, drawn again under a gradient; else the blocks as they are remembered.
     """
     states = batches.text_states(nets.generator, batch.words)
     text, count = batches.text_kv(nets.generator.dit, states), exp.blocks

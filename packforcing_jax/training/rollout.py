@@ -1,7 +1,7 @@
 """The student's own clips: drawn once without a gradient, then every block once more with one (Self-Forcing).
 
-The first pass leaves the clip behind as constants: the clean keys and values of every block, and what the last step
-of each block read. The second computes that step again, all blocks alike. Gradients reach a block's loss through the
+The first pass leaves the clip behind as constants: the clean keys and values of every block, and what one step, the
+exit, read of each. The second computes that step again, all blocks alike. Gradients reach a block's loss through the
 step itself and through packed keys computed again from stored latents; stored keys are constants (paper section 8).
 """
 
@@ -30,7 +30,7 @@ class Draws:
     renoise: Array  # [block, step, b, t, y, x, c]
     context: Array  # [block, b, t, y, x, c]  noise of the clean pass, where it is asked for
     lots: Array  # [block, layer, b, slot]
-    exit: Array  # []  the step whose guess is the block, one for all blocks and clips
+    exit: Array  # []  the step that gets a gradient, one for all blocks and clips
     gap: Array  # []  frames that the past is moved back
 
 
@@ -169,7 +169,7 @@ def draw(nets: sampler.Nets, exp: Experiment, pixels: Any, drawn: Draws, text: A
     def one_block(carry, inputs, first: bool = False):
         (stored, decoder), (n, noise, renoise, context, lots) = carry, inputs
         seen, words = cache.plan(exp.cache, n, drawn.gap), batches.of_block(text, n)
-        noisy, latent, looked = _to_exit(nets, exp, seen, stored, words, (noise, renoise, lots, drawn.exit))
+        noisy, latent, looked = _steps(nets, exp, seen, stored, words, (noise, renoise, lots, drawn.exit))
         low, decoder = low_resolution(exp, pixels, decoder, latent, first=first)
         stored = _remembered(nets, exp, seen, dataclasses.replace(stored, looked=looked), words,
                              (_context(exp, latent, context), latent, low))  # fmt: skip
@@ -195,7 +195,7 @@ def empty(exp: Experiment, blocks: int, batch: int, dtype: Any) -> Stored:
                   packed=store(blocks if exp.cache.top else 0, exp.tokens_per_packed_block))  # fmt: skip
 
 
-def _to_exit(nets: sampler.Nets, exp: Experiment, seen: cache.Plan, stored: Stored, words: KV, chance: Any):
+def _steps(nets: sampler.Nets, exp: Experiment, seen: cache.Plan, stored: Stored, words: KV, chance: Any):
     """(what the exit step read, the block as its history keeps it, what each layer looked at), from noise on."""
     noise, renoise, lots, exit = chance
     times, sigmas = (jnp.asarray(x) for x in sampler.step_table(exp.sample))
