@@ -14,9 +14,10 @@ from configs.stage import experiment as stage
 from packforcing_jax.config import SampleConfig
 from packforcing_jax.train_config import CoverConfig, DistilConfig, OptimiserConfig
 
-FEW = SampleConfig(steps=(1000, 625, 250, 63), shift=6.0, prediction="clean")
+FEW = SampleConfig(steps=(1000, 500, 250, 100), shift=6.0, prediction="clean")
 COVER = CoverConfig(sinks=(0, 0, 4, 8), gap=64.0, gap_share=0.5)
 GENTLE = dataclasses.replace(stage.train.generator, matrix_rate=1e-3, rate=7e-4)
+STEADY = dataclasses.replace(stage.train.generator, matrix_rate=2e-3, rate=1.5e-3)
 FINE = OptimiserConfig(rate=1e-4, betas=(0.0, 0.99), decay=0.0)
 FADING = dataclasses.replace(FINE, cooldown=0.5)
 
@@ -33,10 +34,10 @@ recipe = (
         trained=("dit", "compressor"), ema=0.95, cover=COVER, distil=DistilConfig(guidance=1.0), generator=GENTLE,
         compressor=GENTLE)),
     ("teacher", trained(
-        objective="flow_matching", generator_from="causal", steps=1200, trained=("dit",), drop_text=0.1,
-        cover=CoverConfig(), generator=GENTLE)),
+        objective="flow_matching", generator_from="causal", steps=4000, trained=("dit",), cover=CoverConfig(),
+        generator=STEADY)),
     ("student", trained(
-        sample=FEW, objective="dmd", generator_from="consistency", teacher_from="teacher", steps=600,
+        sample=FEW, objective="dmd", generator_from="consistency", teacher_from="teacher", steps=1200,
         trained=("dit", "compressor"), ema=0.99, cover=COVER, distil=DistilConfig(guidance=0.0), generator=FADING,
         compressor=FADING, critic=FINE)),
 )  # fmt: skip

@@ -73,12 +73,12 @@ class DistilConfig:
     """Distribution matching (DMD) and its SiD variant, as in Self-Forcing except where said.
 
     `guidance` is the original's: clean + guidance (clean - unconditional), which is the usual form at guidance + 1;
-    `plain` is the usual form. `score_shift` is the table by which score networks turn velocities into clean samples:
-    0 takes sigma = timestep / 1000, the original takes 8 while it noises with the shift of `train.shift`.
+    `plain` is the usual form. `score_shift` is the table by which score networks turn velocities into clean
+    samples: 0 takes sigma = timestep / 1000, the original takes 8 while it noises with the shift of `train.shift`.
     `noised_context`: the clean pass reads the block with the noise that timestep 0 has in the table (the original's
-    rollout; sampling adds none). `finished`: blocks are remembered, and shown to the critic, as all steps leave them;
-    the original takes the guess of the exit step. `gradient`: through packed keys computed again (`packed`), through
-    nothing stored (`none`), or `leak`: the released code's, clean values with the gradient of the exit step.
+    rollout; sampling adds none). `finished`: blocks are remembered as all steps leave them; the original remembers
+    the guess of the exit step. `gradient`: through packed keys computed again (`packed`), through nothing stored
+    (`none`), or `leak`: the released code's, clean values with the gradient of the exit step.
     """
 
     critic_updates: int = 5  # per update of the generator

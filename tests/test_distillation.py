@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -240,3 +241,13 @@ def test_only_the_last_blocks_are_scored_with_their_prompts_where_that_is_asked(
     count = scored or BLOCKS
     np.testing.assert_array_equal(x, batches.by_clip(latent[-count:]))
     np.testing.assert_array_equal(states, STATES[-count:])
+
+
+def test_the_critic_reads_the_guesses_that_the_gradient_moves(monkeypatch):
+    """Not the blocks as the steps behind the exit leave them."""
+    clip = types.SimpleNamespace(guess=tiny.latents(BLOCKS), latent=None)
+    networks = Networks(generator=Model(dit=TEACHER, compressor=None))
+    monkeypatch.setattr(rollout, "draw", lambda nets, exp, pixels, drawn, text: clip)
+    monkeypatch.setattr(rollout, "covered", lambda exp, clip, drawn: {})
+    x, *_ = distillation.clip_again(networks, Batch(words=STATES), KEY, training(scored=1), graded=False)
+    np.testing.assert_array_equal(x, batches.by_clip(clip.guess[-1:]))

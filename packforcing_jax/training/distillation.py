@@ -105,14 +105,15 @@ def clip_again(nets: Networks, batch: Batch, key: Array, exp: Experiment, *,
                graded: bool = True) -> tuple[Latent, Array, Metrics]:  # fmt: skip
     """The student's clip [b, frames, y, x, c], its text, and what the rollout covered.
 
-    Where it is `graded`, the exit step's guesses, drawn again under a gradient; else the blocks as they are remembered.
+    The exit step's guess of every block: drawn again under a gradient where it is `graded`. The critic has to know
+    these, not what the steps behind them make of the blocks.
     """
     states = batches.text_states(nets.generator, batch.words)
     text, count = batches.text_kv(nets.generator.dit, states), exp.blocks
     drawn = rollout.draws(exp, key, count, states.shape[1])
     clip = rollout.draw(nets.generator.nets, exp, nets.pixels, drawn, text)
     first = count - (exp.train.distil.scored or count)
-    latent = rollout.again(nets.generator.nets, exp, clip, drawn, text, first=first) if graded else clip.latent[first:]
+    latent = rollout.again(nets.generator.nets, exp, clip, drawn, text, first=first) if graded else clip.guess[first:]
     return batches.by_clip(latent), states[-latent.shape[0] :], rollout.covered(exp, clip, drawn)
 
 

@@ -6,6 +6,7 @@ step itself and through packed keys computed again from stored latents; stored k
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import einops
@@ -48,6 +49,7 @@ class Clip:
     """A clip and all that is needed to draw each of its blocks again."""
 
     noisy: Array  # [block, b, t, y, x, c]  what the exit step read
+    guess: Array  # [block, b, t, y, x, c]  and what it made of that
     latent: Array  # [block, b, t, y, x, c]  the block as later ones remember it
     low: Array  # [block, b, t', y', x', c]
     stored: Stored  # all layers
@@ -169,19 +171,19 @@ def draw(nets: sampler.Nets, exp: Experiment, pixels: Any, drawn: Draws, text: A
     def one_block(carry, inputs, first: bool = False):
         (stored, decoder), (n, noise, renoise, context, lots) = carry, inputs
         seen, words = cache.plan(exp.cache, n, drawn.gap), batches.of_block(text, n)
-        noisy, latent, looked = _steps(nets, exp, seen, stored, words, (noise, renoise, lots, drawn.exit))
+        read, latent, looked = _steps(nets, exp, seen, stored, words, (noise, renoise, lots, drawn.exit))
         low, decoder = low_resolution(exp, pixels, decoder, latent, first=first)
         stored = _remembered(nets, exp, seen, dataclasses.replace(stored, looked=looked), words,
                              (_context(exp, latent, context), latent, low))  # fmt: skip
-        return (stored, decoder), (noisy, latent, low, looked)
+        return (stored, decoder), (*read, latent, low, looked)
 
     carry, opened = (start, decoder), []
     if exp.codec.time_factor > 1:  # the first latent of a video is decoded by a program of its own
         carry, out = one_block(carry, jax.tree.map(lambda x: x[0], given), first=True)
         opened, given = [jax.tree.map(lambda x: x[None], out)], jax.tree.map(lambda x: x[1:], given)
     (stored, _), rest = jax.lax.scan(one_block, carry, given)
-    noisy, latent, low, looked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *opened, rest)
-    return jax.lax.stop_gradient(Clip(noisy=noisy, latent=latent, low=low, looked=looked, stored=stored))
+    noisy, guess, latent, low, looked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *opened, rest)
+    return jax.lax.stop_gradient(Clip(noisy=noisy, guess=guess, latent=latent, low=low, looked=looked, stored=stored))
 
 
 def empty(exp: Experiment, blocks: int, batch: int, dtype: Any) -> Stored:
@@ -196,7 +198,7 @@ def empty(exp: Experiment, blocks: int, batch: int, dtype: Any) -> Stored:
 
 
 def _steps(nets: sampler.Nets, exp: Experiment, seen: cache.Plan, stored: Stored, words: KV, chance: Any):
-    """(what the exit step read, the block as its history keeps it, what each layer looked at), from noise on."""
+    """(what the exit step read and made of it, the block as its history keeps it, what each layer looked at)."""
     noise, renoise, lots, exit = chance
     times, sigmas = (jnp.asarray(x) for x in sampler.step_table(exp.sample))
     clean, looked = sampler.guess(nets, exp, seen, noise, times[0], sigmas[0], words, (stored, lots),
@@ -204,12 +206,13 @@ def _steps(nets: sampler.Nets, exp: Experiment, seen: cache.Plan, stored: Stored
     behind = dataclasses.replace(stored, looked=looked)
 
     def step(i, carry):
-        noisy = schedules.add_noise(carry[1], renoise[i], sigmas[i + 1])
+        at_exit, last = carry
+        noisy = schedules.add_noise(last, renoise[i], sigmas[i + 1])
         clean, _ = sampler.guess(nets, exp, seen, noisy, times[i + 1], sigmas[i + 1], words, behind, look=given_look)
-        return jnp.where(i < exit, noisy, carry[0]), clean
+        return jax.tree.map(functools.partial(jnp.where, i < exit), (noisy, clean), at_exit), clean
 
     last = len(sigmas) - 1 if exp.train.distil.finished else exit
-    return *jax.lax.fori_loop(0, last, step, (noise, clean)), looked
+    return *jax.lax.fori_loop(0, last, step, ((noise, clean), clean)), looked
 
 
 def _context(exp: Experiment, latent: Array, noise: Array) -> Array:
