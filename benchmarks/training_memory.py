@@ -110,7 +110,7 @@ def step_rows(exp: Experiment, name: str, form: Any, others: Mapping[str, Any], 
                                   sharding=mesh.batch_sharding(grid))  # fmt: skip
     with jax.set_mesh(grid):
         update = runs.compiled(exp, runs.Program(), form, grid)
-        done = update.lower(form, others, {"states": states}, np.uint32(0), (name,)).compile()
+        done = update.lower(form, others, {"states": states}, np.uint32(0), (name,), exp).compile()
     stats: Any = done.memory_analysis()
     peak = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes \
         - stats.alias_size_in_bytes  # fmt: skip
