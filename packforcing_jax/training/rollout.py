@@ -1,8 +1,9 @@
 """The student's own clips: drawn once without a gradient, then every block once more with one (Self-Forcing).
 
 The first pass leaves the clip behind as constants: the clean keys and values of every block, and what one step, the
-exit, read of each. The second computes that step again, all blocks alike. Gradients reach a block's loss through the
-step itself and through packed keys computed again from stored latents; stored keys are constants (paper section 8).
+exit, read and made of each. The second computes that step again, all blocks alike. Gradients reach a block's loss
+through the step itself and through packed keys computed again from stored latents; stored keys are constants (paper
+section 8).
 """
 
 import dataclasses
@@ -206,8 +207,8 @@ def _steps(nets: sampler.Nets, exp: Experiment, seen: cache.Plan, stored: Stored
     behind = dataclasses.replace(stored, looked=looked)
 
     def step(i, carry):
-        at_exit, last = carry
-        noisy = schedules.add_noise(last, renoise[i], sigmas[i + 1])
+        at_exit, before = carry
+        noisy = schedules.add_noise(before, renoise[i], sigmas[i + 1])
         clean, _ = sampler.guess(nets, exp, seen, noisy, times[i + 1], sigmas[i + 1], words, behind, look=given_look)
         return jax.tree.map(functools.partial(jnp.where, i < exit), (noisy, clean), at_exit), clean
 
