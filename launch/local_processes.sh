@@ -11,14 +11,14 @@ unset http_proxy https_proxy all_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY # the pr
 command -v "$PACKFORCING" >/dev/null || { echo "$PACKFORCING is missing; run make setup." >&2; exit 2; }
 
 signalled=""
-pids=()
-stop() { kill -TERM "${pids[@]}" 2>/dev/null || true; }
-trap 'signalled=yes; stop' TERM INT # each process finishes its step; together they save
+newest="" # the last process that had begun when the signal came
+stop() { jobs -pr | xargs -r kill -TERM 2>/dev/null || true; }
+trap 'signalled=yes; newest="${!:-none}"; stop' TERM INT # each process finishes its step; together they save
 
 for ((i = 0; i < PROCESSES; i++)); do
   JAX_LOCAL_DEVICE_IDS="$i" "$PACKFORCING" train "$@" \
     --coordinator "$COORDINATOR" --processes "$PROCESSES" --process "$i" &
-  pids+=("$!")
+  if [[ "${newest:-$!}" != "$!" ]]; then kill -TERM "$!"; fi # begun behind the signal
 done
 
 code=0

@@ -24,6 +24,7 @@ STUBS = {
     "packforcing": 'trap \'sleep 0.2; echo saved >> "$NOTES/saved"; exit 0\' TERM\n'
                    'echo "$*" >> "$NOTES/started.${JAX_LOCAL_DEVICE_IDS:-x}"\n'
                    '[[ "$*" == *"--process ${FAILS:-none}"* ]] && exit 3\n'
+                   '[[ -n "${EAGER:-}" && "$*" =~ (--distributed|--process 0)$ ]] && kill -TERM "$PPID"\n'
                    '[[ -n "${WAITS:-}" ]] || exit 0\n'
                    'for _ in {1..200}; do sleep 0.05; done\nexit 9\n',
     "srun": 'while [[ "$1" == -* ]]; do shift; done\nexec "$@"\n',
@@ -151,6 +152,14 @@ def test_a_slurm_job_that_ends_or_fails_does_not(room):
     assert ended(start("slurm.sbatch", room))[0] == 0
     assert ended(start("slurm.sbatch", room, "--process", "5", FAILS="5"))[0] == 3
     assert noted(room, "requeued") == []
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "local_processes.sh"])
+def test_a_slow_launcher_that_is_stopped_as_it_starts_tells_every_process(script, room):
+    slow = room / "slow"  # sourced by every shell; a launcher waits before each of its commands
+    slow.write_text("if [[ $0 == */launch/* ]]; then trap 'sleep 0.1' DEBUG; fi\n")
+    code, _ = ended(start(script, room, PROCESSES="3", WAITS="yes", EAGER="yes", BASH_ENV=str(slow)))
+    assert code in (0, 143)  # 143: a process told before it could listen; 9 would be one that was never told
 
 
 def test_every_host_of_a_tpu_is_started_and_told_to_stop(room):
