@@ -20,6 +20,7 @@ GENTLE = dataclasses.replace(stage.train.generator, matrix_rate=1e-3, rate=7e-4)
 STEADY = dataclasses.replace(stage.train.generator, matrix_rate=2e-3, rate=1.5e-3)
 FINE = OptimiserConfig(rate=1e-4, betas=(0.0, 0.99), decay=0.0)
 FADING = dataclasses.replace(FINE, cooldown=0.5)
+ALERT = dataclasses.replace(FINE, rate=4e-4)
 
 
 def trained(sample=stage.sample, **settings):
@@ -34,11 +35,11 @@ recipe = (
         trained=("dit", "compressor"), ema=0.95, cover=COVER, distil=DistilConfig(guidance=1.0), generator=GENTLE,
         compressor=GENTLE)),
     ("teacher", trained(
-        objective="flow_matching", generator_from="causal", steps=4000, trained=("dit",), cover=CoverConfig(),
-        generator=STEADY)),
+        objective="flow_matching", generator_from="causal", steps=4000, trained=("dit",), drop_text=0.1,
+        cover=CoverConfig(), generator=STEADY)),
     ("student", trained(
         sample=FEW, objective="dmd", generator_from="consistency", teacher_from="teacher", steps=1200,
-        trained=("dit", "compressor"), ema=0.99, cover=COVER, distil=DistilConfig(guidance=0.0), generator=FADING,
-        compressor=FADING, critic=FINE)),
+        trained=("dit", "compressor"), ema=0.99, cover=COVER, distil=DistilConfig(guidance=0.25), generator=FADING,
+        compressor=FADING, critic=ALERT)),
 )  # fmt: skip
 experiment = recipe[-1][1]

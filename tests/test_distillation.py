@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 
-from packforcing_jax import schedules, trees
+from packforcing_jax import codec, sampler, schedules, trees
 from packforcing_jax.train_config import DistilConfig
 from packforcing_jax.training import batches, distillation, rollout
 from packforcing_jax.training.batches import Batch, Model, Networks
@@ -234,8 +235,9 @@ def test_a_critic_that_names_the_clean_clip_learns_it_at_every_level_alike(given
 @pytest.mark.parametrize("scored", [0, 1, 3])
 def test_only_the_last_blocks_are_scored_with_their_prompts_where_that_is_asked(scored, monkeypatch):
     latent, networks = tiny.latents(BLOCKS), Networks(generator=Model(dit=TEACHER, compressor=None))
-    monkeypatch.setattr(rollout, "draw", lambda nets, exp, pixels, drawn, text: drawn.noise)
-    monkeypatch.setattr(rollout, "again", lambda nets, exp, clip, drawn, text, first: (clip - clip + latent)[first:])
+    clip = types.SimpleNamespace(latent=latent)
+    monkeypatch.setattr(rollout, "draw", lambda nets, exp, pixels, drawn, text: clip)
+    monkeypatch.setattr(rollout, "again", lambda nets, exp, clip, drawn, text, first: drawn.noise[first:])
     monkeypatch.setattr(rollout, "covered", lambda exp, clip, drawn: {})
     x, states, _ = distillation.clip_again(networks, Batch(words=STATES), KEY, training(scored=scored))
     count = scored or BLOCKS
@@ -243,11 +245,29 @@ def test_only_the_last_blocks_are_scored_with_their_prompts_where_that_is_asked(
     np.testing.assert_array_equal(states, STATES[-count:])
 
 
-def test_the_critic_reads_the_guesses_that_the_gradient_moves(monkeypatch):
-    """Not the blocks as the steps behind the exit leave them."""
-    clip = types.SimpleNamespace(guess=tiny.latents(BLOCKS), latent=None)
-    networks = Networks(generator=Model(dit=TEACHER, compressor=None))
-    monkeypatch.setattr(rollout, "draw", lambda nets, exp, pixels, drawn, text: clip)
-    monkeypatch.setattr(rollout, "covered", lambda exp, clip, drawn: {})
-    x, *_ = distillation.clip_again(networks, Batch(words=STATES), KEY, training(scored=1), graded=False)
-    np.testing.assert_array_equal(x, batches.by_clip(clip.guess[-1:]))
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_clip_is_what_is_remembered_and_has_the_gradient_of_its_exit_step(finished):
+    """The critic reads the same clip; where blocks stop at the exit step, that step's guess is the clip."""
+    exp = rollout.for_training(training(finished=finished, gradient="none"), BLOCKS, 3)
+    pixels, weights = codec.make(exp.codec, nnx.Rngs(0)), tiny.normal(6, *X.shape)
+    packing = tiny.nets(exp).compressor
+
+    def clip_again(model, **how):
+        networks = Networks(generator=Model(dit=model, compressor=packing), pixels=pixels)
+        return distillation.clip_again(networks, Batch(words=STATES), KEY, exp, **how)[0]
+
+    def by_hand(model):
+        nets, text = sampler.Nets(dit=model, compressor=packing), batches.text_kv(model, STATES)
+        drawn = rollout.draws(exp, KEY, BLOCKS, 2)
+        clip = rollout.draw(nets, exp, pixels, drawn, text)
+        guess = batches.by_clip(rollout.again(nets, exp, clip, drawn, text))
+        return (guess * weights).sum(), (batches.by_clip(clip.latent), guess)
+
+    (_, (remembered, guess)), expected = tiny.jit(jax.value_and_grad(by_hand, has_aux=True))(TEACHER)
+    found = tiny.jit(jax.grad(lambda model: (clip_again(model) * weights).sum()))(TEACHER)
+    seen = tiny.jit(lambda model: (clip_again(model), clip_again(model, graded=False)))(TEACHER)
+    for each in seen:
+        np.testing.assert_allclose(each, remembered, atol=2e-5)
+    assert (np.abs(np.asarray(guess - remembered)).max() > 1e-3) == finished  # the key's exit is not the last step
+    for name, leaf in trees.flatten(expected).items():
+        np.testing.assert_allclose(trees.flatten(found)[name], leaf, atol=1e-4 * np.abs(leaf).max(), err_msg=name)

@@ -105,15 +105,18 @@ def clip_again(nets: Networks, batch: Batch, key: Array, exp: Experiment, *,
                graded: bool = True) -> tuple[Latent, Array, Metrics]:  # fmt: skip
     """The student's clip [b, frames, y, x, c], its text, and what the rollout covered.
 
-    The exit step's guess of every block: drawn again under a gradient where it is `graded`. The critic has to know
-    these, not what the steps behind them make of the blocks.
+    The clip is what its history remembers. Where it is `graded`, every block has the gradient of its exit step, drawn
+    again: straight through the steps behind that one.
     """
     states = batches.text_states(nets.generator, batch.words)
     text, count = batches.text_kv(nets.generator.dit, states), exp.blocks
     drawn = rollout.draws(exp, key, count, states.shape[1])
     clip = rollout.draw(nets.generator.nets, exp, nets.pixels, drawn, text)
     first = count - (exp.train.distil.scored or count)
-    latent = rollout.again(nets.generator.nets, exp, clip, drawn, text, first=first) if graded else clip.guess[first:]
+    latent = clip.latent[first:]
+    if graded:
+        guess = rollout.again(nets.generator.nets, exp, clip, drawn, text, first=first)
+        latent = latent + (guess - jax.lax.stop_gradient(guess))
     return batches.by_clip(latent), states[-latent.shape[0] :], rollout.covered(exp, clip, drawn)
 
 

@@ -1,13 +1,11 @@
 """The student's own clips: drawn once without a gradient, then every block once more with one (Self-Forcing).
 
 The first pass leaves the clip behind as constants: the clean keys and values of every block, and what one step, the
-exit, read and made of each. The second computes that step again, all blocks alike. Gradients reach a block's loss
-through the step itself and through packed keys computed again from stored latents; stored keys are constants (paper
-section 8).
+exit, read in each. The second computes that step again, all blocks alike. Gradients reach a block's loss through the
+step itself and through packed keys computed again from stored latents; stored keys are constants (paper section 8).
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import einops
@@ -50,7 +48,6 @@ class Clip:
     """A clip and all that is needed to draw each of its blocks again."""
 
     noisy: Array  # [block, b, t, y, x, c]  what the exit step read
-    guess: Array  # [block, b, t, y, x, c]  and what it made of that
     latent: Array  # [block, b, t, y, x, c]  the block as later ones remember it
     low: Array  # [block, b, t', y', x', c]
     stored: Stored  # all layers
@@ -172,19 +169,19 @@ def draw(nets: sampler.Nets, exp: Experiment, pixels: Any, drawn: Draws, text: A
     def one_block(carry, inputs, first: bool = False):
         (stored, decoder), (n, noise, renoise, context, lots) = carry, inputs
         seen, words = cache.plan(exp.cache, n, drawn.gap), batches.of_block(text, n)
-        read, latent, looked = _steps(nets, exp, seen, stored, words, (noise, renoise, lots, drawn.exit))
+        noisy, latent, looked = _steps(nets, exp, seen, stored, words, (noise, renoise, lots, drawn.exit))
         low, decoder = low_resolution(exp, pixels, decoder, latent, first=first)
         stored = _remembered(nets, exp, seen, dataclasses.replace(stored, looked=looked), words,
                              (_context(exp, latent, context), latent, low))  # fmt: skip
-        return (stored, decoder), (*read, latent, low, looked)
+        return (stored, decoder), (noisy, latent, low, looked)
 
     carry, opened = (start, decoder), []
     if exp.codec.time_factor > 1:  # the first latent of a video is decoded by a program of its own
         carry, out = one_block(carry, jax.tree.map(lambda x: x[0], given), first=True)
         opened, given = [jax.tree.map(lambda x: x[None], out)], jax.tree.map(lambda x: x[1:], given)
     (stored, _), rest = jax.lax.scan(one_block, carry, given)
-    noisy, guess, latent, low, looked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *opened, rest)
-    return jax.lax.stop_gradient(Clip(noisy=noisy, guess=guess, latent=latent, low=low, looked=looked, stored=stored))
+    noisy, latent, low, looked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *opened, rest)
+    return jax.lax.stop_gradient(Clip(noisy=noisy, latent=latent, low=low, looked=looked, stored=stored))
 
 
 def empty(exp: Experiment, blocks: int, batch: int, dtype: Any) -> Stored:
@@ -199,7 +196,7 @@ def empty(exp: Experiment, blocks: int, batch: int, dtype: Any) -> Stored:
 
 
 def _steps(nets: sampler.Nets, exp: Experiment, seen: cache.Plan, stored: Stored, words: KV, chance: Any):
-    """(what the exit step read and made of it, the block as its history keeps it, what each layer looked at)."""
+    """(what the exit step read, the block as its history keeps it, what each layer looked at)."""
     noise, renoise, lots, exit = chance
     times, sigmas = (jnp.asarray(x) for x in sampler.step_table(exp.sample))
     clean, looked = sampler.guess(nets, exp, seen, noise, times[0], sigmas[0], words, (stored, lots),
@@ -207,13 +204,13 @@ def _steps(nets: sampler.Nets, exp: Experiment, seen: cache.Plan, stored: Stored
     behind = dataclasses.replace(stored, looked=looked)
 
     def step(i, carry):
-        at_exit, before = carry
+        read, before = carry
         noisy = schedules.add_noise(before, renoise[i], sigmas[i + 1])
         clean, _ = sampler.guess(nets, exp, seen, noisy, times[i + 1], sigmas[i + 1], words, behind, look=given_look)
-        return jax.tree.map(functools.partial(jnp.where, i < exit), (noisy, clean), at_exit), clean
+        return jnp.where(i < exit, noisy, read), clean
 
     last = len(sigmas) - 1 if exp.train.distil.finished else exit
-    return *jax.lax.fori_loop(0, last, step, ((noise, clean), clean)), looked
+    return *jax.lax.fori_loop(0, last, step, (noise, clean)), looked
 
 
 def _context(exp: Experiment, latent: Array, noise: Array) -> Array:
