@@ -18,7 +18,7 @@ trap 'signalled=yes; newest="${!:-none}"; stop' TERM INT # each process finishes
 for ((i = 0; i < PROCESSES; i++)); do
   JAX_LOCAL_DEVICE_IDS="$i" "$PACKFORCING" train "$@" \
     --coordinator "$COORDINATOR" --processes "$PROCESSES" --process "$i" &
-  if [[ "${newest:-$!}" != "$!" ]]; then kill -TERM "$!"; fi # begun behind the signal
+  if [[ "${newest:-$!}" != "$!" ]]; then kill -TERM "$!" 2>/dev/null || true; fi # begun behind the signal
 done
 
 code=0
