@@ -39,7 +39,7 @@ recipe = (
         cover=CoverConfig(), generator=STEADY)),
     ("student", trained(
         sample=FEW, objective="dmd", generator_from="consistency", teacher_from="teacher", steps=1200,
-        trained=("dit", "compressor"), ema=0.99, cover=COVER, distil=DistilConfig(guidance=0.25), generator=FADING,
-        compressor=FADING, critic=ALERT)),
+        trained=("dit", "compressor"), ema=0.99, blend_from="causal", blend=0.25, cover=COVER,
+        distil=DistilConfig(guidance=0.25), generator=FADING, compressor=FADING, critic=ALERT)),
 )  # fmt: skip
 experiment = recipe[-1][1]

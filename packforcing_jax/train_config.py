@@ -113,8 +113,10 @@ class TrainConfig:
 
     `history` is what the noisy blocks of a causal objective see: the packed `memory` of the true blocks before them,
     all `clean` blocks before them (teacher forcing), or all `noisy` ones (diffusion forcing).
-    `generator_from`, `teacher_from`, `critic_from`: an earlier stage of the recipe or a model folder; "" draws the
-    generator anew and starts the critic as the teacher.
+    `generator_from`, `teacher_from`, `critic_from`, `blend_from`: an earlier stage of the recipe or a model folder;
+    "" draws the generator anew and starts the critic as the teacher.
+    `blend`: the model that is written lies this far from the average to the generator of `blend_from`, on the straight
+    line between their weights (WiSE-FT, arXiv 2109.01903); it makes sense where one descends from the other.
     """
 
     objective: str = "forcing"
@@ -131,6 +133,8 @@ class TrainConfig:
     grid: int = 48  # steps of the teacher's path, for trajectory and consistency
     ema: float = 0.99
     ema_from: int = 0  # generator updates before the average begins
+    blend_from: str = ""
+    blend: float = 0.0  # share of the weights of blend_from in the model that is written
     negative: str = ""  # prompt of the unconditional guess; "" hides the text
     cover: CoverConfig = CoverConfig()
     distil: DistilConfig = DistilConfig()
@@ -162,6 +166,9 @@ class TrainConfig:
         require(self.batch % self.accumulate == 0,
                 f"train.batch={self.batch} is not a multiple of accumulate={self.accumulate}; change one.")  # fmt: skip
         require(0 <= self.drop_text <= 1, f"train.drop_text={self.drop_text} is no chance; give 0 to 1.")
+        require(0 <= self.blend <= 1, f"train.blend={self.blend} is no share; give 0 to 1.")
+        require(bool(self.blend_from) or not self.blend,
+                f"train.blend={self.blend} needs a model to go towards; name it in train.blend_from.")  # fmt: skip
 
     @property
     def distils(self) -> bool:

@@ -42,6 +42,8 @@ from packforcing_jax.errors import InputError
     (lambda: SampleConfig(prediction="noise"), r"sample\.prediction='noise' is unknown"),
     (lambda: config.TrainConfig(batch=0), r"train\.batch=0 must be at least 1"),
     (lambda: config.TrainConfig(save_every=-1), r"train\.save_every=-1"),
+    (lambda: config.TrainConfig(blend=1.5, blend_from="model"), r"train\.blend=1\.5 is no share"),
+    (lambda: config.TrainConfig(blend=0.25), r"train\.blend=0\.25 needs a model .* name it in train\.blend_from"),
     (lambda: Experiment("odd", latent=(60, 103)), r"latent=\(60, 103\) is not a multiple of dit\.patch"),
     (lambda: Experiment("odd", dit=DiTConfig(in_channels=8)), r"codec\.z_dim=16 differs from dit\.in_channels=8"),
 ])  # fmt: skip

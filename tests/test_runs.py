@@ -344,6 +344,21 @@ def test_a_generator_begins_as_the_model_of_a_folder(straight, tmp_path):
         np.testing.assert_array_equal(leaf, straight[0].state.ema[path].astype(jnp.bfloat16).astype(jnp.float32))
 
 
+def test_a_model_is_written_on_the_line_to_another(straight, tmp_path):
+    """Another share asks for another model, but for no step."""
+    source, folder = str(straight[0].folder / runs.MODEL), tmp_path / "run"
+    for share, steps in ((0.25, 11), (0.75, 0)):
+        exp = with_train(blend_from=source, blend=share)
+        assert not runs.finished(exp, folder, seed=8)
+        run, metrics = trained(folder, exp, seed=8)
+        assert (len(metrics), runs.finished(exp, folder, seed=8)) == (steps, True)
+        other, made = (exports.network(one, run.state.ema, run.mesh) for one in (source, str(folder / runs.MODEL)))
+        for path, leaf in run.state.ema.items():
+            apart = other[path] - leaf
+            assert np.abs(apart).max() > 1e-2 * np.abs(leaf).max(), path
+            np.testing.assert_allclose(made[path], leaf + share * apart, rtol=2**-8, atol=1e-6)
+
+
 def test_what_was_not_trained_is_handed_on(straight, tmp_path):
     """The codec's and the text encoder's files of the first model are in the last one."""
     source = tmp_path / "source"

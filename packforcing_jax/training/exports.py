@@ -20,6 +20,7 @@ from packforcing_jax.stage import captions
 from packforcing_jax.training import batches, mesh
 
 Flat = dict[str, Any]
+BEGINNINGS = ("generator_from", "teacher_from", "critic_from", "blend_from")
 PREVIEW_ROWS = 256  # of pixels at least, so that a small model's video can be looked at
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,8 @@ log = logging.getLogger(__name__)
 
 
 def beginnings(exp: Experiment) -> dict[str, str]:
-    """The model folders that a training begins from, by their setting."""
-    found = {name: getattr(exp.train, name) for name in ("generator_from", "teacher_from", "critic_from")}
+    """The model folders that a training needs, by their setting."""
+    found = {name: getattr(exp.train, name) for name in BEGINNINGS}
     return {name: folder for name, folder in found.items() if folder}
 
 
@@ -85,6 +86,15 @@ def hidden(exp: Experiment) -> np.ndarray | None:
 
 
 # Out
+
+
+def blended(exp: Experiment, flat: Flat, grid: Mesh) -> Flat:
+    """`flat`, a generator's parameters, moved by `train.blend` towards those of `train.blend_from`."""
+    share = exp.train.blend
+    if not share:
+        return flat
+    other = network(exp.train.blend_from, flat, grid)
+    return flat | {path: (1 - share) * flat[path] + share * leaf for path, leaf in other.items()}
 
 
 def whole(flat: Mapping[str, Any]) -> Flat:

@@ -24,7 +24,8 @@ from packforcing_jax.training import batches, exports, logs, mesh, rollout, sour
 
 FREE = ("name", "attention", "fps", *(f"train.{name}" for name in (
     "steps", "save_every", "keep", "log_every", "log", "preview_every", "patience", "profile", "mesh", "accumulate",
-    "remat", "generator_from", "teacher_from", "critic_from", "source.path")))  # fmt: skip
+    "remat", "source.path", "blend", *exports.BEGINNINGS)))  # fmt: skip
+WRITTEN = ("train.steps", "train.blend")  # free too, but the model that is written depends on them
 NEEDS = {"flow_matching": ("latent",), "forcing": ("latent",), "consistency": ("latent",),
          "trajectory": ("trajectory",)}  # of the data, besides text
 TIMES = ("seconds", "waited", "clips_per_second", "tokens_per_second")  # metrics that no two runs have in common
@@ -290,7 +291,7 @@ def finish(run: Run, *, card: str | None = None) -> None:
     """Waits for the last checkpoint; what is done is exported as a model folder."""
     run.saved.close()
     if run.done:
-        exports.save(run.folder / MODEL, run.exp, run.state.ema, card=card)
+        exports.save(run.folder / MODEL, run.exp, exports.blended(run.exp, run.state.ema, run.mesh), card=card)
 
 
 def finished(exp: Experiment, folder: Path, *, seed: int = 0) -> bool:
@@ -300,7 +301,7 @@ def finished(exp: Experiment, folder: Path, *, seed: int = 0) -> bool:
         return False
     then = models.experiment_from_json(config.read_text(encoding="utf-8"), str(config))
     was, wanted = (checkpoints.settings(about(each, seed)["experiment"]) for each in (then, exp))
-    if checkpoints.differences(was, wanted, [name for name in FREE if name != "train.steps"]):
+    if checkpoints.differences(was, wanted, [name for name in FREE if name not in WRITTEN]):
         return False
     if (folder / CHECKPOINTS).is_dir():
         saved = store(exp, folder, seed)
