@@ -359,6 +359,16 @@ def test_a_model_is_written_on_the_line_to_another(straight, tmp_path):
             np.testing.assert_allclose(made[path], leaf + share * apart, rtol=2**-8, atol=1e-6)
 
 
+def test_a_model_that_cannot_be_gone_towards_is_refused_before_a_step(straight, tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        begin(tmp_path / "run", with_train(blend_from=str(tmp_path / "nowhere"), blend=0.5))
+    other = tmp_path / "other"
+    models.save(other, EXP, {"dit": {path.partition("/")[2]: np.ones((*leaf.shape, 2), np.float32)
+                                     for path, leaf in straight[0].state.ema.items()}})  # fmt: skip
+    with pytest.raises(InputError, match=f"the weights of {other}"):
+        begin(tmp_path / "run", with_train(blend_from=str(other), blend=0.5))
+
+
 def test_what_was_not_trained_is_handed_on(straight, tmp_path):
     """The codec's and the text encoder's files of the first model are in the last one."""
     source = tmp_path / "source"

@@ -99,6 +99,8 @@ def start(exp: Experiment, folder: Path, *, seed: int = 0, program: Program = Pr
     with jax.set_mesh(grid):
         form = abstract(exp, program, seed, grid)
         frozen = others(exp, form, grid)
+        if exp.train.blend:  # what does not fit is told here, not behind the last step
+            exports.network(exp.train.blend_from, form.ema, grid)
         saved = store(exp, folder, seed) if (folder / CHECKPOINTS).is_dir() else None
         if saved is None or saved.latest() is None:
             now = born(exp, program, seed, form, grid)
