@@ -26,9 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from packforcing_jax.convert import rules, wan_dit
 
-from convert import rules, wan_dit
-from packforcing_jax import dit, verify, verify_parts
+from packforcing_jax.networks import dit
+from packforcing_jax.verify import kinds, parts
 
 CORES = 2
 STEADY = 1.5  # third quartile of a network's times over its first, at most; beyond it others use the cores too
@@ -92,10 +93,10 @@ def _ours(network: Any, inputs: Sequence[torch.Tensor], size: Size) -> Callable[
     latent, timestep, context = (tensor.numpy() for tensor in inputs)
     cfg = wan_dit.config_from_diffusers(network.config, text_len=size.words)
     weights = rules.rename({name: value.numpy() for name, value in network.state_dict().items()}, wan_dit.DIFFUSERS)
-    model = verify_parts.load(dit.WanDiT, cfg, weights, wan_dit.WAN_DIT)
+    model = parts.load(dit.WanDiT, cfg, weights, wan_dit.WAN_DIT)
     times = einops.repeat(jnp.asarray(timestep), "b -> b t", t=size.latent[0])
-    arguments = verify_parts.ours(latent), times, jnp.asarray(context)
-    forward = jax.jit(lambda model, *args: verify_parts.theirs(dit.bidirectional(model, *args)))
+    arguments = parts.ours(latent), times, jnp.asarray(context)
+    forward = jax.jit(lambda model, *args: parts.theirs(dit.bidirectional(model, *args)))
     return lambda: np.asarray(forward(model, *arguments))
 
 
@@ -127,7 +128,7 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
 def measured(name: str, size: Size, repeats: int) -> dict[str, Any]:
     """The row of one size; without ratios if the networks disagree."""
     pair = contest(size)
-    error = verify.difference(pair.ours(), pair.theirs())
+    error = kinds.difference(pair.ours(), pair.theirs())
     row = {"size": name, "width": size.heads * size.head_dim, "layers": size.layers, "tokens": size.tokens,
            "turns": repeats, "error": error, "agree": error <= TOLERANCE}  # fmt: skip
     return row | ratios(*turns(pair, repeats)) if row["agree"] else row

@@ -25,9 +25,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import topologies
 
-from packforcing_jax import cache, codec, compressor, dit, hlo, options, pipeline, sampler, view
-from packforcing_jax.config import Experiment, require
-from packforcing_jax.errors import InputError
+from packforcing_jax.config import Experiment, overrides
+from packforcing_jax.errors import InputError, require
+from packforcing_jax.memory import cache, view
+from packforcing_jax.networks import codec, compressor, dit
+from packforcing_jax.plan import hlo
+from packforcing_jax.sampling import block_step, pipeline
 
 DEVICE = Path(__file__).parent / "h200.txtpb"
 CUDNN = {"check_cudnn_version": 92700, "check_compute_capability": True, "is_cuda_compute_capability_equal": True}
@@ -96,7 +99,7 @@ def low_resolution(exp: Experiment, latent: jax.ShapeDtypeStruct) -> jax.ShapeDt
 def build(exp: Experiment) -> Iterator[Built]:
     """`pipeline.draw_block` and `pipeline.remember_block` of one video."""
     where = device()
-    nets = halved(jax.eval_shape(lambda: sampler.Nets(
+    nets = halved(jax.eval_shape(lambda: block_step.Nets(
         dit=dit.unrolled(dit.WanDiT(exp.dit, nnx.Rngs(0))), compressor=compressor.Compressor(exp, nnx.Rngs(0)))))
     memory = jax.eval_shape(lambda: cache.init(exp, 1, jnp.bfloat16))
     views = jax.eval_shape(lambda: view.scratch(exp, 1, jnp.bfloat16))
@@ -245,7 +248,7 @@ def program(run: Callable[[argparse.Namespace], int], doc: str | None, **flags: 
 
 def run(args: argparse.Namespace) -> int:
     """The block step's report; 1 if a check failed."""
-    exp = dataclasses.replace(options.load_experiment(args.config, args.sets), attention="cudnn")
+    exp = dataclasses.replace(overrides.load_experiment(args.config, args.sets), attention="cudnn")
     require(exp.cache.archive == "device", "cache.archive='host' is drawn in parts; this looks at whole steps only.")
     answer_for_cudnn()
     found = [row for built in build(exp) for row in rows(exp, built)]

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from packforcing_jax.convert import contents, networks, rules
 
-from convert import contents, networks, rules
-from packforcing_jax import models, tensors
 from packforcing_jax.config import Experiment
 from packforcing_jax.errors import InputError
+from packforcing_jax.io import model_folder, safetensors_io
 
 LONGEST, MOST = 240.0, 3e9  # seconds, bytes of private memory
 OFTEN = 0.05  # seconds between two looks at the memory
@@ -43,7 +43,7 @@ def write(path: Path, exp: Experiment, seed: int) -> dict[str, str]:
     """A checkpoint of random numbers, written one tensor at a time, and the SHA-256 of each."""
     rng, forms = np.random.default_rng(seed), {name: (shape, np.dtype("f4")) for name, shape in shapes(exp).items()}
     digests = {}
-    with tensors.Writer(path, forms, {"format": "pt"}) as file:
+    with safetensors_io.Writer(path, forms, {"format": "pt"}) as file:
         for name, (shape, _) in forms.items():
             value = rng.random(shape, dtype=np.float32) - np.float32(0.5)
             digests[name] = contents.digest(value)
@@ -82,9 +82,9 @@ def measured(room: Path, exp: Experiment, seed: int) -> dict:
     size = source.stat().st_size
     there = run("convert", str(source.parent), "--out", str(model))
     shutil.rmtree(source.parent)  # room for the way back
-    told = json.loads((model / models.MANIFEST).read_text())["tensors"]
+    told = json.loads((model / model_folder.MANIFEST).read_text())["tensors"]
     again = run("convert", str(model), "--to-torch", str(back))
-    same = {name: contents.digest(tensor.read()) for name, tensor in tensors.opened(back).items()}
+    same = {name: contents.digest(tensor.read()) for name, tensor in safetensors_io.opened(back).items()}
     return {
         "tensors": len(digests), "bytes": size,
         "seconds": there.seconds, "memory": there.memory,

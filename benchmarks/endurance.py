@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from packforcing_jax import options, pipeline, trees
+from packforcing_jax import pytrees
 from packforcing_jax.cli import common
 from packforcing_jax.config import (
     CacheConfig,
@@ -26,9 +26,11 @@ from packforcing_jax.config import (
     SampleConfig,
     SpaceToDepthConfig,
     TextConfig,
+    overrides,
 )
 from packforcing_jax.errors import InputError
-from packforcing_jax.pipeline import Finished, Pipeline
+from packforcing_jax.sampling import pipeline
+from packforcing_jax.sampling.pipeline import Finished, Pipeline
 from packforcing_jax.stage import captions, world
 from packforcing_jax.training import batches
 
@@ -53,8 +55,8 @@ def weights(exp: Experiment = TOY, seed: int = 0) -> batches.Model:
     """Random weights, none of which is zero or one as some are before training."""
     shapes, rng = jax.eval_shape(lambda: batches.new_model(exp, jax.random.key(0))), np.random.default_rng(seed)
     draws = {name: name.endswith("scale") + rng.normal(size=leaf.shape) * max(leaf.shape[-2:-1] + (4,)) ** -0.5
-             for name, leaf in trees.flatten(shapes).items()}  # fmt: skip
-    return trees.fill(shapes, {name: jnp.asarray(draw, jnp.float32) for name, draw in draws.items()})
+             for name, leaf in pytrees.flatten(shapes).items()}  # fmt: skip
+    return pytrees.fill(shapes, {name: jnp.asarray(draw, jnp.float32) for name, draw in draws.items()})
 
 
 def toy(exp: Experiment = TOY, seed: int = 0) -> Pipeline:
@@ -181,7 +183,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if args.blocks < 100 or args.every < 1:
         parser.error(f"--blocks {args.blocks} and --every {args.every} must be at least 100 and 1")
     try:
-        exp = options.override(TOY, args.sets)
+        exp = overrides.override(TOY, args.sets)
     except InputError as error:
         parser.error(str(error))
     jitted = (pipeline.draw_block, pipeline.show_block, pipeline.remember_block, pipeline.read_prompt)

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import endurance
-from packforcing_jax import models, saves, tokenizer, video
+from packforcing_jax.io import model_folder, video
+from packforcing_jax.networks import tokenizer
+from packforcing_jax.sampling import sampler_checkpoints
 from packforcing_jax.stage import captions
 
 PATIENCE = 300  # seconds until a moment that does not come is given up
@@ -59,12 +61,12 @@ class Run:
 
     def saved(self) -> int:
         """Blocks in the newest complete save."""
-        return saves.Saves(self.saves).latest() or 0
+        return sampler_checkpoints.Saves(self.saves).latest() or 0
 
     def saving(self, since: float) -> bool:
         """Whether a save is being written that was begun after `since`, in seconds of the system's clock."""
         try:
-            return (self.saves / saves.UNFINISHED).stat().st_ctime > since
+            return (self.saves / sampler_checkpoints.UNFINISHED).stat().st_ctime > since
         except FileNotFoundError:
             return False
 
@@ -130,7 +132,7 @@ def prepared(folder: Path, blocks: int, every: int) -> list[Run]:
     exp, built = endurance.TOY, endurance.weights()
     parts = {"dit": built.nets.dit, "compressor": built.nets.compressor, "text": built.text}
     words = tokenizer.word_tokenizer(captions.VOCABULARY).to_str()
-    models.save(folder / "model", exp, parts, dtype="float32", texts={models.TOKENIZER: words})
+    model_folder.save(folder / "model", exp, parts, dtype="float32", texts={model_folder.TOKENIZER: words})
     story = folder / "story.txt"
     story.write_text("".join(f"{i}: {prompt}\n" for i, prompt in enumerate(endurance.told(blocks, 7))))
     model = ("--weights", str(folder / "model"), "--timeline", str(story))

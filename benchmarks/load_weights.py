@@ -36,11 +36,11 @@ def write(folder: Path, gigabytes: float) -> None:
     import numpy as np
     import orbax.checkpoint as orbax
 
-    from packforcing_jax import tensors
+    from packforcing_jax.io import safetensors_io
 
     rng = np.random.default_rng(0)
     held = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes(gigabytes).items()}
-    with tensors.Writer(folder / "weights.safetensors", {n: (x.shape, x.dtype) for n, x in held.items()}, {}) as file:
+    with safetensors_io.Writer(folder / "weights.safetensors", {n: (x.shape, x.dtype) for n, x in held.items()}, {}) as file:
         for name, array in held.items():
             file.put(name, array)
     with orbax.StandardCheckpointer() as disk:
@@ -53,10 +53,10 @@ def readers(folder: Path) -> dict[str, Callable[[], dict[str, jax.Array]]]:
     import orbax.checkpoint as orbax
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-    from packforcing_jax import models, tensors
+    from packforcing_jax.io import model_folder, safetensors_io
 
     mesh = jax.make_mesh((len(jax.devices()),), ("fsdp",), axis_types=(AxisType.Auto,))
-    held = tensors.opened(folder / "weights.safetensors")
+    held = safetensors_io.opened(folder / "weights.safetensors")
     places = {name: NamedSharding(mesh, PartitionSpec(None, "fsdp")) for name in held}
     forms = {name: jax.ShapeDtypeStruct(tensor.shape, np.float32) for name, tensor in held.items()}
     wanted = {name: jax.ShapeDtypeStruct(form.shape, form.dtype, sharding=places[name]) for name, form in forms.items()}
@@ -65,7 +65,7 @@ def readers(folder: Path) -> dict[str, Callable[[], dict[str, jax.Array]]]:
         with orbax.StandardCheckpointer() as disk:
             return disk.restore(folder / "orbax", wanted)
 
-    return {"safetensors": lambda: models.placed(forms, tensors.opened(folder / "weights.safetensors"),
+    return {"safetensors": lambda: model_folder.placed(forms, safetensors_io.opened(folder / "weights.safetensors"),
                                                  dtype="float32", source="weights", shardings=places),
             "orbax": from_orbax}  # fmt: skip
 

@@ -28,23 +28,13 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.endurance import held
-from packforcing_jax import (
-    budget,
-    codec,
-    compressor,
-    dit,
-    fitting,
-    models,
-    options,
-    pipeline,
-    programs,
-    tensors,
-    text,
-    tokenizer,
-    trees,
-)
-from packforcing_jax.config import Experiment
+from packforcing_jax import pytrees
+from packforcing_jax.config import Experiment, overrides
 from packforcing_jax.errors import InputError
+from packforcing_jax.io import model_folder, safetensors_io
+from packforcing_jax.networks import codec, compressor, dit, text, tokenizer
+from packforcing_jax.plan import budget, memory_fit, programs
+from packforcing_jax.sampling import pipeline
 from packforcing_jax.stage import captions
 
 CONFIG = "wan_t2v_1_3b_paper"
@@ -68,19 +58,19 @@ def write_model(folder: Path, exp: Experiment) -> None:
         "codec": (lambda: codec.make(exp.codec, nnx.Rngs(0)), exp.dtypes.vae),
         "text": (lambda: text.UMT5(exp.text, nnx.Rngs(0)), exp.dtypes.text)}  # fmt: skip
     pool = np.random.default_rng(0).standard_normal(POOL, np.float32)
-    with models.replacing(folder) as fresh:
+    with model_folder.replacing(folder) as fresh:
         for part, (build, dtype) in builds.items():
-            shapes = trees.flatten(jax.eval_shape(build))
+            shapes = pytrees.flatten(jax.eval_shape(build))
             if shapes:
                 forms = {name: (leaf.shape, np.dtype(jnp.dtype(dtype))) for name, leaf in shapes.items()}
-                with tensors.Writer(fresh / models.weights_file(part), forms, {}) as file:
+                with safetensors_io.Writer(fresh / model_folder.weights_file(part), forms, {}) as file:
                     for name, leaf in shapes.items():
                         write_tensor(file, name, leaf.shape, dtype, pool)
-        (fresh / models.CONFIG).write_text(models.experiment_to_json(exp))
-        (fresh / models.TOKENIZER).write_text(tokenizer.word_tokenizer(captions.VOCABULARY).to_str())
+        (fresh / model_folder.CONFIG).write_text(model_folder.experiment_to_json(exp))
+        (fresh / model_folder.TOKENIZER).write_text(tokenizer.word_tokenizer(captions.VOCABULARY).to_str())
 
 
-def write_tensor(file: tensors.Writer, name: str, shape: tuple[int, ...], dtype: str, pool: np.ndarray) -> None:
+def write_tensor(file: safetensors_io.Writer, name: str, shape: tuple[int, ...], dtype: str, pool: np.ndarray) -> None:
     """Random numbers of a size that keeps activations in bounds; what is stacked is written layer by layer."""
     scale = max(int(np.prod(shape[-2:-1])), 16) ** -0.5
     draw = lambda shape: (np.resize(pool, shape) * scale).astype(jnp.dtype(dtype))  # noqa: E731
@@ -177,11 +167,11 @@ def measure(room: Path, exp: Experiment) -> dict[str, Any]:
             "ok": abs(most["measured"] / most["planned"] - 1) <= WITHIN}  # fmt: skip
 
 
-def parts_of(peaks: fitting.Peaks) -> dict[str, int]:
+def parts_of(peaks: memory_fit.Peaks) -> dict[str, int]:
     """What is planned for each part, in the one memory of a CPU."""
     sampling = max(peaks.device[phase] for phase in (programs.DRAWING, programs.SHOWING, programs.REMEMBERING))
-    return {PARTS[0]: peaks.device[fitting.LOADING] + peaks.host[fitting.LOADING], PARTS[1]: peaks.together,
-            PARTS[2]: sampling + peaks.host[fitting.SAMPLING]}  # fmt: skip
+    return {PARTS[0]: peaks.device[memory_fit.LOADING] + peaks.host[memory_fit.LOADING], PARTS[1]: peaks.together,
+            PARTS[2]: sampling + peaks.host[memory_fit.SAMPLING]}  # fmt: skip
 
 
 def table(found: Mapping[str, Any]) -> Iterator[str]:
@@ -210,7 +200,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     jax.config.update("jax_platforms", "cpu")
     try:
-        found = measure(args.room, options.load_experiment(args.config, [*SETS, *args.sets]))
+        found = measure(args.room, overrides.load_experiment(args.config, [*SETS, *args.sets]))
     except InputError as error:
         print(f"measure_peak: {error}", file=sys.stderr)
         return error.exit_code

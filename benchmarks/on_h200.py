@@ -23,10 +23,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from packforcing_jax import attention, bench, cache, options, timing
 from packforcing_jax.cli import bench as verb
-from packforcing_jax.config import Experiment, require
-from packforcing_jax.errors import InputError, brief
+from packforcing_jax.config import Experiment, overrides
+from packforcing_jax.errors import InputError, brief, require
+from packforcing_jax.memory import cache
+from packforcing_jax.plan import bench, timing
+from packforcing_jax.policies import attention
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "wan_t2v_1_3b_paper"
@@ -243,7 +245,7 @@ def outcome(trial: Trial, exp: Experiment) -> Row:
 
 
 def experiment(toy: bool) -> Experiment:
-    return options.load_experiment(CONFIG, TOY if toy else ())
+    return overrides.load_experiment(CONFIG, TOY if toy else ())
 
 
 def child(numbers: Sequence[int], toy: bool) -> None:
@@ -310,7 +312,7 @@ def run(args: argparse.Namespace, start: Callable[..., tuple[list[Row], str]] = 
     """Prints a line per trial and keeps the file up to date; 1 if any failed, 2 without a GPU."""
     groups = list(dict.fromkeys(trial.group for trial in TRIALS))
     for name in args.only:
-        require(name in groups, f"--only {name} is unknown; {options.nearest(name, groups)}")
+        require(name in groups, f"--only {name} is unknown; {errors.nearest(name, groups)}")
     told, ended = start([], "", args.toy)
     require(bool(told), f"jax does not start: {ended}.")
     require(args.toy or told[0]["platform"] == "gpu", f"no GPU here, only {told[0]['device']}; full size is meant for "

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from packforcing_jax import evaluation, options
 from packforcing_jax.cli import main as program
-from packforcing_jax.config import Experiment
-from packforcing_jax.pipeline import Pipeline
+from packforcing_jax.config import Experiment, overrides
+from packforcing_jax.evaluation import stage_figures
+from packforcing_jax.networks import mesh
+from packforcing_jax.sampling.pipeline import Pipeline
 from packforcing_jax.stage import captions, data, oracle, world
-from packforcing_jax.training import batches, exports, logs, mesh, objectives, paths, rollout, runs
+from packforcing_jax.training import batches, exports, logs, objectives, paths, rollout, runs
 
 CONFIG, CLIPS, SEED = "stage_overfit", 8, 0
 DRAWN = 4  # videos of each clip that the oracle reads
@@ -60,8 +61,8 @@ def distance(folder: Path) -> float:
     """The share of the oracle's readings in which videos to the clips' prompts differ from the clips."""
     model, told = Pipeline.from_pretrained(folder), DRAWN * clips()
     prompts = [[captions.caption(story, block) for block in range(len(story.guests))] for story in told]
-    frames, _ = evaluation.play(model, prompts, seeds=[SEED] * len(told), videos=range(len(told)))
-    pairs = zip(map(oracle.read, frames), map(evaluation.true_reading, told), strict=True)
+    frames, _ = stage_figures.play(model, prompts, seeds=[SEED] * len(told), videos=range(len(told)))
+    pairs = zip(map(oracle.read, frames), map(stage_figures.true_reading, told), strict=True)
     return float(np.mean([[getattr(seen, name) != getattr(true, name) for name in READ] for seen, true in pairs]))
 
 
@@ -108,7 +109,7 @@ def run(*words: object) -> None:
 
 def rows(out: Path) -> Iterator[Row]:
     """Trains stage after stage and measures each."""
-    recipe = options.load_recipe(CONFIG)
+    recipe = overrides.load_recipe(CONFIG)
     for stage, _ in recipe:
         began = time.monotonic()
         sets = ["--set", f"trajectory:train.source.path={ways(out)}"] if stage == "trajectory" else []

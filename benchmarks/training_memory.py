@@ -26,9 +26,11 @@ from jax.experimental import topologies
 
 from benchmarks import compile_for_h200
 from benchmarks.compile_for_h200 import Row
-from packforcing_jax import codec, dit, hlo, options, trees
-from packforcing_jax.config import Experiment
-from packforcing_jax.training import mesh, rollout, runs
+from packforcing_jax import pytrees
+from packforcing_jax.config import Experiment, overrides
+from packforcing_jax.networks import codec, dit, mesh
+from packforcing_jax.plan import hlo
+from packforcing_jax.training import rollout, runs
 
 COUNT = 8
 SETTINGS = ("train.objective=dmd", "train.source.kind=records", f"train.batch={COUNT}", f"train.mesh.fsdp={COUNT}")
@@ -60,7 +62,7 @@ def frozen(exp: Experiment, form: Any, grid: jax.sharding.Mesh) -> dict[str, Any
     teacher = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(exp.dtypes.params), sharding=leaf.sharding)
                for path, leaf in form.params["generator"].items() if path.startswith("dit/")}  # fmt: skip
     everywhere = jax.sharding.NamedSharding(grid, jax.sharding.PartitionSpec())
-    pixels = trees.flatten(jax.eval_shape(lambda: codec.make(exp.codec, nnx.Rngs(0))))
+    pixels = pytrees.flatten(jax.eval_shape(lambda: codec.make(exp.codec, nnx.Rngs(0))))
     return {"teacher": teacher, "codec": {
         path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(exp.dtypes.vae), sharding=everywhere)
         for path, leaf in pixels.items()}}  # fmt: skip
@@ -73,7 +75,7 @@ def held(tree: Any) -> int:
 
 def state_rows(exp: Experiment, form: Any, others: Mapping[str, Any], parts: int) -> Iterator[Row]:
     """What each device holds between steps, beside an equal share of the transformer's parameters, times bytes each."""
-    count = sum(math.prod(leaf.shape) for leaf in trees.flatten(
+    count = sum(math.prod(leaf.shape) for leaf in pytrees.flatten(
         jax.eval_shape(lambda: dit.WanDiT(exp.dit, nnx.Rngs(0)))).values())  # fmt: skip
     half = jnp.dtype(exp.dtypes.params).itemsize
     table = (("generator", form.params["generator"], 4), ("its average", form.ema, 4),
@@ -130,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the report; 1 if a check failed."""
     on_gpus = gpus() and not args.cpu
     found = devices(on_gpus)
-    exp = options.load_experiment(args.config, (*SETTINGS, *args.sets))
+    exp = overrides.load_experiment(args.config, (*SETTINGS, *args.sets))
     exp = dataclasses.replace(rollout.for_training(exp, exp.blocks, exp.cache.sink),
                               attention="cudnn" if on_gpus else "xla")  # fmt: skip
     grid = mesh.make(exp.train.mesh, found)

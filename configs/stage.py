@@ -6,13 +6,15 @@
 from packforcing_jax.config import (
     PROFILES,
     CompressorConfig,
+    CoverConfig,
     DiTConfig,
     Experiment,
+    OptimiserConfig,
     SampleConfig,
     SpaceToDepthConfig,
     TextConfig,
+    TrainConfig,
 )
-from packforcing_jax.train_config import CoverConfig, OptimiserConfig, TrainConfig
 
 MUON = OptimiserConfig(kind="muon", matrix_rate=4e-3, rate=3e-3, betas=(0.9, 0.98), clip=0.0, warmup=50, cooldown=0.4)
 

@@ -5,9 +5,9 @@
 
 import dataclasses
 
-from configs.stage import experiment as stage
-from packforcing_jax.config import SampleConfig
-from packforcing_jax.train_config import CoverConfig, DataConfig, DistilConfig, OptimiserConfig
+from packforcing_jax.configs.stage import experiment as stage
+
+from packforcing_jax.config import CoverConfig, DataConfig, DistilConfig, OptimiserConfig, SampleConfig
 
 MUON = dataclasses.replace(stage.train.generator, warmup=10, cooldown=0.0, matrix_rate=1e-2)
 SETTLED = dataclasses.replace(MUON, cooldown=0.5)

@@ -10,9 +10,9 @@ two and `--set consistency:train.teacher_from=FOLDER`.
 
 import dataclasses
 
-from configs.stage import experiment as stage
-from packforcing_jax.config import SampleConfig
-from packforcing_jax.train_config import CoverConfig, DistilConfig, OptimiserConfig
+from packforcing_jax.configs.stage import experiment as stage
+
+from packforcing_jax.config import CoverConfig, DistilConfig, OptimiserConfig, SampleConfig
 
 FEW = SampleConfig(steps=(1000, 500, 250, 100), shift=6.0, prediction="clean")
 COVER = CoverConfig(sinks=(0, 0, 4, 8), gap=64.0, gap_share=0.5)

@@ -8,8 +8,9 @@ r"""Makes Wan2.1-1.3B causal on prepared clips: teacher forcing behind the packe
 
 import dataclasses
 
-from configs.wan_t2v_1_3b_paper import experiment as base
-from packforcing_jax.train_config import CoverConfig, DataConfig, TrainConfig
+from packforcing_jax.configs.wan_t2v_1_3b_paper import experiment as base
+
+from packforcing_jax.config import CoverConfig, DataConfig, TrainConfig
 
 train = TrainConfig(
     objective="forcing", history="memory", steps=5000, batch=64, drop_text=0.1, ema=0.999, remat="blocks",

@@ -6,8 +6,9 @@ r"""Fewer steps by causal consistency on prepared clips (Causal-Forcing's second
 
 import dataclasses
 
-from configs.wan_t2v_1_3b_paper import experiment as base
-from packforcing_jax.train_config import CoverConfig, DataConfig, DistilConfig, TrainConfig
+from packforcing_jax.configs.wan_t2v_1_3b_paper import experiment as base
+
+from packforcing_jax.config import CoverConfig, DataConfig, DistilConfig, TrainConfig
 
 train = TrainConfig(
     objective="consistency", history="memory", steps=3000, batch=64, grid=48, ema=0.99, remat="blocks",

@@ -8,8 +8,9 @@ Defaults are Self-Forcing's but for the compressor, which has a rate of its own,
 
 import dataclasses
 
-from configs.wan_t2v_1_3b_paper import experiment as base
-from packforcing_jax.train_config import CoverConfig, DataConfig, OptimiserConfig, TrainConfig
+from packforcing_jax.configs.wan_t2v_1_3b_paper import experiment as base
+
+from packforcing_jax.config import CoverConfig, DataConfig, OptimiserConfig, TrainConfig
 
 train = TrainConfig(
     objective="dmd", steps=3000, batch=8, ema=0.99, ema_from=40, compressor=OptimiserConfig(rate=1e-4, warmup=20),

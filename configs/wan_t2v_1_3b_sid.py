@@ -6,8 +6,9 @@ r"""The same student by score identity distillation (SiD): the gradient also flo
 
 import dataclasses
 
-from configs.wan_t2v_1_3b_paper import experiment as base
-from packforcing_jax.train_config import CoverConfig, DataConfig, OptimiserConfig, TrainConfig
+from packforcing_jax.configs.wan_t2v_1_3b_paper import experiment as base
+
+from packforcing_jax.config import CoverConfig, DataConfig, OptimiserConfig, TrainConfig
 
 train = TrainConfig(
     objective="sid", steps=3000, batch=8, ema=0.99, ema_from=40, generator=OptimiserConfig(decay=0.0),

@@ -6,8 +6,9 @@ r"""Tunes the bidirectional Wan2.1-1.3B on prepared clips: flow matching, one no
 
 import dataclasses
 
-from configs.wan_t2v_1_3b_paper import experiment as base
-from packforcing_jax.train_config import DataConfig, TrainConfig
+from packforcing_jax.configs.wan_t2v_1_3b_paper import experiment as base
+
+from packforcing_jax.config import DataConfig, TrainConfig
 
 train = TrainConfig(
     objective="flow_matching", trained=("dit",), shift=5.0, drop_text=0.1, steps=3000, batch=64, ema=0.999,

@@ -6,8 +6,9 @@ r"""Fewer steps by a teacher's trajectories (CausVid, Self-Forcing), made by `pr
 
 import dataclasses
 
-from configs.wan_t2v_1_3b_paper import experiment as base
-from packforcing_jax.train_config import CoverConfig, DataConfig, OptimiserConfig, TrainConfig
+from packforcing_jax.configs.wan_t2v_1_3b_paper import experiment as base
+
+from packforcing_jax.config import CoverConfig, DataConfig, OptimiserConfig, TrainConfig
 
 train = TrainConfig(
     objective="trajectory", history="memory", steps=3000, batch=64, remat="blocks",

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from packforcing_jax.convert import networks, rules, umt5, wan_dit
+from packforcing_jax.convert.sources import Found, Group
 
-from convert import networks, rules, umt5, wan_dit
-from convert.sources import Found, Group
-from packforcing_jax.config import require
-from packforcing_jax.errors import InputError
-from packforcing_jax.tensors import Tensor
+from packforcing_jax.errors import InputError, require
+from packforcing_jax.io.safetensors_io import Tensor
 
 PREFERRED = ("generator_ema", "generator", "state_dict", "model_state_dict", "model", "module")  # tables of trainers
 LORA = "lora"  # the kind of a source that holds additions to a network

@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from convert import networks, wan_dit, wan_vae
-from convert.contents import Contents
-from packforcing_jax import models, options
-from packforcing_jax.config import Experiment, VAEConfig
+from packforcing_jax.convert import networks, wan_dit, wan_vae
+from packforcing_jax.convert.contents import Contents
+
+from packforcing_jax.config import Experiment, VAEConfig, overrides
+from packforcing_jax.io import model_folder
 
 
-def describe(contents: Contents, taken: Mapping[str, models.Opened], template: Experiment, *, sets: Sequence[str],
+def describe(contents: Contents, taken: Mapping[str, model_folder.Opened], template: Experiment, *, sets: Sequence[str],
              notes: list[str]) -> Experiment:  # fmt: skip
     """The template with the sizes of what was found, then with the user's `sets`.
 
@@ -29,7 +30,7 @@ def describe(contents: Contents, taken: Mapping[str, models.Opened], template: E
                                 dit=dataclasses.replace(template.dit, in_channels=codec.z_dim))  # fmt: skip
     given = [f"{part}.{field.name}={getattr(cfg, field.name)!r}" for part, cfg in found.items()
              for field in dataclasses.fields(cfg)]  # fmt: skip
-    return options.override(start, [*given, *sets])
+    return overrides.override(start, [*given, *sets])
 
 
 def _from_weights(part: str, contents: Contents, template: Experiment) -> Any:

@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
+from packforcing_jax.convert import networks, rules, sources
 
-from convert import networks, rules, sources
-from packforcing_jax import models, tensors
-from packforcing_jax.config import require
-from packforcing_jax.errors import InputError
-from packforcing_jax.tensors import Tensor
+from packforcing_jax.errors import InputError, require
+from packforcing_jax.io import model_folder, safetensors_io
+from packforcing_jax.io.safetensors_io import Tensor
 
 SUFFIX = ".safetensors"
 AGAIN = "fetch or convert the model again"
 Watch: TypeAlias = Callable[[Iterable, int], Iterable]  # (steps, how many) -> the same steps, shown to the user
 
 
-def originals(model: models.Opened, part: str, wrong: rules.Mismatches) -> dict[str, Tensor]:
+def originals(model: model_folder.Opened, part: str, wrong: rules.Mismatches) -> dict[str, Tensor]:
     """The tensors of a part by original name, as checkpoints have them; the part must be whole."""
     held = model.part(part)
     rules.fit(held, {path: rules.Place(path) for path in held}, networks.wanted(part, model.experiment), wrong,
@@ -46,11 +45,11 @@ def to_torch(folder: Path, out: Path, part: str | None = None, watch: Watch = la
     _check_target(out, folder)
     require(bool(model.parts), f"Model folder {folder} has no weights; fetch or convert the model again.")
     parts = {each: originals(model, each, wrong) for each in ([part] if part else model.parts)}
-    rules.raise_all(wrong, f"Model folder {folder} does not fit its {models.CONFIG}", AGAIN)
+    rules.raise_all(wrong, f"Model folder {folder} does not fit its {model_folder.CONFIG}", AGAIN)
     held = {name: tensor for tensors_of in parts.values() for name, tensor in tensors_of.items()}
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as room:
         forms = {name: (tensor.shape, tensor.dtype) for name, tensor in held.items()}
-        with tensors.Writer(Path(room, "new"), forms, {"format": "pt"}) as file:
+        with safetensors_io.Writer(Path(room, "new"), forms, {"format": "pt"}) as file:
             for name, tensor in watch(held.items(), len(held)):
                 array = np.asarray(tensor.read(), order="C")
                 if not rules.finite(array):
@@ -70,6 +69,6 @@ def _check_target(out: Path, folder: Path) -> None:
     require(not out.is_dir(), f"{out} is a folder; choose the name of a file.")
     if out.exists():
         try:
-            tensors.opened(out)
+            safetensors_io.opened(out)
         except InputError as error:
             raise InputError(f"{out} exists and is no safetensors file; choose another name.") from error

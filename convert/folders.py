@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from convert import contents, experiments, exporting, lora, manifest, networks, rules, sources, writing
-from convert.contents import LORA, Contents, Ignored
-from convert.sources import Found
-from packforcing_jax import models, options
-from packforcing_jax.config import DTYPES, Experiment, require
-from packforcing_jax.tokenizer import Tokenizer
+from packforcing_jax.convert import contents, experiments, exporting, lora, manifest, networks, rules, sources, writing
+from packforcing_jax.convert.contents import LORA, Contents, Ignored
+from packforcing_jax.convert.sources import Found
+
+from packforcing_jax.config import DTYPES, Experiment, overrides
+from packforcing_jax.errors import require
+from packforcing_jax.io import model_folder
+from packforcing_jax.networks.tokenizer import Tokenizer
 
 TEMPLATE = "wan_t2v_1_3b"
 KINDS = (*networks.KINDS, LORA)
@@ -53,15 +55,15 @@ def convert(request: Request, watch: exporting.Watch = lambda steps, count: step
     jobs = _jobs(request, held, taken, exp, notes)
     words = _tokenizer(request, found, exp, notes)
     _require_fit(jobs, held.wrong, watch)
-    with models.replacing(request.out) as fresh:
+    with model_folder.replacing(request.out) as fresh:
         entries = list(watch(writing.carry_out(jobs, fresh, held.wrong), sum(job.count for job in jobs)))
         _raise(held.wrong)
-        texts = {models.CONFIG: models.experiment_to_json(exp), models.CARD: _card(exp, found, jobs),
-                 models.MANIFEST: manifest.text(found, entries, held.ignored, notes)}  # fmt: skip
+        texts = {model_folder.CONFIG: model_folder.experiment_to_json(exp), model_folder.CARD: _card(exp, found, jobs),
+                 model_folder.MANIFEST: manifest.text(found, entries, held.ignored, notes)}  # fmt: skip
         for name, text in texts.items():
             (fresh / name).write_text(text, encoding="utf-8")
         if words is not None:
-            shutil.copyfile(words, fresh / models.TOKENIZER)
+            shutil.copyfile(words, fresh / model_folder.TOKENIZER)
     return Done(request.out, _rows(jobs, entries, held.ignored), tuple(held.ignored), tuple(notes))
 
 
@@ -91,10 +93,10 @@ def _keep_apart(request: Request) -> None:
 # What comes along from model folders
 
 
-def _taken(found: Found, held: Contents) -> dict[str, models.Opened]:
+def _taken(found: Found, held: Contents) -> dict[str, model_folder.Opened]:
     """The model folder of each part that no other source holds; parts that one does hold are noted as ignored."""
-    taken: dict[str, models.Opened] = {}
-    for part in models.PARTS:
+    taken: dict[str, model_folder.Opened] = {}
+    for part in model_folder.PARTS:
         having = [model for model in found.folders if part in model.parts]
         if part in held.networks:
             reason = f"this network is taken from {', '.join(group.origin for group in held.groups[part])}"
@@ -108,25 +110,25 @@ def _taken(found: Found, held: Contents) -> dict[str, models.Opened]:
     return taken
 
 
-def _experiment(request: Request, found: Found, held: Contents, taken: Mapping[str, models.Opened],
+def _experiment(request: Request, found: Found, held: Contents, taken: Mapping[str, model_folder.Opened],
                 notes: list[str]) -> Experiment:  # fmt: skip
     """What the folder says of itself, named after it."""
     if request.config is None and found.folders:
         template = taken.get("dit", found.folders[0]).experiment
     else:
-        template = options.load_experiment(request.config or TEMPLATE)
+        template = overrides.load_experiment(request.config or TEMPLATE)
     template = replace(template, name=request.out.resolve().name)
     return experiments.describe(held, taken, template, sets=request.sets, notes=notes)
 
 
-def _jobs(request: Request, held: Contents, taken: Mapping[str, models.Opened], exp: Experiment,
+def _jobs(request: Request, held: Contents, taken: Mapping[str, model_folder.Opened], exp: Experiment,
           notes: list[str]) -> list[writing.Job]:  # fmt: skip
     """What is written for each part, in the order of the parts."""
     require(not held.adapters or "dit" in held.networks or "dit" in taken,
             "a LoRA was given without the network it adds to; give the base checkpoint as well.")  # fmt: skip
     require(bool(held.networks or taken), "the sources hold no weights; give a checkpoint.")
     jobs = []
-    for part in models.PARTS:
+    for part in model_folder.PARTS:
         adapters = held.adapters if part == "dit" else {}
         if part in held.networks or (adapters and part in taken):
             base = held.networks.get(part) or exporting.originals(taken[part], part, held.wrong)
@@ -171,15 +173,15 @@ def _tokenizer(request: Request, found: Found, exp: Experiment, notes: list[str]
         notes.append("no tokenizer.json was found; add the text encoder's with --tokenizer FILE")
         return None
     Tokenizer.from_file(path, exp.text.max_words)
-    found.files.setdefault(models.TOKENIZER, path)
+    found.files.setdefault(model_folder.TOKENIZER, path)
     return path
 
 
 def _card(exp: Experiment, found: Found, jobs: Sequence[writing.Job]) -> str:
     """A few lines for people who find the folder."""
-    parts = "\n".join(f"- `{models.weights_file(job.part)}`" for job in jobs)
+    parts = "\n".join(f"- `{model_folder.weights_file(job.part)}`" for job in jobs)
     files = "\n".join(f"- {name}" for name in found.files)
     return "\n\n".join([
         f"# {exp.name}", "A model folder of packforcing-jax, made by `packforcing convert`.", parts, "out of", files,
-        f"`{models.MANIFEST}` says what became of every tensor. The licence of those files applies.\n",
+        f"`{model_folder.MANIFEST}` says what became of every tensor. The licence of those files applies.\n",
     ])  # fmt: skip

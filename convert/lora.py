@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from packforcing_jax.convert import rules, wan_dit
 
-from convert import rules, wan_dit
-from packforcing_jax import tensors
-from packforcing_jax.tensors import Tensor
+from packforcing_jax.io import safetensors_io
+from packforcing_jax.io.safetensors_io import Tensor
 
 NAME = re.compile(r"(?P<module>.+)\.(?:lora_(?P<side>A|B|down|up)(?:\.[^.]+)?\.weight|(?P<alpha>alpha))")
 SIDES = {"A": "down", "B": "up"}  # the same two under the names of another tool
@@ -67,7 +67,7 @@ def _fits(used: Mapping[str, Tensor], weight: Tensor, wrong: rules.Mismatches) -
         return False
     down, up, *alpha = (used[side] for side in ("down", "up", "alpha") if side in used)
     whole = len(down.shape) == len(up.shape) == 2 and down.shape[0] == up.shape[1] > 0
-    numbers = all(tensors.floating(tensor.dtype) for tensor in (down, up)) and all(t.shape in ((), (1,)) for t in alpha)
+    numbers = all(safetensors_io.floating(tensor.dtype) for tensor in (down, up)) and all(t.shape in ((), (1,)) for t in alpha)
     if not whole or not numbers or (up.shape[0], down.shape[1]) != weight.shape:
         wrong["added to a weight of another shape"].append(f"{up.name} {up.shape} @ {down.shape}, expected "
                                                            f"{weight.shape}")  # fmt: skip

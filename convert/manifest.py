@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from packforcing_jax.convert.contents import Ignored
+from packforcing_jax.convert.sources import Found
+from packforcing_jax.convert.writing import Entry
 
-from convert.contents import Ignored
-from convert.sources import Found
-from convert.writing import Entry
-from packforcing_jax.tensors import Form, Tensor
+from packforcing_jax.io.safetensors_io import Form, Tensor
 
 FORMAT = "packforcing-jax manifest 1"
 

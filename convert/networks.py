@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 from flax import nnx
+from packforcing_jax.convert import packing, rules, umt5, wan_dit, wan_vae
 
-from convert import packing, rules, umt5, wan_dit, wan_vae
-from packforcing_jax import codec, compressor, dit, text, trees
-from packforcing_jax.config import Experiment, require
-from packforcing_jax.errors import InputError
+from packforcing_jax import pytrees
+from packforcing_jax.config import Experiment
+from packforcing_jax.errors import InputError, require
+from packforcing_jax.networks import codec, compressor, dit, text
 
 WIDTHS, LAYERS = range(1, 1 << 20), range(1, 10_000)
 LONGEST_SETTINGS = 1 << 20  # bytes of a config.json
@@ -54,7 +55,7 @@ def wanted(part: str, exp: Experiment) -> Mapping[str, rules.Shape]:
 @functools.lru_cache(maxsize=16)
 def _shapes(part: str, settings: Any) -> Mapping[str, rules.Shape]:
     shapes = jax.eval_shape(lambda: NETWORKS[part].build(settings))
-    return {path: tuple(leaf.shape) for path, leaf in trees.flatten(shapes).items()}
+    return {path: tuple(leaf.shape) for path, leaf in pytrees.flatten(shapes).items()}
 
 
 def merged_axes(exp: Experiment) -> dict[str, int]:

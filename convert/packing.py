@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Mapping
 
-from convert import rules
-from convert.rules import Rule
+from packforcing_jax.convert import rules
+from packforcing_jax.convert.rules import Rule
+
 from packforcing_jax.config import CompressorConfig
 
 COMPRESSOR = (

@@ -18,11 +18,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from packforcing_jax.convert import zips
+from packforcing_jax.convert.zips import Refused, allow, check, shown
 
-from convert import zips
-from convert.zips import Refused, allow, check, shown
-from packforcing_jax import tensors
 from packforcing_jax.errors import InputError
+from packforcing_jax.io import safetensors_io
 
 LONGEST_PICKLE = 64_000_000  # bytes
 MOST_OPCODES = 2_000_000  # a tensor takes about 50
@@ -105,7 +105,7 @@ class _Storage:
         if 0 in shape:
             return np.zeros(shape, dtype)
         nbytes = (1 + _reach(shape, stride)) * dtype.itemsize
-        mapped = tensors.mapped(self.path, ((nbytes,), np.dtype(np.uint8)), self.start + offset * dtype.itemsize)
+        mapped = safetensors_io.mapped(self.path, ((nbytes,), np.dtype(np.uint8)), self.start + offset * dtype.itemsize)
         steps = [step * dtype.itemsize if axis > 1 else 0 for axis, step in zip(shape, stride, strict=True)]
         return np.ndarray(shape, dtype, mapped, strides=steps)
 
@@ -123,7 +123,7 @@ def _counts(value: object, what: str) -> tuple[int, ...]:
 
 
 def _tensor(storage: object, offset: object, shape: object, stride: object, requires_grad: object = False,
-            hooks: object = None, metadata: object = None, dtype: object = None) -> tensors.Tensor:  # fmt: skip
+            hooks: object = None, metadata: object = None, dtype: object = None) -> safetensors_io.Tensor:  # fmt: skip
     """A view of a storage that is sure to lie inside; `dtype` is for a storage of bytes."""
     if not isinstance(storage, _Storage):
         raise ValueError("a tensor has no storage")
@@ -139,16 +139,16 @@ def _tensor(storage: object, offset: object, shape: object, stride: object, requ
     else:
         check(first + _reach(shape, stride) < available, f"a tensor reaches beyond its storage {storage.key}")
         allow(math.prod(shape) <= available, f"has a tensor with more elements than its storage {storage.key}")
-    return tensors.Tensor("", shape, kind, lambda: storage.array(first, shape, stride, kind), str(storage.path))
+    return safetensors_io.Tensor("", shape, kind, lambda: storage.array(first, shape, stride, kind), str(storage.path))
 
 
 def _tensor_of(storage: object, offset: object, shape: object, stride: object, requires_grad: object, hooks: object,
-               dtype: object, metadata: object = None) -> tensors.Tensor:  # fmt: skip
+               dtype: object, metadata: object = None) -> safetensors_io.Tensor:  # fmt: skip
     return _tensor(storage, offset, shape, stride, requires_grad, hooks, metadata, dtype)
 
 
-def _parameter(data: object, requires_grad: object, hooks: object, state: object = None) -> tensors.Tensor:
-    if not isinstance(data, tensors.Tensor):
+def _parameter(data: object, requires_grad: object, hooks: object, state: object = None) -> safetensors_io.Tensor:
+    if not isinstance(data, safetensors_io.Tensor):
         raise ValueError("a parameter is no tensor")
     return data
 
@@ -291,7 +291,7 @@ class _Unfolding:
         self.left -= PRICE + len(place.encode())
         allow(self.left >= 0 and depth <= DEEPEST, f"unfolds without end at {shown(place)}")
         inside = f"{place}." if place else ""
-        if isinstance(value, tensors.Tensor):
+        if isinstance(value, safetensors_io.Tensor):
             return dataclasses.replace(value, name=place)
         if isinstance(value, dict):
             return {key: self.plain(part, f"{inside}{key}", depth + 1) for key, part in value.items()}

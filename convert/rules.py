@@ -16,9 +16,9 @@ from typing import TypeAlias
 import einops
 import numpy as np
 
-from packforcing_jax import tensors
 from packforcing_jax.errors import InputError
-from packforcing_jax.tensors import Form, Tensor
+from packforcing_jax.io import safetensors_io
+from packforcing_jax.io.safetensors_io import Form, Tensor
 
 same = "... -> ..."
 linear = "o i -> i o"
@@ -190,9 +190,9 @@ def _fits(tensor: Tensor, place: Place, shape: Shape, wrong: Mismatches) -> bool
         return False
     if made != expected:
         wrong["of another rank or shape"].append(f"{tensor.name} {tensor.shape}, as {made}, expected {expected}")
-    elif not tensors.floating(tensor.dtype):
+    elif not safetensors_io.floating(tensor.dtype):
         wrong["of whole numbers"].append(f"{tensor.name} ({tensor.dtype})")
-    return made == expected and tensors.floating(tensor.dtype)
+    return made == expected and safetensors_io.floating(tensor.dtype)
 
 
 def sources(forms: Mapping[str, Shape], table: Sequence[Rule], wrong: Mismatches, where: str = "") -> dict[str, Place]:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convert import networks, pickles
-from packforcing_jax import models, tensors
-from packforcing_jax.config import require
-from packforcing_jax.errors import InputError
+from packforcing_jax.convert import networks, pickles
+
+from packforcing_jax.errors import InputError, require
+from packforcing_jax.io import model_folder, safetensors_io
 
 READERS: dict[str, Callable[[Path], Any]] = {
-    ".safetensors": tensors.opened, ".pth": pickles.opened, ".pt": pickles.opened, ".bin": pickles.opened,
+    ".safetensors": safetensors_io.opened, ".pth": pickles.opened, ".pt": pickles.opened, ".bin": pickles.opened,
 }  # fmt: skip
 INDEX = ".index.json"  # ends the name of the list of a network's shards
 SETTINGS, ADAPTER = "config.json", "adapter_config.json"
@@ -41,7 +41,7 @@ class Found:
     """Everything that the sources hold; `files` are those read, under the names that reports give them."""
 
     groups: list[Group] = field(default_factory=list)
-    folders: list[models.Opened] = field(default_factory=list)
+    folders: list[model_folder.Opened] = field(default_factory=list)
     tokenizers: list[Path] = field(default_factory=list)
     files: dict[str, Path] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -110,22 +110,22 @@ def _folder(path: Path, found: Found) -> None:
 
 def _is_model(folder: Folder) -> bool:
     """Whether a folder is a model folder of ours, by the settings it has."""
-    settings = folder.known(folder.root / models.CONFIG)
+    settings = folder.known(folder.root / model_folder.CONFIG)
     return settings is not None and {"name", "dit", "cache"} <= networks.read_settings(settings).keys()
 
 
-def opened_model(path: Path) -> models.Opened:
+def opened_model(path: Path) -> model_folder.Opened:
     """The model folder at `path`, of whose files none leads out of it."""
-    for name in (models.CONFIG, *map(models.weights_file, models.PARTS)):
+    for name in (model_folder.CONFIG, *map(model_folder.weights_file, model_folder.PARTS)):
         Folder(path).known(path / name)
-    return models.opened(path)
+    return model_folder.opened(path)
 
 
 def _model(folder: Folder, found: Found) -> None:
     model = opened_model(folder.root)
     found.folders.append(model)
     for part in model.parts:
-        _note(folder.root / models.weights_file(part), folder, found, named=False)
+        _note(folder.root / model_folder.weights_file(part), folder, found, named=False)
 
 
 def _weights(place: Path, folder: Folder, found: Found) -> None:
@@ -182,7 +182,7 @@ def _shards(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _sharded(index: Path, folder: Folder, found: Found) -> dict[str, tensors.Tensor]:
+def _sharded(index: Path, folder: Folder, found: Found) -> dict[str, safetensors_io.Tensor]:
     """The tensors of all shards by name; raises `InputError` where index and shards do not agree."""
     weight_map, held = _shards(index), {}
     for name in sorted(set(weight_map.values())):
@@ -197,7 +197,7 @@ def _sharded(index: Path, folder: Folder, found: Found) -> dict[str, tensors.Ten
 
 def _require_agreement(index: Path, shard: str, content: Any, listed: set[str]) -> None:
     """Raises `InputError` unless a shard holds exactly the tensors that the index lists for it."""
-    flat = isinstance(content, dict) and all(isinstance(tensor, tensors.Tensor) for tensor in content.values())
+    flat = isinstance(content, dict) and all(isinstance(tensor, safetensors_io.Tensor) for tensor in content.values())
     require(flat, f"{shard} of {index} is no plain table of tensors; convert the file that it was made from.")
     differ = sorted(set(content) ^ listed)
     if differ:

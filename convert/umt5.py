@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
+from packforcing_jax.convert import rules
+from packforcing_jax.convert.rules import Rule
 
-from convert import rules
-from convert.rules import Rule
 from packforcing_jax.config import TextConfig
 from packforcing_jax.errors import InputError
 

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from convert import rules
-from convert.rules import Rule
+from packforcing_jax.convert import rules
+from packforcing_jax.convert.rules import Rule
+
 from packforcing_jax.config import DiTConfig
 from packforcing_jax.errors import InputError
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 from flax import nnx
+from packforcing_jax.convert import rules
+from packforcing_jax.convert.rules import Rule, conv2d, conv3d, gamma2d, gamma3d, same
 
-from convert import rules
-from convert.rules import Rule, conv2d, conv3d, gamma2d, gamma3d, same
-from packforcing_jax import trees, vae
-from packforcing_jax.config import WAN_MEAN, WAN_STD, VAEConfig, require
+from packforcing_jax import pytrees
+from packforcing_jax.config import WAN_MEAN, WAN_STD, VAEConfig
+from packforcing_jax.errors import require
+from packforcing_jax.networks import vae
 
 KINDS = {  # kind of layer -> (original and diffusers leaf, our leaf, transform)
     "conv3d": (("weight", "kernel", conv3d), ("bias", "bias", same)),
@@ -78,7 +80,7 @@ WAN_VAE = tuple(
 
 def diffusers_names(cfg: VAEConfig) -> dict[str, str]:
     """Original name -> diffusers name of every tensor of this size."""
-    paths = trees.flatten(jax.eval_shape(lambda: vae.WanVAE(cfg, nnx.Rngs(0))))
+    paths = pytrees.flatten(jax.eval_shape(lambda: vae.WanVAE(cfg, nnx.Rngs(0))))
     return dict(_names_of(path, cfg.num_res_blocks) for path in paths)
 
 

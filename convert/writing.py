@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from packforcing_jax.convert import networks, rules
+from packforcing_jax.convert.contents import digest
+from packforcing_jax.convert.lora import Addition
 
-from convert import networks, rules
-from convert.contents import digest
-from convert.lora import Addition
-from packforcing_jax import models, tensors
 from packforcing_jax.config import Experiment
-from packforcing_jax.tensors import Form, Tensor
+from packforcing_jax.io import model_folder, safetensors_io
+from packforcing_jax.io.safetensors_io import Form, Tensor
 
 LARGE = 1 << 26  # bytes beyond which a tensor that only changes its number format is written row by row
 
@@ -58,7 +58,7 @@ class Entry:
 
 
 def _named(dtype: str) -> type:
-    return next(known for known in tensors.DTYPES.values() if np.dtype(known).name == dtype)
+    return next(known for known in safetensors_io.DTYPES.values() if np.dtype(known).name == dtype)
 
 
 def job(part: str, held: Mapping[str, Tensor], exp: Experiment, wrong: rules.Mismatches, *,
@@ -68,13 +68,13 @@ def job(part: str, held: Mapping[str, Tensor], exp: Experiment, wrong: rules.Mis
     return Job(part, held, plan, added, dtype)
 
 
-def taking(part: str, model: models.Opened, exp: Experiment, wrong: rules.Mismatches, dtype: str | None) -> Job:
+def taking(part: str, model: model_folder.Opened, exp: Experiment, wrong: rules.Mismatches, dtype: str | None) -> Job:
     """How a part of a model folder is taken over: as it is, unless its number format is to change."""
     held = model.part(part)
     places = {path: rules.Place(path) for path in held}
     plan = rules.fit(held, places, networks.wanted(part, exp), wrong, f"{part}/")
     stays = all(dtype in (None, tensor.dtype.name) for tensor in held.values())
-    return Job(part, held, plan, {}, dtype, model.folder / models.weights_file(part) if stays else None)
+    return Job(part, held, plan, {}, dtype, model.folder / model_folder.weights_file(part) if stays else None)
 
 
 def check(job: Job, wrong: rules.Mismatches) -> Iterator[str]:
@@ -87,13 +87,13 @@ def check(job: Job, wrong: rules.Mismatches) -> Iterator[str]:
 def carry_out(jobs: Sequence[Job], folder: Path, wrong: rules.Mismatches) -> Iterator[Entry]:
     """Writes every part into `folder`; yields what became of each tensor, notes those whose values are no numbers."""
     for job in jobs:
-        target = folder / models.weights_file(job.part)
+        target = folder / model_folder.weights_file(job.part)
         if job.link is not None:
             _link(job.link, target)
             for name, place in job.plan.places.items():
                 yield _entry(job, name, place, _read(job.held[name], wrong))
             continue
-        with tensors.Writer(target, job.forms, {"format": models.FORMAT}) as file:
+        with safetensors_io.Writer(target, job.forms, {"format": model_folder.FORMAT}) as file:
             for name, place in job.plan.places.items():
                 array = _read(job.held[name], wrong)
                 if array is not None:
@@ -133,7 +133,7 @@ def _additions(job: Job, name: str, place: rules.Place, wrong: rules.Mismatches)
                         f"{side} of + {added.scale:g} * up @ down")  # fmt: skip
 
 
-def _put(file: tensors.Writer, job: Job, name: str, array: np.ndarray, wrong: rules.Mismatches) -> None:
+def _put(file: safetensors_io.Writer, job: Job, name: str, array: np.ndarray, wrong: rules.Mismatches) -> None:
     """Writes one tensor into its place, with what is added to it and in its new number format."""
     place, (_, dtype) = job.plan.places[name], job.forms[job.plan.places[name].path]
     if name in job.added:

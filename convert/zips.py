@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from packforcing_jax.config import require
-from packforcing_jax.errors import InputError
+from packforcing_jax.errors import InputError, require
 
 ZIP = b"PK\x03\x04"
 BEGINNINGS = {  # of files that are often met instead of a zip archive

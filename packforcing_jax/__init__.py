@@ -19,14 +19,14 @@ if TYPE_CHECKING:
         TextConfig,
         VAEConfig,
     )
+    from packforcing_jax.config.overrides import load_experiment
     from packforcing_jax.errors import InputError, MachineError
-    from packforcing_jax.options import load_experiment
-    from packforcing_jax.pipeline import Pipeline
+    from packforcing_jax.sampling.pipeline import Pipeline
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Pipeline": "pipeline",
+    "Pipeline": "sampling.pipeline",
     "CacheConfig": "config",
     "CompressorConfig": "config",
     "DiTConfig": "config",
@@ -36,11 +36,11 @@ _HOME = {
     "TextConfig": "config",
     "VAEConfig": "config",
     "PROFILES": "config",
-    "load_experiment": "options",
+    "load_experiment": "config.overrides",
     "InputError": "errors",
     "MachineError": "errors",
 }
-_NEEDS_JAX = {"pipeline"}
+_NEEDS_JAX = {"sampling.pipeline"}
 
 __all__ = [
     "PROFILES",

@@ -1,5 +1,8 @@
 """Two kinds of failure a user can meet, and the exit codes they map to (0 done, 1 check failed, 130 interrupted)."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(Exception):
     """The request is wrong: one sentence naming the thing, the value and the remedy. Exit code 2."""
@@ -22,3 +25,10 @@ def require(condition: bool, sentence: str) -> None:
 def brief(error: Exception) -> str:
     """The first line of what an error says."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`did you mean X?` for the known word nearest to `word`, or all known words if none is near."""
+    known = sorted(known)
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {found[0]}?" if found else f"known: {', '.join(known) or 'none'}."

@@ -33,4 +33,4 @@ def folder(tmp_path_factory):
     """A model folder of the tiny experiment with random weights and the Stage world's words."""
     import folders  # after the settings above
 
-    return folders.model_folder(tmp_path_factory.mktemp("models") / "tiny")
+    return folders.write_model_folder(tmp_path_factory.mktemp("models") / "tiny")

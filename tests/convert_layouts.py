@@ -14,7 +14,7 @@ import safetensors
 import torchfiles
 from safetensors.numpy import load_file, save_file
 
-from packforcing_jax import tokenizer
+from packforcing_jax.networks import tokenizer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float64": np.float64}

@@ -5,8 +5,8 @@ import zlib
 
 import numpy as np
 
-from packforcing_jax import trace
 from packforcing_jax.config import CacheConfig
+from packforcing_jax.sampling import trace
 
 SMALL = CacheConfig(block=3, sink=6, recent=3, top=4, capacity=7, trained=20, score_pool=(1, 1, 1))
 HEAD = {"seed": 5, "prompts": [[0, "a fox"], [9, "ein Mädchen 狐"]]}

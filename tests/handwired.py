@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from packforcing_jax import cache, compressor, dit, sampler, trees
+from packforcing_jax import pytrees
 from packforcing_jax.config import (
     CacheConfig,
     CompressorConfig,
@@ -22,6 +22,9 @@ from packforcing_jax.config import (
     SampleConfig,
     SpaceToDepthConfig,
 )
+from packforcing_jax.memory import cache
+from packforcing_jax.networks import compressor, dit
+from packforcing_jax.sampling import block_step
 
 IDS, MARKS, WORDS = 8, 6, 3  # guests, their marks, words of a prompt
 ID, MARK, CUE = 0, IDS, IDS + MARKS  # latent channels
@@ -56,7 +59,7 @@ def experiment(**memory) -> Experiment:
 
 def bare(exp: Experiment) -> dict[str, np.ndarray]:
     """Weights that pass tokens on unchanged: zeros, open gates, patches that read and write the latent channels."""
-    shapes = trees.flatten(model(exp))
+    shapes = pytrees.flatten(model(exp))
     flat = {name: np.full(leaf.shape, name.endswith("scale"), np.float32) for name, leaf in shapes.items()}
     flat["blocks/modulation"][:, [2, 5]] = 1
     for cell in range(CELLS):
@@ -83,15 +86,15 @@ def model(exp: Experiment) -> dit.WanDiT:
     return jax.eval_shape(lambda: dit.WanDiT(exp.dit, nnx.Rngs(0)))
 
 
-def nets(exp: Experiment, flat: dict[str, np.ndarray]) -> sampler.Nets:
+def nets(exp: Experiment, flat: dict[str, np.ndarray]) -> block_step.Nets:
     """The transformer with the weights `flat`, and a compressor as it is before training: low resolution alone."""
     shapes = jax.eval_shape(lambda: compressor.Compressor(exp, nnx.Rngs(0)))
     rng = np.random.default_rng(1)
     high = {name: rng.normal(size=leaf.shape) * (not name.startswith("out/"))
-            for name, leaf in trees.flatten(shapes).items()}  # fmt: skip
-    transformer = trees.fill(model(exp), jax.tree.map(jnp.asarray, flat))
-    return sampler.Nets(dit=dit.unrolled(transformer),
-                        compressor=trees.fill(shapes, jax.tree.map(jnp.asarray, high)))  # fmt: skip
+            for name, leaf in pytrees.flatten(shapes).items()}  # fmt: skip
+    transformer = pytrees.fill(model(exp), jax.tree.map(jnp.asarray, flat))
+    return block_step.Nets(dit=dit.unrolled(transformer),
+                        compressor=pytrees.fill(shapes, jax.tree.map(jnp.asarray, high)))  # fmt: skip
 
 
 def values_to_answer(flat: dict[str, np.ndarray], layer: int) -> None:
@@ -101,7 +104,7 @@ def values_to_answer(flat: dict[str, np.ndarray], layer: int) -> None:
     connect(flat["blocks/attn/o/kernel"][layer], first, ANSWER, MARKS, 1.0)
 
 
-def recalling(exp: Experiment) -> sampler.Nets:
+def recalling(exp: Experiment) -> block_step.Nets:
     """A model that draws, at the cued place, the guest its prompt names with the mark that it finds in the memory."""
     flat = bare(exp)
     connect(flat["text_in/kernel"], 0, 0, IDS, 4.0)
@@ -124,7 +127,7 @@ def recalling(exp: Experiment) -> sampler.Nets:
     return nets(exp, flat)
 
 
-def reading(exp: Experiment, distance: float) -> sampler.Nets:
+def reading(exp: Experiment, distance: float) -> block_step.Nets:
     """A model that answers with the marks at its own place, `distance` frames back, whatever keys contain."""
     flat = bare(exp)
     time, rows, columns = FREQUENCIES
@@ -181,9 +184,9 @@ class Player:
     def _step(self, nets, memory, noise, prompt, latent):
         text = dit.text_kv(nets.dit, prompt)
         no_lots = jnp.zeros((self.exp.dit.layers, len(prompt), self.exp.cache.slots))
-        chance = sampler.Chance(noise=noise[0], renoise=noise[1:], lots=no_lots)
-        drawn = sampler.draw(nets, self.exp, memory, chance=chance, text=text)
-        after, *_ = sampler.remember(nets, self.exp, memory, latent=latent, low=low(latent), drawn=drawn, text=text)
+        chance = block_step.Chance(noise=noise[0], renoise=noise[1:], lots=no_lots)
+        drawn = block_step.draw(nets, self.exp, memory, chance=chance, text=text)
+        after, *_ = block_step.remember(nets, self.exp, memory, latent=latent, low=low(latent), drawn=drawn, text=text)
         return after, drawn.latent, jnp.stack([one.ids for one in drawn.looked])
 
     def history(self, nets, rng, script):

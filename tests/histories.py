@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import slow_memory
 
-from packforcing_jax import attention, cache, rope, selection, trees, view
+from packforcing_jax import pytrees
 from packforcing_jax.config import CompressorConfig, DiTConfig, Experiment, SpaceToDepthConfig
+from packforcing_jax.memory import cache, view
+from packforcing_jax.networks import rope
+from packforcing_jax.policies import attention, selection
 from packforcing_jax.types import KV
 
 MEMORY = types.SimpleNamespace(cache=cache, rope=rope, selection=selection, view=view)
@@ -31,7 +34,7 @@ def experiment(cfg, **packing):
 
 def shares(x, *, stacked):
     """[layer, ...] as the memory holds what there is per layer."""
-    return x if stacked else trees.unstack(x, len(jax.tree.leaves(x)[0]))
+    return x if stacked else pytrees.unstack(x, len(jax.tree.leaves(x)[0]))
 
 
 def stack(layers):
@@ -50,9 +53,9 @@ def stepper(exp, parts=MEMORY, *, stacked=False):
         full, packed, q, lots = (shares(x, stacked=stacked) for x in block)
         seen = parts.cache.plan(exp.cache, memory.num_blocks, gap)
         recall = lambda *one: parts.view.recall(exp, seen, *one)  # noqa: E731
-        views, looked = trees.unzip(trees.over(recall, memory.layers, q, lots, scratch))
-        full = trees.over(lambda kv: in_space(kv, frames), full)
-        packed = trees.over(lambda kv: in_space(kv, parts.cache.packed_places(exp)[1]), packed)
+        views, looked = pytrees.unzip(pytrees.over(recall, memory.layers, q, lots, scratch))
+        full = pytrees.over(lambda kv: in_space(kv, frames), full)
+        packed = pytrees.over(lambda kv: in_space(kv, parts.cache.packed_places(exp)[1]), packed)
         after = parts.cache.commit(exp, memory, full, packed if exp.cache.top else None, looked)
         shown = types.SimpleNamespace(views=views, looked=looked, plan=seen, length=parts.cache.length(exp, seen))
         return vars(shown), after

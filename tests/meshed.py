@@ -44,15 +44,15 @@ def experiment(objective, sizes):
     """Four heads, so that tensor and context have something to divide; rates at which 20 steps make a difference."""
     import tiny
 
-    from packforcing_jax import train_config
+    from packforcing_jax.config import training
     from packforcing_jax.training import rollout
 
-    moves = train_config.OptimiserConfig(rate=1e-3, betas=(0.9, 0.99))
-    train = train_config.TrainConfig(
+    moves = training.OptimiserConfig(rate=1e-3, betas=(0.9, 0.99))
+    train = training.TrainConfig(
         objective=objective, batch=BATCH, steps=20, accumulate=1, shift=3.0, grid=7, generator=moves, compressor=moves,
-        critic=moves, distil=train_config.DistilConfig(critic_updates=1, form="plain", guidance=2.0),
-        source=train_config.DataConfig(kind="records"),
-        mesh=train_config.MeshConfig(*sizes))  # fmt: skip
+        critic=moves, distil=training.DistilConfig(critic_updates=1, form="plain", guidance=2.0),
+        source=training.DataConfig(kind="records"),
+        mesh=training.MeshConfig(*sizes))  # fmt: skip
     heads = dataclasses.replace(tiny.EXP.dit, dim=24, heads=4, rope_pairs=(1, 1, 1))
     return rollout.for_training(dataclasses.replace(tiny.EXP, dit=heads, train=train), blocks=5, sink=3)
 
@@ -61,7 +61,7 @@ def examples(exp, step):
     """The raw batch of a step, all rows."""
     import numpy as np
 
-    from packforcing_jax.training import sources
+    from packforcing_jax.data import sources
 
     draw, blocks = np.random.default_rng((SEED, step)), exp.blocks
     shapes = {"latent": (exp.clip, *exp.latent, exp.dit.in_channels), "low": (blocks, *sources.low_form(exp)),
@@ -76,7 +76,9 @@ def train(objective, steps, sizes):
     import jax
     import numpy as np
 
-    from packforcing_jax.training import mesh, runs, sources
+    from packforcing_jax.data import sources
+    from packforcing_jax.networks import mesh
+    from packforcing_jax.training import runs
 
     exp, program = experiment(objective, sizes), runs.Program()
     grid = mesh.make(exp.train.mesh, jax.devices()[: math.prod(sizes)])
@@ -99,7 +101,7 @@ def teacher(exp, form):
     """A frozen transformer of other weights, lying where the generator's does."""
     import jax
 
-    from packforcing_jax import trees
+    from packforcing_jax import pytrees
     from packforcing_jax.training import batches
 
     places = {path: leaf.sharding for path, leaf in form.params["generator"].items() if path.startswith("dit/")}
@@ -107,7 +109,7 @@ def teacher(exp, form):
         return {}
 
     def drawn():
-        flat = trees.flatten(batches.new_model(exp, jax.random.key(SEED + 1), reads=False))
+        flat = pytrees.flatten(batches.new_model(exp, jax.random.key(SEED + 1), reads=False))
         return {path: flat[path] for path in places}
 
     return {"teacher": jax.jit(drawn, out_shardings=places)()}

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import tiny
 
-from packforcing_jax import archive, cache, pipeline
 from packforcing_jax.config import CacheConfig
 from packforcing_jax.errors import InputError
+from packforcing_jax.memory import cache
+from packforcing_jax.sampling import host_archive, pipeline
 from packforcing_jax.types import KV
 
 LATE = {"scope": "shared", "timing": "late", "capacity": 3}
@@ -77,8 +78,8 @@ def test_the_host_holds_what_the_device_would(played):
 def test_the_device_keeps_no_packed_block(played):
     for layer in played["host"][1].memory.layers:
         assert layer.mid.k.shape[1] == layer.mid.v.shape[1] == 0
-    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(archive.init(HOST, 2)))
-    assert archive.init(tiny.EXP, 2) == []
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(host_archive.init(HOST, 2)))
+    assert host_archive.init(tiny.EXP, 2) == []
 
 
 def packed(number):
@@ -88,12 +89,12 @@ def packed(number):
 
 
 def test_blocks_of_the_sink_are_not_kept_and_the_oldest_gives_way():
-    store = archive.init(tiny.with_cache(HOST, sink=6), 2)
-    archive.put(tiny.with_cache(HOST, sink=6), store, 0, packed(1))
-    archive.put(tiny.with_cache(HOST, sink=6), store, 1, packed(2))
+    store = host_archive.init(tiny.with_cache(HOST, sink=6), 2)
+    host_archive.put(tiny.with_cache(HOST, sink=6), store, 0, packed(1))
+    host_archive.put(tiny.with_cache(HOST, sink=6), store, 1, packed(2))
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(store))
     for block in range(2, 8):
-        archive.put(tiny.with_cache(HOST, sink=6), store, block, packed(block + 1))
+        host_archive.put(tiny.with_cache(HOST, sink=6), store, block, packed(block + 1))
     for layer in range(2):
         held = np.asarray([7, 8, 5, 6]) + 0.25 * layer  # blocks 2 to 7 in turn, in a ring of four
         np.testing.assert_array_equal(store[layer].k, np.broadcast_to(held[:, None, None, None], (2, 4, 8, 3, 12)))
@@ -101,13 +102,13 @@ def test_blocks_of_the_sink_are_not_kept_and_the_oldest_gives_way():
 
 
 def test_the_host_ring_and_the_devices_plan_agree_on_who_lies_where():
-    store, exp = archive.init(HOST, 2), HOST
+    store, exp = host_archive.init(HOST, 2), HOST
     for block in range(12):
         plan = cache.plan(exp.cache, jnp.int32(block))
         for slot, held in enumerate(np.asarray(plan.ids)):
             if held >= 0:
                 assert (store[1].k[:, slot] == held + 0.25).all()
-        archive.put(exp, store, block, packed(block))
+        host_archive.put(exp, store, block, packed(block))
     assert (np.asarray(plan.ids) >= 0).sum() == exp.cache.capacity
 
 
@@ -116,7 +117,7 @@ def test_the_chosen_slots_are_taken_for_each_video_from_every_layer():
     store = [KV(*rng.normal(size=(2, 2, 4, 8, 3, 12)).astype(np.float32)) for _ in range(3)]
     slots = jnp.asarray([[3, 0, 1], [2, 2, 0]])
     looked = cache.Looked(slots=slots, ids=slots, scores=slots, at=slots, sink_at=jnp.zeros(()))
-    for kv, picked in zip(store, archive.take(store, looked), strict=True):
+    for kv, picked in zip(store, host_archive.take(store, looked), strict=True):
         for name in ("k", "v"):
             wanted = np.stack([getattr(kv, name)[video, np.asarray(slots)[video]] for video in range(2)])
             np.testing.assert_array_equal(getattr(picked.kv, name), wanted)

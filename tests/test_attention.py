@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from packforcing_jax import attention
 from packforcing_jax.errors import InputError
+from packforcing_jax.policies import attention
 
 LENGTHS = [1, 5, 13]
 HALF = {"cudnn"}  # backends that take half precision only

@@ -9,8 +9,9 @@ import pytest
 import tiny
 from flax import nnx
 
-from packforcing_jax import codec, text, trees
+from packforcing_jax import pytrees
 from packforcing_jax.errors import InputError
+from packforcing_jax.networks import codec, text
 from packforcing_jax.training import batches
 from packforcing_jax.training.batches import Model, Words
 
@@ -166,21 +167,21 @@ def test_a_negative_prompt_longer_than_the_datas_text_is_refused():
 
 
 def test_parameters_become_the_modules_they_came_from():
-    flat = trees.flatten(MODEL)
+    flat = pytrees.flatten(MODEL)
     assert {path.split("/")[0] for path in flat} == {"dit", "compressor", "text"}
-    again = trees.flatten(batches.as_model(EXP, flat))
+    again = pytrees.flatten(batches.as_model(EXP, flat))
     assert again.keys() == flat.keys()
     assert all(again[path] is leaf for path, leaf in flat.items())
 
 
 def test_a_model_without_a_reader_has_none():
-    flat = {path: leaf for path, leaf in trees.flatten(MODEL).items() if not path.startswith("text/")}
+    flat = {path: leaf for path, leaf in pytrees.flatten(MODEL).items() if not path.startswith("text/")}
     model = batches.as_model(EXP, flat)
     assert model.text is None
-    assert trees.flatten(model).keys() == flat.keys()
+    assert pytrees.flatten(model).keys() == flat.keys()
 
 
 def test_a_transformer_is_the_part_under_dit():
-    alone = trees.flatten(batches.as_transformer(EXP, trees.flatten(MODEL)))
-    assert alone.keys() == trees.flatten(MODEL.dit).keys()
+    alone = pytrees.flatten(batches.as_transformer(EXP, pytrees.flatten(MODEL)))
+    assert alone.keys() == pytrees.flatten(MODEL.dit).keys()
     np.testing.assert_array_equal(alone["patch/kernel"], MODEL.dit.patch.kernel[...])

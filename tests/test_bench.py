@@ -13,21 +13,13 @@ import pytest
 import tiny
 
 from benchmarks import on_h200
-from packforcing_jax import (
-    bench,
-    budget,
-    cache,
-    config,
-    counting,
-    dit,
-    options,
-    pipeline,
-    sampler,
-    timing,
-    trees,
-    view,
-)
+from packforcing_jax import config, pytrees
+from packforcing_jax.config import overrides
 from packforcing_jax.errors import InputError
+from packforcing_jax.memory import cache, view
+from packforcing_jax.networks import dit
+from packforcing_jax.plan import bench, budget, jaxpr_cost, timing
+from packforcing_jax.sampling import block_step, pipeline
 
 PLAIN = tiny.with_cache(top=0, capacity=0, sink=4, recent=5)  # nothing packed, no whole blocks
 ALL = tuple(bench.PARTS)
@@ -91,9 +83,9 @@ def test_a_commit_is_given_what_remembering_makes():
     held, seen = bench.shapes(exp), cache.plan(exp.cache, jnp.int32(4))
 
     def remembered(nets, latent, low, words, views):
-        nets = trees.cast(nets, "float16")
-        full, _ = sampler.read_clean(nets, exp, seen, latent, words, views)
-        packed, _ = sampler.read_packed(nets, exp, seen, latent, low, words, views)
+        nets = pytrees.cast(nets, "float16")
+        full, _ = block_step.read_clean(nets, exp, seen, latent, words, views)
+        packed, _ = block_step.read_packed(nets, exp, seen, latent, low, words, views)
         return full, packed, nets.dit.blocks[0].attn.queries(dit.embed_latent(nets.dit, latent))
 
     want = jax.eval_shape(remembered, held.pipe.nets, *(held.given[name] for name in ("latent", "low", "words")),
@@ -136,8 +128,8 @@ def test_forward_is_the_first_step_of_a_block():
     held = bench.scene(model(), ["forward"])
     nets, seen = held.pipe.nets, cache.plan(tiny.EXP.cache, held.state.memory.num_blocks)
     none = jnp.zeros((0, *held.given["latent"].shape))
-    chance = sampler.Chance(noise=held.given["latent"], renoise=none, lots=none)
-    step = tiny.jit(lambda *args: sampler.first_step(args[0], tiny.EXP, *args[1:]))
+    chance = block_step.Chance(noise=held.given["latent"], renoise=none, lots=none)
+    step = tiny.jit(lambda *args: block_step.first_step(args[0], tiny.EXP, *args[1:]))
     want, _ = step(nets, seen, chance, held.given["words"], held.state.views)
     _, clean = held.run("forward")(held.state)
     np.testing.assert_allclose(clean, want, atol=1e-5)
@@ -238,7 +230,7 @@ def test_metrics_are_ratios_with_a_direction():
 
 
 def test_a_full_size_model_is_built_without_being_made():
-    exp = options.load_experiment("wan_t2v_1_3b_paper", ["dit.layers=1"])
+    exp = overrides.load_experiment("wan_t2v_1_3b_paper", ["dit.layers=1"])
     held = bench.shapes(exp)
     assert {x.dtype.name for x in jax.tree.leaves((held.pipe.nets, held.pipe.pixels, held.state.views))} == {"bfloat16"}
     assert held.state.views[0].k.shape == (1, cache.room(exp), 12, 128)
@@ -254,7 +246,7 @@ def test_a_full_size_model_is_built_without_being_made():
     counted = bench.operations(exp, ["forward"])["forward"]
     assert one_layer + ends < counted < 1.001 * (one_layer + ends)
     assert bench.moved(held, "commit") > 2 * 2 * 2 * 1_536 * (6_240 + 182)
-    assert counting.nbytes(held.given["full"]) == 2 * 2 * 6_240 * 1_536
+    assert jaxpr_cost.nbytes(held.given["full"]) == 2 * 2 * 6_240 * 1_536
 
 
 # The script for a GPU, at toy sizes

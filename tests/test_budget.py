@@ -8,20 +8,13 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from packforcing_jax import (
-    budget,
-    cache,
-    config,
-    counting,
-    formulas,
-    options,
-    pipeline,
-    programs,
-    sampler,
-    selection,
-    view,
-)
+from packforcing_jax import config
+from packforcing_jax.config import overrides
 from packforcing_jax.errors import InputError
+from packforcing_jax.memory import cache, view
+from packforcing_jax.plan import budget, formulas, jaxpr_cost, programs
+from packforcing_jax.policies import selection
+from packforcing_jax.sampling import block_step, pipeline
 
 FILM = dataclasses.replace(
     tiny.EXP,
@@ -98,7 +91,7 @@ def test_every_use_has_its_own_dtype():
 @pytest.fixture(scope="module")
 def paper():
     """The paper's memory at full size, two minutes: 120 blocks."""
-    exp = options.load_experiment("wan_t2v_1_3b_paper")
+    exp = overrides.load_experiment("wan_t2v_1_3b_paper")
     return budget.of(exp, pipeline.blocks_of(exp, 120))
 
 
@@ -130,7 +123,7 @@ def test_the_default_selection_costs_at_most_three_thousandths_of_a_block(paper)
 
 
 def test_the_published_profile_attends_26312_keys():
-    exp = options.load_experiment("wan_t2v_1_3b")
+    exp = overrides.load_experiment("wan_t2v_1_3b")
     one_layer = dataclasses.replace(exp, dit=dataclasses.replace(exp.dit, layers=1))
     found = budget.of(one_layer, 160)
     assert found.wrong == []
@@ -156,7 +149,7 @@ def test_the_compiler_counts_the_operations_of_the_full_size_step_too(paper):
 
     def step(nets, latent, words, views, n):
         none = jnp.zeros(())
-        return sampler.guess(nets, exp, cache.plan(exp.cache, n), latent, none, none, words, views)
+        return block_step.guess(nets, exp, cache.plan(exp.cache, n), latent, none, none, words, views)
 
     lowered = jax.jit(step).lower(held.computed, held.latent, held.words, held.views, held.memory.num_blocks)
     theirs, ours = (lowered.cost_analysis() or {})["flops"], paper.rows["operations/one step"].counted
@@ -203,7 +196,7 @@ def test_what_is_held_is_what_a_sampler_allocates():
     real = {"sink": [layer.sink for layer in layers], "recent": [layer.recent for layer in layers],
             "packed blocks": [layer.mid for layer in layers], "views": view.scratch(tiny.EXP, 2),
             "weights": tiny.nets()}  # fmt: skip
-    assert counted(found, "held", *real) == tuple(map(counting.nbytes, real.values()))
+    assert counted(found, "held", *real) == tuple(map(jaxpr_cost.nbytes, real.values()))
 
 
 def test_compiling_adds_what_the_compiler_reserves(monkeypatch):
@@ -231,7 +224,7 @@ def test_nothing_is_allocated():
 @pytest.mark.parametrize(("seconds", "blocks"), [(120, 120), (1 / 16, 1), (13 / 16, 1), (17 / 16, 2), (60.3, 61)])
 def test_blocks_of_a_length(seconds, blocks):
     """The first of four latent frames is one frame, each of the others four."""
-    assert pipeline.blocks_of(options.load_experiment("wan_t2v_1_3b_paper"), seconds) == blocks
+    assert pipeline.blocks_of(overrides.load_experiment("wan_t2v_1_3b_paper"), seconds) == blocks
 
 
 @pytest.mark.parametrize(("act", "named"), [

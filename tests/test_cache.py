@@ -13,8 +13,10 @@ import slow_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packforcing_jax import cache, rope, trees, view
+from packforcing_jax import pytrees
 from packforcing_jax.config import PROFILES, CacheConfig, DiTConfig, Experiment
+from packforcing_jax.memory import cache, view
+from packforcing_jax.networks import rope
 from packforcing_jax.types import KV
 
 VIDEOS = 3
@@ -100,9 +102,9 @@ def test_only_differences_of_places_matter():
 
     @histories.jit
     def recall(seen):
-        each = zip(memory.layers, *(trees.unstack(x, 2) for x in block[2:]))
-        views, looked = trees.unzip([view.recall(exp, seen, *one) for one in each])
-        return trees.stack(views), trees.stack(looked).ids
+        each = zip(memory.layers, *(pytrees.unstack(x, 2) for x in block[2:]))
+        views, looked = pytrees.unzip([view.recall(exp, seen, *one) for one in each])
+        return pytrees.stack(views), pytrees.stack(looked).ids
 
     def moved(by, ahead=0.0):
         names = ("sink_at", "mid_at", "recent_at", "current_at")
@@ -207,7 +209,7 @@ def commits(exp, story, commit, memory):
     before = memory
     for number in range(len(story.q)):
         before, (full, packed, *_) = memory, histories.block_of(story, number)
-        memory = commit(memory, *(trees.unstack(jax.tree.map(jnp.asarray, kv), 2) for kv in (full, packed)))
+        memory = commit(memory, *(pytrees.unstack(jax.tree.map(jnp.asarray, kv), 2) for kv in (full, packed)))
     return before, memory
 
 
@@ -244,7 +246,7 @@ def test_a_donated_memory_is_written_in_place():
     before, memory = commits(exp, story, given_away, memory)
     jax.tree.map(np.testing.assert_array_equal, memory, expected)
     assert all(leaf.is_deleted() for leaf in stores(before))
-    full, packed, *_ = (trees.unstack(jax.tree.map(jnp.asarray, x), 2) for x in histories.block_of(story, 0))
+    full, packed, *_ = (pytrees.unstack(jax.tree.map(jnp.asarray, x), 2) for x in histories.block_of(story, 0))
     saved = given_away.lower(memory, full, packed).compile().memory_analysis().alias_size_in_bytes
     assert saved >= sum(leaf.nbytes for leaf in stores(memory))
 

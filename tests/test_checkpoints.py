@@ -13,8 +13,8 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from packforcing_jax import checkpoints
 from packforcing_jax.errors import InputError, MachineError
+from packforcing_jax.io import checkpoints
 
 
 class Layer(nnx.Module):

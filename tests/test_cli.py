@@ -15,8 +15,9 @@ import types
 import pytest
 
 import packforcing_jax
-from packforcing_jax import config, options, versions
+from packforcing_jax import config, versions
 from packforcing_jax.cli import common, main
+from packforcing_jax.config import overrides
 from packforcing_jax.errors import InputError, MachineError
 
 VERBS = list(main.VERBS)
@@ -221,7 +222,7 @@ def test_a_broken_pair_stops_a_checked_verb_before_it_runs(capsys, verb, monkeyp
 
 def test_public_names_are_those_listed_and_load_when_used(monkeypatch):
     assert packforcing_jax.Experiment is config.Experiment
-    assert packforcing_jax.load_experiment is options.load_experiment
+    assert packforcing_jax.load_experiment is overrides.load_experiment
     assert set(packforcing_jax.__all__) == set(packforcing_jax._HOME)
     for name in packforcing_jax.__all__:
         assert getattr(packforcing_jax, name).__class__ is not types.ModuleType

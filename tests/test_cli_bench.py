@@ -11,9 +11,9 @@ import types
 import pytest
 import tiny
 
-from packforcing_jax import bench, timing
 from packforcing_jax.cli import bench as verb
 from packforcing_jax.errors import InputError
+from packforcing_jax.plan import bench, timing
 
 SECONDS = {"forward": 2.0, "block": 9.0, "commit": 0.5, "second": 12.0}
 

@@ -79,8 +79,9 @@ def test_help_shows_an_example(capsys):
 
 
 def test_its_choices_are_those_of_the_converter():
-    from convert import folders
-    from packforcing_jax import models
+    from packforcing_jax.convert import folders
+
+    from packforcing_jax.io import model_folder
 
     assert set(convert.NETWORKS) == set(folders.KINDS)
-    assert set(convert.PARTS) == set(models.PARTS)
+    assert set(convert.PARTS) == set(model_folder.PARTS)

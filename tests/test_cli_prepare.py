@@ -6,11 +6,12 @@ import pathlib
 import numpy as np
 import pytest
 import tiny
+from packforcing_jax.configs import stage
 
-from configs import stage
-from packforcing_jax import models, video
 from packforcing_jax.cli import main, prepare
-from packforcing_jax.training import importing, records
+from packforcing_jax.data import records
+from packforcing_jax.io import model_folder, video
+from packforcing_jax.training import importing
 
 SAID = ["a red disc walks", "a lime square walks slowly", "a red disc walks", "a red disc", "a figure walks quickly"]
 
@@ -49,7 +50,7 @@ def test_prompts_become_text_states(prompts, folder, tmp_path, capsys):
     assert (said["kind"], said["examples"], said["left_out"]) == ("prompts", 5, [])
     held = records.opened(tmp_path / "set")
     assert [bytes(held[at]["prompt"]).decode() for at in range(5)] == SAID
-    parts = importing.parts_of(tiny.EXP, models.opened(folder))
+    parts = importing.parts_of(tiny.EXP, model_folder.opened(folder))
     whole = np.asarray(parts.text(*parts.words.encode(SAID)))
     for at in range(5):
         states = held[at]["states"]

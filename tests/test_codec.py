@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from packforcing_jax import codec as codec_lib
-from packforcing_jax import trees
+from packforcing_jax import pytrees
 from packforcing_jax.config import SpaceToDepthConfig, VAEConfig
 from packforcing_jax.errors import InputError
+from packforcing_jax.networks import codec as codec_lib
 
 CELLS = SpaceToDepthConfig(factor=2)
 WAN = VAEConfig(dim=2, z_dim=3, dim_mult=(1, 2, 1), num_res_blocks=1, temporal_downsample=(True, True),
@@ -32,8 +32,8 @@ def make(cfg):
     shapes = jax.eval_shape(lambda: codec_lib.make(cfg, nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     draws = {path: rng.normal(size=leaf.shape) / math.sqrt(math.prod(leaf.shape[:-1]))
-             for path, leaf in trees.flatten(shapes).items()}  # fmt: skip
-    return trees.fill(shapes, {path: jnp.asarray(draw, jnp.float32) for path, draw in draws.items()})
+             for path, leaf in pytrees.flatten(shapes).items()}  # fmt: skip
+    return pytrees.fill(shapes, {path: jnp.asarray(draw, jnp.float32) for path, draw in draws.items()})
 
 
 def film(*shape, seed=0):
@@ -47,7 +47,7 @@ def latents(*shape):
 def test_cells_are_exact_and_have_no_parameters():
     cells, video = make(CELLS), film(2, 3, 4, 10)
     latent = encode(cells, video)
-    assert trees.flatten(cells) == {}
+    assert pytrees.flatten(cells) == {}
     assert latent.shape == (2, 3, 2, 5, CELLS.z_dim)
     np.testing.assert_array_equal(decode(cells, latent), video)
 

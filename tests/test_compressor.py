@@ -10,7 +10,9 @@ import pytest
 import tiny
 from flax import nnx
 
-from packforcing_jax import codec, compressor, config, dit, options, trees
+from packforcing_jax import config, pytrees
+from packforcing_jax.config import overrides
+from packforcing_jax.networks import codec, compressor, dit
 
 LATENT, LOW = tiny.latents(1)[0], tiny.lows(1)[0]
 
@@ -35,7 +37,7 @@ def test_before_training_only_low_resolution_speaks():
 def test_an_untrained_high_resolution_branch_is_exactly_zero():
     start = tiny.fresh().compressor
     assert (tiny.jit(start)(jnp.pad(LATENT, ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0)))) == 0).all()
-    assert all((leaf != 0).any() for name, leaf in trees.flatten(start).items() if name.endswith("kernel")
+    assert all((leaf != 0).any() for name, leaf in pytrees.flatten(start).items() if name.endswith("kernel")
                and not name.startswith("out"))  # fmt: skip
 
 
@@ -59,9 +61,9 @@ def test_token_counts_are_the_configs():
     assert pack(tiny.nets()).shape == (tiny.BATCH, tiny.EXP.tokens_per_packed_block, tiny.EXP.dit.dim)
 
 
-@pytest.mark.parametrize("name", options.names())
+@pytest.mark.parametrize("name", overrides.names())
 def test_token_counts_are_the_configs_at_full_size(name):
-    exp = options.load_experiment(name)
+    exp = overrides.load_experiment(name)
     module = jax.eval_shape(lambda: compressor.Compressor(exp, nnx.Rngs(0)))
     latent = jax.ShapeDtypeStruct((1, exp.compressor.frames, *exp.latent, exp.dit.in_channels), jnp.float32)
     tokens = jax.eval_shape(lambda module, latent: module(latent), module, latent)
@@ -99,8 +101,8 @@ def test_tokens_lie_in_the_order_time_row_column():
         return one
 
     module = tiny.nets().compressor
-    picks = {name: pick(name, leaf.shape) for name, leaf in trees.flatten(module).items()}
-    picking = tiny.jit(trees.fill(module, picks))
+    picks = {name: pick(name, leaf.shape) for name, leaf in pytrees.flatten(module).items()}
+    picking = tiny.jit(pytrees.fill(module, picks))
     latent = jnp.ones((1, 4, 8, 4, 12))
     for token, (slot, row, column) in enumerate(np.ndindex(tiny.EXP.packed_grid)):
         bumped = picking(latent.at[:, 2 * slot, 4 * row, 2 * column].add(5.0))
@@ -118,16 +120,16 @@ def test_one_step_opens_the_way_to_every_convolution():
 
     start = tiny.fresh().compressor
     first = gradient(start)
-    moving = {name for name, leaf in trees.flatten(first).items() if jnp.abs(leaf).max() > 0}
+    moving = {name for name, leaf in pytrees.flatten(first).items() if jnp.abs(leaf).max() > 0}
     assert moving == {"out/kernel", "out/bias"}
-    second = trees.flatten(gradient(jax.tree.map(lambda x, g: x - 0.1 * g, start, first)))
+    second = pytrees.flatten(gradient(jax.tree.map(lambda x, g: x - 0.1 * g, start, first)))
     assert set(second) == moving | {f"convs/{i}/{leaf}" for i in range(3) for leaf in ("kernel", "bias")}
     assert all(jnp.abs(leaf).max() > 0 for leaf in second.values())
 
 
 def test_kernels_are_as_wide_as_their_strides_ask():
     wan = jax.eval_shape(lambda: compressor.Compressor(config.Experiment("wan"), nnx.Rngs(0)))
-    assert [leaf.shape for name, leaf in trees.flatten(wan).items() if name.endswith("kernel")] == [
+    assert [leaf.shape for name, leaf in pytrees.flatten(wan).items() if name.endswith("kernel")] == [
         (3, 3, 3, 16, 32), (1, 4, 4, 32, 128), (1, 4, 4, 128, 512), (1, 4, 4, 512, 2048), (2048, 1536)]  # fmt: skip
 
 
@@ -144,8 +146,8 @@ def pixels(cfg):
     """A codec with random weights that keep the size of features."""
     shapes = jax.eval_shape(lambda: codec.make(cfg, nnx.Rngs(0)))
     rng = np.random.default_rng(0)
-    return trees.fill(shapes, {name: jnp.asarray(rng.normal(size=leaf.shape) * np.prod(leaf.shape[:-1]) ** -0.5)
-                               for name, leaf in trees.flatten(shapes).items()})  # fmt: skip
+    return pytrees.fill(shapes, {name: jnp.asarray(rng.normal(size=leaf.shape) * np.prod(leaf.shape[:-1]) ** -0.5)
+                               for name, leaf in pytrees.flatten(shapes).items()})  # fmt: skip
 
 
 def frames_shown(cfg, block, first):

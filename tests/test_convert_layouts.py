@@ -8,10 +8,11 @@ import convert_layouts
 import numpy as np
 import pytest
 from convert_layouts import LAYOUTS
+from packforcing_jax.convert import exporting, folders, networks, writing
 from safetensors.numpy import load_file, save_file
 
-from convert import exporting, folders, networks, writing
-from packforcing_jax import models, tokenizer
+from packforcing_jax.io import model_folder
+from packforcing_jax.networks import tokenizer
 
 MERGED = ("longlive", "bare_lora", "lora_that_says_how_strong", "lora_of_diffusers_with_alphas")
 CASES = [(name, "float32") for name in LAYOUTS] + [
@@ -80,7 +81,7 @@ def test_targets_in_the_manifest_are_those_of_the_folder(case):
     _, _, folder, _ = case
     rows = json.loads((folder / "manifest.json").read_text())["tensors"]
     filled = [(row["part"], row["path"], row["layer"]) for row in rows if "up @ down" not in row["transform"]]
-    held = models.opened(folder)
+    held = model_folder.opened(folder)
     wanted = [(part, path, layer) for part, tensors in held.parts.items() for path, tensor in tensors.items()
               for layer in (range(tensor.shape[0]) if path.startswith("blocks/") else [None])]  # fmt: skip
     assert sorted(filled, key=str) == sorted(wanted, key=str)
@@ -88,7 +89,7 @@ def test_targets_in_the_manifest_are_those_of_the_folder(case):
 
 def test_the_folder_is_a_model_that_fits_its_settings(case):
     _, made, folder, done = case
-    held = models.opened(folder)
+    held = model_folder.opened(folder)
     assert tuple(held.parts) == made.parts
     for part, tensors in held.parts.items():
         shapes = networks.wanted(part, held.experiment)
@@ -107,9 +108,9 @@ def test_a_folder_read_again_is_taken_over_bit_by_bit(case, tmp_path):
     _, made, folder, _ = case
     folders.convert(folders.Request(given=(folder,), out=tmp_path / "again"))
     for part in made.parts:
-        name = models.weights_file(part)
+        name = model_folder.weights_file(part)
         assert (tmp_path / "again" / name).samefile(folder / name)
-    assert models.opened(tmp_path / "again").experiment.dit == models.opened(folder).experiment.dit
+    assert model_folder.opened(tmp_path / "again").experiment.dit == model_folder.opened(folder).experiment.dit
 
 
 def test_the_tokenizer_comes_along_or_is_missed(case):
@@ -129,7 +130,7 @@ def converted(tmp_path, name, stored="float32", **request):
     made = LAYOUTS[name](tmp_path, stored)
     request = {**made.request, **request}
     done = folders.convert(folders.Request(given=tuple(made.given), out=tmp_path / "out", **request))
-    return done, models.opened(tmp_path / "out")
+    return done, model_folder.opened(tmp_path / "out")
 
 
 def test_latents_are_normalised_as_the_settings_say(tmp_path):
@@ -160,7 +161,8 @@ def test_heads_that_no_file_tells_are_assumed_aloud(tmp_path):
 
 @pytest.mark.parametrize(("dim", "heads"), [(256, 2), (1536, 12), (384, 3), (260, 5), (194, 97)])
 def test_heads_are_as_wide_as_in_released_models(dim, heads):
-    from convert import wan_dit
+    from packforcing_jax.convert import wan_dit
+
     from packforcing_jax.config import DiTConfig
 
     other = DiTConfig(dim=64, heads=2)
@@ -218,7 +220,7 @@ def test_a_student_shares_the_text_encoder_of_a_model_folder(tmp_path):
     _, base = converted(tmp_path / "a", "original_folder")
     student = LAYOUTS["self_forcing"](tmp_path / "b", "bfloat16") if (tmp_path / "b").mkdir() is None else None
     folders.convert(folders.Request(given=(base.folder, *student.given), out=tmp_path / "student"))
-    held = models.opened(tmp_path / "student")
+    held = model_folder.opened(tmp_path / "student")
     assert (held.folder / "text.safetensors").samefile(base.folder / "text.safetensors")
     assert not (held.folder / "dit.safetensors").samefile(base.folder / "dit.safetensors")
     assert (held.folder / "tokenizer.json").is_file()
@@ -243,7 +245,7 @@ def test_every_part_is_cast_when_asked(tmp_path, dtype, monkeypatch):
 def test_a_model_folder_is_cast_when_asked(tmp_path):
     _, base = converted(tmp_path / "a", "original_file")
     folders.convert(folders.Request(given=(base.folder,), out=tmp_path / "half", dtype="bfloat16"))
-    held = models.opened(tmp_path / "half")
+    held = model_folder.opened(tmp_path / "half")
     assert {tensor.dtype.name for tensor in held.part("dit").values()} == {"bfloat16"}
 
 
@@ -271,14 +273,14 @@ def test_a_strength_that_is_not_used_is_told(tmp_path):
 
 
 def test_the_shipped_model_goes_there_and_back(tmp_path):
-    from packforcing_jax import pipeline
+    from packforcing_jax.sampling import pipeline
 
     parts = exporting.to_torch(pipeline.SHIPPED, tmp_path / "stage.safetensors")
-    assert parts["compressor"]["compressor.convs.1.weight"].shape[0] == models.opened(
+    assert parts["compressor"]["compressor.convs.1.weight"].shape[0] == model_folder.opened(
         pipeline.SHIPPED).experiment.compressor.channels[1]  # fmt: skip
     folders.convert(folders.Request(given=(tmp_path / "stage.safetensors",), out=tmp_path / "stage", config="stage",
                                     tokenizer=pipeline.SHIPPED / "tokenizer.json"))  # fmt: skip
-    ours, theirs = models.opened(tmp_path / "stage"), models.opened(pipeline.SHIPPED)
+    ours, theirs = model_folder.opened(tmp_path / "stage"), model_folder.opened(pipeline.SHIPPED)
     assert ours.parts.keys() == theirs.parts.keys()
     for part, held in theirs.parts.items():
         assert ours.part(part).keys() == held.keys()
@@ -290,7 +292,7 @@ def test_the_shipped_model_goes_there_and_back(tmp_path):
 
 @pytest.mark.parametrize("part", ["dit", "compressor", "text"])
 def test_one_part_can_be_written_alone(tmp_path, part):
-    from packforcing_jax import pipeline
+    from packforcing_jax.sampling import pipeline
 
     parts = exporting.to_torch(pipeline.SHIPPED, tmp_path / "one.safetensors", part)
     assert list(parts) == [part]

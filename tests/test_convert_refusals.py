@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torchfiles
 from convert_layouts import dit, put, put_json, put_shards, put_tokenizer, umt5, vae
+from packforcing_jax.convert import exporting, folders
 from safetensors.numpy import load_file, save_file
 
-from convert import exporting, folders
 from packforcing_jax.cli import main
 from packforcing_jax.errors import InputError
 

@@ -9,10 +9,10 @@ import pytest
 import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packforcing_jax.convert import contents, networks, rules, wan_dit
+from packforcing_jax.convert.rules import Rule
 from safetensors.numpy import load_file
 
-from convert import contents, networks, rules, wan_dit
-from convert.rules import Rule
 from packforcing_jax.config import Experiment
 from packforcing_jax.errors import InputError
 

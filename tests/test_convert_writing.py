@@ -6,10 +6,11 @@ import weakref
 import convert_layouts
 import numpy as np
 import pytest
+from packforcing_jax.convert import folders, lora, networks, rules, writing
 
-from convert import folders, lora, networks, rules, writing
-from packforcing_jax import models, options, tensors
-from packforcing_jax.tensors import Tensor
+from packforcing_jax.config import overrides
+from packforcing_jax.io import model_folder, safetensors_io
+from packforcing_jax.io.safetensors_io import Tensor
 
 SETS = ("dit.dim=30", "dit.heads=3", "dit.layers=3", "dit.ffn_dim=44", "dit.text_dim=14", "dit.freq_dim=10",
         "dit.in_channels=4", "dit.out_channels=6", "codec.z_dim=4", "codec.mean=(0,0,0,0)",
@@ -18,7 +19,7 @@ SETS = ("dit.dim=30", "dit.heads=3", "dit.layers=3", "dit.ffn_dim=44", "dit.text
 
 @pytest.fixture(scope="module")
 def exp():
-    return options.load_experiment("wan_t2v_1_3b", SETS)
+    return overrides.load_experiment("wan_t2v_1_3b", SETS)
 
 
 class Watched(np.ndarray):
@@ -90,18 +91,18 @@ def test_arrays_that_do_not_lie_in_order_are_written_in_order(exp, tmp_path):
 def test_large_tables_are_cast_row_by_row(monkeypatch, tmp_path):
     table = convert_layouts.umt5("bfloat16")
     sizes = {"vocab": 97, "dim": 48, "dim_attn": 64, "dim_ffn": 80, "heads": 4, "layers": 3}
-    exp = options.load_experiment("wan_t2v_1_3b", [f"text.{name}={size}" for name, size in sizes.items()])
+    exp = overrides.load_experiment("wan_t2v_1_3b", [f"text.{name}={size}" for name, size in sizes.items()])
     puts = []
-    put = tensors.Writer.put
+    put = safetensors_io.Writer.put
     monkeypatch.setattr(writing, "LARGE", 96 * 48 * 2)
-    monkeypatch.setattr(tensors.Writer, "put", lambda self, name, value, layer=None:
+    monkeypatch.setattr(safetensors_io.Writer, "put", lambda self, name, value, layer=None:
                         (puts.append((name, layer, value.shape)), put(self, name, value, layer)))  # fmt: skip
     wrong = rules.no_mismatches()
     job = writing.job("text", rules.in_memory(table), exp, wrong, added={}, dtype="float32")
     list(writing.carry_out([job], tmp_path, wrong))
     assert [each for each in puts if each[0] == "embedding/embedding"] == [
         ("embedding/embedding", row, (48,)) for row in range(97)]  # fmt: skip
-    back = tensors.opened(tmp_path / "text.safetensors")["embedding/embedding"].read()
+    back = safetensors_io.opened(tmp_path / "text.safetensors")["embedding/embedding"].read()
     np.testing.assert_array_equal(back, table["token_embedding.weight"].astype(np.float32))
 
 
@@ -120,6 +121,6 @@ def test_a_sum_is_made_in_float32_and_stored_as_the_weight_was(exp):
 
 
 def test_the_planned_parts_are_those_of_the_networks(exp):
-    assert set(networks.NETWORKS) == set(models.PARTS)
+    assert set(networks.NETWORKS) == set(model_folder.PARTS)
     assert set(folders.KINDS) == {"dit", "vae", "text", "compressor", "lora"}
-    assert networks.wanted("compressor", options.override(exp, ["compressor.branches=lr"])) == {}
+    assert networks.wanted("compressor", overrides.override(exp, ["compressor.branches=lr"])) == {}

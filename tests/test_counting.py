@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from packforcing_jax import attention, config, counting, dit
+from packforcing_jax import config
+from packforcing_jax.networks import dit
+from packforcing_jax.plan import jaxpr_cost
+from packforcing_jax.policies import attention
 from packforcing_jax.types import KV
 
 
@@ -18,7 +21,7 @@ ONCE = 2 * 5**3  # operations of one product of two SQUAREs
 
 
 def operations(f, *args):
-    return counting.operations(counting.trace(f, *args))
+    return jaxpr_cost.operations(jaxpr_cost.trace(f, *args))
 
 
 @pytest.mark.parametrize(("subscripts", "shapes", "expected"), [
@@ -87,28 +90,28 @@ def test_pieces_laid_into_a_view_are_found_in_order():
         rows = jax.lax.dynamic_update_slice_in_dim(view, view[:1], 1, axis=0)
         return rows, jax.lax.dynamic_update_slice_in_dim(other, short, 0, axis=1)
 
-    program = counting.trace(lay, shape(2, 13, 3), shape(2, 4, 3), shape(2, 5, 3), shape(2, 9, 3))
-    assert counting.writes(program, (2, 13, 3)) == [4, 5, 4, 4, 13]  # a write along another axis is as long as the view
-    assert counting.writes(program, (2, 13, 3), axis=0) == [2, 2, 2, 2, 1]
-    assert counting.writes(program, (2, 9, 3)) == [4]
-    assert counting.writes(program, (13, 2, 3)) == []
+    program = jaxpr_cost.trace(lay, shape(2, 13, 3), shape(2, 4, 3), shape(2, 5, 3), shape(2, 9, 3))
+    assert jaxpr_cost.writes(program, (2, 13, 3)) == [4, 5, 4, 4, 13]  # a write along another axis is as long as the view
+    assert jaxpr_cost.writes(program, (2, 13, 3), axis=0) == [2, 2, 2, 2, 1]
+    assert jaxpr_cost.writes(program, (2, 9, 3)) == [4]
+    assert jaxpr_cost.writes(program, (13, 2, 3)) == []
 
 
 def test_operations_on_arrays_of_one_shape():
     def f(x, y, z):
         return jax.lax.map(lambda row: (row @ y).sum(), x) + (y.T @ z).sum()
 
-    program = counting.trace(f, shape(2, 4, 3), shape(3, 7), shape(3, 5))
-    assert counting.operations(program) == 2 * 2 * 4 * 3 * 7 + 2 * 7 * 3 * 5
-    assert counting.operations(program, on=(3, 7)) == 2 * 2 * 4 * 3 * 7
-    assert counting.operations(program, on=(3, 5)) == 2 * 7 * 3 * 5
-    assert counting.operations(program, on=(4, 7)) == 0  # a result is no operand
+    program = jaxpr_cost.trace(f, shape(2, 4, 3), shape(3, 7), shape(3, 5))
+    assert jaxpr_cost.operations(program) == 2 * 2 * 4 * 3 * 7 + 2 * 7 * 3 * 5
+    assert jaxpr_cost.operations(program, on=(3, 7)) == 2 * 2 * 4 * 3 * 7
+    assert jaxpr_cost.operations(program, on=(3, 5)) == 2 * 7 * 3 * 5
+    assert jaxpr_cost.operations(program, on=(4, 7)) == 0  # a result is no operand
 
 
 def test_walk_says_how_often_each_equation_runs():
-    program = counting.trace(
+    program = jaxpr_cost.trace(
         lambda x: jax.lax.fori_loop(0, 3, lambda _, c: jnp.sin(jax.lax.map(jnp.cos, c)), jnp.exp(x)), SQUARE)
-    times = {eqn.primitive.name: times for eqn, times in counting.walk(program)}
+    times = {eqn.primitive.name: times for eqn, times in jaxpr_cost.walk(program)}
     assert {name: times[name] for name in ("exp", "sin", "cos")} == {"exp": 1, "sin": 3, "cos": 15}
 
 
@@ -123,23 +126,23 @@ def test_walk_says_how_often_each_equation_runs():
     (lambda x: jax.lax.dynamic_update_slice_in_dim(x, jnp.sin(x), 0, axis=0), 2),
 ])  # fmt: skip
 def test_peak_is_what_lives_at_once(f, arrays):
-    assert counting.peak(counting.trace(f, SQUARE)) == arrays * 5 * 5 * 4
+    assert jaxpr_cost.peak(jaxpr_cost.trace(f, SQUARE)) == arrays * 5 * 5 * 4
 
 
 def test_arrays_of_given_shapes_do_not_count_for_the_peak():
     def f(x, y):
         return (jnp.sin(x @ y) @ y.T).sum(axis=1)
 
-    program = counting.trace(f, shape(3, 5), shape(5, 101))
+    program = jaxpr_cost.trace(f, shape(3, 5), shape(5, 101))
     wide, tall, small = 3 * 101 * 4, 5 * 101 * 4, 3 * 5 * 4
-    assert counting.peak(program) == wide + tall + small
-    assert counting.peak(program, besides=[(3, 101)]) == tall + small
+    assert jaxpr_cost.peak(program) == wide + tall + small
+    assert jaxpr_cost.peak(program, besides=[(3, 101)]) == tall + small
 
 
 def test_trees_are_weighed_by_shape_and_dtype():
     tree = {"a": shape(3, 5, dtype=jnp.bfloat16), "b": (shape(7), shape())}
-    assert counting.count(tree) == 23
-    assert counting.nbytes(tree) == 3 * 5 * 2 + 8 * 4
+    assert jaxpr_cost.count(tree) == 23
+    assert jaxpr_cost.nbytes(tree) == 3 * 5 * 2 + 8 * 4
 
 
 @pytest.mark.parametrize(("queries", "keys", "teraflop"), [(6240, 27_872, 48.25), (4680, 32_760, 40.41)])

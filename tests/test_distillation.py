@@ -11,8 +11,10 @@ import pytest
 import tiny
 from flax import nnx
 
-from packforcing_jax import codec, sampler, schedules, trees
-from packforcing_jax.train_config import DistilConfig
+from packforcing_jax import pytrees
+from packforcing_jax.config import DistilConfig
+from packforcing_jax.networks import codec
+from packforcing_jax.sampling import block_step, schedules
 from packforcing_jax.training import batches, distillation, rollout
 from packforcing_jax.training.batches import Batch, Model, Networks
 
@@ -222,7 +224,7 @@ def test_the_critic_alone_learns_from_its_loss(given_clips):
     np.testing.assert_allclose(loss, expected_of_the_critic(exp), rtol=1e-3)
     assert still(gradient)
     assert still(teacher)
-    assert all(np.asarray(leaf).any() for leaf in trees.flatten(critic).values())
+    assert all(np.asarray(leaf).any() for leaf in pytrees.flatten(critic).values())
 
 
 def test_a_critic_that_names_the_clean_clip_learns_it_at_every_level_alike(given_clips):
@@ -257,7 +259,7 @@ def test_a_clip_is_what_is_remembered_and_has_the_gradient_of_its_exit_step(fini
         return distillation.clip_again(networks, Batch(words=STATES), KEY, exp, **how)[0]
 
     def by_hand(model):
-        nets, text = sampler.Nets(dit=model, compressor=packing), batches.text_kv(model, STATES)
+        nets, text = block_step.Nets(dit=model, compressor=packing), batches.text_kv(model, STATES)
         drawn = rollout.draws(exp, KEY, BLOCKS, 2)
         clip = rollout.draw(nets, exp, pixels, drawn, text)
         guess = batches.by_clip(rollout.again(nets, exp, clip, drawn, text))
@@ -269,5 +271,5 @@ def test_a_clip_is_what_is_remembered_and_has_the_gradient_of_its_exit_step(fini
     for each in seen:
         np.testing.assert_allclose(each, remembered, atol=2e-5)
     assert (np.abs(np.asarray(guess - remembered)).max() > 1e-3) == finished  # the key's exit is not the last step
-    for name, leaf in trees.flatten(expected).items():
-        np.testing.assert_allclose(trees.flatten(found)[name], leaf, atol=1e-4 * np.abs(leaf).max(), err_msg=name)
+    for name, leaf in pytrees.flatten(expected).items():
+        np.testing.assert_allclose(pytrees.flatten(found)[name], leaf, atol=1e-4 * np.abs(leaf).max(), err_msg=name)

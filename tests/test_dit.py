@@ -10,8 +10,12 @@ import pytest
 import tiny
 from flax import nnx
 
-from packforcing_jax import attention, cache, dit, sampler, trees
+from packforcing_jax import pytrees
 from packforcing_jax.config import DiTConfig
+from packforcing_jax.memory import cache
+from packforcing_jax.networks import dit
+from packforcing_jax.policies import attention
+from packforcing_jax.sampling import block_step
 from packforcing_jax.types import KV
 
 MODEL = tiny.nets().dit
@@ -84,11 +88,11 @@ FULL = tiny.with_cache(top=0, capacity=0, recent=9, sink=3)
 def behind_memory(exp, memory, noisy, clean, times, text):
     """The output for a noisy block behind the memory, and the memory after its clean twin."""
     seen = cache.plan(exp.cache, memory.num_blocks)
-    past = trees.zipped(memory.layers, [jnp.zeros((2, 0))] * exp.dit.layers)
-    output, kept = sampler.guess(APART, exp, seen, noisy, times, times / 1000, text, past,
-                                 look=sampler.first_look)  # fmt: skip
-    views, looked = trees.unzip(kept)
-    full, _ = sampler.read_clean(APART, exp, seen, clean, text, views)
+    past = pytrees.zipped(memory.layers, [jnp.zeros((2, 0))] * exp.dit.layers)
+    output, kept = block_step.guess(APART, exp, seen, noisy, times, times / 1000, text, past,
+                                 look=block_step.first_look)  # fmt: skip
+    views, looked = pytrees.unzip(kept)
+    full, _ = block_step.read_clean(APART, exp, seen, clean, text, views)
     return output, cache.commit(exp, memory, full, None, looked)
 
 
@@ -241,12 +245,12 @@ def test_layers_one_by_one_are_the_scan_over_them():
     looped, listed = run(APART.dit, tiny.text_kv(APART.dit, CONTEXT), list(gains))
     assert isinstance(listed, list)
     np.testing.assert_allclose(scanned, looped, atol=1e-5)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), stacked, trees.stack(listed))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), stacked, pytrees.stack(listed))
 
 
 def test_layers_come_apart_without_touching_the_model_or_its_numbers():
-    before, apart = trees.flatten(MODEL), trees.flatten(dit.unrolled(MODEL))
-    assert trees.flatten(MODEL).keys() == before.keys()
+    before, apart = pytrees.flatten(MODEL), pytrees.flatten(dit.unrolled(MODEL))
+    assert pytrees.flatten(MODEL).keys() == before.keys()
     for name, leaf in before.items():
         if name.startswith("blocks/"):
             for layer in range(CFG.layers):
@@ -258,7 +262,7 @@ def test_layers_come_apart_without_touching_the_model_or_its_numbers():
 
 def test_words_of_layers_apart_are_those_of_the_stack():
     stacked, listed = tiny.text_kv(MODEL, CONTEXT), tiny.text_kv(APART.dit, CONTEXT)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), stacked, trees.stack(listed))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), stacked, pytrees.stack(listed))
 
 
 def test_projections_are_those_a_layer_hands_to_attention():
@@ -270,7 +274,7 @@ def test_projections_are_those_a_layer_hands_to_attention():
 
     stacked = tiny.jit(dit.projections)(MODEL, x, time)
     listed = tiny.jit(dit.projections)(APART.dit, x, time)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), stacked, trees.stack(listed))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), stacked, pytrees.stack(listed))
     _, caught = tiny.jit(lambda: dit.run(MODEL, x, time, text, past=None, mix=keep))()
     jax.tree.map(lambda own, seen: np.testing.assert_allclose(own[0], seen[0], atol=1e-5), stacked, caught)
     assert np.abs(stacked.k[1] - caught.k[1]).max() > 0.01

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from packforcing_jax import attention, versions
+from packforcing_jax import versions
 from packforcing_jax.cli import doctor, main
 from packforcing_jax.errors import MachineError
+from packforcing_jax.policies import attention
 
 
 def good():

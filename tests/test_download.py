@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import test_hub
 
-from packforcing_jax import hub
 from packforcing_jax.cli import main
+from packforcing_jax.io import hub
 
 VERB = main.Verb("download", "fetch public weights", "packforcing download --list", checked=False)
 WAN = {

@@ -9,8 +9,10 @@ import pytest
 import tiny
 from flax import nnx
 
-from packforcing_jax import config, encoding, models, text
+from packforcing_jax import config
 from packforcing_jax.errors import InputError, MachineError
+from packforcing_jax.io import model_folder, text_encoder
+from packforcing_jax.networks import text
 
 CFG = dataclasses.replace(tiny.EXP.text, layers=3, max_words=7)
 IDS = np.array([[5, 9, 1, 0, 0, 0, 0], [7, 2, 11, 40, 3, 8, 1], [1, 0, 0, 0, 0, 0, 0]], np.int32)
@@ -25,7 +27,7 @@ def model():
 
 
 def held(model, **changes):
-    return dataclasses.replace(encoding.of_module(model, config.DtypeConfig()), **changes)
+    return dataclasses.replace(text_encoder.of_module(model, config.DtypeConfig()), **changes)
 
 
 def test_states_are_those_of_the_whole_encoder(model):
@@ -46,9 +48,9 @@ def test_states_have_the_dtype_asked_for(model):
 
 
 def test_no_more_than_a_layer_is_read_at_a_time(model, tmp_path):
-    models.save(tmp_path / "m", config.Experiment("x", text=CFG), {"text": model}, dtype="float32")
-    opened = models.opened(tmp_path / "m")
-    encoder = encoding.of_folder(opened, config.DtypeConfig())
+    model_folder.save(tmp_path / "m", config.Experiment("x", text=CFG), {"text": model}, dtype="float32")
+    opened = model_folder.opened(tmp_path / "m")
+    encoder = text_encoder.of_folder(opened, config.DtypeConfig())
     assert encoder.store is None  # a small one is quicker to ask again
     np.testing.assert_array_equal(encoder(IDS, MASK), held(model)(IDS, MASK))
 
@@ -125,6 +127,6 @@ def test_weights_of_another_encoder_are_refused(model):
 
 def test_the_store_lies_where_caches_belong(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert encoding.default_store() == tmp_path / "packforcing" / "text"
+    assert text_encoder.default_store() == tmp_path / "packforcing" / "text"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert encoding.default_store().parts[-3:] == (".cache", "packforcing", "text")
+    assert text_encoder.default_store().parts[-3:] == (".cache", "packforcing", "text")

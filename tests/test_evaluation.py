@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from packforcing_jax import checkpoints, config, evaluation, pipeline, recall, trees
+from packforcing_jax import config, pytrees
 from packforcing_jax.cli import main
 from packforcing_jax.errors import InputError
+from packforcing_jax.evaluation import recall, stage_figures
+from packforcing_jax.io import checkpoints
+from packforcing_jax.sampling import pipeline
 from packforcing_jax.stage import captions, data, oracle, stories, world
 from packforcing_jax.training import batches, state
 
@@ -50,7 +53,7 @@ def clip(guests, *, scenes=None, seed=0):
 
 def repainted(story, **changes):
     """The perfect reading of a story, with fields changed."""
-    return dataclasses.replace(evaluation.true_reading(story), **changes)
+    return dataclasses.replace(stage_figures.true_reading(story), **changes)
 
 
 # Truth and scores
@@ -59,14 +62,14 @@ def repainted(story, **changes):
 @pytest.mark.parametrize("seed", range(4))
 def test_the_true_reading_is_what_the_oracle_reads(seed):
     story = data.draw_clip(np.random.default_rng(seed))
-    seen, true = oracle.read(world.render(story)), evaluation.true_reading(story)
+    seen, true = oracle.read(world.render(story)), stage_figures.true_reading(story)
     for field in dataclasses.fields(oracle.Reading):
         np.testing.assert_allclose(getattr(seen, field.name), getattr(true, field.name), atol=2e-2, err_msg=field.name)
 
 
 def test_perfect_readings_score_one_everywhere(exp):
     told = [data.draw_clip(np.random.default_rng(i)) for i in range(9)]
-    rows = evaluation.teacher_figures(exp, [evaluation.true_reading(story) for story in told], told)
+    rows = stage_figures.teacher_figures(exp, [stage_figures.true_reading(story) for story in told], told)
     for name, row in rows.items():
         value, low, high = row["value"]
         if name.endswith("RMS error"):
@@ -80,7 +83,7 @@ def test_perfect_readings_score_one_everywhere(exp):
 
 def test_chance_levels_are_those_of_uniform_draws(exp):
     told = [data.draw_clip(np.random.default_rng(i)) for i in range(9)]
-    rows = evaluation.teacher_figures(exp, [evaluation.true_reading(story) for story in told], told)
+    rows = stage_figures.teacher_figures(exp, [stage_figures.true_reading(story) for story in told], told)
     wanted = {"colour": 1 / 8, "shape": 1 / 4, "backdrop": 1 / 8, "scene": 1 / 4, "position": 1 / 4,
               "guest identity": 1 / 9, "subject's mark": 1 / 16, "guest there or not": 1 / 2,
               "called-back guest, packed only": 1 / 16, "hue RMS error": 36 / math.sqrt(6)}  # fmt: skip
@@ -89,8 +92,8 @@ def test_chance_levels_are_those_of_uniform_draws(exp):
 
 def test_readings_of_another_story_score_near_chance(exp):
     told = [data.draw_clip(np.random.default_rng(i)) for i in range(60)]
-    others = [evaluation.true_reading(data.draw_clip(np.random.default_rng(1000 + i))) for i in range(60)]
-    rows = evaluation.teacher_figures(exp, others, told)
+    others = [stage_figures.true_reading(data.draw_clip(np.random.default_rng(1000 + i))) for i in range(60)]
+    rows = stage_figures.teacher_figures(exp, others, told)
     for name in ("colour", "backdrop", "subject's mark", "position"):
         _, low, high = rows[name]["value"]
         assert low < rows[name]["chance"] < high, name
@@ -101,17 +104,17 @@ def test_the_first_block_does_not_count_and_wrong_frames_count_by_share(exp):
     story = clip([-1, 2, -1, -1])
     mark = np.full(16, story.mark)
     mark[:4] = (story.mark + 1) % 16
-    assert evaluation.teacher_figures(exp, [repainted(story, mark=mark)], [story])["subject's mark"]["value"][0] == 1
+    assert stage_figures.teacher_figures(exp, [repainted(story, mark=mark)], [story])["subject's mark"]["value"][0] == 1
     mark[4:7] = (story.mark + 1) % 16
-    row = evaluation.teacher_figures(exp, [repainted(story, mark=mark)], [story])["subject's mark"]
+    row = stage_figures.teacher_figures(exp, [repainted(story, mark=mark)], [story])["subject's mark"]
     assert row["value"][0] == pytest.approx(9 / 12)
     assert row["n"] == 1
 
 
 def test_rms_errors_are_in_the_units_of_the_world(exp):
     story = clip([-1, -1, 5])
-    true = evaluation.true_reading(story)
-    rows = evaluation.teacher_figures(exp, [repainted(story, hue=true.hue + 3, gain=true.gain - 0.1)], [story])
+    true = stage_figures.true_reading(story)
+    rows = stage_figures.teacher_figures(exp, [repainted(story, hue=true.hue + 3, gain=true.gain - 0.1)], [story])
     assert rows["hue RMS error"]["value"][0] == pytest.approx(3, rel=1e-4)
     assert rows["gain RMS error"]["value"][0] == pytest.approx(0.1, rel=1e-4)
 
@@ -125,8 +128,8 @@ def test_call_backs_are_sorted_by_where_the_memory_has_them(exp, sink, packed, p
     told += [clip([*([1] * shown), 3, *([1] * (4 - shown)), 3], seed=shown) for shown in range(1, 5)]
     changed = dataclasses.replace(exp, cache=dataclasses.replace(exp.cache, sink=sink))
     wrong = repainted(told[2], guest_mark=np.full(24, -1))
-    readings = [wrong if i == 2 else evaluation.true_reading(story) for i, story in enumerate(told)]
-    rows = evaluation.teacher_figures(changed, readings, told)
+    readings = [wrong if i == 2 else stage_figures.true_reading(story) for i, story in enumerate(told)]
+    rows = stage_figures.teacher_figures(changed, readings, told)
     for block, place in enumerate(places):
         row = rows[f"called-back guest, block {block} ({place})"]
         assert row["n"] == 1
@@ -137,14 +140,14 @@ def test_call_backs_are_sorted_by_where_the_memory_has_them(exp, sink, packed, p
 
 def test_a_guest_also_seen_sharply_is_not_packed_only(exp):
     told = [clip([3, -1, 3, -1, 3]), clip([-1, -1, 3, -1, 3])]
-    rows = evaluation.teacher_figures(exp, [evaluation.true_reading(story) for story in told], told)
+    rows = stage_figures.teacher_figures(exp, [stage_figures.true_reading(story) for story in told], told)
     assert rows["called-back guest, packed only"]["n"] == 1
     assert rows["called-back guest, block 2 (packed)"]["n"] == 2
 
 
 def test_the_right_mark_on_the_wrong_guest_is_not_recall(exp):
     story = clip([-1, -1, 3, -1, 3])
-    rows = evaluation.teacher_figures(exp, [repainted(story, guest=np.full(20, 4))], [story])
+    rows = stage_figures.teacher_figures(exp, [repainted(story, guest=np.full(20, 4))], [story])
     assert rows["called-back guest, packed only"]["value"][0] == 0
 
 
@@ -156,7 +159,7 @@ def free(model):
     """Two videos of nine blocks: long enough that the packed ring turns over."""
     prompts = [stories.default_timeline(SEED + i, 9) for i in range(2)]
     ids = [pipeline.video_id(each[0]) for each in prompts]
-    frames, chosen = evaluation.play(model, prompts, seeds=[SEED, SEED + 1], videos=ids)
+    frames, chosen = stage_figures.play(model, prompts, seeds=[SEED, SEED + 1], videos=ids)
     return prompts, ids, frames, chosen
 
 
@@ -172,9 +175,9 @@ def test_behind_its_own_frames_a_forced_video_is_the_free_one(model, free):
     prompts, ids, frames, _ = free
     assert abs(frames).max() < 1  # nothing was clipped
     seeds = [SEED, SEED + 1]
-    forced, _ = evaluation.play(model, prompts, seeds=seeds, videos=ids, truth=frames)
+    forced, _ = stage_figures.play(model, prompts, seeds=seeds, videos=ids, truth=frames)
     np.testing.assert_allclose(forced, frames, atol=2e-4)
-    last, chosen = evaluation.play(model, prompts, seeds=seeds, videos=ids, truth=frames, first=7)
+    last, chosen = stage_figures.play(model, prompts, seeds=seeds, videos=ids, truth=frames, first=7)
     assert chosen.shape == (2, 2, 2, 3)
     np.testing.assert_allclose(last, frames[:, 28:], atol=2e-4)
 
@@ -183,7 +186,7 @@ def test_another_history_changes_what_is_drawn_behind_it_but_not_before(model, f
     prompts, ids, frames, _ = free
     changed = frames.copy()
     changed[1, 8:12] = 0.9 - changed[1, 8:12]
-    forced, _ = evaluation.play(model, prompts, seeds=[SEED, SEED + 1], videos=ids, truth=changed)
+    forced, _ = stage_figures.play(model, prompts, seeds=[SEED, SEED + 1], videos=ids, truth=changed)
     np.testing.assert_allclose(forced[0], frames[0], atol=2e-4)
     np.testing.assert_allclose(forced[1, :12], frames[1, :12], atol=2e-4)
     assert abs(forced[1, 12:16] - frames[1, 12:16]).max() > 1e-3
@@ -197,14 +200,14 @@ def same(a, b):
 
 
 def test_teacher_forcing_an_untrained_model(model):
-    result = evaluation.teacher_forced(model, clips=2, seed=SEED, batch=2)
+    result = stage_figures.teacher_forced(model, clips=2, seed=SEED, batch=2)
     assert list(result["sections"]) == ["sink of 8 frames", "sink of 0 frames"]
     for rows in result["sections"].values():
         assert rows["valid frames"]["value"][0] == 0
         assert rows["colour"]["n"] == 2
-        assert all(name in evaluation.table(result) for name in rows)
-    assert same(result, evaluation.teacher_forced(model, clips=2, seed=SEED, batch=2))
-    assert not same(result, evaluation.teacher_forced(model, clips=2, seed=SEED + 1, batch=2))
+        assert all(name in stage_figures.table(result) for name in rows)
+    assert same(result, stage_figures.teacher_forced(model, clips=2, seed=SEED, batch=2))
+    assert not same(result, stage_figures.teacher_forced(model, clips=2, seed=SEED + 1, batch=2))
 
 
 def test_rolling_out_an_untrained_model(model):
@@ -214,21 +217,21 @@ def test_rolling_out_an_untrained_model(model):
         counted.append(len(parts))
         return parts
 
-    result = evaluation.rollout(model, videos=2, blocks=31, seed=SEED, batch=2, watch=watch)
+    result = stage_figures.rollout(model, videos=2, blocks=31, seed=SEED, batch=2, watch=watch)
     assert (result["videos"], result["frames"], counted) == (2, 124, [1])
     assert result["windows"]["valid"]["last"][0] == 0
-    assert "last window" in evaluation.table(result)
+    assert "last window" in stage_figures.table(result)
     assert any(name.startswith("recall guest") for name in result["whole"])
 
 
 def test_what_cannot_be_evaluated_is_refused(model):
     with pytest.raises(InputError, match="batch=0"):
-        evaluation.rollout(model, videos=2, blocks=3, batch=0)
+        stage_figures.rollout(model, videos=2, blocks=3, batch=0)
     with pytest.raises(InputError, match="0 videos"):
-        evaluation.teacher_forced(model, clips=0)
+        stage_figures.teacher_forced(model, clips=0)
     other = dataclasses.replace(model, experiment=dataclasses.replace(model.experiment, latent=(10, 8), name="wide"))
     with pytest.raises(InputError, match="'wide' draws no stage videos"):
-        evaluation.rollout(other)
+        stage_figures.rollout(other)
 
 
 # Models on disk, and the program
@@ -253,9 +256,9 @@ def listing(folder):
 def test_the_average_of_the_newest_checkpoint_is_read_and_the_run_left_alone(exp, run):
     folder, now = run
     before = listing(folder)
-    assert evaluation.newest(folder).name == "10"
-    model = evaluation.of_checkpoint(exp, evaluation.newest(folder))
-    read = trees.flatten(model.nets.dit)
+    assert stage_figures.newest(folder).name == "10"
+    model = stage_figures.of_checkpoint(exp, stage_figures.newest(folder))
+    read = pytrees.flatten(model.nets.dit)
     for path, leaf in now.ema.items():
         if not path.startswith("dit/"):
             continue
@@ -268,7 +271,7 @@ def test_the_average_of_the_newest_checkpoint_is_read_and_the_run_left_alone(exp
 
 def test_a_run_without_checkpoints_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds no checkpoint"):
-        evaluation.newest(tmp_path)
+        stage_figures.newest(tmp_path)
 
 
 @pytest.fixture
@@ -284,13 +287,13 @@ def test_the_program_evaluates_a_run(run, tiny, capsys):
     out, err = capsys.readouterr()
     result = json.loads(out)
     assert (result["mode"], result["videos"], result["frames"]) == ("rollout", 1, 8)
-    assert result["seed"] == evaluation.HELD_OUT
+    assert result["seed"] == stage_figures.HELD_OUT
     assert "checkpoints/10" in err
 
 
 @pytest.mark.parametrize(("mode", "module", "function", "videos"), [
-    ("teacher", evaluation, "teacher_forced", {"clips": 48}),
-    ("rollout", evaluation, "rollout", {"videos": 64, "blocks": 12}),
+    ("teacher", stage_figures, "teacher_forced", {"clips": 48}),
+    ("rollout", stage_figures, "rollout", {"videos": 64, "blocks": 12}),
     ("forced", recall, "forced", {"videos": 32, "gaps": (4, 9), "ways": recall.ways_of("recency,all-fit")}),
 ])  # fmt: skip
 def test_flags_reach_the_evaluation(run, tiny, capsys, monkeypatch, mode, module, function, videos):
@@ -302,7 +305,7 @@ def test_flags_reach_the_evaluation(run, tiny, capsys, monkeypatch, mode, module
         return {"mode": mode, "videos": 0, "sections": {}}
 
     monkeypatch.setattr(module, function, stand_in)
-    monkeypatch.setattr(evaluation, "table", lambda result: f"table of {result['mode']}")
+    monkeypatch.setattr(stage_figures, "table", lambda result: f"table of {result['mode']}")
     words = ["--run", str(run[0]), "--config", tiny, "--memory", "no-mid", "--set", "cache.sink=4", "--ways",
              "recency,all-fit"]  # fmt: skip
     assert main.main(["evaluate", *words, "--mode", mode, "--seed", "5", "--blocks", "12", "--gaps", "4,9"]) == 0
@@ -329,10 +332,10 @@ def test_bad_flags_end_with_code_2_and_one_sentence(capsys, words, sentence):
 
 
 def test_captions_of_held_out_clips_are_understood(model):
-    story = data.draw_clip(np.random.default_rng((evaluation.HELD_OUT, 0)))
+    story = data.draw_clip(np.random.default_rng((stage_figures.HELD_OUT, 0)))
     sentences = [captions.caption(story, block) for block in range(5)]
-    words, which = evaluation.spoken(model, [sentences, sentences[::-1]])
-    assert [kv.k.shape[0] for kv in words] == [evaluation.SENTENCES] * 2
+    words, which = stage_figures.spoken(model, [sentences, sentences[::-1]])
+    assert [kv.k.shape[0] for kv in words] == [stage_figures.SENTENCES] * 2
     np.testing.assert_array_equal(which[0], which[1][::-1])
     alone = model.words([sentences[3]])
     for kv, one in zip(words, alone, strict=True):

@@ -8,10 +8,12 @@ import jax
 import pytest
 import tiny
 
-from packforcing_jax import budget, config, counting, fitting, formulas, options, programs
+from packforcing_jax import config
+from packforcing_jax.config import overrides
 from packforcing_jax.errors import InputError
-from packforcing_jax.fitting import Room
-from packforcing_jax.programs import DRAWING, ENCODING, PROMPT, REMEMBERING, SHOWING, Use
+from packforcing_jax.plan import budget, formulas, jaxpr_cost, memory_fit, programs
+from packforcing_jax.plan.memory_fit import Room
+from packforcing_jax.plan.programs import DRAWING, ENCODING, PROMPT, REMEMBERING, SHOWING, Use
 
 HALF = dataclasses.replace(tiny.EXP, dtypes=config.HALF)
 HOST = tiny.with_cache(scope="shared", timing="late", archive="host", capacity=9)
@@ -28,7 +30,7 @@ FILM = dataclasses.replace(
 def test_what_lies_between_two_blocks_is_what_the_budget_counts(exp):
     counted = budget.held(exp, programs.shapes_of(exp, 2))
     smallest = 4 * (exp.dit.layers + 1)  # where each sink begins, and the block counter
-    assert sum(fitting.resting(exp, 2).values()) == counted["held/on the device"] - smallest
+    assert sum(memory_fit.resting(exp, 2).values()) == counted["held/on the device"] - smallest
 
 
 def test_a_peak_is_what_lies_there_and_what_the_program_takes():
@@ -36,7 +38,7 @@ def test_a_peak_is_what_lies_there_and_what_the_program_takes():
     uses = dict.fromkeys((ENCODING, PROMPT, SHOWING, REMEMBERING), Use(0, 0, 0, 0)) | {
         DRAWING: Use(temporary=100, results=50, arguments=7, reused=30),
         f"{SHOWING} the first block": Use(temporary=1000, results=0, arguments=0, reused=0)}  # fmt: skip
-    found, held = fitting.peaks(FILM, 2, uses), fitting.resting(FILM, 2)
+    found, held = memory_fit.peaks(FILM, 2, uses), memory_fit.resting(FILM, 2)
     whole = sum(held.values())
     frames, latent = 2 * 6 * 32 * 48 * 3 * 4, 2 * 3 * 8 * 12 * 4 * 4
     low, layers = 2 * 2 * 4 * 12 * 4 * 4, 2 * (4 * 10 * 6 + 3 * 10 * 9 + 32 * 2 + 2 * 10) * 4
@@ -52,7 +54,7 @@ def test_a_peak_is_what_lies_there_and_what_the_program_takes():
 
 
 def test_packed_blocks_on_the_host_are_fetched_and_counted_there():
-    device, host = (fitting.peaks(exp, 2, fitting.estimated(exp, 2))
+    device, host = (memory_fit.peaks(exp, 2, memory_fit.estimated(exp, 2))
                     for exp in (tiny.with_cache(scope="shared", timing="late", capacity=9), HOST))
     one, slots = 8 * 2 * 2 * 2 * 36 * 4, 9 + 1  # keys, k and v, layers, videos, width, bytes
     fetched = 2 * one + slots * one // (2 * 2)  # the chosen ones; one layer's keys to score
@@ -70,25 +72,25 @@ def test_packed_blocks_on_the_host_are_fetched_and_counted_there():
 ])  # fmt: skip
 def test_attention_is_estimated_as_it_will_run(attention, dtype, platform, fused):
     exp = dataclasses.replace(tiny.EXP, attention=attention, dtypes=config.DtypeConfig(cache=dtype))
-    assert fitting.fused(exp, platform) == fused
+    assert memory_fit.fused(exp, platform) == fused
     kind, space = programs.FUSED if fused else programs.WRITTEN, programs.workspace
     if platform == "gpu":
-        assert fitting.estimated(exp)[DRAWING].temporary == space(exp)[f"{DRAWING}, {kind}"]
+        assert memory_fit.estimated(exp)[DRAWING].temporary == space(exp)[f"{DRAWING}, {kind}"]
 
 
 def test_a_cpu_computes_halves_in_float32():
-    half, single = (fitting.estimated(exp, 2, "cpu")[DRAWING].temporary for exp in (HALF, tiny.EXP))
+    half, single = (memory_fit.estimated(exp, 2, "cpu")[DRAWING].temporary for exp in (HALF, tiny.EXP))
     assert half == single
 
 
-EVERY = [tiny.EXP, HOST, FILM, *map(options.load_experiment, ("stage", "wan_t2v_1_3b_paper"))]
+EVERY = [tiny.EXP, HOST, FILM, *map(overrides.load_experiment, ("stage", "wan_t2v_1_3b_paper"))]
 
 
 @pytest.mark.parametrize("exp", EVERY, ids=["tiny", "host", "film", "stage", "paper"])
 @pytest.mark.parametrize("platform", ["gpu", "cpu"])
 def test_the_quick_bounds_hold_the_estimate(exp, platform):
-    found = fitting.estimated(exp, 2, platform)
-    above, below = fitting.bounded(exp, 2), fitting._floor(exp, 2, platform)
+    found = memory_fit.estimated(exp, 2, platform)
+    above, below = memory_fit.bounded(exp, 2), memory_fit._floor(exp, 2, platform)
     for name, use in found.items():
         assert below[name].temporary <= use.temporary <= above[name].temporary, name
         assert use.results == above[name].results == below[name].results
@@ -110,18 +112,18 @@ def roughly(monkeypatch):
 
 def room_below(exp, share=0.999, platform="gpu"):
     """A room of a little less, or much less, than `exp` needs."""
-    need = fitting._need(exp, Room("", 0, platform=platform), 1)
+    need = memory_fit._need(exp, Room("", 0, platform=platform), 1)
     return Room("this one", int(share * need.on_device), platform=platform)
 
 
 def test_what_fits_is_left_alone(roughly):
-    verdict = fitting.judge(tiny.EXP, Room("large", 10**9))
+    verdict = memory_fit.judge(tiny.EXP, Room("large", 10**9))
     assert (verdict.sets, verdict.then) == ((), verdict.need)
     assert verdict.lacks == verdict.need.on_device - 10**9 < 0
 
 
 def test_the_most_harmless_change_that_is_enough_is_named(roughly):
-    verdict = fitting.judge(FILM, room_below(FILM))
+    verdict = memory_fit.judge(FILM, room_below(FILM))
     assert verdict.sets == ("dtypes.vae=bfloat16",)
     assert verdict.lacks > 0 >= verdict.room.lacks(verdict.then)
 
@@ -130,20 +132,20 @@ def test_the_most_harmless_change_that_is_enough_is_named(roughly):
 @pytest.mark.parametrize("exp", [FILM, tiny.with_cache(capacity=150)], ids=["film", "tiny"])
 def test_flags_that_are_named_make_it_fit_and_none_is_in_vain(roughly, exp, share):
     room = room_below(exp, share)
-    verdict = fitting.judge(exp, room)
+    verdict = memory_fit.judge(exp, room)
     if verdict.sets is None:
         assert room.lacks(verdict.then) > 0
         return
-    assert room.lacks(fitting._need(options.override(exp, verdict.sets), room, 1)) <= 0
-    taken = [change for change in itertools.chain(*fitting.attempts(exp)) if set(change) <= set(verdict.sets)]
+    assert room.lacks(memory_fit._need(overrides.override(exp, verdict.sets), room, 1)) <= 0
+    taken = [change for change in itertools.chain(*memory_fit.attempts(exp)) if set(change) <= set(verdict.sets)]
     assert set(itertools.chain(*taken)) == set(verdict.sets)
     for change in set(taken):
         rest = [each for each in verdict.sets if each not in change]
-        assert not rest or room.lacks(fitting._need(options.override(exp, rest), room, 1)) > 0, change
+        assert not rest or room.lacks(memory_fit._need(overrides.override(exp, rest), room, 1)) > 0, change
 
 
 def test_the_picture_shrinks_only_when_all_else_is_not_enough():
-    tried = list(fitting.attempts(FILM))
+    tried = list(memory_fit.attempts(FILM))
     sized = [at for at, changes in enumerate(tried) if any("latent" in one for change in changes for one in change)]
     assert sized == list(range(sized[0], len(tried)))
     assert tried[sized[0]] == (("latent=6,8",),)  # whole patches
@@ -152,24 +154,24 @@ def test_the_picture_shrinks_only_when_all_else_is_not_enough():
 
 def test_a_change_to_more_or_to_nothing_is_none():
     """Capacity is 4 and top 2 here; a host archive is turned in place no more."""
-    tried = set(itertools.chain(*fitting.attempts(tiny.with_cache(rope_adjustment="incremental"))))
+    tried = set(itertools.chain(*memory_fit.attempts(tiny.with_cache(rope_adjustment="incremental"))))
     assert not any(one.startswith("cache.") for change in tried for one in change)
-    assert ("dtypes.vae=bfloat16",) not in set(itertools.chain(*fitting.attempts(HALF)))
+    assert ("dtypes.vae=bfloat16",) not in set(itertools.chain(*memory_fit.attempts(HALF)))
 
 
 def test_packed_blocks_move_to_a_host_that_has_room(roughly):
     exp = dataclasses.replace(tiny.with_cache(capacity=150), dtypes=config.HALF)
-    verdict = fitting.judge(exp, room_below(exp))
-    assert verdict.sets == fitting.CHANGES[5]
+    verdict = memory_fit.judge(exp, room_below(exp))
+    assert verdict.sets == memory_fit.CHANGES[5]
     narrow = dataclasses.replace(room_below(exp), host=1000)
-    assert "cache.archive=host" not in (fitting.judge(exp, narrow).sets or ())
+    assert "cache.archive=host" not in (memory_fit.judge(exp, narrow).sets or ())
 
 
 def test_nothing_is_said_to_help_where_nothing_does(roughly):
-    verdict = fitting.judge(tiny.EXP, Room("pocket", 1000))
+    verdict = memory_fit.judge(tiny.EXP, Room("pocket", 1000))
     assert verdict.sets is None
     assert 1000 < verdict.then.on_device < verdict.need.on_device
-    assert "settings alone bring it down to 0.00 GB at best" in fitting.refusal("tiny", verdict)
+    assert "settings alone bring it down to 0.00 GB at best" in memory_fit.refusal("tiny", verdict)
 
 
 # Refusing
@@ -179,21 +181,21 @@ def test_a_model_that_is_too_large_is_refused_by_name_with_what_would_fit():
     before = sum(array.nbytes for array in jax.live_arrays())
     room = Room("this NVIDIA H200", 100_000)
     with pytest.raises(InputError) as refused:
-        fitting.require_fits(FILM, room=room)
+        memory_fit.require_fits(FILM, room=room)
     assert sum(array.nbytes for array in jax.live_arrays()) == before
     assert str(refused.value).startswith("tiny needs 0.00 GB of memory, this NVIDIA H200 has 0.00 GB; ")
-    wan = options.load_experiment("wan_t2v_1_3b_paper")
-    verdict = fitting.judge(wan, fitting.parse("24GB"))
-    said = fitting.refusal(wan.name, verdict)
+    wan = overrides.load_experiment("wan_t2v_1_3b_paper")
+    verdict = memory_fit.judge(wan, memory_fit.parse("24GB"))
+    said = memory_fit.refusal(wan.name, verdict)
     assert said.startswith("wan_t2v_1_3b_paper needs 26.")
     assert "24GB has 24.00 GB; --set cache.archive=host --set cache.scope=shared --set cache.timing=late brings" in said
 
 
 def test_nothing_is_traced_for_a_model_that_fits_easily(monkeypatch):
     monkeypatch.setattr(programs, "workspace", lambda *args: pytest.fail("traced"))
-    fitting.require_fits(options.load_experiment("stage"), batch=3)
+    memory_fit.require_fits(overrides.load_experiment("stage"), batch=3)
     with pytest.raises(pytest.fail.Exception, match="traced"):
-        fitting.require_fits(options.load_experiment("stage"), room=Room("small", 10**7))
+        memory_fit.require_fits(overrides.load_experiment("stage"), room=Room("small", 10**7))
 
 
 # Rooms
@@ -203,13 +205,13 @@ def test_nothing_is_traced_for_a_model_that_fits_easily(monkeypatch):
     ("24GB", 24 * 10**9), ("22.5GiB", 22.5 * 2**30), ("141 gb", 141 * 10**9), ("512MiB", 2**29), ("1tb", 10**12),
 ])  # fmt: skip
 def test_sizes_are_read_as_they_are_written(text, size):
-    assert fitting.parse(text).device == size
+    assert memory_fit.parse(text).device == size
 
 
 @pytest.mark.parametrize("text", ["24", "GB", "24G", "0GB", "-3GB", "24 GBit", "1.2.3GB"])
 def test_a_size_without_a_meaning_is_refused(text):
     with pytest.raises(InputError, match="is no size of a memory; write it as 24GB"):
-        fitting.parse(text)
+        memory_fit.parse(text)
 
 
 def machine(folder, meminfo="", group="", **files):
@@ -230,7 +232,7 @@ KB = 1024
 
 
 def test_what_the_system_says_is_available(tmp_path):
-    assert fitting.available(*machine(tmp_path, FREE)) == 700 * KB
+    assert memory_fit.available(*machine(tmp_path, FREE)) == 700 * KB
 
 
 @pytest.mark.parametrize(("group", "files", "left"), [
@@ -246,20 +248,20 @@ def test_a_control_group_may_leave_less(tmp_path, group, files, left):
         others[f"{start}memory_at_{'usage_in_bytes' if old else 'current'}"] = str(80 * KB)
         others[f"{start}memory_at_stat"] = f"anon 1\n{'total_' * old}inactive_file {60 * KB}\n"
     used = (80 - 60) if left != 700 else 0  # file pages can be given up
-    assert fitting.available(*machine(tmp_path, FREE, group, **files, **others)) == (left - used) * KB
+    assert memory_fit.available(*machine(tmp_path, FREE, group, **files, **others)) == (left - used) * KB
 
 
 def test_without_linux_it_is_what_the_machine_has(tmp_path):
-    assert fitting.available(tmp_path, tmp_path) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert memory_fit.available(tmp_path, tmp_path) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_this_machine_has_one_memory():
-    room = fitting.this_machine()
+    room = memory_fit.this_machine()
     assert room.platform == "cpu"
     assert 10**8 < room.device <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_logits_and_largest_arrays_at_full_size():
-    wan = options.load_experiment("wan_t2v_1_3b_paper")
+    wan = overrides.load_experiment("wan_t2v_1_3b_paper")
     assert formulas.logits(wan, 1) == 12 * 6240 * 28160 * 4 == formulas.largest(wan, 1)
-    assert counting.nbytes(programs.latent_of(wan, 1)) == 4 * 60 * 104 * 16 * 4
+    assert jaxpr_cost.nbytes(programs.latent_of(wan, 1)) == 4 * 60 * 104 * 16 * 4

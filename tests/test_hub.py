@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 import pytest
 from huggingface_hub import constants
 
-from packforcing_jax import hub
 from packforcing_jax.errors import InputError, MachineError
+from packforcing_jax.io import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LARGE = 5000  # bytes from which on the served files are recorded with their SHA-256

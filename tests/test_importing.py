@@ -11,8 +11,10 @@ import pytest
 import tiny
 from flax import nnx
 
-from packforcing_jax import codec, config, models, video
+from packforcing_jax import config
 from packforcing_jax.errors import InputError
+from packforcing_jax.io import model_folder, video
+from packforcing_jax.networks import codec
 from packforcing_jax.training import importing
 
 BLOCKS = 5
@@ -24,7 +26,7 @@ WAN = config.VAEConfig(dim=4, z_dim=12, dim_mult=(1, 1), num_res_blocks=1, tempo
 @pytest.fixture(scope="module")
 def parts(folder):
     """The tiny model's codec and text encoder."""
-    return importing.parts_of(tiny.EXP, models.opened(folder))
+    return importing.parts_of(tiny.EXP, model_folder.opened(folder))
 
 
 def film(path, count=15, size=(10, 24), fps=5):
@@ -208,7 +210,7 @@ def test_a_model_gives_what_it_has(folder, tmp_path):
     wan = dataclasses.replace(tiny.EXP, codec=WAN)
     assert importing.parts_of(wan, None).pixels is None
     with pytest.raises(InputError, match="other sizes than --config asks for"):
-        importing.parts_of(wan, models.opened(folder))
+        importing.parts_of(wan, model_folder.opened(folder))
 
 
 def base(path, form, prompts, *, change=lambda entries: entries):

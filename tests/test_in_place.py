@@ -12,7 +12,12 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from packforcing_jax import cache, dit, hlo, options, pipeline, trees, view
+from packforcing_jax import pytrees
+from packforcing_jax.config import overrides
+from packforcing_jax.memory import cache, view
+from packforcing_jax.networks import dit
+from packforcing_jax.plan import hlo
+from packforcing_jax.sampling import pipeline
 from packforcing_jax.types import KV
 
 MODES = ("sink", "sink_only", "none")  # `incremental` turns stored keys: see its own test
@@ -39,7 +44,7 @@ def build(function, donated, *args):
 
 
 def full_size(config, mode, layers=1):
-    exp = options.load_experiment(config, [f"dit.layers={layers}"])
+    exp = overrides.load_experiment(config, [f"dit.layers={layers}"])
     return tiny.with_cache(exp, rope_adjustment=mode)
 
 
@@ -109,9 +114,9 @@ def as_scanned(exp):
             held = cache.Memory(layers=[layer], num_blocks=memory.num_blocks)
             return None, cache.commit(exp, held, [full], [packed], [looked]).layers[0]
 
-        inputs = [trees.stack(each) for each in (memory.layers, *new)]
+        inputs = [pytrees.stack(each) for each in (memory.layers, *new)]
         layers = jax.lax.scan(one, None, tuple(inputs))[1]
-        return cache.Memory(layers=trees.unstack(layers, exp.dit.layers), num_blocks=memory.num_blocks + 1)
+        return cache.Memory(layers=pytrees.unstack(layers, exp.dit.layers), num_blocks=memory.num_blocks + 1)
 
     return commit
 

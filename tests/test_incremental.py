@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import slow_memory
 
-from packforcing_jax import cache, view
 from packforcing_jax.config import CacheConfig
+from packforcing_jax.memory import cache, view
 
 FIGURE = CacheConfig(block=1, sink=2, recent=2, top=4, capacity=6, selection="random", rope_adjustment="incremental",
                      score_pool=(1, 1, 1))  # fmt: skip

@@ -11,9 +11,9 @@ import imageio.v3
 import numpy as np
 import pytest
 
-from packforcing_jax import inspection, trace
 from packforcing_jax.cli import inspect
 from packforcing_jax.errors import InputError
+from packforcing_jax.sampling import inspect_trace, trace
 
 
 @pytest.fixture
@@ -43,11 +43,11 @@ def call(*words):
 def test_a_sound_run_is_shown_with_code_0(path, capsys):
     assert call(path) == 0
     out, err = capsys.readouterr()
-    assert inspection.table(trace.read(path)) in out
+    assert inspect_trace.table(trace.read(path)) in out
     assert "15 blocks checked: positions contiguous, sink untouched, nothing twice" in out
     assert err == ""
     assert f"map: {path.with_suffix('.png')}" in out
-    np.testing.assert_array_equal(imageio.v3.imread(path.with_suffix(".png")), inspection.heat_map(trace.read(path)))
+    np.testing.assert_array_equal(imageio.v3.imread(path.with_suffix(".png")), inspect_trace.heat_map(trace.read(path)))
 
 
 def test_every_problem_is_one_line_and_the_code_1(tmp_path, capsys):
@@ -80,7 +80,7 @@ def test_json_holds_blocks_problems_and_layers(tmp_path, path, capsys):
     assert (found["blocks"], found["problems"], found["note"]) == (15, [], "")
     assert found["map"] == str(tmp_path / "deep" / "er" / "b.PNG")
     assert [row["layer"] for row in found["layers"]] == [0, 1, 2, "random"]
-    assert found["layers"][0] == inspection.rows(trace.read(path))[0]
+    assert found["layers"][0] == inspect_trace.rows(trace.read(path))[0]
     assert imageio.v3.imread(found["map"]).shape == (720, 720, 3)
     assert not path.with_suffix(".png").exists()
     assert call(broken(tmp_path / "a.jsonl"), "--json", "--no-map") == 1

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from packforcing_jax import cache, inspection, trace
 from packforcing_jax.config import CHOICES, PROFILES
+from packforcing_jax.memory import cache
+from packforcing_jax.sampling import inspect_trace, trace
 
 MEMORIES = {
     **{rule: dataclasses.replace(diaries.SMALL, rope_adjustment=rule) for rule in CHOICES["cache.rope_adjustment"]},
@@ -39,7 +40,7 @@ def run(path, cfg=diaries.SMALL, edit=lambda blocks: None, **how):
 
 @pytest.mark.parametrize("name", MEMORIES)
 def test_an_honest_run_has_no_problems(tmp_path, name):
-    assert inspection.problems(run(tmp_path / "a", MEMORIES[name], blocks=24)) == []
+    assert inspect_trace.problems(run(tmp_path / "a", MEMORIES[name], blocks=24)) == []
 
 
 @pytest.mark.parametrize("name", MEMORIES)
@@ -49,9 +50,9 @@ def test_the_memory_plans_what_the_invariants_ask_for(name):
     for block in range(24):
         layout = {name: float(getattr(seen, name)[block]) for name in trace.LAYOUT if name != "block"}
         ids = np.sort(seen.ids[block][seen.ids[block] >= 0])
-        assert ids.tolist() == list(inspection.visible(cfg, block))
+        assert ids.tolist() == list(inspect_trace.visible(cfg, block))
         found = trace.Block(block, prompt="", latent="", sink_sum=0, layout=layout | {"block": cfg.block}, layers=())
-        assert list(inspection._layout(cfg, None, found)) == []
+        assert list(inspect_trace._layout(cfg, None, found)) == []
 
 
 def change(name, number, value):
@@ -138,7 +139,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_each_invariant_is_caught_where_it_is_broken_once(tmp_path, name):
     edit, sentences = BROKEN[name]
-    found = inspection.problems(run(tmp_path / "a", edit=edit, blocks=16))
+    found = inspect_trace.problems(run(tmp_path / "a", edit=edit, blocks=16))
     assert len(found) == len(sentences)
     for sentence in sentences:
         assert any(re.search(sentence, each) for each in found), (sentence, found)
@@ -158,16 +159,16 @@ def test_each_invariant_is_caught_where_it_is_broken_once(tmp_path, name):
     ],
 )
 def test_each_rule_of_the_memory_has_its_own(tmp_path, name, edit, sentence):
-    found = inspection.problems(run(tmp_path / "a", MEMORIES[name], edit, blocks=16))
+    found = inspect_trace.problems(run(tmp_path / "a", MEMORIES[name], edit, blocks=16))
     assert any(re.search(sentence, each) for each in found), found
 
 
 def test_ages_must_be_what_the_numbers_say(tmp_path):
     found = run(tmp_path / "a", blocks=9)
     found.blocks[8].layers[2].ages[1] += 1
-    assert len(inspection.problems(found)) == 1
+    assert len(inspect_trace.problems(found)) == 1
     assert re.search(r"Block 8, layer 2: packed block \d is said to be \d blocks old, but is \d\.",
-                     inspection.problems(found)[0])  # fmt: skip
+                     inspect_trace.problems(found)[0])  # fmt: skip
 
 
 def test_float32_places_far_out_are_no_problem_and_a_real_shift_there_is_one(tmp_path):
@@ -177,7 +178,7 @@ def test_float32_places_far_out_are_no_problem_and_a_real_shift_there_is_one(tmp
         last.places[:, 2] += np.float32(shift)
         with trace.Writer(tmp_path / "a", diaries.head(cfg)) as writer:
             writer.write(last)
-        assert len(inspection.problems(trace.read(tmp_path / "a"))) == count + 1  # the blocks before are missing
+        assert len(inspect_trace.problems(trace.read(tmp_path / "a"))) == count + 1  # the blocks before are missing
 
 
 def choices(*sets, blocks=40):
@@ -197,7 +198,7 @@ def test_figures_of_a_layer_are_those_counted_by_hand(tmp_path):
     newest = lambda block: [block - 5, block - 4, block - 3, block - 2]  # noqa: E731
     oldest = lambda block: [2, 3, 4, 5]  # noqa: E731
     found = run(tmp_path / "a", cfg, choices(newest, oldest), blocks=26, layers=2)
-    first, second, random = inspection.rows(found)
+    first, second, random = inspect_trace.rows(found)
     full = range(7, 26)  # blocks that recall 4; those before see 1, 2 and 3
     early = [2, 2, 3, 2, 3, 4]  # ages at blocks 4, 5, 6: [2], [3, 2], [4, 3, 2]
     assert first["recalled"] == second["recalled"] == random["recalled"] == pytest.approx((4 * 19 + 6) / 22)
@@ -216,7 +217,7 @@ def test_figures_of_a_layer_are_those_counted_by_hand(tmp_path):
 
 def test_chance_is_what_random_choices_come_to(tmp_path):
     cfg = dataclasses.replace(diaries.SMALL, capacity=30)
-    *layers, random = inspection.rows(run(tmp_path / "a", cfg, blocks=150, layers=24))
+    *layers, random = inspect_trace.rows(run(tmp_path / "a", cfg, blocks=150, layers=24))
     for name, within in (("mean_age", 0.2), ("median_age", 1.1), ("old_share", 0.02), ("change", 0.02)):
         assert np.mean([row[name] for row in layers]) == pytest.approx(random[name], abs=within), name
     assert random["oldest"] == 31
@@ -226,14 +227,14 @@ def test_chance_of_change_is_the_known_one():
     cfg = dataclasses.replace(PROFILES["paper"], capacity=500)
     for visible, known in ((24, 0.50), (32, 0.66), (48, 0.80), (112, 0.92)):
         one, other = (trace.Block(visible + 3, "", "", 0, {}, ()) for _ in range(2))
-        assert len(inspection.visible(cfg, one.index)) == visible
-        assert inspection._change_at_random(cfg, one, other) == pytest.approx(known, abs=0.01)
+        assert len(inspect_trace.visible(cfg, one.index)) == visible
+        assert inspect_trace._change_at_random(cfg, one, other) == pytest.approx(known, abs=0.01)
 
 
 def test_ages_by_range_add_up_and_move_with_the_run(tmp_path):
     oldest = lambda block: [2, 3, 4, 5]  # noqa: E731
     cfg = dataclasses.replace(diaries.SMALL, capacity=50)
-    found = inspection.by_age(run(tmp_path / "a", cfg, choices(oldest), blocks=40, layers=1))
+    found = inspect_trace.by_age(run(tmp_path / "a", cfg, choices(oldest), blocks=40, layers=1))
     names, shares = zip(*found)
     assert names == ("0-6", "7-13", "14-20", "21-27", "28-33", "34-39")
     np.testing.assert_allclose(np.sum(shares, axis=1), 1)
@@ -243,7 +244,7 @@ def test_ages_by_range_add_up_and_move_with_the_run(tmp_path):
 @pytest.mark.parametrize("name", ["paper", "no-mid", "fit", "shared"])
 @pytest.mark.parametrize("blocks", [1, 3, 33])
 def test_the_table_fits_a_terminal(tmp_path, name, blocks):
-    text = inspection.table(run(tmp_path / "a", MEMORIES[name], blocks=blocks, layers=5))
+    text = inspect_trace.table(run(tmp_path / "a", MEMORIES[name], blocks=blocks, layers=5))
     assert max(map(len, text.splitlines())) <= 80
     rows = [line.split()[0] for line in text.splitlines() if re.match(r" *(\d|random) ", line)]
     assert rows == [*"01234", "random"]
@@ -254,36 +255,36 @@ def test_the_table_fits_a_terminal(tmp_path, name, blocks):
 def test_the_map_shows_who_recalled_what(tmp_path):
     cfg = dataclasses.replace(diaries.SMALL, capacity=7)
     found = run(tmp_path / "a", cfg, blocks=23, layers=2)
-    image = inspection.heat_map(found)
+    image = inspect_trace.heat_map(found)
     scale = 720 // 23
     assert (image.shape, image.dtype) == ((23 * scale, 23 * scale, 3), np.uint8)
     cells = image[scale // 2 :: scale, scale // 2 :: scale]
     np.testing.assert_array_equal(cells.repeat(scale, 0).repeat(scale, 1), image)
-    none, _, _, both = inspection.RAMP
+    none, _, _, both = inspect_trace.RAMP
     for block in found.blocks:
         sets = [set(layer.ids.tolist()) for layer in block.layers]
-        seen = inspection.visible(cfg, block.index)
+        seen = inspect_trace.visible(cfg, block.index)
         for id in range(23):
             colour, count = tuple(cells[block.index, id].tolist()), sum(id in each for each in sets)
             if count or id in seen:
                 assert (colour == none, colour == both) == (count == 0, count == 2)
             elif id < block.index:
-                assert colour == (inspection.SHARP if id < 2 or id == block.index - 1 else inspection.GONE)
+                assert colour == (inspect_trace.SHARP if id < 2 or id == block.index - 1 else inspect_trace.GONE)
             else:
-                assert colour == (inspection.NOW if id == block.index else inspection.GONE)
+                assert colour == (inspect_trace.NOW if id == block.index else inspect_trace.GONE)
 
 
 def test_the_map_of_a_long_run_shrinks_and_loses_no_choice(tmp_path, monkeypatch):
-    monkeypatch.setattr(inspection, "MOST", 25)
+    monkeypatch.setattr(inspect_trace, "MOST", 25)
     found = run(tmp_path / "a", blocks=61, layers=1)
-    image = inspection.heat_map(found)
+    image = inspect_trace.heat_map(found)
     scale = 720 // 21
     assert image.shape == (21 * scale, 21 * scale, 3)  # three blocks to a cell
     cells = image[::scale, ::scale]
     for block in found.blocks:
         for id in block.layers[0].ids.tolist():
             if id // 3 != block.index // 3:
-                assert tuple(cells[block.index // 3, id // 3].tolist()) == inspection.RAMP[-1]
+                assert tuple(cells[block.index // 3, id // 3].tolist()) == inspect_trace.RAMP[-1]
 
 
 def test_a_broken_trace_is_still_shown(tmp_path):
@@ -292,6 +293,6 @@ def test_a_broken_trace_is_still_shown(tmp_path):
         blocks[14].index, blocks[15].index = 2000, 3
 
     found = run(tmp_path / "a", edit=edit, blocks=16)
-    assert inspection.heat_map(found).shape == (720, 720, 3)
-    assert "random" in inspection.table(found)
-    assert len(inspection.problems(found)) > 6
+    assert inspect_trace.heat_map(found).shape == (720, 720, 3)
+    assert "random" in inspect_trace.table(found)
+    assert len(inspect_trace.problems(found)) > 6

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from packforcing_jax import jobs
 from packforcing_jax.errors import InputError
+from packforcing_jax.sampling import prompt_files
 
 
 def read(tmp_path, text, name="lines.jsonl"):
     (tmp_path / name).write_text(text, encoding="utf-8")
-    return jobs.read(tmp_path / name)
+    return prompt_files.read(tmp_path / name)
 
 
 def test_text_files_hold_a_prompt_per_line(tmp_path):
@@ -67,34 +67,34 @@ def test_files_that_are_none_are_refused(tmp_path):
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
     for name in ("binary.txt", "nowhere.txt", "."):
         with pytest.raises(InputError, match="cannot be read"):
-            jobs.read(tmp_path / name)
+            prompt_files.read(tmp_path / name)
 
 
 def test_names_come_from_prompts_and_never_meet(tmp_path):
     lines = ["A red disc!", "a RED disc", "x" * 90, "…"]
-    found = jobs.named(read(tmp_path, "\n".join(lines), "lines.txt"))
+    found = prompt_files.named(read(tmp_path, "\n".join(lines), "lines.txt"))
     assert [job.name for job in found] == ["a-red-disc", "a-red-disc-2", "x" * 48, "video"]
     twice = read(tmp_path, '{"prompt": "a", "name": "n"}\n{"prompt": "b", "name": "n"}\n')
     with pytest.raises(InputError, match="line 2: name='n' was used above"):
-        jobs.named(twice)
+        prompt_files.named(twice)
 
 
 def test_a_key_changes_with_everything_it_is_made_of():
-    keys = {jobs.key(seed=1, prompts=[(0, "a")]), jobs.key(seed=2, prompts=[(0, "a")]),
-            jobs.key(seed=1, prompts=[(0, "b")])}  # fmt: skip
+    keys = {prompt_files.key(seed=1, prompts=[(0, "a")]), prompt_files.key(seed=2, prompts=[(0, "a")]),
+            prompt_files.key(seed=1, prompts=[(0, "b")])}  # fmt: skip
     assert len(keys) == 3
-    assert jobs.key(a=1, b=2) == jobs.key(b=2, a=1)
+    assert prompt_files.key(a=1, b=2) == prompt_files.key(b=2, a=1)
 
 
 def test_the_ledger_trusts_only_files_that_are_as_they_were(tmp_path):
     (tmp_path / "v.mp4").write_bytes(b"12345")
-    jobs.Ledger(tmp_path).add("k", tmp_path / "v.mp4")
-    assert jobs.Ledger(tmp_path).holds("k")
-    assert not jobs.Ledger(tmp_path).holds("other")
-    with (tmp_path / jobs.FINISHED).open("ab") as file:
+    prompt_files.Ledger(tmp_path).add("k", tmp_path / "v.mp4")
+    assert prompt_files.Ledger(tmp_path).holds("k")
+    assert not prompt_files.Ledger(tmp_path).holds("other")
+    with (tmp_path / prompt_files.FINISHED).open("ab") as file:
         file.write(b'{"key": "half')
-    jobs.Ledger(tmp_path).add("second", tmp_path / "v.mp4")
-    assert jobs.Ledger(tmp_path).holds("k")
-    assert jobs.Ledger(tmp_path).holds("second")
+    prompt_files.Ledger(tmp_path).add("second", tmp_path / "v.mp4")
+    assert prompt_files.Ledger(tmp_path).holds("k")
+    assert prompt_files.Ledger(tmp_path).holds("second")
     (tmp_path / "v.mp4").write_bytes(b"1234")
-    assert not jobs.Ledger(tmp_path).holds("k")
+    assert not prompt_files.Ledger(tmp_path).holds("k")

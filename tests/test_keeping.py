@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from packforcing_jax import keeping, pipeline, saves, trees, video
+from packforcing_jax import pytrees
 from packforcing_jax.errors import InputError
-from packforcing_jax.pipeline import Pipeline
+from packforcing_jax.io import video
+from packforcing_jax.sampling import pipeline, resume, sampler_checkpoints
+from packforcing_jax.sampling.pipeline import Pipeline
 
 RED, BLUE, LIME = "a red disc", "the blue figure walks", "lime square"
 STORY = [RED] * 5 + [BLUE] * 6
@@ -61,11 +63,11 @@ def keep(keeper, blocks, *, written=video.Position(70, 8, 3), traced=900, seed=0
 
 
 def keeper(folder, model, **changed):
-    return keeping.Keeper(folder, model, **({"prompts": STORY, "every": 4, "seed": 3} | changed))
+    return resume.Keeper(folder, model, **({"prompts": STORY, "every": 4, "seed": 3} | changed))
 
 
 def same_bits(one, two):
-    one, two = (trees.flatten(pipeline.put_away(state)) for state in (one, two))
+    one, two = (pytrees.flatten(pipeline.put_away(state)) for state in (one, two))
     assert one.keys() == two.keys()
     for name, leaf in one.items():
         assert type(leaf) is type(two[name]), name
@@ -75,9 +77,9 @@ def same_bits(one, two):
 def test_a_run_is_kept_after_every_few_blocks_and_behind_its_last(pipe, tmp_path):
     one, kept = keeper(tmp_path / "saves", pipe), []
     for blocks in range(1, 12):
-        before = saves.Saves(tmp_path / "saves").latest()
+        before = sampler_checkpoints.Saves(tmp_path / "saves").latest()
         _, files = keep(one, blocks)
-        if saves.Saves(tmp_path / "saves").latest() != before:
+        if sampler_checkpoints.Saves(tmp_path / "saves").latest() != before:
             kept.append(blocks)
         assert all(file.synced == (blocks in kept) for file in files)
     assert kept == [4, 8, 11]
@@ -111,7 +113,7 @@ def test_a_run_that_is_not_traced_says_so(pipe, tmp_path):
 
 
 def test_without_a_save_a_run_starts_and_leaves_no_folder(pipe, tmp_path):
-    assert keeper(tmp_path / "saves", pipe).resume() == keeping.Resumed(state=None, written=None, traced=0)
+    assert keeper(tmp_path / "saves", pipe).resume() == resume.Resumed(state=None, written=None, traced=0)
     assert list(tmp_path.iterdir()) == []
 
 

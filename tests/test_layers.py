@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from packforcing_jax import layers
+from packforcing_jax.networks import layers
 
 
 def values(seed, *shape, scale=1.0):

@@ -1,44 +1,39 @@
-"""The package reads downwards: a module is short and imports only from modules above it in ORDER."""
+"""The package reads downwards: rooms are stacked, a room imports only from rooms below it, and no two files depend on each other."""
 
 import ast
 import graphlib
 import pathlib
+import tomllib
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-PACKAGE = ROOT / "packforcing_jax"
-ORDER = """
-errors interrupts hlo types train_config config tensors trees versions options hub timing placement
-rope schedules unipc attention layers selection cache view dit vae_layers vae codec text tokenizer compressor sampler
-archive formulas counting
-checkpoints models encoding growing video
-stage.world stage.captions stage.oracle stage.metrics stage.data stage.stories
-pipeline programs fitting budget bench trace saves keeping inspection timelines jobs
-training.records training.mesh training.sources training.optimisers training.batches
-training.rollout training.distillation training.objectives training.paths training.importing
-training.state training.exports training.logs training.runs
-evaluation recall verify_parts verify_dit verify_training verify
-cli.common cli.doctor cli.convert cli.plan cli.prepare cli.download cli.bench cli.inspect cli.sample cli.verify
-cli.train cli.evaluate cli.main __main__
-""".split()  # noqa: SIM905
-CONVERT_STANDS_ABOVE = "pipeline"  # conversion knows the networks and checkpoints, nothing that runs them
-MAY_CONVERT = ("verify", "cli.convert")  # and the modules whose names begin so
+ROOMS = """
+errors interrupts types versions pytrees sharding
+policies config networks memory io sampling stage data training plan evaluation verify cli __main__
+""".split()  # noqa: SIM905  from the ground up; a name without a folder is a file of the package itself
+BESIDE = {"configs": "config training", "convert": "io"}  # top-level folders of the repository and the rooms below them
+MAY_CONVERT = {"verify", "cli"}  # the rooms that read public weights
+MAY_FIND = {"config"}  # finds experiments by their name in configs/
 FOREIGN = {"torch", "diffusers", "transformers", "tensorflow"}
-LINES = 350
 
 
-def name_of(path, root=PACKAGE):
-    return ".".join(path.relative_to(root).with_suffix("").parts)
+def module_of(path):
+    """Dotted name, as it is imported, of a file of the package or of a folder that is installed inside it."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts if parts[0] == "packforcing_jax" else ("packforcing_jax", *parts))
 
 
-ON_DISK = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"}
-CONVERT = {path.stem: path for path in sorted((ROOT / "convert").glob("*.py")) if path.name != "__init__.py"}
+FILES = {
+    module_of(path): path
+    for folder in ("packforcing_jax", *BESIDE)
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if path.name != "__init__.py"
+}
 
 
-def is_module(dotted):
-    package, _, name = dotted.partition(".")
-    return name in {"packforcing_jax": ON_DISK, "convert": CONVERT}.get(package, {})
+def room_of(module):
+    return module.split(".")[1] if module != "packforcing_jax" else ""
 
 
 def imported(source):
@@ -51,58 +46,64 @@ def imported(source):
             assert node.level == 0, "import by full name"
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                found.add(inner if is_module(inner) else node.module)
+                found.add(inner if inner in FILES else node.module)
     return found
 
 
-def within(package, source):
-    """Modules of `package` that `source` imports, without its name; packages themselves do not count."""
-    ours = {name for name in imported(source) if name.startswith(f"{package}.") and is_module(name)}
-    return {name.removeprefix(f"{package}.") for name in ours}
+def ours(source):
+    """The package's own modules and rooms that `source` imports."""
+    return {name for name in imported(source) if name.startswith("packforcing_jax.")}
 
 
-def test_order_is_the_package():
-    assert len(ORDER) == len(set(ORDER))
-    assert set(ORDER) == set(ON_DISK), "add new modules to ORDER, where they belong"
+def below(room):
+    """The rooms that a room may import from."""
+    if room in BESIDE:
+        last = max(ROOMS.index(name) for name in BESIDE[room].split())
+        return {*ROOMS[: last + 1], room}
+    allowed = {*ROOMS[: ROOMS.index(room) + 1]}
+    return allowed | ({"convert"} if room in MAY_CONVERT else set()) | ({"configs"} if room in MAY_FIND else set())
 
 
-@pytest.mark.parametrize("name", list(ON_DISK))
-def test_a_module_is_short_and_imports_only_what_stands_above_it(name):
-    source = ON_DISK[name].read_text()
-    assert len(source.splitlines()) <= LINES
-    above = set(ORDER[: ORDER.index(name)])
-    assert within("packforcing_jax", source) <= above
-    assert not within("convert", source) or name.startswith(MAY_CONVERT)
+def test_rooms_are_the_package():
+    assert len(ROOMS) == len(set(ROOMS))
+    assert set(ROOMS) | set(BESIDE) == {room_of(module) for module in FILES}, "add a new room to ROOMS, where it belongs"
 
 
-@pytest.mark.parametrize("name", list(CONVERT))
-def test_conversion_is_short_and_knows_only_the_networks(name):
-    source = CONVERT[name].read_text()
-    assert len(source.splitlines()) <= LINES
-    assert within("packforcing_jax", source) <= set(ORDER[: ORDER.index(CONVERT_STANDS_ABOVE)])
+@pytest.mark.parametrize("module", list(FILES))
+def test_a_module_imports_only_from_rooms_below_its_own(module):
+    found = {room_of(name) for name in ours(FILES[module].read_text())}
+    assert found <= below(room_of(module))
 
 
-def test_conversion_has_no_cycles():
-    graph = {name: within("convert", path.read_text()) for name, path in CONVERT.items()}
-    assert set(graphlib.TopologicalSorter(graph).static_order()) == set(CONVERT)
+def test_no_two_files_depend_on_each_other():
+    graph = {module: ours(path.read_text()) & set(FILES) for module, path in FILES.items()}
+    assert set(graphlib.TopologicalSorter(graph).static_order()) == set(FILES)
 
 
-@pytest.mark.parametrize("path", [*ON_DISK.values(), *CONVERT.values()], ids=lambda path: name_of(path, ROOT))
-def test_a_file_says_what_it_is_for_and_needs_no_other_framework(path):
-    source = path.read_text()
+@pytest.mark.parametrize("module", list(FILES))
+def test_a_file_says_what_it_is_for_and_needs_no_other_framework(module):
+    source = FILES[module].read_text()
     assert ast.get_docstring(ast.parse(source))
     assert not {name.split(".")[0] for name in imported(source)} & FOREIGN
 
 
-@pytest.mark.parametrize("name", [name for name in ON_DISK if name.startswith("cli.")])
-def test_verbs_import_jax_only_when_they_run(name):
-    top = [node for node in ast.parse(ON_DISK[name].read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    heavy = {"jax", "flax", "optax", "numpy", "grain"}
-    assert not {each.split(".")[0] for node in top for each in imported(ast.unparse(node))} & heavy
+def test_every_room_is_installed_and_nothing_else():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = [path.parent for path in (ROOT / "packforcing_jax").rglob("__init__.py")]
+    rooms = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    beside = {f"packforcing_jax.{name}": name for name in BESIDE}
+    assert set(settings["packages"]) == rooms | set(beside)
+    assert settings["package-dir"] == beside
+
+
+@pytest.mark.parametrize("module", [module for module in FILES if room_of(module) == "cli"])
+def test_verbs_import_jax_only_when_they_run(module):
+    body = ast.parse(FILES[module].read_text()).body
+    top = {name for node in body if isinstance(node, ast.Import | ast.ImportFrom) for name in imported(ast.unparse(node))}
+    assert not {name.split(".")[0] for name in top} & {"jax", "flax", "optax", "numpy", "grain"}
 
 
 def test_imports_are_read_wherever_they_stand():
-    source = "import numpy as np\ndef f():\n    from packforcing_jax import rope, config\n"
-    assert imported(source) == {"numpy", "packforcing_jax.rope", "packforcing_jax.config"}
-    assert imported("from packforcing_jax.errors import InputError") == {"packforcing_jax.errors"}
-    assert within("packforcing_jax", "import packforcing_jax.stage.world\nimport packforcing_jax") == {"stage.world"}
+    source = "import numpy as np\ndef f():\n    from packforcing_jax.networks import rope, config\n"
+    assert imported(source) == {"numpy", "packforcing_jax.networks.rope", "packforcing_jax.networks"}
+    assert ours("from packforcing_jax.errors import InputError\nimport jax") == {"packforcing_jax.errors"}

@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from jax.sharding import PartitionSpec as P
 
-from packforcing_jax import codec, options, placement, trees
-from packforcing_jax.config import CacheConfig
+from packforcing_jax import pytrees, sharding
+from packforcing_jax.config import CacheConfig, MeshConfig, TrainConfig, overrides
 from packforcing_jax.errors import InputError
-from packforcing_jax.placement import AXES
-from packforcing_jax.train_config import MeshConfig, TrainConfig
-from packforcing_jax.training import batches, mesh
+from packforcing_jax.networks import codec, mesh
+from packforcing_jax.sharding import AXES
+from packforcing_jax.training import batches
 
-CONFIGS = options.names()
+CONFIGS = overrides.names()
 Q, NORM = "dit/blocks/attn/q/kernel", "dit/blocks/norm3/scale"
 
 
@@ -41,7 +41,7 @@ def shapes(exp):
 def of_sizes(exp):
     model = jax.eval_shape(lambda: batches.new_model(exp, jax.random.key(0)))
     pixels = jax.eval_shape(lambda: codec.make(exp.codec, nnx.Rngs(0)))
-    return trees.flatten(model) | trees.flatten({"codec": pixels})
+    return pytrees.flatten(model) | pytrees.flatten({"codec": pixels})
 
 
 def held(tree, where):
@@ -59,7 +59,7 @@ def bytes_of(tree):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_parameter_is_matched_by_exactly_one_rule(name):
-    stages = [shapes(exp) for _, exp in options.load_recipe(name)]
+    stages = [shapes(exp) for _, exp in overrides.load_recipe(name)]
     for path, leaf in [each for stage in stages for each in stage.items()]:
         found = [spec for pattern, spec in mesh._PATTERNS if pattern.fullmatch(path)]
         assert len(found) == 1, path
@@ -67,7 +67,7 @@ def test_every_parameter_is_matched_by_exactly_one_rule(name):
 
 
 def test_every_rule_is_of_use():
-    paths = {path for name in CONFIGS for path in shapes(options.load_experiment(name))}
+    paths = {path for name in CONFIGS for path in shapes(overrides.load_experiment(name))}
     assert all(any(pattern.fullmatch(path) for path in paths) for pattern, _ in mesh._PATTERNS)
 
 
@@ -89,7 +89,7 @@ def test_layers_are_never_divided():
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"tensor": 4}])
 def test_the_transformer_at_full_size_falls_into_equal_parts(sizes):
-    exp, over = options.load_experiment("wan_t2v_1_3b"), described(**sizes)
+    exp, over = overrides.load_experiment("wan_t2v_1_3b"), described(**sizes)
     params = {path: leaf for path, leaf in shapes(exp).items() if path.startswith("dit/")}
     share = bytes_of(params) / held(params, mesh.shardings(params, over)) / math.prod(sizes.values())
     assert 0.98 < share <= 1
@@ -128,8 +128,8 @@ def test_moments_and_averages_lie_where_their_parameter_does(kind):
     state = State(params={"generator": FLAT, "critic": FLAT}, ema=FLAT, opt={"compressor": optimiser.init(FLAT)},
                   step=jnp.int32(0))  # fmt: skip
     over = described(data=2, fsdp=3, tensor=2)
-    where, seen = trees.flatten(mesh.shardings(state, over)), dict.fromkeys(FLAT, 0)
-    for path, leaf in trees.flatten(state).items():
+    where, seen = pytrees.flatten(mesh.shardings(state, over)), dict.fromkeys(FLAT, 0)
+    for path, leaf in pytrees.flatten(state).items():
         own = [each for each in FLAT if path.endswith(each)]
         if leaf.shape and own:
             assert where[path].spec == mesh.spec(own[0], FLAT[own[0]].shape, over), path
@@ -209,7 +209,7 @@ def training(exp, **changes):
 
 
 def test_twelve_heads_over_eight_devices_are_refused_with_the_sizes_that_work():
-    exp = training(options.load_experiment("wan_t2v_1_3b"), batch=8)
+    exp = training(overrides.load_experiment("wan_t2v_1_3b"), batch=8)
     with pytest.raises(InputError, match=r"12 heads.* tensor x context = 8 x 1 = 8 .*work: 1, 2, 3, 4, 6, 12\."):
         mesh.check(exp, described(tensor=8))
     with pytest.raises(InputError, match="tensor x context = 4 x 2 = 8 does not divide"):
@@ -237,14 +237,14 @@ def test_tokens_that_are_not_divisible_are_refused_with_sizes_that_work():
 
 def test_without_a_mesh_nothing_is_constrained():
     x = jnp.ones((4, 3))
-    assert placement.constrain(x, placement.BATCH, None) is x
-    assert "sharding" not in str(jax.make_jaxpr(lambda x: placement.constrain(x, "data", None))(x))
+    assert sharding.constrain(x, sharding.BATCH, None) is x
+    assert "sharding" not in str(jax.make_jaxpr(lambda x: sharding.constrain(x, "data", None))(x))
 
 
 def test_arrays_are_laid_out_over_the_mesh_in_force():
     with jax.set_mesh(mesh.make(MeshConfig(tensor=2))):
-        laid = jax.jit(lambda x: placement.constrain(x, placement.BATCH, "context", "tensor"))(jnp.ones((3, 5, 4)))
-        whole = jax.jit(lambda x: placement.constrain(x, None, "tensor"))(jnp.ones((4, 3)))
+        laid = jax.jit(lambda x: sharding.constrain(x, sharding.BATCH, "context", "tensor"))(jnp.ones((3, 5, 4)))
+        whole = jax.jit(lambda x: sharding.constrain(x, None, "tensor"))(jnp.ones((4, 3)))
     assert [shard.data.shape for shard in laid.addressable_shards] == [(3, 5, 2)] * 2
     assert whole.is_fully_replicated
 

@@ -14,8 +14,10 @@ import tiny
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from packforcing_jax import config, dit, models, trees
+from packforcing_jax import config, pytrees
 from packforcing_jax.errors import InputError, MachineError
+from packforcing_jax.io import model_folder
+from packforcing_jax.networks import dit
 
 WAN = config.Experiment("wan")
 STAGE = config.Experiment(
@@ -43,13 +45,13 @@ def parts():
 
 
 def saved(folder, *, dtype="float32", **texts):
-    models.save(folder, STAGE, parts(), dtype=dtype, texts={models.TOKENIZER: '{"é": 1}'} | texts)
+    model_folder.save(folder, STAGE, parts(), dtype=dtype, texts={model_folder.TOKENIZER: '{"é": 1}'} | texts)
     return folder
 
 
 def read(folder):
     """(experiment, arrays by part and path)."""
-    model = models.opened(folder)
+    model = model_folder.opened(folder)
     return model.experiment, {part: {path: tensor.read() for path, tensor in held.items()}
                               for part, held in model.parts.items()}  # fmt: skip
 
@@ -57,8 +59,8 @@ def read(folder):
 
 @pytest.mark.parametrize("experiment", [WAN, STAGE], ids=lambda e: e.name)
 def test_experiment_survives_json(experiment):
-    text = models.experiment_to_json(experiment)
-    back = models.experiment_from_json(text)
+    text = model_folder.experiment_to_json(experiment)
+    back = model_folder.experiment_from_json(text)
     assert back == experiment
     assert hash(back) == hash(experiment)  # tuples all the way down
     assert json.loads(text)["codec"]["kind"] == {"wan": "vae", "stage é": "space_to_depth"}[experiment.name]
@@ -67,11 +69,11 @@ def test_experiment_survives_json(experiment):
 @pytest.mark.parametrize("profile", config.PROFILES)
 def test_every_cache_profile_survives_json(profile):
     experiment = dataclasses.replace(STAGE, cache=config.PROFILES[profile])
-    assert models.experiment_from_json(models.experiment_to_json(experiment)) == experiment
+    assert model_folder.experiment_from_json(model_folder.experiment_to_json(experiment)) == experiment
 
 
 def test_left_out_settings_take_their_defaults():
-    assert models.experiment_from_json('{"name": "wan", "dit": {}, "codec": {"kind": "vae"}}') == WAN
+    assert model_folder.experiment_from_json('{"name": "wan", "dit": {}, "codec": {"kind": "vae"}}') == WAN
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,7 @@ def test_left_out_settings_take_their_defaults():
     ],
 )
 def test_wrong_configs_are_refused_by_place_and_value(place, value, reason):
-    table = json.loads(models.experiment_to_json(STAGE))
+    table = json.loads(model_folder.experiment_to_json(STAGE))
     inner = table
     for key in place[:-1]:
         inner = inner[key]
@@ -100,17 +102,17 @@ def test_wrong_configs_are_refused_by_place_and_value(place, value, reason):
     else:
         inner[place[-1]] = value
     with pytest.raises(InputError, match=f"here.json: .*{reason}"):
-        models.experiment_from_json(json.dumps(table), "here.json")
+        model_folder.experiment_from_json(json.dumps(table), "here.json")
 
 
 def test_texts_that_are_no_config_are_refused():
     for text in ("", "{", "[]", "7"):
         with pytest.raises(InputError, match="here.json"):
-            models.experiment_from_json(text, "here.json")
+            model_folder.experiment_from_json(text, "here.json")
 
 
 def test_a_folder_comes_back_as_it_was(tmp_path):
-    folder = saved(tmp_path / "new" / "model", **{models.CARD: "# A model\n"})
+    folder = saved(tmp_path / "new" / "model", **{model_folder.CARD: "# A model\n"})
     experiment, back = read(folder)
     assert experiment == STAGE
     assert back.keys() == parts().keys()
@@ -149,66 +151,66 @@ def shapes(cfg=tiny.EXP.dit):
 def folder(tmp_path_factory):
     """A folder with a transformer."""
     path = tmp_path_factory.mktemp("models") / "m"
-    models.save(path, tiny.EXP, {"dit": tiny.nets().dit}, dtype="float32")
+    model_folder.save(path, tiny.EXP, {"dit": tiny.nets().dit}, dtype="float32")
     return path
 
 
 def test_layers_are_read_stacked_or_each_for_itself(folder):
-    held, whole = models.opened(folder).part("dit"), tiny.nets().dit
-    stacked = models.fill(shapes(), held, dtype="float32", source="weights")
-    apart = models.fill(jax.eval_shape(lambda: dit.unrolled(dit.WanDiT(tiny.EXP.dit, nnx.Rngs(0)))), held,
+    held, whole = model_folder.opened(folder).part("dit"), tiny.nets().dit
+    stacked = model_folder.fill(shapes(), held, dtype="float32", source="weights")
+    apart = model_folder.fill(jax.eval_shape(lambda: dit.unrolled(dit.WanDiT(tiny.EXP.dit, nnx.Rngs(0)))), held,
                         dtype="float32", source="weights")  # fmt: skip
     for form, wanted in ((stacked, whole), (apart, dit.unrolled(whole))):
-        flat = trees.flatten(form)
-        assert flat.keys() == trees.flatten(wanted).keys()
-        for path, leaf in trees.flatten(wanted).items():
+        flat = pytrees.flatten(form)
+        assert flat.keys() == pytrees.flatten(wanted).keys()
+        for path, leaf in pytrees.flatten(wanted).items():
             np.testing.assert_array_equal(flat[path], leaf, err_msg=path)
 
 
 def test_one_layer_is_read_alone_and_in_another_dtype(folder):
-    held = models.opened(folder).part("dit")
+    held = model_folder.opened(folder).part("dit")
     one = jax.eval_shape(lambda: dit.Block(tiny.EXP.dit, nnx.Rngs(0)))
-    block = models.fill(one, held, dtype="bfloat16", source="weights", inside="blocks/1/")
+    block = model_folder.fill(one, held, dtype="bfloat16", source="weights", inside="blocks/1/")
     wanted = dit.unrolled(tiny.nets().dit).blocks[1]
-    for path, leaf in trees.flatten(wanted).items():
-        np.testing.assert_array_equal(trees.flatten(block)[path], leaf.astype(jnp.bfloat16), err_msg=path, strict=True)
+    for path, leaf in pytrees.flatten(wanted).items():
+        np.testing.assert_array_equal(pytrees.flatten(block)[path], leaf.astype(jnp.bfloat16), err_msg=path, strict=True)
     with pytest.raises(InputError, match="attn/q/kernel: missing"):
-        models.fill(one, held, dtype="float32", source="weights", inside=f"blocks/{tiny.EXP.dit.layers}/")
+        model_folder.fill(one, held, dtype="float32", source="weights", inside=f"blocks/{tiny.EXP.dit.layers}/")
 
 
 def test_leaves_go_straight_into_their_shards(folder):
     mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     place = NamedSharding(mesh, PartitionSpec(None, None, "fsdp"))
-    filled = models.fill(shapes(), models.opened(folder).part("dit"), dtype="float32", source="weights",
+    filled = model_folder.fill(shapes(), model_folder.opened(folder).part("dit"), dtype="float32", source="weights",
                          shardings={"blocks/ffn_in/kernel": place})  # fmt: skip
-    flat = trees.flatten(filled)
+    flat = pytrees.flatten(filled)
     assert flat["blocks/ffn_in/kernel"].sharding == place
-    np.testing.assert_array_equal(flat["blocks/ffn_in/kernel"], trees.flatten(tiny.nets().dit)["blocks/ffn_in/kernel"])
+    np.testing.assert_array_equal(flat["blocks/ffn_in/kernel"], pytrees.flatten(tiny.nets().dit)["blocks/ffn_in/kernel"])
 
 
 def test_every_mismatch_is_named_at_once(folder):
-    held = dict(models.opened(folder).part("dit"))
+    held = dict(model_folder.opened(folder).part("dit"))
     del held["head/bias"]
     held["stranger"] = held["patch/bias"]
     held["text_in/bias"] = held["blocks/attn/q/bias"]
     with pytest.raises(InputError, match="3 tensors") as raised:
-        models.fill(shapes(), held, dtype="float32", source="the weights")
+        model_folder.fill(shapes(), held, dtype="float32", source="the weights")
     for piece in ("head/bias: missing", "stranger: not part of the model", "text_in/bias: shape"):
         assert piece in str(raised.value)
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
-    flat = {path: np.array(leaf) for path, leaf in trees.flatten(tiny.nets().dit).items()}
+    flat = {path: np.array(leaf) for path, leaf in pytrees.flatten(tiny.nets().dit).items()}
     flat["time_proj/kernel"][2, 5] = value
-    models.save(tmp_path / "m", tiny.EXP, {"dit": flat}, dtype="float32")
+    model_folder.save(tmp_path / "m", tiny.EXP, {"dit": flat}, dtype="float32")
     with pytest.raises(InputError, match=r"not finite in 1 tensors \(time_proj/kernel\)"):
-        models.fill(shapes(), models.opened(tmp_path / "m").part("dit"), dtype="bfloat16", source="weights")
+        model_folder.fill(shapes(), model_folder.opened(tmp_path / "m").part("dit"), dtype="bfloat16", source="weights")
 
 
 def test_saving_again_replaces_the_whole_folder(tmp_path):
-    folder = saved(tmp_path / "model", **{models.CARD: "old"})
-    models.save(folder, WAN, {"dit": {"a": np.zeros(3, np.float32)}})
+    folder = saved(tmp_path / "model", **{model_folder.CARD: "old"})
+    model_folder.save(folder, WAN, {"dit": {"a": np.zeros(3, np.float32)}})
     experiment, back = read(folder)
     assert experiment == WAN
     assert {part: list(flat) for part, flat in back.items()} == {"dit": ["a"]}
@@ -230,20 +232,20 @@ def test_wrong_requests_write_nothing(tmp_path):
     with pytest.raises(InputError, match="dtype='float8'"):
         saved(tmp_path / "model", dtype="float8")
     with pytest.raises(InputError, match="'critic'"):
-        models.save(tmp_path / "model", STAGE, {"critic": {"a": np.zeros(3)}})
+        model_folder.save(tmp_path / "model", STAGE, {"critic": {"a": np.zeros(3)}})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_full_disk_keeps_the_old_folder(tmp_path):
-    folder = saved(tmp_path / "model", **{models.CARD: "old"})
+    folder = saved(tmp_path / "model", **{model_folder.CARD: "old"})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
         with pytest.raises(MachineError, match="nothing was changed"):
-            models.save(folder, WAN, {"dit": {"a": np.zeros(9000, np.float32)}})
+            model_folder.save(folder, WAN, {"dit": {"a": np.zeros(9000, np.float32)}})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert models.opened(folder).experiment == STAGE
+    assert model_folder.opened(folder).experiment == STAGE
     assert list(tmp_path.iterdir()) == [folder]
 
 
@@ -257,15 +259,15 @@ def test_failed_swap_puts_the_old_folder_back(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "rename", refuse)
     with pytest.raises(MachineError, match="Input/output error"):
-        models.save(folder, WAN, {})
-    assert models.opened(folder).experiment == STAGE
+        model_folder.save(folder, WAN, {})
+    assert model_folder.opened(folder).experiment == STAGE
     assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_broken_folders_are_refused_by_file_and_remedy(tmp_path):
     def refused(reason):
         with pytest.raises(InputError, match=f"(?s)^[^\n]*{reason}[^\n]*$"):
-            models.opened(folder).part("dit")
+            model_folder.opened(folder).part("dit")
 
     folder = tmp_path / "model"
     refused("model does not exist; check the path")

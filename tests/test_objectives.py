@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import tiny
 
-from packforcing_jax import cache, sampler, schedules, trees
+from packforcing_jax import pytrees
 from packforcing_jax.errors import InputError
+from packforcing_jax.memory import cache
+from packforcing_jax.sampling import block_step, schedules
 from packforcing_jax.training import batches, objectives, rollout
 from packforcing_jax.training.batches import Batch, Model, Networks
 from packforcing_jax.types import KV
@@ -95,7 +97,7 @@ def test_without_a_sink_the_first_twin_shows_too():
 
 
 def test_the_compressor_learns_from_blocks_that_see_packed_ones(gradients):
-    for name, leaf in trees.flatten(gradients[2]).items():
+    for name, leaf in pytrees.flatten(gradients[2]).items():
         learns = np.abs(leaf).max(axis=tuple(range(1, leaf.ndim))) > 0
         np.testing.assert_array_equal(learns, twins_seen(3).any(axis=1), err_msg=name)
 
@@ -111,14 +113,14 @@ def test_training_guesses_behind_the_memory_that_sampling_fills():
 
     @tiny.jit
     def block_loss(memory, latent, noise, sigma, words, weight):
-        seen, past = cache.plan(exp.cache, memory.num_blocks), trees.zipped(memory.layers, list(lots))
+        seen, past = cache.plan(exp.cache, memory.num_blocks), pytrees.zipped(memory.layers, list(lots))
         noisy = schedules.add_noise(latent, noise, sigma)
-        clean, kept = sampler.guess(APART, exp, seen, noisy, 1000 * sigma, sigma, words, past, look=sampler.first_look)
-        return jnp.mean(weight * (clean - latent) ** 2), sampler.Drawn(clean, *trees.unzip(kept))
+        clean, kept = block_step.guess(APART, exp, seen, noisy, 1000 * sigma, sigma, words, past, look=block_step.first_look)
+        return jnp.mean(weight * (clean - latent) ** 2), block_step.Drawn(clean, *pytrees.unzip(kept))
 
     by_hand = []
     for block in range(BLOCKS):
-        prompt = trees.unstack(KV(k=words.k[block], v=words.v[block]), exp.dit.layers)
+        prompt = pytrees.unstack(KV(k=words.k[block], v=words.v[block]), exp.dit.layers)
         loss, drawn = block_loss(memory, given.latent[block], noise[block], levels[block], prompt, given.weight[block])
         by_hand.append(loss)
         memory, *_ = tiny.remember(APART, exp, memory, latent=given.latent[block], low=given.low[block],
@@ -276,7 +278,7 @@ def with_trajectory(seed=3):
 
 def test_a_trajectory_is_followed_from_a_step_of_its_own_for_each_block():
     """Errors recomputed for every step, of which each block has one."""
-    given, (times, sigmas) = with_trajectory(), sampler.step_table(BASE.sample)
+    given, (times, sigmas) = with_trajectory(), block_step.step_table(BASE.sample)
     way, end = given.trajectory, np.asarray(given.trajectory[-1])
     by_step = [guess(MODEL, way[-1], way[i], jnp.full((BLOCKS, tiny.BATCH), sigmas[i]), STATES)
                for i in range(len(times))]  # fmt: skip

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
-from packforcing_jax import trees
-from packforcing_jax.train_config import DistilConfig, OptimiserConfig, TrainConfig
+from packforcing_jax import pytrees
+from packforcing_jax.config import DistilConfig, OptimiserConfig, TrainConfig
 from packforcing_jax.training import batches, optimisers
 
-SHAPES = trees.flatten(jax.eval_shape(lambda: batches.new_model(tiny.EXP, jax.random.key(0))))
+SHAPES = pytrees.flatten(jax.eval_shape(lambda: batches.new_model(tiny.EXP, jax.random.key(0))))
 
 
 # rates ----------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packforcing_jax import options
-from packforcing_jax.config import CacheConfig, DiTConfig, Experiment, SpaceToDepthConfig
+from packforcing_jax.config import CacheConfig, DiTConfig, Experiment, SpaceToDepthConfig, overrides
 from packforcing_jax.errors import InputError
 
 SMALL = Experiment(
@@ -19,7 +18,7 @@ SMALL = Experiment(
 
 
 def changed(*sets):
-    return options.override(SMALL, sets)
+    return overrides.override(SMALL, sets)
 
 
 def test_nothing_set_changes_nothing():
@@ -146,18 +145,18 @@ def test_any_text_is_a_value_or_an_input_error(text):
 
 
 def test_an_experiment_is_found_by_name_and_by_path(tmp_path):
-    by_name = options.load_experiment("wan_t2v_1_3b")
-    assert options.load_experiment(options.CONFIGS / "wan_t2v_1_3b.py") == by_name
+    by_name = overrides.load_experiment("wan_t2v_1_3b")
+    assert overrides.load_experiment(overrides.CONFIGS / "wan_t2v_1_3b.py") == by_name
     own = tmp_path / "mine.py"
     own.write_text("from packforcing_jax.config import Experiment\nexperiment = Experiment(name='mine', fps=9)\n")
-    assert options.load_experiment(str(own), ["fps=11"]) == Experiment(name="mine", fps=11)
+    assert overrides.load_experiment(str(own), ["fps=11"]) == Experiment(name="mine", fps=11)
 
 
 def test_an_unknown_experiment_names_the_nearest():
     with pytest.raises(InputError, match="no experiment 'wan_t2v_13b'.*did you mean wan_t2v_1_3b"):
-        options.load_experiment("wan_t2v_13b")
+        overrides.load_experiment("wan_t2v_13b")
     with pytest.raises(InputError, match="no experiment '/nowhere/wan_t2v_14b.py'"):
-        options.load_experiment("/nowhere/wan_t2v_14b.py")
+        overrides.load_experiment("/nowhere/wan_t2v_14b.py")
 
 
 @pytest.mark.parametrize(
@@ -174,5 +173,5 @@ def test_a_file_that_gives_no_experiment_is_named(tmp_path, source, sentence):
     path = tmp_path / "broken.py"
     path.write_text(source)
     with pytest.raises(InputError) as raised:
-        options.load_experiment(path)
+        overrides.load_experiment(path)
     assert sentence in str(raised.value)

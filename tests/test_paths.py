@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
-from packforcing_jax import schedules
 from packforcing_jax.errors import InputError
+from packforcing_jax.sampling import schedules
 from packforcing_jax.training import batches, distillation, objectives, paths
 from packforcing_jax.training.batches import Batch, Model
 

@@ -8,11 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torchfiles
+from packforcing_jax.convert import pickles
 from torchfiles import Storage, View, complaint, numbers, torch_name
 
-from convert import pickles
-from packforcing_jax import tensors
 from packforcing_jax.errors import InputError
+from packforcing_jax.io import safetensors_io
 
 DTYPES = [np.dtype(dtype) for dtype in torchfiles.KINDS]
 
@@ -30,7 +30,7 @@ def checkpoint():
 
 def leaves(value):
     """Every tensor in what was opened."""
-    if isinstance(value, tensors.Tensor):
+    if isinstance(value, safetensors_io.Tensor):
         return [value]
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return [leaf for part in parts for leaf in leaves(part)]

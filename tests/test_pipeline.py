@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
-from packforcing_jax import pipeline, trees
+from packforcing_jax import pytrees
 from packforcing_jax.config import PROFILES
 from packforcing_jax.errors import InputError, MachineError
+from packforcing_jax.sampling import pipeline
 
 RED, BLUE, LIME = "a red disc", "the blue figure walks", "lime square"
 
@@ -31,7 +32,7 @@ def latents(pipe, prompts, **how):
 
 def test_a_folder_comes_back_as_it_was_saved(pipe):
     assert pipe.experiment == tiny.EXP
-    saved, loaded = trees.flatten(tiny.apart()), trees.flatten(pipe.nets)
+    saved, loaded = pytrees.flatten(tiny.apart()), pytrees.flatten(pipe.nets)
     assert saved.keys() == loaded.keys()
     for name, leaf in saved.items():
         np.testing.assert_array_equal(leaf, loaded[name], err_msg=name)

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from packforcing_jax import budget, formulas, programs
 from packforcing_jax.cli import plan
 from packforcing_jax.errors import InputError
+from packforcing_jax.plan import budget, formulas, programs
 
 CONFIG = "from tiny import EXP as experiment\n"
 

@@ -8,8 +8,10 @@ import jax
 import pytest
 import tiny
 
-from packforcing_jax import config, counting, pipeline, programs
-from packforcing_jax.programs import DRAWING, FUSED, REMEMBERING, SHOWING, WRITTEN
+from packforcing_jax import config
+from packforcing_jax.plan import jaxpr_cost, programs
+from packforcing_jax.plan.programs import DRAWING, FUSED, REMEMBERING, SHOWING, WRITTEN
+from packforcing_jax.sampling import pipeline
 
 HOST = tiny.with_cache(scope="shared", timing="late", archive="host")
 LONG = dataclasses.replace(tiny.EXP, dit=dataclasses.replace(tiny.EXP.dit, layers=5))
@@ -28,15 +30,15 @@ def test_a_program_is_handed_what_is_held_and_nothing_else(quickly):
     exp, batch = dataclasses.replace(tiny.EXP, dtypes=config.DtypeConfig(cache="bfloat16", text="bfloat16")), 2
     found, held = programs.compiled(exp, batch), programs.shapes_of(exp, batch)
     model: Any = held.nets.dit
-    prompt = counting.nbytes([model.text_in, model.text_out,
+    prompt = jaxpr_cost.nbytes([model.text_in, model.text_out,
                               [(block.cross.k, block.cross.v, block.cross.norm_k) for block in model.blocks]])
     numbers = 4 * batch + 4  # ids of the videos and the seed
-    still = counting.nbytes([layer.sink_at for layer in held.memory.layers])  # where a sink is that never moves
-    whole = counting.nbytes((model, held.memory, held.views, held.words))
+    still = jaxpr_cost.nbytes([layer.sink_at for layer in held.memory.layers])  # where a sink is that never moves
+    whole = jaxpr_cost.nbytes((model, held.memory, held.views, held.words))
     assert found[DRAWING].arguments == whole - prompt - still + numbers
-    assert found[programs.PROMPT].arguments == prompt + counting.nbytes(held.context)
-    assert found[SHOWING].arguments == counting.nbytes(held.latent)  # this codec has no weights and remembers nothing
-    assert found[SHOWING].results == pytest.approx(counting.nbytes((held.frames, held.low)), abs=64)
+    assert found[programs.PROMPT].arguments == prompt + jaxpr_cost.nbytes(held.context)
+    assert found[SHOWING].arguments == jaxpr_cost.nbytes(held.latent)  # this codec has no weights and remembers nothing
+    assert found[SHOWING].results == pytest.approx(jaxpr_cost.nbytes((held.frames, held.low)), abs=64)
     assert set(found) == {programs.ENCODING, programs.PROMPT, DRAWING, f"{SHOWING} the first block", SHOWING,
                           REMEMBERING}  # fmt: skip
 
@@ -44,10 +46,10 @@ def test_a_program_is_handed_what_is_held_and_nothing_else(quickly):
 def test_memory_and_views_are_handed_back_not_made_anew():
     held = programs.shapes_of(tiny.EXP, 2)
     lowered = dict(programs.lowered_programs(tiny.EXP, 2))
-    given = {name: counting.nbytes([leaf for leaf in jax.tree.leaves(program.args_info) if leaf.donated])
+    given = {name: jaxpr_cost.nbytes([leaf for leaf in jax.tree.leaves(program.args_info) if leaf.donated])
              for name, program in lowered.items()}  # fmt: skip
     assert given == dict.fromkeys(given, 0) | {
-        DRAWING: counting.nbytes(held.views), REMEMBERING: counting.nbytes((held.views, held.memory))}  # fmt: skip
+        DRAWING: jaxpr_cost.nbytes(held.views), REMEMBERING: jaxpr_cost.nbytes((held.views, held.memory))}  # fmt: skip
 
 
 def test_drawing_from_the_host_is_three_programs():
@@ -59,11 +61,11 @@ def test_two_layers_say_what_a_deep_model_sets_aside():
     """What a layer leaves behind for the next is gone after that."""
     exp, held = programs.plain(LONG), programs.shapes_of(LONG, 2)
     whole = held.views[0].k.shape
-    deep = counting.trace(functools.partial(programs._draw, exp), held.computed, held.memory, held.chance, held.words,
+    deep = jaxpr_cost.trace(functools.partial(programs._draw, exp), held.computed, held.memory, held.chance, held.words,
                           held.views)  # fmt: skip
     besides = [whole, *((2, exp.dit.heads, 3 * 8, keys) for keys in (whole[1], exp.dit.text_len))]
     found = programs.workspace(LONG, 2)
-    assert found[f"{DRAWING}, {FUSED}"] == pytest.approx(counting.peak(deep, besides, results=False), rel=0.05)
+    assert found[f"{DRAWING}, {FUSED}"] == pytest.approx(jaxpr_cost.peak(deep, besides, results=False), rel=0.05)
     assert found == programs.workspace(dataclasses.replace(LONG, dit=dataclasses.replace(LONG.dit, layers=2)), 2)
 
 
@@ -79,7 +81,7 @@ def test_weights_that_are_cast_are_there_twice():
     halves = config.DtypeConfig(params="float32", compute="bfloat16", cache="bfloat16")
     mixed = dataclasses.replace(tiny.EXP, dtypes=halves)
     alike = dataclasses.replace(tiny.EXP, dtypes=dataclasses.replace(halves, params="bfloat16"))
-    cast = counting.nbytes(programs.shapes_of(mixed).computed)
+    cast = jaxpr_cost.nbytes(programs.shapes_of(mixed).computed)
     for name, size in programs.workspace(mixed).items():
         more = cast if name.startswith((DRAWING, REMEMBERING)) else 0
         assert size == programs.workspace(alike)[name] + more, name

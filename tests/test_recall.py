@@ -8,7 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from packforcing_jax import cache, dit, sampler, view
+from packforcing_jax.memory import cache, view
+from packforcing_jax.networks import dit
+from packforcing_jax.sampling import block_step
 
 VIDEOS, CALLED, GAP, FIRST = 11, 4, 40, 2  # guests 0..3 appear once in blocks 2..5, before 40 further blocks
 TOP = 16
@@ -159,7 +161,7 @@ def test_a_sum_of_raw_products_misses_what_one_place_asks(story):
     @jax.jit
     def first_queries(memory, noise, prompt):
         seen = cache.plan(exp.cache, memory.num_blocks)
-        return sampler.guess(nets, exp, seen, noise, 1000.0, 1.0, dit.text_kv(nets.dit, prompt), memory.layers,
+        return block_step.guess(nets, exp, seen, noise, 1000.0, 1.0, dit.text_kv(nets.dit, prompt), memory.layers,
                              look=keep_queries)[1], seen.ids  # fmt: skip
 
     noise = handwired.noises(np.random.default_rng(6), VIDEOS)[0]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from packforcing_jax import selection
+from packforcing_jax.policies import selection
 
 VIDEOS, QUERIES, HEADS, HEAD, KEEP = 12, 64, 3, 1, 16  # HEAD is the one that matches
 BLOCKS, UNSEEN, GUESTS, NOISE = 109, 3, 7, 9  # packed blocks, empty slots, kinds of guest, channels of noise

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
-from packforcing_jax import cache, config, evaluation, pipeline, recall, trees
+from packforcing_jax import config, pytrees
 from packforcing_jax.errors import InputError
+from packforcing_jax.evaluation import recall, stage_figures
+from packforcing_jax.memory import cache
+from packforcing_jax.sampling import pipeline
 from packforcing_jax.stage import captions, world
 from packforcing_jax.training import batches
 
@@ -30,8 +33,8 @@ def model():
     """A model of the stage with random weights."""
     shapes, rng = jax.eval_shape(lambda: batches.new_model(SMALL, jax.random.key(0))), np.random.default_rng(1)
     draws = {name: name.endswith("scale") + 0.2 * rng.normal(size=leaf.shape)
-             for name, leaf in trees.flatten(shapes).items()}  # fmt: skip
-    built = trees.fill(shapes, {name: jnp.asarray(draw, jnp.float32) for name, draw in draws.items()})
+             for name, leaf in pytrees.flatten(shapes).items()}  # fmt: skip
+    built = pytrees.fill(shapes, {name: jnp.asarray(draw, jnp.float32) for name, draw in draws.items()})
     return pipeline.Pipeline.of(SMALL, built.nets, built.text, captions.reader())
 
 
@@ -145,7 +148,7 @@ def test_one_history_serves_every_gap_and_way(model, monkeypatch):
 def quick():
     """The programs of the study, compiled in a third of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((evaluation, "one_block"), (recall, "_last_block")):
+        for module, name in ((stage_figures, "one_block"), (recall, "_last_block")):
             patch.setattr(module, name, tiny.jit(getattr(module, name).__wrapped__, static_argnames="exp"))
         yield
 
@@ -166,7 +169,7 @@ def test_blocks_are_found_where_a_way_looks(study):
     assert near[f"all-fit: {found}"]["value"][0] == far[f"all-fit: {found}"]["value"][0] == 1
     assert near[f"recency: {found}"]["chance"] == pytest.approx(3 / 4)
     assert {row["chance"] for name, row in near.items() if "mark" in name} == {1 / 16}
-    assert all(name in evaluation.table(study) for name in near)
+    assert all(name in stage_figures.table(study) for name in near)
 
 
 def test_a_history_answers_as_often_as_it_is_asked(model, quick):

@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from packforcing_jax.data import records
 from packforcing_jax.errors import InputError, MachineError
-from packforcing_jax.training import records
 
 ABOUT = {"clip": 5, "latent": (3, 2)}
 

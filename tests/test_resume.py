@@ -13,9 +13,12 @@ import pytest
 import tiny
 from flax import nnx
 
-from packforcing_jax import archive, codec, config, keeping, pipeline, saves, trace, video
+from packforcing_jax import config
 from packforcing_jax.cli import main
-from packforcing_jax.pipeline import Pipeline
+from packforcing_jax.io import video
+from packforcing_jax.networks import codec
+from packforcing_jax.sampling import host_archive, pipeline, resume, sampler_checkpoints, trace
+from packforcing_jax.sampling.pipeline import Pipeline
 
 RED, BLUE, LIME = "a red disc", "the blue figure walks", "lime square"
 STORY = [RED] * 4 + [BLUE] * 5 + [LIME] * 2
@@ -29,9 +32,9 @@ PROGRAMS = {
     (pipeline, "draw_block"): {"static_argnames": "exp", "donate_argnames": "views"},
     (pipeline, "show_block"): {"static_argnames": ("exp", "first")},
     (pipeline, "remember_block"): {"static_argnames": "exp", "donate_argnames": ("memory", "views")},
-    (archive, "_glance"): {"static_argnames": "exp", "donate_argnames": "views"},
-    (archive, "_score"): {"static_argnames": "exp"},
-    (archive, "_conclude"): {"static_argnames": "exp", "donate_argnames": "views"},
+    (host_archive, "_glance"): {"static_argnames": "exp", "donate_argnames": "views"},
+    (host_archive, "_score"): {"static_argnames": "exp"},
+    (host_archive, "_conclude"): {"static_argnames": "exp", "donate_argnames": "views"},
 }  # fmt: skip
 AWKWARD = (1, 5, 10)  # blocks: before a sink of two is full, after a new prompt, when the oldest of four are gone
 
@@ -53,7 +56,7 @@ class Files:
 
 
 def keeper(model, folder, every=1):
-    return keeping.Keeper(folder, model, prompts=STORY, every=every)
+    return resume.Keeper(folder, model, prompts=STORY, every=every)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +139,7 @@ def test_a_killed_command_goes_on_as_if_it_had_not_been(folder, tmp_path, capsys
         while not (broken / "saves" / "block_4").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
         os.killpg(process.pid, signal.SIGKILL)
-    kept = saves.Saves(broken / "saves").latest()
+    kept = sampler_checkpoints.Saves(broken / "saves").latest()
     assert 4 <= kept < 23
     assert len(video.read(broken / "v.mp4")) >= 3 * kept
     assert main.main(words("broken")) == main.main(words("whole")) == 0

@@ -9,8 +9,11 @@ import pytest
 import tiny
 from flax import nnx
 
-from packforcing_jax import cache, codec, sampler, schedules, trees
-from packforcing_jax.train_config import DistilConfig
+from packforcing_jax import pytrees
+from packforcing_jax.config import DistilConfig
+from packforcing_jax.memory import cache
+from packforcing_jax.networks import codec
+from packforcing_jax.sampling import block_step, schedules
 from packforcing_jax.training import batches, rollout
 
 BLOCKS, SINK, RECENT = 5, 3, 3
@@ -46,8 +49,8 @@ def sampled(text):
     """The same clip drawn by the sampler, layers one by one: memories before each block, what was drawn, lows."""
     memory, out, apart, chance = cache.init(EXP, tiny.BATCH), [], tiny.apart(), draws()
     for block in range(BLOCKS):
-        words = trees.unstack(batches.of_block(text, block), EXP.dit.layers)
-        drawn = tiny.draw(apart, EXP, memory, text=words, chance=sampler.Chance(
+        words = pytrees.unstack(batches.of_block(text, block), EXP.dit.layers)
+        drawn = tiny.draw(apart, EXP, memory, text=words, chance=block_step.Chance(
             noise=chance.noise[block], renoise=chance.renoise[block], lots=chance.lots[block]))  # fmt: skip
         low = codec.low_resolution(PIXELS, codec.decode(PIXELS, drawn.latent), latents=EXP.packed_grid[0],
                                    pool=EXP.compressor.pool)  # fmt: skip
@@ -69,7 +72,7 @@ def test_both_look_at_the_same_blocks_in_the_same_places(clip, sampled):
     looked = 0
     for block, (_, drawn, _) in enumerate(sampled):
         for name in ("ids", "slots", "at"):
-            ours, theirs = (np.asarray(getattr(one, name)) for one in (clip.looked, trees.stack(drawn.looked)))
+            ours, theirs = (np.asarray(getattr(one, name)) for one in (clip.looked, pytrees.stack(drawn.looked)))
             np.testing.assert_array_equal(ours[block], theirs, err_msg=name)
         looked += (np.asarray(clip.looked.ids[block]) >= 0).any()
     assert looked == BLOCKS - 2 - 1  # those behind sink, recent and at least one packed block
@@ -81,7 +84,7 @@ def test_both_see_the_same_keys_and_values(clip, sampled):
         seen = cache.plan(EXP.cache, jnp.int32(block))
         stored = dataclasses.replace(clip.stored, looked=jax.tree.map(lambda x, at=block: x[at], clip.looked))
         laid = lay(seen, stored)
-        length, views = int(cache.length(EXP, seen)), trees.stack(drawn.views)
+        length, views = int(cache.length(EXP, seen)), pytrees.stack(drawn.views)
         for ours, theirs in ((laid.k, views.k), (laid.v, views.v)):
             np.testing.assert_allclose(ours[:, :, :length], theirs[:, :, :length], atol=1e-5)
         assert length == {0: 0, 1: 24, 2: 48}.get(block, 48 + 8 * (block - 2))
@@ -119,7 +122,7 @@ def _with(store, values, at):
 
 def test_a_rollout_stops_at_its_step_and_goes_on_from_there(text, clip):
     """The first block up to each step: what a step reads is what the one before it made, under new noise."""
-    _, sigmas = sampler.step_table(EXP.sample)
+    _, sigmas = block_step.step_table(EXP.sample)
     stops, chance = with_distil(finished=False), draws()
     reached = [draw(NETS, stops, PIXELS, draws(exit), text) for exit in (0, 1)] + [clip]
     np.testing.assert_array_equal(reached[0].noisy, chance.noise)
@@ -167,7 +170,7 @@ def by_block(clip, text):
     weights = tiny.normal(9, *clip.latent.shape)
 
     def sums(compressor, noisy, transformer, gradient):
-        nets, given = sampler.Nets(dit=transformer, compressor=compressor), dataclasses.replace(clip, noisy=noisy)
+        nets, given = block_step.Nets(dit=transformer, compressor=compressor), dataclasses.replace(clip, noisy=noisy)
         latent = rollout.again(nets, with_distil(gradient=gradient), given, draws(), text)
         return (latent * weights).sum(axis=range(1, 6)), latent
 
@@ -185,13 +188,13 @@ def test_drawing_again_gives_the_clip(by_block, clip, gradient):
 
 def test_the_compressor_learns_from_the_first_block_that_sees_a_packed_one(by_block):
     """Sink and recent hold blocks 0 and 1 in front of block 2: mid is empty up to there, and not behind."""
-    for name, leaf in trees.flatten(by_block["packed"][0][0]).items():
+    for name, leaf in pytrees.flatten(by_block["packed"][0][0]).items():
         learns = np.abs(leaf).max(axis=tuple(range(1, leaf.ndim))) > 0
         np.testing.assert_array_equal(learns, np.arange(BLOCKS) > 2, err_msg=name)
 
 
 def test_nothing_reaches_the_compressor_through_what_is_stored(by_block):
-    assert all((np.asarray(leaf) == 0).all() for leaf in trees.flatten(by_block["leak"][0][0]).values())
+    assert all((np.asarray(leaf) == 0).all() for leaf in pytrees.flatten(by_block["leak"][0][0]).values())
 
 
 def test_a_drawn_clip_and_all_it_leaves_behind_are_constants(text):
@@ -216,19 +219,19 @@ def test_blocks_do_not_reach_each_other_but_through_the_leak(by_block):
 
 def test_the_gradient_of_a_block_without_packed_ones_is_that_of_its_last_step_alone(by_block, clip, sampled, text):
     """Block 2 sees sink and recent alone: differentiated behind the sampler's memory, a constant."""
-    weights, times_sigmas = tiny.normal(9, *clip.latent.shape)[2], sampler.step_table(EXP.sample)
+    weights, times_sigmas = tiny.normal(9, *clip.latent.shape)[2], block_step.step_table(EXP.sample)
     memory = sampled[2][0]
-    layers, lots = trees.stack(memory.layers), jnp.zeros((EXP.dit.layers, tiny.BATCH, EXP.cache.slots))
+    layers, lots = pytrees.stack(memory.layers), jnp.zeros((EXP.dit.layers, tiny.BATCH, EXP.cache.slots))
 
     def total(transformer):
-        nets = sampler.Nets(dit=transformer, compressor=NETS.compressor)
+        nets = block_step.Nets(dit=transformer, compressor=NETS.compressor)
         time, sigma = (x[2] for x in times_sigmas)
-        clean, _ = sampler.guess(nets, EXP, cache.plan(EXP.cache, memory.num_blocks), clip.noisy[2], time, sigma,
-                                 batches.of_block(text, 2), (layers, lots), look=sampler.first_look)  # fmt: skip
+        clean, _ = block_step.guess(nets, EXP, cache.plan(EXP.cache, memory.num_blocks), clip.noisy[2], time, sigma,
+                                 batches.of_block(text, 2), (layers, lots), look=block_step.first_look)  # fmt: skip
         return (clean * weights).sum()
 
-    alone = trees.flatten(tiny.jit(jax.grad(total))(NETS.dit))
-    for name, leaf in trees.flatten(by_block["packed"][0][2]).items():
+    alone = pytrees.flatten(tiny.jit(jax.grad(total))(NETS.dit))
+    for name, leaf in pytrees.flatten(by_block["packed"][0][2]).items():
         scale = max(np.abs(alone[name]).max(), 1e-6)
         np.testing.assert_allclose(leaf[2] / scale, alone[name] / scale, atol=2e-5, err_msg=name)
 

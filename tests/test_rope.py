@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from packforcing_jax import rope
 from packforcing_jax.config import DiTConfig
+from packforcing_jax.networks import rope
 
 CFG = DiTConfig(dim=36, heads=3, rope_theta=(100.0, 20.0, 10.0), rope_pairs=(3, 1, 2))
 FRAMES = np.array([0, 1, 2.25, 7, 7.5], np.float32)

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import tiny
 
-from packforcing_jax import checkpoints, config, models, options
+from packforcing_jax import config
 from packforcing_jax.cli import main
+from packforcing_jax.config import MeshConfig, TrainConfig, overrides
 from packforcing_jax.errors import InputError, MachineError
-from packforcing_jax.train_config import MeshConfig, TrainConfig
+from packforcing_jax.io import checkpoints, model_folder
 from packforcing_jax.training import exports, logs, runs, state
 
 # A program of nine parameters that draws noise, has momentum and an average, and whose every fifth batch may be bad
@@ -157,12 +158,12 @@ def test_the_newest_checkpoints_are_kept_and_the_last_is_the_end(straight):
 
 def test_the_average_is_exported(straight):
     run = straight[0]
-    exported = models.opened(run.folder / runs.MODEL)
+    exported = model_folder.opened(run.folder / runs.MODEL)
     assert exported.experiment == EXP
     for path, tensor in exported.part("dit").items():
         np.testing.assert_array_equal(tensor.read(), run.state.ema[f"dit/{path}"].astype(jnp.bfloat16), err_msg=path)
     assert (run.state.ema["dit/head/kernel"] != run.state.params["generator"]["dit/head/kernel"]).all()
-    again = exports.words(EXP).from_file(run.folder / runs.MODEL / models.TOKENIZER, 16)
+    again = exports.words(EXP).from_file(run.folder / runs.MODEL / model_folder.TOKENIZER, 16)
     np.testing.assert_array_equal(again.encode(["a red disc"])[0], exports.words(EXP).encode(["a red disc"])[0])
 
 
@@ -363,7 +364,7 @@ def test_a_model_that_cannot_be_gone_towards_is_refused_before_a_step(straight, 
     with pytest.raises(InputError, match="does not exist"):
         begin(tmp_path / "run", with_train(blend_from=str(tmp_path / "nowhere"), blend=0.5))
     other = tmp_path / "other"
-    models.save(other, EXP, {"dit": {path.partition("/")[2]: np.ones((*leaf.shape, 2), np.float32)
+    model_folder.save(other, EXP, {"dit": {path.partition("/")[2]: np.ones((*leaf.shape, 2), np.float32)
                                      for path, leaf in straight[0].state.ema.items()}})  # fmt: skip
     with pytest.raises(InputError, match=f"the weights of {other}"):
         begin(tmp_path / "run", with_train(blend_from=str(other), blend=0.5))
@@ -372,7 +373,7 @@ def test_a_model_that_cannot_be_gone_towards_is_refused_before_a_step(straight, 
 def test_what_was_not_trained_is_handed_on(straight, tmp_path):
     """The codec's and the text encoder's files of the first model are in the last one."""
     source = tmp_path / "source"
-    models.save(source, EXP, {"dit": {"head/kernel": np.ones((5, 3), np.float32), "head/bias": np.ones(3, np.float32)},
+    model_folder.save(source, EXP, {"dit": {"head/kernel": np.ones((5, 3), np.float32), "head/bias": np.ones(3, np.float32)},
                               "codec": {"scale": np.full(3, 1 / 3, np.float32)}}, dtype="float32")  # fmt: skip
     run, _ = trained(tmp_path / "run", with_train(generator_from=str(source), steps=1))
     made = tmp_path / "run" / runs.MODEL / "codec.safetensors"
@@ -406,17 +407,17 @@ def steps_of(stages):
 
 
 def test_a_setting_changes_every_stage_or_the_one_it_names(recipe):
-    assert steps_of(options.load_recipe(recipe)) == {"teacher": 2, "causal-1": 3, "student": 4}
-    assert set(steps_of(options.load_recipe(recipe, ["train.steps=9"])).values()) == {9}
+    assert steps_of(overrides.load_recipe(recipe)) == {"teacher": 2, "causal-1": 3, "student": 4}
+    assert set(steps_of(overrides.load_recipe(recipe, ["train.steps=9"])).values()) == {9}
     sets = ["train.steps=9", "causal-1:train.steps=7", "student : fps=11"]
-    stages = options.load_recipe(recipe, sets)
+    stages = overrides.load_recipe(recipe, sets)
     assert steps_of(stages) == {"teacher": 9, "causal-1": 7, "student": 9}
     assert [exp.fps for _, exp in stages] == [5, 5, 11]
 
 
 def test_an_experiment_is_a_recipe_of_one_stage():
-    (name, exp), = options.load_recipe("stage", ["train.steps=3"])
-    assert (name, exp) == ("", options.load_experiment("stage", ["train.steps=3"]))
+    (name, exp), = overrides.load_recipe("stage", ["train.steps=3"])
+    assert (name, exp) == ("", overrides.load_experiment("stage", ["train.steps=3"]))
 
 
 @pytest.mark.parametrize(("sets", "said"), [
@@ -426,7 +427,7 @@ def test_an_experiment_is_a_recipe_of_one_stage():
 ])  # fmt: skip
 def test_settings_of_unknown_stages_are_refused(recipe, sets, said):
     with pytest.raises(InputError, match=said):
-        options.load_recipe(recipe, sets)
+        overrides.load_recipe(recipe, sets)
 
 
 @pytest.mark.parametrize("text", ["recipe = ()", "recipe = 3", "recipe = (('a', 1),)", "recipe = (('a/b', e),)",
@@ -434,11 +435,11 @@ def test_settings_of_unknown_stages_are_refused(recipe, sets, said):
 def test_broken_recipes_are_refused(tmp_path, text):
     (tmp_path / "c.py").write_text(f"from packforcing_jax.config import Experiment\ne = Experiment(name='e')\n{text}\n")
     with pytest.raises(InputError, match=r"c\.py: .*recipe"):
-        options.load_recipe(tmp_path / "c.py")
+        overrides.load_recipe(tmp_path / "c.py")
 
 
 def test_stages_begin_from_the_models_of_earlier_ones(recipe, tmp_path):
-    plan = runs.planned(options.load_recipe(recipe), tmp_path)
+    plan = runs.planned(overrides.load_recipe(recipe), tmp_path)
     assert [folder for folder, _ in plan] == [tmp_path / name for name in ("teacher", "causal-1", "student")]
     begins = [(exp.train.generator_from, exp.train.critic_from) for _, exp in plan]
     teacher, causal = (str(tmp_path / name / "model") for name in ("teacher", "causal-1"))
@@ -453,7 +454,7 @@ def test_stages_begin_from_the_models_of_earlier_ones(recipe, tmp_path):
 ])  # fmt: skip
 def test_beginnings_that_do_not_exist_are_refused(recipe, tmp_path, sets, only, said):
     with pytest.raises(InputError, match=said):
-        runs.planned(options.load_recipe(recipe, sets), tmp_path / "run", only)
+        runs.planned(overrides.load_recipe(recipe, sets), tmp_path / "run", only)
 
 
 # the command ----------------------------------------------------------------------------------------------------------
@@ -557,7 +558,7 @@ def test_real_networks_have_a_place_and_are_read_into_it(folder):
     exp = dataclasses.replace(tiny.EXP, train=TrainConfig(mesh=MeshConfig(fsdp=2)))
     grid = runs.mesh.make(exp.train.mesh)
     shapes = runs.abstract(exp, runs.Program(), 0, grid).params["generator"]
-    read, held = exports.network(str(folder), shapes, grid), models.opened(folder)
+    read, held = exports.network(str(folder), shapes, grid), model_folder.opened(folder)
     assert read.keys() == shapes.keys()
     for path, leaf in read.items():
         part, _, name = path.partition("/")
@@ -581,7 +582,7 @@ def test_real_networks_learn_and_are_begun_from(tmp_path):
     (metrics,) = runs.steps(run)
     runs.finish(run)
     assert metrics["loss"] > 0
-    assert models.opened(tmp_path / runs.MODEL).experiment == exp
+    assert model_folder.opened(tmp_path / runs.MODEL).experiment == exp
     shapes = {path: leaf for path, leaf in run.state.ema.items() if path.startswith(("dit/", "text/"))}
     begun = exports.network(str(tmp_path / runs.MODEL), shapes, run.mesh)
     assert {path.split("/")[0] for path in begun} == {"dit", "text"}
@@ -597,7 +598,8 @@ def test_real_networks_are_watched_and_sample_as_a_model(tmp_path, caplog):
     assert [each["step"] for each in metrics] == [1, 2]
     assert all(np.isfinite(each["loss"]) for each in metrics)
     assert not caplog.records
-    from packforcing_jax import pipeline, video
+    from packforcing_jax.io import video
+    from packforcing_jax.sampling import pipeline
 
     assert video.read(tmp_path / runs.PREVIEWS / "step-2.mp4").shape == (20, 256, 256, 3)
     model = pipeline.Pipeline.from_pretrained(tmp_path / runs.MODEL)

@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from packforcing_jax import saves, trace, video
 from packforcing_jax.cli import main
+from packforcing_jax.io import video
+from packforcing_jax.sampling import sampler_checkpoints, trace
 
 
 def run(capsys, folder, *words):
@@ -230,7 +231,7 @@ def test_a_run_goes_on_from_its_last_save(capsys, folder, story, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert kept(capsys, folder, story, whole, 11)[0] == 0
     shutil.copytree(whole, broken)
-    assert saves.Saves(broken / "saves").latest() == 11
+    assert sampler_checkpoints.Saves(broken / "saves").latest() == 11
     shutil.rmtree(broken / "saves" / "block_11")
     lines = (whole / "t.jsonl").read_bytes()
     (broken / "t.jsonl").write_bytes(lines[:-40])

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import tiny
 
-from packforcing_jax import cache, compressor, dit, rope, sampler, schedules, trees, view
+from packforcing_jax import pytrees
 from packforcing_jax.config import SampleConfig
+from packforcing_jax.memory import cache, view
+from packforcing_jax.networks import compressor, dit, rope
+from packforcing_jax.sampling import block_step, schedules
 
 EXP = tiny.EXP
 NETS, STACKED = tiny.apart(), tiny.nets()
@@ -108,28 +111,28 @@ def test_drawing_again_gives_the_same_bits_and_leaves_the_memory_alone(filled, t
 
 def recalled(memory, chance):
     """What `first_look` takes for each layer."""
-    return trees.zipped(memory.layers, list(chance.lots))
+    return pytrees.zipped(memory.layers, list(chance.lots))
 
 
 def rest_by_hand(exp, seen, chance, text, clean, views):
     """The steps behind the first one after the other."""
-    times, sigmas = sampler.step_table(exp.sample)
+    times, sigmas = block_step.step_table(exp.sample)
     for step in range(1, len(times)):
         noisy = (1 - sigmas[step]) * clean + sigmas[step] * chance.renoise[step - 1]
-        clean, _ = sampler.guess(NETS, exp, seen, noisy, jnp.asarray(times[step]), sigmas[step], text, views)
+        clean, _ = block_step.guess(NETS, exp, seen, noisy, jnp.asarray(times[step]), sigmas[step], text, views)
     return clean
 
 
 def first_by_hand(exp, seen, chance, text, past, look):
-    times, sigmas = sampler.step_table(exp.sample)
-    return sampler.guess(NETS, exp, seen, chance.noise, jnp.asarray(times[0]), sigmas[0], text, past, look=look)
+    times, sigmas = block_step.step_table(exp.sample)
+    return block_step.guess(NETS, exp, seen, chance.noise, jnp.asarray(times[0]), sigmas[0], text, past, look=look)
 
 
 def by_hand(exp, memory, text, chance):
     """The steps of a block one after the other."""
     seen = cache.plan(exp.cache, memory.num_blocks)
-    clean, kept = first_by_hand(exp, seen, chance, text, recalled(memory, chance), sampler.first_look)
-    views, _ = trees.unzip(kept)
+    clean, kept = first_by_hand(exp, seen, chance, text, recalled(memory, chance), block_step.first_look)
+    views, _ = pytrees.unzip(kept)
     return rest_by_hand(exp, seen, chance, text, clean, views), views
 
 
@@ -139,7 +142,7 @@ def test_the_scan_over_steps_is_a_loop(filled, text):
     scanned = drawn(memory, text, chance)
     np.testing.assert_allclose(scanned.latent, latent, atol=2e-5)
     committed = tiny.views(EXP, 5, scanned)
-    np.testing.assert_allclose(committed.k, trees.stack(views).k[:, :, : committed.k.shape[2]], atol=2e-5)
+    np.testing.assert_allclose(committed.k, pytrees.stack(views).k[:, :, : committed.k.shape[2]], atol=2e-5)
     assert committed.k.shape[2] == (3 + 3) * 8 + 2 * 8
 
 
@@ -162,7 +165,7 @@ def guess(prediction, memory, chance, text, timestep, sigma):
     """The clean block that a network returning `prediction` sees behind noise."""
     exp = dataclasses.replace(EXP, sample=dataclasses.replace(EXP.sample, prediction=prediction))
     seen, past = cache.plan(exp.cache, memory.num_blocks), recalled(memory, chance)
-    return sampler.guess(NETS, exp, seen, chance.noise, timestep, sigma, text, past, look=sampler.first_look)[0]
+    return block_step.guess(NETS, exp, seen, chance.noise, timestep, sigma, text, past, look=block_step.first_look)[0]
 
 
 def test_levels_may_be_given_per_block_per_video_or_per_frame(filled, text):
@@ -181,7 +184,7 @@ def test_a_velocity_is_turned_into_the_clean_block_it_points_at(filled, text):
 
 
 def test_steps_are_warped_by_the_shift_and_sigma_follows():
-    times, sigmas = sampler.step_table(EXP.sample)
+    times, sigmas = block_step.step_table(EXP.sample)
     np.testing.assert_allclose(times, [1000, 3000 * 0.6 / (1 + 2 * 0.6), 3000 * 0.25 / (1 + 2 * 0.25)], rtol=1e-5)
     np.testing.assert_allclose(sigmas, times / 1000, rtol=1e-5)
     np.testing.assert_array_equal(sigmas, schedules.sigma_at(schedules.table(3.0), times))
@@ -192,7 +195,7 @@ def test_steps_are_warped_by_the_shift_and_sigma_follows():
 
 def sums(memory):
     """One number each for what sink, packed blocks and recent hold, in which nothing cancels."""
-    layers = trees.stack(memory.layers)
+    layers = pytrees.stack(memory.layers)
     return jnp.stack([sum((x * tiny.normal(i, *x.shape)).sum() for i, x in enumerate((part.k, part.v)))
                       for part in (layers.sink, layers.mid, layers.recent)])  # fmt: skip
 
@@ -203,7 +206,7 @@ def test_the_block_never_sees_its_packed_twin_and_the_twin_sees_the_block(filled
     done = drawn(memory, text, tiny.chances(EXP, 5))
 
     def stored(latent, low, views):
-        return sums(sampler.remember(NETS, lr, memory, latent=latent, low=low, drawn=done.replace(views=views),
+        return sums(block_step.remember(NETS, lr, memory, latent=latent, low=low, drawn=done.replace(views=views),
                                      text=text)[0])  # fmt: skip
 
     by_latent, by_low, by_views = tiny.jit(jax.jacrev(stored, argnums=(0, 1, 2)))(latent, low, done.views)
@@ -269,7 +272,7 @@ def turned(keys, exp):
 
 def packed_in(memory):
     """Packed keys and values of block 5, [layer, b, p, n, h]."""
-    return jax.tree.map(lambda x: np.asarray(x)[:, :, SLOT], trees.stack(memory.layers).mid)
+    return jax.tree.map(lambda x: np.asarray(x)[:, :, SLOT], pytrees.stack(memory.layers).mid)
 
 
 def test_a_packed_twin_is_stored_as_clean_at_its_place_on_the_grid(filled, text):
@@ -319,14 +322,14 @@ def full(text):
 def test_scanned_layers_draw_and_remember_what_layers_one_by_one_do(full, exp):
     (memory, text), chance = full, tiny.chances(exp, FULL)
     memory = memory if exp is EXP else moved(memory)
-    stacked = memory.replace(layers=trees.stack(memory.layers))
+    stacked = memory.replace(layers=pytrees.stack(memory.layers))
     found = []
-    for nets, before, words in ((NETS, memory, text), (STACKED, stacked, trees.stack(text))):
+    for nets, before, words in ((NETS, memory, text), (STACKED, stacked, pytrees.stack(text))):
         done = tiny.draw(nets, exp, before, chance=chance, text=words)
         later, packed, _ = tiny.remember(nets, exp, before, latent=done.latent, low=tiny.lows(1)[0], drawn=done,
                                          text=words)  # fmt: skip
         views = tiny.views(exp, FULL, done)
-        found.append((done.latent, trees.stack(done.looked), views, trees.stack(packed), trees.stack(later.layers)))
+        found.append((done.latent, pytrees.stack(done.looked), views, pytrees.stack(packed), pytrees.stack(later.layers)))
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), *found)
 
 
@@ -337,7 +340,7 @@ def asking(exp, seen, mix):
     """Looks back as `first_look` does, and keeps the layer's queries."""
 
     def look(q, k, v, past):
-        mixed, (view, _) = sampler.first_look(exp, seen, mix)(q, k, v, past)
+        mixed, (view, _) = block_step.first_look(exp, seen, mix)(q, k, v, past)
         return mixed, (view, q)
 
     return look
@@ -451,7 +454,7 @@ def test_layers_and_videos_choose_for_themselves(long):
 
 def test_a_memory_without_packed_blocks_runs_without_a_compressor(text):
     exp = tiny.with_cache(top=0, capacity=0)
-    bare = sampler.Nets(dit=NETS.dit, compressor=None)
+    bare = block_step.Nets(dit=NETS.dit, compressor=None)
     memory, latent = cache.init(exp, 2), tiny.latents(1)[0]
     done = drawn(memory, text, tiny.chances(exp, 0), exp)
     later, packed, _ = tiny.remember(bare, exp, memory, latent=latent, low=latent, drawn=done, text=text)

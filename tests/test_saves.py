@@ -21,8 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from packforcing_jax import checkpoints, config, models, saves
+from packforcing_jax import config
 from packforcing_jax.errors import InputError, MachineError
+from packforcing_jax.io import checkpoints, model_folder
+from packforcing_jax.sampling import sampler_checkpoints
 
 
 @struct.dataclass
@@ -92,28 +94,28 @@ def made(leaf, rng):
 def test_any_state_comes_back_bit_for_bit_in_kind(tmp_path_factory, tree, seed):
     rng, is_leaf = np.random.default_rng(seed), lambda node: isinstance(node, tuple)
     state = {"count": jnp.int32(4), "tree": jax.tree.map(lambda leaf: made(leaf, rng), tree, is_leaf=is_leaf)}
-    store = saves.Saves(tmp_path_factory.mktemp("saves"))
+    store = sampler_checkpoints.Saves(tmp_path_factory.mktemp("saves"))
     store.save(3, state, {"seed": seed})
     empty = jax.tree.map(lambda leaf: type(leaf)(0) if isinstance(leaf, np.generic) else
                          np.empty_like(leaf) if isinstance(leaf, np.ndarray) else
                          jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)  # fmt: skip
-    back, about = saves.Saves(store.folder).restore(empty)
+    back, about = sampler_checkpoints.Saves(store.folder).restore(empty)
     same_bits(back, state)
     assert about == {"seed": seed}
 
 
 def test_continuing_equals_never_having_stopped(tmp_path):
-    store, halfway = saves.Saves(tmp_path / "new" / "saves"), advanced(sampler(), 4)
+    store, halfway = sampler_checkpoints.Saves(tmp_path / "new" / "saves"), advanced(sampler(), 4)
     assert not store.folder.parent.exists()
     store.save(4, halfway, {"written": {"bytes": 2**40, "frames": 7}, "prompts": [[0, "é"]]})
-    back, about = saves.Saves(store.folder).restore(sampler())
+    back, about = sampler_checkpoints.Saves(store.folder).restore(sampler())
     same_bits(back, halfway)
     same_bits(advanced(back, 5), advanced(sampler(), 9))
     assert about == store.about() == {"written": {"bytes": 2**40, "frames": 7}, "prompts": [[0, "é"]]}
 
 
 def test_restored_arrays_can_be_given_away_and_written(tmp_path):
-    store, state = saves.Saves(tmp_path), advanced(sampler(), 2)
+    store, state = sampler_checkpoints.Saves(tmp_path), advanced(sampler(), 2)
     store.save(2, state, {})
     back, _ = store.restore(state)
     k = back.layers[2]["k"]
@@ -124,7 +126,7 @@ def test_restored_arrays_can_be_given_away_and_written(tmp_path):
 
 
 def test_arrays_go_where_they_are_wanted(tmp_path):
-    store, state = saves.Saves(tmp_path), {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.arange(5)}
+    store, state = sampler_checkpoints.Saves(tmp_path), {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.arange(5)}
     store.save(1, state, {})
     mesh = jax.make_mesh((2,), ("batch",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
     split = NamedSharding(mesh, PartitionSpec("batch"))
@@ -137,13 +139,13 @@ def test_arrays_go_where_they_are_wanted(tmp_path):
 
 
 def test_newest_two_are_kept_and_the_newest_restored(tmp_path):
-    store = saves.Saves(tmp_path / "saves")
+    store = sampler_checkpoints.Saves(tmp_path / "saves")
     assert store.latest() is None
     refused(lambda: store.restore({"a": jnp.zeros(3)}), "saves holds no complete save; check the path or start anew")
     assert list(tmp_path.iterdir()) == []
     for block in (8, 9, 10, 200):
         store.save(block, {"a": jnp.full(3, block)}, {})
-        assert store.latest() == saves.Saves(store.folder).latest() == block
+        assert store.latest() == sampler_checkpoints.Saves(store.folder).latest() == block
     assert sorted(path.name for path in store.folder.iterdir()) == ["block_10", "block_200"]
     assert store.restore({"a": jnp.zeros(3, int)})[0]["a"].tolist() == 3 * [200]
     for block in (9, 200):
@@ -153,10 +155,10 @@ def test_newest_two_are_kept_and_the_newest_restored(tmp_path):
 
 def test_other_settings_are_refused_by_name_and_values(tmp_path):
     def told(exp):
-        return {"experiment": json.loads(models.experiment_to_json(exp)), "seed": 7}
+        return {"experiment": json.loads(model_folder.experiment_to_json(exp)), "seed": 7}
 
     exp = config.Experiment("wan")
-    store, state = saves.Saves(tmp_path), sampler()
+    store, state = sampler_checkpoints.Saves(tmp_path), sampler()
     store.save(3, state, told(exp) | {"written": 5})
     same_bits(store.restore(state, told(exp))[0], state)
     other = dataclasses.replace(exp, cache=dataclasses.replace(exp.cache, top=exp.cache.top - 1), fps=exp.fps + 1)
@@ -167,7 +169,7 @@ def test_other_settings_are_refused_by_name_and_values(tmp_path):
 
 
 def test_other_states_are_refused_leaf_by_leaf(tmp_path):
-    store, state = saves.Saves(tmp_path), sampler()
+    store, state = sampler_checkpoints.Saves(tmp_path), sampler()
     store.save(3, state, {})
     refused(lambda: store.restore(sampler(width=8)),
             r"archive: float32\[2, 6, 7\] saved, float32\[2, 6, 8\] wanted; layers/0/k: .* wanted\)")  # fmt: skip
@@ -187,7 +189,7 @@ def damages(path):
 
 
 def test_every_damage_of_every_file_is_refused_with_the_way_out(tmp_path):
-    store, state = saves.Saves(tmp_path / "saves"), sampler()
+    store, state = sampler_checkpoints.Saves(tmp_path / "saves"), sampler()
     store.save(3, state, {"block": 3})
     store.save(4, advanced(state, 1), {"block": 4})
     files = [path for path in (store.folder / "block_4").rglob("*") if path.is_file()]
@@ -209,7 +211,7 @@ def test_every_damage_of_every_file_is_refused_with_the_way_out(tmp_path):
 
 @pytest.mark.parametrize("moment", ["rename", "write_text"])
 def test_interrupted_save_is_ignored_and_leaves_nothing(tmp_path, monkeypatch, moment):
-    store = saves.Saves(tmp_path)
+    store = sampler_checkpoints.Saves(tmp_path)
     store.save(1, {"a": jnp.arange(3)}, {})
 
     def interrupted(*_, **__):
@@ -226,7 +228,7 @@ def test_interrupted_save_is_ignored_and_leaves_nothing(tmp_path, monkeypatch, m
 
 
 def test_full_disk_keeps_the_earlier_saves(tmp_path):
-    store, noise = saves.Saves(tmp_path), {"a": jax.random.normal(jax.random.key(0), (90_000,))}
+    store, noise = sampler_checkpoints.Saves(tmp_path), {"a": jax.random.normal(jax.random.key(0), (90_000,))}
     store.save(1, {"a": jnp.arange(3)}, {})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -249,14 +251,14 @@ def test_folders_of_others_are_refused_and_left_alone(tmp_path):
     training.close()
     (tmp_path / "file").touch()
     before = sorted(tmp_path.rglob("*"))
-    refused(lambda: saves.Saves(tmp_path / "thesis"), r"holds \['chapter.txt'\], which no run saved; choose another")
-    refused(lambda: saves.Saves(tmp_path / "training"), r"holds \['7'\], which no run saved")
+    refused(lambda: sampler_checkpoints.Saves(tmp_path / "thesis"), r"holds \['chapter.txt'\], which no run saved; choose another")
+    refused(lambda: sampler_checkpoints.Saves(tmp_path / "training"), r"holds \['7'\], which no run saved")
     for place in (tmp_path / "file", tmp_path / "file" / "saves"):
-        refused(lambda place=place: saves.Saves(place), f"{place} is not usable")
+        refused(lambda place=place: sampler_checkpoints.Saves(place), f"{place} is not usable")
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / ".DS_Store").touch()
-    assert saves.Saves(tmp_path / "new").latest() is None
+    assert sampler_checkpoints.Saves(tmp_path / "new").latest() is None
 
 
 CHILD = """
@@ -291,7 +293,7 @@ def test_killed_process_leaves_a_consistent_newest_save(tmp_path):
     kinds = (jnp.float32, jnp.bfloat16, jnp.uint32)
     like = [jax.ShapeDtypeStruct((50, 31 + i), kinds[i % 3]) for i in range(12)] + [np.zeros((7, 900), np.int32)]
     for delay in (random.uniform(0, 0.2) for _ in range(3)):
-        reported, store = killed(tmp_path, delay), saves.Saves(tmp_path)
+        reported, store = killed(tmp_path, delay), sampler_checkpoints.Saves(tmp_path)
         state, about = store.restore(like)
         assert about == {"block": store.latest()}
         assert reported <= store.latest() <= reported + 1, f"killed after {delay} s"

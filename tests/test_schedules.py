@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from packforcing_jax import schedules
 from packforcing_jax.errors import InputError
+from packforcing_jax.sampling import schedules
 
 GOLDEN = load_file(pathlib.Path(__file__).parent / "golden" / "scheduler.safetensors")
 INPUTS = {name.removeprefix("inputs/"): value for name, value in GOLDEN.items() if name.startswith("inputs/")}

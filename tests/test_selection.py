@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packforcing_jax import config, selection
+from packforcing_jax import config
+from packforcing_jax.policies import selection
 
 VIDEOS, QUERIES, HEADS, SIZE, PACKED, WINDOW = 2, 5, 3, 7, 4, 6
 IDS = (9, -1, 2, 5, -1, 11, 3)

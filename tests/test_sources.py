@@ -9,11 +9,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny
+from packforcing_jax.configs import stage
 
-from configs import stage
-from packforcing_jax import config, train_config
+from packforcing_jax import config
+from packforcing_jax.config import training
+from packforcing_jax.data import records, sources
 from packforcing_jax.errors import InputError
-from packforcing_jax.training import records, sources
 
 BLOCKS = 5  # of a clip of the tiny experiment
 LATENT = (15, 8, 4, 12)
@@ -26,7 +27,7 @@ def encode(texts):
 
 
 def reading(kind, path="", limit=0, exp=tiny.EXP):
-    source = train_config.DataConfig(kind=kind, path=str(path), limit=limit)
+    source = training.DataConfig(kind=kind, path=str(path), limit=limit)
     return dataclasses.replace(exp, train=dataclasses.replace(exp.train, source=source))
 
 
@@ -238,7 +239,7 @@ def test_rows_of_a_process_become_shards_of_one_array():
 
 
 def test_the_kinds_are_those_of_the_settings():
-    assert set(sources.KINDS) == set(train_config.SOURCES)
+    assert set(sources.KINDS) == set(training.SOURCES)
 
 
 def test_the_form_of_low_latents_is_the_codecs():

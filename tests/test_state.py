@@ -9,10 +9,10 @@ import pytest
 import tiny
 from flax import nnx
 
-from packforcing_jax import codec, text, trees
-from packforcing_jax.config import DtypeConfig
+from packforcing_jax import pytrees
+from packforcing_jax.config import DataConfig, DistilConfig, DtypeConfig, OptimiserConfig
 from packforcing_jax.errors import InputError
-from packforcing_jax.train_config import DataConfig, DistilConfig, OptimiserConfig
+from packforcing_jax.networks import codec, text
 from packforcing_jax.training import rollout, state
 from packforcing_jax.training.batches import Batch, Model, Words
 
@@ -23,8 +23,8 @@ BASE = dataclasses.replace(
     train=dataclasses.replace(tiny.EXP.train, steps=9, distil=DistilConfig(critic_updates=5), **{
         group: OptimiserConfig(rate=rate, decay=0.0) for group, rate in RATES.items()}))  # fmt: skip
 READER = tiny.filled(jax.eval_shape(lambda: text.UMT5(BASE.text, nnx.Rngs(0))))
-GENERATOR = trees.flatten(Model(dit=tiny.nets().dit, compressor=tiny.nets().compressor, text=READER))
-TEACHER = trees.flatten({"dit": tiny.filled(tiny.nets().dit, 3)})
+GENERATOR = pytrees.flatten(Model(dit=tiny.nets().dit, compressor=tiny.nets().compressor, text=READER))
+TEACHER = pytrees.flatten({"dit": tiny.filled(tiny.nets().dit, 3)})
 init = tiny.jit(state.init, static_argnames="exp")
 update = tiny.jit(state.update, static_argnames=("exp", "moves"))
 
@@ -102,7 +102,7 @@ def test_data_that_hold_states_need_no_reader():
 
 @pytest.mark.parametrize("given", ["critic", "teacher", "generator"])
 def test_a_critic_starts_as_what_is_given_for_it_else_as_the_teacher_else_as_the_generator(given):
-    critic = trees.flatten({"dit": tiny.filled(tiny.nets().dit, 6)})
+    critic = pytrees.flatten({"dit": tiny.filled(tiny.nets().dit, 6)})
     networks = {"critic": critic, "teacher": TEACHER | part(GENERATOR, "compressor"), "generator": GENERATOR}
     for name in ("critic", "teacher", "generator"):
         if name == given:
@@ -225,15 +225,15 @@ def networks_of(objective, frozen=None, **settings):
 def test_consistency_asks_the_average_and_a_whole_teacher():
     teacher = {path: leaf - 1 for path, leaf in GENERATOR.items()}
     networks = networks_of("consistency", {"teacher": teacher})
-    assert same(trees.flatten(networks.average), {path: leaf + 1 for path, leaf in GENERATOR.items()})
-    assert same(trees.flatten(networks.teacher), teacher)
+    assert same(pytrees.flatten(networks.average), {path: leaf + 1 for path, leaf in GENERATOR.items()})
+    assert same(pytrees.flatten(networks.teacher), teacher)
     assert networks.critic is None
 
 
 def test_distillation_asks_the_transformers_of_critic_and_teacher():
     networks = networks_of("dmd", {"teacher": TEACHER, "hidden": jnp.ones((3, 10))})
     assert networks.average is None
-    assert same(trees.flatten(networks.critic), {path.removeprefix("dit/"): leaf for path, leaf in TEACHER.items()})
+    assert same(pytrees.flatten(networks.critic), {path.removeprefix("dit/"): leaf for path, leaf in TEACHER.items()})
     assert same(networks.teacher.dit, networks.critic)
     assert networks.hidden.shape == (3, 10)
     assert isinstance(networks.pixels, codec.SpaceToDepth)
@@ -243,7 +243,7 @@ def test_what_is_under_the_gradient_takes_its_place():
     networks = networks_of("forcing")
     assert (networks.teacher, networks.critic, networks.average) == (None, None, None)
     wanted = GENERATOR | {"dit/head/bias": GENERATOR["dit/head/bias"] + 3}
-    assert same(trees.flatten(networks.generator), wanted)
+    assert same(pytrees.flatten(networks.generator), wanted)
 
 
 def test_networks_compute_in_the_dtype_of_computing():
@@ -263,7 +263,7 @@ WORDS = Batch(words=tiny.normal(3, 1, 2, 7, BASE.dit.text_dim))
 
 @pytest.fixture(scope="module")
 def before():
-    generator = trees.flatten(tiny.nets(HR))
+    generator = pytrees.flatten(tiny.nets(HR))
     return init(DMD, KEY, {"generator": generator, "teacher": TEACHER})
 
 

@@ -10,8 +10,8 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packforcing_jax import tensors
 from packforcing_jax.errors import InputError
+from packforcing_jax.io import safetensors_io
 
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16, np.float64, np.int64, np.int32, np.uint8, np.bool_]
 
@@ -24,7 +24,7 @@ def values():
 
 
 def written(path, given):
-    with tensors.Writer(path, {name: (value.shape, value.dtype) for name, value in given.items()}, {"a": "b"}) as file:
+    with safetensors_io.Writer(path, {name: (value.shape, value.dtype) for name, value in given.items()}, {"a": "b"}) as file:
         for name, value in reversed(given.items()):
             file.put(name, value)
     return path
@@ -42,7 +42,7 @@ def test_what_is_written_is_what_the_library_reads(tmp_path):
 
 def test_what_the_library_writes_is_what_is_read(tmp_path):
     safetensors.numpy.save_file(values(), tmp_path / "x")
-    found = tensors.opened(tmp_path / "x")
+    found = safetensors_io.opened(tmp_path / "x")
     assert found.keys() == values().keys()
     for name, value in values().items():
         assert (found[name].shape, found[name].dtype, found[name].nbytes) == (value.shape, value.dtype, value.nbytes)
@@ -52,14 +52,14 @@ def test_what_the_library_writes_is_what_is_read(tmp_path):
 
 def test_layers_are_put_in_any_order(tmp_path):
     whole = np.random.default_rng(0).normal(size=(3, 5, 2)).astype(np.float32)
-    with tensors.Writer(tmp_path / "x", {"w": (whole.shape, whole.dtype)}, {}) as file:
+    with safetensors_io.Writer(tmp_path / "x", {"w": (whole.shape, whole.dtype)}, {}) as file:
         for layer in (2, 0, 1):
             file.put("w", whole[layer][::1], layer=layer)
-    np.testing.assert_array_equal(tensors.opened(tmp_path / "x")["w"].read(), whole)
+    np.testing.assert_array_equal(safetensors_io.opened(tmp_path / "x")["w"].read(), whole)
 
 
 def test_what_does_not_fit_its_place_is_a_mistake_of_the_caller(tmp_path):
-    with tensors.Writer(tmp_path / "x", {"w": ((3, 5), np.dtype(np.float32))}, {}) as file:
+    with safetensors_io.Writer(tmp_path / "x", {"w": ((3, 5), np.dtype(np.float32))}, {}) as file:
         for wrong in (np.zeros((5, 3), np.float32), np.zeros((3, 5), np.float16), np.zeros(5, np.float32)):
             with pytest.raises(ValueError, match="does not fit"):
                 file.put("w", wrong)
@@ -104,14 +104,14 @@ def test_broken_files_are_refused_in_one_sentence(tmp_path, name):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(BROKEN[name])
     with pytest.raises(InputError, match=r"weights\.safetensors.*(fetch it again|convert it to one of)") as raised:
-        tensors.opened(path)
+        safetensors_io.opened(path)
     assert "\n" not in str(raised.value)
 
 
 def test_missing_files_and_folders_are_refused(tmp_path):
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(InputError, match="cannot be read"):
-            tensors.opened(path)
+            safetensors_io.opened(path)
 
 
 @settings(max_examples=150, deadline=None)
@@ -123,7 +123,7 @@ def test_no_damage_makes_anything_but_a_sentence(tmp_path_factory, cut, at, byte
     content[at % len(content)] = byte
     path.write_bytes(content[: len(content) - cut % len(content)])
     try:
-        found = tensors.opened(path)
+        found = safetensors_io.opened(path)
     except InputError:
         return
     assert all(tensor.read().nbytes == tensor.nbytes for tensor in found.values())

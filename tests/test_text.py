@@ -7,13 +7,14 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from packforcing_jax.convert import rules, umt5
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from convert import rules, umt5
-from packforcing_jax import text, trees
+from packforcing_jax import pytrees
 from packforcing_jax.config import TextConfig
 from packforcing_jax.errors import InputError
+from packforcing_jax.networks import text
 
 PATH = pathlib.Path(__file__).parent / "golden" / "umt5_tiny.safetensors"
 GOLDEN = load_file(PATH)
@@ -28,12 +29,12 @@ encode = jax.jit(text.encode, static_argnames="zero_padding")
 
 def shapes(cfg):
     model = jax.eval_shape(lambda: text.UMT5(cfg, nnx.Rngs(0)))
-    return model, {name: leaf.shape for name, leaf in trees.flatten(model).items()}
+    return model, {name: leaf.shape for name, leaf in pytrees.flatten(model).items()}
 
 
 def converted(tensors):
     model, wanted = shapes(CFG)
-    return trees.fill(model, rules.convert(tensors, umt5.UMT5, wanted))
+    return pytrees.fill(model, rules.convert(tensors, umt5.UMT5, wanted))
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +77,9 @@ def test_a_bucket_depends_on_the_offset_alone_and_saturates():
 
 
 def test_a_wrong_weight_shows(golden_model):
-    flat = {name: jnp.asarray(value) for name, value in trees.flatten(golden_model).items()}
+    flat = {name: jnp.asarray(value) for name, value in pytrees.flatten(golden_model).items()}
     for name in ("blocks/position/embedding", "blocks/ffn/gate/kernel", "blocks/norm2/scale"):
-        other = trees.fill(golden_model, {**flat, name: flat[name].at[1].multiply(1.1)})
+        other = pytrees.fill(golden_model, {**flat, name: flat[name].at[1].multiply(1.1)})
         states = encode(other, GOLDEN["inputs/ids"], GOLDEN["inputs/mask"])
         assert np.abs(states - GOLDEN["outputs/hidden_padding_zeroed"]).max() > 1e-3, name
 
@@ -103,9 +104,9 @@ def test_order_matters_only_through_the_position_bias(small):
     ids, mask = jnp.array([[4, 9, 2, 7, 3]]), jnp.ones((1, 5), int)
     swapped = encode(small, ids[:, ::-1], mask)[:, ::-1]
     assert jnp.abs(swapped - encode(small, ids, mask)).max() > 1e-2
-    flat = trees.flatten(small)
+    flat = pytrees.flatten(small)
     name = "blocks/position/embedding"
-    blind = trees.fill(small, {**flat, name: jnp.zeros_like(flat[name])})
+    blind = pytrees.fill(small, {**flat, name: jnp.zeros_like(flat[name])})
     np.testing.assert_allclose(encode(blind, ids[:, ::-1], mask)[:, ::-1], encode(blind, ids, mask), atol=5e-6)
 
 
@@ -138,7 +139,7 @@ def test_half_precision_weights_give_half_precision_states_close_to_exact_ones(s
 
 
 def test_initial_weights_have_the_spread_of_t5(small):
-    flat = trees.flatten(small)
+    flat = pytrees.flatten(small)
     expected = {"embedding/embedding": 1.0, "blocks/attn/q/kernel": (60 * 28) ** -0.5, "blocks/attn/k/kernel": 60**-0.5,
                 "blocks/attn/v/kernel": 60**-0.5, "blocks/attn/o/kernel": 84**-0.5, "blocks/ffn/gate/kernel": 60**-0.5,
                 "blocks/ffn/fc1/kernel": 60**-0.5, "blocks/ffn/fc2/kernel": 100**-0.5}  # fmt: skip

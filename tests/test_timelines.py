@@ -2,8 +2,8 @@
 
 import pytest
 
-from packforcing_jax import timelines
 from packforcing_jax.errors import InputError
+from packforcing_jax.sampling import timelines
 
 
 def test_each_prompt_holds_until_the_next_one_starts():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from packforcing_jax import timing
+from packforcing_jax.plan import timing
 
 
 class Clock:

@@ -5,8 +5,8 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from packforcing_jax import tokenizer
 from packforcing_jax.errors import InputError
+from packforcing_jax.networks import tokenizer
 
 WORDS = ("a", "red", "purple", "fox", "enters", "from", "left")
 

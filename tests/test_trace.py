@@ -11,8 +11,8 @@ import diaries
 import numpy as np
 import pytest
 
-from packforcing_jax import trace
 from packforcing_jax.errors import InputError, MachineError
+from packforcing_jax.sampling import trace
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import pytest
 import tiny
 from flax import nnx
 
-from packforcing_jax import compressor, trees
+from packforcing_jax import pytrees
 from packforcing_jax.errors import InputError
+from packforcing_jax.networks import compressor
 
 
 class Layer(nnx.Module):
@@ -33,26 +34,26 @@ SHAPES = {
 def numbered(module):
     """Other values for every leaf, each different."""
     return {name: np.arange(leaf.size, dtype=np.float32).reshape(leaf.shape) + 10 * i
-            for i, (name, leaf) in enumerate(trees.flatten(module).items())}  # fmt: skip
+            for i, (name, leaf) in enumerate(pytrees.flatten(module).items())}  # fmt: skip
 
 
 def test_leaves_are_named_by_where_they_stand():
-    assert {name: leaf.shape for name, leaf in trees.flatten(Net()).items()} == SHAPES
+    assert {name: leaf.shape for name, leaf in pytrees.flatten(Net()).items()} == SHAPES
 
 
 def test_shapes_have_the_names_of_arrays():
-    assert {name: leaf.shape for name, leaf in trees.flatten(jax.eval_shape(Net)).items()} == SHAPES
+    assert {name: leaf.shape for name, leaf in pytrees.flatten(jax.eval_shape(Net)).items()} == SHAPES
 
 
 def test_stacked_blocks_have_one_name_and_a_leading_axis():
-    flat = trees.flatten(tiny.fresh())
+    flat = pytrees.flatten(tiny.fresh())
     assert flat["dit/blocks/attn/q/kernel"].shape == (2, 36, 36)
     assert flat["dit/blocks/modulation"].shape == (2, 6, 36)
     assert flat["compressor/convs/0/kernel"].shape == (3, 3, 3, 12, 5)
 
 
 def test_blocks_apart_have_a_name_each_and_no_leading_axis():
-    flat = trees.flatten(tiny.apart())
+    flat = pytrees.flatten(tiny.apart())
     assert {flat[f"dit/blocks/{layer}/attn/q/kernel"].shape for layer in range(2)} == {(36, 36)}
     assert "dit/blocks/attn/q/kernel" not in flat
 
@@ -60,10 +61,10 @@ def test_blocks_apart_have_a_name_each_and_no_leading_axis():
 @pytest.mark.parametrize("build", [Net, lambda: jax.eval_shape(Net)], ids=["arrays", "shapes"])
 def test_filled_modules_hold_what_they_were_given(build):
     flat = numbered(Net())
-    filled = trees.fill(build(), flat)
+    filled = pytrees.fill(build(), flat)
     assert isinstance(filled, Net)
     assert filled.layers[1].size == 5
-    for name, leaf in trees.flatten(filled).items():
+    for name, leaf in pytrees.flatten(filled).items():
         np.testing.assert_array_equal(leaf, flat[name].astype(leaf.dtype), err_msg=name)
     assert filled.table[...].dtype == jnp.bfloat16
     np.testing.assert_array_equal(filled.layers[0].scale[...], flat["layers/0/scale"])
@@ -71,15 +72,15 @@ def test_filled_modules_hold_what_they_were_given(build):
 
 def test_filling_leaves_the_module_alone():
     net = Net()
-    before = trees.flatten(net)
-    trees.fill(net, numbered(net))
-    for name, leaf in trees.flatten(net).items():
+    before = pytrees.flatten(net)
+    pytrees.fill(net, numbered(net))
+    for name, leaf in pytrees.flatten(net).items():
         np.testing.assert_array_equal(leaf, before[name], err_msg=name)
 
 
 def test_a_filled_module_computes_with_its_new_values():
     shapes = jax.eval_shape(lambda: compressor.Compressor(tiny.EXP, nnx.Rngs(0)))
-    filled = trees.fill(shapes, trees.flatten(tiny.nets().compressor))
+    filled = pytrees.fill(shapes, pytrees.flatten(tiny.nets().compressor))
     latent = tiny.normal(0, 1, 4, 8, 4, 12)
     np.testing.assert_array_equal(tiny.jit(filled)(latent), tiny.jit(tiny.nets().compressor)(latent))
 
@@ -93,51 +94,51 @@ def entries():
 
 
 def both_forms():
-    return [entries(), trees.stack(entries())]
+    return [entries(), pytrees.stack(entries())]
 
 
 def as_list(layers):
-    return layers if isinstance(layers, list) else trees.unstack(layers, 3)
+    return layers if isinstance(layers, list) else pytrees.unstack(layers, 3)
 
 
 def test_stacking_and_taking_apart_undo_each_other():
-    stacked = trees.stack(entries())
+    stacked = pytrees.stack(entries())
     assert jax.tree.map(jnp.shape, stacked) == {"a": (3, 4), "b": (3, 2, 1)}
-    jax.tree.map(np.testing.assert_array_equal, trees.unstack(stacked, 3), entries())
-    jax.tree.map(np.testing.assert_array_equal, trees.stack(stacked), stacked)  # it is already
+    jax.tree.map(np.testing.assert_array_equal, pytrees.unstack(stacked, 3), entries())
+    jax.tree.map(np.testing.assert_array_equal, pytrees.stack(stacked), stacked)  # it is already
 
 
 @pytest.mark.parametrize("form", [0, 1], ids=["list", "stacked"])
 def test_a_function_is_asked_once_per_layer_and_answers_in_the_form_it_was_asked(form):
     layers, shifts = both_forms()[form], [jnp.arange(3.0)[i] for i in range(3)]
-    shifts = shifts if form == 0 else trees.stack(shifts)
-    sums = trees.over(lambda layer, shift: layer["a"].sum() - layer["b"].sum() + shift, layers, shifts)
+    shifts = shifts if form == 0 else pytrees.stack(shifts)
+    sums = pytrees.over(lambda layer, shift: layer["a"].sum() - layer["b"].sum() + shift, layers, shifts)
     assert isinstance(sums, list) == (form == 0)
-    np.testing.assert_array_equal(trees.stack(sums), [6, 46 - 200 + 1, 86 - 400 + 2])
+    np.testing.assert_array_equal(pytrees.stack(sums), [6, 46 - 200 + 1, 86 - 400 + 2])
 
 
 @pytest.mark.parametrize("form", [0, 1], ids=["list", "stacked"])
 def test_nothing_is_nothing_for_every_layer(form):
     layers, asked = both_forms()[form], []
-    trees.over(lambda layer, other: asked.append(other) or layer, layers, None)
+    pytrees.over(lambda layer, other: asked.append(other) or layer, layers, None)
     assert set(asked) == {None}
 
 
 @pytest.mark.parametrize("form", [0, 1], ids=["list", "stacked"])
 def test_pairs_come_apart_and_together(form):
     layers = both_forms()[form]
-    pairs = trees.over(lambda layer: (layer["a"], layer["b"]), layers)
-    first, second = trees.unzip(pairs)
+    pairs = pytrees.over(lambda layer: (layer["a"], layer["b"]), layers)
+    first, second = pytrees.unzip(pairs)
     for i, (a, b, entry) in enumerate(zip(as_list(first), as_list(second), entries(), strict=True)):
         np.testing.assert_array_equal(a, entry["a"], err_msg=str(i))
         np.testing.assert_array_equal(b, entry["b"], err_msg=str(i))
-    again = trees.zipped(first, second)
+    again = pytrees.zipped(first, second)
     jax.tree.map(np.testing.assert_array_equal, again, pairs)
 
 
 def test_layers_that_do_not_match_in_number_are_noticed():
     with pytest.raises(ValueError, match="shorter"):
-        trees.zipped(entries(), entries()[:2])
+        pytrees.zipped(entries(), entries()[:2])
 
 
 def test_every_mismatch_is_told_at_once():
@@ -146,7 +147,7 @@ def test_every_mismatch_is_told_at_once():
     flat["layers/1/scale"] = np.zeros(7, np.float32)
     flat["head"] = np.zeros(1, np.float32)
     with pytest.raises(InputError) as caught:
-        trees.fill(Net(), flat, "a.safetensors")
+        pytrees.fill(Net(), flat, "a.safetensors")
     said = str(caught.value)
     assert said.startswith("a.safetensors do not fit the model (3 tensors: ")
     for part in ("layers/0/dense/bias: missing", "layers/1/scale: shape (7,), expected (2,)", "head: not part"):
@@ -156,4 +157,4 @@ def test_every_mismatch_is_told_at_once():
 def test_a_long_list_of_mismatches_is_cut():
     strangers = {f"stranger{i}": np.zeros(1, np.float32) for i in range(5)}
     with pytest.raises(InputError, match=r"\(12 tensors: .*; and 4 more\)"):
-        trees.fill(Net(), strangers)
+        pytrees.fill(Net(), strangers)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from packforcing_jax import unipc
 from packforcing_jax.errors import InputError
+from packforcing_jax.sampling import unipc
 
 GOLDEN = load_file(pathlib.Path(__file__).parent / "golden" / "unipc_solver.safetensors")
 RUNS = [(8, 5.0), (3, 8.0)]

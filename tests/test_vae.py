@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from packforcing_jax.convert import rules, wan_vae
 from safetensors import safe_open
 
-from convert import rules, wan_vae
-from packforcing_jax import trees, vae, vae_layers
+from packforcing_jax import pytrees
 from packforcing_jax.config import WAN_MEAN, VAEConfig
 from packforcing_jax.errors import InputError
+from packforcing_jax.networks import vae, vae_layers
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 TOLERANCE = 2e-5
@@ -52,7 +53,7 @@ def shapes_of(cfg):
 
 
 def wanted(cfg):
-    return {path: leaf.shape for path, leaf in trees.flatten(shapes_of(cfg)).items()}
+    return {path: leaf.shape for path, leaf in pytrees.flatten(shapes_of(cfg)).items()}
 
 
 @functools.cache
@@ -65,15 +66,15 @@ def golden(name: str) -> Golden:
         cfg = wan_vae.unscaled(cfg)
         tensors = rules.rename(tensors, wan_vae.diffusers_names(cfg).items())
     flat = rules.convert(tensors, wan_vae.WAN_VAE, wanted(cfg))
-    return Golden(meta, arrays, trees.fill(shapes_of(cfg), {path: jnp.asarray(a) for path, a in flat.items()}))
+    return Golden(meta, arrays, pytrees.fill(shapes_of(cfg), {path: jnp.asarray(a) for path, a in flat.items()}))
 
 
 def drawn(build):
     """The module with random weights that keep the size of features; NumPy draws, as JAX compiles once per shape."""
     shapes, rng = jax.eval_shape(build), np.random.default_rng(0)
     draws = {path: rng.normal(size=leaf.shape) / math.sqrt(math.prod(leaf.shape[:-1]))
-             for path, leaf in trees.flatten(shapes).items()}  # fmt: skip
-    return trees.fill(shapes, {path: jnp.asarray(draw, jnp.float32) for path, draw in draws.items()})
+             for path, leaf in pytrees.flatten(shapes).items()}  # fmt: skip
+    return pytrees.fill(shapes, {path: jnp.asarray(draw, jnp.float32) for path, draw in draws.items()})
 
 
 @functools.cache
@@ -311,7 +312,7 @@ def test_weights_go_there_and_back_unchanged(name):
     file = golden(name)
     tensors = weights(file.arrays)
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
-    back = rules.invert(trees.flatten(file.vae), wan_vae.WAN_VAE, shapes)
+    back = rules.invert(pytrees.flatten(file.vae), wan_vae.WAN_VAE, shapes)
     assert back.keys() == tensors.keys()
     for key, tensor in tensors.items():
         np.testing.assert_array_equal(back[key], tensor, err_msg=key)

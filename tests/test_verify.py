@@ -14,28 +14,29 @@ import pytest
 import safetensors
 from safetensors.numpy import load_file, save_file
 
-from packforcing_jax import cache, verify, verify_dit, verify_parts, view
 from packforcing_jax.cli import main
 from packforcing_jax.config import DiTConfig
 from packforcing_jax.errors import InputError
+from packforcing_jax.memory import cache, view
 from packforcing_jax.types import KV
+from packforcing_jax.verify import kinds, parts, transformer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-FILES = sorted(path for path in GOLDEN.glob("*.safetensors") if verify.read(path).kind in verify.CASES)
+FILES = sorted(path for path in GOLDEN.glob("*.safetensors") if kinds.read(path).kind in kinds.CASES)
 ONE_PERCENT = np.float32(1.01)
 
 
 @functools.cache
 def computed(path):
     """What the file asks for and our answer, once for all tests."""
-    fixture = verify.read(path)
-    return fixture, verify.compute(fixture), verify.expected(path)
+    fixture = kinds.read(path)
+    return fixture, kinds.compute(fixture), kinds.expected(path)
 
 
 def compared(path, *, ours=None, theirs=None):
     fixture, answer, right = computed(path)
     ours, theirs = answer if ours is None else ours, right if theirs is None else theirs
-    return verify.compare(path.name, fixture.kind, ours, theirs)
+    return kinds.compare(path.name, fixture.kind, ours, theirs)
 
 
 def failed(rows):
@@ -69,10 +70,10 @@ def with_weight(path, name, factor):
     """The rows of the file once one weight is multiplied by `factor`."""
     fixture = computed(path)[0]
     weights = {**fixture.weights, name: fixture.weights[name] * factor}
-    return compared(path, ours=verify.compute(dataclasses.replace(fixture, weights=weights)))
+    return compared(path, ours=kinds.compute(dataclasses.replace(fixture, weights=weights)))
 
 
-WEIGHED = [path for path in FILES if verify.read(path).weights]
+WEIGHED = [path for path in FILES if kinds.read(path).weights]
 NORMED = re.compile(r".*(self_attn\.|attn1\.to_)[qk]\.(weight|bias)")  # the norm behind these forgets their scale
 
 
@@ -93,7 +94,7 @@ def test_a_weight_before_a_norm_is_noticed_when_its_channels_change(path):
 
 
 def test_all_kinds_of_files_have_an_example():
-    missing = set(verify.CASES) - {verify.read(path).kind for path in FILES}
+    missing = set(kinds.CASES) - {kinds.read(path).kind for path in FILES}
     assert missing <= {"wan_dit_headdim128"}, "only the file too large to ship may be absent"
 
 
@@ -123,38 +124,38 @@ def test_not_a_number_on_our_side_fails():
     ([np.inf], [np.inf], math.inf), ([np.nan], [np.nan], math.inf), ([1.0], [np.nan], math.inf), ([], [], 0.0),
 ])  # fmt: skip
 def test_error_is_the_largest_gap_over_the_largest_expected_value(ours, theirs, error):
-    assert verify.difference(np.array(ours), np.array(theirs)) == error
+    assert kinds.difference(np.array(ours), np.array(theirs)) == error
 
 
 def test_integers_must_agree_exactly_whatever_their_size():
     big = np.array([10**9], np.int64)
-    row, = verify.compare("f", "scheduler", {"id": big + 1}, {"id": big})
+    row, = kinds.compare("f", "scheduler", {"id": big + 1}, {"id": big})
     assert not row.ok
     assert row.tolerance == 0
-    row, = verify.compare("f", "scheduler", {"id": big.astype(np.int32)}, {"id": big})
+    row, = kinds.compare("f", "scheduler", {"id": big.astype(np.int32)}, {"id": big})
     assert row.ok
 
 
 @pytest.mark.parametrize("kind", ["dmd_math", "self_forcing_train_rollout"])
 def test_losses_and_gradients_may_be_further_off_than_what_they_are_made_of(kind):
-    allowed = {name: verify.CASES[kind].allowed(name) for name in computed(GOLDEN / f"{kind}.safetensors")[2]}
+    allowed = {name: kinds.CASES[kind].allowed(name) for name in computed(GOLDEN / f"{kind}.safetensors")[2]}
     derived = {name for name, tolerance in allowed.items() if tolerance == 2e-4}
     assert derived == {name for name in allowed if "loss" in name or "grad" in name}
     assert {allowed[name] for name in allowed.keys() - derived} == {5e-5}
 
 
 def test_other_kinds_have_one_tolerance():
-    for case in verify.CASES.values():
+    for case in kinds.CASES.values():
         if case.derived is None:
             assert case.allowed("grad_wrt_noise") == case.allowed("loss") == case.allowed("latents") == case.tolerance
 
 
 def test_an_unknown_kind_fails_in_every_output(caplog):
     fixture, ours, theirs = computed(small())
-    assert verify.compute(dataclasses.replace(fixture, kind="novelty")) == {}
+    assert kinds.compute(dataclasses.replace(fixture, kind="novelty")) == {}
     assert "'novelty'" in caplog.text
-    rows = verify.compare("f", "novelty", ours, theirs)
-    assert failed(verify.compare("f", "novelty", {}, theirs)) == {row.output for row in rows}
+    rows = kinds.compare("f", "novelty", ours, theirs)
+    assert failed(kinds.compare("f", "novelty", {}, theirs)) == {row.output for row in rows}
 
 
 @pytest.mark.parametrize("spoil", [lambda w: np.full_like(w, np.nan), lambda w: w[..., :-1], None])
@@ -164,9 +165,9 @@ def test_weights_that_do_not_convert_fail_the_file_and_say_why(spoil, caplog):
     taken = weights.pop("head.head.weight")
     if spoil is not None:
         weights["head.head.weight"] = spoil(taken)
-    assert verify.compute(dataclasses.replace(fixture, weights=weights)) == {}
+    assert kinds.compute(dataclasses.replace(fixture, weights=weights)) == {}
     assert "head" in caplog.text
-    assert failed(verify.compare("f", fixture.kind, {}, theirs)) == set(theirs)
+    assert failed(kinds.compare("f", fixture.kind, {}, theirs)) == set(theirs)
 
 
 # files on disk --------------------------------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def rewrite(source, path, *, change=None, **meta):
 
 def test_the_computation_does_not_see_the_expected_values(tmp_path):
     blank = {f"outputs/{name}": np.zeros_like(value) for name, value in computed(small())[2].items()}
-    hidden = verify.compute(verify.read(rewrite(small(), tmp_path / "blank.safetensors", change=blank)))
+    hidden = kinds.compute(kinds.read(rewrite(small(), tmp_path / "blank.safetensors", change=blank)))
     for name, value in computed(small())[1].items():
         np.testing.assert_array_equal(hidden[name], value)
 
@@ -191,17 +192,17 @@ def test_the_computation_does_not_see_the_expected_values(tmp_path):
 @pytest.mark.parametrize("meta", [{"fixture": None}, {"config": None}, {"fixture": 7}, {"config": "large"}])
 def test_a_file_that_does_not_say_what_it_is_about_is_refused(meta, tmp_path):
     with pytest.raises(InputError, match="does not say what it is about"):
-        verify.read(rewrite(small(), tmp_path / "mute.safetensors", **meta))
+        kinds.read(rewrite(small(), tmp_path / "mute.safetensors", **meta))
 
 
 def test_files_without_metadata_or_outputs_are_refused(tmp_path):
     path = tmp_path / "bare.safetensors"
     save_file({"outputs/x": np.ones(2)}, path)
     with pytest.raises(InputError, match="does not say what it is about"):
-        verify.read(path)
+        kinds.read(path)
     save_file({"inputs/x": np.ones(2)}, path, metadata={"meta": json.dumps({"fixture": "scheduler", "config": {}})})
     with pytest.raises(InputError, match="no tensor under outputs/"):
-        verify.read(path)
+        kinds.read(path)
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_bytes(b""),
@@ -272,7 +273,7 @@ def test_cache_settings_see_and_hold_the_frames_of_the_rolling_cache(block, wind
     blocks = 6
     config = {"dim": 12, "num_heads": 2, "ffn_dim": 8, "num_layers": 1, "in_dim": 5, "out_dim": 5,
               "frames_per_block": block, "local_attn_size": window, "sink_size": sink}  # fmt: skip
-    exp = verify_dit.experiment(config, frames=blocks * block, latent=(2, 6))
+    exp = transformer.experiment(config, frames=blocks * block, latent=(2, 6))
     memory = cache.init(exp, 1)
     for number, (seen, held) in enumerate(rolling(blocks, block=block, window=window, sink=sink)):
         plan = cache.plan(exp.cache, memory.num_blocks)
@@ -288,23 +289,23 @@ def test_cache_settings_see_and_hold_the_frames_of_the_rolling_cache(block, wind
 
 def test_ragged_prompts_are_padded_in_order_of_number():
     texts = {f"context_{i}": np.full((1 + i % 3, 2), i, np.float32) for i in (0, 2, 10, 1)}
-    fixture = verify_parts.Fixture(kind="", config={}, weights={}, inputs=texts, wanted=())
-    padded = verify_dit._context(fixture, DiTConfig(text_dim=2, text_len=4))
+    fixture = parts.Fixture(kind="", config={}, weights={}, inputs=texts, wanted=())
+    padded = transformer._context(fixture, DiTConfig(text_dim=2, text_len=4))
     np.testing.assert_array_equal(padded[:, 0, 0], [0, 1, 2, 10])
     np.testing.assert_array_equal(padded.sum(axis=(1, 2)), [0, 4, 12, 40])
 
 
 @pytest.mark.parametrize(("frames", "size", "ends"), [(6, 2, (2, 4, 6)), (7, 3, (3, 6, 7)), (2, 5, (2,))])
 def test_the_last_block_may_be_shorter(frames, size, ends):
-    assert verify_dit._block_ends(frames, size) == ends
+    assert transformer._block_ends(frames, size) == ends
 
 
 def test_step_counts_and_lists_are_read_from_names():
     names = ("shift2.5.inference7.sigmas", "shift2.5.denoising_step_list_900_30_warped", "shift2.5.step_of_samples_0_2")
     inputs = {name: np.ones((3, 2, 5), np.float32) for name in ("clean", "noise", "xt", "flow_pred", "x0_pred")}
     inputs |= {"timestep": np.array([999.0, 40.0, 500.0], np.float32), "raw_timestep_int": np.array([3, 980])}
-    fixture = verify_parts.Fixture(kind="scheduler", config={"shifts": [2.5]}, weights={}, inputs=inputs, wanted=names)
-    out = verify.compute(fixture)
+    fixture = parts.Fixture(kind="scheduler", config={"shifts": [2.5]}, weights={}, inputs=inputs, wanted=names)
+    out = kinds.compute(fixture)
     assert set(names) <= set(out)
     assert out[names[0]].shape == (7,)
     assert out[names[1]].shape == (2,)
@@ -338,12 +339,12 @@ def test_cached_blocks_equal_one_teacher_forced_pass_at_odd_sizes():
     clips = {name: draw((3, 2, 5, 2, 4, 6)).astype(np.float32) for name in ("noisy", "clean")}  # [block, b, c, t, y, x]
     shared = {"context": draw((2, 7, 10)).astype(np.float32)}
     times = np.array([[990, 12.5], [625, 625], [3, 800]], np.float32)
-    cached = verify_parts.Fixture(kind="causal_dit_kvcache", config=ODD, weights=odd_weights(draw),
+    cached = parts.Fixture(kind="causal_dit_kvcache", config=ODD, weights=odd_weights(draw),
                                   inputs=clips | shared | {"t": times}, wanted=())  # fmt: skip
     whole = {name: einops.rearrange(clip, "block b c t y x -> b c (block t) y x") for name, clip in clips.items()}
     parallel = dataclasses.replace(cached, kind="causal_dit_blockmask",
                                    inputs=whole | shared | {"t": np.tile(times.reshape(1, 6), (2, 1))})  # fmt: skip
-    ours, theirs = verify.compute(cached), verify.compute(parallel)
+    ours, theirs = kinds.compute(cached), kinds.compute(parallel)
     flows = np.concatenate([ours[f"block{block}.flow_noisy"] for block in range(3)], axis=2)
-    assert verify.difference(flows, np.asarray(theirs["flow_teacher_forcing"])) < 1e-5
+    assert kinds.difference(flows, np.asarray(theirs["flow_teacher_forcing"])) < 1e-5
     assert ours["block2.after_clean.kv.2.k"].shape == (2, 36, 3, 12)

@@ -16,8 +16,8 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from packforcing_jax import video
 from packforcing_jax.errors import InputError, MachineError
+from packforcing_jax.io import video
 
 WIDTH, HEIGHT, SCALE = 20, 12, 6
 

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import tiny
 
-from packforcing_jax import cache, counting, options, programs, selection, view
+from packforcing_jax.config import overrides
+from packforcing_jax.memory import cache, view
+from packforcing_jax.plan import jaxpr_cost, programs
+from packforcing_jax.policies import selection
 from packforcing_jax.types import KV
 
 EXP = tiny.EXP
@@ -118,15 +121,15 @@ def test_heads_that_are_scored_one_by_one_give_the_score_of_all(rope_adjustment)
 
 def test_scoring_at_full_size_makes_no_array_as_large_as_the_keys_of_the_sink():
     """What is turned to be scored belongs to one head: traced, so that nothing is allocated."""
-    exp = options.load_experiment("wan_t2v_1_3b_paper", ["dit.layers=1"])
+    exp = overrides.load_experiment("wan_t2v_1_3b_paper", ["dit.layers=1"])
     shapes = programs.shapes_of(exp)
     q = jax.ShapeDtypeStruct((1, exp.cache.block * exp.tokens_per_frame, 12, 128), jnp.bfloat16)
     lots = jax.ShapeDtypeStruct((1, exp.cache.slots), jnp.float32)
     layer, seen = shapes.layers[0], plan(exp, NUMBER)
     asked = jax.eval_shape(lambda seen, q: view.ask(exp, seen, q), seen, q)
-    program = counting.trace(lambda *args: view.score(exp, *args), seen, layer, asked, lots)
-    largest = max(counting.nbytes(out.aval) for eqn, _ in counting.walk(program) for out in eqn.outvars)
-    assert largest < counting.nbytes(layer.sink.k) < counting.nbytes(layer.mid.k)
+    program = jaxpr_cost.trace(lambda *args: view.score(exp, *args), seen, layer, asked, lots)
+    largest = max(jaxpr_cost.nbytes(out.aval) for eqn, _ in jaxpr_cost.walk(program) for out in eqn.outvars)
+    assert largest < jaxpr_cost.nbytes(layer.sink.k) < jaxpr_cost.nbytes(layer.mid.k)
 
 
 # looking

@@ -7,9 +7,8 @@ import zipfile
 
 import pytest
 import torchfiles
+from packforcing_jax.convert import pickles
 from torchfiles import complaint, numbers
-
-from convert import pickles
 
 
 def sound(tmp_path):

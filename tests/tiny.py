@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from packforcing_jax import cache, codec, compressor, config, dit, sampler, trees
+from packforcing_jax import config, pytrees
+from packforcing_jax.memory import cache
+from packforcing_jax.networks import codec, compressor, dit
+from packforcing_jax.sampling import block_step
 
 EXP = config.Experiment(
     name="tiny",
@@ -40,7 +43,7 @@ def normal(seed, *shape):
 
 
 def _build(exp, key=0):
-    return sampler.Nets(dit=dit.WanDiT(exp.dit, nnx.Rngs(key)), compressor=compressor.Compressor(exp, nnx.Rngs(key)))
+    return block_step.Nets(dit=dit.WanDiT(exp.dit, nnx.Rngs(key)), compressor=compressor.Compressor(exp, nnx.Rngs(key)))
 
 
 def _trained(rng, name, shape):
@@ -53,8 +56,8 @@ def _trained(rng, name, shape):
 def filled(module, seed=0):
     """A module of the shapes of `module` in which no parameter has its starting value."""
     rng = np.random.default_rng(seed)
-    return trees.fill(module, {name: jnp.asarray(_trained(rng, name, leaf.shape), jnp.float32)
-                               for name, leaf in trees.flatten(module).items()})  # fmt: skip
+    return pytrees.fill(module, {name: jnp.asarray(_trained(rng, name, leaf.shape), jnp.float32)
+                               for name, leaf in pytrees.flatten(module).items()})  # fmt: skip
 
 
 @functools.cache
@@ -72,7 +75,7 @@ def apart(exp=EXP):
 @functools.cache
 def fresh(exp=EXP):
     """The same transformer with a compressor as training starts it."""
-    return sampler.Nets(dit=nets(exp).dit, compressor=jit(lambda: compressor.Compressor(exp, nnx.Rngs(0)))())
+    return block_step.Nets(dit=nets(exp).dit, compressor=jit(lambda: compressor.Compressor(exp, nnx.Rngs(0)))())
 
 
 def latents(blocks, exp=EXP, batch=BATCH, seed=5):
@@ -90,9 +93,9 @@ def lows(blocks, exp=EXP, batch=BATCH, seed=6):
 
 
 text_kv = jit(dit.text_kv)
-draw = jit(sampler.draw, static_argnames="exp")
-remember = jit(sampler.remember, static_argnames="exp")
-_chances = jit(sampler.chances, static_argnames="exp")
+draw = jit(block_step.draw, static_argnames="exp")
+remember = jit(block_step.remember, static_argnames="exp")
+_chances = jit(block_step.chances, static_argnames="exp")
 
 
 def words(exp=EXP, batch=BATCH, seed=7):
@@ -106,13 +109,13 @@ def chances(exp, block, videos=range(BATCH), seed=11):
 
 def ids(drawn):
     """The packed blocks that each layer looked at, [layer, b, top]."""
-    return np.asarray(trees.stack(drawn.looked).ids)
+    return np.asarray(pytrees.stack(drawn.looked).ids)
 
 
 def views(exp, block, drawn):
     """What was committed when a block was drawn, keys and values [layer, b, k, n, h]: the rest is scratch."""
     length = int(cache.length(exp, cache.plan(exp.cache, jnp.int32(block))))
-    return jax.tree.map(lambda x: np.asarray(x)[:, :, :length], trees.stack(drawn.views))
+    return jax.tree.map(lambda x: np.asarray(x)[:, :, :length], pytrees.stack(drawn.views))
 
 
 def one_block(exp, memory, text, block, low):

@@ -11,8 +11,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from packforcing_jax.convert import pickles
 
-from convert import pickles
 from packforcing_jax.errors import InputError
 
 KINDS = {

@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from packforcing_jax import options
 from packforcing_jax.cli import common, plan
-from packforcing_jax.config import require
-from packforcing_jax.errors import InputError
+from packforcing_jax.config import overrides
+from packforcing_jax.errors import InputError, require
 
 DEFAULT = "stage"
 PARTS = ("forward", "block", "selection", "decode", "compression", "commit", "remember", "second")
-BASELINE = options.CONFIGS.parent / "benchmarks" / "baseline.json"
+BASELINE = overrides.CONFIGS.parent / "benchmarks" / "baseline.json"
 ALIKE = ("config", "set", "dtype", "device")  # what two runs must share to be compared
 LEAST, WIDE, SPREADS, ENOUGH = 0.15, 0.5, 4, 4
 RULE = (f"value: median over runs; tolerance: {SPREADS} times the interquartile range over runs, relative to the "
@@ -46,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     import jax.numpy as jnp
 
-    from packforcing_jax import attention, bench, timing
+    from packforcing_jax.plan import bench, timing
+    from packforcing_jax.policies import attention
 
     pipe = _model(args)
     exp = pipe.experiment
@@ -80,8 +80,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _model(args: argparse.Namespace):
     """The model that the flags name, with random weights if they name a config."""
-    from packforcing_jax import bench
-    from packforcing_jax.pipeline import Pipeline
+    from packforcing_jax.plan import bench
+    from packforcing_jax.sampling.pipeline import Pipeline
 
     if args.weights is not None:
         return Pipeline.from_pretrained(args.weights, sets=args.sets)

@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TextIO, TypeVar
 
-from packforcing_jax import interrupts, options
-from packforcing_jax.config import Experiment
+from packforcing_jax import interrupts
+from packforcing_jax.config import Experiment, overrides
 
 Item = TypeVar("Item")
-load_experiment = options.load_experiment  # (config: path or name, sets) -> Experiment
-override = options.override  # (experiment that came with its weights, sets) -> Experiment
+load_experiment = overrides.load_experiment  # (config: path or name, sets) -> Experiment
+override = overrides.override  # (experiment that came with its weights, sets) -> Experiment
 SECONDS_BETWEEN_LINES = 2.0  # plain progress lines come at most this often, so that a log stays readable
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packforcing_jax.cli import common
-from packforcing_jax.config import DTYPES, require
+from packforcing_jax.config import DTYPES
+from packforcing_jax.errors import require
 
 if TYPE_CHECKING:
-    from convert.manifest import Row
+    from packforcing_jax.convert.manifest import Row
 
 NETWORKS = ("dit", "vae", "text", "compressor", "lora")
 PARTS = ("dit", "compressor", "codec", "text")
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _to_folder(args: argparse.Namespace) -> int:
-    from convert import folders
+    from packforcing_jax.convert import folders
 
     done = folders.convert(folders.Request(
         given=tuple(map(Path, args.sources)), out=Path(args.out), config=args.config, sets=tuple(args.sets),
@@ -62,7 +63,7 @@ def _to_folder(args: argparse.Namespace) -> int:
 
 
 def _to_torch(args: argparse.Namespace) -> int:
-    from convert import exporting, manifest
+    from packforcing_jax.convert import exporting, manifest
 
     require(len(args.sources) == 1, "--to-torch takes one model folder; give one SRC.")
     parts = exporting.to_torch(Path(args.sources[0]), Path(args.to_torch), args.part, watch)

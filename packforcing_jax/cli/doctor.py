@@ -63,7 +63,7 @@ def ffmpeg() -> Finding:
 
 def weights() -> Finding:
     """Whether the model that ships is here and fits its config."""
-    from packforcing_jax import pipeline
+    from packforcing_jax.sampling import pipeline
 
     loaded = pipeline.Pipeline.from_pretrained()
     return Finding(True, f"{loaded.experiment.name} loads")
@@ -77,7 +77,7 @@ def disk() -> Finding:
 
 def attention() -> Finding:
     """Which attention backends run here; the default one must."""
-    from packforcing_jax import attention as lib
+    from packforcing_jax.policies import attention as lib
 
     name, why = lib.default_backend()
     working = lib.working_backends()

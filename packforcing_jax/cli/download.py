@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from packforcing_jax import hub
 from packforcing_jax.cli import common, plan
-from packforcing_jax.config import require
+from packforcing_jax.errors import require
+from packforcing_jax.io import hub
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

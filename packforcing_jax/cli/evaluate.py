@@ -7,8 +7,8 @@ import sys
 from typing import Any
 
 from packforcing_jax.cli import common
-from packforcing_jax.config import PROFILES, require
-from packforcing_jax.errors import InputError
+from packforcing_jax.config import PROFILES
+from packforcing_jax.errors import InputError, require
 
 MODES = {
     "teacher": "each next block of held-out clips, behind the true blocks before it",
@@ -52,32 +52,34 @@ def run(args: argparse.Namespace) -> int:
     require(args.memory in (None, *PROFILES),
             f"--memory {args.memory} is unknown; choose one of {', '.join(PROFILES)}.")  # fmt: skip
     require(args.seed is None or 0 <= args.seed < 2**31, f"--seed {args.seed} is out of range; give 0 to {2**31 - 1}.")
-    from packforcing_jax import attention, evaluation, recall
+    from packforcing_jax.evaluation import recall, stage_figures
+    from packforcing_jax.policies import attention
 
     ways = recall.ways_of(args.ways)
     model = _model(args)
     backend, why = attention.chosen(model.experiment.attention)
     common.start_line("evaluate", experiment=model.experiment, dtype="float32", attention=backend, why=why)
     count = VIDEOS[args.mode] if args.videos is None else args.videos
-    seed = evaluation.HELD_OUT if args.seed is None else args.seed
+    seed = stage_figures.HELD_OUT if args.seed is None else args.seed
     shared: dict[str, Any] = {"seed": seed, "batch": args.batch,
                               "watch": functools.partial(common.progress, name="evaluate", unit="batches")}  # fmt: skip
     result = {
-        "teacher": lambda: evaluation.teacher_forced(model, clips=count, **shared),
-        "rollout": lambda: evaluation.rollout(model, videos=count, blocks=args.blocks, **shared),
+        "teacher": lambda: stage_figures.teacher_forced(model, clips=count, **shared),
+        "rollout": lambda: stage_figures.rollout(model, videos=count, blocks=args.blocks, **shared),
         "forced": lambda: recall.forced(model, ways, gaps=args.gaps, videos=count, **shared),
     }[args.mode]()
-    print(json.dumps(result) if args.json else evaluation.table(result))
+    print(json.dumps(result) if args.json else stage_figures.table(result))
     return 0
 
 
 def _model(args: argparse.Namespace):
     """The model that the flags name, with the memory and the settings they ask for."""
-    from packforcing_jax import evaluation, pipeline
+    from packforcing_jax.evaluation import stage_figures
+    from packforcing_jax.sampling import pipeline
 
     if args.run is None:
         return pipeline.Pipeline.from_pretrained(args.weights, memory=args.memory, sets=args.sets)
-    checkpoint = evaluation.newest(args.run)
+    checkpoint = stage_figures.newest(args.run)
     print(f"evaluate: averaged weights of {checkpoint}", file=sys.stderr)
     exp = pipeline.asked_for(common.load_experiment(args.config or "stage"), args.memory, args.sets)
-    return evaluation.of_checkpoint(exp, checkpoint)
+    return stage_figures.of_checkpoint(exp, checkpoint)

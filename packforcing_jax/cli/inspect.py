@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from packforcing_jax.config import require
+from packforcing_jax.errors import require
 
 SHOWN = 20  # problems printed in full; --json holds all
 
@@ -21,17 +21,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the table and what is wrong, writes the map; 1 if anything is wrong."""
     target = _target(args)
-    from packforcing_jax import inspection, trace
+    from packforcing_jax.sampling import inspect_trace, trace
 
     found = trace.read(args.file)
-    wrong = inspection.problems(found)
+    wrong = inspect_trace.problems(found)
     if target is not None:
-        _write(inspection.heat_map(found), target)
+        _write(inspect_trace.heat_map(found), target)
     if args.json:
-        print(json.dumps({"blocks": len(found.blocks), "problems": wrong, "layers": inspection.rows(found),
+        print(json.dumps({"blocks": len(found.blocks), "problems": wrong, "layers": inspect_trace.rows(found),
                           "map": target and str(target), "note": found.note}))  # fmt: skip
         return 1 if wrong else 0
-    print(inspection.table(found))
+    print(inspect_trace.table(found))
     if target is not None:
         print(f"\nmap: {target} (row: block; column: packed block; bright: recalled by many layers)")
     print(f"\n{_verdict(wrong, len(found.blocks))}")

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 import packforcing_jax
-from packforcing_jax import interrupts, options, versions
-from packforcing_jax.errors import InputError, MachineError
+from packforcing_jax import interrupts, versions
+from packforcing_jax.errors import InputError, MachineError, nearest
 
 
 class Verb(NamedTuple):
@@ -76,7 +76,7 @@ class Parser(argparse.ArgumentParser):
         for word in words[: words.index("--")] if "--" in words else words:
             flag = word.partition("=")[0]
             if re.match(r"--?[a-zA-Z]", word) and " " not in flag and flag not in known:
-                raise InputError(f"{self.verb} has no flag {flag}; {options.nearest(flag, known)}")
+                raise InputError(f"{self.verb} has no flag {flag}; {nearest(flag, known)}")
 
 
 def overview() -> str:
@@ -119,7 +119,7 @@ def run(words: Sequence[str]) -> int:
         print(packforcing_jax.__version__)
         return 0
     if name not in VERBS:
-        raise InputError(f"no verb {name!r}; {options.nearest(name, VERBS)}")
+        raise InputError(f"no verb {name!r}; {nearest(name, VERBS)}")
     parser, module = parser_of(name)
     parser.refuse_unknown_flags(rest)
     arguments = parser.parse_args(rest)

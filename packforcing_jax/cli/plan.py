@@ -12,8 +12,8 @@ from packforcing_jax.cli import common
 from packforcing_jax.config import DTYPES, PROFILES
 
 if TYPE_CHECKING:
-    from packforcing_jax.budget import Budget, Row
-    from packforcing_jax.fitting import Verdict
+    from packforcing_jax.plan.budget import Budget, Row
+    from packforcing_jax.plan.memory_fit import Verdict
 
 DEFAULT = "wan_t2v_1_3b_paper"
 CARDS = ("24GB", "141GB")
@@ -57,14 +57,15 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.compile:
         jax.config.update("jax_platforms", "cpu")  # shapes need no accelerator, which another program may be using
-    from packforcing_jax import budget, fitting, pipeline
+    from packforcing_jax.plan import budget, memory_fit
+    from packforcing_jax.sampling import pipeline
 
-    rooms = [fitting.parse(size) for size in args.rooms or CARDS]
+    rooms = [memory_fit.parse(size) for size in args.rooms or CARDS]
     exp = pipeline.asked_for(exp, args.memory, args.sets)
     blocks = pipeline.blocks_of(exp, args.seconds) if args.blocks is None else args.blocks
     found = budget.of(exp, blocks, batch=args.batch, dtype=args.dtype, compiled=args.compile)
     known = found.peaks if args.compile and jax.default_backend() == "gpu" else None
-    verdicts = [fitting.judge(found.experiment, room, args.batch, known) for room in rooms]
+    verdicts = [memory_fit.judge(found.experiment, room, args.batch, known) for room in rooms]
     print(json.dumps(report(found, verdicts)) if args.json else table(found, verdicts))
     return 1 if found.wrong else 0
 
@@ -110,9 +111,9 @@ def table(found: Budget, verdicts: Sequence[Verdict]) -> str:
 
 def of_what(part: str, found: Budget) -> str:
     """Where figures come from that are no plain counts."""
-    from packforcing_jax import fitting, programs
+    from packforcing_jax.plan import memory_fit, programs
 
-    kind = programs.FUSED if fitting.fused(found.experiment, "gpu") else programs.WRITTEN
+    kind = programs.FUSED if memory_fit.fused(found.experiment, "gpu") else programs.WRITTEN
     sources = {"workspace": ", estimated before fusion",
                "peak": ", as compiled here" if found.compiled else f" on a GPU, {kind}"}  # fmt: skip
     return sources.get(part, "")
@@ -140,7 +141,7 @@ def compiled(found: Budget) -> Iterator[str]:
 
 def fit(verdict: Verdict) -> Iterator[str]:
     """What there is to say of one memory."""
-    from packforcing_jax import fitting
+    from packforcing_jax.plan import memory_fit
 
     room, then = verdict.room, verdict.then.on_device
     if verdict.lacks <= 0:
@@ -148,7 +149,7 @@ def fit(verdict: Verdict) -> Iterator[str]:
     else:
         yield f"  {room.name:<10}does not fit, {spell(verdict.lacks, 'bytes')} are missing"
         most = f"no setting helps enough: {spell(then, 'bytes')} at best" if verdict.sets is None else \
-            f"needs {spell(then, 'bytes')} with {fitting.flags(verdict.sets)}"  # fmt: skip
+            f"needs {spell(then, 'bytes')} with {memory_fit.flags(verdict.sets)}"  # fmt: skip
         yield from textwrap.wrap(most, WIDTH, initial_indent=" " * 12, subsequent_indent=" " * 12,
                                  break_on_hyphens=False)  # fmt: skip
     if SHARE * room.device < then <= room.device:

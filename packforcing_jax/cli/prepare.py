@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packforcing_jax.cli import common, plan
-from packforcing_jax.config import Experiment, require
-from packforcing_jax.errors import InputError
+from packforcing_jax.config import Experiment
+from packforcing_jax.errors import InputError, require
 
 if TYPE_CHECKING:
-    from packforcing_jax import models
-    from packforcing_jax.training import importing, records
+    from packforcing_jax.data import records
+    from packforcing_jax.io import model_folder
+    from packforcing_jax.training import importing
 
 KINDS = ("lmdb", "videos", "prompts", "trajectories")
 GROUP = 64  # prompts that one walk through the text encoder reads
@@ -43,12 +44,14 @@ def run(args: argparse.Namespace) -> int:
     """Prints what the data set holds; exit code 0. Items that were left out are named on stderr."""
     require(args.limit is None or args.limit > 0, f"--limit {args.limit} leaves nothing; give 1 or more.")
     times = timesteps(args.timesteps)
-    from packforcing_jax import attention, growing
-    from packforcing_jax.training import importing, paths, records
+    from packforcing_jax.data import records
+    from packforcing_jax.io import append_file
+    from packforcing_jax.policies import attention
+    from packforcing_jax.training import importing, paths
 
     source, out = Path(args.source), Path(args.out)
     kind = args.kind or importing.recognised(source)
-    growing.check_writable(out / records.COMPLETE, "Data set")
+    append_file.check_writable(out / records.COMPLETE, "Data set")
     exp, model = _model(args)
     items = importing.KINDS[kind].items(source)[: args.limit]
     require(len(items) > 0, f"{source} holds nothing to prepare; give another source.")
@@ -81,25 +84,25 @@ def timesteps(words: str | None) -> list[float] | None:
     return found
 
 
-def _model(args: argparse.Namespace) -> tuple[Experiment, models.Opened | None]:
+def _model(args: argparse.Namespace) -> tuple[Experiment, model_folder.Opened | None]:
     """The sizes that are asked for, and the model folder that is given."""
-    from packforcing_jax import models
+    from packforcing_jax.io import model_folder
 
     require(args.weights is not None or args.config is not None, "give --weights MODEL, or --config for the sizes "
             "alone (as for an LMDB folder).")  # fmt: skip
-    model = models.opened(args.weights) if args.weights is not None else None
+    model = model_folder.opened(args.weights) if args.weights is not None else None
     exp = common.load_experiment(args.config) if args.config is not None else model.experiment  # type: ignore[union-attr]
     return common.override(exp, args.sets), model
 
 
-def made_with(parts: importing.Parts, model: models.Opened | None) -> dict[str, Any]:
+def made_with(parts: importing.Parts, model: model_folder.Opened | None) -> dict[str, Any]:
     """What decides the content of examples, besides the source."""
     import hashlib
 
-    from packforcing_jax import encoding, models
+    from packforcing_jax.io import model_folder, text_encoder
 
     exp = parts.exp
-    path = model.folder / models.weights_file("codec") if model is not None else None
+    path = model.folder / model_folder.weights_file("codec") if model is not None else None
     weights = None
     if path is not None and path.is_file():
         with path.open("rb") as file:
@@ -107,7 +110,7 @@ def made_with(parts: importing.Parts, model: models.Opened | None) -> dict[str, 
     return {
         "config": exp.name, "clip": exp.clip, "latent": exp.latent, "fps": exp.fps, "block": exp.cache.block,
         "pool": exp.compressor.pool, "codec": dataclasses.asdict(exp.codec), "codec_weights": weights,
-        "text_encoder": None if parts.text is None else encoding.identity(parts.text),
+        "text_encoder": None if parts.text is None else text_encoder.identity(parts.text),
         "words": exp.text.max_words,
     }  # fmt: skip
 
@@ -159,7 +162,7 @@ def check_timesteps(item: importing.Item, made: dict, times: Sequence[float] | N
 
 def _tell(args: argparse.Namespace, notes: records.Notes, left_out: Sequence[str]) -> int:
     """Prints the result."""
-    from packforcing_jax.training import records
+    from packforcing_jax.data import records
 
     size = sum(shard.bytes for shard in notes.shards)
     if args.json:

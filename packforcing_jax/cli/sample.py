@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from packforcing_jax import jobs, timelines
 from packforcing_jax.cli import common
-from packforcing_jax.config import require
-from packforcing_jax.errors import InputError
+from packforcing_jax.errors import InputError, require
+from packforcing_jax.sampling import prompt_files, timelines
 
 TIMES_CLIP = 24  # length of the default video in training clips
 SHOWN_HEIGHT = 384  # small videos are enlarged to about this many pixels
@@ -46,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Makes the videos and prints where each is and, in the Stage world, what the oracle reads in it."""
     _check(args)
-    wanted = jobs.named(jobs.read(args.prompts)) if args.prompts else []
-    from packforcing_jax.pipeline import Pipeline
+    wanted = prompt_files.named(prompt_files.read(args.prompts)) if args.prompts else []
+    from packforcing_jax.sampling.pipeline import Pipeline
     from packforcing_jax.stage import captions
 
     _writable(args)
@@ -61,11 +60,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _require_fits(args: argparse.Namespace) -> None:
     """Refuses what this machine has no memory for, before any of it is taken."""
-    from packforcing_jax import fitting, models, pipeline
+    from packforcing_jax.io import model_folder
+    from packforcing_jax.plan import memory_fit
+    from packforcing_jax.sampling import pipeline
 
-    exp = models.opened(args.weights or pipeline.SHIPPED).experiment
+    exp = model_folder.opened(args.weights or pipeline.SHIPPED).experiment
     if not args.anyway:
-        fitting.require_fits(pipeline.asked_for(exp, args.memory, args.sets))
+        memory_fit.require_fits(pipeline.asked_for(exp, args.memory, args.sets))
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _film(args: argparse.Namespace, pipeline, prompts: list[str]) -> Film:
     return Film(pipeline, prompts, args.seed, len(prompts), args)
 
 
-def _of_job(args: argparse.Namespace, pipeline, job: jobs.Job) -> Film:
+def _of_job(args: argparse.Namespace, pipeline, job: prompt_files.Job) -> Film:
     """The film of one line of --prompts: what it does not say comes from the flags."""
     own = argparse.Namespace(**vars(args) | {
         "out": str(Path(args.out, f"{job.name}.mp4")), "seed": args.seed if job.seed is None else job.seed,
@@ -110,14 +111,15 @@ def _of_job(args: argparse.Namespace, pipeline, job: jobs.Job) -> Film:
         raise InputError(f"{job.source}: {error}") from error
 
 
-def _make_all(films: list[tuple[jobs.Job, Film]], folder: Path) -> int:
+def _make_all(films: list[tuple[prompt_files.Job, Film]], folder: Path) -> int:
     """Makes the videos that `folder` does not hold finished yet."""
-    from packforcing_jax import keeping, models
+    from packforcing_jax.io import model_folder
+    from packforcing_jax.sampling import resume
 
-    ledger = jobs.Ledger(folder)
+    ledger = prompt_files.Ledger(folder)
     for number, (job, film) in enumerate(films, start=1):
-        key = jobs.key(experiment=models.experiment_to_json(film.pipeline.experiment), seed=film.seed,
-                       weights=keeping.digest(film.pipeline), prompts=_runs(film.prompts), blocks=film.blocks,
+        key = prompt_files.key(experiment=model_folder.experiment_to_json(film.pipeline.experiment), seed=film.seed,
+                       weights=resume.digest(film.pipeline), prompts=_runs(film.prompts), blocks=film.blocks,
                        name=job.name)  # fmt: skip
         if ledger.holds(key):
             print(f"sample: {number} of {len(films)}, {film.args.out} is finished", file=sys.stderr)
@@ -130,7 +132,9 @@ def _make_all(films: list[tuple[jobs.Job, Film]], folder: Path) -> int:
 
 def _make(film: Film) -> int:
     """Draws and writes one video."""
-    from packforcing_jax import attention, trace, video
+    from packforcing_jax.io import video
+    from packforcing_jax.policies import attention
+    from packforcing_jax.sampling import trace
     from packforcing_jax.stage import captions
 
     args, pipeline, exp = film.args, film.pipeline, film.pipeline.experiment
@@ -181,11 +185,11 @@ class _Seen:
 
 def _kept(args: argparse.Namespace, pipeline, prompts: list[str]):
     """(what saves the run's state, where it goes on); (None, the start) without --state."""
-    from packforcing_jax import keeping
+    from packforcing_jax.sampling import resume
 
     if args.state is None:
-        return None, keeping.Resumed()
-    keeper = keeping.Keeper(args.state, pipeline, prompts=prompts, every=args.every, seed=args.seed)
+        return None, resume.Resumed()
+    keeper = resume.Keeper(args.state, pipeline, prompts=prompts, every=args.every, seed=args.seed)
     at = keeper.resume()
     require(args.trace is None or at.state is None or at.traced > 0,
             f"--trace {args.trace}: the run kept in {args.state} was not traced from its start; leave --trace out.")
@@ -199,7 +203,7 @@ def _sheet(frames: list, path: str) -> None:
     """One picture of frames spread over the video, each enlarged to about SHEET_HEIGHT pixels."""
     import numpy as np
 
-    from packforcing_jax import video
+    from packforcing_jax.io import video
 
     whole = np.concatenate(frames)
     scale = max(1, SHEET_HEIGHT // whole.shape[1])
@@ -234,7 +238,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _writable(args: argparse.Namespace) -> None:
     """Refuses places that cannot be written, leaving nothing there."""
-    from packforcing_jax import trace, video
+    from packforcing_jax.io import video
+    from packforcing_jax.sampling import trace
 
     video.check_writable(Path(args.out, "video.mp4") if args.prompts else args.out)
     if args.trace is not None:
@@ -243,7 +248,7 @@ def _writable(args: argparse.Namespace) -> None:
 
 def _blocks(args: argparse.Namespace, exp) -> int:
     """How many blocks make the video."""
-    from packforcing_jax.pipeline import blocks_of
+    from packforcing_jax.sampling.pipeline import blocks_of
 
     if args.seconds is not None:
         return blocks_of(exp, args.seconds)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from packforcing_jax import interrupts, options
+from packforcing_jax import interrupts
 from packforcing_jax.cli import common
-from packforcing_jax.config import Experiment
+from packforcing_jax.config import Experiment, overrides
 from packforcing_jax.errors import MachineError, brief, require
 
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains or continues stage by stage, and exports the averaged weights of each to the folder `model` in its own."""
     require(0 <= args.seed < 2**32, f"--seed {args.seed} does not fit into 32 bits; give 0 to {2**32 - 1}.")
     sets = args.sets + ([f"train.steps={args.steps}"] if args.steps is not None else [])
-    recipe = options.load_recipe(args.config, sets)
+    recipe = overrides.load_recipe(args.config, sets)
     join(args)
     from packforcing_jax.training import runs
 
@@ -76,7 +76,7 @@ def first() -> bool:
 
 def train(exp: Experiment, folder: Path, seed: int, asked: Callable[[], bool]) -> dict[str, Any]:
     """Trains one stage in `folder` until it is done or asked to stop; what came of it, with its last metrics."""
-    from packforcing_jax import attention
+    from packforcing_jax.policies import attention
     from packforcing_jax.training import logs, runs
 
     told: dict[str, Any] = {"step": exp.train.steps, "model": str(folder / runs.MODEL), "stopped": False}

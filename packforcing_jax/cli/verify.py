@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from packforcing_jax.cli import common
 
 if TYPE_CHECKING:
-    from packforcing_jax.verify import Row
+    from packforcing_jax.verify.kinds import Row
 
 
 
@@ -41,12 +41,12 @@ def report(rows: Sequence[Row]) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 if every output of every file was computed and passed, else 1."""
-    from packforcing_jax import verify
+    from packforcing_jax.verify import kinds
 
     print(f"verify: {len(args.files)} files on {common.device_line()}, float32 with exact matrix products, "
           "attention reference (the numbers are float32 ones)", file=sys.stderr)  # fmt: skip
     rows: list[Row] = []
-    for of_file in verify.verify_each(args.files):
+    for of_file in kinds.verify_each(args.files):
         rows += of_file
         if not args.json:
             print("\n".join(map(line, of_file)), flush=True)

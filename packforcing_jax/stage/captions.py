@@ -4,8 +4,9 @@ import functools
 import re
 from typing import NamedTuple
 
-from packforcing_jax import tokenizer
-from packforcing_jax.config import Experiment, SpaceToDepthConfig, require
+from packforcing_jax.config import Experiment, SpaceToDepthConfig
+from packforcing_jax.errors import require
+from packforcing_jax.networks import tokenizer
 from packforcing_jax.stage import world
 
 WORDS = {

@@ -6,7 +6,7 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from packforcing_jax.config import require
+from packforcing_jax.errors import require
 from packforcing_jax.stage import captions, world
 
 CLIPS = 2**40  # more than any training run reads

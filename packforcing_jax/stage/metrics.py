@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from packforcing_jax.config import require
+from packforcing_jax.errors import require
 from packforcing_jax.stage import captions, oracle, world
 
 WINDOW = 20  # frames: the length of a training clip

@@ -15,7 +15,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 
-from packforcing_jax.config import require
+from packforcing_jax.errors import require
 from packforcing_jax.stage import world
 
 TAU = 0.005

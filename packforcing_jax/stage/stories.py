@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Int
 
-from packforcing_jax.config import require
+from packforcing_jax.errors import require
 from packforcing_jax.stage import captions, world
 
 GAPS = (100, 64, 32, 16, 8, 4, 2)  # blocks between two visits of a guest; each leads the visits of one guest

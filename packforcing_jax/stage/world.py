@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from packforcing_jax.config import require
+from packforcing_jax.errors import require
 
 SIZE, CELL, LANES, BLOCK = 32, 8, 4, 4  # pixels, pixels, columns, frames
 COLOURS = ("red", "amber", "lime", "green", "cyan", "blue", "violet", "pink")

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax import Array
 
-from packforcing_jax import codec, compressor, dit, sampler, text, trees
+from packforcing_jax import pytrees
 from packforcing_jax.config import Experiment
 from packforcing_jax.errors import require
+from packforcing_jax.networks import codec, compressor, dit, text
+from packforcing_jax.sampling import block_step
 from packforcing_jax.types import KV
 
 Flat = dict[str, Array]
@@ -46,8 +48,8 @@ class Model:
     text: Any = None
 
     @property
-    def nets(self) -> sampler.Nets:
-        return sampler.Nets(dit=self.dit, compressor=self.compressor)
+    def nets(self) -> block_step.Nets:
+        return block_step.Nets(dit=self.dit, compressor=self.compressor)
 
 
 @struct.dataclass
@@ -80,7 +82,7 @@ def as_model(exp: Experiment, params: Mapping[str, Array]) -> Model:
     """The modules that hold `params`, whose paths begin with dit/, compressor/ and, if it reads, text/."""
     reads = any(path.startswith("text/") for path in params)
     shapes = jax.eval_shape(lambda: new_model(exp, jax.random.key(0), reads=reads))
-    return trees.fill(shapes, params, put=trees.as_given)
+    return pytrees.fill(shapes, params, put=pytrees.as_given)
 
 
 def part(params: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -91,15 +93,15 @@ def part(params: Mapping[str, Any], name: str) -> dict[str, Any]:
 def as_transformer(exp: Experiment, params: Mapping[str, Array]) -> dit.WanDiT:
     """The transformer alone, from the paths under dit/."""
     shapes = jax.eval_shape(lambda: dit.WanDiT(exp.dit, nnx.Rngs(0)))
-    return trees.fill(shapes, part(params, "dit"), put=trees.as_given)
+    return pytrees.fill(shapes, part(params, "dit"), put=pytrees.as_given)
 
 
 def as_codec(exp: Experiment, params: Mapping[str, Any] | None) -> codec.Codec | None:
     """The codec of these parameters; None where it has some and they are not known."""
     shapes = codec.shapes(exp.codec)
-    if params is None and trees.flatten(shapes):
+    if params is None and pytrees.flatten(shapes):
         return None
-    return trees.fill(shapes, params or {}, put=trees.as_given)
+    return pytrees.fill(shapes, params or {}, put=pytrees.as_given)
 
 
 def encode(exp: Experiment, pixels: codec.Codec, raw: Mapping[str, Array]) -> Batch:

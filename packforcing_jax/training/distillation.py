@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from packforcing_jax import attention, dit, schedules
 from packforcing_jax.config import Experiment
+from packforcing_jax.networks import dit
+from packforcing_jax.policies import attention
+from packforcing_jax.sampling import schedules
 from packforcing_jax.training import batches, rollout
 from packforcing_jax.training.batches import Batch, Networks
 from packforcing_jax.types import Latent

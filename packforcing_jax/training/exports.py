@@ -13,11 +13,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from packforcing_jax import codec, dit, encoding, models, pipeline, tokenizer, trees, video
+from packforcing_jax import pytrees
 from packforcing_jax.config import Experiment
 from packforcing_jax.errors import InputError, require
+from packforcing_jax.io import model_folder, text_encoder, video
+from packforcing_jax.networks import codec, dit, mesh, tokenizer
+from packforcing_jax.sampling import pipeline
 from packforcing_jax.stage import captions
-from packforcing_jax.training import batches, mesh
+from packforcing_jax.training import batches
 
 Flat = dict[str, Any]
 BEGINNINGS = ("generator_from", "teacher_from", "critic_from", "blend_from")
@@ -42,9 +45,9 @@ def holding(exp: Experiment, file: str) -> Path | None:
 
 def words(exp: Experiment) -> tokenizer.Tokenizer:
     """The tokenizer of the model that training begins from; without one, the closed vocabulary of the Stage world."""
-    folder = holding(exp, models.TOKENIZER)
+    folder = holding(exp, model_folder.TOKENIZER)
     if folder is not None:
-        return tokenizer.Tokenizer.from_file(folder / models.TOKENIZER, exp.text.max_words)
+        return tokenizer.Tokenizer.from_file(folder / model_folder.TOKENIZER, exp.text.max_words)
     return captions.reader()
 
 
@@ -53,23 +56,23 @@ def network(folder: str, shapes: Flat, grid: Mesh, dtype: str = "float32") -> Fl
 
     Parts that the folder lacks are left out, but for the transformer.
     """
-    model = models.opened(folder)
+    model = model_folder.opened(folder)
     model.part("dit")
     wanted = {path: shape for path, shape in shapes.items() if path.partition("/")[0] in model.parts}
     parts = {path.partition("/")[0] for path in wanted}
     held = {f"{part}/{path}": tensor for part in parts for path, tensor in model.parts[part].items()}
-    return models.fill(wanted, held, dtype=dtype, source=f"the weights of {folder}",
+    return model_folder.fill(wanted, held, dtype=dtype, source=f"the weights of {folder}",
                        shardings=mesh.shardings(wanted, grid))  # fmt: skip
 
 
 def codec_weights(exp: Experiment, grid: Mesh) -> Flat | None:
     """The parameters of the codec, whole on every device; None where it has some and no model folder brings them."""
-    shapes = trees.flatten(codec.shapes(exp.codec))
-    folder = holding(exp, models.weights_file("codec"))
+    shapes = pytrees.flatten(codec.shapes(exp.codec))
+    folder = holding(exp, model_folder.weights_file("codec"))
     if not shapes or folder is None:
         return None if shapes else {}
     everywhere = dict.fromkeys(shapes, NamedSharding(grid, PartitionSpec()))
-    return models.fill(shapes, models.opened(folder).part("codec"), dtype=exp.dtypes.vae,
+    return model_folder.fill(shapes, model_folder.opened(folder).part("codec"), dtype=exp.dtypes.vae,
                        source=f"the codec weights of {folder}", shardings=everywhere)  # fmt: skip
 
 
@@ -77,11 +80,11 @@ def hidden(exp: Experiment) -> np.ndarray | None:
     """Encoder states [words, d] of the negative prompt, if there is one."""
     if not exp.train.negative:
         return None
-    folder = holding(exp, models.weights_file("text"))
+    folder = holding(exp, model_folder.weights_file("text"))
     require(folder is not None, f"train.negative={exp.train.negative!r} needs a text encoder to read it; begin from a "
             "model folder with one, or leave it empty.")  # fmt: skip
     ids, mask = words(exp).encode([exp.train.negative])
-    states = encoding.of_folder(models.opened(Path(folder or "")), exp.dtypes)(ids, mask)
+    states = text_encoder.of_folder(model_folder.opened(Path(folder or "")), exp.dtypes)(ids, mask)
     return np.asarray(states[0, : int(mask.sum())])
 
 
@@ -115,12 +118,12 @@ def save(folder: Path, exp: Experiment, flat: Mapping[str, Any], *, card: str | 
     """
     host = whole(flat)
     if jax.process_index() == 0:
-        parts = {name: batches.part(host, name) for name in models.PARTS}
-        with models.replacing(folder) as fresh:
-            models.save(fresh, exp, {name: held for name, held in parts.items() if held},
-                        texts={models.TOKENIZER: words(exp).inner.to_str(pretty=True), models.CARD: card})  # fmt: skip
-            for name in models.PARTS:
-                _borrow(exp, models.weights_file(name), fresh)
+        parts = {name: batches.part(host, name) for name in model_folder.PARTS}
+        with model_folder.replacing(folder) as fresh:
+            model_folder.save(fresh, exp, {name: held for name, held in parts.items() if held},
+                        texts={model_folder.TOKENIZER: words(exp).inner.to_str(pretty=True), model_folder.CARD: card})  # fmt: skip
+            for name in model_folder.PARTS:
+                _borrow(exp, model_folder.weights_file(name), fresh)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"{folder} is written")
 
@@ -157,8 +160,8 @@ def _draw(path: Path, exp: Experiment, flat: Flat, raw: Mapping[str, Any], seed:
         raise InputError("the codec's weights are in none of the model folders that training began from.")
     told = {name: jnp.asarray(raw[name][:1]) for name in ("ids", "mask", "states") if name in raw}
     states = batches.text_states(model, batches.encode(exp, pixels, told).words)
-    apart = trees.cast(dit.unrolled(model.dit), exp.dtypes.params)
-    nets = trees.cast(model.nets, exp.dtypes.params)
+    apart = pytrees.cast(dit.unrolled(model.dit), exp.dtypes.params)
+    nets = pytrees.cast(model.nets, exp.dtypes.params)
     shown = pipeline.Pipeline(experiment=exp, nets=nets.replace(dit=apart), pixels=pixels, text=nothing,
                               tokenizer=nothing)  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)

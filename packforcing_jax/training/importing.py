@@ -18,9 +18,12 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from packforcing_jax import codec, dit, encoding, jobs, models, pipeline, tokenizer, trees, vae, video
+from packforcing_jax import pytrees
 from packforcing_jax.config import Experiment
 from packforcing_jax.errors import InputError, require
+from packforcing_jax.io import model_folder, text_encoder, video
+from packforcing_jax.networks import codec, dit, tokenizer, vae
+from packforcing_jax.sampling import pipeline, prompt_files
 from packforcing_jax.training import batches, paths
 
 VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"}
@@ -38,7 +41,7 @@ class Parts:
 
     exp: Experiment
     pixels: codec.Codec | None = None
-    text: encoding.Encoder | None = None
+    text: text_encoder.Encoder | None = None
     words: tokenizer.Tokenizer | None = None
     teacher: batches.Model | None = None
 
@@ -183,7 +186,7 @@ def _holds_prompts(path: Path) -> bool:
 
 def _prompts(path: Path) -> list[Item]:
     """The prompts of a file, one per line as text or JSON."""
-    said = jobs.read(path)
+    said = prompt_files.read(path)
     several = [job.source for job in said if len(job.entries) > 1]
     require(not several, f"{several[0] if several else ''} is a timeline, but text states are those of one prompt; "
             "train on the file itself (train.source.kind=prompts).")  # fmt: skip
@@ -287,24 +290,24 @@ KINDS = {
 # What a model adds
 
 
-def parts_of(exp: Experiment, model: models.Opened | None, needs: Sequence[str] = ()) -> Parts:
+def parts_of(exp: Experiment, model: model_folder.Opened | None, needs: Sequence[str] = ()) -> Parts:
     """What a model folder has of a codec and a text encoder, and the teacher if it `needs` one, for the sizes of `exp`.
     """
     shapes = codec.shapes(exp.codec)
-    parts = Parts(exp, codec.make(exp.codec, nnx.Rngs(0)) if not trees.flatten(shapes) else None)
+    parts = Parts(exp, codec.make(exp.codec, nnx.Rngs(0)) if not pytrees.flatten(shapes) else None)
     if model is None:
         return parts
     require((exp.codec, exp.text) == (model.experiment.codec, model.experiment.text),
             f"the codec or the text encoder of {model.folder} has other sizes than --config asks for; leave it out.")
     if "codec" in model.parts and parts.pixels is None:
         source = f"the codec weights of {model.folder}"
-        parts = replace(parts, pixels=models.fill(shapes, model.part("codec"), dtype=exp.dtypes.vae, source=source))
+        parts = replace(parts, pixels=model_folder.fill(shapes, model.part("codec"), dtype=exp.dtypes.vae, source=source))
     if "text" in model.parts:
-        read = tokenizer.Tokenizer.from_file(model.folder / models.TOKENIZER, exp.text.max_words)
-        parts = replace(parts, text=replace(encoding.of_folder(model, exp.dtypes), store=None), words=read)
+        read = tokenizer.Tokenizer.from_file(model.folder / model_folder.TOKENIZER, exp.text.max_words)
+        parts = replace(parts, text=replace(text_encoder.of_folder(model, exp.dtypes), store=None), words=read)
     if "teacher" in needs:
         form = jax.eval_shape(lambda: dit.WanDiT(exp.dit, nnx.Rngs(0)))
-        held = models.fill(form, model.part("dit"), dtype=exp.dtypes.compute, source=f"the teacher of {model.folder}")
+        held = model_folder.fill(form, model.part("dit"), dtype=exp.dtypes.compute, source=f"the teacher of {model.folder}")
         parts = replace(parts, teacher=batches.Model(dit=held, compressor=cast(Any, None)))
     return parts
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from packforcing_jax import growing
 from packforcing_jax.errors import require
+from packforcing_jax.io import append_file
 
 LINES = "metrics.jsonl"
 LIBRARIES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # the extra that brings each has the name of the log
@@ -76,7 +76,7 @@ class Lines:
 
     def __init__(self, folder: Path, after: int, about: Mapping[str, Any]):
         del about
-        self.file = growing.File(folder / LINES, whole(folder / LINES, after))
+        self.file = append_file.File(folder / LINES, whole(folder / LINES, after))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         told = {"step": step} | {name: value if isinstance(value, str) else plain(value)

@@ -14,9 +14,11 @@ from flax import struct
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from packforcing_jax import cache, dit, sampler, schedules
 from packforcing_jax.config import Experiment
 from packforcing_jax.errors import require
+from packforcing_jax.memory import cache
+from packforcing_jax.networks import dit
+from packforcing_jax.sampling import block_step, schedules
 from packforcing_jax.training import batches, distillation, rollout
 from packforcing_jax.training.batches import Batch, Model, Networks
 
@@ -85,15 +87,15 @@ def behind_memory(model: Model, exp: Experiment, batch: Batch, noisy: Array, sig
     nets, text, count = model.nets, batches.text_kv(model.dit, states), noisy.shape[1]
     lots = jnp.zeros((exp.dit.layers, count, exp.cache.slots))
     asks = exp.train.cover.matching > 0 and exp.cache.top > 0
-    look = sampler.watching_look if asks else sampler.first_look
+    look = block_step.watching_look if asks else block_step.first_look
 
     def one_block(memory: cache.Memory, inputs):
         latent, low, noised, level = inputs
         seen, words = cache.plan(exp.cache, memory.num_blocks, gap), batches.of_block(text, memory.num_blocks)
-        clean, (views, looked, *scores) = sampler.guess(
+        clean, (views, looked, *scores) = block_step.guess(
             nets, exp, seen, noised, schedules.TIMESTEPS * level, level, words, (memory.layers, lots), look=look)
-        full, views = sampler.read_clean(nets, exp, seen, latent, words, views)
-        packed = sampler.read_packed(nets, exp, seen, latent, low, words, views)[0] if exp.cache.top else None
+        full, views = block_step.read_clean(nets, exp, seen, latent, words, views)
+        packed = block_step.read_packed(nets, exp, seen, latent, low, words, views)[0] if exp.cache.top else None
         return cache.commit(exp, memory, full, packed, looked), (clean, scores[0][-1] if asks else None, seen.ids)
 
     low = batch.latent[:, :, :0] if batch.low is None else batch.low
@@ -163,7 +165,7 @@ def flow_matching(nets: Networks, batch: Batch, key: Array, exp: Experiment) -> 
 def trajectory(nets: Networks, batch: Batch, key: Array, exp: Experiment) -> tuple[Array, Metrics]:
     """From a state on a teacher's way, at a step of its own for each block, to where that way ends (CausVid)."""
     keys = jax.random.split(key, 3)
-    times, sigmas = (jnp.asarray(x) for x in sampler.step_table(exp.sample))
+    times, sigmas = (jnp.asarray(x) for x in block_step.step_table(exp.sample))
     require(batch.trajectory.shape[0] == len(times) + 1,
             f"the data hold {batch.trajectory.shape[0]} states a clip, but sample.steps={exp.sample.steps} needs "
             f"{len(times) + 1}, the last one clean; prepare trajectories with these steps.")  # fmt: skip

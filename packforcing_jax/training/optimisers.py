@@ -9,7 +9,7 @@ import optax
 import optax.contrib
 from jax import Array
 
-from packforcing_jax.train_config import OptimiserConfig, TrainConfig
+from packforcing_jax.config import OptimiserConfig, TrainConfig
 
 Flat = dict[str, Array]
 

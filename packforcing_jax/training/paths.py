@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from packforcing_jax import schedules
 from packforcing_jax.config import Experiment
 from packforcing_jax.errors import require
+from packforcing_jax.sampling import schedules
 from packforcing_jax.training import batches, distillation, objectives
 from packforcing_jax.training.batches import Batch, Model
 

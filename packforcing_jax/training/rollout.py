@@ -15,9 +15,11 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from packforcing_jax import cache, codec, dit, rope, sampler, schedules, view
 from packforcing_jax.config import Experiment
 from packforcing_jax.errors import require
+from packforcing_jax.memory import cache, view
+from packforcing_jax.networks import codec, dit, rope
+from packforcing_jax.sampling import block_step, schedules
 from packforcing_jax.training import batches
 from packforcing_jax.types import KV, Heads
 
@@ -155,7 +157,7 @@ def given_look(exp: Experiment, seen: cache.Plan, mix: dit.Mix) -> dit.Mix:
     return look
 
 
-def draw(nets: sampler.Nets, exp: Experiment, pixels: Any, drawn: Draws, text: Any) -> Clip:
+def draw(nets: block_step.Nets, exp: Experiment, pixels: Any, drawn: Draws, text: Any) -> Clip:
     """Clips drawn block after block without a gradient, to their end or, not `train.distil.finished`, to `drawn.exit`.
 
     `text` [block or 1, layer, ...].
@@ -195,18 +197,18 @@ def empty(exp: Experiment, blocks: int, batch: int, dtype: Any) -> Stored:
                   packed=store(blocks if exp.cache.top else 0, exp.tokens_per_packed_block))  # fmt: skip
 
 
-def _steps(nets: sampler.Nets, exp: Experiment, seen: cache.Plan, stored: Stored, words: KV, chance: Any):
+def _steps(nets: block_step.Nets, exp: Experiment, seen: cache.Plan, stored: Stored, words: KV, chance: Any):
     """(what the exit step read, the block as its history keeps it, what each layer looked at)."""
     noise, renoise, lots, exit = chance
-    times, sigmas = (jnp.asarray(x) for x in sampler.step_table(exp.sample))
-    clean, looked = sampler.guess(nets, exp, seen, noise, times[0], sigmas[0], words, (stored, lots),
+    times, sigmas = (jnp.asarray(x) for x in block_step.step_table(exp.sample))
+    clean, looked = block_step.guess(nets, exp, seen, noise, times[0], sigmas[0], words, (stored, lots),
                                   look=choosing_look)  # fmt: skip
     behind = dataclasses.replace(stored, looked=looked)
 
     def step(i, carry):
         read, before = carry
         noisy = schedules.add_noise(before, renoise[i], sigmas[i + 1])
-        clean, _ = sampler.guess(nets, exp, seen, noisy, times[i + 1], sigmas[i + 1], words, behind, look=given_look)
+        clean, _ = block_step.guess(nets, exp, seen, noisy, times[i + 1], sigmas[i + 1], words, behind, look=given_look)
         return jnp.where(i < exit, noisy, read), clean
 
     last = len(sigmas) - 1 if exp.train.distil.finished else exit
@@ -220,10 +222,10 @@ def _context(exp: Experiment, latent: Array, noise: Array) -> Array:
     return schedules.add_noise(latent, noise, schedules.sigma_at(schedules.table(exp.sample.shift), 0.0))
 
 
-def _remembered(nets: sampler.Nets, exp: Experiment, seen: cache.Plan, stored: Stored, words: KV, blocks) -> Stored:
+def _remembered(nets: block_step.Nets, exp: Experiment, seen: cache.Plan, stored: Stored, words: KV, blocks) -> Stored:
     """`stored` with one more block, as `sampler.remember` reads it: clean, then its packed twin."""
     read, latent, low = blocks
-    full, _ = sampler.read_clean(nets, exp, seen, read, words, stored, keep=_own,
+    full, _ = block_step.read_clean(nets, exp, seen, read, words, stored, keep=_own,
                                  behind=lambda one: lay(exp, seen, one))  # fmt: skip
     frames = KV(*(einops.rearrange(x, "layer b (t s) n h -> layer b t s n h", t=exp.cache.block)
                   for x in (full.k, full.v)))  # fmt: skip
@@ -235,10 +237,10 @@ def _remembered(nets: sampler.Nets, exp: Experiment, seen: cache.Plan, stored: S
     return dataclasses.replace(stored, looked=None)
 
 
-def _packed(nets: sampler.Nets, exp: Experiment, seen: cache.Plan, stored: Stored, words: KV, latent: Array,
+def _packed(nets: block_step.Nets, exp: Experiment, seen: cache.Plan, stored: Stored, words: KV, latent: Array,
             low: Array) -> KV:  # fmt: skip
     """Keys and values [layer, b, p, n, h] of a block's packed twin."""
-    return sampler.read_packed(nets, exp, seen, latent, low, words, stored, keep=_own,
+    return block_step.read_packed(nets, exp, seen, latent, low, words, stored, keep=_own,
                                behind=lambda one: lay_with_block(exp, seen, one))[0]  # fmt: skip
 
 
@@ -269,9 +271,9 @@ def low_resolution(exp: Experiment, pixels: Any, decoder: Any, latent: Array, *,
 # Under a gradient
 
 
-def again(nets: sampler.Nets, exp: Experiment, clip: Clip, drawn: Draws, text: Any, *, first: int = 0) -> Array:
+def again(nets: block_step.Nets, exp: Experiment, clip: Clip, drawn: Draws, text: Any, *, first: int = 0) -> Array:
     """The blocks of `clip` from number `first` on [block, b, t, y, x, c], each drawn again under a gradient."""
-    times, sigmas = (jnp.asarray(x) for x in sampler.step_table(exp.sample))
+    times, sigmas = (jnp.asarray(x) for x in block_step.step_table(exp.sample))
     stored, leaks = _through_packed(nets, exp, clip, drawn, text), exp.train.distil.gradient == "leak"
     start = jax.tree.map(jnp.zeros_like, stored.full) if leaks else None
 
@@ -280,7 +282,7 @@ def again(nets: sampler.Nets, exp: Experiment, clip: Clip, drawn: Draws, text: A
         seen, words = cache.plan(exp.cache, n, drawn.gap), batches.of_block(text, n)
         full = stored.full if leaked is None else jax.tree.map(jnp.add, stored.full, leaked)
         behind = Stored(full=full, packed=stored.packed, looked=looked)
-        latent, own = sampler.guess(nets, exp, seen, noisy, times[drawn.exit], sigmas[drawn.exit], words, behind,
+        latent, own = block_step.guess(nets, exp, seen, noisy, times[drawn.exit], sigmas[drawn.exit], words, behind,
                                     look=given_look)  # fmt: skip
         if leaked is None:
             return None, latent
@@ -292,7 +294,7 @@ def again(nets: sampler.Nets, exp: Experiment, clip: Clip, drawn: Draws, text: A
     return jax.lax.scan(one_block, start, jax.tree.map(lambda x: x[first:], each))[1]
 
 
-def _through_packed(nets: sampler.Nets, exp: Experiment, clip: Clip, drawn: Draws, text: Any) -> Stored:
+def _through_packed(nets: block_step.Nets, exp: Experiment, clip: Clip, drawn: Draws, text: Any) -> Stored:
     """What the clip left behind, its packed keys computed again from stored latents, so that they have a gradient."""
     if exp.cache.top == 0 or exp.train.distil.gradient != "packed":
         return clip.stored

@@ -17,10 +17,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from packforcing_jax import checkpoints, growing, models, options
-from packforcing_jax.config import Experiment
-from packforcing_jax.errors import MachineError, require
-from packforcing_jax.training import batches, exports, logs, mesh, rollout, sources, state
+from packforcing_jax.config import Experiment, overrides
+from packforcing_jax.data import sources
+from packforcing_jax.errors import MachineError, nearest, require
+from packforcing_jax.io import append_file, checkpoints, model_folder
+from packforcing_jax.networks import mesh
+from packforcing_jax.training import batches, exports, logs, rollout, state
 
 FREE = ("name", "attention", "fps", *(f"train.{name}" for name in (
     "steps", "save_every", "keep", "log_every", "log", "preview_every", "patience", "profile", "mesh", "accumulate",
@@ -71,7 +73,7 @@ class Run:
 
 def about(exp: Experiment, seed: int) -> dict[str, Any]:
     """What a checkpoint belongs to."""
-    return {"seed": seed, "experiment": json.loads(models.experiment_to_json(exp))}
+    return {"seed": seed, "experiment": json.loads(model_folder.experiment_to_json(exp))}
 
 
 def store(exp: Experiment, folder: Path, seed: int) -> checkpoints.Checkpoints:
@@ -82,8 +84,8 @@ def store(exp: Experiment, folder: Path, seed: int) -> checkpoints.Checkpoints:
 
 def check_folder(folder: Path) -> None:
     """Raises `InputError` unless a run can be begun or continued in `folder`; leaves nothing behind."""
-    growing.check_writable(folder / logs.LINES, "Run file")
-    require(not (folder / models.CONFIG).exists(), f"Run folder {folder} is a model folder; choose another one.")
+    append_file.check_writable(folder / logs.LINES, "Run file")
+    require(not (folder / model_folder.CONFIG).exists(), f"Run folder {folder} is a model folder; choose another one.")
     require((folder / CHECKPOINTS).is_dir() or not (folder / MODEL).exists(), f"Run folder {folder} holds a finished "
             "model, but no checkpoints to go on from; choose another folder or delete the model.")  # fmt: skip
 
@@ -298,10 +300,10 @@ def finish(run: Run, *, card: str | None = None) -> None:
 
 def finished(exp: Experiment, folder: Path, *, seed: int = 0) -> bool:
     """Whether `folder` holds the model of this very training, done to its last step."""
-    config = folder / MODEL / models.CONFIG
+    config = folder / MODEL / model_folder.CONFIG
     if not config.is_file():
         return False
-    then = models.experiment_from_json(config.read_text(encoding="utf-8"), str(config))
+    then = model_folder.experiment_from_json(config.read_text(encoding="utf-8"), str(config))
     was, wanted = (checkpoints.settings(about(each, seed)["experiment"]) for each in (then, exp))
     if checkpoints.differences(was, wanted, [name for name in FREE if name not in WRITTEN]):
         return False
@@ -315,14 +317,14 @@ def finished(exp: Experiment, folder: Path, *, seed: int = 0) -> bool:
 # Stage after stage
 
 
-def planned(recipe: options.Recipe, folder: Path, only: str | None = None) -> list[tuple[Path, Experiment]]:
+def planned(recipe: overrides.Recipe, folder: Path, only: str | None = None) -> list[tuple[Path, Experiment]]:
     """The folder of each stage, and its experiment with the models of earlier stages in place of their names.
 
     Raises `InputError` for a beginning that is neither an earlier stage nor a model folder.
     """
     names = [name for name, _ in recipe]
     require(only is None or only in names, f"no stage {only!r} in this recipe; "
-            f"{options.nearest(str(only), filter(None, names))}")  # fmt: skip
+            f"{nearest(str(only), filter(None, names))}")  # fmt: skip
     plan = [(name, _resolved(exp, name, names[:at], folder)) for at, (name, exp) in enumerate(recipe)]
     chosen = [(folder / name, exp) for name, exp in plan if only in (None, name)]
     coming = {str(place / MODEL) for place, _ in chosen}

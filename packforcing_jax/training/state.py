@@ -11,9 +11,10 @@ import optax
 from flax import struct
 from jax import Array
 
-from packforcing_jax import dit, trees
+from packforcing_jax import pytrees
 from packforcing_jax.config import Experiment
 from packforcing_jax.errors import require
+from packforcing_jax.networks import dit
 from packforcing_jax.training import batches, objectives, optimisers
 from packforcing_jax.training.batches import Batch, Flat, Networks
 
@@ -48,12 +49,12 @@ def movers(exp: Experiment, step: int) -> tuple[str, ...]:
 
 def init(exp: Experiment, key: Array, given: Mapping[str, Flat]) -> TrainState:
     """The state before the first step: networks that are `given`, the others drawn; a critic starts as the teacher."""
-    drawn = trees.flatten(batches.new_model(exp, key, reads=reads(exp)))
+    drawn = pytrees.flatten(batches.new_model(exp, key, reads=reads(exp)))
     params = {"generator": completed(exp, given.get("generator", {}), drawn)}
     if exp.train.distils:
         own = given.get("critic", given.get("teacher", params["generator"]))
         params["critic"] = {path: jnp.copy(leaf) for path, leaf in own.items() if path.startswith("dit/")}
-    params = trees.cast(params, "float32")
+    params = pytrees.cast(params, "float32")
     opt = {group: optimisers.of_group(exp.train, group).init(leaves)
            for group, leaves in optimisers.groups(exp.train, params).items()}  # fmt: skip
     return TrainState(params=params, ema=jax.tree.map(jnp.copy, params["generator"]), opt=opt, step=jnp.int32(0),
@@ -132,7 +133,7 @@ def assembled(exp: Experiment, state: TrainState, frozen: Mapping[str, Any], mov
     half = exp.dtypes.compute
 
     def model(leaves: Flat) -> batches.Model:
-        return trees.cast(batches.as_model(exp, leaves), half)
+        return pytrees.cast(batches.as_model(exp, leaves), half)
 
     teacher = frozen.get("teacher")
     asks = exp.train.objective == "consistency"
@@ -144,13 +145,13 @@ def assembled(exp: Experiment, state: TrainState, frozen: Mapping[str, Any], mov
 
 
 def _transformer(exp: Experiment, leaves: Flat, dtype: str) -> dit.WanDiT:
-    return trees.cast(batches.as_transformer(exp, leaves), dtype)
+    return pytrees.cast(batches.as_transformer(exp, leaves), dtype)
 
 
 def _teacher(exp: Experiment, leaves: Flat, dtype: str) -> Any:
     """The teacher, whole where it looks back through a memory of its own, else its transformer."""
     if exp.train.objective == "consistency":
-        return trees.cast(batches.as_model(exp, leaves), dtype)
+        return pytrees.cast(batches.as_model(exp, leaves), dtype)
     nothing: Any = None
     return batches.Model(dit=_transformer(exp, leaves, dtype), compressor=nothing)
 

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import twins
+from packforcing_jax.convert import rules, wan_dit
 
-from convert import rules, wan_dit
-from packforcing_jax import dit, verify_parts
+from packforcing_jax.networks import dit
+from packforcing_jax.verify import parts
 
 pytestmark = pytest.mark.parity
 
@@ -45,9 +46,9 @@ class Twins:
 
     def computed(self, timesteps, model=None):
         """Our output for timesteps [b, t]."""
-        flow = BIDIRECTIONAL(model or self.ours, verify_parts.ours(self.latent), jnp.asarray(timesteps),
+        flow = BIDIRECTIONAL(model or self.ours, parts.ours(self.latent), jnp.asarray(timesteps),
                              jnp.asarray(self.text))  # fmt: skip
-        return verify_parts.theirs(flow)
+        return parts.theirs(flow)
 
 
 @functools.cache
@@ -57,7 +58,7 @@ def twin(name, seed, **gains):
     arguments, (batch, *cells) = SIZES[name]
     theirs = twins.randomized(WanTransformer3DModel(**arguments), seed, **gains)
     cfg = wan_dit.config_from_diffusers(theirs.config, text_len=TEXT_LEN)
-    ours = verify_parts.load(dit.WanDiT, cfg, rules.rename(twins.arrays(theirs), wan_dit.DIFFUSERS), wan_dit.WAN_DIT)
+    ours = parts.load(dit.WanDiT, cfg, rules.rename(twins.arrays(theirs), wan_dit.DIFFUSERS), wan_dit.WAN_DIT)
     rng = np.random.default_rng(seed)
     latent = rng.standard_normal((batch, cfg.in_channels, *cells), np.float32)
     return Twins(theirs, ours, latent, rng.standard_normal((batch, WORDS, cfg.text_dim), np.float32))

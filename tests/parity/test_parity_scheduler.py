@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import twins
 
-from packforcing_jax import schedules, unipc
+from packforcing_jax.sampling import schedules, unipc
 
 pytestmark = pytest.mark.parity
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import twins
+from packforcing_jax.convert import umt5
 
-from convert import umt5
-from packforcing_jax import text, verify_parts
+from packforcing_jax.networks import text
+from packforcing_jax.verify import parts
 
 pytestmark = pytest.mark.parity
 
@@ -42,7 +43,7 @@ def twin(name, seed, **gains):
 
     theirs = twins.randomized(UMT5EncoderModel(UMT5Config(**SIZES[name])), seed, **gains)
     cfg = umt5.config_from_transformers(theirs.config.to_dict())
-    return Twins(theirs, verify_parts.load(text.UMT5, cfg, umt5.original_names(twins.arrays(theirs)), umt5.UMT5))
+    return Twins(theirs, parts.load(text.UMT5, cfg, umt5.original_names(twins.arrays(theirs)), umt5.UMT5))
 
 
 def prompts(name, lengths, words, seed=0):

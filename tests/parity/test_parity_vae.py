@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import twins
+from packforcing_jax.convert import rules, wan_vae
 
-from convert import rules, wan_vae
-from packforcing_jax import vae, verify_parts
+from packforcing_jax.networks import vae
+from packforcing_jax.verify import parts
 
 pytestmark = pytest.mark.parity
 
@@ -63,13 +64,13 @@ def twin(name, seed, normalised=False, **gains):
     cfg = cfg if normalised else wan_vae.unscaled(cfg)
     named = rules.rename(twins.arrays(theirs), wan_vae.diffusers_names(cfg).items())
     video = np.random.default_rng(seed).uniform(-1, 1, (batch, 3, *size)).astype(np.float32)
-    return Twins(theirs, verify_parts.load(vae.WanVAE, cfg, named, wan_vae.WAN_VAE), video)
+    return Twins(theirs, parts.load(vae.WanVAE, cfg, named, wan_vae.WAN_VAE), video)
 
 
 def computed(function, model, value):
     """What our function makes of an array in their order of axes, in that order; moments as theirs."""
-    out = function(model, verify_parts.ours(value))
-    return verify_parts.theirs(jnp.concatenate(out, axis=-1) if isinstance(out, tuple) else out)
+    out = function(model, parts.ours(value))
+    return parts.theirs(jnp.concatenate(out, axis=-1) if isinstance(out, tuple) else out)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

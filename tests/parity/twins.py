@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from packforcing_jax import trees, verify
+from packforcing_jax import pytrees
+from packforcing_jax.verify import kinds
 
 SLIGHT = 0.02  # relative change of every number of a tensor that a comparison has to notice
 
@@ -57,17 +58,17 @@ def called(function, *args):
 
 def error(ours, theirs):
     """max|ours - theirs| / max|theirs|; infinite where shapes differ or a value is not finite."""
-    return verify.difference(np.asarray(ours), np.asarray(theirs))
+    return kinds.difference(np.asarray(ours), np.asarray(theirs))
 
 
 def unnoticed(model, run, expected, *, tolerance, under=""):
     """The paths, from `under` on, of parameters whose slight change leaves `run(model)` within tolerance."""
-    flat, rng, passed = trees.flatten(model), np.random.default_rng(0), []
+    flat, rng, passed = pytrees.flatten(model), np.random.default_rng(0), []
     paths = [path for path in flat if path.startswith(under)]
     assert paths, f"no parameter under {under}"
     for path in paths:
         factor = jnp.asarray(1 + SLIGHT * rng.standard_normal(flat[path].shape), flat[path].dtype)
-        if error(run(trees.fill(model, flat | {path: flat[path] * factor})), expected) <= tolerance:
+        if error(run(pytrees.fill(model, flat | {path: flat[path] * factor})), expected) <= tolerance:
             passed.append(path)
     return passed
 

@@ -1,0 +1,30 @@
+"""The names that settings of text may have, and the refusal of all others."""
+
+from typing import Any
+
+from packforcing_jax.errors import require
+
+DTYPES = ("float32", "bfloat16", "float16")
+CHOICES = {
+    "cache.rope_adjustment": ("sink", "incremental", "sink_only", "none"),
+    "cache.span": ("true", "fit"),
+    "cache.selection": ("affinity", "mass_sum", "mass_max", "logit_max", "centred_logit_max", "log_sum_exp",
+                        "paper_sum", "recency", "random", "all"),
+    "cache.scope": ("layer", "shared"),
+    "cache.timing": ("first", "late"),
+    "cache.archive": ("device", "host"),
+    "compressor.branches": ("both", "hr", "lr"),
+    "compressor.places": ("stretched", "native"),
+    "compressor.keys": ("blocks", "projected"),
+    "sample.prediction": ("velocity", "clean"),
+    **{f"dtypes.{name}": DTYPES for name in ("params", "compute", "cache", "vae", "text")},
+}  # fmt: skip
+
+
+def require_choices(group: str, settings: Any) -> None:
+    """Raises `InputError` for the first field of the dataclass `settings` that is none of its `CHOICES`."""
+    for key, allowed in CHOICES.items():
+        owner, name = key.split(".")
+        if owner == group:
+            value = getattr(settings, name)
+            require(value in allowed, f"{key}={value!r} is unknown; choose one of {', '.join(allowed)}.")

@@ -1,0 +1,143 @@
+"""Sizes of the networks: transformer, autoencoder, text encoder, compressor."""
+
+import math
+from dataclasses import dataclass
+
+from packforcing_jax.config.choices import require_choices
+from packforcing_jax.errors import require
+
+WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+            0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)  # fmt: skip
+WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+           3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The diffusion transformer (Wan2.1 `model.py`). Widths in channels, `patch` in latent cells (t, y, x)."""
+
+    dim: int = 1536
+    ffn_dim: int = 8960
+    heads: int = 12
+    layers: int = 30
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    in_channels: int = 16
+    out_channels: int = 16
+    patch: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    rope_theta: tuple[float, float, float] = (10000.0, 10000.0, 10000.0)  # time, rows, columns
+    rope_pairs: tuple[int, int, int] | None = None  # None: Wan's split of the head
+
+    def __post_init__(self):
+        require(self.dim % self.heads == 0, f"dit.dim={self.dim} is not divisible by heads={self.heads}; change one.")
+        require(self.head_dim % 2 == 0, f"dit.dim/heads={self.head_dim} must be even for rotary pairs; change heads.")
+        require(self.patch[0] == 1, f"dit.patch={self.patch} must be 1 in time, as in Wan2.1.")
+        if self.rope_pairs is not None:
+            require(sum(self.rope_pairs) == self.head_dim // 2,
+                    f"dit.rope_pairs={self.rope_pairs} must add up to {self.head_dim // 2} pairs.")  # fmt: skip
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def pairs(self) -> tuple[int, int, int]:
+        """Rotary pairs per axis: Wan gives each spatial axis 2*(d//6) channels and time the rest."""
+        if self.rope_pairs is not None:
+            return self.rope_pairs
+        space = self.head_dim // 6
+        return self.head_dim // 2 - 2 * space, space, space
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The causal 3-D autoencoder (Wan2.1 `vae.py`): first frame alone, then groups of `time_factor`."""
+
+    dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    mean: tuple[float, ...] = WAN_MEAN
+    std: tuple[float, ...] = WAN_STD
+
+    def __post_init__(self):
+        require(len(self.temporal_downsample) == len(self.dim_mult) - 1,
+                f"vae.temporal_downsample={self.temporal_downsample} needs {len(self.dim_mult) - 1} entries.")
+        require(len(self.mean) == len(self.std) == self.z_dim,
+                f"vae.mean and vae.std need z_dim={self.z_dim} entries each.")  # fmt: skip
+
+    @property
+    def time_factor(self) -> int:
+        return 2 ** sum(self.temporal_downsample)
+
+    @property
+    def space_factor(self) -> int:
+        return 2 ** (len(self.dim_mult) - 1)
+
+
+@dataclass(frozen=True)
+class SpaceToDepthConfig:
+    """An exact codec behind the VAE's interface: `factor` x `factor` pixels become channels; time is kept."""
+
+    factor: int = 4
+
+    @property
+    def z_dim(self) -> int:
+        return 3 * self.factor**2
+
+    @property
+    def time_factor(self) -> int:
+        return 1
+
+    @property
+    def space_factor(self) -> int:
+        return self.factor
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The UMT5 encoder (Wan2.1 `t5.py`): every layer has its own relative position bias."""
+
+    vocab: int = 256384
+    dim: int = 4096
+    dim_attn: int = 4096
+    dim_ffn: int = 10240
+    heads: int = 64
+    layers: int = 24
+    buckets: int = 32
+    max_distance: int = 128
+    max_words: int = 512
+
+    def __post_init__(self):
+        require(self.dim_attn % self.heads == 0,
+                f"text.dim_attn={self.dim_attn} is not divisible by heads={self.heads}; change one.")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CompressorConfig:
+    """The packing of one block (paper sec. 3.3): HR strided 3-D convolutions plus LR pooled re-encoding.
+
+    `strides` are (t, y, x) per HR convolution; a stride-2 spatial convolution has kernel 4 and padding 1, a
+    temporal one kernel 3. `pool` is the pixel pooling (t, y, x) of the LR branch. `places`: packed tokens stand at the
+    centres of the patches they cover, or (`native`) on a grid of their own. `keys`: their keys and values come out of
+    a pass through all transformer blocks, or (`projected`) from each layer's own projections of the packed tokens.
+    """
+
+    channels: tuple[int, ...] = (32, 128, 512, 2048)
+    strides: tuple[tuple[int, int, int], ...] = ((2, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2))
+    frames: int = 4  # latent frames packed together; a shorter block repeats its last frame
+    pool: tuple[int, int, int] = (2, 4, 4)
+    branches: str = "both"
+    places: str = "stretched"
+    keys: str = "blocks"
+
+    def __post_init__(self):
+        require(len(self.channels) == len(self.strides), "compressor.channels and strides need the same length.")
+        require_choices("compressor", self)
+
+    def stride(self, axis: int) -> int:
+        """Total latent stride along axis 0 (time), 1 (rows) or 2 (columns)."""
+        return math.prod(step[axis] for step in self.strides)

@@ -1,0 +1,41 @@
+"""How a block is denoised, and in which number formats."""
+
+from dataclasses import dataclass
+
+from packforcing_jax.config.choices import require_choices
+from packforcing_jax.errors import require
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How a block is drawn: nominal `steps` warped by `shift` (Self-Forcing), re-noised after each but the last."""
+
+    steps: tuple[int, ...] = (1000, 750, 500, 250)
+    shift: float = 5.0
+    prediction: str = "velocity"  # what the network returns: velocity or clean
+
+    def __post_init__(self):
+        require(len(self.steps) > 0 and all(0 < s <= 1000 for s in self.steps)
+                and all(a > b for a, b in zip(self.steps, self.steps[1:])),
+                f"sample.steps={self.steps} must fall strictly within 1000..1.")  # fmt: skip
+        require_choices("sample", self)
+
+
+@dataclass(frozen=True)
+class DtypeConfig:
+    """Number formats: weights as held, what is computed with them, stored keys and values, codec, text encoder.
+
+    Norms, softmax, rotary angles and time embeddings are computed in float32 whatever stands here.
+    """
+
+    params: str = "float32"
+    compute: str = "float32"
+    cache: str = "float32"
+    vae: str = "float32"
+    text: str = "float32"
+
+    def __post_init__(self):
+        require_choices("dtypes", self)
+
+
+HALF = DtypeConfig(*(["bfloat16"] * 5))  # as Self-Forcing samples

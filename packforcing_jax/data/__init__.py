@@ -1,0 +1,1 @@
+"""Training examples on disk and where they come from."""

@@ -1,0 +1,199 @@
+"""Training data as endless batches: the Stage world, prepared records, or prompts, in rows of each process."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import grain
+import jax
+import numpy as np
+from flax import nnx
+
+from packforcing_jax.config import Experiment
+from packforcing_jax.data import records
+from packforcing_jax.errors import require
+from packforcing_jax.networks import codec, mesh
+from packforcing_jax.sampling import prompt_files, timelines
+from packforcing_jax.stage import data, world
+
+Example: TypeAlias = dict[str, np.ndarray]
+Raw: TypeAlias = dict[str, np.ndarray]  # a batch: what examples hold, the batch in front
+Encode: TypeAlias = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]  # prompts -> ids and mask, [prompts, words]
+ENDLESS = 2**40  # more batches than any run reads
+STAGE = ("video", "ids", "mask", "weight", "called")  # of what the Stage world tells, what training reads
+FROM_VIDEO = ("latent", "low")  # what the codec makes of pixels on the way
+ARRAYS = ("latent", "low", "trajectory", "states")  # of what records hold, what training reads
+
+
+@dataclass(frozen=True)
+class Source:
+    """Examples by index, `offers` the names an objective finds in them; `called` is the source in sentences.
+
+    Each example of an `endless` source is new; the others are shuffled anew each time all were seen.
+    """
+
+    examples: grain.MapDataset
+    offers: tuple[str, ...]
+    called: str
+    endless: bool = False
+
+
+def batches(exp: Experiment, *, seed: int, batch: int, process: int = 0, processes: int = 1,
+            encode: Encode | None = None, needs: Sequence[str] = ()) -> grain.DatasetIterator:  # fmt: skip
+    """This process's rows of endless batches of `batch` examples; raises `InputError` for what is known to be wrong.
+
+    Batch i is a function of (seed, i), whatever the number of processes; process p reads rows p b/P to (p + 1) b/P.
+    The iterator's state counts batches, so that it can be set by any number of processes.
+    """
+    kind, rows = exp.train.source.kind, batch // processes
+    require(batch % processes == 0 and batch > 0, f"a batch of {batch} examples cannot be divided among {processes} "
+            "processes; change train.batch.")  # fmt: skip
+    source = KINDS[kind].opened(exp, seed, encode)
+    missing = [name for name in needs if name not in source.offers]
+    require(not missing, f"{source.called} holds {', '.join(source.offers)}, but this objective needs "
+            f"{', '.join(missing)}; prepare such data or choose another objective.")  # fmt: skip
+    examples = endless(source, seed=seed, limit=exp.train.source.limit)
+
+    def row(index: int) -> Example | None:
+        step, within = divmod(int(index), rows)
+        return examples[step * batch + process * rows + within]
+
+    local = grain.MapDataset.range(ENDLESS * rows).map(row).batch(rows, drop_remainder=True)
+    threads = KINDS[kind].threads
+    return iter(local.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=1 + threads)))
+
+
+def endless(source: Source, *, seed: int, limit: int = 0) -> grain.MapDataset:
+    """The first `limit` examples of `source` (0: all) again and again, each time in another order."""
+    require(limit >= 0, f"train.source.limit={limit} is negative; give 0 for all examples.")
+    require(source.endless or limit <= len(source.examples), f"train.source.limit={limit} exceeds the "
+            f"{len(source.examples)} examples of {source.called}; lower it.")  # fmt: skip
+    if source.endless and limit == 0:
+        return source.examples
+    some = source.examples[:limit] if limit else source.examples
+    return some.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0])).repeat()
+
+
+# What there is to read
+
+
+def _stage(exp: Experiment, seed: int, encode: Encode | None) -> Source:
+    """The Stage world's clips, each a function of (seed, index)."""
+    known = data.remembering(_given(encode, "the Stage world"))
+
+    def clip(index: int) -> Example:
+        told = data.clip(seed, int(index), known)
+        return {name: told[name] for name in STAGE}
+
+    frames, factor = codec.frames_of(exp.codec, exp.clip), exp.codec.space_factor
+    drawn, wanted = clip(0)["video"].shape, (frames, *(side * factor for side in exp.latent), 3)
+    require(drawn == wanted, f"the Stage world draws clips of {list(drawn)}, but clip={exp.clip} and "
+            f"latent={exp.latent} of this config are {list(wanted)}; use the config `stage`.")  # fmt: skip
+    require(exp.cache.block == world.BLOCK, f"the Stage world has a prompt every {world.BLOCK} frames, but "
+            f"cache.block={exp.cache.block}; set it to {world.BLOCK}.")  # fmt: skip
+    return Source(grain.MapDataset.range(data.CLIPS).map(clip), (*STAGE, *FROM_VIDEO), "the Stage world", endless=True)
+
+
+def _records(exp: Experiment, seed: int, encode: Encode | None) -> Source:
+    """What `prepare` wrote. Prompts without text states are tokenised when they are read."""
+    held = records.opened(_path(exp, "folder"))
+    fields, called = held.notes.fields, f"data set {held.folder}"
+    check_forms(exp, fields, called)
+    arrays = tuple(name for name in ARRAYS if name in fields)
+    known = None if "states" in fields else _given(encode, called)
+
+    def example(stored: Mapping[str, np.ndarray]) -> Example:
+        found = {name: stored[name] for name in arrays}
+        if known is not None:
+            return found | _tokenised(known, [bytes(stored["prompt"]).decode()] * exp.blocks)
+        return found | {"states": _padded(found["states"], exp.text.max_words, called)}
+
+    offers = arrays if known is None else (*arrays, "ids", "mask")
+    return Source(grain.MapDataset.source(held).map(example), offers, called)
+
+
+def _prompts(exp: Experiment, seed: int, encode: Encode | None) -> Source:
+    """A file of prompts or timelines, one clip per line, tokenised when they are read."""
+    path = _path(exp, "file")
+    require(path.is_file(), f"prompt file {path} does not exist; correct train.source.path.")
+    said, known = prompt_files.read(path), _given(encode, f"prompt file {path}")
+
+    def example(job: prompt_files.Job) -> Example:
+        return _tokenised(known, timelines.spread(list(job.entries), exp.blocks))
+
+    example(said[0])
+    return Source(grain.MapDataset.source(said).map(example), ("ids", "mask"), f"prompt file {path}")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a kind of data is opened, and by how many threads it is read; a new one is a new row of `KINDS`."""
+
+    opened: Callable[[Experiment, int, Encode | None], Source]
+    threads: int
+
+
+KINDS = {
+    "stage": Kind(_stage, 1),  # drawing is Python, which one thread at a time can run
+    "records": Kind(_records, 4),
+    "prompts": Kind(_prompts, 1),
+}
+
+
+def _path(exp: Experiment, what: str) -> Path:
+    source = exp.train.source
+    require(source.path != "", f"train.source.kind={source.kind!r} reads a {what}; name it in train.source.path.")
+    return Path(source.path)
+
+
+def _given(encode: Encode | None, what: str) -> Encode:
+    require(encode is not None, f"the prompts of {what} have to be tokenised; name a model with a tokenizer in "
+            "train.generator_from, or prepare their text states.")  # fmt: skip
+    return encode  # type: ignore[return-value]
+
+
+def _tokenised(encode: Encode, prompts: list[str]) -> Example:
+    ids, mask = encode(prompts)
+    return {"ids": np.asarray(ids, np.int32), "mask": np.asarray(mask, np.int32)}
+
+
+def _padded(states: np.ndarray, words: int, called: str) -> np.ndarray:
+    require(len(states) <= words, f"{called} holds text states of {len(states)} words, but text.max_words={words}; "
+            "prepare it with this config.")  # fmt: skip
+    return np.concatenate([states, np.zeros((words - len(states), states.shape[1]), states.dtype)])
+
+
+def low_form(exp: Experiment) -> tuple[int, ...]:
+    """The shape [t', y', x', c] of a block's low-resolution latents."""
+
+    def low() -> Any:
+        pixels, sides = codec.make(exp.codec, nnx.Rngs(0)), (side * exp.codec.space_factor for side in exp.latent)
+        video = jax.numpy.zeros((1, exp.cache.block * exp.codec.time_factor, *sides, 3))
+        return codec.low_resolution(pixels, video, latents=exp.packed_grid[0], pool=exp.compressor.pool)
+
+    return jax.eval_shape(low).shape[1:]
+
+
+def check_forms(exp: Experiment, fields: Mapping[str, records.Field], called: str) -> None:
+    """Raises `InputError` for the first field that is not of the sizes of `exp`."""
+    latent = (exp.clip, *exp.latent, exp.dit.in_channels)
+    wanted = {"latent": latent, "trajectory": (None, *latent), "states": (None, exp.text.dim)}
+    if "low" in fields:
+        wanted["low"] = exp.blocks, *low_form(exp)
+    for name in fields.keys() & wanted.keys():
+        shape, form = fields[name].shape, wanted[name]
+        fits = len(shape) == len(form) and all(b in (None, a) for a, b in zip(shape, form))
+        require(fits, f"{called} holds {records.spell({name: fields[name]})}, but clip={exp.clip}, "
+                f"latent={exp.latent}, dit.in_channels={exp.dit.in_channels}, cache.block={exp.cache.block} and "
+                f"text.dim={exp.text.dim} need {_spell(form)}; prepare it with this config.")  # fmt: skip
+
+
+def _spell(form: Sequence[int | None]) -> str:
+    return f"[{', '.join('*' if size is None else str(size) for size in form)}]"
+
+
+def global_batch(over: jax.sharding.Mesh, raw: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A batch over all processes out of each one's rows, its first axis divided over `data` and `fsdp`."""
+    place = mesh.batch_sharding(over)
+    return {name: jax.make_array_from_process_local_data(place, value) for name, value in raw.items()}

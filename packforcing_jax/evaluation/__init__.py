@@ -1,0 +1,1 @@
+"""What a model knows, read off its videos."""

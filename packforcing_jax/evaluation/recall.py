@@ -1,0 +1,143 @@
+"""Recall after a true history: guests shown once are called back, and packed blocks are chosen in every known way.
+
+One history serves all gaps and all ways, so that they are compared on the same videos: four guests are shown once,
+each at its own distance from the end, and the last block is drawn once for each of them and each way.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from packforcing_jax.config import CHOICES, Experiment
+from packforcing_jax.errors import nearest, require
+from packforcing_jax.evaluation import stage_figures
+from packforcing_jax.evaluation.stage_figures import HELD_OUT, Row, Watch
+from packforcing_jax.memory import cache, view
+from packforcing_jax.networks import codec
+from packforcing_jax.sampling import block_step
+from packforcing_jax.sampling.pipeline import Pipeline
+from packforcing_jax.stage import captions, metrics, oracle, world
+from packforcing_jax.types import KV, Video
+
+OPENING = 2  # blocks before the first guest: the shipped sink
+CALLED = 4  # guests that are called back; the others pass by
+WAYS: dict[str, dict] = {
+    **{name: {"selection": name} for name in CHOICES["cache.selection"] if name != "all"},
+    **{f"{name}-shared": {"selection": name, "scope": "shared"} for name in ("affinity", "paper_sum")},
+    "affinity-late": {"selection": "affinity", "timing": "late"},
+    "affinity-shared-late": {"selection": "affinity", "scope": "shared", "timing": "late"},
+    "all-true": {"selection": "all", "span": "true"},
+    "all-fit": {"selection": "all", "span": "fit"},
+}
+
+
+def ways_of(words: str) -> dict[str, dict]:
+    """The rows of `WAYS` that `A,B` names, or every one."""
+    names = list(WAYS) if words == "every" else words.split(",")
+    for name in names:
+        require(name in WAYS, f"--ways {name}: no such way to choose; {nearest(name, [*WAYS, 'every'])}")
+    return {name: WAYS[name] for name in names}
+
+
+def changed(exp: Experiment, way: dict) -> Experiment:
+    """`exp` choosing packed blocks in this way; a fitted span holds all of them in the room of the best `top`."""
+    cfg = exp.cache
+    held = cfg.sink + (cfg.top + 1) * cfg.block + cfg.recent
+    return dataclasses.replace(exp, cache=dataclasses.replace(cfg, **({"trained": held} | way)))
+
+
+def forced(model: Pipeline, ways: dict[str, dict], *, gaps: Sequence[int] = (8, 32, 64, 110), videos: int = 96,
+           seed: int = HELD_OUT, batch: int = 32, watch: Watch = iter) -> dict:  # fmt: skip
+    """For each gap and way: is the called guest's block among the chosen ones, and is its mark back?
+
+    The history is committed behind the newest blocks, so that no way has a hand in it.
+    """
+    stage_figures.require_stage(model.experiment)
+    require(0 < len(set(gaps)) == len(gaps) <= CALLED and min(gaps) > 1,
+            f"gaps={tuple(gaps)} must be one to {CALLED} different numbers above 1.")  # fmt: skip
+    told = [forced_story(np.random.default_rng((seed, i)), gaps) for i in range(videos)]
+    found = {(gap, way): [] for gap in gaps for way in ways}
+    for part in watch(stage_figures.chunks(videos, batch)):
+        stories = [told[i] for i in part]
+        identity = jnp.full(len(part), seed, jnp.uint32), jnp.asarray(part, jnp.uint32)
+        memory = history(model, stories, identity)
+        for gap, way in found:
+            found[gap, way].append(answers(model, ways[way], memory, stories, identity, gap))
+    last = len(told[0].guests) - 1
+    held = int(np.count_nonzero(cache.plan(model.experiment.cache, jnp.int32(last)).ids >= 0))
+    sections = {f"gap of {gap} blocks, {held} in the archive":
+                {f"{way}: {what}": row for way in ways
+                 for what, row in figures(changed(model.experiment, ways[way]), held, found[gap, way]).items()}
+                for gap in gaps}  # fmt: skip
+    return {"mode": "forced", "videos": videos, "seed": seed, "sections": sections}
+
+
+def forced_story(rng: np.random.Generator, gaps: Sequence[int]) -> world.Story:
+    """One guest for each gap, shown once, that many blocks before the last; others pass by in half of the blocks.
+
+    The guests called back are the first of `order`, which the story's `guests` begin with.
+    """
+    blocks = OPENING + max(gaps) + 1
+    order = rng.permutation(len(world.GUESTS))
+    shown = np.where(rng.random(blocks) < 0.5, rng.choice(order[CALLED:], size=blocks), -1)
+    shown[:OPENING] = -1
+    for guest, gap in zip(order, gaps):
+        shown[blocks - 1 - gap] = guest
+    return world.draw_story(rng, blocks, guests=shown, scenes=np.full(blocks, rng.integers(len(world.SCENES))))
+
+
+def history(model: Pipeline, told: Sequence[world.Story], identity: tuple[Array, Array]) -> cache.Memory:
+    """The memory before the last block, filled with the stories' own frames."""
+    exp = changed(model.experiment, WAYS["recency"])
+    exp = dataclasses.replace(exp, sample=dataclasses.replace(exp.sample, steps=exp.sample.steps[:1]))
+    prompts = [[captions.caption(story, block) for block in range(len(story.guests) - 1)] for story in told]
+    words, which = stage_figures.spoken(model, prompts)
+    truth = np.stack([world.render(story) for story in told])
+    memory, views = cache.init(exp, len(told)), view.scratch(exp, len(told))
+    for block, sentences in enumerate(which.T):
+        true = truth[:, block * world.BLOCK : (block + 1) * world.BLOCK]
+        said = jax.tree.map(lambda leaf, who=sentences: leaf[who], words)
+        memory, views, *_ = stage_figures.one_block(model.nets, model.pixels, exp, memory, views, said, *identity, true)
+    return memory
+
+
+def answers(model: Pipeline, way: dict, memory: cache.Memory, told: Sequence[world.Story],
+            identity: tuple[Array, Array], gap: int) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """(whether its block was looked up [layer, video], whether the called guest wears its mark [video])."""
+    exp, last = changed(model.experiment, way), len(told[0].guests) - 1
+    called = [int(story.guests[last - gap]) for story in told]
+    asked = [[captions.caption(dataclasses.replace(story, guests=np.full_like(story.guests, guest)), last)]
+             for story, guest in zip(told, called, strict=True)]  # fmt: skip
+    words, which = stage_figures.spoken(model, asked)
+    said = jax.tree.map(lambda leaf: leaf[which[:, 0]], words)
+    frames, ids = _last_block(model.nets, model.pixels, exp, memory, said, *identity)
+    marks = []
+    for video, guest in zip(np.asarray(frames), called, strict=True):
+        reading = oracle.read(video)
+        marks.append(metrics.majority(np.where(reading.guest == guest, reading.guest_mark, -1)))
+    right = [mark == story.guest_marks[guest] for mark, story, guest in zip(marks, told, called, strict=True)]
+    return (np.asarray(ids) == last - gap).any(axis=-1), np.asarray(right)
+
+
+@functools.partial(jax.jit, static_argnames="exp")
+def _last_block(nets: block_step.Nets, pixels: codec.Codec, exp: Experiment, memory: cache.Memory, words: list[KV],
+                seeds: Int[Array, " b"], videos: Int[Array, " b"]) -> tuple[Video, Array]:  # fmt: skip
+    """Frames of the next block and the packed blocks each layer chose; the memory is only read."""
+    chance = stage_figures.chances(exp, seeds, videos, memory.num_blocks)
+    drawn = block_step.draw(nets, exp, memory, chance=chance, text=words)
+    return codec.decode(pixels, drawn.latent), jnp.stack([one.ids for one in drawn.looked])
+
+
+def figures(exp: Experiment, held: int, found: Sequence[tuple[Bool[np.ndarray, "layer video"], Float[np.ndarray, "v"]]],
+            ) -> dict[str, Row]:  # fmt: skip
+    """Shares of videos, beside what a blind choice among `held` blocks and a blind mark would reach."""
+    looked, right = (np.concatenate(parts, axis=-1) for parts in zip(*found, strict=True))
+    level = min(1.0, exp.cache.attended / held)
+    rows = {"block found, last layer": (level, looked[-1]), "mark recalled": (1 / world.MARKS, right)}
+    return {name: stage_figures.share(chance, int(hit.sum()), hit.size) for name, (chance, hit) in rows.items()}

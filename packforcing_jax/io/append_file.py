@@ -1,0 +1,69 @@
+"""A file that only grows: replaced by its first piece and not before, pieces whole or absent, cut back to go on."""
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from packforcing_jax.errors import InputError, require
+
+
+def check_writable(path, what: str) -> None:
+    """Raises `InputError` about `what` unless a file can be written at `path`; leaves nothing behind."""
+    path = Path(path)
+    require(not path.is_dir(), f"{what} {path} is a folder; name a file inside it.")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    require(folder.is_dir(), f"{what} {path} lies below {folder}, which is a file; choose another folder.")
+    try:
+        if path.exists():
+            path.open("ab").close()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{what} {path} is not writable ({error.strerror}); choose another folder.") from error
+
+
+class File:
+    """The file at `path`, cut back to the `size` bytes that an earlier run had written; errors are `OSError`."""
+
+    def __init__(self, path: Path, size: int = 0):
+        self.path, self.size, self.handle = path, size, None
+        if size > 0:
+            self.handle = self._opened()
+
+    def append(self, piece: bytes) -> None:
+        """Adds `piece`, which is in the file when this returns; a failure leaves the file as it was."""
+        if self.handle is None:
+            self.handle = self._opened()
+        try:
+            view = memoryview(piece)
+            while view:
+                view = view[self.handle.write(view) :]
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.handle.truncate(self.size)
+                self.handle.seek(self.size)
+            raise
+        self.size += len(piece)
+
+    def _opened(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle = self.path.open("r+b" if self.size else "wb", buffering=0)
+        handle.truncate(self.size)
+        handle.seek(self.size)
+        return handle
+
+    def sync(self) -> None:
+        """Returns when the disk itself has what was written, so that a crash of the machine leaves it there."""
+        if self.handle is not None:
+            os.fsync(self.handle.fileno())
+
+    def close(self) -> None:
+        """Ends the file; without a single piece written there is none."""
+        if self.handle is not None:
+            with contextlib.suppress(OSError):
+                self.sync()
+            self.handle.close()
+            self.handle = None
+            if self.size == 0:
+                self.path.unlink(missing_ok=True)

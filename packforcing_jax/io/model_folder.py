@@ -1,0 +1,253 @@
+"""Model folders: the experiment as JSON, one safetensors file per part, read tensor by tensor into place."""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+import re
+import tempfile
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from packforcing_jax import config, pytrees
+from packforcing_jax.errors import InputError, MachineError, brief, require
+from packforcing_jax.io import safetensors_io
+from packforcing_jax.io.safetensors_io import Tensor
+
+CONFIG, TOKENIZER, CARD, MANIFEST = "config.json", "tokenizer.json", "README.md", "manifest.json"
+FORMAT = "packforcing-jax 2"
+PARTS = ("dit", "compressor", "codec", "text")
+KINDS = {"vae": config.VAEConfig, "space_to_depth": config.SpaceToDepthConfig}  # members of the codec union
+LAYER = re.compile(r"(.+?)/(\d+)/(.+)")  # a path inside one of the layers that files stack
+Module = TypeVar("Module")
+
+
+# The experiment as JSON
+
+
+def experiment_to_json(experiment: config.Experiment) -> str:
+    """The experiment as JSON text; a member of a union carries its `kind`."""
+    return json.dumps(_encoded(experiment), indent=2) + "\n"
+
+
+def _encoded(value):
+    if not dataclasses.is_dataclass(value):
+        return value
+    tags = [{"kind": kind} for kind, member in KINDS.items() if type(value) is member]
+    return (tags or [{}])[0] | {field.name: _encoded(getattr(value, field.name)) for field in dataclasses.fields(value)}
+
+
+def experiment_from_json(text: str, source: str = CONFIG) -> config.Experiment:
+    """The experiment of `experiment_to_json`; `source` names the text in `InputError`s."""
+    try:
+        return _decoded(config.Experiment, json.loads(text), "")
+    except json.JSONDecodeError as error:
+        raise InputError(f"{source} is not JSON (line {error.lineno}: {error.msg}); fetch the file again.") from error
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
+def _decoded(hint: Any, value: Any, where: str) -> Any:
+    """`value` from JSON as the annotated type `hint`; `where` is its dotted place in the file."""
+    if isinstance(hint, types.UnionType):
+        return _member(typing.get_args(hint), value, where)
+    if typing.get_origin(hint) is tuple:
+        return _tuple(typing.get_args(hint), value, where)
+    if dataclasses.is_dataclass(hint):
+        return _dataclass(hint, value, where)
+    allowed = (int, float) if hint is float else hint
+    fits = isinstance(value, allowed) and (hint is bool or not isinstance(value, bool))
+    require(fits, f"{where}={value!r} is not of type {hint.__name__}; correct it.")
+    return hint(value)
+
+
+def _member(hints: tuple, value: Any, where: str) -> Any:
+    if type(None) in hints:
+        return None if value is None else _decoded(next(h for h in hints if h is not type(None)), value, where)
+    kind = value.get("kind") if isinstance(value, dict) else value
+    require(str(kind) in KINDS, f"{where}.kind={kind!r} is unknown; choose one of {', '.join(KINDS)}.")
+    return _decoded(KINDS[str(kind)], {key: item for key, item in value.items() if key != "kind"}, where)
+
+
+def _tuple(hints: tuple, value, where: str) -> tuple:
+    require(isinstance(value, list), f"{where}={value!r} is not a list; correct it.")
+    if hints[-1] is Ellipsis:
+        hints = hints[:1] * len(value)
+    require(len(hints) == len(value), f"{where}={value!r} needs {len(hints)} entries; correct it.")
+    return tuple(_decoded(hint, item, f"{where}[{i}]") for i, (hint, item) in enumerate(zip(hints, value, strict=True)))
+
+
+def _dataclass(kind: Any, value: Any, where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    require(isinstance(value, dict), f"{where or 'the file'}={value!r} is not a table of settings; correct it.")
+    for key in value:
+        near = difflib.get_close_matches(key, hints, n=1, cutoff=0)
+        require(key in hints, f"{_dotted(where, key)} is unknown; did you mean {near[0] if near else None}?")
+    needed = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING and f.name not in value]
+    require(not needed, f"{_dotted(where, ', '.join(needed))} is missing; add it.")
+    return kind(**{key: _decoded(hints[key], item, _dotted(where, key)) for key, item in value.items()})
+
+
+def _dotted(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+# Writing
+
+
+def weights_file(part: str) -> str:
+    """The name of the file that holds a part."""
+    return f"{part}.safetensors"
+
+
+def save(folder: str | Path, experiment: config.Experiment, parts: Mapping[str, Any], *, dtype: str = "bfloat16",
+         texts: Mapping[str, str | None] | None = None) -> None:  # fmt: skip
+    """Writes a model folder, complete or not at all: modules by part, floating ones as `dtype`, and files of text."""
+    require(dtype in config.DTYPES, f"dtype={dtype!r} is unknown; choose one of {', '.join(config.DTYPES)}.")
+    strangers = sorted(set(parts) - set(PARTS))
+    require(not strangers, f"{strangers} are no parts of a model; choose from {', '.join(PARTS)}.")
+    with replacing(folder) as fresh:
+        for part, module in parts.items():
+            flat = pytrees.flatten(module)
+            forms = {path: (leaf.shape, _stored(leaf.dtype, dtype)) for path, leaf in flat.items()}
+            with safetensors_io.Writer(fresh / weights_file(part), forms, {"format": FORMAT}) as file:
+                for path, leaf in flat.items():
+                    file.put(path, np.asarray(leaf).astype(forms[path][1]))
+        for name, content in {CONFIG: experiment_to_json(experiment), **(texts or {})}.items():
+            if content is not None:
+                (fresh / name).write_text(content, encoding="utf-8")
+
+
+def _stored(dtype: Any, floating: str) -> np.dtype:
+    return np.dtype(jnp.dtype(floating) if safetensors_io.floating(np.dtype(dtype)) else dtype)
+
+
+@contextlib.contextmanager
+def replacing(folder: str | Path) -> Iterator[Path]:
+    """An empty sibling that takes the place of `folder` when the body succeeds, and vanishes when it fails."""
+    folder = Path(folder)
+    ours = not folder.exists() or (folder.is_dir() and ((folder / CONFIG).exists() or not any(folder.iterdir())))
+    require(ours, f"{folder} exists and is not a model folder; choose another one.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as room:
+            fresh = Path(room, "new")
+            fresh.mkdir()
+            yield fresh
+            _swap(fresh, folder, Path(room, "old"))
+    except OSError as error:
+        raise MachineError(
+            f"Writing the model folder {folder} failed ({brief(error)}); nothing was changed."
+        ) from error
+
+
+def _swap(fresh: Path, folder: Path, old: Path) -> None:
+    """Puts `fresh` at `folder` and what was there at `old`; on failure everything stays where it was."""
+    occupied = folder.exists()
+    if occupied:
+        os.rename(folder, old)
+    try:
+        os.rename(fresh, folder)
+    except BaseException:
+        if occupied:
+            os.rename(old, folder)
+        raise
+
+
+# Reading
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model folder whose weights have not been read yet: tensors by path for every part it holds."""
+
+    folder: Path
+    experiment: config.Experiment
+    parts: Mapping[str, Mapping[str, Tensor]]
+
+    def part(self, name: str) -> Mapping[str, Tensor]:
+        """The tensors of a part; raises `InputError` if the folder lacks it."""
+        require(name in self.parts, f"Model folder {self.folder} has no {weights_file(name)}; fetch the model again, "
+                f"or convert that part into it.")  # fmt: skip
+        return self.parts[name]
+
+
+def opened(folder: str | Path) -> Opened:
+    """The model in `folder`."""
+    folder = Path(folder)
+    require(folder.is_dir(), f"Model folder {folder} does not exist; check the path or convert a checkpoint into it.")
+    require((folder / CONFIG).is_file(), f"Model folder {folder} has no {CONFIG}; fetch or convert the model again.")
+    text = (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
+    files = {part: folder / weights_file(part) for part in PARTS}
+    return Opened(folder, experiment_from_json(text, str(folder / CONFIG)),
+                  {part: safetensors_io.opened(path) for part, path in files.items() if path.is_file()})  # fmt: skip
+
+
+def in_memory(module: Any) -> dict[str, Tensor]:
+    """The leaves of a module as tensors like those of a file."""
+    return {path: Tensor(path, leaf.shape, np.dtype(leaf.dtype), lambda leaf=leaf: np.asarray(leaf), "memory")
+            for path, leaf in pytrees.flatten(module).items()}  # fmt: skip
+
+
+def fill(shapes: Module, held: Mapping[str, Tensor], *, dtype: str, source: str, inside: str = "",
+         shardings: Mapping[str, jax.sharding.Sharding] | None = None) -> Module:  # fmt: skip
+    """The module of `shapes` with its leaves from `held`, floating ones as `dtype`, each read straight into its place.
+
+    A module with its layers apart takes each layer's slice of what files stack; `inside` is where in the held paths
+    the module begins, such as `blocks/3/`. Raises `InputError` naming every mismatch.
+    """
+    filled = placed(shapes, held, dtype=dtype, source=source, inside=inside, shardings=shardings)
+    _require_finite(pytrees.flatten(filled), source)
+    return filled
+
+
+def placed(shapes: Module, held: Mapping[str, Tensor], *, dtype: str, source: str, inside: str = "",
+           shardings: Mapping[str, jax.sharding.Sharding] | None = None) -> Module:  # fmt: skip
+    """`fill` without a look at the values."""
+    found = {path: _found(held, inside + path) for path in pytrees.flatten(shapes)}
+    flat = {path: value for path, (_, value) in found.items() if value is not None}
+    if not inside:
+        used = {name for name, _ in found.values()}
+        flat |= {name: tensor.read() for name, tensor in held.items() if name not in used}
+    place = shardings or {}
+
+    def put(path: str, value: np.ndarray) -> jax.Array:
+        form = jnp.dtype(dtype) if safetensors_io.floating(value.dtype) else value.dtype
+        return jax.make_array_from_callback(value.shape, place.get(path, _here()), lambda at: value[at].astype(form))
+
+    return pytrees.fill(shapes, flat, source, put)
+
+
+def _here() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def _found(held: Mapping[str, Tensor], path: str) -> tuple[str, np.ndarray | None]:
+    """(name of the tensor that holds the leaf at `path`, its value as yet unread)."""
+    if path in held:
+        return path, held[path].read()
+    layer = LAYER.fullmatch(path)
+    stacked = held.get(f"{layer[1]}/{layer[3]}") if layer else None
+    if layer is None or stacked is None or int(layer[2]) >= (*stacked.shape, 0)[0]:
+        return path, None
+    return stacked.name, stacked.read()[int(layer[2])]
+
+
+@jax.jit
+def _finite(leaf: jax.Array) -> jax.Array:
+    return jnp.isfinite(leaf).all()
+
+
+def _require_finite(flat: Mapping[str, jax.Array], source: str) -> None:
+    broken = [path for path, leaf in flat.items() if not _finite(leaf)]
+    require(not broken, f"{source} hold values that are not finite in {len(broken)} tensors ({', '.join(broken[:3])}); "
+            "fetch or convert the model again.")  # fmt: skip

@@ -1,0 +1,141 @@
+"""Prompts to text states without ever holding a text encoder: layer by layer from disk, once per prompt."""
+
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from packforcing_jax.config import DtypeConfig, TextConfig
+from packforcing_jax.errors import InputError, MachineError
+from packforcing_jax.io import model_folder, safetensors_io
+from packforcing_jax.io.safetensors_io import Tensor
+from packforcing_jax.networks import layers, text
+from packforcing_jax.types import TextStates
+
+EMBEDDING, LAYERS, NORM = "embedding/embedding", "blocks/", "norm/"
+WORTH = 10**9  # bytes of an encoder below which encoding a prompt again is quicker than asking the disk
+SAMPLE = 4096  # bytes of each tensor that tell one encoder from another
+
+
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """A text encoder that stays where its weights lie; `store` keeps the states of prompts it has read."""
+
+    cfg: TextConfig
+    tensors: Mapping[str, Tensor]
+    dtype: str
+    store: Path | None = None
+
+    def __call__(self, ids: np.ndarray, mask: np.ndarray) -> TextStates:
+        """States [b, words, d] of prompts, zero behind their ends."""
+        kept = {i: self._kept(*one) for i, one in enumerate(zip(ids, mask, strict=True))}
+        missing = [i for i, states in kept.items() if states is None]
+        read = dict(zip(missing, encode(self, ids[missing], mask[missing]), strict=True))
+        for i, states in read.items():
+            self._keep(ids[i], mask[i], states)
+        return jnp.stack([jnp.asarray(states) for states in (kept | read).values()])
+
+    def prepare(self, ids: np.ndarray, mask: np.ndarray) -> None:
+        """Reads all prompts now, in one walk through the weights, if they are worth keeping."""
+        if self.store is not None:
+            self(ids, mask)
+
+    def _path(self, ids: np.ndarray, mask: np.ndarray) -> Path | None:
+        words = ids[mask.astype(bool)].astype("<i4").tobytes()
+        name = hashlib.sha256(b"\0".join([words, str(len(ids)).encode(), self.dtype.encode()])).hexdigest()
+        return self.store and self.store / identity(self) / f"{name[:32]}.safetensors"
+
+    def _kept(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray | None:
+        path = self._path(ids, mask)
+        if path is None or not path.is_file():
+            return None
+        try:
+            states = safetensors_io.opened(path)["states"].read()
+        except (InputError, KeyError):  # damaged, or not ours: read the prompt again
+            return None
+        return np.array(states) if states.shape == (len(ids), self.cfg.dim) else None
+
+    def _keep(self, ids: np.ndarray, mask: np.ndarray, states: Array) -> None:
+        path, value = self._path(ids, mask), np.asarray(states)
+        if path is None:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as room:
+                fresh = Path(room, path.name)
+                with safetensors_io.Writer(fresh, {"states": (value.shape, value.dtype)}, {}) as file:
+                    file.put("states", value)
+                os.replace(fresh, path)
+        except OSError as error:
+            raise MachineError(f"Keeping text states in {path.parent} failed ({error.strerror}); free some space "
+                               "or choose another folder with XDG_CACHE_HOME.") from error  # fmt: skip
+
+
+def of_folder(model: model_folder.Opened, dtypes: DtypeConfig) -> Encoder:
+    """The encoder of a model folder."""
+    held = model.part("text")
+    large = sum(tensor.nbytes for tensor in held.values()) >= WORTH
+    return Encoder(model.experiment.text, held, dtypes.text, default_store() if large else None)
+
+
+def of_module(model: text.UMT5, dtypes: DtypeConfig) -> Encoder:
+    """An encoder in memory behind the same interface."""
+    return Encoder(model.cfg, model_folder.in_memory(model), dtypes.text)
+
+
+def default_store() -> Path:
+    """Where text states are kept unless XDG_CACHE_HOME says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "packforcing" / "text"
+
+
+@functools.cache
+def identity(encoder: Encoder) -> str:
+    """What tells one encoder from another: a hash of its tensors' names, forms and first bytes."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(encoder.tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        found.update(tensor.read().reshape(-1)[: SAMPLE // tensor.dtype.itemsize].tobytes())
+    return found.hexdigest()[:32]
+
+
+def encode(encoder: Encoder, ids: np.ndarray, mask: np.ndarray) -> list[Array]:
+    """States [words, d] of each prompt. One layer's weights are in memory at a time; all prompts pass it in turn."""
+    real = [jnp.asarray(one, bool)[None] for one in mask]
+    states = [_rows(encoder, one)[None] for one in ids]
+    for number in range(encoder.cfg.layers if len(ids) else 0):
+        block = _module(encoder, text.Block, f"{LAYERS}{number}/")
+        states = [_layer(block, x, valid, cfg=encoder.cfg) for x, valid in zip(states, real, strict=True)]
+    norm = _module(encoder, lambda cfg, _: layers.RMSNorm(cfg.dim, text.EPS), NORM)
+    return [_finish(norm, x, valid)[0] for x, valid in zip(states, real, strict=True)]
+
+
+def _rows(encoder: Encoder, ids: np.ndarray) -> Array:
+    """The embedding of each token, read from disk row by row."""
+    table = encoder.tensors[EMBEDDING].read()
+    return jnp.asarray(table[ids].astype(jnp.dtype(encoder.dtype)))
+
+
+def _module(encoder: Encoder, build, inside: str):
+    shapes = _shapes(build, encoder.cfg)
+    return model_folder.fill(shapes, encoder.tensors, dtype=encoder.dtype, source="text encoder weights", inside=inside)
+
+
+def _shapes(build, cfg: TextConfig):
+    return jax.eval_shape(lambda: build(cfg, nnx.Rngs(0)))
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _layer(block: text.Block, x: Array, mask: Array, *, cfg: TextConfig) -> Array:
+    return text.layer(block, x, mask, cfg)
+
+
+_finish = jax.jit(text.finish)

@@ -1,0 +1,260 @@
+"""The Wan2.1 diffusion transformer, bidirectional or causal, as one scan over stacked blocks (Wan2.1 `model.py`).
+
+The network knows nothing of caches: a block hands its queries, keys and values to `mix`, a function that decides
+whom they attend to and what is kept of them. Full attention, masks and the packed memory are three such functions.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+from jax import Array
+from jaxtyping import Float
+
+from packforcing_jax import pytrees, sharding
+from packforcing_jax.config import DiTConfig
+from packforcing_jax.networks import layers, rope
+from packforcing_jax.policies import attention
+from packforcing_jax.types import KV, Heads, Latent, Tokens
+
+Attend = Callable[..., Heads]  # attend(q, k, v), as in attention.BACKENDS
+# mix(q, k, v, past) -> (attended values, anything worth keeping); q, k without positions, past = this layer's share
+Mix = Callable[[Heads, Heads, Heads, Any], tuple[Heads, Any]]
+
+
+class Attention(nnx.Module):
+    """Projections with a root-mean-square norm over all channels before the heads are split."""
+
+    def __init__(self, cfg: DiTConfig, rngs: nnx.Rngs):
+        self.q, self.k, self.v, self.o = (nnx.Linear(cfg.dim, cfg.dim, rngs=rngs) for _ in range(4))
+        self.norm_q, self.norm_k = layers.RMSNorm(cfg.dim, cfg.eps), layers.RMSNorm(cfg.dim, cfg.eps)
+        self.heads = cfg.heads
+
+    def split(self, x: Tokens) -> Heads:
+        return einops.rearrange(x, "b k (n h) -> b k n h", n=self.heads)
+
+    def queries(self, x: Tokens) -> Heads:
+        return self.split(self.norm_q(self.q(x)))
+
+    def keys_values(self, x: Tokens) -> KV:
+        return KV(k=self.split(self.norm_k(self.k(x))), v=self.split(self.v(x)))
+
+    def merge(self, mixed: Heads) -> Tokens:
+        return self.o(einops.rearrange(mixed, "b q n h -> b q (n h)"))
+
+
+class Block(nnx.Module):
+    """One transformer layer: modulated self-attention, cross-attention to the text, modulated MLP."""
+
+    def __init__(self, cfg: DiTConfig, rngs: nnx.Rngs):
+        self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, cfg.dim)) * cfg.dim**-0.5)
+        self.attn, self.cross = Attention(cfg, rngs), Attention(cfg, rngs)
+        self.norm3 = layers.LayerNorm(cfg.dim, cfg.eps)
+        self.ffn_in = nnx.Linear(cfg.dim, cfg.ffn_dim, rngs=rngs)
+        self.ffn_out = nnx.Linear(cfg.ffn_dim, cfg.dim, rngs=rngs)
+        self.eps = cfg.eps
+
+    def rows(self, time: Float[Array, "b t 6 d"]) -> Sequence[Array]:
+        """Shift, scale and gate [b, t, d] of self-attention, then of the MLP."""
+        return jnp.unstack(self.modulation[...].astype(time.dtype)[None, None] + time, axis=2)
+
+    def keys_values(self, x: Tokens, time: Float[Array, "b t 6 d"]) -> KV:
+        """The keys and values that self-attention makes of `x`."""
+        shift, scale, *_ = self.rows(time)
+        return self.attn.keys_values(layers.modulate(layers.standardize(x, self.eps), shift, scale))
+
+    def __call__(self, x: Tokens, time: Float[Array, "b t 6 d"], text: KV, past: Any, mix: Mix,
+                 attend: Attend) -> tuple[Tokens, Any]:  # fmt: skip
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.rows(time)
+        y = layers.modulate(layers.standardize(x, self.eps), shift, scale)
+        own = self.attn.keys_values(y)
+        mixed, kept = mix(self.attn.queries(y), own.k, own.v, past)
+        x = x + self.attn.merge(mixed) * layers.per_frame(x, gate)
+        words = attend(self.cross.queries(self.norm3(x)), text.k, text.v)
+        x = x + self.cross.merge(words)
+        y = layers.modulate(layers.standardize(x, self.eps), shift_mlp, scale_mlp)
+        return x + self.ffn_out(jax.nn.gelu(self.ffn_in(y), approximate=True)) * layers.per_frame(x, gate_mlp), kept
+
+
+class WanDiT(nnx.Module):
+    """All parameters of the transformer; the blocks are stacked along a leading layer axis, or `unrolled`."""
+
+    def __init__(self, cfg: DiTConfig, rngs: nnx.Rngs):
+        cells = int(np.prod(cfg.patch))
+        self.cfg = cfg
+        self.patch = nnx.Linear(cfg.in_channels * cells, cfg.dim, rngs=rngs)
+        self.text_in = nnx.Linear(cfg.text_dim, cfg.dim, rngs=rngs)
+        self.text_out = nnx.Linear(cfg.dim, cfg.dim, rngs=rngs)
+        self.time_in = nnx.Linear(cfg.freq_dim, cfg.dim, rngs=rngs)
+        self.time_out = nnx.Linear(cfg.dim, cfg.dim, rngs=rngs)
+        self.time_proj = nnx.Linear(cfg.dim, 6 * cfg.dim, rngs=rngs)
+        self.blocks = nnx.vmap(lambda key: Block(cfg, nnx.Rngs(key)))(jax.random.split(rngs.params(), cfg.layers))
+        self.head_modulation = nnx.Param(jax.random.normal(rngs.params(), (2, cfg.dim)) * cfg.dim**-0.5)
+        self.head = nnx.Linear(cfg.dim, cfg.out_channels * cells, rngs=rngs)
+
+
+@struct.dataclass
+class TimeStates:
+    """The embedded timestep of each frame: `e` [b, t, d] for the head, `rows` [b, t, 6, d] for the blocks."""
+
+    e: Array
+    rows: Array
+
+
+def embed_time(model: WanDiT, timesteps: Float[Array, "b t"]) -> TimeStates:
+    """Time states of per-frame timesteps on the 0..1000 scale (fractions allowed)."""
+    wave = layers.sinusoid(timesteps, model.cfg.freq_dim)
+    e = sharding.by_batch(model.time_out(sharding.by_batch(jax.nn.silu(model.time_in(wave)))))
+    rows = sharding.by_batch(model.time_proj(sharding.by_batch(jax.nn.silu(e))))
+    return TimeStates(e=e, rows=einops.rearrange(rows, "b t (six d) -> b t six d", six=6))
+
+
+def text_kv(model: WanDiT, context: Float[Array, "b words text"]) -> Any:
+    """Cross-attention keys and values per layer, [b, text_len, n, h], of encoder states zero-padded to `text_len`.
+
+    Padding is attended to, as in the original: its zero rows pass the text MLP like any others.
+    """
+    padded = jnp.pad(context, ((0, 0), (0, model.cfg.text_len - context.shape[1]), (0, 0)))
+    words = model.text_in(padded.astype(model.text_in.kernel.dtype))
+    words = model.text_out(jax.nn.gelu(words, approximate=True))
+    return pytrees.over(lambda block: block.cross.keys_values(words), _blocks(model))
+
+
+def _blocks(model: WanDiT) -> Any:
+    """The transformer's blocks in either form."""
+    return list(model.blocks) if isinstance(model.blocks, nnx.List) else model.blocks
+
+
+def unrolled(model: WanDiT) -> WanDiT:
+    """The same model with its layers apart, to be run one by one: what each layer reads and writes stays in place."""
+    apart = jax.tree.map(lambda leaf: leaf, model)
+    apart.blocks = nnx.List(pytrees.unstack(model.blocks, model.cfg.layers))
+    return apart
+
+
+def projections(model: WanDiT, x: Tokens, time: TimeStates) -> Any:
+    """Keys and values that each layer's own projections make of the same tokens `x`."""
+    return pytrees.over(lambda block: block.keys_values(x, time.rows), _blocks(model))
+
+
+def embed_latent(model: WanDiT, latent: Latent) -> Tokens:
+    """Patch tokens in the order frame, row, column; inside a patch the channel is slowest.
+
+    They have the weights' dtype, which all that follows then has.
+    """
+    pt, py, px = model.cfg.patch
+    cells = einops.rearrange(latent, "b (t pt) (y py) (x px) c -> b (t y x) (c pt py px)", pt=pt, py=py, px=px)
+    return model.patch(cells.astype(model.patch.kernel.dtype))
+
+
+def head(model: WanDiT, x: Tokens, e: Float[Array, "b t d"], grid: tuple[int, int]) -> Latent:
+    """The network's output as a latent; inside a patch the channel is fastest."""
+    rows = model.head_modulation[...].astype(e.dtype)[None, None] + e[:, :, None]
+    y = model.head(layers.modulate(layers.standardize(x, model.cfg.eps), rows[:, :, 0], rows[:, :, 1]))
+    pt, py, px = model.cfg.patch
+    return einops.rearrange(y, "b (t y x) (pt py px c) -> b (t pt) (y py) (x px) c",
+                            y=grid[0], x=grid[1], pt=pt, py=py, px=px)  # fmt: skip
+
+
+def run(model: WanDiT, x: Tokens, time: TimeStates, text: Any, *, past: Any, mix: Mix,
+        attend: Attend = attention.reference) -> tuple[Tokens, Any]:  # fmt: skip
+    """Tokens after all blocks, and what each layer's `mix` kept. `text` and `past` hold one entry per layer.
+
+    `mix` is self-attention with all that belongs to it, `attend` what reads the text.
+    Unrolled layers run one by one. Stacked ones are scanned: less to compile; under a gradient each is computed
+    again rather than stored, which takes less memory and is faster on a CPU too.
+    """
+    if isinstance(model.blocks, nnx.List):
+        kept = []
+        for block, words, before in zip(model.blocks, text, past or [None] * len(model.blocks), strict=True):
+            x, one = block(x, time.rows, words, before, mix, attend)
+            kept.append(one)
+        return x, kept
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def layer(x, inputs):
+        block, words, before = inputs
+        x = sharding.by_tokens(x)
+        return block(x, time.rows, words, before, mix, attend)
+
+    return jax.lax.scan(layer, x, (model.blocks, text, past))
+
+
+def token_grid(cfg: DiTConfig, latent: Latent) -> tuple[int, int]:
+    """(rows, columns) of tokens in one frame of `latent`."""
+    return latent.shape[2] // cfg.patch[1], latent.shape[3] // cfg.patch[2]
+
+
+def frame_places(cfg: DiTConfig, latent: Latent) -> np.ndarray:
+    """Grid places [t*s, 2] of the tokens of `latent`."""
+    rows, columns = token_grid(cfg, latent)
+    return rope.grid(np.arange(rows), np.arange(columns), latent.shape[1])
+
+
+def _whole(model: WanDiT, latent: Latent, timesteps: Array, context: Array, frames: np.ndarray, mask: Array | None,
+           attend: Attend) -> Latent:  # fmt: skip
+    """One pass over all frames with rotary time positions `frames` and an optional dense mask over tokens.
+
+    `context` [b, words, text] is read by all frames, [b, block, words, text] by as many equal blocks of them.
+    """
+    cfg, size = model.cfg, np.prod(token_grid(model.cfg, latent))
+    angles = rope.time_angles(jnp.asarray(np.repeat(frames, size), jnp.float32), cfg) \
+        + rope.space_angles(jnp.asarray(frame_places(cfg, latent)), cfg)  # fmt: skip
+    texts = context if context.ndim == 4 else context[:, None]
+    blocks = texts.shape[1]
+
+    def mix(q, k, v, past):
+        q, k = rope.rotate(q, angles), rope.rotate(k, angles)
+        return (attend(q, k, v) if mask is None else attention.reference(q, k, v, mask=mask)), None
+
+    def read(q, k, v):
+        by_block = einops.rearrange(q, "b (block q) n h -> (b block) q n h", block=blocks)
+        return einops.rearrange(attend(by_block, k, v), "(b block) q n h -> b (block q) n h", block=blocks)
+
+    time, words = embed_time(model, timesteps), text_kv(model, einops.rearrange(texts, "b block w d -> (b block) w d"))
+    x, _ = run(model, embed_latent(model, latent), time, words, past=None, mix=mix, attend=read)
+    return head(model, x, time.e, token_grid(cfg, latent)).astype(latent.dtype)
+
+
+def bidirectional(model: WanDiT, latent: Latent, timesteps: Float[Array, "b t"], context: Array, *,
+                  attend: Attend = attention.reference) -> Latent:  # fmt: skip
+    """The network's output when every frame sees every frame (the original Wan2.1; teacher and critic).
+
+    `context` holds one prompt's states per clip [b, words, text], or per block of the clip [b, block, words, text].
+    """
+    return _whole(model, latent, timesteps, context, np.arange(latent.shape[1]), None, attend)
+
+
+def block_of_frame(block_ends: tuple[int, ...]) -> np.ndarray:
+    """Block index of each frame, given where blocks end, such as (1, 3, 5) -> [0, 1, 1, 2, 2]."""
+    return np.repeat(np.arange(len(block_ends)), np.diff((0, *block_ends)))
+
+
+def parallel(model: WanDiT, latent: Latent, timesteps: Float[Array, "b t"], context: Array, *,
+             block_ends: tuple[int, ...], clean: Latent | None = None) -> Latent:  # fmt: skip
+    """The causal network's output for all blocks at once (Self-Forcing `causal_model.py`).
+
+    Without `clean`, a block sees itself and everything before it. With `clean` (teacher forcing), noisy frames see
+    their own noisy block and clean blocks before it; clean frames (timestep 0) see clean blocks up to their own.
+    """
+    owner = block_of_frame(block_ends)
+    frames, size = np.arange(latent.shape[1]), int(np.prod(token_grid(model.cfg, latent)))
+    if clean is None:
+        visible = _mask(owner[:, None] >= owner[None], size)
+        return _whole(model, latent, timesteps, context, frames, visible, attention.reference)
+    past, now = owner[:, None] > owner[None], owner[:, None] == owner[None]
+    visible = _mask(np.block([[past | now, np.zeros_like(now)], [past, now]]), size)
+    both, times = (jnp.concatenate(pair, axis=1) for pair in ((clean, latent), (jnp.zeros_like(timesteps), timesteps)))
+    texts = jnp.tile(context, (1, 2, 1, 1)) if context.ndim == 4 else context
+    whole = _whole(model, both, times, texts, np.tile(frames, 2), visible, attention.reference)
+    return whole[:, latent.shape[1] :]
+
+
+def _mask(frames: np.ndarray, size: int) -> Array:
+    """A token mask from a frame mask, `size` tokens per frame."""
+    return jnp.asarray(np.repeat(np.repeat(frames, size, axis=0), size, axis=1))

@@ -1,0 +1,1 @@
+"""What an experiment costs: closed formulas, counted programs, what fits a device, measured times."""

@@ -1,0 +1,1 @@
+"""What may be chosen by value: scores of packed blocks, rules of eviction, attention backends."""

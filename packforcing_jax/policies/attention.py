@@ -1,0 +1,75 @@
+"""Attention behind one signature: the first `length` keys are valid, and a backend is a row in a table."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from packforcing_jax import sharding
+from packforcing_jax.errors import InputError
+from packforcing_jax.types import Heads, Length
+
+
+def reference(q: Heads, k: Heads, v: Heads, length: Length | None = None, mask: Array | None = None) -> Heads:
+    """softmax(q k^T / sqrt(h)) v over the first `length` keys, or where `mask` [q, k] is true; float32 softmax."""
+    q, k, v = sharding.by_heads(q, k, v)
+    logits = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    if length is not None:
+        mask = (jnp.arange(k.shape[1]) < length)[None]
+    if mask is not None:
+        logits = jnp.where(mask[None, None], logits, jnp.finfo(jnp.float32).min)
+    return jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
+
+
+def _fused(q: Heads, k: Heads, v: Heads, length: Length | None = None, mask: Array | None = None, *,
+           implementation: Literal["xla", "cudnn"]) -> Heads:  # fmt: skip
+    q, k, v = sharding.by_heads(q, k, v)
+    lengths = None if length is None else jnp.full(q.shape[0], length, jnp.int32)
+    visible = None if mask is None else mask[None, None]
+    return jax.nn.dot_product_attention(  # type: ignore[no-matching-overload]
+        q, k, v, mask=visible, key_value_seq_lengths=lengths, implementation=implementation)  # fmt: skip
+
+
+Attend = Callable[..., Heads]
+BACKENDS: dict[str, Attend] = {
+    "reference": reference,
+    "xla": partial(_fused, implementation="xla"),
+    "cudnn": partial(_fused, implementation="cudnn"),
+}
+
+
+def default_backend(dtype=jnp.float32) -> tuple[str, str]:
+    """(name, reason) of the backend used unless one is asked for."""
+    if jax.default_backend() == "gpu" and jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
+        return "cudnn", "fused attention for half precision on this GPU"
+    return "reference", f"float32 softmax on {jax.default_backend()}; cudnn needs a GPU and half precision"
+
+
+def chosen(name: str, dtype=jnp.float32) -> tuple[str, str]:
+    """(backend, reason) for a config's `attention`: the one it names, or for `auto` the default of this machine."""
+    return default_backend(dtype) if name == "auto" else (name, "as the config says")
+
+
+def backend(name: str, dtype=jnp.float32) -> Attend:
+    """The attention function called `name`; an unknown name is an `InputError`, never replaced silently."""
+    name = chosen(name, dtype)[0]
+    if name not in BACKENDS:
+        raise InputError(f"attention backend {name!r} is unknown; choose one of auto, {', '.join(BACKENDS)}.")
+    return BACKENDS[name]
+
+
+def working_backends() -> dict[str, str]:
+    """Backends by name -> "ok" or why they cannot run on this machine, found by running each once."""
+    found = {}
+    q = jnp.ones((1, 128, 1, 64), jnp.bfloat16)
+    for name, attend in BACKENDS.items():
+        try:
+            jax.block_until_ready(attend(q, q, q, jnp.int32(100)))
+            found[name] = "ok"
+        except Exception as error:  # noqa: BLE001  a backend may refuse in many ways; each is the answer
+            found[name] = (str(error).splitlines() or [type(error).__name__])[0][:120]
+    return found

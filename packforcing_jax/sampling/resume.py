@@ -1,0 +1,68 @@
+"""Runs that can be stopped at any moment: everything a run is, put into one pytree after every few blocks."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from packforcing_jax.errors import require
+from packforcing_jax.io import model_folder, video
+from packforcing_jax.sampling import pipeline, sampler_checkpoints, trace
+from packforcing_jax.sampling.pipeline import Finished, Pipeline, State
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on: the sampler after its last saved block, and how far its files had been written."""
+
+    state: State | None = None
+    written: video.Position | None = None
+    traced: int = 0
+
+
+class Keeper:
+    """Saves a run's state below `folder` after every `every` blocks and behind the last one."""
+
+    def __init__(self, folder, model: Pipeline, *, prompts: Sequence[str], every: int = 8, **same: Any):
+        require(every > 0, f"every={every} must be at least 1.")
+        self.saves, self.model, self.prompts, self.every = sampler_checkpoints.Saves(folder), model, list(prompts), every
+        self.same = {"experiment": json.loads(model_folder.experiment_to_json(model.experiment)),
+                     "weights": digest(model)} | same  # fmt: skip
+
+    def resume(self) -> Resumed:
+        """The newest save, which must be of this very run up to its block; from the start if there is none."""
+        if self.saves.latest() is None:
+            return Resumed()
+        kept, about = self.saves.restore(_form(self.model), self.same)
+        block = int(kept["sampler"].memory.num_blocks)
+        told = about["prompts"][:block]
+        require(told == self.prompts[:block], f"Save folder {self.saves.folder} tells another story in its first "
+                f"{block} blocks; give the same prompts up to there or choose another folder.")  # fmt: skip
+        at = {name: int(value) for name, value in kept["video"].items()}
+        return Resumed(self.model.taken_up(kept["sampler"]), video.Position(**at), int(kept["trace"]))
+
+    def keep(self, block: Finished, written: video.Writer, traced: trace.Writer | None) -> None:
+        """Saves the state behind `block` if it is time to."""
+        done = block.index + 1
+        if done % self.every and done != len(self.prompts):
+            return
+        at = {name: np.int64(value) for name, value in dataclasses.asdict(written.sync()).items()}
+        state = {"sampler": pipeline.put_away(block.state), "video": at,
+                 "trace": np.int64(traced.sync() if traced else 0)}  # fmt: skip
+        self.saves.save(done, state, self.same | {"prompts": self.prompts})
+
+
+def _form(model: Pipeline) -> dict[str, Any]:
+    """Shapes of what `keep` saves; NumPy leaves are those that come back as such."""
+    at = {field.name: np.int64(0) for field in dataclasses.fields(video.Position)}
+    return {"sampler": model.kept_form(), "video": at, "trace": np.int64(0)}
+
+
+def digest(model: Pipeline) -> str:
+    """What tells one set of weights from another: a hash of the first and the last matrix."""
+    ends = (model.nets.dit.patch.kernel, model.nets.dit.head.kernel)
+    return hashlib.sha256(b"".join(np.asarray(end[...]).tobytes() for end in ends)).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Recorded numbers of the original code, kind by kind."""

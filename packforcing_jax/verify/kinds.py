@@ -1,0 +1,169 @@
+"""Holds the networks against files of reference numbers: convert their weights, run the part named, compare outputs.
+
+A file has `weights/`, `inputs/` and `outputs/` and says in its metadata what it is about (`fixture`) and at which
+sizes (`config`). What is computed never sees the outputs, only their names; they are read again for the comparison.
+"""
+
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+from safetensors import SafetensorError
+
+from packforcing_jax.errors import InputError, MachineError
+from packforcing_jax.verify import parts, training, transformer
+from packforcing_jax.verify.parts import Fixture, Outputs
+
+Expected = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Case:
+    """How the outputs of one kind of file are computed, and how far they may be from the expected ones."""
+
+    run: Callable[[Fixture], Outputs]
+    tolerance: float = 2e-5  # float32 against float64 of the same network differs by up to 4e-6
+    derived: float | None = None  # of losses and gradients, where it is another
+
+    def allowed(self, output: str) -> float:
+        """The tolerance of an output by its name."""
+        return self.tolerance if self.derived is None or not re.search("grad|loss", output) else self.derived
+
+
+CASES = {
+    "scheduler": Case(parts.scheduler, 2e-6),
+    "unipc_solver": Case(parts.unipc_solver, 5e-5),
+    "umt5_tiny": Case(parts.umt5_tiny, 5e-5),
+    "vae_tiny": Case(parts.vae_original),
+    "vae_realflags": Case(parts.vae_original),
+    "diffusers_vae_tiny": Case(parts.vae_diffusers),
+    "wan_dit_tiny": Case(transformer.wan_dit_original),
+    "wan_dit_headdim128": Case(transformer.wan_dit_original),
+    "diffusers_wan_dit_tiny": Case(transformer.wan_dit_diffusers),
+    "causal_dit_blockmask": Case(transformer.causal_dit_blockmask),
+    "causal_dit_kvcache": Case(transformer.causal_dit_kvcache),
+    "causal_dit_kvcache_rolling": Case(transformer.causal_dit_kvcache),
+    "causal_rollout": Case(transformer.causal_rollout, 5e-5),  # errors add up over blocks
+    "dmd_math": Case(training.dmd_math, 5e-5, derived=2e-4),
+    "self_forcing_train_rollout": Case(training.self_forcing_train_rollout, 5e-5, derived=2e-4),
+}
+UNKNOWN = Case(lambda fixture: {}, 0.0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compared output: the largest difference over the largest expected value, infinite if it was not computed."""
+
+    file: str
+    output: str
+    error: float
+    tolerance: float
+    ok: bool
+
+
+def _names(archive: Any, prefix: str) -> tuple[str, ...]:
+    """Names of the tensors that start with `prefix`, without it."""
+    names = sorted(archive.keys())
+    return tuple(name.removeprefix(prefix) for name in names if name.startswith(prefix))
+
+
+def _under(archive: Any, prefix: str) -> dict[str, np.ndarray]:
+    return {name: archive.get_tensor(prefix + name) for name in _names(archive, prefix)}
+
+
+def _open(path: str | PathLike[str]) -> Any:
+    """The safetensors file at `path`; one that cannot be read is an `InputError`."""
+    if not Path(path).is_file():
+        raise InputError(f"{path} is not a file; give safetensors files of reference numbers.")
+    try:
+        return safetensors.safe_open(str(path), framework="np")
+    except (SafetensorError, OSError) as reason:
+        raise InputError(f"{path} is not a readable safetensors file ({reason}); get it again.") from reason
+
+
+def _meta(path: str | PathLike[str], archive: Any) -> dict[str, Any]:
+    """The metadata that says what `path` is about."""
+    try:
+        meta = json.loads((archive.metadata() or {})["meta"])
+        if not (isinstance(meta["fixture"], str) and isinstance(meta["config"], dict)):
+            raise TypeError("fixture is a name and config a mapping")
+    except (KeyError, TypeError, ValueError) as reason:
+        raise InputError(f"{path} does not say what it is about: its metadata needs `meta`, JSON with `fixture` and "
+                         "`config`.") from reason  # fmt: skip
+    return meta
+
+
+def read(path: str | PathLike[str]) -> Fixture:
+    """What the file asks to compute: everything but the values under `outputs/`."""
+    with _open(path) as archive:
+        meta = _meta(path, archive)
+        wanted = _names(archive, "outputs/")
+        if not wanted:
+            raise InputError(f"{path} has no tensor under outputs/; there is nothing to verify.")
+        try:
+            weights = _under(archive, "weights/") | _under(archive, "weights.")  # weights.real/x is named real/x
+            inputs = _under(archive, "inputs/")
+        except (SafetensorError, TypeError) as reason:
+            raise InputError(f"{path} has tensors that cannot be read ({reason}); store them as float32.") from reason
+    return Fixture(kind=meta["fixture"], config=meta["config"], weights=weights, inputs=inputs, wanted=wanted)
+
+
+def expected(path: str | PathLike[str]) -> Expected:
+    """The values under `outputs/`, for the comparison alone."""
+    with _open(path) as archive:
+        return _under(archive, "outputs/")
+
+
+def compute(fixture: Fixture) -> Outputs:
+    """Our outputs by name, in float32; none if the kind is unknown or the computation fails, with the reason logged."""
+    if fixture.kind not in CASES:
+        logging.error("nothing is known of files of kind %r; known kinds: %s", fixture.kind, ", ".join(CASES))
+    try:
+        with jax.default_matmul_precision("highest"):
+            return jax.block_until_ready(CASES.get(fixture.kind, UNKNOWN).run(fixture))
+    except (MachineError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as reason:  # noqa: BLE001  whatever stops the computation is a failed check, and the next file runs
+        logging.error("%s was not computed: %s", fixture.kind, reason)
+        return {}
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """max|ours - theirs| / max|theirs|; infinite where shapes differ or a value is not finite."""
+    if ours.shape != theirs.shape or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+        return math.inf
+    gap = np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max(initial=0.0)
+    scale = np.abs(theirs.astype(np.float64)).max(initial=0.0)
+    return 0.0 if gap == 0 else float(gap / scale) if scale > 0 else math.inf
+
+
+def compare(file: str, kind: str, ours: Mapping[str, Any], theirs: Expected) -> list[Row]:
+    """One row per expected output; integers must agree exactly, an output that was not computed fails."""
+    rows = []
+    for name, value in sorted(theirs.items()):
+        exact = np.issubdtype(value.dtype, np.integer)
+        tolerance = 0.0 if exact else CASES.get(kind, UNKNOWN).allowed(name)
+        error = difference(np.asarray(ours[name]), value) if name in ours else math.inf
+        rows.append(Row(file=file, output=name, error=error, tolerance=tolerance, ok=error <= tolerance))
+    return rows
+
+
+def verify_each(paths: Sequence[str | PathLike[str]]) -> Iterator[list[Row]]:
+    """The rows of one file after the other; all files are read first, so a bad one stops before anything runs."""
+    fixtures = [(path, read(path)) for path in paths]
+    for path, fixture in fixtures:
+        yield compare(str(path), fixture.kind, compute(fixture), expected(path))
+
+
+def verify(paths: Sequence[str | PathLike[str]]) -> list[Row]:
+    """One row per output of every file."""
+    return [row for rows in verify_each(paths) for row in rows]

@@ -1,0 +1,167 @@
+"""What reference files of training ask for: distribution matching, and rollouts with a gradient."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from packforcing_jax import pytrees
+from packforcing_jax.config import DistilConfig, Experiment, SampleConfig
+from packforcing_jax.convert import rules, wan_dit
+from packforcing_jax.errors import require
+from packforcing_jax.networks import dit
+from packforcing_jax.sampling import block_step, schedules
+from packforcing_jax.training import batches, distillation, optimisers, rollout
+from packforcing_jax.types import Latent
+from packforcing_jax.verify import transformer
+from packforcing_jax.verify.parts import Fixture, Outputs
+
+TIMESTEP_BOUNDS = 0.02, 0.98  # of the shifted timestep, in parts of all (Self-Forcing `model/dmd.py`)
+
+
+def _ours(latent: np.ndarray) -> jax.Array:
+    """[..., t, c, y, x] as the reference has it -> [..., t, y, x, c]."""
+    return jnp.asarray(np.moveaxis(latent, -3, -1))
+
+
+def _theirs(latent: jax.Array) -> jax.Array:
+    return jnp.moveaxis(latent, -1, -3)
+
+
+def _distilling(exp: Experiment, shift: float, **distil: Any) -> Experiment:
+    """`exp` with settings of distillation."""
+    return dataclasses.replace(exp, train=dataclasses.replace(exp.train, shift=shift, distil=DistilConfig(**distil)))
+
+
+def _named(prefix: str, fixture: Fixture, weights: Mapping[str, np.ndarray], grads: dit.WanDiT) -> Outputs:
+    """Gradients under the names of the checkpoint's weights, those of them that the file holds."""
+    shapes = {name: value.shape for name, value in weights.items()}
+    flat = {path: np.asarray(leaf) for path, leaf in pytrees.flatten(grads).items()}
+    found = {f"{prefix}.grad.{name}": value for name, value in rules.invert(flat, wan_dit.WAN_DIT, shapes).items()}
+    return {name: value for name, value in found.items() if name in fixture.wanted} \
+        | {f"{prefix}.grad_global_norm": optimisers.norm(grads)}  # fmt: skip
+
+
+# distribution matching ------------------------------------------------------------------------------------------------
+
+
+def dmd_math(fixture: Fixture) -> Outputs:
+    """The pull on given clips, its loss and gradient, and the critic's loss with the gradients of its weights."""
+    config, x = fixture.config, _ours(fixture.inputs["fake_latent"])
+    require(config.get("denoising_loss_type", "flow") == "flow", "denoising_loss_type must be flow.")
+    require(not config.get("ts_schedule", False), "ts_schedule must be False: timesteps come from the whole range.")
+    count = config.get("num_train_timestep", schedules.TIMESTEPS)
+    low, high = (count * bound for bound in TIMESTEP_BOUNDS)
+    exp = _distilling(transformer.experiment(config, frames=x.shape[1], latent=(x.shape[2], x.shape[3])),
+                      float(config["generator_timestep_shift"]), guidance=float(config["guidance_scale"]),
+                      score_shift=float(config["score_timestep_shift"]), low=low, high=high)  # fmt: skip
+    weights = {net: {name.removeprefix(f"{net}/"): value for name, value in fixture.weights.items()
+                     if name.startswith(f"{net}/")} for net in ("real", "fake")}  # fmt: skip
+    real, fake = (transformer.transformer(exp.dit, weights[net]) for net in ("real", "fake"))
+    given = (x, *(_ours(fixture.inputs[name]) for name in ("dmd_noise", "critic_noise")))
+    texts = [jnp.asarray(fixture.inputs[name])[None] for name in ("context", "context_uncond")]
+    raw = [jnp.asarray(config[name]) for name in ("raw_timestep", "critic_raw_timestep")]
+    out = jax.jit(_pulled, static_argnames="exp")(exp, real, fake, given[0], given[1], raw[0], texts)
+    told, grads = jax.jit(_criticised, static_argnames="exp")(exp, fake, given[0], given[2], raw[1], texts[0])
+    return out | told | _named("critic", fixture, weights["fake"], grads)
+
+
+def _timestep(exp: Experiment, raw: jax.Array) -> jax.Array:
+    return schedules.warp_uniform(raw, exp.train.shift, exp.train.distil.low, exp.train.distil.high)
+
+
+def _pulled(exp: Experiment, real: dit.WanDiT, fake: dit.WanDiT, x: Latent, noise: Latent, raw: jax.Array,
+            texts: list[jax.Array]) -> Outputs:  # fmt: skip
+    """What both scores see, and the loss they make, over all frames and without the first block."""
+    timestep = _timestep(exp, raw)
+    noisy = distillation.noised(exp, x, noise, timestep)
+    seen = {"real_cond": distillation.score(real, exp, noisy, timestep, texts[0]),
+            "real_uncond": distillation.score(real, exp, noisy, timestep, texts[1]),
+            "fake": distillation.score(fake, exp, noisy, timestep, texts[0])}  # fmt: skip
+    pull = distillation.pull(x, seen["fake"], distillation.guided(seen["real_cond"], seen["real_uncond"], exp))
+    counts = jnp.broadcast_to(jnp.arange(x.shape[1]) >= exp.cache.block, x.shape[:2])
+    graded = jax.value_and_grad(distillation.matching_loss)
+    loss, gradient = graded(x, pull)
+    loss_without, gradient_without = graded(x, pull, counts)
+    return {f"dmd.pred_x0_{name}": _theirs(value) for name, value in seen.items()} | {
+        "dmd.timestep_warped_clamped": jnp.broadcast_to(timestep[:, None], x.shape[:2]),
+        "dmd.noisy_latent": _theirs(noisy), "dmd.loss": loss, "dmd.grad_wrt_fake_latent": _theirs(gradient),
+        "dmd.log_gradient_norm": jnp.abs(pull).mean(), "dmd_masked_first_block.loss": loss_without,
+        "dmd_masked_first_block.grad_wrt_fake_latent": _theirs(gradient_without)}  # fmt: skip
+
+
+def _criticised(exp: Experiment, fake: dit.WanDiT, x: Latent, noise: Latent, raw: jax.Array,
+                text: jax.Array) -> tuple[Outputs, dit.WanDiT]:  # fmt: skip
+    """What the critic is told of the clip, and the gradients of its weights."""
+    timestep = _timestep(exp, raw)
+    noisy = distillation.noised(exp, x, noise, timestep)
+    sigma = schedules.sigma_at(schedules.table(exp.train.shift), timestep)
+
+    def loss(fake: dit.WanDiT) -> tuple[jax.Array, Latent]:
+        clean = distillation.score(fake, exp, noisy, timestep, text)
+        return distillation.flow_loss(x, clean, noise, noisy, sigma), clean
+
+    (value, clean), grads = jax.value_and_grad(loss, has_aux=True)(fake)
+    return {"critic.timestep_warped_clamped": jnp.broadcast_to(timestep[:, None], x.shape[:2]), "critic.loss": value,
+            "critic.noisy_latent": _theirs(noisy), "critic.pred_x0": _theirs(clean)}, grads  # fmt: skip
+
+
+# rollouts with a gradient ---------------------------------------------------------------------------------------------
+
+GRADIENTS = {"as_released": "leak", "kv_cache_detached": "none"}  # the file's names for `train.distil.gradient`
+
+
+def self_forcing_train_rollout(fixture: Fixture) -> Outputs:
+    """A clip drawn up to one step of each block, and the gradients of its weighted sum, by both semantics."""
+    config, inputs = fixture.config, fixture.inputs
+    require(config.get("context_noise", 0) == 0, "context_noise must be 0: blocks are stored at timestep 0.")
+    sample = SampleConfig(steps=tuple(config["denoising_step_list"]), shift=float(config["timestep_shift"]))
+    noise = _ours(inputs["noise"])
+    exp = transformer.experiment(config, frames=noise.shape[1], latent=(noise.shape[2], noise.shape[3]), sample=sample)
+    model, size = transformer.transformer(exp.dit, fixture.weights), exp.cache.block
+    blocks = batches.by_block(noise, size)
+    drawn = rollout.Draws(
+        noise=blocks, renoise=_ours(inputs["renoise"]), context=_ours(inputs["context_pass_noise"]),
+        lots=jnp.zeros((blocks.shape[0], exp.dit.layers, blocks.shape[1], 0)), gap=jnp.float32(0),
+        exit=jnp.int32(config["exit_index"]))  # fmt: skip
+    context, weights = jnp.asarray(inputs["context"])[None], _ours(inputs["loss_weights"])
+    graded = jax.jit(_graded, static_argnames="exp")
+    out: Outputs = {"denoised_timestep_from_to": _bounds(sample, config["exit_index"])}
+    for name, gradient in GRADIENTS.items():
+        settings = _distilling(exp, sample.shift, gradient=gradient, noised_context=True, finished=False)
+        loss, latents, (grads, _) = graded(settings, model, drawn, context, weights)
+        out |= {"loss": loss, "latents": _theirs(latents)} | _named(name, fixture, fixture.weights, grads)
+        first = dataclasses.replace(drawn, exit=jnp.int32(0))
+        by_noise = graded(settings, model, first, context, weights)[2][1]
+        out[f"exit0_{name}.grad_wrt_noise"] = _theirs(batches.by_clip(by_noise))
+    return out
+
+
+def _graded(exp: Experiment, model: dit.WanDiT, drawn: rollout.Draws, context: jax.Array,
+            weights: Latent) -> tuple[jax.Array, Latent, tuple[dit.WanDiT, jax.Array]]:  # fmt: skip
+    """(the weighted sum of a clip, the clip, the sum's gradients in the weights and in what the exit steps read)."""
+    packs_nothing: Any = None
+
+    def nets(model: dit.WanDiT) -> block_step.Nets:
+        return block_step.Nets(dit=model, compressor=packs_nothing)
+
+    clip = rollout.draw(nets(model), exp, None, drawn, batches.text_kv(model, context))
+
+    def total(model: dit.WanDiT, noisy: jax.Array) -> tuple[jax.Array, Latent]:
+        text = batches.text_kv(model, context)
+        again = rollout.again(nets(model), exp, dataclasses.replace(clip, noisy=noisy), drawn, text)
+        return (batches.by_clip(again) * weights).sum(), batches.by_clip(again)
+
+    (loss, latents), grads = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(model, clip.noisy)
+    return loss, latents, grads
+
+
+def _bounds(sample: SampleConfig, last: int) -> np.ndarray:
+    """[from, to]: listed timesteps of the exit step and the one after it, 0 behind the last."""
+    table = schedules.table(sample.shift)
+    times = schedules.warped(sample.steps, sample.shift)[last : last + 2]
+    nearest = schedules.TIMESTEPS - np.asarray(schedules.nearest_id(table, times))
+    return np.append(nearest, 0)[:2]
