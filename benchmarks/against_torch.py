@@ -57,8 +57,12 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(heads=3, head_dim=22, ffn_dim=94, layers=2, latent=(3, 10, 6), words=11, text_dim=38),
-    "small": Size(heads=4, head_dim=48, ffn_dim=900, layers=6, latent=(6, 14, 18), words=60, text_dim=100),
+    "tiny": Size(
+        heads=3, head_dim=22, ffn_dim=94, layers=2, latent=(3, 10, 6), words=11, text_dim=38
+    ),
+    "small": Size(
+        heads=4, head_dim=48, ffn_dim=900, layers=6, latent=(6, 14, 18), words=60, text_dim=100
+    ),
 }
 
 
@@ -74,10 +78,19 @@ def contest(size: Size) -> Contest:
     """Both networks of a size, with diffusers' random weights and the same inputs."""
     torch.manual_seed(0)
     network = diffusers.WanTransformer3DModel(
-        num_attention_heads=size.heads, attention_head_dim=size.head_dim, ffn_dim=size.ffn_dim, num_layers=size.layers,
-        text_dim=size.text_dim, in_channels=size.channels, out_channels=size.channels).eval()  # fmt: skip
-    inputs = torch.randn(1, size.channels, *size.latent), torch.tensor([TIMESTEP]), \
-        torch.randn(1, size.words, size.text_dim)  # fmt: skip
+        num_attention_heads=size.heads,
+        attention_head_dim=size.head_dim,
+        ffn_dim=size.ffn_dim,
+        num_layers=size.layers,
+        text_dim=size.text_dim,
+        in_channels=size.channels,
+        out_channels=size.channels,
+    ).eval()
+    inputs = (
+        torch.randn(1, size.channels, *size.latent),
+        torch.tensor([TIMESTEP]),
+        torch.randn(1, size.words, size.text_dim),
+    )
     return Contest(theirs=_theirs(network, inputs), ours=_ours(network, inputs, size))
 
 
@@ -92,7 +105,9 @@ def _theirs(network: Any, inputs: Sequence[torch.Tensor]) -> Callable[[], np.nda
 def _ours(network: Any, inputs: Sequence[torch.Tensor], size: Size) -> Callable[[], np.ndarray]:
     latent, timestep, context = (tensor.numpy() for tensor in inputs)
     cfg = wan_dit.config_from_diffusers(network.config, text_len=size.words)
-    weights = rules.rename({name: value.numpy() for name, value in network.state_dict().items()}, wan_dit.DIFFUSERS)
+    weights = rules.rename(
+        {name: value.numpy() for name, value in network.state_dict().items()}, wan_dit.DIFFUSERS
+    )
     model = parts.load(dit.WanDiT, cfg, weights, wan_dit.WAN_DIT)
     times = einops.repeat(jnp.asarray(timestep), "b -> b t", t=size.latent[0])
     arguments = parts.ours(latent), times, jnp.asarray(context)
@@ -120,17 +135,31 @@ def turns(pair: Contest, repeats: int) -> tuple[list[float], list[float]]:
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     """Their times over ours: of the medians, the quartiles of single turns, of the fastest runs; and if both held."""
     low, _, high = statistics.quantiles([b / a for a, b in zip(ours, theirs, strict=True)], n=4)
-    spreads = [third / first for first, _, third in (statistics.quantiles(times, n=4) for times in (ours, theirs))]
-    return {"ratio": statistics.median(theirs) / statistics.median(ours), "quartiles": [low, high],
-            "fastest": min(theirs) / min(ours), "steady": max(spreads) <= STEADY}  # fmt: skip
+    spreads = [
+        third / first
+        for first, _, third in (statistics.quantiles(times, n=4) for times in (ours, theirs))
+    ]
+    return {
+        "ratio": statistics.median(theirs) / statistics.median(ours),
+        "quartiles": [low, high],
+        "fastest": min(theirs) / min(ours),
+        "steady": max(spreads) <= STEADY,
+    }
 
 
 def measured(name: str, size: Size, repeats: int) -> dict[str, Any]:
     """The row of one size; without ratios if the networks disagree."""
     pair = contest(size)
     error = kinds.difference(pair.ours(), pair.theirs())
-    row = {"size": name, "width": size.heads * size.head_dim, "layers": size.layers, "tokens": size.tokens,
-           "turns": repeats, "error": error, "agree": error <= TOLERANCE}  # fmt: skip
+    row = {
+        "size": name,
+        "width": size.heads * size.head_dim,
+        "layers": size.layers,
+        "tokens": size.tokens,
+        "turns": repeats,
+        "error": error,
+        "agree": error <= TOLERANCE,
+    }
     return row | ratios(*turns(pair, repeats)) if row["agree"] else row
 
 
@@ -158,31 +187,53 @@ def machine(cores: int) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """The outcome as aligned text."""
-    lines = [f"{'size':<8}{'width':>6}{'layers':>7}{'tokens':>7}{'differ':>9}   diffusers' time over ours"]
+    lines = [
+        f"{'size':<8}{'width':>6}{'layers':>7}{'tokens':>7}{'differ':>9}   diffusers' time over ours"
+    ]
     for row in found["sizes"]:
         sizes = f"{row['size']:<8}{row['width']:>6}{row['layers']:>7}{row['tokens']:>7}{row['error']:>9.0e}   "
-        lines.append(sizes + (_shown(row) if row["agree"] else f"none: they differ by more than {TOLERANCE:.0e}"))
-    return "\n".join([*lines, ", ".join(f"{name} {value}" for name, value in found["machine"].items())])
+        lines.append(
+            sizes
+            + (_shown(row) if row["agree"] else f"none: they differ by more than {TOLERANCE:.0e}")
+        )
+    return "\n".join(
+        [*lines, ", ".join(f"{name} {value}" for name, value in found["machine"].items())]
+    )
 
 
 def _shown(row: dict[str, Any]) -> str:
     low, high = row["quartiles"]
-    return f"{row['ratio']:.2f} ({low:.2f} to {high:.2f}), fastest runs {row['fastest']:.2f}" \
-        + ", UNSTEADY: the cores are shared" * (not row["steady"])  # fmt: skip
+    return (
+        f"{row['ratio']:.2f} ({low:.2f} to {high:.2f}), fastest runs {row['fastest']:.2f}"
+        + ", UNSTEADY: the cores are shared" * (not row["steady"])
+    )
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Prints the ratios; 1 if the networks disagree."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=31, metavar="N", help="timed runs of each network (default: 31)")
-    parser.add_argument("--cores", type=int, default=CORES, metavar="N", help=f"cores for both (default: {CORES})")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=31,
+        metavar="N",
+        help="timed runs of each network (default: 31)",
+    )
+    parser.add_argument(
+        "--cores", type=int, default=CORES, metavar="N", help=f"cores for both (default: {CORES})"
+    )
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
     args = parser.parse_args(words)
     if args.turns < 15:
         parser.error(f"--turns={args.turns} is too few for quartiles; give 15 or more")
     cores = limited(args.cores)
     torch.set_num_threads(cores)
-    found = {"machine": machine(cores), "sizes": [measured(name, size, args.turns) for name, size in SIZES.items()]}
+    found = {
+        "machine": machine(cores),
+        "sizes": [measured(name, size, args.turns) for name, size in SIZES.items()],
+    }
     print(json.dumps(found) if args.json else table(found))
     return 0 if all(row["agree"] for row in found["sizes"]) else 1
 

@@ -33,8 +33,14 @@ from packforcing_jax.plan import hlo
 from packforcing_jax.sampling import block_step, pipeline
 
 DEVICE = Path(__file__).parent / "h200.txtpb"
-CUDNN = {"check_cudnn_version": 92700, "check_compute_capability": True, "is_cuda_compute_capability_equal": True}
-TEMPORARY = 0.3e9  # bytes: the largest values of one layer side by side, and nothing of a second one
+CUDNN = {
+    "check_cudnn_version": 92700,
+    "check_compute_capability": True,
+    "is_cuda_compute_capability_equal": True,
+}
+TEMPORARY = (
+    0.3e9  # bytes: the largest values of one layer side by side, and nothing of a second one
+)
 LENGTH = 4  # operand of cuDNN's attention, after queries, keys, values and the queries' lengths
 
 
@@ -62,9 +68,13 @@ class Row:
 
 def device() -> jax.sharding.Sharding:
     """Placement on one H200 that is only described."""
-    require(importlib.util.find_spec("jax_cuda13_plugin") is not None,
-            "XLA's compiler for NVIDIA GPUs is missing; run `make h200`, or install jax[cuda13].")  # fmt: skip
-    found = topologies.get_topology_desc(platform="cuda", target_config=DEVICE.read_text(), topology="1x1x1")
+    require(
+        importlib.util.find_spec("jax_cuda13_plugin") is not None,
+        "XLA's compiler for NVIDIA GPUs is missing; run `make h200`, or install jax[cuda13].",
+    )
+    found = topologies.get_topology_desc(
+        platform="cuda", target_config=DEVICE.read_text(), topology="1x1x1"
+    )
     return jax.sharding.SingleDeviceSharding(found.devices[0])
 
 
@@ -77,7 +87,10 @@ def answer_for_cudnn() -> None:
     from jax._src.cudnn import fused_attention_stablehlo as attention
 
     for name, answer in CUDNN.items():
-        require(hasattr(attention, name), f"jax {jax.__version__} does not ask for cuDNN by {name}; use jax 0.12.0.1.")
+        require(
+            hasattr(attention, name),
+            f"jax {jax.__version__} does not ask for cuDNN by {name}; use jax 0.12.0.1.",
+        )
         setattr(attention, name, lambda *_, _answer=answer: _answer)
 
 
@@ -91,36 +104,81 @@ def low_resolution(exp: Experiment, latent: jax.ShapeDtypeStruct) -> jax.ShapeDt
     """Shape of the latents that a block is packed from beside its own."""
     pixels = jax.eval_shape(lambda: codec.make(exp.codec, nnx.Rngs(0)))
     size = [n * exp.codec.space_factor for n in exp.latent]
-    frames = jax.ShapeDtypeStruct((1, latent.shape[1] * exp.codec.time_factor, *size, 3), jnp.float32)
-    return jax.eval_shape(lambda pixels, frames: codec.low_resolution(
-        pixels, frames, latents=exp.packed_grid[0], pool=exp.compressor.pool), pixels, frames)  # fmt: skip
+    frames = jax.ShapeDtypeStruct(
+        (1, latent.shape[1] * exp.codec.time_factor, *size, 3), jnp.float32
+    )
+    return jax.eval_shape(
+        lambda pixels, frames: codec.low_resolution(
+            pixels, frames, latents=exp.packed_grid[0], pool=exp.compressor.pool
+        ),
+        pixels,
+        frames,
+    )
 
 
 def build(exp: Experiment) -> Iterator[Built]:
     """`pipeline.draw_block` and `pipeline.remember_block` of one video."""
     where = device()
-    nets = halved(jax.eval_shape(lambda: block_step.Nets(
-        dit=dit.unrolled(dit.WanDiT(exp.dit, nnx.Rngs(0))), compressor=compressor.Compressor(exp, nnx.Rngs(0)))))
+    nets = halved(
+        jax.eval_shape(
+            lambda: block_step.Nets(
+                dit=dit.unrolled(dit.WanDiT(exp.dit, nnx.Rngs(0))),
+                compressor=compressor.Compressor(exp, nnx.Rngs(0)),
+            )
+        )
+    )
     memory = jax.eval_shape(lambda: cache.init(exp, 1, jnp.bfloat16))
     views = jax.eval_shape(lambda: view.scratch(exp, 1, jnp.bfloat16))
     context = jax.ShapeDtypeStruct((1, exp.dit.text_len, exp.dit.text_dim), jnp.bfloat16)
     words = jax.eval_shape(dit.text_kv, nets.dit, context)
-    given = memory, views, jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((1,), jnp.uint32), words
+    given = (
+        memory,
+        views,
+        jax.ShapeDtypeStruct((), jnp.uint32),
+        jax.ShapeDtypeStruct((1,), jnp.uint32),
+        words,
+    )
     yield compiled("draw", pipeline.draw_block, exp, where, views, nets, *given)
     drawn = jax.eval_shape(lambda nets, *rest: pipeline.draw_block(nets, exp, *rest), nets, *given)
-    yield compiled("remember", pipeline.remember_block, exp, where, (memory, views), nets, memory, drawn.views,
-                   drawn.latent, low_resolution(exp, drawn.latent), drawn.looked, words)  # fmt: skip
+    yield compiled(
+        "remember",
+        pipeline.remember_block,
+        exp,
+        where,
+        (memory, views),
+        nets,
+        memory,
+        drawn.views,
+        drawn.latent,
+        low_resolution(exp, drawn.latent),
+        drawn.looked,
+        words,
+    )
 
 
-def compiled(name: str, function: Any, exp: Experiment, where: Any, donated: Any, *args: Any) -> Built:
+def compiled(
+    name: str, function: Any, exp: Experiment, where: Any, donated: Any, *args: Any
+) -> Built:
     """`function` of (nets, exp, ...), compiled for `where`, with XLA's own account of where each result lies."""
     start = time.monotonic()
-    nets, *rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), args)
+    nets, *rest = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), args
+    )
     with tempfile.TemporaryDirectory() as folder:
-        done = function.lower(nets, exp, *rest).compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-        assignment = "".join(path.read_text() for path in Path(folder).glob("*buffer-assignment.txt"))
-    return Built(name=name, donated=donated, stats=done.memory_analysis(), program=hlo.read(done.as_text()),
-                 assignment=assignment, seconds=time.monotonic() - start)  # fmt: skip
+        done = function.lower(nets, exp, *rest).compile(
+            {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        )
+        assignment = "".join(
+            path.read_text() for path in Path(folder).glob("*buffer-assignment.txt")
+        )
+    return Built(
+        name=name,
+        donated=donated,
+        stats=done.memory_analysis(),
+        program=hlo.read(done.as_text()),
+        assignment=assignment,
+        seconds=time.monotonic() - start,
+    )
 
 
 def rows(exp: Experiment, built: Built) -> Iterator[Row]:
@@ -128,15 +186,31 @@ def rows(exp: Experiment, built: Built) -> Iterator[Row]:
     shapes = stores(exp)
     least = min(map(hlo.size, shapes))
     given, kept = total(built.donated), built.stats.alias_size_in_bytes
-    yield Row(built.name, "donated buffers handed back", f"{kept:,} of {given:,} bytes", kept == given)
+    yield Row(
+        built.name, "donated buffers handed back", f"{kept:,} of {given:,} bytes", kept == given
+    )
     places, astray = len(hlo.written(built.program, shapes)), hlo.astray(built.assignment, shapes)
     yield Row(built.name, "stores updated by slices", f"{places} times", places > 0)
-    yield Row(built.name, "results of a store's shape elsewhere", listed(astray), not astray and known(built))
+    yield Row(
+        built.name,
+        "results of a store's shape elsewhere",
+        listed(astray),
+        not astray and known(built),
+    )
     beside = hlo.remade(built.program, shapes, least)
-    plain = [op for op in beside if built.program.ends_in(op) in hlo.MOVES and not built.program.multiplies(op)]
+    plain = [
+        op
+        for op in beside
+        if built.program.ends_in(op) in hlo.MOVES and not built.program.multiplies(op)
+    ]
     copies = plain + hlo.moved(built.program, shapes)
     yield Row(built.name, f"copies of {least / 1e6:.0f} MB or more", counted(copies), not copies)
-    yield Row(built.name, "keys turned beside their store", counted(op for op in beside if op not in copies), None)
+    yield Row(
+        built.name,
+        "keys turned beside their store",
+        counted(op for op in beside if op not in copies),
+        None,
+    )
     yield from attention_rows(exp, built)
     used = built.stats.temp_size_in_bytes
     yield Row(built.name, "temporary memory", f"{used / 1e9:.2f} GB", used < TEMPORARY)
@@ -148,13 +222,21 @@ def attention_rows(exp: Experiment, built: Built) -> Iterator[Row]:
     calls = [(name, op) for name, op in built.program.kernels() if '"__cudnn$fmha' in op.text]
     own = [call for call in calls if keys_of(call[1]) == {cache.room(exp)}]
     wanted = passes(exp, built.name)
-    yield Row(built.name, "self-attention by cuDNN", f"{len(own)} of {wanted} calls", len(own) == wanted)
-    cut = [op for name, op in own if '"mask_type": "PADDING"' in op.text and traced(built.program, name, op)]
+    yield Row(
+        built.name, "self-attention by cuDNN", f"{len(own)} of {wanted} calls", len(own) == wanted
+    )
+    cut = [
+        op
+        for name, op in own
+        if '"mask_type": "PADDING"' in op.text and traced(built.program, name, op)
+    ]
     yield Row(built.name, "of them over a traced length", f"{len(cut)}", len(cut) == len(own) > 0)
     room = cache.room(exp)
     yield Row(built.name, "keys in a view", f"{room} = {room / 128:g} x 128", room % 128 == 0)
     read = [op for _, op in calls if keys_of(op) == {exp.dit.text_len}]
-    yield Row(built.name, "text read by cuDNN", f"{len(read)} of {wanted} calls", len(read) == wanted)
+    yield Row(
+        built.name, "text read by cuDNN", f"{len(read)} of {wanted} calls", len(read) == wanted
+    )
 
 
 def keys_of(call: hlo.Op) -> set[int]:
@@ -206,35 +288,66 @@ def listed(names: list[str]) -> str:
 def counted(ops: Any) -> str:
     """Operations by kind, as `30 x concatenate bf16[1,18720,12,128] (58 MB)`."""
     kinds = Counter((op.shape, re.sub(r"[.\d]+$", "", op.name)) for op in ops)
-    return "; ".join(f"{count} x {name} {kind[0]}[{','.join(map(str, kind[1]))}] ({hlo.size(kind) / 1e6:.0f} MB)"
-                     for (kind, name), count in kinds.items()) or "none"  # fmt: skip
+    return (
+        "; ".join(
+            f"{count} x {name} {kind[0]}[{','.join(map(str, kind[1]))}] ({hlo.size(kind) / 1e6:.0f} MB)"
+            for (kind, name), count in kinds.items()
+        )
+        or "none"
+    )
 
 
 def report(found: Sequence[Row]) -> str:
     """The rows as a table."""
     lines = [("program", "check", "figure", "ok")]
-    lines += [(row.program, row.check, row.figure, {None: "-", True: "yes", False: "NO"}[row.ok]) for row in found]
+    lines += [
+        (row.program, row.check, row.figure, {None: "-", True: "yes", False: "NO"}[row.ok])
+        for row in found
+    ]
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
+    )
 
 
 def told(rows: Sequence[Row], title: str, *, as_json: bool, **facts: object) -> int:
     """Prints `rows` below a title, or with `facts` as one JSON object; 1 if a check failed."""
     failed = [row for row in rows if row.ok is False]
     if as_json:
-        print(json.dumps({**facts, "jax": jax.__version__, "ok": not failed,
-                          "rows": [dataclasses.asdict(row) for row in rows]}))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    **facts,
+                    "jax": jax.__version__,
+                    "ok": not failed,
+                    "rows": [dataclasses.asdict(row) for row in rows],
+                }
+            )
+        )
     else:
         print(f"{title}, jax {jax.__version__}\n\n{report(rows)}")
         print(f"\n{len(failed)} of {sum(row.ok is not None for row in rows)} checks failed.")
     return 1 if failed else 0
 
 
-def program(run: Callable[[argparse.Namespace], int], doc: str | None, **flags: Mapping[str, Any]) -> int:
+def program(
+    run: Callable[[argparse.Namespace], int], doc: str | None, **flags: Mapping[str, Any]
+) -> int:
     """Runs `run` on the command line's words: a config, changes to it, and `flags` of its own."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", default="wan_t2v_1_3b_paper", help="a config (default: %(default)s)")
-    parser.add_argument("--set", metavar="A.B=VALUE", action="append", default=[], dest="sets", help="change one value")
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "config", nargs="?", default="wan_t2v_1_3b_paper", help="a config (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--set",
+        metavar="A.B=VALUE",
+        action="append",
+        default=[],
+        dest="sets",
+        help="change one value",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     for name, settings in flags.items():
         parser.add_argument(f"--{name}", **settings)
@@ -249,11 +362,18 @@ def program(run: Callable[[argparse.Namespace], int], doc: str | None, **flags: 
 def run(args: argparse.Namespace) -> int:
     """The block step's report; 1 if a check failed."""
     exp = dataclasses.replace(overrides.load_experiment(args.config, args.sets), attention="cudnn")
-    require(exp.cache.archive == "device", "cache.archive='host' is drawn in parts; this looks at whole steps only.")
+    require(
+        exp.cache.archive == "device",
+        "cache.archive='host' is drawn in parts; this looks at whole steps only.",
+    )
     answer_for_cudnn()
     found = [row for built in build(exp) for row in rows(exp, built)]
-    return told(found, f"{args.config} for {DEVICE.stem.upper()}, bfloat16, one video", as_json=args.json,
-                config=args.config)  # fmt: skip
+    return told(
+        found,
+        f"{args.config} for {DEVICE.stem.upper()}, bfloat16, one video",
+        as_json=args.json,
+        config=args.config,
+    )
 
 
 if __name__ == "__main__":

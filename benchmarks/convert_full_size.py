@@ -1,6 +1,6 @@
 """Wan2.1 1.3B in float32 through the converter and back: how long it takes, how much memory, and that nothing changes.
 
-    python -m benchmarks.convert_full_size --room /tmp/room      # needs 12 GB of disk there; exit 1 if a bound breaks
+python -m benchmarks.convert_full_size --room /tmp/room      # needs 12 GB of disk there; exit 1 if a bound breaks
 """
 
 import argparse
@@ -35,13 +35,20 @@ def shapes(exp: Experiment) -> dict[str, rules.Shape]:
     """The tensors of the published transformer by original name."""
     wanted, sizes = networks.wanted("dit", exp), networks.merged_axes(exp)
     places = rules.sources(wanted, networks.NETWORKS["dit"].table, rules.no_mismatches())
-    return {name: place.inverse(rules.hollow(wanted[place.path][0 if place.layer is None else 1 :]), sizes).shape
-            for name, place in places.items()}  # fmt: skip
+    return {
+        name: place.inverse(
+            rules.hollow(wanted[place.path][0 if place.layer is None else 1 :]), sizes
+        ).shape
+        for name, place in places.items()
+    }
 
 
 def write(path: Path, exp: Experiment, seed: int) -> dict[str, str]:
     """A checkpoint of random numbers, written one tensor at a time, and the SHA-256 of each."""
-    rng, forms = np.random.default_rng(seed), {name: (shape, np.dtype("f4")) for name, shape in shapes(exp).items()}
+    rng, forms = (
+        np.random.default_rng(seed),
+        {name: (shape, np.dtype("f4")) for name, shape in shapes(exp).items()},
+    )
     digests = {}
     with safetensors_io.Writer(path, forms, {"format": "pt"}) as file:
         for name, (shape, _) in forms.items():
@@ -57,19 +64,28 @@ def private_memory(pid: int) -> int:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0
-    return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
+    return next(
+        (1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")),
+        0,
+    )
 
 
 def run(*words: str) -> Run:
     """`packforcing WORDS` in a process of its own."""
     start, most = time.monotonic(), 0
-    process = subprocess.Popen([sys.executable, "-m", "packforcing_jax", *words], stderr=subprocess.PIPE, text=True,
-                               stdout=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "packforcing_jax", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        stdout=subprocess.DEVNULL,
+    )
     while process.poll() is None:
         most = max(most, private_memory(process.pid))
         time.sleep(OFTEN)
     if process.returncode:
-        raise InputError(f"packforcing {words[0]} ended with {process.returncode}: {process.communicate()[1][-500:]}")
+        raise InputError(
+            f"packforcing {words[0]} ended with {process.returncode}: {process.communicate()[1][-500:]}"
+        )
     return Run(time.monotonic() - start, most)
 
 
@@ -84,14 +100,19 @@ def measured(room: Path, exp: Experiment, seed: int) -> dict:
     shutil.rmtree(source.parent)  # room for the way back
     told = json.loads((model / model_folder.MANIFEST).read_text())["tensors"]
     again = run("convert", str(model), "--to-torch", str(back))
-    same = {name: contents.digest(tensor.read()) for name, tensor in safetensors_io.opened(back).items()}
+    same = {
+        name: contents.digest(tensor.read()) for name, tensor in safetensors_io.opened(back).items()
+    }
     return {
-        "tensors": len(digests), "bytes": size,
-        "seconds": there.seconds, "memory": there.memory,
-        "seconds_back": again.seconds, "memory_back": again.memory,
+        "tensors": len(digests),
+        "bytes": size,
+        "seconds": there.seconds,
+        "memory": there.memory,
+        "seconds_back": again.seconds,
+        "memory_back": again.memory,
         "manifest_tells_them": {row["original"]: row["sha256"] for row in told} == digests,
         "there_and_back_is_the_same": same == digests,
-    }  # fmt: skip
+    }
 
 
 def holds(found: dict) -> bool:
@@ -103,8 +124,12 @@ def holds(found: dict) -> bool:
 
 def main() -> int:
     """Prints the figures; exit code 1 if a bound is broken or a tensor has changed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--room", type=Path, required=True, help="a folder with 12 GB of room, which is given back")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--room", type=Path, required=True, help="a folder with 12 GB of room, which is given back"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.room.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Thousands of blocks at toy size: nothing may grow, slow down or be compiled again, however long a video gets.
 
-    python -m benchmarks.endurance              # 5,000 blocks: a few minutes on two CPU cores; exit 1 if a bound breaks
+python -m benchmarks.endurance              # 5,000 blocks: a few minutes on two CPU cores; exit 1 if a bound breaks
 """
 
 import argparse
@@ -36,8 +36,19 @@ from packforcing_jax.training import batches
 
 TOY = Experiment(
     name="toy",
-    dit=DiTConfig(dim=24, ffn_dim=40, heads=2, layers=2, text_dim=16, text_len=16, freq_dim=12, in_channels=48,
-                  out_channels=48, rope_theta=(1000.0, 50.0, 50.0), rope_pairs=(2, 2, 2)),
+    dit=DiTConfig(
+        dim=24,
+        ffn_dim=40,
+        heads=2,
+        layers=2,
+        text_dim=16,
+        text_len=16,
+        freq_dim=12,
+        in_channels=48,
+        out_channels=48,
+        rope_theta=(1000.0, 50.0, 50.0),
+        rope_pairs=(2, 2, 2),
+    ),
     codec=SpaceToDepthConfig(factor=4),
     text=TextConfig(vocab=46, dim=16, dim_attn=16, dim_ffn=24, heads=2, layers=1, max_words=16),
     cache=CacheConfig(top=3, capacity=11, score_pool=(4, 1, 1), key_multiple=1),
@@ -45,7 +56,7 @@ TOY = Experiment(
     sample=SampleConfig(steps=(1000, 600, 250), prediction="clean"),
     latent=(8, 8),
     fps=8,
-)  # fmt: skip
+)
 COMPILED = "/jax/core/compile/backend_compile_duration"  # the event JAX reports once for everything it compiles
 OPENING = 2  # blocks in which everything is compiled: the first of a video is shown by a program of its own
 MEMORY, TIME = 1.02, 1.1  # highest ratio of the second half's median to the first's
@@ -53,10 +64,18 @@ MEMORY, TIME = 1.02, 1.1  # highest ratio of the second half's median to the fir
 
 def weights(exp: Experiment = TOY, seed: int = 0) -> batches.Model:
     """Random weights, none of which is zero or one as some are before training."""
-    shapes, rng = jax.eval_shape(lambda: batches.new_model(exp, jax.random.key(0))), np.random.default_rng(seed)
-    draws = {name: name.endswith("scale") + rng.normal(size=leaf.shape) * max(leaf.shape[-2:-1] + (4,)) ** -0.5
-             for name, leaf in pytrees.flatten(shapes).items()}  # fmt: skip
-    return pytrees.fill(shapes, {name: jnp.asarray(draw, jnp.float32) for name, draw in draws.items()})
+    shapes, rng = (
+        jax.eval_shape(lambda: batches.new_model(exp, jax.random.key(0))),
+        np.random.default_rng(seed),
+    )
+    draws = {
+        name: name.endswith("scale")
+        + rng.normal(size=leaf.shape) * max(leaf.shape[-2:-1] + (4,)) ** -0.5
+        for name, leaf in pytrees.flatten(shapes).items()
+    }
+    return pytrees.fill(
+        shapes, {name: jnp.asarray(draw, jnp.float32) for name, draw in draws.items()}
+    )
 
 
 def toy(exp: Experiment = TOY, seed: int = 0) -> Pipeline:
@@ -69,8 +88,10 @@ def told(blocks: int, every: int) -> list[str]:
     """One prompt per block, another one after every `every` blocks."""
     sizes = len(world.COLOURS), len(world.SHAPES), len(world.BACKDROPS), len(world.GUESTS)
     which = [np.unravel_index(block // every % np.prod(sizes), sizes) for block in range(blocks)]
-    return [captions.write(captions.Prompt(colour, shape, 0, backdrop, 0, guest))
-            for guest, colour, shape, backdrop in (each[::-1] for each in which)]  # fmt: skip
+    return [
+        captions.write(captions.Prompt(colour, shape, 0, backdrop, 0, guest))
+        for guest, colour, shape, backdrop in (each[::-1] for each in which)
+    ]
 
 
 def held(*fields: str) -> int:
@@ -83,7 +104,8 @@ def gauges() -> dict[str, Callable[[Finished], float]]:
     """What is read after every block."""
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiled.append(seconds) if event == COMPILED else None)  # fmt: skip
+        lambda event, seconds, **_: compiled.append(seconds) if event == COMPILED else None
+    )
     return {
         "compilations": lambda block: len(compiled),
         "state": lambda block: sum(leaf.nbytes for leaf in jax.tree.leaves(block.state)),
@@ -150,34 +172,66 @@ def findings(exp: Experiment, read: dict[str, np.ndarray], compiled: dict[str, i
     again = int(read["compilations"][-1] - read["compilations"][OPENING - 1])
     sizes = np.unique(read["state"])
     return [
-        Row("blocks", f"{len(read['state'])}, all partitions full after {full}, frame {int(read['frame'][-1])}"),
+        Row(
+            "blocks",
+            f"{len(read['state'])}, all partitions full after {full}, frame {int(read['frame'][-1])}",
+        ),
         Row("compiled versions", ", ".join(f"{name} {count}" for name, count in compiled.items())),
         Row(f"compilations after block {OPENING}", f"{again}", "0", again == 0),
-        Row("bytes of the state", f"{read['state'][0]:,.0f} -> {read['state'][-1]:,.0f}", "constant", len(sizes) == 1),
+        Row(
+            "bytes of the state",
+            f"{read['state'][0]:,.0f} -> {read['state'][-1]:,.0f}",
+            "constant",
+            len(sizes) == 1,
+        ),
         growth("resident memory, MiB", later["resident"] / 2**20, MEMORY),
         growth("own memory, swapped or not, MiB", later["own"] / 2**20, MEMORY),
         growth("time per block, yardsticks", spent / later["yardstick"], TIME),
         growth("wall time per block, ms", 1e3 * later["wall"]),
         growth("yardstick, ms", 1e3 * later["yardstick"]),
-        Row("blocks with values not finite", f"{int((read['finite'] == 0).sum())}", "0", bool(read["finite"].all())),
+        Row(
+            "blocks with values not finite",
+            f"{int((read['finite'] == 0).sum())}",
+            "0",
+            bool(read["finite"].all()),
+        ),
     ]
 
 
 def table(rows: Sequence[Row]) -> str:
     """The findings as aligned text."""
     wide = [2 + max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join("".join(f"{text:<{width}}" for text, width in zip(row, wide)) + ("" if row.holds else "BROKEN")
-                     for row in rows)  # fmt: skip
+    return "\n".join(
+        "".join(f"{text:<{width}}" for text, width in zip(row, wide))
+        + ("" if row.holds else "BROKEN")
+        for row in rows
+    )
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Prints the findings; 1 if any breaks its bound."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=5000, metavar="N", help="length of the video (default: 5000)")
-    parser.add_argument("--every", type=int, default=50, metavar="N", help="blocks between new prompts (default: 50)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--blocks", type=int, default=5000, metavar="N", help="length of the video (default: 5000)"
+    )
+    parser.add_argument(
+        "--every",
+        type=int,
+        default=50,
+        metavar="N",
+        help="blocks between new prompts (default: 50)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights and noise (default: 0)")
-    parser.add_argument("--set", metavar="A.B=VALUE", action="append", default=[], dest="sets",
-                        help="change one setting, such as cache.rope_adjustment=incremental; may be repeated")
+    parser.add_argument(
+        "--set",
+        metavar="A.B=VALUE",
+        action="append",
+        default=[],
+        dest="sets",
+        help="change one setting, such as cache.rope_adjustment=incremental; may be repeated",
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     args = parser.parse_args(words)
     if args.blocks < 100 or args.every < 1:
@@ -186,7 +240,12 @@ def main(words: Sequence[str] | None = None) -> int:
         exp = overrides.override(TOY, args.sets)
     except InputError as error:
         parser.error(str(error))
-    jitted = (pipeline.draw_block, pipeline.show_block, pipeline.remember_block, pipeline.read_prompt)
+    jitted = (
+        pipeline.draw_block,
+        pipeline.show_block,
+        pipeline.remember_block,
+        pipeline.read_prompt,
+    )
     read = endure(toy(exp, args.seed), told(args.blocks, args.every), seed=args.seed)
     rows = findings(exp, read, {function.__name__: function._cache_size() for function in jitted})
     print(json.dumps([row._asdict() for row in rows]) if args.json else table(rows))

@@ -1,6 +1,6 @@
 """`kill -9` at ten random moments, each time continued by the same command: the end must equal the unbroken run.
 
-    python -m benchmarks.kill_and_continue      # some minutes on two CPU cores; exit 1 if anything differs
+python -m benchmarks.kill_and_continue      # some minutes on two CPU cores; exit 1 if anything differs
 """
 
 import argparse
@@ -24,7 +24,10 @@ from packforcing_jax.sampling import sampler_checkpoints
 from packforcing_jax.stage import captions
 
 PATIENCE = 300  # seconds until a moment that does not come is given up
-CACHE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+CACHE = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,13 @@ class Run:
         files = ["--out", self.video, "--trace", self.trace, "--state", self.saves]
         command = [sys.executable, "-m", "packforcing_jax", "sample", *self.words, *files]
         with (self.folder / "said.txt").open("ab") as said:
-            return subprocess.Popen(list(map(str, command)), stdout=said, stderr=said, start_new_session=True,
-                                    env=os.environ | self.environment)  # fmt: skip
+            return subprocess.Popen(
+                list(map(str, command)),
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+                env=os.environ | self.environment,
+            )
 
     def drawn(self) -> int:
         """Blocks in the trace."""
@@ -91,10 +99,15 @@ def moments(rng: random.Random, *, blocks: int, every: int, start: float) -> lis
     The first of these fall within `start` seconds.
     """
     kinds = rng.sample([(False, False)] * 3 + [(True, False)] * 4 + [(True, True)] * 3, k=10)
-    behind = [1 + int((number + rng.random()) * (blocks - 2 * every) / len(kinds)) for number in range(len(kinds))]
+    behind = [
+        1 + int((number + rng.random()) * (blocks - 2 * every) / len(kinds))
+        for number in range(len(kinds))
+    ]
     longest = {(False, False): start, (True, False): 0.2, (True, True): 0.05}
-    return [Moment(block * counted, in_save, rng.uniform(0, longest[counted, in_save]))
-            for block, (counted, in_save) in zip(behind, kinds)]  # fmt: skip
+    return [
+        Moment(block * counted, in_save, rng.uniform(0, longest[counted, in_save]))
+        for block, (counted, in_save) in zip(behind, kinds)
+    ]
 
 
 def killed(run: Run, moment: Moment) -> dict:
@@ -105,7 +118,9 @@ def killed(run: Run, moment: Moment) -> dict:
     def comes() -> bool:
         if moment.blocks == 0:
             return True
-        return run.drawn() > max(moment.blocks - 1, drawn) and (run.saving(since) or not moment.in_save)
+        return run.drawn() > max(moment.blocks - 1, drawn) and (
+            run.saving(since) or not moment.in_save
+        )
 
     while not comes() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.001)
@@ -114,8 +129,20 @@ def killed(run: Run, moment: Moment) -> dict:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    where = "in a save" if run.saving(since) else "before its first block" if run.drawn() == drawn else "drawing"
-    found = {"asked": str(moment), "hit": alive, "where": where, "drawn": run.drawn(), "saved": run.saved()}
+    where = (
+        "in a save"
+        if run.saving(since)
+        else "before its first block"
+        if run.drawn() == drawn
+        else "drawing"
+    )
+    found = {
+        "asked": str(moment),
+        "hit": alive,
+        "where": where,
+        "drawn": run.drawn(),
+        "saved": run.saved(),
+    }
     return found | playing(run)
 
 
@@ -132,13 +159,19 @@ def prepared(folder: Path, blocks: int, every: int) -> list[Run]:
     exp, built = endurance.TOY, endurance.weights()
     parts = {"dit": built.nets.dit, "compressor": built.nets.compressor, "text": built.text}
     words = tokenizer.word_tokenizer(captions.VOCABULARY).to_str()
-    model_folder.save(folder / "model", exp, parts, dtype="float32", texts={model_folder.TOKENIZER: words})
+    model_folder.save(
+        folder / "model", exp, parts, dtype="float32", texts={model_folder.TOKENIZER: words}
+    )
     story = folder / "story.txt"
-    story.write_text("".join(f"{i}: {prompt}\n" for i, prompt in enumerate(endurance.told(blocks, 7))))
+    story.write_text(
+        "".join(f"{i}: {prompt}\n" for i, prompt in enumerate(endurance.told(blocks, 7)))
+    )
     model = ("--weights", str(folder / "model"), "--timeline", str(story))
     environment = CACHE | {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
-    runs = [Run(folder / name, (*model, "--blocks", str(length), "--every", str(every)), environment)
-            for name, length in (("short", every + 1), ("unbroken", blocks), ("killed", blocks))]  # fmt: skip
+    runs = [
+        Run(folder / name, (*model, "--blocks", str(length), "--every", str(every)), environment)
+        for name, length in (("short", every + 1), ("unbroken", blocks), ("killed", blocks))
+    ]
     for run in runs:
         run.folder.mkdir()
     return runs
@@ -164,7 +197,10 @@ def experiment(folder: Path, *, blocks: int, every: int, seed: int) -> dict:
         time.sleep(0.1)
     start = time.monotonic() - began
     codes = [process.wait()]
-    print(f"unbroken: first block after {start:.0f} s, all after {time.monotonic() - began:.0f} s", file=sys.stderr)
+    print(
+        f"unbroken: first block after {start:.0f} s, all after {time.monotonic() - began:.0f} s",
+        file=sys.stderr,
+    )
     kills = []
     for moment in moments(random.Random(seed), blocks=blocks, every=every, start=start):
         kills.append(killed(broken, moment))
@@ -173,24 +209,47 @@ def experiment(folder: Path, *, blocks: int, every: int, seed: int) -> dict:
     if any(codes):
         print((broken.folder / "said.txt").read_text()[-2000:], file=sys.stderr)
         return {"kills": kills, "holds": {f"both runs end with 0 ({codes})": False}}
-    held = {"both runs end with 0": True, "ten kills hit": all(kill["hit"] for kill in kills),
-            "video plays after every kill": all(kill["plays"] for kill in kills)}  # fmt: skip
-    return {"blocks": blocks, "every": every, "seed": seed, "kills": kills, "holds": held | compared(whole, broken)}
+    held = {
+        "both runs end with 0": True,
+        "ten kills hit": all(kill["hit"] for kill in kills),
+        "video plays after every kill": all(kill["plays"] for kill in kills),
+    }
+    return {
+        "blocks": blocks,
+        "every": every,
+        "seed": seed,
+        "kills": kills,
+        "holds": held | compared(whole, broken),
+    }
 
 
 def table(found: dict) -> str:
     """The outcome as aligned text."""
     lines = [f"{'asked for':<28}{'killed':<26}{'drawn':>6}{'saved':>6}{'shown':>6}"]
-    lines += [f"{kill['asked']:<28}{kill['where']:<26}{kill['drawn']:>6}{kill['saved']:>6}{kill['shown']:>6}"
-              for kill in found["kills"]]  # fmt: skip
-    return "\n".join([*lines, "", *(f"{name}: {'yes' if holds else 'NO'}" for name, holds in found["holds"].items())])
+    lines += [
+        f"{kill['asked']:<28}{kill['where']:<26}{kill['drawn']:>6}{kill['saved']:>6}{kill['shown']:>6}"
+        for kill in found["kills"]
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *(f"{name}: {'yes' if holds else 'NO'}" for name, holds in found["holds"].items()),
+        ]
+    )
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Prints what came out; 1 if anything does not hold."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=40, metavar="N", help="length of the video (default: 40)")
-    parser.add_argument("--every", type=int, default=3, metavar="N", help="blocks between two saves (default: 3)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--blocks", type=int, default=40, metavar="N", help="length of the video (default: 40)"
+    )
+    parser.add_argument(
+        "--every", type=int, default=3, metavar="N", help="blocks between two saves (default: 3)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
     args = parser.parse_args(words)

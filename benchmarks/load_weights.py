@@ -25,7 +25,11 @@ WIDTH, INNER = 1536, 8960
 def shapes(gigabytes: float) -> dict[str, tuple[int, ...]]:
     """The large arrays of a transformer with as many layers as make up the size in float32."""
     layer = {f"attn/{x}/kernel": (WIDTH, WIDTH) for x in "qkvo"}
-    layer |= {"ffn_in/kernel": (WIDTH, INNER), "ffn_out/kernel": (INNER, WIDTH), "norm/scale": (WIDTH,)}
+    layer |= {
+        "ffn_in/kernel": (WIDTH, INNER),
+        "ffn_out/kernel": (INNER, WIDTH),
+        "norm/scale": (WIDTH,),
+    }
     each = 4 * sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in layer.values())
     count = max(1, round(gigabytes * 1e9 / each))
     return {name: (count, *shape) for name, shape in layer.items()}
@@ -39,8 +43,12 @@ def write(folder: Path, gigabytes: float) -> None:
     from packforcing_jax.io import safetensors_io
 
     rng = np.random.default_rng(0)
-    held = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes(gigabytes).items()}
-    with safetensors_io.Writer(folder / "weights.safetensors", {n: (x.shape, x.dtype) for n, x in held.items()}, {}) as file:
+    held = {
+        name: rng.standard_normal(shape, np.float32) for name, shape in shapes(gigabytes).items()
+    }
+    with safetensors_io.Writer(
+        folder / "weights.safetensors", {n: (x.shape, x.dtype) for n, x in held.items()}, {}
+    ) as file:
         for name, array in held.items():
             file.put(name, array)
     with orbax.StandardCheckpointer() as disk:
@@ -59,15 +67,25 @@ def readers(folder: Path) -> dict[str, Callable[[], dict[str, jax.Array]]]:
     held = safetensors_io.opened(folder / "weights.safetensors")
     places = {name: NamedSharding(mesh, PartitionSpec(None, "fsdp")) for name in held}
     forms = {name: jax.ShapeDtypeStruct(tensor.shape, np.float32) for name, tensor in held.items()}
-    wanted = {name: jax.ShapeDtypeStruct(form.shape, form.dtype, sharding=places[name]) for name, form in forms.items()}
+    wanted = {
+        name: jax.ShapeDtypeStruct(form.shape, form.dtype, sharding=places[name])
+        for name, form in forms.items()
+    }
 
     def from_orbax():
         with orbax.StandardCheckpointer() as disk:
             return disk.restore(folder / "orbax", wanted)
 
-    return {"safetensors": lambda: model_folder.placed(forms, safetensors_io.opened(folder / "weights.safetensors"),
-                                                 dtype="float32", source="weights", shardings=places),
-            "orbax": from_orbax}  # fmt: skip
+    return {
+        "safetensors": lambda: model_folder.placed(
+            forms,
+            safetensors_io.opened(folder / "weights.safetensors"),
+            dtype="float32",
+            source="weights",
+            shardings=places,
+        ),
+        "orbax": from_orbax,
+    }
 
 
 def measure(folder: Path, turns: int) -> dict[str, list[float]]:
@@ -89,9 +107,15 @@ def measure(folder: Path, turns: int) -> dict[str, list[float]]:
 
 def main() -> int:
     """Prints how many times longer Orbax takes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--room", default=None, metavar="DIR", help="folder for the files (default: the system's)")
-    parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the weights (default: 1)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--room", default=None, metavar="DIR", help="folder for the files (default: the system's)"
+    )
+    parser.add_argument(
+        "--gigabytes", type=float, default=1.0, help="size of the weights (default: 1)"
+    )
     parser.add_argument("--turns", type=int, default=9, help="of each form (default: 9)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
@@ -100,12 +124,24 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=args.room) as room:
         write(Path(room), args.gigabytes)
         seconds = measure(Path(room), args.turns)
-    ratios = [slow / fast for slow, fast in zip(seconds["orbax"], seconds["safetensors"], strict=True)]
+    ratios = [
+        slow / fast for slow, fast in zip(seconds["orbax"], seconds["safetensors"], strict=True)
+    ]
     low, _, high = statistics.quantiles(ratios, n=4)
-    found = {"gigabytes": args.gigabytes, "devices": DEVICES, "turns": args.turns, "machine": platform.processor(),
-             "jax": jax.__version__, "orbax over safetensors": round(statistics.median(ratios), 2),
-             "quartiles": [round(low, 2), round(high, 2)]}  # fmt: skip
-    print(json.dumps(found) if args.json else "\n".join(f"{name}: {value}" for name, value in found.items()))
+    found = {
+        "gigabytes": args.gigabytes,
+        "devices": DEVICES,
+        "turns": args.turns,
+        "machine": platform.processor(),
+        "jax": jax.__version__,
+        "orbax over safetensors": round(statistics.median(ratios), 2),
+        "quartiles": [round(low, 2), round(high, 2)],
+    }
+    print(
+        json.dumps(found)
+        if args.json
+        else "\n".join(f"{name}: {value}" for name, value in found.items())
+    )
     return 0
 
 

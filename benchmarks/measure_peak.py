@@ -39,8 +39,12 @@ from packforcing_jax.stage import captions
 
 CONFIG = "wan_t2v_1_3b_paper"
 # A CPU's XLA computes halves by way of float32 copies, so that figures of bfloat16 would be of those.
-SETS = ("latent=16,24", "text.layers=2", f"text.vocab={len(captions.VOCABULARY) + 3}",
-        *(f"dtypes.{name}=float32" for name in ("params", "compute", "cache", "vae", "text")))  # fmt: skip
+SETS = (
+    "latent=16,24",
+    "text.layers=2",
+    f"text.vocab={len(captions.VOCABULARY) + 3}",
+    *(f"dtypes.{name}=float32" for name in ("params", "compute", "cache", "vae", "text")),
+)
 PARTS = ("loading", "a prompt and the first block", "the second block")
 WITHIN = 0.15
 PAUSE = 0.01  # seconds between two readings
@@ -56,21 +60,30 @@ def write_model(folder: Path, exp: Experiment) -> None:
         "dit": (lambda: dit.WanDiT(exp.dit, nnx.Rngs(0)), exp.dtypes.params),
         "compressor": (lambda: compressor.Compressor(exp, nnx.Rngs(0)), exp.dtypes.params),
         "codec": (lambda: codec.make(exp.codec, nnx.Rngs(0)), exp.dtypes.vae),
-        "text": (lambda: text.UMT5(exp.text, nnx.Rngs(0)), exp.dtypes.text)}  # fmt: skip
+        "text": (lambda: text.UMT5(exp.text, nnx.Rngs(0)), exp.dtypes.text),
+    }
     pool = np.random.default_rng(0).standard_normal(POOL, np.float32)
     with model_folder.replacing(folder) as fresh:
         for part, (build, dtype) in builds.items():
             shapes = pytrees.flatten(jax.eval_shape(build))
             if shapes:
-                forms = {name: (leaf.shape, np.dtype(jnp.dtype(dtype))) for name, leaf in shapes.items()}
-                with safetensors_io.Writer(fresh / model_folder.weights_file(part), forms, {}) as file:
+                forms = {
+                    name: (leaf.shape, np.dtype(jnp.dtype(dtype))) for name, leaf in shapes.items()
+                }
+                with safetensors_io.Writer(
+                    fresh / model_folder.weights_file(part), forms, {}
+                ) as file:
                     for name, leaf in shapes.items():
                         write_tensor(file, name, leaf.shape, dtype, pool)
         (fresh / model_folder.CONFIG).write_text(model_folder.experiment_to_json(exp))
-        (fresh / model_folder.TOKENIZER).write_text(tokenizer.word_tokenizer(captions.VOCABULARY).to_str())
+        (fresh / model_folder.TOKENIZER).write_text(
+            tokenizer.word_tokenizer(captions.VOCABULARY).to_str()
+        )
 
 
-def write_tensor(file: safetensors_io.Writer, name: str, shape: tuple[int, ...], dtype: str, pool: np.ndarray) -> None:
+def write_tensor(
+    file: safetensors_io.Writer, name: str, shape: tuple[int, ...], dtype: str, pool: np.ndarray
+) -> None:
     """Random numbers of a size that keeps activations in bounds; what is stacked is written layer by layer."""
     scale = max(int(np.prod(shape[-2:-1])), 16) ** -0.5
     draw = lambda shape: (np.resize(pool, shape) * scale).astype(jnp.dtype(dtype))  # noqa: E731
@@ -117,7 +130,11 @@ def sample(folder: Path, room: Path, watch: Watch) -> dict[str, int]:
     prompt = captions.write(captions.Prompt(0, 0, 0, 0, 0, 0))
     for block, part in zip(pipe.stream([prompt] * 2, seed=0), PARTS[1:], strict=True):
         most[part] = watch.since()
-        print(f"block {block.index} after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        print(
+            f"block {block.index} after {time.monotonic() - began:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
     return most
 
 
@@ -140,9 +157,19 @@ def child(folder: Path, room: Path) -> dict[str, int]:
 
 def run_child(folder: Path, room: Path) -> dict[str, int]:
     """A child's figures."""
-    words = [sys.executable, "-m", "benchmarks.measure_peak", "--child", str(folder), "--room", str(room)]
+    words = [
+        sys.executable,
+        "-m",
+        "benchmarks.measure_peak",
+        "--child",
+        str(folder),
+        "--room",
+        str(room),
+    ]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    return json.loads(subprocess.run(words, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+    return json.loads(
+        subprocess.run(words, env=environment, stdout=subprocess.PIPE, check=True).stdout
+    )
 
 
 # The comparison
@@ -156,42 +183,75 @@ def measure(room: Path, exp: Experiment) -> dict[str, Any]:
         folder = Path(place, "model")
         write_model(folder, exp)
         size = sum(path.stat().st_size for path in folder.iterdir())
-        print(f"{exp.name}: {size / 1e9:.2f} GB of weights; once to compile, once to measure", file=sys.stderr)
+        print(
+            f"{exp.name}: {size / 1e9:.2f} GB of weights; once to compile, once to measure",
+            file=sys.stderr,
+        )
         found = run_child(folder, Path(place))
     planned = parts_of(said.peaks)
     ratio = {part: found[part] / size for part, size in planned.items()}
     most = {"planned": said.peaks.together, "measured": max(found[part] for part in PARTS)}
-    return {"config": exp.name, "latent": exp.latent, "dtypes": vars(exp.dtypes), "jax": jax.__version__,
-            "measured": found, "planned": planned, "ratio": ratio, "phases": said.peaks.device, "peak": most,
-            "peak ratio": most["measured"] / most["planned"],
-            "ok": abs(most["measured"] / most["planned"] - 1) <= WITHIN}  # fmt: skip
+    return {
+        "config": exp.name,
+        "latent": exp.latent,
+        "dtypes": vars(exp.dtypes),
+        "jax": jax.__version__,
+        "measured": found,
+        "planned": planned,
+        "ratio": ratio,
+        "phases": said.peaks.device,
+        "peak": most,
+        "peak ratio": most["measured"] / most["planned"],
+        "ok": abs(most["measured"] / most["planned"] - 1) <= WITHIN,
+    }
 
 
 def parts_of(peaks: memory_fit.Peaks) -> dict[str, int]:
     """What is planned for each part, in the one memory of a CPU."""
-    sampling = max(peaks.device[phase] for phase in (programs.DRAWING, programs.SHOWING, programs.REMEMBERING))
-    return {PARTS[0]: peaks.device[memory_fit.LOADING] + peaks.host[memory_fit.LOADING], PARTS[1]: peaks.together,
-            PARTS[2]: sampling + peaks.host[memory_fit.SAMPLING]}  # fmt: skip
+    sampling = max(
+        peaks.device[phase] for phase in (programs.DRAWING, programs.SHOWING, programs.REMEMBERING)
+    )
+    return {
+        PARTS[0]: peaks.device[memory_fit.LOADING] + peaks.host[memory_fit.LOADING],
+        PARTS[1]: peaks.together,
+        PARTS[2]: sampling + peaks.host[memory_fit.SAMPLING],
+    }
 
 
 def table(found: Mapping[str, Any]) -> Iterator[str]:
     """The outcome as aligned text."""
-    yield (f"{found['config']}, latent {found['latent']}, {found['dtypes']['params']} weights, two blocks on a CPU, "
-           f"jax {found['jax']}; idle process {found['measured']['idle'] / 1e9:.3f} GB")  # fmt: skip
+    yield (
+        f"{found['config']}, latent {found['latent']}, {found['dtypes']['params']} weights, two blocks on a CPU, "
+        f"jax {found['jax']}; idle process {found['measured']['idle'] / 1e9:.3f} GB"
+    )
     yield f"{'above the idle process':<32}{'planned':>12}{'measured':>12}{'ratio':>9}"
     rows = {part: (size, found["measured"][part]) for part, size in found["planned"].items()}
     for part, (said, now) in (rows | {"peak": tuple(found["peak"].values())}).items():
         yield f"{part:<32}{said / 1e9:>9.3f} GB{now / 1e9:>9.3f} GB{now / said:>9.3f}"
-    yield "planned by phase: " + ", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in found["phases"].items())
+    yield "planned by phase: " + ", ".join(
+        f"{name} {size / 1e9:.3f} GB" for name, size in found["phases"].items()
+    )
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Prints what came out; 1 if it is off by more than it may."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--room", metavar="DIR", type=Path, default=Path("."), help="where weights go for a while")
-    parser.add_argument("--config", default=CONFIG, metavar="FILE", help="a config (default: %(default)s)")
-    parser.add_argument("--set", metavar="A.B=VALUE", action="append", default=[], dest="sets",
-                        help=f"change one setting more, behind {' '.join(SETS[:2])} ...")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--room", metavar="DIR", type=Path, default=Path("."), help="where weights go for a while"
+    )
+    parser.add_argument(
+        "--config", default=CONFIG, metavar="FILE", help="a config (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--set",
+        metavar="A.B=VALUE",
+        action="append",
+        default=[],
+        dest="sets",
+        help=f"change one setting more, behind {' '.join(SETS[:2])} ...",
+    )
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
     parser.add_argument("--child", metavar="DIR", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(words)

@@ -32,10 +32,24 @@ from packforcing_jax.policies import attention
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "wan_t2v_1_3b_paper"
-TOY = ("dit.dim=24", "dit.heads=2", "dit.layers=1", "dit.ffn_dim=40", "dit.text_dim=8", "dit.text_len=5",
-       "dit.freq_dim=8", "codec.dim=2", "codec.dim_mult=(1, 1, 1, 1)", "codec.num_res_blocks=1", "latent=(8, 8)",
-       "compressor.channels=(3, 4, 5, 6)", "cache.capacity=3", "cache.top=2", "sample.steps=(1000, 500)",
-       "dtypes.vae=float32")  # fmt: skip
+TOY = (
+    "dit.dim=24",
+    "dit.heads=2",
+    "dit.layers=1",
+    "dit.ffn_dim=40",
+    "dit.text_dim=8",
+    "dit.text_len=5",
+    "dit.freq_dim=8",
+    "codec.dim=2",
+    "codec.dim_mult=(1, 1, 1, 1)",
+    "codec.num_res_blocks=1",
+    "latent=(8, 8)",
+    "compressor.channels=(3, 4, 5, 6)",
+    "cache.capacity=3",
+    "cache.top=2",
+    "sample.steps=(1000, 500)",
+    "dtypes.vae=float32",
+)
 WARMUP, REPEATS = 3, 10
 MINUTES = 15  # for the trials of one process, or for one that takes longer alone
 QUERIES = 64  # whose attention is compared with float32
@@ -60,33 +74,53 @@ class Trial:
 
     @property
     def full_name(self) -> str:
-        return " ".join([f"{self.group}: {self.name}", *([f"({self.flags})"] if self.flags else [])])
+        return " ".join(
+            [f"{self.group}: {self.name}", *([f"({self.flags})"] if self.flags else [])]
+        )
 
 
 def timed(call: Callable[..., Any], every: Sequence[tuple], operations: int) -> Row:
     """Times of one `call`, run once on each of `every` tuples of arrays by one program that hides the cost of calls."""
     program = jax.jit(lambda every: [call(*args) for args in every])
-    found = timing.measure({"": lambda state: (state, program(every))}, None, warmup=WARMUP, repeats=REPEATS)[""]
+    found = timing.measure(
+        {"": lambda state: (state, program(every))}, None, warmup=WARMUP, repeats=REPEATS
+    )[""]
     low, high = found.quartiles
     seconds = found.median / len(every)
-    return {"ms": 1e3 * seconds, "low": 1e3 * low / len(every), "high": 1e3 * high / len(every),
-            "tflops": operations / seconds / 1e12, "first_call": found.first}  # fmt: skip
+    return {
+        "ms": 1e3 * seconds,
+        "low": 1e3 * low / len(every),
+        "high": 1e3 * high / len(every),
+        "tflops": operations / seconds / 1e12,
+        "first_call": found.first,
+    }
 
 
 # Attention of a block to a full view
 
 
-def attending(call: Callable[..., jax.Array], keys: Callable[[Experiment], int | None], exp: Experiment) -> Row:
+def attending(
+    call: Callable[..., jax.Array], keys: Callable[[Experiment], int | None], exp: Experiment
+) -> Row:
     """`call`(q, k, v, length) over a view, of which the first `keys` count, and how far from float32 it is."""
     length, room = keys(exp), cache.room(exp)
     queries, own = exp.cache.block * exp.tokens_per_frame, (exp.dit.heads, exp.dit.head_dim)
-    every = [tuple(timing.normal(3 * seed + part, (1, size, *own), jnp.bfloat16)
-                   for part, size in enumerate((queries, room, room))) for seed in range(4)]  # fmt: skip
+    every = [
+        tuple(
+            timing.normal(3 * seed + part, (1, size, *own), jnp.bfloat16)
+            for part, size in enumerate((queries, room, room))
+        )
+        for seed in range(4)
+    ]
     traced = None if length is None else jnp.int32(length)
-    row = timed(lambda *qkv: call(*qkv, traced), every, 4 * queries * (length or room) * exp.dit.dim)
+    row = timed(
+        lambda *qkv: call(*qkv, traced), every, 4 * queries * (length or room) * exp.dit.dim
+    )
     q, k, v = every[0]
     got = jax.jit(call)(q, k, v, traced)[:, :QUERIES].astype(jnp.float32)
-    want = attention.reference(*(x.astype(jnp.float32) for x in (q[:, :QUERIES], k, v)), length=traced)
+    want = attention.reference(
+        *(x.astype(jnp.float32) for x in (q[:, :QUERIES], k, v)), length=traced
+    )
     return row | {"error": float(jnp.abs(got - want).max() / jnp.abs(want).max())}
 
 
@@ -104,7 +138,9 @@ def mosaic(q, k, v, length):
     import tokamax
 
     lengths = None if length is None else jnp.full(1, length, jnp.int32)
-    return tokamax.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="mosaic")
+    return tokamax.dot_product_attention(
+        q, k, v, key_value_seq_lengths=lengths, implementation="mosaic"
+    )
 
 
 def own_keys(exp: Experiment) -> int:
@@ -125,13 +161,22 @@ ATTENTION = [
 # Matrix products of a layer
 
 
-def multiplying(dtype: str, inner: Callable[[Experiment], int], columns: Callable[[Experiment], int],
-                exp: Experiment) -> Row:  # fmt: skip
+def multiplying(
+    dtype: str,
+    inner: Callable[[Experiment], int],
+    columns: Callable[[Experiment], int],
+    exp: Experiment,
+) -> Row:
     """Tokens of a block [rows, inner] times weights; eight-bit floats with the weights stored [columns, inner]."""
     rows, small = exp.cache.block * exp.tokens_per_frame, dtype.startswith("float8")
     right = (columns(exp), inner(exp)) if small else (inner(exp), columns(exp))
-    every = [tuple(timing.normal(2 * seed + side, shape, jnp.bfloat16).astype(dtype)
-                   for side, shape in enumerate(((rows, inner(exp)), right))) for seed in range(8)]  # fmt: skip
+    every = [
+        tuple(
+            timing.normal(2 * seed + side, shape, jnp.bfloat16).astype(dtype)
+            for side, shape in enumerate(((rows, inner(exp)), right))
+        )
+        for seed in range(8)
+    ]
     contracted = (((1,), (1 if small else 0,)), ((), ()))
     call = lambda a, b: jax.lax.dot_general(a, b, contracted, preferred_element_type=jnp.bfloat16)  # noqa: E731
     return timed(call, every, 2 * rows * inner(exp) * columns(exp))
@@ -145,15 +190,21 @@ def ffn(exp: Experiment) -> int:
     return exp.dit.ffn_dim
 
 
-PRODUCTS = [("d x d", dim, dim), ("d x 3d", dim, lambda exp: 3 * exp.dit.dim), ("d x ffn", dim, ffn),
-            ("ffn x d", ffn, dim)]  # fmt: skip
+PRODUCTS = [
+    ("d x d", dim, dim),
+    ("d x 3d", dim, lambda exp: 3 * exp.dit.dim),
+    ("d x ffn", dim, ffn),
+    ("ffn x d", ffn, dim),
+]
 
 # The convolution that most of decoding goes into, [b, t + 2, y, x, c] to [b, t, y, x, c], in four forms
 
 
 def _convolve(x, kernel, layout: tuple[str, str, str]):
     padding = [(0, 0)] * (x.ndim - 4) + [(1, 1)] * 2
-    return jax.lax.conv_general_dilated(x, kernel, (1,) * (x.ndim - 2), padding, dimension_numbers=layout)
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1,) * (x.ndim - 2), padding, dimension_numbers=layout
+    )
 
 
 def channels_last(x, kernel):
@@ -161,7 +212,9 @@ def channels_last(x, kernel):
 
 
 def channels_first(x, kernel):
-    turned = _convolve(x.transpose(0, 4, 1, 2, 3), kernel.transpose(4, 3, 0, 1, 2), ("NCDHW", "OIDHW", "NCDHW"))
+    turned = _convolve(
+        x.transpose(0, 4, 1, 2, 3), kernel.transpose(4, 3, 0, 1, 2), ("NCDHW", "OIDHW", "NCDHW")
+    )
     return turned.transpose(0, 2, 3, 4, 1)
 
 
@@ -177,13 +230,20 @@ def frames_on_channels(x, kernel):
 
 
 def sum_of_taps(x, kernel):
-    each = [_convolve(seen, tap, ("NHWC", "HWIO", "NHWC")) for seen, tap in zip(_taps(x), kernel, strict=True)]
+    each = [
+        _convolve(seen, tap, ("NHWC", "HWIO", "NHWC"))
+        for seen, tap in zip(_taps(x), kernel, strict=True)
+    ]
     flat = each[0] + each[1] + each[2]
     return flat.reshape(x.shape[0], -1, *flat.shape[1:])
 
 
-CONVOLUTIONS = {"3-D, channels last": channels_last, "3-D, channels first": channels_first,
-                "2-D, three frames on channels": frames_on_channels, "2-D, sum of three": sum_of_taps}  # fmt: skip
+CONVOLUTIONS = {
+    "3-D, channels last": channels_last,
+    "3-D, channels first": channels_first,
+    "2-D, three frames on channels": frames_on_channels,
+    "2-D, sum of three": sum_of_taps,
+}
 
 
 def convolving(call: Callable[..., jax.Array], exp: Experiment) -> Row:
@@ -209,26 +269,48 @@ def part(name: str, exp: Experiment) -> Row:
     """A part of a block behind a full memory."""
     found = bench.report(bench.measure(model(exp), [name], warmup=WARMUP, repeats=REPEATS))
     row = found["parts"][name]
-    figures = {"ms": 1e3 * row["median"], "low": 1e3 * row["low"], "high": 1e3 * row["high"],
-               "first_call": row["first_call"], "ceiling": found["ceiling"]["operations_per_second"] / 1e12}
-    work = {"tflops": row["operations_per_second"] / 1e12, "share": row["share"]} if "share" in row else \
-        {"gigabytes_per_second": row["bytes_per_second"] / 1e9}  # fmt: skip
+    figures = {
+        "ms": 1e3 * row["median"],
+        "low": 1e3 * row["low"],
+        "high": 1e3 * row["high"],
+        "first_call": row["first_call"],
+        "ceiling": found["ceiling"]["operations_per_second"] / 1e12,
+    }
+    work = (
+        {"tflops": row["operations_per_second"] / 1e12, "share": row["share"]}
+        if "share" in row
+        else {"gigabytes_per_second": row["bytes_per_second"] / 1e9}
+    )
     speed = {"frames_per_second": found["frames_per_second"]} if name == "second" else {}
     return figures | work | speed
 
 
 TRIALS = [
-    *(Trial("attention", name, functools.partial(attending, call, keys)) for name, call, keys in ATTENTION),
-    *(Trial("gemm", f"{name}, {dtype}", functools.partial(multiplying, dtype, inner, columns))
-      for dtype in ("bfloat16", "float8_e4m3fn") for name, inner, columns in PRODUCTS),
-    *(Trial("conv", name, functools.partial(convolving, call), flags)
-      for flags in ("", NHWC) for name, call in CONVOLUTIONS.items()),
-    *(Trial(name, "one block", functools.partial(part, name), flags)
-      for name, rival in (("forward", NO_TRITON), ("decode", NHWC)) for flags in ("", rival)),
-    *(Trial("block", name, functools.partial(part, name))
-      for name in ("block", "selection", "compression", "commit", "remember", "second")),
+    *(
+        Trial("attention", name, functools.partial(attending, call, keys))
+        for name, call, keys in ATTENTION
+    ),
+    *(
+        Trial("gemm", f"{name}, {dtype}", functools.partial(multiplying, dtype, inner, columns))
+        for dtype in ("bfloat16", "float8_e4m3fn")
+        for name, inner, columns in PRODUCTS
+    ),
+    *(
+        Trial("conv", name, functools.partial(convolving, call), flags)
+        for flags in ("", NHWC)
+        for name, call in CONVOLUTIONS.items()
+    ),
+    *(
+        Trial(name, "one block", functools.partial(part, name), flags)
+        for name, rival in (("forward", NO_TRITON), ("decode", NHWC))
+        for flags in ("", rival)
+    ),
+    *(
+        Trial("block", name, functools.partial(part, name))
+        for name in ("block", "selection", "compression", "commit", "remember", "second")
+    ),
     Trial("block", "second", functools.partial(part, "second"), f"{NO_TRITON} {NHWC}"),
-]  # fmt: skip
+]
 
 
 # The child: runs trials and prints a line for each
@@ -251,7 +333,12 @@ def experiment(toy: bool) -> Experiment:
 def child(numbers: Sequence[int], toy: bool) -> None:
     """Runs the trials with these numbers and prints a line for each; without any, says where it runs."""
     if not numbers:
-        print(MARK + json.dumps(timing.machine() | {"gpu": smi("name,driver_version,clocks.max.sm,power.limit")}))
+        print(
+            MARK
+            + json.dumps(
+                timing.machine() | {"gpu": smi("name,driver_version,clocks.max.sm,power.limit")}
+            )
+        )
     for number in numbers:
         print(MARK + json.dumps(outcome(TRIALS[number], experiment(toy))), flush=True)
 
@@ -259,8 +346,13 @@ def child(numbers: Sequence[int], toy: bool) -> None:
 def smi(fields: str) -> str | None:
     """What nvidia-smi says of the first GPU."""
     try:
-        told = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True,
-                              text=True, timeout=20, check=True)  # fmt: skip
+        told = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
         return told.stdout.splitlines()[0].strip()
     except (OSError, subprocess.SubprocessError, IndexError):
         return None
@@ -271,19 +363,32 @@ def smi(fields: str) -> str | None:
 
 def launch(numbers: Sequence[int], flags: str, toy: bool) -> tuple[list[Row], str]:
     """The results of trials in a new process, and how that ended."""
-    words = [sys.executable, "-m", "benchmarks.on_h200", "--child", *map(str, numbers), *(["--toy"] if toy else [])]
+    words = [
+        sys.executable,
+        "-m",
+        "benchmarks.on_h200",
+        "--child",
+        *map(str, numbers),
+        *(["--toy"] if toy else []),
+    ]
     env = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
     try:
-        done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60 * MINUTES)
+        done = subprocess.run(
+            words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60 * MINUTES
+        )
         out, said = done.stdout, (done.stderr.strip().splitlines() or [""])[-1][:200]
         ended = f"the process ended with code {done.returncode}: {said}"
     except subprocess.TimeoutExpired as late:
         out = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
         ended = f"the process was stopped after {MINUTES} minutes"
-    return [json.loads(line.removeprefix(MARK)) for line in out.splitlines() if line.startswith(MARK)], ended
+    return [
+        json.loads(line.removeprefix(MARK)) for line in out.splitlines() if line.startswith(MARK)
+    ], ended
 
 
-def results(chosen: Sequence[int], toy: bool, start: Callable[..., tuple[list[Row], str]]) -> Iterator[tuple[int, Row]]:
+def results(
+    chosen: Sequence[int], toy: bool, start: Callable[..., tuple[list[Row], str]]
+) -> Iterator[tuple[int, Row]]:
     """(number, result) of every trial; one that ends its process fails, and those behind it get another process."""
     together: dict[tuple[str, str], list[int]] = {}
     for number in chosen:
@@ -302,10 +407,20 @@ def line(trial: Trial, row: Row) -> str:
     for reason in ("skipped", "failed"):
         if reason in row:
             return f"{trial.full_name:<66}{reason.upper() if reason == 'failed' else reason}: {row[reason]}"
-    rate = f"{row['tflops']:10.2f} TFLOP/s" if "tflops" in row else f"{row['gigabytes_per_second']:10.1f} GB/s   "
-    extra = {"error": "error {:.1e}", "share": "{:.0%} of ceiling", "frames_per_second": "{:.1f} frames/s"}
-    return (f"{trial.full_name:<66}{row['ms']:>11.3f} ms ({row['low']:.3f} - {row['high']:.3f}){rate}  "
-            + ", ".join(text.format(row[key]) for key, text in extra.items() if key in row)).rstrip()  # fmt: skip
+    rate = (
+        f"{row['tflops']:10.2f} TFLOP/s"
+        if "tflops" in row
+        else f"{row['gigabytes_per_second']:10.1f} GB/s   "
+    )
+    extra = {
+        "error": "error {:.1e}",
+        "share": "{:.0%} of ceiling",
+        "frames_per_second": "{:.1f} frames/s",
+    }
+    return (
+        f"{trial.full_name:<66}{row['ms']:>11.3f} ms ({row['low']:.3f} - {row['high']:.3f}){rate}  "
+        + ", ".join(text.format(row[key]) for key, text in extra.items() if key in row)
+    ).rstrip()
 
 
 def run(args: argparse.Namespace, start: Callable[..., tuple[list[Row], str]] = launch) -> int:
@@ -315,12 +430,20 @@ def run(args: argparse.Namespace, start: Callable[..., tuple[list[Row], str]] = 
         require(name in groups, f"--only {name} is unknown; {errors.nearest(name, groups)}")
     told, ended = start([], "", args.toy)
     require(bool(told), f"jax does not start: {ended}.")
-    require(args.toy or told[0]["platform"] == "gpu", f"no GPU here, only {told[0]['device']}; full size is meant for "
-            "an H200, --toy runs anywhere.")  # fmt: skip
+    require(
+        args.toy or told[0]["platform"] == "gpu",
+        f"no GPU here, only {told[0]['device']}; full size is meant for "
+        "an H200, --toy runs anywhere.",
+    )
     made: dict[str, Any] = {"machine": told[0], "config": CONFIG, "toy": args.toy, "trials": []}
-    print(f"{CONFIG}{', toy sizes' if args.toy else ''}, on {told[0]['device']}, jax {told[0]['jax']}")
-    for number, row in results([i for i, trial in enumerate(TRIALS) if not args.only or trial.group in args.only],
-                               args.toy, start):  # fmt: skip
+    print(
+        f"{CONFIG}{', toy sizes' if args.toy else ''}, on {told[0]['device']}, jax {told[0]['jax']}"
+    )
+    for number, row in results(
+        [i for i, trial in enumerate(TRIALS) if not args.only or trial.group in args.only],
+        args.toy,
+        start,
+    ):
         print(line(TRIALS[number], row), flush=True)
         made["trials"].append({"trial": TRIALS[number].full_name, **row})
         if args.out:
@@ -331,10 +454,17 @@ def run(args: argparse.Namespace, start: Callable[..., tuple[list[Row], str]] = 
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", metavar="FILE", help="also write everything as JSON")
-    parser.add_argument("--only", metavar="GROUP", action="append", default=[],
-                        help=f"one of {', '.join(dict.fromkeys(trial.group for trial in TRIALS))}; may be repeated")
+    parser.add_argument(
+        "--only",
+        metavar="GROUP",
+        action="append",
+        default=[],
+        help=f"one of {', '.join(dict.fromkeys(trial.group for trial in TRIALS))}; may be repeated",
+    )
     parser.add_argument("--toy", action="store_true", help="tiny sizes, on any device")
     parser.add_argument("--child", type=int, nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args(words)

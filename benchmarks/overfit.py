@@ -31,7 +31,14 @@ CONFIG, CLIPS, SEED = "stage_overfit", 8, 0
 DRAWN = 4  # videos of each clip that the oracle reads
 READ = ("column", "colour", "shape", "mark", "backdrop", "scene", "poster", "guest", "guest_mark")
 LOGGED = 4  # losses that are averaged, first and last
-LOSS = {"start": 0.25, "teacher": 0.3, "causal": 0.5, "forced": 0.6, "diffused": 0.6, "trajectory": 0.5}
+LOSS = {
+    "start": 0.25,
+    "teacher": 0.3,
+    "causal": 0.5,
+    "forced": 0.6,
+    "diffused": 0.6,
+    "trajectory": 0.5,
+}
 ENDS = {"consistency": 0.75}
 DISTANCE = {"dmd": 0.9, "sid": 0.9}
 
@@ -60,10 +67,18 @@ def clips() -> list[world.Story]:
 def distance(folder: Path) -> float:
     """The share of the oracle's readings in which videos to the clips' prompts differ from the clips."""
     model, told = Pipeline.from_pretrained(folder), DRAWN * clips()
-    prompts = [[captions.caption(story, block) for block in range(len(story.guests))] for story in told]
-    frames, _ = stage_figures.play(model, prompts, seeds=[SEED] * len(told), videos=range(len(told)))
+    prompts = [
+        [captions.caption(story, block) for block in range(len(story.guests))] for story in told
+    ]
+    frames, _ = stage_figures.play(
+        model, prompts, seeds=[SEED] * len(told), videos=range(len(told))
+    )
     pairs = zip(map(oracle.read, frames), map(stage_figures.true_reading, told), strict=True)
-    return float(np.mean([[getattr(seen, name) != getattr(true, name) for name in READ] for seen, true in pairs]))
+    return float(
+        np.mean(
+            [[getattr(seen, name) != getattr(true, name) for name in READ] for seen, true in pairs]
+        )
+    )
 
 
 def from_ends(exp: Experiment, folders: Sequence[Path]) -> list[float]:
@@ -75,8 +90,14 @@ def from_ends(exp: Experiment, folders: Sequence[Path]) -> list[float]:
 
     @jax.jit
     def missed(student: Any, teacher: Any, raw: Any, key: Any) -> Any:
-        model, batch = batches.as_model(exp, student), batches.encode(exp, batches.as_codec(exp, {}), raw)
-        states, noise = batches.text_states(model, batch.words), jax.random.normal(key, batch.latent.shape)
+        model, batch = (
+            batches.as_model(exp, student),
+            batches.encode(exp, batches.as_codec(exp, {}), raw),
+        )
+        states, noise = (
+            batches.text_states(model, batch.words),
+            jax.random.normal(key, batch.latent.shape),
+        )
         way = paths.way(batches.as_model(exp, teacher), exp, noise, states, behind=batch)
         batch = dataclasses.replace(batch, trajectory=way)
         return objectives.trajectory(batches.Networks(generator=model), batch, key, exp)[0]
@@ -95,8 +116,18 @@ def ways(out: Path) -> Path:
     """A data set of the teacher's ways to the clips' first prompts."""
     prompts, made = out / "prompts.txt", out / "ways"
     prompts.write_text("\n".join(captions.caption(story, 0) for story in clips()))
-    run("prepare", prompts, "--kind", "trajectories", "--weights", out / "teacher" / runs.MODEL, "--config", CONFIG,
-        "--out", made)  # fmt: skip
+    run(
+        "prepare",
+        prompts,
+        "--kind",
+        "trajectories",
+        "--weights",
+        out / "teacher" / runs.MODEL,
+        "--config",
+        CONFIG,
+        "--out",
+        made,
+    )
     return made
 
 
@@ -112,7 +143,9 @@ def rows(out: Path) -> Iterator[Row]:
     recipe = overrides.load_recipe(CONFIG)
     for stage, _ in recipe:
         began = time.monotonic()
-        sets = ["--set", f"trajectory:train.source.path={ways(out)}"] if stage == "trajectory" else []
+        sets = (
+            ["--set", f"trajectory:train.source.path={ways(out)}"] if stage == "trajectory" else []
+        )
         run("train", "--config", CONFIG, "--stage", stage, "--out", out, "--seed", SEED, *sets)
         seconds = time.monotonic() - began
         if not (out / stage / runs.MODEL).is_dir():
@@ -129,14 +162,19 @@ def rows(out: Path) -> Iterator[Row]:
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Overfits every objective on eight clips.")
-    parser.add_argument("--out", type=Path, default=Path("runs/overfit"), metavar="DIR", help="where the runs go")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/overfit"), metavar="DIR", help="where the runs go"
+    )
     asked = parser.parse_args(words)
     asked.out.mkdir(parents=True, exist_ok=True)
     failed = 0
     for row in rows(asked.out):
         failed += not row.ok
-        print(f"{row.stage:<12} {row.measure:<9} {row.before:.4f} -> {row.after:.4f}, at most "
-              f"{row.bound * row.before:.4f}  {row.seconds:4.0f} s  {'ok' if row.ok else 'FAIL'}", flush=True)
+        print(
+            f"{row.stage:<12} {row.measure:<9} {row.before:.4f} -> {row.after:.4f}, at most "
+            f"{row.bound * row.before:.4f}  {row.seconds:4.0f} s  {'ok' if row.ok else 'FAIL'}",
+            flush=True,
+        )
     return int(failed > 0)
 
 

@@ -33,10 +33,17 @@ from packforcing_jax.plan import hlo
 from packforcing_jax.training import rollout, runs
 
 COUNT = 8
-SETTINGS = ("train.objective=dmd", "train.source.kind=records", f"train.batch={COUNT}", f"train.mesh.fsdp={COUNT}")
+SETTINGS = (
+    "train.objective=dmd",
+    "train.source.kind=records",
+    f"train.batch={COUNT}",
+    f"train.mesh.fsdp={COUNT}",
+)
 STEPS = ("generator", "critic")
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-COLLECTIVE = re.compile(rf"^\s+(?:ROOT )?%?\S+ = (.+?) ({'|'.join(KINDS)})(?:-done)?\(", re.MULTILINE)
+COLLECTIVE = re.compile(
+    rf"^\s+(?:ROOT )?%?\S+ = (.+?) ({'|'.join(KINDS)})(?:-done)?\(", re.MULTILINE
+)
 ROOM = 1.03  # times equal shares of the transformers: the compressor is held too, and vectors are whole everywhere
 PEAK = 80e9  # bytes on a device with one clip each, from the size of activations
 WANTED = 0.99  # share of the exchanged bytes that all-gather and reduce-scatter carry
@@ -53,36 +60,56 @@ def devices(on_gpus: bool) -> Sequence[Any]:
         jax.config.update("jax_num_cpu_devices", COUNT)
         return jax.devices()
     compile_for_h200.answer_for_cudnn()
-    return topologies.get_topology_desc(platform="cuda", target_config=compile_for_h200.DEVICE.read_text(),
-                                        topology=f"1x{COUNT}x1").devices  # fmt: skip
+    return topologies.get_topology_desc(
+        platform="cuda", target_config=compile_for_h200.DEVICE.read_text(), topology=f"1x{COUNT}x1"
+    ).devices
 
 
 def frozen(exp: Experiment, form: Any, grid: jax.sharding.Mesh) -> dict[str, Any]:
     """Shapes and places of what a step reads and leaves alone."""
-    teacher = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(exp.dtypes.params), sharding=leaf.sharding)
-               for path, leaf in form.params["generator"].items() if path.startswith("dit/")}  # fmt: skip
+    teacher = {
+        path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(exp.dtypes.params), sharding=leaf.sharding)
+        for path, leaf in form.params["generator"].items()
+        if path.startswith("dit/")
+    }
     everywhere = jax.sharding.NamedSharding(grid, jax.sharding.PartitionSpec())
     pixels = pytrees.flatten(jax.eval_shape(lambda: codec.make(exp.codec, nnx.Rngs(0))))
-    return {"teacher": teacher, "codec": {
-        path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(exp.dtypes.vae), sharding=everywhere)
-        for path, leaf in pixels.items()}}  # fmt: skip
+    return {
+        "teacher": teacher,
+        "codec": {
+            path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(exp.dtypes.vae), sharding=everywhere)
+            for path, leaf in pixels.items()
+        },
+    }
 
 
 def held(tree: Any) -> int:
     """Bytes of a tree of placed shapes on each device."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def state_rows(exp: Experiment, form: Any, others: Mapping[str, Any], parts: int) -> Iterator[Row]:
     """What each device holds between steps, beside an equal share of the transformer's parameters, times bytes each."""
-    count = sum(math.prod(leaf.shape) for leaf in pytrees.flatten(
-        jax.eval_shape(lambda: dit.WanDiT(exp.dit, nnx.Rngs(0)))).values())  # fmt: skip
+    count = sum(
+        math.prod(leaf.shape)
+        for leaf in pytrees.flatten(
+            jax.eval_shape(lambda: dit.WanDiT(exp.dit, nnx.Rngs(0)))
+        ).values()
+    )
     half = jnp.dtype(exp.dtypes.params).itemsize
-    table = (("generator", form.params["generator"], 4), ("its average", form.ema, 4),
-             ("its moments", (form.opt["generator"], form.opt["compressor"]), 8),
-             ("critic", form.params["critic"], 4), ("its moments", form.opt["critic"], 8),
-             ("teacher", others["teacher"], half), ("all", (form, others["teacher"]), 28 + half),
-             ("all, with gradients", (form, others["teacher"], form.params["generator"]), 32 + half))  # fmt: skip
+    table = (
+        ("generator", form.params["generator"], 4),
+        ("its average", form.ema, 4),
+        ("its moments", (form.opt["generator"], form.opt["compressor"]), 8),
+        ("critic", form.params["critic"], 4),
+        ("its moments", form.opt["critic"], 8),
+        ("teacher", others["teacher"], half),
+        ("all", (form, others["teacher"]), 28 + half),
+        ("all, with gradients", (form, others["teacher"], form.params["generator"]), 32 + half),
+    )
     for name, tree, each in table:
         known, share = held(tree), each * count / parts
         ok = known <= ROOM * share if name.startswith("all") else None
@@ -104,27 +131,56 @@ def exchanged(text: str) -> tuple[Counter, Counter]:
     return places, volume
 
 
-def step_rows(exp: Experiment, name: str, form: Any, others: Mapping[str, Any], grid: jax.sharding.Mesh, *,
-              on_gpus: bool) -> Iterator[Row]:  # fmt: skip
+def step_rows(
+    exp: Experiment,
+    name: str,
+    form: Any,
+    others: Mapping[str, Any],
+    grid: jax.sharding.Mesh,
+    *,
+    on_gpus: bool,
+) -> Iterator[Row]:
     """What one step needs beside the state, and what the devices exchange in it."""
     start = time.monotonic()
-    states = jax.ShapeDtypeStruct((exp.train.batch, exp.dit.text_len, exp.dit.text_dim), jnp.bfloat16,
-                                  sharding=mesh.batch_sharding(grid))  # fmt: skip
+    states = jax.ShapeDtypeStruct(
+        (exp.train.batch, exp.dit.text_len, exp.dit.text_dim),
+        jnp.bfloat16,
+        sharding=mesh.batch_sharding(grid),
+    )
     with jax.set_mesh(grid):
         update = runs.compiled(exp, runs.Program(), form, grid)
         done = update.lower(form, others, {"states": states}, np.uint32(0), (name,), exp).compile()
     stats: Any = done.memory_analysis()
-    peak = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes \
-        - stats.alias_size_in_bytes  # fmt: skip
-    yield Row(name, "state handed back in place", f"{stats.alias_size_in_bytes / 1e9:.2f} of {held(form) / 1e9:.2f} GB",
-              stats.alias_size_in_bytes >= held(form) - 64)  # fmt: skip
+    peak = (
+        stats.argument_size_in_bytes
+        + stats.temp_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+    )
+    yield Row(
+        name,
+        "state handed back in place",
+        f"{stats.alias_size_in_bytes / 1e9:.2f} of {held(form) / 1e9:.2f} GB",
+        stats.alias_size_in_bytes >= held(form) - 64,
+    )
     yield Row(name, "temporary memory", f"{stats.temp_size_in_bytes / 1e9:.2f} GB", None)
-    yield Row(name, "in all on each device", f"{peak / 1e9:.2f} GB", peak < PEAK if on_gpus else None)
+    yield Row(
+        name, "in all on each device", f"{peak / 1e9:.2f} GB", peak < PEAK if on_gpus else None
+    )
     places, volume = exchanged(done.as_text())
     for key in sorted(places):
-        yield Row(name, f"{key[0]} of {key[1]}", f"{places[key]} times, {volume[key] / 1e6:,.1f} MB", None)
-    wanted = sum(size for (kind, _), size in volume.items() if kind in KINDS[:2]) / max(sum(volume.values()), 1)
-    yield Row(name, "carried by all-gather and reduce-scatter", f"{wanted:.1%}", wanted > WANTED if on_gpus else None)
+        yield Row(
+            name, f"{key[0]} of {key[1]}", f"{places[key]} times, {volume[key] / 1e6:,.1f} MB", None
+        )
+    wanted = sum(size for (kind, _), size in volume.items() if kind in KINDS[:2]) / max(
+        sum(volume.values()), 1
+    )
+    yield Row(
+        name,
+        "carried by all-gather and reduce-scatter",
+        f"{wanted:.1%}",
+        wanted > WANTED if on_gpus else None,
+    )
     yield Row(name, "time to compile", f"{time.monotonic() - start:.0f} s", None)
 
 
@@ -133,8 +189,10 @@ def run(args: argparse.Namespace) -> int:
     on_gpus = gpus() and not args.cpu
     found = devices(on_gpus)
     exp = overrides.load_experiment(args.config, (*SETTINGS, *args.sets))
-    exp = dataclasses.replace(rollout.for_training(exp, exp.blocks, exp.cache.sink),
-                              attention="cudnn" if on_gpus else "xla")  # fmt: skip
+    exp = dataclasses.replace(
+        rollout.for_training(exp, exp.blocks, exp.cache.sink),
+        attention="cudnn" if on_gpus else "xla",
+    )
     grid = mesh.make(exp.train.mesh, found)
     mesh.check(exp, grid)
     form = runs.abstract(exp, runs.Program(), 0, grid)
@@ -142,14 +200,31 @@ def run(args: argparse.Namespace) -> int:
     rows = list(state_rows(exp, form, others, grid.shape["fsdp"] * grid.shape["tensor"]))
     for name in filter(None, args.steps.split(",")):
         rows += step_rows(exp, name, form, others, grid, on_gpus=on_gpus)
-    what = f"{COUNT} x {compile_for_h200.DEVICE.stem.upper()}" if on_gpus else f"{COUNT} fake CPU devices"
+    what = (
+        f"{COUNT} x {compile_for_h200.DEVICE.stem.upper()}"
+        if on_gpus
+        else f"{COUNT} fake CPU devices"
+    )
     sizes = ", ".join(f"{name}={size}" for name, size in grid.shape.items())
-    return compile_for_h200.told(rows, f"{args.config} on {what} ({sizes})", as_json=args.json, config=args.config,
-                                 devices=what, mesh=dict(grid.shape))  # fmt: skip
+    return compile_for_h200.told(
+        rows,
+        f"{args.config} on {what} ({sizes})",
+        as_json=args.json,
+        config=args.config,
+        devices=what,
+        mesh=dict(grid.shape),
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(compile_for_h200.program(
-        run, __doc__,
-        steps={"default": ",".join(STEPS), "help": "what to compile, or nothing (default: %(default)s)"},
-        cpu={"action": "store_true", "help": "fake CPU devices, whatever is installed"}))  # fmt: skip
+    sys.exit(
+        compile_for_h200.program(
+            run,
+            __doc__,
+            steps={
+                "default": ",".join(STEPS),
+                "help": "what to compile, or nothing (default: %(default)s)",
+            },
+            cpu={"action": "store_true", "help": "fake CPU devices, whatever is installed"},
+        )
+    )

@@ -1,6 +1,6 @@
 """The Stage world's model: what ships in the package and samples anywhere. It is not Wan2.1.
 
-    packforcing train --config stage --out runs/stage        # 1.3 s a step on one CPU core: about two hours
+packforcing train --config stage --out runs/stage        # 1.3 s a step on one CPU core: about two hours
 """
 
 from packforcing_jax.config import (
@@ -16,25 +16,44 @@ from packforcing_jax.config import (
     TrainConfig,
 )
 
-MUON = OptimiserConfig(kind="muon", matrix_rate=4e-3, rate=3e-3, betas=(0.9, 0.98), clip=0.0, warmup=50, cooldown=0.4)
+MUON = OptimiserConfig(
+    kind="muon", matrix_rate=4e-3, rate=3e-3, betas=(0.9, 0.98), clip=0.0, warmup=50, cooldown=0.4
+)
 
 experiment = Experiment(
     name="stage",
     dit=DiTConfig(
-        dim=96, ffn_dim=384, heads=3, layers=4, text_dim=64, text_len=16, freq_dim=64, in_channels=48, out_channels=48,
-        rope_theta=(1000.0, 50.0, 50.0), rope_pairs=(8, 4, 4),
+        dim=96,
+        ffn_dim=384,
+        heads=3,
+        layers=4,
+        text_dim=64,
+        text_len=16,
+        freq_dim=64,
+        in_channels=48,
+        out_channels=48,
+        rope_theta=(1000.0, 50.0, 50.0),
+        rope_pairs=(8, 4, 4),
     ),
     codec=SpaceToDepthConfig(factor=4),
     text=TextConfig(vocab=46, dim=64, dim_attn=64, dim_ffn=128, heads=2, layers=2, max_words=16),
     cache=PROFILES["stage"],
     compressor=CompressorConfig(channels=(32, 64, 128, 192)),
-    sample=SampleConfig(steps=tuple(round(1000 - 62.5 * i) for i in range(16)), shift=6.0, prediction="clean"),
+    sample=SampleConfig(
+        steps=tuple(round(1000 - 62.5 * i) for i in range(16)), shift=6.0, prediction="clean"
+    ),
     train=TrainConfig(
-        objective="forcing", steps=6000, batch=8, shift=6.0, trained=("dit", "compressor", "text"), ema=0.995,
+        objective="forcing",
+        steps=6000,
+        batch=8,
+        shift=6.0,
+        trained=("dit", "compressor", "text"),
+        ema=0.995,
         cover=CoverConfig(sinks=(0, 0, 0, 4, 8), gap=64.0, gap_share=0.5, matching=0.1),
-        generator=MUON, compressor=MUON,
+        generator=MUON,
+        compressor=MUON,
     ),
     latent=(8, 8),
     fps=8,
     clip=20,
-)  # fmt: skip
+)

@@ -1,13 +1,19 @@
 """Every objective on eight clips of the Stage world, with a model small enough for continuous integration.
 
-    packforcing train --config stage_overfit --out runs/overfit      # two CPU cores, minutes
+packforcing train --config stage_overfit --out runs/overfit      # two CPU cores, minutes
 """
 
 import dataclasses
 
 from packforcing_jax.configs.stage import experiment as stage
 
-from packforcing_jax.config import CoverConfig, DataConfig, DistilConfig, OptimiserConfig, SampleConfig
+from packforcing_jax.config import (
+    CoverConfig,
+    DataConfig,
+    DistilConfig,
+    OptimiserConfig,
+    SampleConfig,
+)
 
 MUON = dataclasses.replace(stage.train.generator, warmup=10, cooldown=0.0, matrix_rate=1e-2)
 SETTLED = dataclasses.replace(MUON, cooldown=0.5)
@@ -15,24 +21,42 @@ EASED = dataclasses.replace(SETTLED, matrix_rate=1.5e-3, rate=7e-4)
 FINE = OptimiserConfig(rate=6e-4, betas=(0.0, 0.99), decay=0.0, cooldown=0.4)
 CRITIC = dataclasses.replace(FINE, rate=1e-3)
 small = dataclasses.replace(
-    stage, name="stage_overfit", sample=SampleConfig(steps=(1000, 750, 500, 250), shift=6.0, prediction="clean"),
+    stage,
+    name="stage_overfit",
+    sample=SampleConfig(steps=(1000, 750, 500, 250), shift=6.0, prediction="clean"),
     dit=dataclasses.replace(stage.dit, dim=48, ffn_dim=128, layers=2, rope_pairs=(4, 2, 2)),
     compressor=dataclasses.replace(stage.compressor, channels=(8, 16, 24, 48)),
-)  # fmt: skip
+)
 
 
 def stage_of(**settings):
     train = dataclasses.replace(
-        stage.train, generator=MUON, compressor=MUON, trained=("dit", "compressor"), generator_from="start",
-        source=DataConfig(limit=8), cover=CoverConfig(sinks=(0,)), distil=DistilConfig(guidance=1.0), ema=0.9,
-        save_every=1000, log_every=5)  # fmt: skip
+        stage.train,
+        generator=MUON,
+        compressor=MUON,
+        trained=("dit", "compressor"),
+        generator_from="start",
+        source=DataConfig(limit=8),
+        cover=CoverConfig(sinks=(0,)),
+        distil=DistilConfig(guidance=1.0),
+        ema=0.9,
+        save_every=1000,
+        log_every=5,
+    )
     return dataclasses.replace(small, train=dataclasses.replace(train, **settings))
 
 
 def distilled(objective):
-    return stage_of(objective=objective, generator_from="consistency", teacher_from="teacher", steps=150,
-                    generator=FINE, compressor=FINE, critic=CRITIC,
-                    distil=DistilConfig(guidance=0.0, critic_updates=1, finished=False))  # fmt: skip
+    return stage_of(
+        objective=objective,
+        generator_from="consistency",
+        teacher_from="teacher",
+        steps=150,
+        generator=FINE,
+        compressor=FINE,
+        critic=CRITIC,
+        distil=DistilConfig(guidance=0.0, critic_updates=1, finished=False),
+    )
 
 
 recipe = (
@@ -41,10 +65,25 @@ recipe = (
     ("causal", stage_of(steps=300, generator=SETTLED, compressor=SETTLED)),
     ("forced", stage_of(steps=150, history="clean")),
     ("diffused", stage_of(steps=150, history="noisy")),
-    ("trajectory", stage_of(objective="trajectory", history="noisy", steps=60, source=DataConfig("records", "data"))),
-    ("consistency", stage_of(objective="consistency", generator_from="causal", teacher_from="causal", steps=180,
-                             grid=16, generator=EASED, compressor=EASED)),
+    (
+        "trajectory",
+        stage_of(
+            objective="trajectory", history="noisy", steps=60, source=DataConfig("records", "data")
+        ),
+    ),
+    (
+        "consistency",
+        stage_of(
+            objective="consistency",
+            generator_from="causal",
+            teacher_from="causal",
+            steps=180,
+            grid=16,
+            generator=EASED,
+            compressor=EASED,
+        ),
+    ),
     ("dmd", distilled("dmd")),
     ("sid", distilled("sid")),
-)  # fmt: skip
+)
 experiment = recipe[2][1]

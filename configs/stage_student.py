@@ -30,16 +30,53 @@ def trained(sample=stage.sample, **settings):
 
 recipe = (
     ("causal", trained(steps=3000)),
-    ("consistency", trained(
-        sample=FEW, objective="consistency", generator_from="causal", teacher_from="causal", steps=2000, grid=24,
-        trained=("dit", "compressor"), ema=0.95, cover=COVER, distil=DistilConfig(guidance=1.0), generator=GENTLE,
-        compressor=GENTLE)),
-    ("teacher", trained(
-        objective="flow_matching", generator_from="causal", steps=4000, trained=("dit",), drop_text=0.1,
-        cover=CoverConfig(), generator=STEADY)),
-    ("student", trained(
-        sample=FEW, objective="dmd", generator_from="consistency", teacher_from="teacher", steps=1200,
-        trained=("dit", "compressor"), ema=0.99, blend_from="causal", blend=0.25, cover=COVER,
-        distil=DistilConfig(guidance=0.25), generator=FADING, compressor=FADING, critic=ALERT)),
-)  # fmt: skip
+    (
+        "consistency",
+        trained(
+            sample=FEW,
+            objective="consistency",
+            generator_from="causal",
+            teacher_from="causal",
+            steps=2000,
+            grid=24,
+            trained=("dit", "compressor"),
+            ema=0.95,
+            cover=COVER,
+            distil=DistilConfig(guidance=1.0),
+            generator=GENTLE,
+            compressor=GENTLE,
+        ),
+    ),
+    (
+        "teacher",
+        trained(
+            objective="flow_matching",
+            generator_from="causal",
+            steps=4000,
+            trained=("dit",),
+            drop_text=0.1,
+            cover=CoverConfig(),
+            generator=STEADY,
+        ),
+    ),
+    (
+        "student",
+        trained(
+            sample=FEW,
+            objective="dmd",
+            generator_from="consistency",
+            teacher_from="teacher",
+            steps=1200,
+            trained=("dit", "compressor"),
+            ema=0.99,
+            blend_from="causal",
+            blend=0.25,
+            cover=COVER,
+            distil=DistilConfig(guidance=0.25),
+            generator=FADING,
+            compressor=FADING,
+            critic=ALERT,
+        ),
+    ),
+)
 experiment = recipe[-1][1]

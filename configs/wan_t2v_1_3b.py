@@ -3,6 +3,10 @@
 from packforcing_jax.config import HALF, PROFILES, Experiment
 
 experiment = Experiment(
-    name="wan_t2v_1_3b", cache=PROFILES["published"], dtypes=HALF,
-    latent=(60, 104), fps=16, clip=21,
-)  # fmt: skip
+    name="wan_t2v_1_3b",
+    cache=PROFILES["published"],
+    dtypes=HALF,
+    latent=(60, 104),
+    fps=16,
+    clip=21,
+)

@@ -13,8 +13,15 @@ from packforcing_jax.configs.wan_t2v_1_3b_paper import experiment as base
 from packforcing_jax.config import CoverConfig, DataConfig, TrainConfig
 
 train = TrainConfig(
-    objective="forcing", history="memory", steps=5000, batch=64, drop_text=0.1, ema=0.999, remat="blocks",
-    cover=CoverConfig(sinks=(0, 4, 8), gap=60.0, gap_share=0.5), source=DataConfig(kind="records"),
-)  # fmt: skip
+    objective="forcing",
+    history="memory",
+    steps=5000,
+    batch=64,
+    drop_text=0.1,
+    ema=0.999,
+    remat="blocks",
+    cover=CoverConfig(sinks=(0, 4, 8), gap=60.0, gap_share=0.5),
+    source=DataConfig(kind="records"),
+)
 
 experiment = dataclasses.replace(base, name="wan_t2v_1_3b_causal", train=train)

@@ -11,9 +11,16 @@ from packforcing_jax.configs.wan_t2v_1_3b_paper import experiment as base
 from packforcing_jax.config import CoverConfig, DataConfig, DistilConfig, TrainConfig
 
 train = TrainConfig(
-    objective="consistency", history="memory", steps=3000, batch=64, grid=48, ema=0.99, remat="blocks",
-    distil=DistilConfig(form="plain", guidance=3.0), cover=CoverConfig(sinks=(0, 4, 8), gap=60.0, gap_share=0.5),
+    objective="consistency",
+    history="memory",
+    steps=3000,
+    batch=64,
+    grid=48,
+    ema=0.99,
+    remat="blocks",
+    distil=DistilConfig(form="plain", guidance=3.0),
+    cover=CoverConfig(sinks=(0, 4, 8), gap=60.0, gap_share=0.5),
     source=DataConfig(kind="records"),
-)  # fmt: skip
+)
 
 experiment = dataclasses.replace(base, name="wan_t2v_1_3b_consistency", train=train)

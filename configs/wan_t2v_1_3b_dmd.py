@@ -13,8 +13,14 @@ from packforcing_jax.configs.wan_t2v_1_3b_paper import experiment as base
 from packforcing_jax.config import CoverConfig, DataConfig, OptimiserConfig, TrainConfig
 
 train = TrainConfig(
-    objective="dmd", steps=3000, batch=8, ema=0.99, ema_from=40, compressor=OptimiserConfig(rate=1e-4, warmup=20),
-    cover=CoverConfig(sinks=(0, 4, 8), gap=60.0, gap_share=0.5), source=DataConfig(kind="records"),
-)  # fmt: skip
+    objective="dmd",
+    steps=3000,
+    batch=8,
+    ema=0.99,
+    ema_from=40,
+    compressor=OptimiserConfig(rate=1e-4, warmup=20),
+    cover=CoverConfig(sinks=(0, 4, 8), gap=60.0, gap_share=0.5),
+    source=DataConfig(kind="records"),
+)
 
 experiment = dataclasses.replace(base, name="wan_t2v_1_3b_dmd", train=train)

@@ -3,6 +3,10 @@
 from packforcing_jax.config import HALF, PROFILES, Experiment
 
 experiment = Experiment(
-    name="wan_t2v_1_3b_paper", cache=PROFILES["paper"], dtypes=HALF,
-    latent=(60, 104), fps=16, clip=20,
-)  # fmt: skip
+    name="wan_t2v_1_3b_paper",
+    cache=PROFILES["paper"],
+    dtypes=HALF,
+    latent=(60, 104),
+    fps=16,
+    clip=20,
+)

@@ -11,8 +11,14 @@ from packforcing_jax.configs.wan_t2v_1_3b_paper import experiment as base
 from packforcing_jax.config import DataConfig, TrainConfig
 
 train = TrainConfig(
-    objective="flow_matching", trained=("dit",), shift=5.0, drop_text=0.1, steps=3000, batch=64, ema=0.999,
+    objective="flow_matching",
+    trained=("dit",),
+    shift=5.0,
+    drop_text=0.1,
+    steps=3000,
+    batch=64,
+    ema=0.999,
     source=DataConfig(kind="records"),
-)  # fmt: skip
+)
 
 experiment = dataclasses.replace(base, name="wan_t2v_1_3b_teacher", train=train)

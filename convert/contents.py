@@ -16,14 +16,22 @@ from packforcing_jax.convert.sources import Found, Group
 from packforcing_jax.errors import InputError, require
 from packforcing_jax.io.safetensors_io import Tensor
 
-PREFERRED = ("generator_ema", "generator", "state_dict", "model_state_dict", "model", "module")  # tables of trainers
+PREFERRED = (
+    "generator_ema",
+    "generator",
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+)  # tables of trainers
 LORA = "lora"  # the kind of a source that holds additions to a network
 LORA_NAME = re.compile(r"(^|.*\.)lora_.*")
 ALPHA = re.compile(r"(^|.*\.)alpha")
 ALPHAS = ("lora_alpha", "alpha")  # how the strength of a LoRA is called beside it
 WRAPPERS = re.compile(  # what tools for training and fine-tuning put into names, anywhere
     r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|base_model|base_layer|"
-    r"diffusion_model|transformer|module|model)\.")  # fmt: skip
+    r"diffusion_model|transformer|module|model)\."
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +70,10 @@ def sort(found: Found, network: str | None = None, kind: str | None = None) -> C
     contents, offers = Contents(), defaultdict(list)
     tables = {group.origin: _tables(group.content) for group in found.groups}
     known = {key for per_group in tables.values() for place in per_group for key in place}
-    require(network is None or not known.isdisjoint({network, f"{network}_{LORA}"}),
-            f"no source has a network called {network!r}; they have {', '.join(sorted(known)[:8]) or 'one each'}.")
+    require(
+        network is None or not known.isdisjoint({network, f"{network}_{LORA}"}),
+        f"no source has a network called {network!r}; they have {', '.join(sorted(known)[:8]) or 'one each'}.",
+    )
     for group in found.groups:
         named = _plain(_chosen(tables[group.origin], group, network, contents), group, contents)
         for part, held in _by_part(named, group, kind, contents).items():
@@ -79,10 +89,18 @@ def sort(found: Found, network: str | None = None, kind: str | None = None) -> C
 
 def _tables(content: Any, place: tuple[str, ...] = ()) -> dict[tuple[str, ...], dict[str, Tensor]]:
     """Every table that has tensors itself, by the keys that lead to it."""
-    items = content.items() if isinstance(content, dict) else enumerate(content) if _listed(content) else ()
+    items = (
+        content.items()
+        if isinstance(content, dict)
+        else enumerate(content)
+        if _listed(content)
+        else ()
+    )
     own, inner, named = {}, {}, {str(key): value for key, value in items}
-    require(not named or len(named) == len(content),
-            f"{'.'.join(place) or 'the file'} has a number and a text as keys that read alike; re-save it.")
+    require(
+        not named or len(named) == len(content),
+        f"{'.'.join(place) or 'the file'} has a number and a text as keys that read alike; re-save it.",
+    )
     for key, value in named.items():
         if isinstance(value, Tensor):
             own[key] = value
@@ -95,46 +113,81 @@ def _listed(content: Any) -> bool:
     return isinstance(content, list | tuple)
 
 
-def _chosen(tables: Mapping[tuple[str, ...], Mapping[str, Tensor]], group: Group, network: str | None,
-            contents: Contents) -> dict[str, Tensor]:  # fmt: skip
+def _chosen(
+    tables: Mapping[tuple[str, ...], Mapping[str, Tensor]],
+    group: Group,
+    network: str | None,
+    contents: Contents,
+) -> dict[str, Tensor]:
     """The tensors of the tables that are meant, of a network and of a LoRA; the others are noted as ignored."""
-    loras = [place for place, table in tables.items() if all(LORA_NAME.match(n) or ALPHA.match(n) for n in table)]
+    loras = [
+        place
+        for place, table in tables.items()
+        if all(LORA_NAME.match(n) or ALPHA.match(n) for n in table)
+    ]
     others = [place for place in tables if place not in loras]
     preferred = (network, *PREFERRED) if network else PREFERRED
-    places = [*_pick(others, preferred, group), *_pick(loras, [f"{name}_{LORA}" for name in preferred], group)]
+    places = [
+        *_pick(others, preferred, group),
+        *_pick(loras, [f"{name}_{LORA}" for name in preferred], group),
+    ]
     for place, table in tables.items():
         if place not in places:
             reason = f"of {'.'.join(place) or 'no network'}, which was not chosen"
-            contents.ignored += [Ignored(t.name, t.origin, reason, "dit", t) for t in table.values()]
-    contents.ignored += [Ignored(name, group.origin, "no tensor") for name in _numbers(group.content)]
+            contents.ignored += [
+                Ignored(t.name, t.origin, reason, "dit", t) for t in table.values()
+            ]
+    contents.ignored += [
+        Ignored(name, group.origin, "no tensor") for name in _numbers(group.content)
+    ]
     return {name: tensor for place in places for name, tensor in tables[place].items()}
 
 
-def _pick(places: Sequence[tuple[str, ...]], preferred: Sequence[str], group: Group) -> list[tuple[str, ...]]:
+def _pick(
+    places: Sequence[tuple[str, ...]], preferred: Sequence[str], group: Group
+) -> list[tuple[str, ...]]:
     """The one table that is meant of those at `places`, if there are any."""
-    for found in (*([place for place in places if key in place] for key in preferred),
-                  [place for place in places if not place], places):  # fmt: skip
+    for found in (
+        *([place for place in places if key in place] for key in preferred),
+        [place for place in places if not place],
+        places,
+    ):
         if len(found) == 1:
             return list(found)
         names = ", ".join(sorted({place[0] for place in found if place})[:8])
-        require(not found, f"{group.origin} holds several networks ({names}); choose one with --network NAME.")
+        require(
+            not found,
+            f"{group.origin} holds several networks ({names}); choose one with --network NAME.",
+        )
     return []
 
 
 def _numbers(content: Any) -> Iterator[str]:
     """What a trainer's file holds beside tensors, such as step counters."""
     if isinstance(content, dict):
-        yield from (str(key) for key, value in content.items() if not isinstance(value, Tensor) and not _tables(value))
+        yield from (
+            str(key)
+            for key, value in content.items()
+            if not isinstance(value, Tensor) and not _tables(value)
+        )
 
 
 def _note_alpha(group: Group, contents: Contents) -> None:
     """Notes how strong the LoRA of a group is, if something beside its tensors says so."""
     beside = group.content if isinstance(group.content, dict) else {}
     told = [table.get(key) for table in (beside, group.adapter) for key in ALPHAS]
-    contents.alpha = next((float(value) for value in told if isinstance(value, int | float)), contents.alpha)
-    require(math.isfinite(contents.alpha or 0), f"{group.origin}: the LoRA's alpha is no number; correct it.")
+    contents.alpha = next(
+        (float(value) for value in told if isinstance(value, int | float)), contents.alpha
+    )
+    require(
+        math.isfinite(contents.alpha or 0),
+        f"{group.origin}: the LoRA's alpha is no number; correct it.",
+    )
     for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
-        require(not group.adapter.get(key), f"{group.origin}: {key} of the LoRA is not supported; merge it first.")
+        require(
+            not group.adapter.get(key),
+            f"{group.origin}: {key} of the LoRA is not supported; merge it first.",
+        )
 
 
 # Names
@@ -157,12 +210,15 @@ def _plain(named: Mapping[str, Tensor], group: Group, contents: Contents) -> dic
 def _refuse_others(name: str, tensor: Tensor, group: Group) -> None:
     for pattern, model in wan_dit.OTHERS.items():
         if re.fullmatch(pattern, name):
-            raise InputError(f"{group.origin} is {model} (it has {tensor.name}), not Wan2.1's text-to-video network; "
-                             "convert a text-to-video checkpoint.")  # fmt: skip
+            raise InputError(
+                f"{group.origin} is {model} (it has {tensor.name}), not Wan2.1's text-to-video network; "
+                "convert a text-to-video checkpoint."
+            )
 
 
-def _by_part(named: dict[str, Tensor], group: Group, kind: str | None,
-             contents: Contents) -> dict[str, dict[str, Tensor]]:  # fmt: skip
+def _by_part(
+    named: dict[str, Tensor], group: Group, kind: str | None, contents: Contents
+) -> dict[str, dict[str, Tensor]]:
     """Tensors by part and original name; what no network knows is noted, or refused if that is all there is."""
     added = {name for name in named if kind == LORA or LORA_NAME.match(name)}
     added |= {name for name in named if added and ALPHA.match(name)}
@@ -170,9 +226,14 @@ def _by_part(named: dict[str, Tensor], group: Group, kind: str | None,
         _put(contents.adapters, name, named[name], contents.wrong)
     rest = {name: tensor for name, tensor in named.items() if name not in added}
     known = networks.original_names(rest)
-    meant = networks.original_names(rest, [networks.KINDS[kind]]) if kind in networks.KINDS else known
-    require(bool(known or added), f"{group.origin} holds no network of Wan2.1 (its tensors are called "
-            f"{', '.join(list(named)[:4])}); {_hint(named)}.")  # fmt: skip
+    meant = (
+        networks.original_names(rest, [networks.KINDS[kind]]) if kind in networks.KINDS else known
+    )
+    require(
+        bool(known or added),
+        f"{group.origin} holds no network of Wan2.1 (its tensors are called "
+        f"{', '.join(list(named)[:4])}); {_hint(named)}.",
+    )
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in rest.items():
         if name == umt5.EMBEDDING_TWIN and name in meant and "shared.weight" in rest:
@@ -181,7 +242,9 @@ def _by_part(named: dict[str, Tensor], group: Group, kind: str | None,
             part, original = meant[name]
             _put(parts[part], original, tensor, contents.wrong)
         elif name in known:
-            contents.ignored.append(Ignored(tensor.name, tensor.origin, f"--kind {kind}", known[name][0], tensor))
+            contents.ignored.append(
+                Ignored(tensor.name, tensor.origin, f"--kind {kind}", known[name][0], tensor)
+            )
         else:
             contents.wrong["unknown to the table"].append(tensor.name)
     return parts
@@ -189,13 +252,20 @@ def _by_part(named: dict[str, Tensor], group: Group, kind: str | None,
 
 def _hint(named: Mapping[str, Tensor]) -> str:
     ours = any("/" in name for name in named)
-    return "give the model folder that it belongs to" if ours else "convert a checkpoint of Wan2.1 text-to-video"
+    return (
+        "give the model folder that it belongs to"
+        if ours
+        else "convert a checkpoint of Wan2.1 text-to-video"
+    )
 
 
 def _put(held: dict[str, Tensor], name: str, tensor: Tensor, wrong: rules.Mismatches) -> None:
     if name in held:
-        wrong["named twice"].append(" and ".join(f"{each.name} of {Path(each.origin).name}"
-                                                 for each in (tensor, held[name])))  # fmt: skip
+        wrong["named twice"].append(
+            " and ".join(
+                f"{each.name} of {Path(each.origin).name}" for each in (tensor, held[name])
+            )
+        )
     held.setdefault(name, tensor)
 
 
@@ -207,8 +277,12 @@ def _settle(part: str, offers: Sequence[Offer], contents: Contents) -> None:
         for name, tensor in offer.tensors.items():
             _put(contents.networks[part], name, tensor, contents.wrong)
     taken = ", ".join(offer.group.origin for offer in best)
-    contents.ignored += [Ignored(tensor.name, tensor.origin, f"this network is taken from {taken}", part, tensor)
-                         for offer in offers if offer not in best for tensor in offer.tensors.values()]  # fmt: skip
+    contents.ignored += [
+        Ignored(tensor.name, tensor.origin, f"this network is taken from {taken}", part, tensor)
+        for offer in offers
+        if offer not in best
+        for tensor in offer.tensors.values()
+    ]
 
 
 # Twins
@@ -226,7 +300,11 @@ def digest(array: np.ndarray) -> str:
 
 def _check_twin(twin: Tensor, shared: Tensor, contents: Contents) -> None:
     """Leaves out the second copy of the embedding, which must be one."""
-    same = (twin.shape, twin.dtype) == (shared.shape, shared.dtype) and digest(twin.read()) == digest(shared.read())
+    same = (twin.shape, twin.dtype) == (shared.shape, shared.dtype) and digest(
+        twin.read()
+    ) == digest(shared.read())
     if not same:
         contents.wrong[f"unlike {shared.name}"].append(twin.name)
-    contents.ignored.append(Ignored(twin.name, twin.origin, f"the same as {shared.name}", "text", twin))
+    contents.ignored.append(
+        Ignored(twin.name, twin.origin, f"the same as {shared.name}", "text", twin)
+    )

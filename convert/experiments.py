@@ -11,8 +11,14 @@ from packforcing_jax.config import Experiment, VAEConfig, overrides
 from packforcing_jax.io import model_folder
 
 
-def describe(contents: Contents, taken: Mapping[str, model_folder.Opened], template: Experiment, *, sets: Sequence[str],
-             notes: list[str]) -> Experiment:  # fmt: skip
+def describe(
+    contents: Contents,
+    taken: Mapping[str, model_folder.Opened],
+    template: Experiment,
+    *,
+    sets: Sequence[str],
+    notes: list[str],
+) -> Experiment:
     """The template with the sizes of what was found, then with the user's `sets`.
 
     Parts `taken` from model folders bring their settings; what was assumed goes to `notes`.
@@ -26,10 +32,14 @@ def describe(contents: Contents, taken: Mapping[str, model_folder.Opened], templ
         _note_heads(contents, dit, template, sets, notes)
     found.setdefault("compressor", dataclasses.replace(template.compressor, branches="lr"))
     codec = found.pop("codec")
-    start = dataclasses.replace(template, codec=codec,
-                                dit=dataclasses.replace(template.dit, in_channels=codec.z_dim))  # fmt: skip
-    given = [f"{part}.{field.name}={getattr(cfg, field.name)!r}" for part, cfg in found.items()
-             for field in dataclasses.fields(cfg)]  # fmt: skip
+    start = dataclasses.replace(
+        template, codec=codec, dit=dataclasses.replace(template.dit, in_channels=codec.z_dim)
+    )
+    given = [
+        f"{part}.{field.name}={getattr(cfg, field.name)!r}"
+        for part, cfg in found.items()
+        for field in dataclasses.fields(cfg)
+    ]
     return overrides.override(start, [*given, *sets])
 
 
@@ -46,7 +56,10 @@ def _from_weights(part: str, contents: Contents, template: Experiment) -> Any:
 
 def _settings(part: str, contents: Contents, cfg: Any) -> list[Any]:
     """What the settings beside the weights of a part say, where they are about it."""
-    told = (networks.described(part, group.settings, cfg, group.origin) for group in contents.groups[part])
+    told = (
+        networks.described(part, group.settings, cfg, group.origin)
+        for group in contents.groups[part]
+    )
     return [each for each in told if each is not None]
 
 
@@ -54,13 +67,18 @@ def _codec_for(channels: int, codec: Any, notes: list[str]) -> Any:
     """The template's codec if its latents have this many channels, else one of that many that are not normalised."""
     if codec.z_dim == channels:
         return codec
-    notes.append(f"no codec was given and the template's has {codec.z_dim} channels, not {channels}: latents are "
-                 "taken as not normalised; give --set codec.mean=(...) and codec.std=(...) if they are")  # fmt: skip
+    notes.append(
+        f"no codec was given and the template's has {codec.z_dim} channels, not {channels}: latents are "
+        "taken as not normalised; give --set codec.mean=(...) and codec.std=(...) if they are"
+    )
     return wan_vae.plain(channels)
 
 
-def _note_heads(contents: Contents, dit: Any, template: Experiment, sets: Sequence[str], notes: list[str]) -> None:
+def _note_heads(
+    contents: Contents, dit: Any, template: Experiment, sets: Sequence[str], notes: list[str]
+) -> None:
     told = any(each.partition("=")[0].strip() == "dit.heads" for each in sets)
-    assumed = None if told or _settings("dit", contents, dit) else wan_dit.assumption(dit, template.dit)
+    assumed = (
+        None if told or _settings("dit", contents, dit) else wan_dit.assumption(dit, template.dit)
+    )
     notes += [assumed] if assumed else []
-

@@ -14,14 +14,21 @@ from packforcing_jax.io.safetensors_io import Tensor
 
 SUFFIX = ".safetensors"
 AGAIN = "fetch or convert the model again"
-Watch: TypeAlias = Callable[[Iterable, int], Iterable]  # (steps, how many) -> the same steps, shown to the user
+Watch: TypeAlias = Callable[
+    [Iterable, int], Iterable
+]  # (steps, how many) -> the same steps, shown to the user
 
 
 def originals(model: model_folder.Opened, part: str, wrong: rules.Mismatches) -> dict[str, Tensor]:
     """The tensors of a part by original name, as checkpoints have them; the part must be whole."""
     held = model.part(part)
-    rules.fit(held, {path: rules.Place(path) for path in held}, networks.wanted(part, model.experiment), wrong,
-              f"{part}/")  # fmt: skip
+    rules.fit(
+        held,
+        {path: rules.Place(path) for path in held},
+        networks.wanted(part, model.experiment),
+        wrong,
+        f"{part}/",
+    )
     shapes = {path: tensor.shape for path, tensor in held.items()}
     sizes = networks.merged_axes(model.experiment)
     places = rules.sources(shapes, networks.NETWORKS[part].table, wrong, f"{part}/")
@@ -34,16 +41,25 @@ def _original(name: str, tensor: Tensor, place: rules.Place, sizes: dict[str, in
     def view(array: np.ndarray) -> np.ndarray:
         return place.inverse(array if place.layer is None else array[place.layer], sizes)
 
-    return Tensor(name, view(rules.hollow(tensor.shape)).shape, tensor.dtype, lambda: view(tensor.read()),
-                  tensor.origin)  # fmt: skip
+    return Tensor(
+        name,
+        view(rules.hollow(tensor.shape)).shape,
+        tensor.dtype,
+        lambda: view(tensor.read()),
+        tensor.origin,
+    )
 
 
-def to_torch(folder: Path, out: Path, part: str | None = None, watch: Watch = lambda steps, count: steps
-             ) -> dict[str, dict[str, Tensor]]:  # fmt: skip
+def to_torch(
+    folder: Path, out: Path, part: str | None = None, watch: Watch = lambda steps, count: steps
+) -> dict[str, dict[str, Tensor]]:
     """Writes the parts of a model folder, or one of them, to the file `out`; returns its tensors by part."""
     model, wrong = sources.opened_model(folder), rules.no_mismatches()
     _check_target(out, folder)
-    require(bool(model.parts), f"Model folder {folder} has no weights; fetch or convert the model again.")
+    require(
+        bool(model.parts),
+        f"Model folder {folder} has no weights; fetch or convert the model again.",
+    )
     parts = {each: originals(model, each, wrong) for each in ([part] if part else model.parts)}
     rules.raise_all(wrong, f"Model folder {folder} does not fit its {model_folder.CONFIG}", AGAIN)
     held = {name: tensor for tensors_of in parts.values() for name, tensor in tensors_of.items()}
@@ -63,7 +79,9 @@ def to_torch(folder: Path, out: Path, part: str | None = None, watch: Watch = la
 def _check_target(out: Path, folder: Path) -> None:
     """Raises `InputError` unless a file may be written at `out`, in the place of at most another of its kind."""
     require(out.suffix == SUFFIX, f"{out} must end in {SUFFIX}; choose such a name.")
-    require(out.parent.is_dir(), f"the folder of {out} does not exist; make it or choose another one.")
+    require(
+        out.parent.is_dir(), f"the folder of {out} does not exist; make it or choose another one."
+    )
     inside = out.resolve().is_relative_to(folder.resolve())
     require(not inside, f"{out} lies in the model folder {folder}; choose a place outside of it.")
     require(not out.is_dir(), f"{out} is a folder; choose the name of a file.")
@@ -71,4 +89,6 @@ def _check_target(out: Path, folder: Path) -> None:
         try:
             safetensors_io.opened(out)
         except InputError as error:
-            raise InputError(f"{out} exists and is no safetensors file; choose another name.") from error
+            raise InputError(
+                f"{out} exists and is no safetensors file; choose another name."
+            ) from error

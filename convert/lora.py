@@ -11,7 +11,9 @@ from packforcing_jax.convert import rules, wan_dit
 from packforcing_jax.io import safetensors_io
 from packforcing_jax.io.safetensors_io import Tensor
 
-NAME = re.compile(r"(?P<module>.+)\.(?:lora_(?P<side>A|B|down|up)(?:\.[^.]+)?\.weight|(?P<alpha>alpha))")
+NAME = re.compile(
+    r"(?P<module>.+)\.(?:lora_(?P<side>A|B|down|up)(?:\.[^.]+)?\.weight|(?P<alpha>alpha))"
+)
 SIDES = {"A": "down", "B": "up"}  # the same two under the names of another tool
 
 
@@ -33,8 +35,12 @@ class Addition:
         return delta.astype(weight.dtype)
 
 
-def additions(adapters: Mapping[str, Tensor], held: Mapping[str, Tensor], alpha: float | None,
-              wrong: rules.Mismatches) -> dict[str, Addition]:  # fmt: skip
+def additions(
+    adapters: Mapping[str, Tensor],
+    held: Mapping[str, Tensor],
+    alpha: float | None,
+    wrong: rules.Mismatches,
+) -> dict[str, Addition]:
     """What the tensors `adapters` add, by the original name of the weight; those that add nothing are noted.
 
     `alpha` holds for weights that have none of their own; without either it is the rank.
@@ -44,13 +50,19 @@ def additions(adapters: Mapping[str, Tensor], held: Mapping[str, Tensor], alpha:
         hit = NAME.fullmatch(name)
         weight = _weight(hit["module"], held) if hit else None
         if hit is None or weight is None:
-            wrong["unknown to the table" if hit is None else "added to no weight"].append(tensor.name)
+            wrong["unknown to the table" if hit is None else "added to no weight"].append(
+                tensor.name
+            )
             continue
         side = hit["alpha"] or SIDES.get(hit["side"], hit["side"])
         if side in found[weight]:
             wrong["named twice"].append(f"{tensor.name} and {found[weight][side].name}")
         found[weight][side] = tensor
-    return {weight: _addition(used, alpha) for weight, used in found.items() if _fits(used, held[weight], wrong)}
+    return {
+        weight: _addition(used, alpha)
+        for weight, used in found.items()
+        if _fits(used, held[weight], wrong)
+    }
 
 
 def _weight(module: str, held: Mapping[str, Tensor]) -> str | None:
@@ -67,10 +79,13 @@ def _fits(used: Mapping[str, Tensor], weight: Tensor, wrong: rules.Mismatches) -
         return False
     down, up, *alpha = (used[side] for side in ("down", "up", "alpha") if side in used)
     whole = len(down.shape) == len(up.shape) == 2 and down.shape[0] == up.shape[1] > 0
-    numbers = all(safetensors_io.floating(tensor.dtype) for tensor in (down, up)) and all(t.shape in ((), (1,)) for t in alpha)
+    numbers = all(safetensors_io.floating(tensor.dtype) for tensor in (down, up)) and all(
+        t.shape in ((), (1,)) for t in alpha
+    )
     if not whole or not numbers or (up.shape[0], down.shape[1]) != weight.shape:
-        wrong["added to a weight of another shape"].append(f"{up.name} {up.shape} @ {down.shape}, expected "
-                                                           f"{weight.shape}")  # fmt: skip
+        wrong["added to a weight of another shape"].append(
+            f"{up.name} {up.shape} @ {down.shape}, expected {weight.shape}"
+        )
         return False
     return True
 

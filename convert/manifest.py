@@ -31,19 +31,36 @@ def row(part: str, forms: Iterable[Form], *, tensors: int, ignored: int = 0) -> 
     """The line of a part that holds arrays of these forms."""
     counts = [(int(np.prod(shape, dtype=np.int64)), dtype) for shape, dtype in forms]
     dtypes = sorted({dtype.name for _, dtype in counts})
-    return Row(part, tensors, ignored, sum(count for count, _ in counts), ", ".join(dtypes),
-               sum(count * dtype.itemsize for count, dtype in counts))  # fmt: skip
+    return Row(
+        part,
+        tensors,
+        ignored,
+        sum(count for count, _ in counts),
+        ", ".join(dtypes),
+        sum(count * dtype.itemsize for count, dtype in counts),
+    )
 
 
-def text(found: Found, entries: Sequence[Entry], ignored: Sequence[Ignored], notes: Sequence[str]) -> str:
+def text(
+    found: Found, entries: Sequence[Entry], ignored: Sequence[Ignored], notes: Sequence[str]
+) -> str:
     """The manifest as JSON; it names files as the user does, and nothing else of this machine."""
-    return json.dumps({
-        "format": FORMAT,
-        "sources": [{"file": name, "bytes": path.stat().st_size} for name, path in found.files.items()],
-        "tensors": [_taken(entry, found) for entry in entries],
-        "ignored": [_left(each, found) for each in ignored],
-        "assumptions": list(notes),
-    }, indent=1) + "\n"  # fmt: skip
+    return (
+        json.dumps(
+            {
+                "format": FORMAT,
+                "sources": [
+                    {"file": name, "bytes": path.stat().st_size}
+                    for name, path in found.files.items()
+                ],
+                "tensors": [_taken(entry, found) for entry in entries],
+                "ignored": [_left(each, found) for each in ignored],
+                "assumptions": list(notes),
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 def _form(tensor: Tensor) -> Mapping[str, Any]:
@@ -52,10 +69,16 @@ def _form(tensor: Tensor) -> Mapping[str, Any]:
 
 def _taken(entry: Entry, found: Found) -> Mapping[str, Any]:
     return {
-        "file": found.shown(entry.tensor.origin), "name": entry.tensor.name, "original": entry.original,
-        "sha256": entry.sha256, **_form(entry.tensor), "part": entry.part, "path": entry.path, "layer": entry.layer,
+        "file": found.shown(entry.tensor.origin),
+        "name": entry.tensor.name,
+        "original": entry.original,
+        "sha256": entry.sha256,
+        **_form(entry.tensor),
+        "part": entry.part,
+        "path": entry.path,
+        "layer": entry.layer,
         "transform": entry.transform,
-    }  # fmt: skip
+    }
 
 
 def _left(each: Ignored, found: Found) -> Mapping[str, Any]:

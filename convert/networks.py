@@ -35,15 +35,34 @@ class Network:
 
 
 NETWORKS = {  # by part of a model folder; the same word names the settings in an experiment
-    "dit": Network("dit", wan_dit.WAN_DIT, lambda cfg: dit.WanDiT(cfg, nnx.Rngs(0)), wan_dit.config_from_shapes,
-                   lambda names: rules.renamings(names, wan_dit.DIFFUSERS)),
-    "compressor": Network("compressor", packing.COMPRESSOR, lambda exp: compressor.Compressor(exp, nnx.Rngs(0)),
-                          packing.config_from_shapes),
-    "codec": Network("vae", wan_vae.WAN_VAE, lambda cfg: codec.make(cfg, nnx.Rngs(0)),
-                     wan_vae.config_from_shapes, wan_vae.renamings),
-    "text": Network("text", umt5.UMT5, lambda cfg: text.UMT5(cfg, nnx.Rngs(0)), umt5.config_from_shapes,
-                    umt5.renamings),
-}  # fmt: skip
+    "dit": Network(
+        "dit",
+        wan_dit.WAN_DIT,
+        lambda cfg: dit.WanDiT(cfg, nnx.Rngs(0)),
+        wan_dit.config_from_shapes,
+        lambda names: rules.renamings(names, wan_dit.DIFFUSERS),
+    ),
+    "compressor": Network(
+        "compressor",
+        packing.COMPRESSOR,
+        lambda exp: compressor.Compressor(exp, nnx.Rngs(0)),
+        packing.config_from_shapes,
+    ),
+    "codec": Network(
+        "vae",
+        wan_vae.WAN_VAE,
+        lambda cfg: codec.make(cfg, nnx.Rngs(0)),
+        wan_vae.config_from_shapes,
+        wan_vae.renamings,
+    ),
+    "text": Network(
+        "text",
+        umt5.UMT5,
+        lambda cfg: text.UMT5(cfg, nnx.Rngs(0)),
+        umt5.config_from_shapes,
+        umt5.renamings,
+    ),
+}
 KINDS = {network.kind: part for part, network in NETWORKS.items()}
 
 
@@ -63,10 +82,18 @@ def merged_axes(exp: Experiment) -> dict[str, int]:
     return {"c": exp.dit.in_channels, **dict(zip("tyx", exp.dit.patch, strict=True))}
 
 
-def original_names(names: Collection[str], among: Collection[str] = tuple(NETWORKS)) -> dict[str, tuple[str, str]]:
+def original_names(
+    names: Collection[str], among: Collection[str] = tuple(NETWORKS)
+) -> dict[str, tuple[str, str]]:
     """(part, original name) of every name that the layout knows which knows most of `names`; only parts `among`."""
-    layouts = [{name: (part, name) for name in names for part in among
-                if any(rule.place(name) for rule in NETWORKS[part].table)}]  # fmt: skip
+    layouts = [
+        {
+            name: (part, name)
+            for name in names
+            for part in among
+            if any(rule.place(name) for rule in NETWORKS[part].table)
+        }
+    ]
     for part in among:
         foreign = NETWORKS[part].foreign
         found = foreign(names) if foreign else {}
@@ -87,40 +114,108 @@ class Form:
 
 
 FORMS = (
-    Form("dit", frozenset({"dim", "ffn_dim", "num_heads", "num_layers"}), wan_dit.config_from_original),
-    Form("dit", frozenset({"num_attention_heads", "attention_head_dim", "ffn_dim", "num_layers", "text_dim",
-                           "freq_dim", "in_channels", "out_channels", "patch_size", "eps"}),
-         lambda found, other: wan_dit.config_from_diffusers(found, other.text_len)),
-    Form("codec", frozenset({"base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample"}),
-         wan_vae.config_from_diffusers),
-    Form("text", frozenset({"vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers",
-                            "relative_attention_num_buckets"}),
-         lambda found, other: dataclasses.replace(umt5.config_from_transformers(found), max_words=other.max_words)),
-)  # fmt: skip
+    Form(
+        "dit",
+        frozenset({"dim", "ffn_dim", "num_heads", "num_layers"}),
+        wan_dit.config_from_original,
+    ),
+    Form(
+        "dit",
+        frozenset(
+            {
+                "num_attention_heads",
+                "attention_head_dim",
+                "ffn_dim",
+                "num_layers",
+                "text_dim",
+                "freq_dim",
+                "in_channels",
+                "out_channels",
+                "patch_size",
+                "eps",
+            }
+        ),
+        lambda found, other: wan_dit.config_from_diffusers(found, other.text_len),
+    ),
+    Form(
+        "codec",
+        frozenset({"base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample"}),
+        wan_vae.config_from_diffusers,
+    ),
+    Form(
+        "text",
+        frozenset(
+            {
+                "vocab_size",
+                "d_model",
+                "d_kv",
+                "d_ff",
+                "num_heads",
+                "num_layers",
+                "relative_attention_num_buckets",
+            }
+        ),
+        lambda found, other: dataclasses.replace(
+            umt5.config_from_transformers(found), max_words=other.max_words
+        ),
+    ),
+)
 COUNTED = {  # settings that must be whole numbers, and how large they may be
-    "num_layers": LAYERS, "num_res_blocks": range(1, 20),
-    **dict.fromkeys(("dim", "ffn_dim", "num_heads", "text_dim", "text_len", "freq_dim", "in_dim", "out_dim",
-                     "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "base_dim", "z_dim",
-                     "vocab_size", "d_model", "d_kv", "d_ff", "relative_attention_num_buckets",
-                     "relative_attention_max_distance"), WIDTHS),
-}  # fmt: skip
+    "num_layers": LAYERS,
+    "num_res_blocks": range(1, 20),
+    **dict.fromkeys(
+        (
+            "dim",
+            "ffn_dim",
+            "num_heads",
+            "text_dim",
+            "text_len",
+            "freq_dim",
+            "in_dim",
+            "out_dim",
+            "num_attention_heads",
+            "attention_head_dim",
+            "in_channels",
+            "out_channels",
+            "base_dim",
+            "z_dim",
+            "vocab_size",
+            "d_model",
+            "d_kv",
+            "d_ff",
+            "relative_attention_num_buckets",
+            "relative_attention_max_distance",
+        ),
+        WIDTHS,
+    ),
+}
 LISTED = {  # settings that must be lists: of how many, and what each must be
     "patch_size": (range(3, 4), lambda each: type(each) is int and each in WIDTHS),
     "dim_mult": (range(1, 9), lambda each: type(each) is int and each in WIDTHS),
     "temperal_downsample": (range(0, 8), lambda each: type(each) is bool),
-    "latents_mean": (range(1, 1000), lambda each: type(each) in (int, float) and abs(each) < math.inf),
-    "latents_std": (range(1, 1000), lambda each: type(each) in (int, float) and 0 < each < math.inf),
-}  # fmt: skip
+    "latents_mean": (
+        range(1, 1000),
+        lambda each: type(each) in (int, float) and abs(each) < math.inf,
+    ),
+    "latents_std": (
+        range(1, 1000),
+        lambda each: type(each) in (int, float) and 0 < each < math.inf,
+    ),
+}
 
 
 def read_settings(path: Path) -> Mapping[str, Any]:
     """The JSON table in `path`, whatever it is about."""
-    require(path.stat().st_size <= LONGEST_SETTINGS, f"{path} is too long for settings; check the path.")
+    require(
+        path.stat().st_size <= LONGEST_SETTINGS, f"{path} is too long for settings; check the path."
+    )
     found: Any = None
     with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(path.read_bytes())
     if not isinstance(found, dict):
-        raise InputError(f"{path} is damaged (no table of settings in JSON); fetch it again or remove it.")
+        raise InputError(
+            f"{path} is damaged (no table of settings in JSON); fetch it again or remove it."
+        )
     return found
 
 
@@ -138,7 +233,10 @@ def described(part: str, settings: Mapping[str, Any], other: Any, where: str) ->
     for form in FORMS:
         if form.part == part and form.keys <= settings.keys():
             for key, value in settings.items():
-                require(_allowed(key, value), f"the settings beside {where} say {key}={str(value)[:80]}, which cannot "
-                        "be; fetch them again.")  # fmt: skip
+                require(
+                    _allowed(key, value),
+                    f"the settings beside {where} say {key}={str(value)[:80]}, which cannot "
+                    "be; fetch them again.",
+                )
             return form.read(settings, other)
     return None

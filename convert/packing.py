@@ -17,13 +17,17 @@ COMPRESSOR = (
 STRIDED = (3, 4, 4)  # kernel along time, rows and columns where the stride is 2
 
 
-def config_from_shapes(shapes: Mapping[str, rules.Shape], template: CompressorConfig) -> CompressorConfig:
+def config_from_shapes(
+    shapes: Mapping[str, rules.Shape], template: CompressorConfig
+) -> CompressorConfig:
     """The compressor that tensors of these shapes belong to; what they do not say is the template's."""
     kernels = []
     while len(shape := shapes.get(f"compressor.convs.{len(kernels)}.weight", ())) == 5:
         kernels.append(shape)
-    strides = tuple(tuple(2 if size == strided else 1 for size, strided in zip(shape[2:], STRIDED, strict=True))
-                    for shape in kernels)  # fmt: skip
+    strides = tuple(
+        tuple(2 if size == strided else 1 for size, strided in zip(shape[2:], STRIDED, strict=True))
+        for shape in kernels
+    )
     return dataclasses.replace(
         template,
         channels=tuple(shape[0] for shape in kernels),

@@ -26,23 +26,46 @@ from packforcing_jax.io import safetensors_io
 
 LONGEST_PICKLE = 64_000_000  # bytes
 MOST_OPCODES = 2_000_000  # a tensor takes about 50
-LARGEST_TREE = 16_000_000  # bytes of places, and PRICE per value: what shared or endless containers unfold to
+LARGEST_TREE = (
+    16_000_000  # bytes of places, and PRICE per value: what shared or endless containers unfold to
+)
 PRICE = 64
 DEEPEST = 64  # containers inside each other
 HIGHEST_RANK = 16
 MOST_ELEMENTS = 2**48
 
 DTYPES = {
-    "float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
-    "int64": np.int64, "int32": np.int32, "int16": np.int16, "int8": np.int8, "uint8": np.uint8,
-    "uint16": np.uint16, "uint32": np.uint32, "uint64": np.uint64, "bool": np.bool_,
-}  # fmt: skip
+    "float64": np.float64,
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+    "int64": np.int64,
+    "int32": np.int32,
+    "int16": np.int16,
+    "int8": np.int8,
+    "uint8": np.uint8,
+    "uint16": np.uint16,
+    "uint32": np.uint32,
+    "uint64": np.uint64,
+    "bool": np.bool_,
+}
 STORAGES = {
-    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
-    "ByteStorage": "uint8", "BoolStorage": "bool",
-}  # fmt: skip
-UNTYPED = ("UntypedStorage", "_UntypedStorage", "TypedStorage")  # bytes; the tensor brings its dtype along
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+}
+UNTYPED = (
+    "UntypedStorage",
+    "_UntypedStorage",
+    "TypedStorage",
+)  # bytes; the tensor brings its dtype along
 UNREAD = {
     "_rebuild_qtensor": "a quantized tensor", "_rebuild_sparse_tensor": "a sparse tensor",
     "_rebuild_sparse_csr_tensor": "a sparse tensor", "_rebuild_nested_tensor": "a nested tensor",
@@ -50,7 +73,11 @@ UNREAD = {
 }  # fmt: skip
 
 OPCODES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
-DAMAGE = (*zips.DAMAGE, EOFError, pickle.UnpicklingError)  # what a broken file makes the readers raise
+DAMAGE = (
+    *zips.DAMAGE,
+    EOFError,
+    pickle.UnpicklingError,
+)  # what a broken file makes the readers raise
 
 
 def opened(path: str | Path) -> Any:
@@ -62,7 +89,9 @@ def opened(path: str | Path) -> Any:
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); check the path.") from error
     except Refused as error:
-        raise InputError(f"{path} {error}; re-save it as safetensors, or as a plain state dict.") from error
+        raise InputError(
+            f"{path} {error}; re-save it as safetensors, or as a plain state dict."
+        ) from error
     except DAMAGE as error:
         reason = shown(str(error) or "it ends too early", 200)
         raise InputError(f"{path} is damaged ({reason}); fetch it again.") from error
@@ -100,13 +129,20 @@ class _Storage:
     nbytes: int
     dtype: np.dtype | None
 
-    def array(self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    def array(
+        self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: np.dtype
+    ) -> np.ndarray:
         """A view of the memory-mapped bytes; `offset` and `stride` count elements."""
         if 0 in shape:
             return np.zeros(shape, dtype)
         nbytes = (1 + _reach(shape, stride)) * dtype.itemsize
-        mapped = safetensors_io.mapped(self.path, ((nbytes,), np.dtype(np.uint8)), self.start + offset * dtype.itemsize)
-        steps = [step * dtype.itemsize if axis > 1 else 0 for axis, step in zip(shape, stride, strict=True)]
+        mapped = safetensors_io.mapped(
+            self.path, ((nbytes,), np.dtype(np.uint8)), self.start + offset * dtype.itemsize
+        )
+        steps = [
+            step * dtype.itemsize if axis > 1 else 0
+            for axis, step in zip(shape, stride, strict=True)
+        ]
         return np.ndarray(shape, dtype, mapped, strides=steps)
 
 
@@ -117,37 +153,77 @@ def _reach(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 def _counts(value: object, what: str) -> tuple[int, ...]:
     """The tuple of integers from zero up that `value` must be."""
-    if type(value) is tuple and len(value) <= HIGHEST_RANK and all(type(n) is int and n >= 0 for n in value):
+    if (
+        type(value) is tuple
+        and len(value) <= HIGHEST_RANK
+        and all(type(n) is int and n >= 0 for n in value)
+    ):
         return value
     raise ValueError(f"a tensor's {what} is no short tuple of whole numbers from zero up")
 
 
-def _tensor(storage: object, offset: object, shape: object, stride: object, requires_grad: object = False,
-            hooks: object = None, metadata: object = None, dtype: object = None) -> safetensors_io.Tensor:  # fmt: skip
+def _tensor(
+    storage: object,
+    offset: object,
+    shape: object,
+    stride: object,
+    requires_grad: object = False,
+    hooks: object = None,
+    metadata: object = None,
+    dtype: object = None,
+) -> safetensors_io.Tensor:
     """A view of a storage that is sure to lie inside; `dtype` is for a storage of bytes."""
     if not isinstance(storage, _Storage):
         raise ValueError("a tensor has no storage")
     kind = dtype if storage.dtype is None else storage.dtype
     if not isinstance(kind, np.dtype):
         raise ValueError(f"the tensor in storage {storage.key} has no dtype")
-    allow(not hooks and not metadata, "holds a tensor with hooks, or one that is conjugated or negated")
-    (first,), shape, stride = _counts((offset,), "offset"), _counts(shape, "shape"), _counts(stride, "stride")
+    allow(
+        not hooks and not metadata,
+        "holds a tensor with hooks, or one that is conjugated or negated",
+    )
+    (first,), shape, stride = (
+        _counts((offset,), "offset"),
+        _counts(shape, "shape"),
+        _counts(stride, "stride"),
+    )
     check(len(shape) == len(stride), f"a tensor has {len(shape)} axes and {len(stride)} steps")
     available = storage.nbytes // kind.itemsize
     if 0 in shape:
-        check(math.prod(axis for axis in shape if axis) < MOST_ELEMENTS, "an empty tensor has an endless axis")
+        check(
+            math.prod(axis for axis in shape if axis) < MOST_ELEMENTS,
+            "an empty tensor has an endless axis",
+        )
     else:
-        check(first + _reach(shape, stride) < available, f"a tensor reaches beyond its storage {storage.key}")
-        allow(math.prod(shape) <= available, f"has a tensor with more elements than its storage {storage.key}")
-    return safetensors_io.Tensor("", shape, kind, lambda: storage.array(first, shape, stride, kind), str(storage.path))
+        check(
+            first + _reach(shape, stride) < available,
+            f"a tensor reaches beyond its storage {storage.key}",
+        )
+        allow(
+            math.prod(shape) <= available,
+            f"has a tensor with more elements than its storage {storage.key}",
+        )
+    return safetensors_io.Tensor(
+        "", shape, kind, lambda: storage.array(first, shape, stride, kind), str(storage.path)
+    )
 
 
-def _tensor_of(storage: object, offset: object, shape: object, stride: object, requires_grad: object, hooks: object,
-               dtype: object, metadata: object = None) -> safetensors_io.Tensor:  # fmt: skip
+def _tensor_of(
+    storage: object,
+    offset: object,
+    shape: object,
+    stride: object,
+    requires_grad: object,
+    hooks: object,
+    dtype: object,
+    metadata: object = None,
+) -> safetensors_io.Tensor:
     return _tensor(storage, offset, shape, stride, requires_grad, hooks, metadata, dtype)
 
 
-def _parameter(data: object, requires_grad: object, hooks: object, state: object = None) -> safetensors_io.Tensor:
+def _parameter(
+    data: object, requires_grad: object, hooks: object, state: object = None
+) -> safetensors_io.Tensor:
     if not isinstance(data, safetensors_io.Tensor):
         raise ValueError("a parameter is no tensor")
     return data
@@ -155,7 +231,9 @@ def _parameter(data: object, requires_grad: object, hooks: object, state: object
 
 def _device(kind: object, index: object = None) -> str:
     """Such as "cuda:0"."""
-    check(type(kind) is str and type(index) in (int, type(None)), "a device is no name with a number")
+    check(
+        type(kind) is str and type(index) in (int, type(None)), "a device is no name with a number"
+    )
     return f"{kind}" if index is None else f"{kind}:{index}"
 
 
@@ -177,7 +255,9 @@ GLOBALS: dict[tuple[str, str], _Function | _StorageType | np.dtype] = {
 # The machine
 
 
-class _Machine(pickle._Unpickler):  # the one in Python: its memo is a dictionary, so that no index is too large
+class _Machine(
+    pickle._Unpickler
+):  # the one in Python: its memo is a dictionary, so that no index is too large
     """Runs a pickle; all that it can name, call and do stands in `GLOBALS` and `HANDLERS`."""
 
     stack: list[Any]
@@ -193,7 +273,9 @@ class _Machine(pickle._Unpickler):  # the one in Python: its memo is a dictionar
         if (module, name) in GLOBALS:
             return GLOBALS[module, name]
         known = f" ({UNREAD[name]})" if module == "torch._utils" and name in UNREAD else ""
-        raise Refused(f"names {shown(f'{module}.{name}')}{known}, which makes no plain value or dense tensor")
+        raise Refused(
+            f"names {shown(f'{module}.{name}')}{known}, which makes no plain value or dense tensor"
+        )
 
     def persistent_load(self, pid: Any) -> _Storage:
         """The storage that a persistent id describes, once its bytes are found."""
@@ -221,14 +303,21 @@ class _Handlers(dict):
 
     def __missing__(self, code: int) -> Callable[[_Machine], None]:
         known = OPCODES.get(code)
-        raise Refused(f"uses the pickle opcode {known}") if known else ValueError(f"{code} is no pickle opcode")
+        raise (
+            Refused(f"uses the pickle opcode {known}")
+            if known
+            else ValueError(f"{code} is no pickle opcode")
+        )
 
 
 def _reduce(machine: _Machine) -> None:
     arguments = machine.stack.pop()
     function = machine.stack[-1]
     allow(type(function) is _Function and type(arguments) is tuple, "calls what is no function")
-    check(function.least <= len(arguments) <= function.most, f"it calls a function with {len(arguments)} arguments")
+    check(
+        function.least <= len(arguments) <= function.most,
+        f"it calls a function with {len(arguments)} arguments",
+    )
     machine.stack[-1] = function.call(*arguments)
 
 
@@ -254,7 +343,9 @@ def _update(target: object, items: list) -> None:
     target.update(zip(keys, items[1::2]))
 
 
-def _onto(change: Callable[[object, list], None], count: int | None = None) -> Callable[[_Machine], None]:
+def _onto(
+    change: Callable[[object, list], None], count: int | None = None
+) -> Callable[[_Machine], None]:
     """The opcode that applies `change` to a value and the `count` ones after it, or all behind the last mark."""
 
     def opcode(machine: _Machine) -> None:
@@ -272,7 +363,10 @@ OWN = {
     "SETITEM": _onto(_update, 2), "SETITEMS": _onto(_update),
 }  # fmt: skip
 HANDLERS = {
-    **{code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, name)[0] for name in INHERITED.split())},
+    **{
+        code: pickle._Unpickler.dispatch[code]
+        for code in (getattr(pickle, name)[0] for name in INHERITED.split())
+    },
     **{getattr(pickle, name)[0]: handler for name, handler in OWN.items()},
 }
 
@@ -294,9 +388,13 @@ class _Unfolding:
         if isinstance(value, safetensors_io.Tensor):
             return dataclasses.replace(value, name=place)
         if isinstance(value, dict):
-            return {key: self.plain(part, f"{inside}{key}", depth + 1) for key, part in value.items()}
+            return {
+                key: self.plain(part, f"{inside}{key}", depth + 1) for key, part in value.items()
+            }
         if isinstance(value, list | tuple):
-            return type(value)(self.plain(part, f"{inside}{i}", depth + 1) for i, part in enumerate(value))
+            return type(value)(
+                self.plain(part, f"{inside}{i}", depth + 1) for i, part in enumerate(value)
+            )
         known = value is None or isinstance(value, bool | int | float | str | np.dtype)
         allow(known, f"holds a bare {type(value).__name__.strip('_').lower()} at {shown(place)!r}")
         return value

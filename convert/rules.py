@@ -60,18 +60,26 @@ class Rule:
         found = re.fullmatch(self.pattern.replace(r"(\d+)", NUMBER), name)
         if found is None:
             return None
-        return Place(found.expand(self.target), int(found.group(1)) if self.stacks else None, self.transform)
+        return Place(
+            found.expand(self.target), int(found.group(1)) if self.stacks else None, self.transform
+        )
 
     def name(self, path: str) -> str | None:
         """The name of what goes to `path`, with `{}` for the layer; None if this rule fills another path."""
         pieces = re.split(r"\(([^()]*)\)", self.pattern.replace(r"(\d+)", NUMBER))
         literals, groups = [re.sub(r"\\(.)", r"\1", piece) for piece in pieces[::2]], pieces[1::2]
-        target = re.sub(r"\\\\(\d)", lambda hit: f"(?P<g{hit[1]}>{groups[int(hit[1]) - 1]})", re.escape(self.target))
+        target = re.sub(
+            r"\\\\(\d)",
+            lambda hit: f"(?P<g{hit[1]}>{groups[int(hit[1]) - 1]})",
+            re.escape(self.target),
+        )
         found = re.fullmatch(target, path)
         if found is None:
             return None
         filled = [found.groupdict().get(f"g{number}", "{}") for number in range(1, len(groups) + 1)]
-        return "".join(literal + group for literal, group in zip(literals, [*filled, ""], strict=True))
+        return "".join(
+            literal + group for literal, group in zip(literals, [*filled, ""], strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,9 @@ class Place:
         """The tensor as the checkpoint holds it; `sizes` says how long the axes are that the model holds as one."""
         left, right = self.transform.split(" -> ")
         merged = [axis for group in re.findall(r"\(([^()]*)\)", right) for axis in group.split()]
-        return einops.rearrange(value, f"{right} -> {left}", **{axis: sizes[axis] for axis in merged})
+        return einops.rearrange(
+            value, f"{right} -> {left}", **{axis: sizes[axis] for axis in merged}
+        )
 
     def axes(self, shape: Shape) -> dict[str, int]:
         """How long each axis is that the transform names, of a checkpoint's tensor."""
@@ -103,8 +113,11 @@ def hollow(shape: Shape) -> np.ndarray:
     return np.broadcast_to(np.int8(0), shape)
 
 
-def raise_all(wrong: Mismatches, what: str,
-              remedy: str = "use a checkpoint of this architecture and these sizes") -> None:  # fmt: skip
+def raise_all(
+    wrong: Mismatches,
+    what: str,
+    remedy: str = "use a checkpoint of this architecture and these sizes",
+) -> None:
     """Raises one `InputError` that names every kind of mismatch with its count and first examples, if there are any."""
     kinds = []
     for kind, names in wrong.items():
@@ -126,27 +139,44 @@ class Plan:
     forms: Mapping[str, Form]
 
 
-def plan(held: Mapping[str, Tensor], table: Sequence[Rule], wanted: Mapping[str, Shape], wrong: Mismatches,
-         where: str = "") -> Plan:  # fmt: skip
+def plan(
+    held: Mapping[str, Tensor],
+    table: Sequence[Rule],
+    wanted: Mapping[str, Shape],
+    wrong: Mismatches,
+    where: str = "",
+) -> Plan:
     """Where each tensor goes, seen by name, shape and dtype; notes whatever does not fit, paths as `where` + path."""
     return fit(held, _places(held, table, wrong), wanted, wrong, where)
 
 
-def fit(held: Mapping[str, Tensor], places: Mapping[str, Place], wanted: Mapping[str, Shape], wrong: Mismatches,
-        where: str = "") -> Plan:  # fmt: skip
+def fit(
+    held: Mapping[str, Tensor],
+    places: Mapping[str, Place],
+    wanted: Mapping[str, Shape],
+    wrong: Mismatches,
+    where: str = "",
+) -> Plan:
     """The plan of `places`, less what does not fit."""
     _check_cover(held, places, wanted, wrong, where)
-    fitting = {name: place for name, place in places.items()
-               if place.path in wanted and _fits(held[name], place, wanted[place.path], wrong)}  # fmt: skip
+    fitting = {
+        name: place
+        for name, place in places.items()
+        if place.path in wanted and _fits(held[name], place, wanted[place.path], wrong)
+    }
     forms: dict[str, Form] = {}
     for name, place in fitting.items():
         _, dtype = forms.setdefault(place.path, (wanted[place.path], held[name].dtype))
         if dtype != held[name].dtype:
-            wrong["of another dtype than its other layers"].append(f"{held[name].name} ({held[name].dtype})")
+            wrong["of another dtype than its other layers"].append(
+                f"{held[name].name} ({held[name].dtype})"
+            )
     return Plan(fitting, forms)
 
 
-def _places(held: Mapping[str, Tensor], table: Sequence[Rule], wrong: Mismatches) -> dict[str, Place]:
+def _places(
+    held: Mapping[str, Tensor], table: Sequence[Rule], wrong: Mismatches
+) -> dict[str, Place]:
     """The place of each name that exactly one rule matches; the others are noted in `wrong`."""
     places = {}
     for name, tensor in held.items():
@@ -154,17 +184,26 @@ def _places(held: Mapping[str, Tensor], table: Sequence[Rule], wrong: Mismatches
         if len(found) == 1:
             places[name] = found[0]
         else:
-            wrong["matched by several rules" if found else "unknown to the table"].append(tensor.name)
+            wrong["matched by several rules" if found else "unknown to the table"].append(
+                tensor.name
+            )
     return places
 
 
-def _check_cover(held: Mapping[str, Tensor], places: Mapping[str, Place], wanted: Mapping[str, Shape],
-                 wrong: Mismatches, where: str) -> None:  # fmt: skip
+def _check_cover(
+    held: Mapping[str, Tensor],
+    places: Mapping[str, Place],
+    wanted: Mapping[str, Shape],
+    wrong: Mismatches,
+    where: str,
+) -> None:
     """Notes targets that are not wanted, filled twice, not filled at all, or lack a layer."""
     filled: dict[str, list[int | None]] = defaultdict(list)
     for name, place in places.items():
         if place.path not in wanted:
-            wrong["without a place in the model"].append(f"{held[name].name} -> {where}{place.path}")
+            wrong["without a place in the model"].append(
+                f"{held[name].name} -> {where}{place.path}"
+            )
         elif place.layer in filled[place.path]:
             wrong["filling a place twice"].append(f"{held[name].name} -> {where}{place.path}")
         filled[place.path].append(place.layer)
@@ -174,9 +213,13 @@ def _check_cover(held: Mapping[str, Tensor], places: Mapping[str, Place], wanted
         absent = [layer for layer in needed if layer not in layers]
         if absent:
             shown = ", ".join(map(str, absent[:SHOWN])) + (", ..." if len(absent) > SHOWN else "")
-            wrong["missing"].append(f"{where}{path} of layers [{shown}]" if layers else f"{where}{path}")
+            wrong["missing"].append(
+                f"{where}{path} of layers [{shown}]" if layers else f"{where}{path}"
+            )
         beyond = [layer for layer in layers if layer not in needed]
-        wrong["beyond the model's layers"] += [f"{where}{path} of layer {layer}" for layer in beyond]
+        wrong["beyond the model's layers"] += [
+            f"{where}{path} of layer {layer}" for layer in beyond
+        ]
 
 
 def _fits(tensor: Tensor, place: Place, shape: Shape, wrong: Mismatches) -> bool:
@@ -186,16 +229,22 @@ def _fits(tensor: Tensor, place: Place, shape: Shape, wrong: Mismatches) -> bool
         made = place.forward(hollow(tensor.shape)).shape
     except einops.EinopsError:
         axes = place.transform.split(" -> ")[0]
-        wrong["of another rank or shape"].append(f"{tensor.name} {tensor.shape}, expected axes '{axes}'")
+        wrong["of another rank or shape"].append(
+            f"{tensor.name} {tensor.shape}, expected axes '{axes}'"
+        )
         return False
     if made != expected:
-        wrong["of another rank or shape"].append(f"{tensor.name} {tensor.shape}, as {made}, expected {expected}")
+        wrong["of another rank or shape"].append(
+            f"{tensor.name} {tensor.shape}, as {made}, expected {expected}"
+        )
     elif not safetensors_io.floating(tensor.dtype):
         wrong["of whole numbers"].append(f"{tensor.name} ({tensor.dtype})")
     return made == expected and safetensors_io.floating(tensor.dtype)
 
 
-def sources(forms: Mapping[str, Shape], table: Sequence[Rule], wrong: Mismatches, where: str = "") -> dict[str, Place]:
+def sources(
+    forms: Mapping[str, Shape], table: Sequence[Rule], wrong: Mismatches, where: str = ""
+) -> dict[str, Place]:
     """The place of every tensor that the arrays of these shapes are made of, by original name: `plan` backwards."""
     places = {}
     for path, shape in forms.items():
@@ -205,7 +254,9 @@ def sources(forms: Mapping[str, Shape], table: Sequence[Rule], wrong: Mismatches
             continue
         rule, name = found[0]
         for layer in range(shape[0]) if rule.stacks else [None]:
-            places[name if layer is None else name.format(layer)] = Place(path, layer, rule.transform)
+            places[name if layer is None else name.format(layer)] = Place(
+                path, layer, rule.transform
+            )
     return places
 
 
@@ -214,7 +265,11 @@ def sources(forms: Mapping[str, Shape], table: Sequence[Rule], wrong: Mismatches
 
 def axis(shapes: Mapping[str, Shape], pattern: str, number: int, default: int) -> int:
     """The length that axis `number` has in most tensors that `pattern` names; the default where there is none."""
-    found = [shape[number] for name, shape in shapes.items() if len(shape) > number and re.fullmatch(pattern, name)]
+    found = [
+        shape[number]
+        for name, shape in shapes.items()
+        if len(shape) > number and re.fullmatch(pattern, name)
+    ]
     return statistics.mode(found) or default if found else default
 
 
@@ -229,14 +284,18 @@ def layers(names: Iterable[str]) -> int:
 
 def in_memory(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     """Arrays as tensors like those of a file."""
-    return {name: Tensor(name, array.shape, array.dtype, lambda array=array: array, "memory")
-            for name, array in arrays.items()}  # fmt: skip
+    return {
+        name: Tensor(name, array.shape, array.dtype, lambda array=array: array, "memory")
+        for name, array in arrays.items()
+    }
 
 
 def finite(array: np.ndarray) -> bool:
     """Whether no element is infinite or not a number; a piece at a time, for arrays that lie in files."""
     flat = array.reshape(-1)
-    return all(np.isfinite(flat[start : start + PIECE]).all() for start in range(0, flat.size, PIECE))
+    return all(
+        np.isfinite(flat[start : start + PIECE]).all() for start in range(0, flat.size, PIECE)
+    )
 
 
 def convert(
@@ -266,7 +325,9 @@ def invert(
 ) -> dict[str, np.ndarray]:
     """The checkpoint tensors named in `shapes` (name -> shape), read back from the model's arrays."""
     wrong = no_mismatches()
-    places = _places(in_memory({name: hollow(shape) for name, shape in shapes.items()}), table, wrong)
+    places = _places(
+        in_memory({name: hollow(shape) for name, shape in shapes.items()}), table, wrong
+    )
     filled = {place.path for place in places.values()}
     wrong["missing"] += sorted(filled - set(flat))
     wrong["without a name in the checkpoint"] += sorted(set(flat) - filled)
@@ -288,7 +349,11 @@ def _renaming(original: str, theirs: str) -> Callable[[str], str | None]:
 
     def renamed(name: str) -> str | None:
         found = pattern.fullmatch(name)
-        return None if found is None else original.format(*found.groups()[:-1]) + (found.groups()[-1] or "")
+        return (
+            None
+            if found is None
+            else original.format(*found.groups()[:-1]) + (found.groups()[-1] or "")
+        )
 
     return renamed
 
@@ -296,10 +361,14 @@ def _renaming(original: str, theirs: str) -> Callable[[str], str | None]:
 def renamings(names: Iterable[str], rows: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     """What each name is called according to every row that is about it; rows are those of `rename`."""
     known = [_renaming(original, theirs) for original, theirs in rows]
-    return {name: [new for renaming in known if (new := renaming(name)) is not None] for name in names}
+    return {
+        name: [new for renaming in known if (new := renaming(name)) is not None] for name in names
+    }
 
 
-def rename(arrays: Mapping[str, np.ndarray], rows: Iterable[tuple[str, str]]) -> dict[str, np.ndarray]:
+def rename(
+    arrays: Mapping[str, np.ndarray], rows: Iterable[tuple[str, str]]
+) -> dict[str, np.ndarray]:
     """`arrays` under their original names; rows are (original, theirs), of a tensor or of its module.
 
     `{}` stands for a layer index, the same on both sides, and `.weight`, `.bias`, `.gamma` carry over. Swap the

@@ -13,8 +13,11 @@ from packforcing_jax.errors import InputError, require
 from packforcing_jax.io import model_folder, safetensors_io
 
 READERS: dict[str, Callable[[Path], Any]] = {
-    ".safetensors": safetensors_io.opened, ".pth": pickles.opened, ".pt": pickles.opened, ".bin": pickles.opened,
-}  # fmt: skip
+    ".safetensors": safetensors_io.opened,
+    ".pth": pickles.opened,
+    ".pt": pickles.opened,
+    ".bin": pickles.opened,
+}
 INDEX = ".index.json"  # ends the name of the list of a network's shards
 SETTINGS, ADAPTER = "config.json", "adapter_config.json"
 FOLDERS = (".", "transformer", "vae", "text_encoder")  # where a folder given may have weights
@@ -50,14 +53,19 @@ class Found:
         """The name that reports give to a file, or that name itself."""
         if str(path) in self.files:
             return str(path)
-        return next((name for name, known in self.files.items() if str(known) == str(path)), Path(path).name)
+        return next(
+            (name for name, known in self.files.items() if str(known) == str(path)), Path(path).name
+        )
 
 
 def gather(given: list[Path]) -> Found:
     """What the files and folders `given` hold; every tensor of them unread."""
     found = Found()
     for path in given:
-        require(path.is_dir() or path.is_file(), f"{path} does not exist; give a file or a folder of weights.")
+        require(
+            path.is_dir() or path.is_file(),
+            f"{path} does not exist; give a file or a folder of weights.",
+        )
         if path.is_dir():
             _folder(path, found)
         else:
@@ -76,7 +84,10 @@ class Folder:
         real = path.resolve()
         require(real.is_file(), f"{path} is no file; fetch it again or remove it.")
         lies = any(real.is_relative_to(home) for home in self.homes())
-        require(lies, f"{path} is a symbolic link that leads out of {self.root}; copy the file into the folder.")
+        require(
+            lies,
+            f"{path} is a symbolic link that leads out of {self.root}; copy the file into the folder.",
+        )
         return path
 
     def homes(self) -> Iterator[Path]:
@@ -103,15 +114,19 @@ def _folder(path: Path, found: Found) -> None:
     for name in FOLDERS:
         if (path / name).is_dir():
             _weights(path / name, folder, found)
-    require(len(found.groups) + len(found.folders) + len(found.tokenizers) > before,
-            f"{path} holds no weights; known are files that end in {', '.join(READERS)}, a diffusers folder with "
-            "transformer/, vae/ or text_encoder/, and model folders.")  # fmt: skip
+    require(
+        len(found.groups) + len(found.folders) + len(found.tokenizers) > before,
+        f"{path} holds no weights; known are files that end in {', '.join(READERS)}, a diffusers folder with "
+        "transformer/, vae/ or text_encoder/, and model folders.",
+    )
 
 
 def _is_model(folder: Folder) -> bool:
     """Whether a folder is a model folder of ours, by the settings it has."""
     settings = folder.known(folder.root / model_folder.CONFIG)
-    return settings is not None and {"name", "dit", "cache"} <= networks.read_settings(settings).keys()
+    return (
+        settings is not None and {"name", "dit", "cache"} <= networks.read_settings(settings).keys()
+    )
 
 
 def opened_model(path: Path) -> model_folder.Opened:
@@ -135,9 +150,18 @@ def _weights(place: Path, folder: Folder, found: Found) -> None:
     shards = {place / name for index in indexes for name in _shards(folder.inside(index)).values()}
     alone = [file for file in files if file.suffix in READERS and file not in shards]
     if any(file.suffix == ".safetensors" for file in [*alone, *shards]):
-        passed = [file for file in [*alone, *indexes] if re.match(r"(diffusion_)?pytorch_model\b.*\.bin\b", file.name)]
-        found.notes += [f"{place.name}/{file.name} is passed over: the folder has safetensors" for file in passed]
-        alone, indexes = ([file for file in files if file not in passed] for files in (alone, indexes))
+        passed = [
+            file
+            for file in [*alone, *indexes]
+            if re.match(r"(diffusion_)?pytorch_model\b.*\.bin\b", file.name)
+        ]
+        found.notes += [
+            f"{place.name}/{file.name} is passed over: the folder has safetensors"
+            for file in passed
+        ]
+        alone, indexes = (
+            [file for file in files if file not in passed] for files in (alone, indexes)
+        )
     for file in [*indexes, *alone]:
         _group(file, folder, found, named=False)
 
@@ -145,8 +169,10 @@ def _weights(place: Path, folder: Folder, found: Found) -> None:
 def _group(file: Path, folder: Folder, found: Found, *, named: bool) -> None:
     """Notes one file, or the shards that an index lists."""
     index = file.name.endswith(INDEX)
-    require(index or file.suffix in READERS, f"{file} is of a type that is not known; known are "
-            f"{', '.join([*READERS, '*' + INDEX])}.")  # fmt: skip
+    require(
+        index or file.suffix in READERS,
+        f"{file} is of a type that is not known; known are {', '.join([*READERS, '*' + INDEX])}.",
+    )
     beside = [folder.known(file.parent / name) for name in (SETTINGS, ADAPTER)]
     settings, adapter = ({} if path is None else networks.read_settings(path) for path in beside)
     real = file if named else folder.inside(file)
@@ -156,7 +182,9 @@ def _group(file: Path, folder: Folder, found: Found, *, named: bool) -> None:
 
 def _note(file: Path, folder: Folder, found: Found, named: bool) -> str:
     """The name that reports give to a file from now on, which tells nothing of this machine."""
-    name = file.name if named else str(Path(folder.root.resolve().name, file.relative_to(folder.root)))
+    name = (
+        file.name if named else str(Path(folder.root.resolve().name, file.relative_to(folder.root)))
+    )
     while name in found.files and found.files[name] != file:
         name += "'"
     found.files[name] = file
@@ -168,7 +196,9 @@ def _note(file: Path, folder: Folder, found: Found, named: bool) -> str:
 
 def _shards(index: Path) -> dict[str, str]:
     """The file of each tensor according to an index, files of its own folder."""
-    require(index.stat().st_size <= LONGEST_INDEX, f"{index} is too long for an index; check the path.")
+    require(
+        index.stat().st_size <= LONGEST_INDEX, f"{index} is too long for an index; check the path."
+    )
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         whole = bool(weight_map) and all(isinstance(name, str) for name in weight_map.values())
@@ -177,8 +207,11 @@ def _shards(index: Path) -> dict[str, str]:
     require(whole, f"{index} is damaged (no weight_map of tensors to files); fetch it again.")
     for name in set(weight_map.values()):
         plain = Path(name).name == name and "\\" not in name and "\0" not in name
-        require(plain and Path(name).suffix in READERS, f"{index} names the file {name!r}, which is no weights file "
-                "of its own folder; fetch it again.")  # fmt: skip
+        require(
+            plain and Path(name).suffix in READERS,
+            f"{index} names the file {name!r}, which is no weights file "
+            "of its own folder; fetch it again.",
+        )
     return weight_map
 
 
@@ -187,19 +220,31 @@ def _sharded(index: Path, folder: Folder, found: Found) -> dict[str, safetensors
     weight_map, held = _shards(index), {}
     for name in sorted(set(weight_map.values())):
         shard = index.parent / name
-        require(shard.is_symlink() or shard.exists(), f"{index} names {name}, which is missing; fetch it.")
+        require(
+            shard.is_symlink() or shard.exists(),
+            f"{index} names {name}, which is missing; fetch it.",
+        )
         _note(folder.inside(shard), folder, found, named=False)
         content = READERS[shard.suffix](shard)
-        _require_agreement(index, name, content, {key for key, file in weight_map.items() if file == name})
+        _require_agreement(
+            index, name, content, {key for key, file in weight_map.items() if file == name}
+        )
         held |= content
     return held
 
 
 def _require_agreement(index: Path, shard: str, content: Any, listed: set[str]) -> None:
     """Raises `InputError` unless a shard holds exactly the tensors that the index lists for it."""
-    flat = isinstance(content, dict) and all(isinstance(tensor, safetensors_io.Tensor) for tensor in content.values())
-    require(flat, f"{shard} of {index} is no plain table of tensors; convert the file that it was made from.")
+    flat = isinstance(content, dict) and all(
+        isinstance(tensor, safetensors_io.Tensor) for tensor in content.values()
+    )
+    require(
+        flat,
+        f"{shard} of {index} is no plain table of tensors; convert the file that it was made from.",
+    )
     differ = sorted(set(content) ^ listed)
     if differ:
-        raise InputError(f"{index} and {shard} do not agree on {len(differ)} tensors ({', '.join(differ[:4])}), which "
-                         "are missing in one or stand in two shards; fetch both again.")  # fmt: skip
+        raise InputError(
+            f"{index} and {shard} do not agree on {len(differ)} tensors ({', '.join(differ[:4])}), which "
+            "are missing in one or stand in two shards; fetch both again."
+        )

@@ -25,7 +25,10 @@ UMT5 = (
 UMT5_TRANSFORMERS = {
     "token_embedding.weight": "shared.weight",
     "blocks.{}.norm1.weight": "encoder.block.{}.layer.0.layer_norm.weight",
-    **{f"blocks.{{}}.attn.{x}.weight": f"encoder.block.{{}}.layer.0.SelfAttention.{x}.weight" for x in "qkvo"},
+    **{
+        f"blocks.{{}}.attn.{x}.weight": f"encoder.block.{{}}.layer.0.SelfAttention.{x}.weight"
+        for x in "qkvo"
+    },
     "blocks.{}.pos_embedding.embedding.weight": (
         "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
     ),
@@ -36,7 +39,9 @@ UMT5_TRANSFORMERS = {
     "norm.weight": "encoder.final_layer_norm.weight",
 }
 
-EMBEDDING_TWIN = "encoder.embed_tokens.weight"  # transformers may write the shared embedding a second time
+EMBEDDING_TWIN = (
+    "encoder.embed_tokens.weight"  # transformers may write the shared embedding a second time
+)
 
 
 def renamings(names: Collection[str]) -> dict[str, list[str]]:
@@ -73,7 +78,9 @@ def config_from_shapes(shapes: Mapping[str, rules.Shape], template: TextConfig) 
 def config_from_original(config: Mapping[str, Any]) -> TextConfig:
     """The encoder that the arguments of the original `T5Encoder` describe."""
     if config.get("shared_pos", False):
-        raise InputError("shared_pos=True is T5, where layers share one position bias; UMT5 needs shared_pos=False.")
+        raise InputError(
+            "shared_pos=True is T5, where layers share one position bias; UMT5 needs shared_pos=False."
+        )
     return TextConfig(
         vocab=config["vocab"],
         dim=config["dim"],
@@ -90,7 +97,9 @@ def config_from_transformers(config: Mapping[str, Any]) -> TextConfig:
     """The encoder that a transformers `config.json` of UMT5 describes."""
     for key, built in (("model_type", "umt5"), ("feed_forward_proj", "gated-gelu")):
         if config.get(key, built) != built:
-            raise InputError(f"{key}={config[key]!r} is not UMT5; use a checkpoint of {key} {built!r}.")
+            raise InputError(
+                f"{key}={config[key]!r} is not UMT5; use a checkpoint of {key} {built!r}."
+            )
     return TextConfig(
         vocab=config["vocab_size"],
         dim=config["d_model"],

@@ -59,7 +59,10 @@ DIFFUSERS = (
     *((f"blocks.{{}}.self_attn.{x}", f"blocks.{{}}.attn1.to_{x}") for x in "qkv"),
     ("blocks.{}.self_attn.o", "blocks.{}.attn1.to_out.0"),
     *((f"blocks.{{}}.self_attn.norm_{x}", f"blocks.{{}}.attn1.norm_{x}") for x in "qk"),
-    ("blocks.{}.norm3", "blocks.{}.norm2"),  # the affine norm before cross-attention has another number there
+    (
+        "blocks.{}.norm3",
+        "blocks.{}.norm2",
+    ),  # the affine norm before cross-attention has another number there
     *((f"blocks.{{}}.cross_attn.{x}", f"blocks.{{}}.attn2.to_{x}") for x in "qkv"),
     ("blocks.{}.cross_attn.o", "blocks.{}.attn2.to_out.0"),
     *((f"blocks.{{}}.cross_attn.norm_{x}", f"blocks.{{}}.attn2.norm_{x}") for x in "qk"),
@@ -91,7 +94,9 @@ WIDEST_HEAD = 128  # of every released model
 def _refuse_variants(config: Mapping[str, Any]) -> None:
     for key, built in VARIANTS.items():
         if config.get(key, built[0]) not in built:
-            raise InputError(f"{key}={config[key]!r} is not Wan2.1's text-to-video network; use {built[-1]!r}.")
+            raise InputError(
+                f"{key}={config[key]!r} is not Wan2.1's text-to-video network; use {built[-1]!r}."
+            )
 
 
 def config_from_shapes(shapes: Mapping[str, rules.Shape], template: DiTConfig) -> DiTConfig:
@@ -100,7 +105,11 @@ def config_from_shapes(shapes: Mapping[str, rules.Shape], template: DiTConfig) -
     They do not say how many heads there are: see `heads_of`.
     """
     size = functools.partial(rules.axis, shapes)
-    dim = size(r"(patch_embedding|text_embedding\.2|time_embedding\.2|blocks\.0\.norm3)\.bias", 0, template.dim)
+    dim = size(
+        r"(patch_embedding|text_embedding\.2|time_embedding\.2|blocks\.0\.norm3)\.bias",
+        0,
+        template.dim,
+    )
     patch = r"patch_embedding\.weight"
     cell = tuple(size(patch, axis, template.patch[axis - 2]) for axis in (2, 3, 4))
     return dataclasses.replace(
@@ -112,7 +121,8 @@ def config_from_shapes(shapes: Mapping[str, rules.Shape], template: DiTConfig) -
         text_dim=size(r"text_embedding\.0\.weight", 1, template.text_dim),
         freq_dim=size(r"time_embedding\.0\.weight", 1, template.freq_dim),
         in_channels=size(patch, 1, template.in_channels),
-        out_channels=size(r"head\.head\.(weight|bias)", 0, 0) // math.prod(cell) or template.out_channels,
+        out_channels=size(r"head\.head\.(weight|bias)", 0, 0) // math.prod(cell)
+        or template.out_channels,
         patch=cell,
     )
 
@@ -129,8 +139,10 @@ def assumption(cfg: DiTConfig, template: DiTConfig) -> str | None:
     """What was assumed about the heads of `cfg`, of which only the shapes are known."""
     if cfg.dim == template.dim or cfg.dim % WIDEST_HEAD == 0:
         return None
-    return (f"dit.heads={cfg.heads} is assumed (heads of {cfg.head_dim} channels): the tensors do not say how many "
-            "heads there are; give --set dit.heads=N if the network has others")  # fmt: skip
+    return (
+        f"dit.heads={cfg.heads} is assumed (heads of {cfg.head_dim} channels): the tensors do not say how many "
+        "heads there are; give --set dit.heads=N if the network has others"
+    )
 
 
 def config_from_original(config: Mapping[str, Any], other: DiTConfig = DiTConfig()) -> DiTConfig:

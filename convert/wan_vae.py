@@ -54,14 +54,30 @@ MIDDLE = ((0, "resnets.0", RESIDUAL), (1, "attentions.0", ATTENTION), (2, "resne
 PLACES = (  # original, ours, diffusers, what is there
     ("", "", "", WHOLE),
     *((f"{half}.", f"{half}/", f"{half}.", HALF) for half in ("encoder", "decoder")),
-    *((f"{half}.middle.{here}.", f"{half}/middle/{here}/", f"{half}.mid_block.{there}.", what)
-      for half in ("encoder", "decoder")
-      for here, there, what in MIDDLE),
-    *(("encoder.downsamples.{layer}.", "encoder/down/{layer}/", "encoder.down_blocks.{layer}.", what)
-      for what in (RESIDUAL, RESAMPLE)),
-    *(("decoder.upsamples.{layer}.", "decoder/up/{layer}/", "decoder.up_blocks.{stage}.{part}.", what)
-      for what in (RESIDUAL, RESAMPLE)),
-)  # fmt: skip
+    *(
+        (f"{half}.middle.{here}.", f"{half}/middle/{here}/", f"{half}.mid_block.{there}.", what)
+        for half in ("encoder", "decoder")
+        for here, there, what in MIDDLE
+    ),
+    *(
+        (
+            "encoder.downsamples.{layer}.",
+            "encoder/down/{layer}/",
+            "encoder.down_blocks.{layer}.",
+            what,
+        )
+        for what in (RESIDUAL, RESAMPLE)
+    ),
+    *(
+        (
+            "decoder.upsamples.{layer}.",
+            "decoder/up/{layer}/",
+            "decoder.up_blocks.{stage}.{part}.",
+            what,
+        )
+        for what in (RESIDUAL, RESAMPLE)
+    ),
+)
 
 DOWN = r"encoder\.downsamples\.{}"  # pattern
 
@@ -73,7 +89,11 @@ NAMES = tuple(  # original, ours, diffusers, transform: one row per tensor, with
 )
 
 WAN_VAE = tuple(
-    Rule(re.escape(original).replace(r"\{layer\}", r"(\d+)"), ours.replace("{layer}", r"\1"), transform)
+    Rule(
+        re.escape(original).replace(r"\{layer\}", r"(\d+)"),
+        ours.replace("{layer}", r"\1"),
+        transform,
+    )
     for original, ours, _, transform in NAMES
 )
 
@@ -90,27 +110,47 @@ def _names_of(path: str, num_res_blocks: int) -> tuple[str, str]:
         found = re.fullmatch(re.escape(ours).replace(r"\{layer\}", r"(?P<layer>\d+)"), path)
         if found is not None:
             layer = int(found.groupdict().get("layer", 0))
-            stage, place = divmod(layer, num_res_blocks + 2)  # each but the last stage: blocks, then one upsampler
+            stage, place = divmod(
+                layer, num_res_blocks + 2
+            )  # each but the last stage: blocks, then one upsampler
             part = f"resnets.{place}" if place <= num_res_blocks else "upsamplers.0"
-            return original.format(layer=layer), diffusers.format(layer=layer, stage=stage, part=part)
+            return original.format(layer=layer), diffusers.format(
+                layer=layer, stage=stage, part=part
+            )
     raise KeyError(path)
 
 
 def renamings(names: Collection[str]) -> dict[str, list[str]]:
     """What each name of a diffusers checkpoint may be called originally."""
-    numbers = (re.match(rf"decoder\.up_blocks\.0\.resnets\.{rules.NUMBER}\.", name) for name in names)
-    stage = 2 + max((int(hit[1]) for hit in numbers if hit), default=0)  # residual blocks, then one upsampler
+    numbers = (
+        re.match(rf"decoder\.up_blocks\.0\.resnets\.{rules.NUMBER}\.", name) for name in names
+    )
+    stage = 2 + max(
+        (int(hit[1]) for hit in numbers if hit), default=0
+    )  # residual blocks, then one upsampler
     rows = [(original, _pattern(diffusers)) for original, _, diffusers, _ in NAMES]
-    return {name: [_flat(original, hit, stage) for original, row in rows if (hit := row.fullmatch(name))]
-            for name in names}  # fmt: skip
+    return {
+        name: [
+            _flat(original, hit, stage) for original, row in rows if (hit := row.fullmatch(name))
+        ]
+        for name in names
+    }
 
 
 def _pattern(diffusers: str) -> re.Pattern[str]:
     """What matches a diffusers name with its numbers open."""
-    opened = {"layer": f"(?P<layer>{rules.NUMBER})", "stage": f"(?P<stage>{rules.NUMBER})",
-              "part": rf"(resnets\.(?P<resnet>{rules.NUMBER})|upsamplers\.0)"}  # fmt: skip
-    return re.compile(functools.reduce(lambda text, key: text.replace(rf"\{{{key}\}}", opened[key]), opened,
-                                       re.escape(diffusers)))  # fmt: skip
+    opened = {
+        "layer": f"(?P<layer>{rules.NUMBER})",
+        "stage": f"(?P<stage>{rules.NUMBER})",
+        "part": rf"(resnets\.(?P<resnet>{rules.NUMBER})|upsamplers\.0)",
+    }
+    return re.compile(
+        functools.reduce(
+            lambda text, key: text.replace(rf"\{{{key}\}}", opened[key]),
+            opened,
+            re.escape(diffusers),
+        )
+    )
 
 
 def _flat(original: str, hit: re.Match[str], stage: int) -> str:
@@ -130,11 +170,17 @@ def config_from_shapes(shapes: Mapping[str, rules.Shape], template: VAEConfig) -
     size = functools.partial(rules.axis, shapes)
     dim = size(r"encoder\.conv1\..*|encoder\.downsamples\.0\.residual\.0\.gamma", 0, template.dim)
     z_dim = size(r"conv2\.(weight|bias)", 0, template.z_dim)
-    found = (re.fullmatch(DOWN.format(rules.NUMBER) + r"\.resample\.1\.weight", name) for name in shapes)
+    found = (
+        re.fullmatch(DOWN.format(rules.NUMBER) + r"\.resample\.1\.weight", name) for name in shapes
+    )
     places = sorted(int(hit[1]) for hit in found if hit)
-    if not places or places[0] * len(places) > len(shapes):  # too few tensors to be that many layers
-        places = [template.num_res_blocks + stage * (template.num_res_blocks + 1)
-                  for stage in range(len(template.temporal_downsample))]  # fmt: skip
+    if not places or places[0] * len(places) > len(
+        shapes
+    ):  # too few tensors to be that many layers
+        places = [
+            template.num_res_blocks + stage * (template.num_res_blocks + 1)
+            for stage in range(len(template.temporal_downsample))
+        ]
     widths = [size(DOWN.format(place) + r"\.resample\.1\..*", 0, dim) for place in places]
     widths.append(size(r"encoder\.head\.0\.gamma|encoder\.middle\..*\.gamma", 0, dim))
     scale = template if template.z_dim == z_dim else plain(z_dim)
@@ -143,7 +189,9 @@ def config_from_shapes(shapes: Mapping[str, rules.Shape], template: VAEConfig) -
         dim=dim,
         dim_mult=tuple(width // dim or 1 for width in widths),
         num_res_blocks=places[0],
-        temporal_downsample=tuple(f"encoder.downsamples.{place}.time_conv.weight" in shapes for place in places),
+        temporal_downsample=tuple(
+            f"encoder.downsamples.{place}.time_conv.weight" in shapes for place in places
+        ),
     )
 
 
@@ -160,9 +208,15 @@ def vae_config(meta: Mapping[str, Any]) -> VAEConfig:
     """Our config from an original one (`dim`, `scale` in words) or one of diffusers (`base_dim`, `latents_mean`)."""
     for name, allowed in ONLY.items():
         value = meta.get(name, allowed[0])
-        require(value in allowed, f"VAE setting {name}={value!r} is not supported; convert one with {allowed[0]!r}.")
+        require(
+            value in allowed,
+            f"VAE setting {name}={value!r} is not supported; convert one with {allowed[0]!r}.",
+        )
     dim = meta["dim"] if "dim" in meta else meta["base_dim"]
-    require(meta.get("decoder_base_dim") in (None, dim), f"decoder_base_dim must be None or {dim}, as in Wan2.1.")
+    require(
+        meta.get("decoder_base_dim") in (None, dim),
+        f"decoder_base_dim must be None or {dim}, as in Wan2.1.",
+    )
     mean, std = _scale(meta)
     return VAEConfig(
         dim=dim,
@@ -179,7 +233,11 @@ def config_from_diffusers(meta: Mapping[str, Any], other: VAEConfig) -> VAEConfi
     """The codec that a diffusers `config.json` describes, its latents normalised as in `other` if it does not say."""
     cfg = vae_config(meta)
     told = len(meta.get("latents_mean") or ()) == len(meta.get("latents_std") or ()) == cfg.z_dim
-    return cfg if told or other.z_dim != cfg.z_dim else dataclasses.replace(cfg, mean=other.mean, std=other.std)
+    return (
+        cfg
+        if told or other.z_dim != cfg.z_dim
+        else dataclasses.replace(cfg, mean=other.mean, std=other.std)
+    )
 
 
 def _scale(meta: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:

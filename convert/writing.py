@@ -15,7 +15,9 @@ from packforcing_jax.config import Experiment
 from packforcing_jax.io import model_folder, safetensors_io
 from packforcing_jax.io.safetensors_io import Form, Tensor
 
-LARGE = 1 << 26  # bytes beyond which a tensor that only changes its number format is written row by row
+LARGE = (
+    1 << 26
+)  # bytes beyond which a tensor that only changes its number format is written row by row
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,10 @@ class Job:
     @property
     def forms(self) -> dict[str, Form]:
         """Shape and dtype of every array as stored."""
-        return {path: (shape, np.dtype(_named(self.dtype) if self.dtype else dtype))
-                for path, (shape, dtype) in self.plan.forms.items()}  # fmt: skip
+        return {
+            path: (shape, np.dtype(_named(self.dtype) if self.dtype else dtype))
+            for path, (shape, dtype) in self.plan.forms.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -61,25 +65,50 @@ def _named(dtype: str) -> type:
     return next(known for known in safetensors_io.DTYPES.values() if np.dtype(known).name == dtype)
 
 
-def job(part: str, held: Mapping[str, Tensor], exp: Experiment, wrong: rules.Mismatches, *,
-        added: Mapping[str, Addition], dtype: str | None) -> Job:  # fmt: skip
+def job(
+    part: str,
+    held: Mapping[str, Tensor],
+    exp: Experiment,
+    wrong: rules.Mismatches,
+    *,
+    added: Mapping[str, Addition],
+    dtype: str | None,
+) -> Job:
     """How tensors under original names become a part of a model of this experiment."""
-    plan = rules.plan(held, networks.NETWORKS[part].table, networks.wanted(part, exp), wrong, f"{part}/")
+    plan = rules.plan(
+        held, networks.NETWORKS[part].table, networks.wanted(part, exp), wrong, f"{part}/"
+    )
     return Job(part, held, plan, added, dtype)
 
 
-def taking(part: str, model: model_folder.Opened, exp: Experiment, wrong: rules.Mismatches, dtype: str | None) -> Job:
+def taking(
+    part: str,
+    model: model_folder.Opened,
+    exp: Experiment,
+    wrong: rules.Mismatches,
+    dtype: str | None,
+) -> Job:
     """How a part of a model folder is taken over: as it is, unless its number format is to change."""
     held = model.part(part)
     places = {path: rules.Place(path) for path in held}
     plan = rules.fit(held, places, networks.wanted(part, exp), wrong, f"{part}/")
     stays = all(dtype in (None, tensor.dtype.name) for tensor in held.values())
-    return Job(part, held, plan, {}, dtype, model.folder / model_folder.weights_file(part) if stays else None)
+    return Job(
+        part,
+        held,
+        plan,
+        {},
+        dtype,
+        model.folder / model_folder.weights_file(part) if stays else None,
+    )
 
 
 def check(job: Job, wrong: rules.Mismatches) -> Iterator[str]:
     """Notes the tensors of a part that are not finite; yields the name of each that was read."""
-    for tensor in [*job.held.values(), *(used for each in job.added.values() for used in each.used.values())]:
+    for tensor in [
+        *job.held.values(),
+        *(used for each in job.added.values() for used in each.used.values()),
+    ]:
         _read(tensor, wrong)
         yield tensor.name
 
@@ -129,17 +158,32 @@ def _additions(job: Job, name: str, place: rules.Place, wrong: rules.Mismatches)
     for added in [job.added[name]] if name in job.added else []:
         for side, tensor in added.used.items():
             array = _read(tensor, wrong)
-            yield Entry(tensor, name, "" if array is None else digest(array), job.part, place.path, place.layer,
-                        f"{side} of + {added.scale:g} * up @ down")  # fmt: skip
+            yield Entry(
+                tensor,
+                name,
+                "" if array is None else digest(array),
+                job.part,
+                place.path,
+                place.layer,
+                f"{side} of + {added.scale:g} * up @ down",
+            )
 
 
-def _put(file: safetensors_io.Writer, job: Job, name: str, array: np.ndarray, wrong: rules.Mismatches) -> None:
+def _put(
+    file: safetensors_io.Writer, job: Job, name: str, array: np.ndarray, wrong: rules.Mismatches
+) -> None:
     """Writes one tensor into its place, with what is added to it and in its new number format."""
     place, (_, dtype) = job.plan.places[name], job.forms[job.plan.places[name].path]
     if name in job.added:
         array = job.added[name].onto(array)
     changed = name in job.added or array.dtype != dtype
-    rows = changed and place.transform == rules.same and place.layer is None and array.ndim > 1 and array.nbytes > LARGE
+    rows = (
+        changed
+        and place.transform == rules.same
+        and place.layer is None
+        and array.ndim > 1
+        and array.nbytes > LARGE
+    )
     for row, values in enumerate(array) if rows else [(place.layer, array)]:
         with np.errstate(over="ignore", invalid="ignore"):
             value = place.forward(values).astype(dtype, copy=False)

@@ -17,11 +17,20 @@ BEGINNINGS = {  # of files that are often met instead of a zip archive
     b"<": "is a web page and not the checkpoint; fetch the checkpoint itself.",
     b"": "is no checkpoint of torch.save (it does not start as a zip archive); check the path or fetch it again.",
 }
-LOCAL_HEADER = struct.Struct("<4s2x2H16x2H")  # signature, flags, compression, lengths of the name and of the extras
+LOCAL_HEADER = struct.Struct(
+    "<4s2x2H16x2H"
+)  # signature, flags, compression, lengths of the name and of the extras
 ENCRYPTED = 0x1 | 0x40 | 0x2000
 UTF8 = 0x800
 
-DAMAGE = (ValueError, IndexError, OverflowError, NotImplementedError, struct.error, zipfile.BadZipFile)  # while reading
+DAMAGE = (
+    ValueError,
+    IndexError,
+    OverflowError,
+    NotImplementedError,
+    struct.error,
+    zipfile.BadZipFile,
+)  # while reading
 
 
 class Refused(Exception):
@@ -87,14 +96,19 @@ def opened(path: Path, file: BinaryIO) -> Archive:
     beginning = file.read(32)
     require(bool(beginning), f"{path} is empty; fetch it again.")
     if not beginning.startswith(ZIP):
-        raise InputError(f"{path} {next(told for known, told in BEGINNINGS.items() if beginning.startswith(known))}")
+        raise InputError(
+            f"{path} {next(told for known, told in BEGINNINGS.items() if beginning.startswith(known))}"
+        )
     with zipfile.ZipFile(file) as whole:
         found = whole.infolist()
     entries = {entry.filename: entry for entry in found}
     check(len(entries) == len(found), "it names an entry twice")
     programs = [name for name in entries if re.fullmatch(r"([^/]+/)?data\.pkl", name)]
-    require(len(programs) == 1, f"{path} is a zip archive with {len(programs)} entries data.pkl where torch.save "
-            "writes one; check the path or fetch it again.")  # fmt: skip
+    require(
+        len(programs) == 1,
+        f"{path} is a zip archive with {len(programs)} entries data.pkl where torch.save "
+        "writes one; check the path or fetch it again.",
+    )
     archive = Archive(path, file, programs[0].removesuffix("data.pkl"), entries)
     order = archive.read("byteorder", 16) if "byteorder" in archive else b"little"
     allow(order == b"little", f"holds numbers in the byte order {shown(order.decode('latin-1'))}")

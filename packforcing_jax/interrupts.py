@@ -21,7 +21,11 @@ def _handled(handler: Callable) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {each: signal.getsignal(each) for each in SIGNALS if signal.getsignal(each) is not signal.SIG_IGN}
+    before = {
+        each: signal.getsignal(each)
+        for each in SIGNALS
+        if signal.getsignal(each) is not signal.SIG_IGN
+    }
     for each in before:
         signal.signal(each, handler)
     try:

@@ -23,8 +23,12 @@ def flatten(module: Any) -> dict[str, Array]:
     return {_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(module)}
 
 
-def fill(module: Module, flat: Mapping[str, Any], source: str = "weights",
-         put: Callable[[str, Any], Any] | None = None) -> Module:  # fmt: skip
+def fill(
+    module: Module,
+    flat: Mapping[str, Any],
+    source: str = "weights",
+    put: Callable[[str, Any], Any] | None = None,
+) -> Module:
     """`module` with its leaves replaced from `flat`; raises `InputError` listing every mismatch at once.
 
     `put(path, value)` makes a leaf of a value; by default it takes the dtype of the leaf it replaces.
@@ -32,13 +36,25 @@ def fill(module: Module, flat: Mapping[str, Any], source: str = "weights",
     wanted = flatten(module)
     wrong = [f"{name}: missing" for name in wanted if name not in flat]
     wrong += [f"{name}: not part of the model" for name in flat if name not in wanted]
-    shapes = {name: (tuple(flat[name].shape), tuple(leaf.shape)) for name, leaf in wanted.items() if name in flat}
-    wrong += [f"{name}: shape {ours}, expected {theirs}" for name, (ours, theirs) in shapes.items() if ours != theirs]
+    shapes = {
+        name: (tuple(flat[name].shape), tuple(leaf.shape))
+        for name, leaf in wanted.items()
+        if name in flat
+    }
+    wrong += [
+        f"{name}: shape {ours}, expected {theirs}"
+        for name, (ours, theirs) in shapes.items()
+        if ours != theirs
+    ]
     if wrong:
         shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-        raise InputError(f"{source} do not fit the model ({len(wrong)} tensors: {shown}); use weights of this config.")
+        raise InputError(
+            f"{source} do not fit the model ({len(wrong)} tensors: {shown}); use weights of this config."
+        )
     make = put or (lambda path, value: value.astype(wanted[path].dtype))
-    return jax.tree_util.tree_map_with_path(lambda keys, leaf: make(_path(keys), flat[_path(keys)]), module)
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: make(_path(keys), flat[_path(keys)]), module
+    )
 
 
 def as_given(path: str, value: Any) -> Any:
@@ -53,7 +69,10 @@ def over(function: Callable, *args: Any) -> Any:
     """`function` of every layer's share of `args`, in the form that the first one has; None is every layer's None."""
     if not isinstance(args[0], list):
         return jax.vmap(function)(*args)
-    return [function(*(None if arg is None else arg[layer] for arg in args)) for layer in range(len(args[0]))]
+    return [
+        function(*(None if arg is None else arg[layer] for arg in args))
+        for layer in range(len(args[0]))
+    ]
 
 
 def unzip(pairs: Any) -> tuple[Any, Any]:
@@ -68,7 +87,11 @@ def zipped(*args: Any) -> Any:
 
 def stack(layers: Any) -> Any:
     """What there is per layer with a leading layer axis, whatever form it has."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers) if isinstance(layers, list) else layers
+    return (
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        if isinstance(layers, list)
+        else layers
+    )
 
 
 def unstack(stacked: Any, count: int) -> list:
@@ -78,4 +101,6 @@ def unstack(stacked: Any, count: int) -> list:
 
 def cast(tree: Any, dtype: str) -> Any:
     """`tree` with its floating leaves as `dtype`."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
+    return jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree
+    )

@@ -10,7 +10,12 @@ from jax.sharding import PartitionSpec
 
 Axis: TypeAlias = str | tuple[str, ...] | None
 
-AXES = ("data", "fsdp", "tensor", "context")  # copies of the model, its shards, its heads, the tokens of a video
+AXES = (
+    "data",
+    "fsdp",
+    "tensor",
+    "context",
+)  # copies of the model, its shards, its heads, the tokens of a video
 BATCH = ("data", "fsdp")  # what the videos of a batch are divided over
 HEADS = ("tensor", "context")  # and, in attention, the heads: each device reads whole videos
 
@@ -40,7 +45,9 @@ def by_heads(*arrays: Array) -> tuple[Array, ...]:
 
 def fitting(axes: Sequence[Axis], shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
     """`axes` as a partition of `shape`, without those whose `sizes` do not divide their dimension."""
-    return PartitionSpec(*(axis if size % divisor(axis, sizes) == 0 else None for axis, size in zip(axes, shape)))
+    return PartitionSpec(
+        *(axis if size % divisor(axis, sizes) == 0 else None for axis, size in zip(axes, shape))
+    )
 
 
 def divisor(axis: Axis, sizes: Mapping[str, int]) -> int:

@@ -6,14 +6,18 @@ from pathlib import Path
 
 # Most of a test's time is compiling, and small programs need no optimised machine code. Read when a backend starts.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false" if metadata.version("jaxlib") < "0.11" else ""
+os.environ["XLA_FLAGS"] += (
+    " --xla_cpu_use_fusion_emitters=false" if metadata.version("jaxlib") < "0.11" else ""
+)
 
 import signal
 
 import jax
 import pytest
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell takes it from what it runs in the background
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell takes it from what it runs in the background
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_num_cpu_devices", 2)

@@ -17,12 +17,37 @@ from safetensors.numpy import load_file, save_file
 from packforcing_jax.networks import tokenizer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float64": np.float64}
-SIZES = {"dim": 30, "ffn_dim": 44, "freq_dim": 10, "in_dim": 4, "out_dim": 6, "num_heads": 3, "num_layers": 3,
-         "text_len": 512, "eps": 1e-6, "model_type": "t2v"}  # fmt: skip
+DTYPES = {
+    "float32": np.float32,
+    "bfloat16": ml_dtypes.bfloat16,
+    "float16": np.float16,
+    "float64": np.float64,
+}
+SIZES = {
+    "dim": 30,
+    "ffn_dim": 44,
+    "freq_dim": 10,
+    "in_dim": 4,
+    "out_dim": 6,
+    "num_heads": 3,
+    "num_layers": 3,
+    "text_len": 512,
+    "eps": 1e-6,
+    "model_type": "t2v",
+}
 TEXT_DIM, PATCH = 14, (1, 2, 2)
-LINEARS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.k", "cross_attn.v",
-           "cross_attn.o", "ffn.0", "ffn.2")  # fmt: skip
+LINEARS = (
+    "self_attn.q",
+    "self_attn.k",
+    "self_attn.v",
+    "self_attn.o",
+    "cross_attn.q",
+    "cross_attn.k",
+    "cross_attn.v",
+    "cross_attn.o",
+    "ffn.0",
+    "ffn.2",
+)
 HEADS = ("dit.heads=3",)
 
 
@@ -45,21 +70,43 @@ class Layout:
 
 def shapes_of_dit(layers=3, dim=30, ffn=44, channels=4, out=6):
     """Name and shape of every tensor, as Wan2.1's own code has them."""
-    block = {f"{each}.{leaf}": {"weight": (dim, dim), "bias": (dim,)}[leaf]
-             for each in LINEARS[:8] for leaf in ("weight", "bias")}  # fmt: skip
+    block = {
+        f"{each}.{leaf}": {"weight": (dim, dim), "bias": (dim,)}[leaf]
+        for each in LINEARS[:8]
+        for leaf in ("weight", "bias")
+    }
     block |= {f"{kind}_attn.norm_{x}.weight": (dim,) for kind in ("self", "cross") for x in "qk"}
-    block |= {"norm3.weight": (dim,), "norm3.bias": (dim,), "modulation": (1, 6, dim), "ffn.0.weight": (ffn, dim),
-              "ffn.0.bias": (ffn,), "ffn.2.weight": (dim, ffn), "ffn.2.bias": (dim,)}  # fmt: skip
+    block |= {
+        "norm3.weight": (dim,),
+        "norm3.bias": (dim,),
+        "modulation": (1, 6, dim),
+        "ffn.0.weight": (ffn, dim),
+        "ffn.0.bias": (ffn,),
+        "ffn.2.weight": (dim, ffn),
+        "ffn.2.bias": (dim,),
+    }
     return {
-        "patch_embedding.weight": (dim, channels, *PATCH), "patch_embedding.bias": (dim,),
-        "text_embedding.0.weight": (dim, TEXT_DIM), "text_embedding.0.bias": (dim,),
-        "text_embedding.2.weight": (dim, dim), "text_embedding.2.bias": (dim,),
-        "time_embedding.0.weight": (dim, 10), "time_embedding.0.bias": (dim,),
-        "time_embedding.2.weight": (dim, dim), "time_embedding.2.bias": (dim,),
-        "time_projection.1.weight": (6 * dim, dim), "time_projection.1.bias": (6 * dim,),
-        **{f"blocks.{layer}.{name}": shape for layer in range(layers) for name, shape in block.items()},
-        "head.modulation": (1, 2, dim), "head.head.weight": (out * 4, dim), "head.head.bias": (out * 4,),
-    }  # fmt: skip
+        "patch_embedding.weight": (dim, channels, *PATCH),
+        "patch_embedding.bias": (dim,),
+        "text_embedding.0.weight": (dim, TEXT_DIM),
+        "text_embedding.0.bias": (dim,),
+        "text_embedding.2.weight": (dim, dim),
+        "text_embedding.2.bias": (dim,),
+        "time_embedding.0.weight": (dim, 10),
+        "time_embedding.0.bias": (dim,),
+        "time_embedding.2.weight": (dim, dim),
+        "time_embedding.2.bias": (dim,),
+        "time_projection.1.weight": (6 * dim, dim),
+        "time_projection.1.bias": (6 * dim,),
+        **{
+            f"blocks.{layer}.{name}": shape
+            for layer in range(layers)
+            for name, shape in block.items()
+        },
+        "head.modulation": (1, 2, dim),
+        "head.head.weight": (out * 4, dim),
+        "head.head.bias": (out * 4,),
+    }
 
 
 def random(shapes, dtype="float32", seed=0):
@@ -74,7 +121,11 @@ def dit(dtype="float32", seed=0, **sizes):
 @functools.cache
 def _golden(name):
     held = load_file(GOLDEN / f"{name}.safetensors")
-    return {key.removeprefix("weights/"): value for key, value in held.items() if key.startswith("weights/")}
+    return {
+        key.removeprefix("weights/"): value
+        for key, value in held.items()
+        if key.startswith("weights/")
+    }
 
 
 @functools.cache
@@ -123,34 +174,79 @@ def prefixed(prefix, tensors):
 
 def fsdp(tensors):
     """Names as a raw run leaves them: wrapped at the top, and around every block."""
-    return {"model._fsdp_wrapped_module." + name.replace(".", "._checkpoint_wrapped_module.", 1): value
-            for name, value in tensors.items()}  # fmt: skip
+    return {
+        "model._fsdp_wrapped_module." + name.replace(".", "._checkpoint_wrapped_module.", 1): value
+        for name, value in tensors.items()
+    }
 
 
-DIFFUSERS_DIT = {"_class_name": "WanTransformer3DModel", "num_attention_heads": 3, "attention_head_dim": 10,
-                 "in_channels": 4, "out_channels": 6, "text_dim": TEXT_DIM, "freq_dim": 10, "ffn_dim": 44,
-                 "num_layers": 3, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6,
-                 "image_dim": None, "added_kv_proj_dim": None, "patch_size": [1, 2, 2]}  # fmt: skip
-DIFFUSERS_VAE = {"_class_name": "AutoencoderKLWan", "base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2],
-                 "num_res_blocks": 1, "attn_scales": [], "temperal_downsample": [True, True],
-                 "latents_mean": [0.5, -0.25, 0.125, 1.5], "latents_std": [2.0, 1.5, 0.75, 3.0]}  # fmt: skip
-TRANSFORMERS_TEXT = {"model_type": "umt5", "vocab_size": 97, "d_model": 48, "d_kv": 16, "d_ff": 80, "num_heads": 4,
-                     "num_layers": 3, "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
-                     "feed_forward_proj": "gated-gelu"}  # fmt: skip
+DIFFUSERS_DIT = {
+    "_class_name": "WanTransformer3DModel",
+    "num_attention_heads": 3,
+    "attention_head_dim": 10,
+    "in_channels": 4,
+    "out_channels": 6,
+    "text_dim": TEXT_DIM,
+    "freq_dim": 10,
+    "ffn_dim": 44,
+    "num_layers": 3,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6,
+    "image_dim": None,
+    "added_kv_proj_dim": None,
+    "patch_size": [1, 2, 2],
+}
+DIFFUSERS_VAE = {
+    "_class_name": "AutoencoderKLWan",
+    "base_dim": 8,
+    "z_dim": 4,
+    "dim_mult": [1, 2, 2],
+    "num_res_blocks": 1,
+    "attn_scales": [],
+    "temperal_downsample": [True, True],
+    "latents_mean": [0.5, -0.25, 0.125, 1.5],
+    "latents_std": [2.0, 1.5, 0.75, 3.0],
+}
+TRANSFORMERS_TEXT = {
+    "model_type": "umt5",
+    "vocab_size": 97,
+    "d_model": 48,
+    "d_kv": 16,
+    "d_ff": 80,
+    "num_heads": 4,
+    "num_layers": 3,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "feed_forward_proj": "gated-gelu",
+}
 
 # LoRA
 
 
-def lora(dtype="float32", rank=2, seed=7, modules=("blocks.0.self_attn.q", "blocks.2.ffn.0", "blocks.1.ffn.2")):
+def lora(
+    dtype="float32",
+    rank=2,
+    seed=7,
+    modules=("blocks.0.self_attn.q", "blocks.2.ffn.0", "blocks.1.ffn.2"),
+):
     """(down, up) of each module."""
     rng, shapes = np.random.default_rng(seed), shapes_of_dit()
-    return {name: (rng.normal(size=(rank, shapes[f"{name}.weight"][1])).astype(DTYPES[dtype]),
-                   rng.normal(size=(shapes[f"{name}.weight"][0], rank)).astype(DTYPES[dtype]))
-            for name in modules}  # fmt: skip
+    return {
+        name: (
+            rng.normal(size=(rank, shapes[f"{name}.weight"][1])).astype(DTYPES[dtype]),
+            rng.normal(size=(shapes[f"{name}.weight"][0], rank)).astype(DTYPES[dtype]),
+        )
+        for name in modules
+    }
 
 
 def peft(pairs, form="base_model.model.{}.lora_{}.default.weight"):
-    return {form.format(name, side): pair[at] for name, pair in pairs.items() for at, side in enumerate("AB")}
+    return {
+        form.format(name, side): pair[at]
+        for name, pair in pairs.items()
+        for at, side in enumerate("AB")
+    }
 
 
 def merged(base, pairs, scale):
@@ -158,7 +254,9 @@ def merged(base, pairs, scale):
     out = dict(base)
     for name, (down, up) in pairs.items():
         weight = out[f"{name}.weight"]
-        total = weight.astype(np.float64) + scale * (up.astype(np.float64) @ down.astype(np.float64))
+        total = weight.astype(np.float64) + scale * (
+            up.astype(np.float64) @ down.astype(np.float64)
+        )
         out[f"{name}.weight"] = total.astype(weight.dtype)
     return out
 
@@ -214,8 +312,10 @@ def wan_folder(folder, dtype, seed=0):
     (folder / "README.md").write_text("weights")
     name = folder.name
     return held | vae(dtype) | umt5("bfloat16"), {
-        **told(f"{name}/diffusion_pytorch_model.safetensors", held), **told(f"{name}/Wan2.1_VAE.pth", vae(dtype)),
-        **told(f"{name}/models_t5_umt5-xxl-enc-bf16.pth", umt5("bfloat16"))}  # fmt: skip
+        **told(f"{name}/diffusion_pytorch_model.safetensors", held),
+        **told(f"{name}/Wan2.1_VAE.pth", vae(dtype)),
+        **told(f"{name}/models_t5_umt5-xxl-enc-bf16.pth", umt5("bfloat16")),
+    }
 
 
 ALL = ("dit", "codec", "text")
@@ -244,7 +344,12 @@ def original_shards_with_config(tmp, dtype):
 @layout
 def original_index_named(tmp, dtype):
     stored = put_shards(tmp / "Wan", "diffusion_pytorch_model", dit(dtype))
-    return Layout([tmp / "Wan" / "diffusion_pytorch_model.safetensors.index.json"], dit(dtype), stored, {"sets": HEADS})
+    return Layout(
+        [tmp / "Wan" / "diffusion_pytorch_model.safetensors.index.json"],
+        dit(dtype),
+        stored,
+        {"sets": HEADS},
+    )
 
 
 @layout
@@ -274,7 +379,11 @@ def diffusers_pipeline(tmp, dtype):
     stored |= put_shards(folder / "text_encoder", "model", text, count=3)
     put(folder / "vae" / "diffusion_pytorch_model.safetensors", vae_as_diffusers(vae("float32")))
     stored |= told("vae/diffusion_pytorch_model.safetensors", vae_as_diffusers(vae("float32")))
-    for name, config in (("transformer", DIFFUSERS_DIT), ("vae", DIFFUSERS_VAE), ("text_encoder", TRANSFORMERS_TEXT)):
+    for name, config in (
+        ("transformer", DIFFUSERS_DIT),
+        ("vae", DIFFUSERS_VAE),
+        ("text_encoder", TRANSFORMERS_TEXT),
+    ):
         put_json(folder / name / "config.json", config)
     put_tokenizer(folder / "tokenizer" / "tokenizer.json")
     stored = {(f"{folder.name}/{file}", name): value for (file, name), value in stored.items()}
@@ -284,8 +393,11 @@ def diffusers_pipeline(tmp, dtype):
 @layout
 def diffusers_transformer(tmp, dtype):
     put_json(tmp / "transformer" / "config.json", DIFFUSERS_DIT)
-    return Layout([tmp / "transformer"], dit(dtype),
-                  put_shards(tmp / "transformer", "diffusion_pytorch_model", as_diffusers(dit(dtype))))  # fmt: skip
+    return Layout(
+        [tmp / "transformer"],
+        dit(dtype),
+        put_shards(tmp / "transformer", "diffusion_pytorch_model", as_diffusers(dit(dtype))),
+    )
 
 
 @layout
@@ -298,8 +410,12 @@ def diffusers_transformer_without_config(tmp, dtype):
 def diffusers_vae(tmp, dtype):
     path = put(tmp / "vae" / "diffusion_pytorch_model.safetensors", vae_as_diffusers(vae(dtype)))
     put_json(tmp / "vae" / "config.json", DIFFUSERS_VAE)
-    return Layout([tmp / "vae"], vae(dtype), told(f"vae/{path.name}", vae_as_diffusers(vae(dtype))),
-                  parts=("codec",))  # fmt: skip
+    return Layout(
+        [tmp / "vae"],
+        vae(dtype),
+        told(f"vae/{path.name}", vae_as_diffusers(vae(dtype))),
+        parts=("codec",),
+    )
 
 
 @layout
@@ -307,7 +423,12 @@ def transformers_text_with_the_twin_alone(tmp, dtype):
     text = as_transformers(umt5(dtype))
     text["encoder.embed_tokens.weight"] = text.pop("shared.weight")
     path = put(tmp / "text_encoder" / "model.safetensors", text)
-    return Layout([tmp / "text_encoder"], umt5(dtype), told(f"text_encoder/{path.name}", text), parts=("text",))
+    return Layout(
+        [tmp / "text_encoder"],
+        umt5(dtype),
+        told(f"text_encoder/{path.name}", text),
+        parts=("text",),
+    )
 
 
 def _trainer(tmp, content, expected, **request):
@@ -315,47 +436,77 @@ def _trainer(tmp, content, expected, **request):
     stored = {}
     for key, table in content.items():
         named = prefixed(f"{key}.", table) if isinstance(table, dict) else {}
-        stored |= told(path.name, {name: value for name, value in named.items() if isinstance(value, np.ndarray)})
+        stored |= told(
+            path.name,
+            {name: value for name, value in named.items() if isinstance(value, np.ndarray)},
+        )
     return Layout([path], expected, stored, {"sets": HEADS} | request)
 
 
 @layout
 def self_forcing(tmp, dtype):
-    content = {"generator": prefixed("model.", dit(dtype, 1)), "critic": prefixed("model.", dit(dtype, 2)),
-               "generator_ema": prefixed("model.", dit(dtype)), "step": 600}  # fmt: skip
+    content = {
+        "generator": prefixed("model.", dit(dtype, 1)),
+        "critic": prefixed("model.", dit(dtype, 2)),
+        "generator_ema": prefixed("model.", dit(dtype)),
+        "step": 600,
+    }
     return _trainer(tmp, content, dit(dtype))
 
 
 @layout
 def self_forcing_raw_run(tmp, dtype):
-    return _trainer(tmp, {"generator_ema": fsdp(dit(dtype)), "critic": prefixed("model.", dit(dtype, 2))}, dit(dtype))
+    return _trainer(
+        tmp,
+        {"generator_ema": fsdp(dit(dtype)), "critic": prefixed("model.", dit(dtype, 2))},
+        dit(dtype),
+    )
 
 
 @layout
 def self_forcing_compiled(tmp, dtype):
-    return _trainer(tmp, {"generator": prefixed("_orig_mod.model._fsdp_wrapped_module.", dit(dtype))}, dit(dtype))
+    return _trainer(
+        tmp,
+        {"generator": prefixed("_orig_mod.model._fsdp_wrapped_module.", dit(dtype))},
+        dit(dtype),
+    )
 
 
 @layout
 def self_forcing_forced(tmp, dtype):
-    content = {"generator": fsdp(dit(dtype, 1)), "generator_ema": fsdp(dit(dtype, 2)),
-               "critic": prefixed("model.", dit(dtype))}  # fmt: skip
+    content = {
+        "generator": fsdp(dit(dtype, 1)),
+        "generator_ema": fsdp(dit(dtype, 2)),
+        "critic": prefixed("model.", dit(dtype)),
+    }
     return _trainer(tmp, content, dit(dtype), network="critic")
 
 
 @layout
 def self_forcing_gan(tmp, dtype):
-    heads = random({"_cls_pred_branch.0.weight": (5,), "_register_tokens.register_tokens": (1, 3, 6),
-                    "_gan_ca_blocks.2.cross_attn.q.bias": (4,)}, dtype)  # fmt: skip
+    heads = random(
+        {
+            "_cls_pred_branch.0.weight": (5,),
+            "_register_tokens.register_tokens": (1, 3, 6),
+            "_gan_ca_blocks.2.cross_attn.q.bias": (4,),
+        },
+        dtype,
+    )
     return _trainer(tmp, {"generator": prefixed("model.", dit(dtype) | heads)}, dit(dtype))
 
 
 @layout
 def causvid(tmp, dtype):
-    path = put(tmp / "autoregressive_checkpoint" / "model.pt", {"generator": prefixed("model.", dit(dtype))})
-    return Layout([path.parent], dit(dtype),
-                  told("autoregressive_checkpoint/model.pt", prefixed("generator.model.", dit(dtype))),
-                  {"sets": HEADS})  # fmt: skip
+    path = put(
+        tmp / "autoregressive_checkpoint" / "model.pt",
+        {"generator": prefixed("model.", dit(dtype))},
+    )
+    return Layout(
+        [path.parent],
+        dit(dtype),
+        told("autoregressive_checkpoint/model.pt", prefixed("generator.model.", dit(dtype))),
+        {"sets": HEADS},
+    )
 
 
 @layout
@@ -368,13 +519,18 @@ def flat(tmp, dtype):
 def flat_bin_in_a_table(tmp, dtype):
     named = prefixed("model.diffusion_model.", dit(dtype))
     path = put(tmp / "pytorch_model.bin", {"state_dict": named, "epoch": 3})
-    return Layout([path], dit(dtype), told(path.name, prefixed("state_dict.", named)), {"sets": HEADS})
+    return Layout(
+        [path], dit(dtype), told(path.name, prefixed("state_dict.", named)), {"sets": HEADS}
+    )
 
 
 @layout
 def with_optimizer(tmp, dtype):
     state = {0: {"step": 3.0, "exp_avg": np.ones((2, 3), np.float32)}, 1: {"step": 3.0}}
-    content = {"generator": dit(dtype), "optimizer": {"state": state, "param_groups": [{"lr": 0.1}]}}
+    content = {
+        "generator": dit(dtype),
+        "optimizer": {"state": state, "param_groups": [{"lr": 0.1}]},
+    }
     made = _trainer(tmp, content, dit(dtype))
     made.stored["self_forcing_dmd.pt", "optimizer.state.0.exp_avg"] = state[0]["exp_avg"]
     return made
@@ -384,9 +540,13 @@ def with_optimizer(tmp, dtype):
 def longlive(tmp, dtype):
     base, pairs, other = dit(dtype), lora(dtype), peft(lora(dtype, seed=8))
     put(tmp / "models" / "longlive_base.pt", {"generator": prefixed("model.", base)})
-    put(tmp / "models" / "lora.pt", {"generator_lora": peft(pairs), "critic_lora": other, "step": 3})
+    put(
+        tmp / "models" / "lora.pt", {"generator_lora": peft(pairs), "critic_lora": other, "step": 3}
+    )
     stored = told("models/longlive_base.pt", prefixed("generator.model.", base))
-    stored |= told("models/lora.pt", prefixed("generator_lora.", peft(pairs)) | prefixed("critic_lora.", other))
+    stored |= told(
+        "models/lora.pt", prefixed("generator_lora.", peft(pairs)) | prefixed("critic_lora.", other)
+    )
     return Layout([tmp / "models"], merged(base, pairs, 1.0), stored, {"sets": HEADS})
 
 
@@ -395,8 +555,12 @@ def bare_lora(tmp, dtype):
     base, pairs = dit(dtype), lora("float32", rank=3)
     named = peft(pairs, "base_model.model.model._fsdp_wrapped_module.{}.lora_{}.weight")
     given = [put(tmp / "base.safetensors", base), put(tmp / "lora.safetensors", named)]
-    return Layout(given, merged(base, pairs, 6 / 3), told("base.safetensors", base) | told("lora.safetensors", named),
-                  {"sets": HEADS, "lora_alpha": 6.0})  # fmt: skip
+    return Layout(
+        given,
+        merged(base, pairs, 6 / 3),
+        told("base.safetensors", base) | told("lora.safetensors", named),
+        {"sets": HEADS, "lora_alpha": 6.0},
+    )
 
 
 @layout
@@ -413,11 +577,20 @@ def lora_that_says_how_strong(tmp, dtype):
 @layout
 def lora_of_diffusers_with_alphas(tmp, dtype):
     pairs, base = lora("float32", modules=("blocks.1.self_attn.o", "blocks.2.ffn.0")), dit(dtype)
-    theirs = {"blocks.1.self_attn.o": "blocks.1.attn1.to_out.0", "blocks.2.ffn.0": "blocks.2.ffn.net.0.proj"}
-    named = {f"transformer.{theirs[name]}.lora_{side}.weight": pair[at]
-             for name, pair in pairs.items() for at, side in enumerate(("down", "up"))}  # fmt: skip
+    theirs = {
+        "blocks.1.self_attn.o": "blocks.1.attn1.to_out.0",
+        "blocks.2.ffn.0": "blocks.2.ffn.net.0.proj",
+    }
+    named = {
+        f"transformer.{theirs[name]}.lora_{side}.weight": pair[at]
+        for name, pair in pairs.items()
+        for at, side in enumerate(("down", "up"))
+    }
     named |= {f"transformer.{name}.alpha": np.float32(1.0).reshape(()) for name in theirs.values()}
-    given = [put(tmp / "lora.safetensors", named), put(tmp / "base.safetensors", as_diffusers(base))]
+    given = [
+        put(tmp / "lora.safetensors", named),
+        put(tmp / "base.safetensors", as_diffusers(base)),
+    ]
     stored = told("lora.safetensors", named) | told("base.safetensors", as_diffusers(base))
     return Layout(given, merged(base, pairs, 1 / 2), stored, {"sets": HEADS})
 
@@ -434,7 +607,9 @@ def original_folder_and_a_student(tmp, dtype):
     expected, stored = wan_folder(tmp / "Wan2.1-T2V-tiny", dtype, seed=5)
     path = put(tmp / "student.pt", {"generator_ema": prefixed("model.", dit(dtype))})
     stored |= told(path.name, prefixed("generator_ema.model.", dit(dtype)))
-    return Layout([tmp / "Wan2.1-T2V-tiny", path], expected | dit(dtype), stored, {"sets": HEADS}, ALL)
+    return Layout(
+        [tmp / "Wan2.1-T2V-tiny", path], expected | dit(dtype), stored, {"sets": HEADS}, ALL
+    )
 
 
 @layout
@@ -446,4 +621,6 @@ def cache_of_the_hub(tmp, dtype):
     put_json(repository / "blobs" / "77aa", SIZES)
     os.symlink(f"../../blobs/{blob.name}", snapshot / "diffusion_pytorch_model.safetensors")
     os.symlink("../../blobs/77aa", snapshot / "config.json")
-    return Layout([snapshot], dit(dtype), told("9737cba/diffusion_pytorch_model.safetensors", dit(dtype)))
+    return Layout(
+        [snapshot], dit(dtype), told("9737cba/diffusion_pytorch_model.safetensors", dit(dtype))
+    )

@@ -62,11 +62,24 @@ def finished(cfg=SMALL, blocks=40, layers=LAYERS, seed=0, first=0):
             scores[layer, :count] = rng.exponential(size=count)
         held = np.array(list(range((block + 1) * cfg.block))[: cfg.sink])
         yield types.SimpleNamespace(
-            index=block, prompt="a fox" if block < 9 else "ein Mädchen 狐", chosen=chosen, scores=scores.astype("f4"),
-            places=places.astype("f4"), latent=rng.normal(size=(cfg.block, 2, 3, 5)).astype("f4"),
+            index=block,
+            prompt="a fox" if block < 9 else "ein Mädchen 狐",
+            chosen=chosen,
+            scores=scores.astype("f4"),
+            places=places.astype("f4"),
+            latent=rng.normal(size=(cfg.block, 2, 3, 5)).astype("f4"),
             sink_sum=zlib.crc32(held.tobytes()),
-            layout={"sink_at": sink_at, "sink": len(sink), "recent_at": recent_at, "recent": len(recent),
-                    "current_at": current_at, "block": cfg.block, "step": step, "chosen": count})  # fmt: skip
+            layout={
+                "sink_at": sink_at,
+                "sink": len(sink),
+                "recent_at": recent_at,
+                "recent": len(recent),
+                "current_at": current_at,
+                "block": cfg.block,
+                "step": step,
+                "chosen": count,
+            },
+        )
 
 
 def write(path, cfg=SMALL, **run):

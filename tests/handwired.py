@@ -33,34 +33,62 @@ CHANNELS, CELLS = 27, 2
 FREQUENCIES = (6, 3, 2)  # rotary pairs in time, rows, columns
 
 # Channels of the residual stream
-SEEN_ID, SEEN_MARK, SEEN_CUE, TOLD, ASKED, ANSWER, FIXED = np.cumsum([0, IDS, MARKS, 1, IDS, IDS, MARKS])
+SEEN_ID, SEEN_MARK, SEEN_CUE, TOLD, ASKED, ANSWER, FIXED = np.cumsum(
+    [0, IDS, MARKS, 1, IDS, IDS, MARKS]
+)
 LEVEL = 8.0  # of the fixed pair of channels, which makes the norms of all tokens nearly equal
 
 # Channels of the head that matches: slow pairs carry content, fast ones positions
 HEAD, HEAD_DIM = 1, 2 * sum(FREQUENCIES)
-SLOW = HEAD * HEAD_DIM + np.asarray([6, 7, 8, 9, 10, 11, 14, 15, 16])  # time pairs 3-5, row pairs 1-2
+SLOW = HEAD * HEAD_DIM + np.asarray(
+    [6, 7, 8, 9, 10, 11, 14, 15, 16]
+)  # time pairs 3-5, row pairs 1-2
 FAST = (0, 1, 2, 6, 9)  # time pairs 0-2, row pair 0, column pair 0
 THETA = 5.0**6  # a fifth from one time pair to the next, so that no distance looks like another
 
 
 def experiment(**memory) -> Experiment:
     """Blocks of 3 frames of 2x4 tokens that pack to 2x1x2; sink 6, recent 3, the best 16 of up to 60."""
-    sizes = {"block": 3, "sink": 6, "recent": 3, "top": 16, "capacity": 60, "score_pool": (3, 1, 2), "key_multiple": 16}
+    sizes = {
+        "block": 3,
+        "sink": 6,
+        "recent": 3,
+        "top": 16,
+        "capacity": 60,
+        "score_pool": (3, 1, 2),
+        "key_multiple": 16,
+    }
     return Experiment(
         name="handwired",
-        dit=DiTConfig(dim=3 * HEAD_DIM, ffn_dim=IDS + 1, heads=3, layers=2, text_dim=IDS + 2, text_len=5, freq_dim=4,
-                      in_channels=CHANNELS, out_channels=CHANNELS, patch=(1, 1, CELLS), rope_theta=(THETA,) * 3,
-                      rope_pairs=FREQUENCIES),
-        codec=SpaceToDepthConfig(factor=3), latent=(2, 8), cache=CacheConfig(**(sizes | memory)),
+        dit=DiTConfig(
+            dim=3 * HEAD_DIM,
+            ffn_dim=IDS + 1,
+            heads=3,
+            layers=2,
+            text_dim=IDS + 2,
+            text_len=5,
+            freq_dim=4,
+            in_channels=CHANNELS,
+            out_channels=CHANNELS,
+            patch=(1, 1, CELLS),
+            rope_theta=(THETA,) * 3,
+            rope_pairs=FREQUENCIES,
+        ),
+        codec=SpaceToDepthConfig(factor=3),
+        latent=(2, 8),
+        cache=CacheConfig(**(sizes | memory)),
         compressor=CompressorConfig(channels=(2, 3, 5), strides=((2, 1, 1), (1, 2, 2), (1, 1, 2))),
         sample=SampleConfig(steps=(1000, 500), prediction="clean"),
-    )  # fmt: skip
+    )
 
 
 def bare(exp: Experiment) -> dict[str, np.ndarray]:
     """Weights that pass tokens on unchanged: zeros, open gates, patches that read and write the latent channels."""
     shapes = pytrees.flatten(model(exp))
-    flat = {name: np.full(leaf.shape, name.endswith("scale"), np.float32) for name, leaf in shapes.items()}
+    flat = {
+        name: np.full(leaf.shape, name.endswith("scale"), np.float32)
+        for name, leaf in shapes.items()
+    }
     flat["blocks/modulation"][:, [2, 5]] = 1
     for cell in range(CELLS):
         for channel, stream in ((ID, SEEN_ID), (MARK, SEEN_MARK)):
@@ -90,11 +118,15 @@ def nets(exp: Experiment, flat: dict[str, np.ndarray]) -> block_step.Nets:
     """The transformer with the weights `flat`, and a compressor as it is before training: low resolution alone."""
     shapes = jax.eval_shape(lambda: compressor.Compressor(exp, nnx.Rngs(0)))
     rng = np.random.default_rng(1)
-    high = {name: rng.normal(size=leaf.shape) * (not name.startswith("out/"))
-            for name, leaf in pytrees.flatten(shapes).items()}  # fmt: skip
+    high = {
+        name: rng.normal(size=leaf.shape) * (not name.startswith("out/"))
+        for name, leaf in pytrees.flatten(shapes).items()
+    }
     transformer = pytrees.fill(model(exp), jax.tree.map(jnp.asarray, flat))
-    return block_step.Nets(dit=dit.unrolled(transformer),
-                        compressor=pytrees.fill(shapes, jax.tree.map(jnp.asarray, high)))  # fmt: skip
+    return block_step.Nets(
+        dit=dit.unrolled(transformer),
+        compressor=pytrees.fill(shapes, jax.tree.map(jnp.asarray, high)),
+    )
 
 
 def values_to_answer(flat: dict[str, np.ndarray], layer: int) -> None:
@@ -110,7 +142,9 @@ def recalling(exp: Experiment) -> block_step.Nets:
     connect(flat["text_in/kernel"], 0, 0, IDS, 4.0)
     connect(flat["text_out/kernel"], 0, 0, IDS, 0.25)
     flat["blocks/cross/q/bias"][0, 0] = 1
-    flat["blocks/cross/k/kernel"][0, :IDS, 0] = 1  # a word that names a guest is looked at, others are not
+    flat["blocks/cross/k/kernel"][0, :IDS, 0] = (
+        1  # a word that names a guest is looked at, others are not
+    )
     connect(flat["blocks/cross/v/kernel"][0], 0, 0, IDS, 1.0)
     connect(flat["blocks/cross/o/kernel"][0], 0, TOLD, IDS, 1.0)
     connect(flat["blocks/ffn_in/kernel"][0], TOLD, 0, IDS, 8 / GAIN)
@@ -119,9 +153,13 @@ def recalling(exp: Experiment) -> block_step.Nets:
     connect(flat["blocks/ffn_out/kernel"][0], 0, ASKED, IDS, 0.25)
 
     for name, source, level in (("q", ASKED, 0.3), ("k", SEEN_ID, 0.5)):
-        flat[f"blocks/attn/{name}/kernel"][1, np.arange(source, source + IDS), SLOW[:IDS]] = 1 / GAIN
+        flat[f"blocks/attn/{name}/kernel"][1, np.arange(source, source + IDS), SLOW[:IDS]] = (
+            1 / GAIN
+        )
         flat[f"blocks/attn/{name}/bias"][1, SLOW[IDS]] = level  # what every token has in common
-        flat[f"blocks/attn/{name}/bias"][1, HEAD * HEAD_DIM] = 0.1  # and a fast pair: places move all logits a little
+        flat[f"blocks/attn/{name}/bias"][1, HEAD * HEAD_DIM] = (
+            0.1  # and a fast pair: places move all logits a little
+        )
     flat["blocks/attn/norm_q/scale"][1, SLOW[:IDS]] = 2
     values_to_answer(flat, layer=1)
     return nets(exp, flat)
@@ -131,7 +169,9 @@ def reading(exp: Experiment, distance: float) -> block_step.Nets:
     """A model that answers with the marks at its own place, `distance` frames back, whatever keys contain."""
     flat = bare(exp)
     time, rows, columns = FREQUENCIES
-    turns = np.concatenate([THETA ** (-np.arange(time) / time) * distance, np.zeros(rows + columns)])
+    turns = np.concatenate(
+        [THETA ** (-np.arange(time) / time) * distance, np.zeros(rows + columns)]
+    )
     for pair in FAST:
         first = HEAD * HEAD_DIM + 2 * pair
         flat["blocks/attn/q/bias"][0, first : first + 2] = np.cos(turns[pair]), -np.sin(turns[pair])
@@ -186,19 +226,27 @@ class Player:
         no_lots = jnp.zeros((self.exp.dit.layers, len(prompt), self.exp.cache.slots))
         chance = block_step.Chance(noise=noise[0], renoise=noise[1:], lots=no_lots)
         drawn = block_step.draw(nets, self.exp, memory, chance=chance, text=text)
-        after, *_ = block_step.remember(nets, self.exp, memory, latent=latent, low=low(latent), drawn=drawn, text=text)
+        after, *_ = block_step.remember(
+            nets, self.exp, memory, latent=latent, low=low(latent), drawn=drawn, text=text
+        )
         return after, drawn.latent, jnp.stack([one.ids for one in drawn.looked])
 
     def history(self, nets, rng, script):
         """The memories before every block of `script`, a list of (prompt, latent), and the one behind the last."""
         memories = [cache.init(self.exp, len(script[0][0]))]
         for prompt, latent in script:
-            memories.append(self.step(nets, memories[-1], noises(rng, len(prompt)), prompt, latent)[0])
+            memories.append(
+                self.step(nets, memories[-1], noises(rng, len(prompt)), prompt, latent)[0]
+            )
         return memories
 
     def ask(self, nets, rng, memory, guests):
         """(marks [b] at the guest's place when `guests` are called, ids [layer, b, top] looked at); read-only."""
         empty = scene(np.full(len(guests), -1), guests)
-        _, latent, chosen = self.step(nets, memory, noises(rng, len(guests)), prompts(guests), empty)
-        shown = np.asarray(latent)[(slice(None), *PLACE, slice(MARK, MARK + MARKS))].mean(axis=(1, 2))
+        _, latent, chosen = self.step(
+            nets, memory, noises(rng, len(guests)), prompts(guests), empty
+        )
+        shown = np.asarray(latent)[(slice(None), *PLACE, slice(MARK, MARK + MARKS))].mean(
+            axis=(1, 2)
+        )
         return shown.argmax(axis=-1), np.asarray(chosen)

@@ -17,7 +17,9 @@ from packforcing_jax.policies import attention, selection
 from packforcing_jax.types import KV
 
 MEMORY = types.SimpleNamespace(cache=cache, rope=rope, selection=selection, view=view)
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is what takes time
+jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)  # compiling is what takes time
 
 
 def experiment(cfg, **packing):
@@ -25,11 +27,22 @@ def experiment(cfg, **packing):
     heads, pairs = 2, (3, 1, 2)
     packing = {"channels": (2, 2), "strides": ((2, 2, 1), (1, 1, 4)), **packing}
     return Experiment(
-        name="numbered", latent=(2, 6), cache=cfg, codec=SpaceToDepthConfig(factor=1),
-        dit=DiTConfig(dim=heads * 2 * sum(pairs), heads=heads, layers=2, in_channels=3, out_channels=3, patch=(1, 1, 2),
-                      rope_pairs=pairs, rope_theta=(100.0, 20.0, 7.0)),
+        name="numbered",
+        latent=(2, 6),
+        cache=cfg,
+        codec=SpaceToDepthConfig(factor=1),
+        dit=DiTConfig(
+            dim=heads * 2 * sum(pairs),
+            heads=heads,
+            layers=2,
+            in_channels=3,
+            out_channels=3,
+            patch=(1, 1, 2),
+            rope_pairs=pairs,
+            rope_theta=(100.0, 20.0, 7.0),
+        ),
         compressor=CompressorConfig(**packing),
-    )  # fmt: skip
+    )
 
 
 def shares(x, *, stacked):
@@ -39,7 +52,11 @@ def shares(x, *, stacked):
 
 def stack(layers):
     """What there is per layer with a leading layer axis, on the host."""
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *layers) if isinstance(layers, list) else layers
+    return (
+        jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+        if isinstance(layers, list)
+        else layers
+    )
 
 
 def stepper(exp, parts=MEMORY, *, stacked=False):
@@ -47,7 +64,9 @@ def stepper(exp, parts=MEMORY, *, stacked=False):
     frames = rope.grid(*(np.arange(size) for size in exp.grid), frames=exp.cache.block)
 
     def in_space(kv, places):
-        return kv.replace(k=parts.rope.rotate(kv.k, parts.rope.space_angles(jnp.asarray(places), exp.dit)))
+        return kv.replace(
+            k=parts.rope.rotate(kv.k, parts.rope.space_angles(jnp.asarray(places), exp.dit))
+        )
 
     def step(memory, scratch, block, gap):
         full, packed, q, lots = (shares(x, stacked=stacked) for x in block)
@@ -57,7 +76,9 @@ def stepper(exp, parts=MEMORY, *, stacked=False):
         full = pytrees.over(lambda kv: in_space(kv, frames), full)
         packed = pytrees.over(lambda kv: in_space(kv, parts.cache.packed_places(exp)[1]), packed)
         after = parts.cache.commit(exp, memory, full, packed if exp.cache.top else None, looked)
-        shown = types.SimpleNamespace(views=views, looked=looked, plan=seen, length=parts.cache.length(exp, seen))
+        shown = types.SimpleNamespace(
+            views=views, looked=looked, plan=seen, length=parts.cache.length(exp, seen)
+        )
         return vars(shown), after
 
     return jit(step)
@@ -76,12 +97,15 @@ def looker(exp):
 
     def look(shown, block):
         full, _, q, _ = block
-        angles = rope.time_angles(cache.current_places(exp, shown["plan"]), exp.dit) \
-            + rope.space_angles(jnp.asarray(frames), exp.dit)  # fmt: skip
+        angles = rope.time_angles(
+            cache.current_places(exp, shown["plan"]), exp.dit
+        ) + rope.space_angles(jnp.asarray(frames), exp.dit)
 
         def one(past, full, q):
             longer = view.extend(past, full.replace(k=rope.rotate(full.k, angles)), shown["length"])
-            return attention.reference(rope.rotate(q, angles), longer.k, longer.v, shown["length"] + q.shape[1])
+            return attention.reference(
+                rope.rotate(q, angles), longer.k, longer.v, shown["length"] + q.shape[1]
+            )
 
         return jax.vmap(one)(shown["views"], full, q)
 
@@ -97,7 +121,12 @@ def block_of(story, number):
 def check_places(exp, seen, plan):
     for name in ("sink_at", "mid_at", "recent_at", "current_at", "step"):
         np.testing.assert_allclose(plan[name], vars(seen)[name], atol=1e-4, err_msg=name)
-    sizes = {"sink": len(seen.sink), "recent": len(seen.recent), "chosen": seen.count, "start": seen.start}
+    sizes = {
+        "sink": len(seen.sink),
+        "recent": len(seen.recent),
+        "chosen": seen.count,
+        "start": seen.start,
+    }
     assert {name: int(plan[name]) for name in sizes} == sizes
     assert sorted(i for i in plan["ids"].tolist() if i >= 0) == seen.archive
 
@@ -112,10 +141,15 @@ def check_choice(exp, seen, looked, points):
         return
     taken = (np.asarray(seen.archive) == ids[..., :count, None]).any(axis=2)
     slack = 1e-4 * np.abs(points).max()
-    worst, passed = np.where(taken, points, np.inf).min(-1), np.where(taken, -np.inf, points).max(-1)
+    worst, passed = (
+        np.where(taken, points, np.inf).min(-1),
+        np.where(taken, -np.inf, points).max(-1),
+    )
     assert (worst >= passed - slack).all()
     ranks = np.searchsorted(seen.archive, ids[..., :count])
-    np.testing.assert_allclose(looked.scores[..., :count], np.take_along_axis(points, ranks, -1), atol=slack, rtol=1e-3)
+    np.testing.assert_allclose(
+        looked.scores[..., :count], np.take_along_axis(points, ranks, -1), atol=slack, rtol=1e-3
+    )
     begin = slow_memory.begins(exp.cache, seen, ids[..., :count])
     np.testing.assert_allclose(looked.at[..., :count], begin, atol=1e-4)
 
@@ -124,7 +158,9 @@ def check_view(exp, story, seen, shown):
     """Which contents are seen at which places; the valid ones first, with room for the block and its twin."""
     k, v = slow_memory.view(exp, story, seen, shown["looked"].ids[..., : seen.count])
     length, room = int(shown["length"]), shown["views"].k.shape[2]
-    own = exp.cache.block * exp.tokens_per_frame + (exp.tokens_per_packed_block if exp.cache.top else 0)
+    own = exp.cache.block * exp.tokens_per_frame + (
+        exp.tokens_per_packed_block if exp.cache.top else 0
+    )
     assert length == k.shape[2]
     np.testing.assert_array_equal(shown["views"].v[:, :, :length], v)
     np.testing.assert_allclose(shown["views"].k[:, :, :length], k, atol=1e-4)
@@ -148,7 +184,9 @@ def check_commit(cfg, number, before, after):
 def happened(cfg, seen, ids, before):
     """What makes this step hard: drops inside the row, blocks seen again, squeezed rows, a full archive, a gap."""
     ids = ids[..., : seen.count]
-    tally = collections.Counter({"gap": seen.gap > 0, "past capacity": len(seen.middle) > len(seen.archive)})
+    tally = collections.Counter(
+        {"gap": seen.gap > 0, "past capacity": len(seen.middle) > len(seen.archive)}
+    )
     if seen.count:
         tally["squeezed"] = seen.step < cfg.block
         tally["dropped inside"] = int((ids[..., -1] - ids[..., 0] >= seen.count).sum())
@@ -162,7 +200,9 @@ def check_history(exp, story, step, gap=0.0, *, parts=MEMORY, stacked=False):
     blocks, videos, tally = len(story.q), story.q.shape[2], collections.Counter()
     memory, old, before = parts.cache.init(exp, videos, stacked=stacked), None, None
     scratch = parts.view.scratch(exp, videos)
-    scratch = jax.tree.map(lambda x: jnp.asarray(np.full_like(x, np.nan)), stack(scratch) if stacked else scratch)
+    scratch = jax.tree.map(
+        lambda x: jnp.asarray(np.full_like(x, np.nan)), stack(scratch) if stacked else scratch
+    )
     for number in range(blocks):
         shown, memory = step(memory, scratch, block_of(story, number), gap)
         scratch = shown["views"]

@@ -1,6 +1,6 @@
 """A tiny training on several meshes of fake devices, or as one of several processes: prints the losses as JSON.
 
-    python tests/meshed.py '{"objective": "dmd", "steps": 3, "meshes": [[1, 1, 1, 1], [1, 2, 2, 2]]}'
+python tests/meshed.py '{"objective": "dmd", "steps": 3, "meshes": [[1, 1, 1, 1], [1, 2, 2, 2]]}'
 """
 
 import dataclasses
@@ -21,10 +21,18 @@ def child(devices=8, **wanted):
     """A process of its own that trains as `wanted` says."""
     given = json.dumps({"devices": devices, **wanted})
     there = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
-    return subprocess.Popen([sys.executable, __file__, given], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True,
-                            env=there | {"PYTHONPATH": str(Path(__file__).parent.parent), "XLA_FLAGS": QUICK,
-                                         "TF_CPP_MIN_LOG_LEVEL": "2"})  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, __file__, given],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=there
+        | {
+            "PYTHONPATH": str(Path(__file__).parent.parent),
+            "XLA_FLAGS": QUICK,
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+        },
+    )
 
 
 def told(process, patience=900):
@@ -37,7 +45,11 @@ def told(process, patience=900):
 def apart(one, other):
     """The largest relative difference of any loss of two trainings."""
     names = [name for name in one[0] if name.rpartition("/")[2] == "loss"]
-    return max(abs(a[name] - b[name]) / abs(a[name]) for a, b in zip(one, other, strict=True) for name in names)
+    return max(
+        abs(a[name] - b[name]) / abs(a[name])
+        for a, b in zip(one, other, strict=True)
+        for name in names
+    )
 
 
 def experiment(objective, sizes):
@@ -49,12 +61,23 @@ def experiment(objective, sizes):
 
     moves = training.OptimiserConfig(rate=1e-3, betas=(0.9, 0.99))
     train = training.TrainConfig(
-        objective=objective, batch=BATCH, steps=20, accumulate=1, shift=3.0, grid=7, generator=moves, compressor=moves,
-        critic=moves, distil=training.DistilConfig(critic_updates=1, form="plain", guidance=2.0),
+        objective=objective,
+        batch=BATCH,
+        steps=20,
+        accumulate=1,
+        shift=3.0,
+        grid=7,
+        generator=moves,
+        compressor=moves,
+        critic=moves,
+        distil=training.DistilConfig(critic_updates=1, form="plain", guidance=2.0),
         source=training.DataConfig(kind="records"),
-        mesh=training.MeshConfig(*sizes))  # fmt: skip
+        mesh=training.MeshConfig(*sizes),
+    )
     heads = dataclasses.replace(tiny.EXP.dit, dim=24, heads=4, rope_pairs=(1, 1, 1))
-    return rollout.for_training(dataclasses.replace(tiny.EXP, dit=heads, train=train), blocks=5, sink=3)
+    return rollout.for_training(
+        dataclasses.replace(tiny.EXP, dit=heads, train=train), blocks=5, sink=3
+    )
 
 
 def examples(exp, step):
@@ -64,9 +87,14 @@ def examples(exp, step):
     from packforcing_jax.data import sources
 
     draw, blocks = np.random.default_rng((SEED, step)), exp.blocks
-    shapes = {"latent": (exp.clip, *exp.latent, exp.dit.in_channels), "low": (blocks, *sources.low_form(exp)),
-              "states": (exp.dit.text_len - 1, exp.dit.text_dim)}  # fmt: skip
-    return {name: draw.normal(size=(BATCH, *shape)).astype(np.float32) for name, shape in shapes.items()}
+    shapes = {
+        "latent": (exp.clip, *exp.latent, exp.dit.in_channels),
+        "low": (blocks, *sources.low_form(exp)),
+        "states": (exp.dit.text_len - 1, exp.dit.text_dim),
+    }
+    return {
+        name: draw.normal(size=(BATCH, *shape)).astype(np.float32) for name, shape in shapes.items()
+    }
 
 
 def train(objective, steps, sizes):
@@ -88,11 +116,18 @@ def train(objective, steps, sizes):
     with jax.set_mesh(grid):
         form = runs.abstract(exp, program, SEED, grid)
         frozen = teacher(exp, form)
-        state, update = runs.born(exp, program, SEED, form, grid), runs.compiled(exp, program, form, grid)
+        state, update = (
+            runs.born(exp, program, SEED, form, grid),
+            runs.compiled(exp, program, form, grid),
+        )
         history = []
         for step in range(steps):
-            raw = sources.global_batch(grid, {name: rows[mine] for name, rows in examples(exp, step).items()})
-            state, metrics = update(state, frozen, raw, np.uint32(SEED), program.movers(exp, step), exp)
+            raw = sources.global_batch(
+                grid, {name: rows[mine] for name, rows in examples(exp, step).items()}
+            )
+            state, metrics = update(
+                state, frozen, raw, np.uint32(SEED), program.movers(exp, step), exp
+            )
             history.append({name: np.asarray(value).tolist() for name, value in metrics.items()})
     return history
 
@@ -104,7 +139,11 @@ def teacher(exp, form):
     from packforcing_jax import pytrees
     from packforcing_jax.training import batches
 
-    places = {path: leaf.sharding for path, leaf in form.params["generator"].items() if path.startswith("dit/")}
+    places = {
+        path: leaf.sharding
+        for path, leaf in form.params["generator"].items()
+        if path.startswith("dit/")
+    }
     if exp.train.objective != "dmd":
         return {}
 
@@ -125,7 +164,9 @@ def main(wanted):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(wanted["coordinator"], wanted["processes"], wanted["process"])
     sys.path.insert(0, str(Path(__file__).parent))
-    found = [(sizes, train(wanted["objective"], wanted["steps"], sizes)) for sizes in wanted["meshes"]]
+    found = [
+        (sizes, train(wanted["objective"], wanted["steps"], sizes)) for sizes in wanted["meshes"]
+    ]
     print(json.dumps(found))
 
 

@@ -8,15 +8,21 @@ import numpy as np
 def turn(x, angles):
     """`x` [..., k, n, 2 pairs] with pair j of token i turned by angles[..., i, j], as complex numbers."""
     numbers = (x[..., 0::2] + 1j * x[..., 1::2].astype(float)) * np.exp(1j * angles)[..., None, :]
-    return np.stack([numbers.real, numbers.imag], axis=-1).reshape(numbers.shape[:-1] + x.shape[-1:])
+    return np.stack([numbers.real, numbers.imag], axis=-1).reshape(
+        numbers.shape[:-1] + x.shape[-1:]
+    )
 
 
 def angles_of(exp, times, rows=0.0, columns=0.0):
     """Angles [..., pairs] of places in time, rows and columns."""
     places = np.broadcast_arrays(times, rows, columns)
-    return np.concatenate([
-        np.asarray(place, float)[..., None] * theta ** (-np.arange(pairs) / max(pairs, 1))
-        for place, pairs, theta in zip(places, exp.dit.pairs, exp.dit.rope_theta)], axis=-1)  # fmt: skip
+    return np.concatenate(
+        [
+            np.asarray(place, float)[..., None] * theta ** (-np.arange(pairs) / max(pairs, 1))
+            for place, pairs, theta in zip(places, exp.dit.pairs, exp.dit.rope_theta)
+        ],
+        axis=-1,
+    )
 
 
 def frame_grid(exp):
@@ -27,12 +33,16 @@ def frame_grid(exp):
 def packed_grid(exp):
     """Frames after the block's first, rows and columns, [p] each, of the tokens of a packed block."""
     size = [int(np.prod([step[axis] for step in exp.compressor.strides])) for axis in range(3)]
-    covered = [[f for f in range(i * size[0], (i + 1) * size[0]) if f < exp.cache.block]
-               for i in range(exp.compressor.frames // size[0])]  # fmt: skip
+    covered = [
+        [f for f in range(i * size[0], (i + 1) * size[0]) if f < exp.cache.block]
+        for i in range(exp.compressor.frames // size[0])
+    ]
     frames = [np.mean(some) if some else exp.cache.block - 1 for some in covered]
 
     def along(axis):
-        cells = np.arange(exp.latent[axis - 1] // size[axis] * size[axis])  # latent cells, counted in tokens
+        cells = np.arange(
+            exp.latent[axis - 1] // size[axis] * size[axis]
+        )  # latent cells, counted in tokens
         middles = ((cells + 0.5) / exp.dit.patch[axis] - 0.5).reshape(-1, size[axis]).mean(axis=1)
         return middles if exp.compressor.places == "stretched" else np.arange(len(middles))
 
@@ -42,19 +52,43 @@ def packed_grid(exp):
 def visible(cfg, blocks, gap=0.0):
     """What the next block may see after `blocks` blocks, and where in time each part begins."""
     start = blocks * cfg.block
-    sink, recent = range(start)[: cfg.sink], range(max(cfg.sink, start - cfg.recent), max(cfg.sink, start))
-    middle = [b for b in range(blocks) if b * cfg.block >= cfg.sink and (b + 1) * cfg.block <= start - cfg.recent]
+    sink, recent = (
+        range(start)[: cfg.sink],
+        range(max(cfg.sink, start - cfg.recent), max(cfg.sink, start)),
+    )
+    middle = [
+        b
+        for b in range(blocks)
+        if b * cfg.block >= cfg.sink and (b + 1) * cfg.block <= start - cfg.recent
+    ]
     archive = middle[-cfg.capacity :] if cfg.top else []
     count = min(len(archive), cfg.capacity if cfg.selection == "all" else cfg.top)
     fitted = max(cfg.trained - cfg.sink - cfg.recent - cfg.block, 1) / max(count, 1)
     step = min(cfg.block, fitted) if cfg.span == "fit" else cfg.block
-    behind_sink = [0, len(sink), len(sink) + count * step + gap, len(sink) + count * step + gap + len(recent)]
+    behind_sink = [
+        0,
+        len(sink),
+        len(sink) + count * step + gap,
+        len(sink) + count * step + gap + len(recent),
+    ]
     moved = 0 if cfg.rope_adjustment == "sink" else start - behind_sink[-1]
     sink_at, mid_at, recent_at, current_at = (place + moved for place in behind_sink)
     sink_at = 0 if cfg.rope_adjustment == "none" else sink_at
     return types.SimpleNamespace(
-        blocks=blocks, start=start, sink=sink, recent=recent, middle=middle, archive=archive, count=count, step=step,
-        gap=gap, sink_at=sink_at, mid_at=mid_at, recent_at=recent_at, current_at=current_at)  # fmt: skip
+        blocks=blocks,
+        start=start,
+        sink=sink,
+        recent=recent,
+        middle=middle,
+        archive=archive,
+        count=count,
+        step=step,
+        gap=gap,
+        sink_at=sink_at,
+        mid_at=mid_at,
+        recent_at=recent_at,
+        current_at=current_at,
+    )
 
 
 def begins(cfg, seen, ids):
@@ -63,7 +97,9 @@ def begins(cfg, seen, ids):
         return ids * cfg.block
     if cfg.rope_adjustment == "sink":
         return np.broadcast_to(len(seen.sink) + np.arange(seen.count) * seen.step, ids.shape)
-    middle = np.asarray(seen.middle, int)  # the paper's figure 2c: moved on by what was dropped behind it
+    middle = np.asarray(
+        seen.middle, int
+    )  # the paper's figure 2c: moved on by what was dropped behind it
     dropped = ~(middle[:, None] == ids[..., None, :]).any(-1)
     later = middle > ids[..., None]
     return (ids + (later & dropped[..., None, :]).sum(-1)) * cfg.block - seen.gap
@@ -78,14 +114,22 @@ def sharp(exp, story, frames, first):
     """Keys turned to the places first, first+1, ... and values of whole frames, [layer, b, k, n, h]."""
     size, block = exp.grid[0] * exp.grid[1], exp.cache.block
     tokens = (np.asarray(frames, int)[:, None] * size + np.arange(size)).ravel()
-    k, v = (np.moveaxis(x[tokens // (block * size), :, :, tokens % (block * size)], 0, 2) for x in story.full)
+    k, v = (
+        np.moveaxis(x[tokens // (block * size), :, :, tokens % (block * size)], 0, 2)
+        for x in story.full
+    )
     rows, columns = np.tile(frame_grid(exp), len(frames))
-    return turn(k, angles_of(exp, np.repeat(first + np.arange(len(frames)), size), rows, columns)), v
+    return turn(
+        k, angles_of(exp, np.repeat(first + np.arange(len(frames)), size), rows, columns)
+    ), v
 
 
 def both_ends(exp, story, seen):
     """Keys and values of the sink and of the recent frames, each in its place."""
-    return [sharp(exp, story, *part) for part in ((seen.sink, seen.sink_at), (seen.recent, seen.recent_at))]
+    return [
+        sharp(exp, story, *part)
+        for part in ((seen.sink, seen.sink_at), (seen.recent, seen.recent_at))
+    ]
 
 
 def twins(exp, story, ids, times):
@@ -99,8 +143,12 @@ def pooled_queries(exp, seen, q):
     """Queries averaged over windows and turned to the windows' centres, [layer, b, window, n, h]."""
     cfg, (rows, columns) = exp.cache, exp.grid
     pt, py, px = cfg.score_pool
-    corners = [(t, y, x) for t in range(0, cfg.block - pt + 1, pt) for y in range(0, rows - py + 1, py)
-               for x in range(0, columns - px + 1, px)]  # fmt: skip
+    corners = [
+        (t, y, x)
+        for t in range(0, cfg.block - pt + 1, pt)
+        for y in range(0, rows - py + 1, py)
+        for x in range(0, columns - px + 1, px)
+    ]
     grid = q.reshape(*q.shape[:2], cfg.block, rows, columns, *q.shape[3:]).astype(float)
     pooled = [grid[:, :, t : t + pt, y : y + py, x : x + px].mean((2, 3, 4)) for t, y, x in corners]
     t, y, x = (np.asarray(corners) + (np.asarray(cfg.score_pool) - 1) / 2).T
@@ -113,11 +161,18 @@ def affinity(exp, story, seen, q, archive):
     packed, _ = twins(exp, story, archive, seen.mid_at + seen.count * seen.step / 2 + frames)
     asked = pooled_queries(exp, seen, q)
     size = np.sqrt(asked.shape[-1])
-    keys = [packed.reshape(*packed.shape[:2], -1, *packed.shape[-2:]), *(k for k, _ in both_ends(exp, story, seen))]
-    logits = np.einsum("lbqnh,lbknh->lbqnk", asked, np.concatenate(keys, axis=2), optimize=True) / size
+    keys = [
+        packed.reshape(*packed.shape[:2], -1, *packed.shape[-2:]),
+        *(k for k, _ in both_ends(exp, story, seen)),
+    ]
+    logits = (
+        np.einsum("lbqnh,lbknh->lbqnk", asked, np.concatenate(keys, axis=2), optimize=True) / size
+    )
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    mass = weights[..., : archive.shape[2] * len(frames)].reshape(*weights.shape[:-1], archive.shape[2], len(frames))
+    mass = weights[..., : archive.shape[2] * len(frames)].reshape(
+        *weights.shape[:-1], archive.shape[2], len(frames)
+    )
     return (mass.sum(-1) ** 4).sum((2, 3))
 
 
@@ -151,7 +206,9 @@ def choose(seen, points):
 
 def view(exp, story, seen, ids):
     """(keys, values) [layer, b, k, n, h] that the next block must find, in the order sink, packed, recent."""
-    times = begins(exp.cache, seen, ids)[..., None] + packed_grid(exp)[0] * packed_span(exp.cache, seen)
+    times = begins(exp.cache, seen, ids)[..., None] + packed_grid(exp)[0] * packed_span(
+        exp.cache, seen
+    )
     packed = [x.reshape(*x.shape[:2], -1, *x.shape[-2:]) for x in twins(exp, story, ids, times)]
     sink, recent = both_ends(exp, story, seen)
     return [np.concatenate([sink[i], packed[i], recent[i]], axis=2) for i in range(2)]
@@ -162,13 +219,17 @@ def own(exp, story, seen):
     frames = range(seen.start, seen.start + exp.cache.block)
     rows, columns = np.tile(frame_grid(exp), exp.cache.block)
     times = np.repeat(seen.current_at + np.arange(exp.cache.block), len(rows) // exp.cache.block)
-    return (turn(story.q[seen.blocks], angles_of(exp, times, rows, columns)),
-            *sharp(exp, story, frames, seen.current_at))  # fmt: skip
+    return (
+        turn(story.q[seen.blocks], angles_of(exp, times, rows, columns)),
+        *sharp(exp, story, frames, seen.current_at),
+    )
 
 
 def attend(q, k, v):
     """Softmax attention [layer, b, q, n, h] in 64 bit."""
-    logits = np.einsum("...qnh,...knh->...nqk", q.astype(float), k.astype(float), optimize=True) / np.sqrt(q.shape[-1])
+    logits = np.einsum(
+        "...qnh,...knh->...nqk", q.astype(float), k.astype(float), optimize=True
+    ) / np.sqrt(q.shape[-1])
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     return np.einsum("...nqk,...knh->...qnh", weights, v.astype(float), optimize=True)
@@ -183,7 +244,9 @@ def tell(exp, rng, *, blocks, layers, videos):
     heads, video = (exp.dit.heads, exp.dit.head_dim), np.arange(videos)
     themes = 0.7 * rng.normal(size=(3, videos, layers, 1, *heads))
     shown, before, after = rng.integers(3, size=(3, blocks, videos))
-    asked = np.where(np.arange(blocks)[:, None] < rng.integers(2, blocks, size=videos), before[0], after[0])
+    asked = np.where(
+        np.arange(blocks)[:, None] < rng.integers(2, blocks, size=videos), before[0], after[0]
+    )
 
     def keys(tokens, theme):
         noise = rng.normal(size=(blocks, layers, videos, tokens, *heads))
@@ -196,6 +259,8 @@ def tell(exp, rng, *, blocks, layers, videos):
 
     full, packed = exp.cache.block * exp.tokens_per_frame, exp.tokens_per_packed_block
     return types.SimpleNamespace(
-        full=(keys(full, shown), values(full, 1)), packed=(keys(packed, shown), values(packed, 501)),
-        q=2 * keys(full, asked), lots=rng.uniform(size=(blocks, layers, videos, exp.cache.slots)).astype(np.float32),
-    )  # fmt: skip
+        full=(keys(full, shown), values(full, 1)),
+        packed=(keys(packed, shown), values(packed, 501)),
+        q=2 * keys(full, asked),
+        lots=rng.uniform(size=(blocks, layers, videos, exp.cache.slots)).astype(np.float32),
+    )

@@ -19,7 +19,9 @@ BLOCKS, HALF = 9, 5  # the ring of four turns over twice
 
 def play(model, state, blocks):
     """Latents and ids of `blocks`, and the state behind them."""
-    words = [model.words([first, "lime square"]) for first in ("a red disc", "the blue figure walks")]
+    words = [
+        model.words([first, "lime square"]) for first in ("a red disc", "the blue figure walks")
+    ]
     found = []
     for index in blocks:
         state, _, drawn = model.step(state, words[index // 4 % 2], first=index == 0)
@@ -35,8 +37,9 @@ def played(folder):
     """
     loaded, found = pipeline.Pipeline.from_pretrained(folder), {}
     for place in ("device", "host"):
-        model = loaded.with_settings([*(f"cache.{name}={value}" for name, value in LATE.items()),
-                                      f"cache.archive={place}"])  # fmt: skip
+        model = loaded.with_settings(
+            [*(f"cache.{name}={value}" for name, value in LATE.items()), f"cache.archive={place}"]
+        )
         first, state = play(model, model.start(seed=3, videos=[5, 8]), range(HALF))
         half = jax.tree.map(np.array, state)
         rest, end = play(model, state, range(HALF, BLOCKS))
@@ -48,7 +51,9 @@ def played(folder):
 def test_choices_and_latents_are_those_of_an_archive_on_the_device(played):
     """To what programs compiled in one piece or in four differ by."""
     choices = set()
-    for (latent, ids), (expected, chosen) in zip(played["host"][0], played["device"][0], strict=True):
+    for (latent, ids), (expected, chosen) in zip(
+        played["host"][0], played["device"][0], strict=True
+    ):
         np.testing.assert_array_equal(ids, chosen)
         np.testing.assert_allclose(latent, expected, atol=2e-5)
         assert (ids[0] == ids[1]).all()  # one choice for all layers
@@ -84,8 +89,13 @@ def test_the_device_keeps_no_packed_block(played):
 
 def packed(number):
     """A packed block for every layer, [b, p, n, h], of one number."""
-    return [KV(k=jnp.full((2, 8, 3, 12), number + 0.25 * layer), v=jnp.full((2, 8, 3, 12), -number - 0.25 * layer))
-            for layer in range(2)]  # fmt: skip
+    return [
+        KV(
+            k=jnp.full((2, 8, 3, 12), number + 0.25 * layer),
+            v=jnp.full((2, 8, 3, 12), -number - 0.25 * layer),
+        )
+        for layer in range(2)
+    ]
 
 
 def test_blocks_of_the_sink_are_not_kept_and_the_oldest_gives_way():
@@ -97,7 +107,9 @@ def test_blocks_of_the_sink_are_not_kept_and_the_oldest_gives_way():
         host_archive.put(tiny.with_cache(HOST, sink=6), store, block, packed(block + 1))
     for layer in range(2):
         held = np.asarray([7, 8, 5, 6]) + 0.25 * layer  # blocks 2 to 7 in turn, in a ring of four
-        np.testing.assert_array_equal(store[layer].k, np.broadcast_to(held[:, None, None, None], (2, 4, 8, 3, 12)))
+        np.testing.assert_array_equal(
+            store[layer].k, np.broadcast_to(held[:, None, None, None], (2, 4, 8, 3, 12))
+        )
         np.testing.assert_array_equal(store[layer].v, -store[layer].k)
 
 
@@ -119,18 +131,31 @@ def test_the_chosen_slots_are_taken_for_each_video_from_every_layer():
     looked = cache.Looked(slots=slots, ids=slots, scores=slots, at=slots, sink_at=jnp.zeros(()))
     for kv, picked in zip(store, host_archive.take(store, looked), strict=True):
         for name in ("k", "v"):
-            wanted = np.stack([getattr(kv, name)[video, np.asarray(slots)[video]] for video in range(2)])
+            wanted = np.stack(
+                [getattr(kv, name)[video, np.asarray(slots)[video]] for video in range(2)]
+            )
             np.testing.assert_array_equal(getattr(picked.kv, name), wanted)
         np.testing.assert_array_equal(picked.at, np.zeros((2, 3)))
 
 
-@pytest.mark.parametrize(("changes", "remedy"), [
-    ({"scope": "layer", "timing": "late"}, r"scope='layer' and timing='late' .*set scope=shared and timing=late"),
-    ({"scope": "shared", "timing": "first"}, r"scope='shared' and timing='first' .*set scope=shared and timing=late"),
-    ({"scope": "layer", "timing": "first"}, r"set scope=shared and timing=late"),
-    ({"scope": "shared", "timing": "late", "rope_adjustment": "incremental"},
-     r"'incremental'; set rope_adjustment=sink"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        (
+            {"scope": "layer", "timing": "late"},
+            r"scope='layer' and timing='late' .*set scope=shared and timing=late",
+        ),
+        (
+            {"scope": "shared", "timing": "first"},
+            r"scope='shared' and timing='first' .*set scope=shared and timing=late",
+        ),
+        ({"scope": "layer", "timing": "first"}, r"set scope=shared and timing=late"),
+        (
+            {"scope": "shared", "timing": "late", "rope_adjustment": "incremental"},
+            r"'incremental'; set rope_adjustment=sink",
+        ),
+    ],
+)
 def test_what_the_host_cannot_serve_is_refused_with_the_remedy(changes, remedy):
     with pytest.raises(InputError, match=remedy):
         CacheConfig(archive="host", **changes)

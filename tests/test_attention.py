@@ -36,7 +36,9 @@ def attend_with(name):
 
 
 def close(mixed, expected, name):
-    np.testing.assert_allclose(np.asarray(mixed, np.float32), expected, atol=2e-2 if name in HALF else 1e-6)
+    np.testing.assert_allclose(
+        np.asarray(mixed, np.float32), expected, atol=2e-2 if name in HALF else 1e-6
+    )
 
 
 STATES = attention.working_backends()
@@ -59,17 +61,24 @@ def test_a_backend_attends_to_the_first_keys_only(name, length):
 @pytest.mark.parametrize("length", LENGTHS[:-1])
 def test_what_lies_behind_the_valid_keys_changes_no_bit(name, length):
     q, k, v = inputs(name)
-    noise = [jnp.where(jnp.arange(13)[None, :, None, None] < length, x, 1e4 * y)
-             for x, y in zip((k, v), inputs(name, seed=1)[1:])]  # fmt: skip
+    noise = [
+        jnp.where(jnp.arange(13)[None, :, None, None] < length, x, 1e4 * y)
+        for x, y in zip((k, v), inputs(name, seed=1)[1:])
+    ]
     attend = attend_with(name)
-    np.testing.assert_array_equal(attend(q, *noise, jnp.int32(length)), attend(q, k, v, jnp.int32(length)))
+    np.testing.assert_array_equal(
+        attend(q, *noise, jnp.int32(length)), attend(q, k, v, jnp.int32(length))
+    )
 
 
 def test_without_a_length_all_keys_are_valid(name):
     q, k, v = inputs(name)
     attend = attend_with(name)
-    np.testing.assert_allclose(np.asarray(attend(q, k, v), np.float32),
-                               np.asarray(attend(q, k, v, jnp.int32(13)), np.float32), atol=1e-6)  # fmt: skip
+    np.testing.assert_allclose(
+        np.asarray(attend(q, k, v), np.float32),
+        np.asarray(attend(q, k, v, jnp.int32(13)), np.float32),
+        atol=1e-6,
+    )
 
 
 def test_the_length_may_be_known_only_at_run_time(name):
@@ -107,18 +116,25 @@ def test_half_precision_keeps_a_float32_softmax():
     assert ones.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(ones, np.float32), 1, atol=1e-2)
     mixed = attention.reference(q, k, v)
-    np.testing.assert_allclose(np.asarray(mixed, np.float32), exact(q, k, v, np.ones((6, 300), bool)), atol=5e-3)
+    np.testing.assert_allclose(
+        np.asarray(mixed, np.float32), exact(q, k, v, np.ones((6, 300), bool)), atol=5e-3
+    )
 
 
 def test_an_unknown_backend_is_refused_by_name():
-    with pytest.raises(InputError, match=r"'flash' is unknown; choose one of auto, reference, xla, cudnn"):
+    with pytest.raises(
+        InputError, match=r"'flash' is unknown; choose one of auto, reference, xla, cudnn"
+    ):
         attention.backend("flash")
 
 
 def test_auto_is_the_default_of_this_machine():
     for dtype in (jnp.float32, jnp.bfloat16):
         assert attention.chosen("auto", dtype) == attention.default_backend(dtype)
-        assert attention.backend("auto", dtype) is attention.BACKENDS[attention.default_backend(dtype)[0]]
+        assert (
+            attention.backend("auto", dtype)
+            is attention.BACKENDS[attention.default_backend(dtype)[0]]
+        )
     assert attention.chosen("xla")[0] == "xla"
 
 

@@ -27,20 +27,24 @@ text_states = tiny.jit(batches.text_states)
 def pixels():
     """A batch as the Stage world gives it, with frames of 16 by 8 pixels."""
     rng = np.random.default_rng(1)
-    return {"video": rng.uniform(-1, 1, (2, BLOCKS * SIZE, 16, 8, 3)).astype(np.float32),
-            "weight": rng.uniform(0.5, 2, (2, BLOCKS, SIZE, 16, 8)).astype(np.float32),
-            "ids": rng.integers(3, 46, (2, BLOCKS, 7)).astype(np.int32),
-            "mask": (np.arange(7) < rng.integers(2, 8, (2, BLOCKS, 1))).astype(np.int32),
-            "called": rng.random((2, BLOCKS, 5, BLOCKS)) < 0.5}  # fmt: skip
+    return {
+        "video": rng.uniform(-1, 1, (2, BLOCKS * SIZE, 16, 8, 3)).astype(np.float32),
+        "weight": rng.uniform(0.5, 2, (2, BLOCKS, SIZE, 16, 8)).astype(np.float32),
+        "ids": rng.integers(3, 46, (2, BLOCKS, 7)).astype(np.int32),
+        "mask": (np.arange(7) < rng.integers(2, 8, (2, BLOCKS, 1))).astype(np.int32),
+        "called": rng.random((2, BLOCKS, 5, BLOCKS)) < 0.5,
+    }
 
 
 def latents():
     """A batch as records give it, in half precision."""
     rng = np.random.default_rng(2)
-    return {"latent": rng.normal(size=(5, BLOCKS * SIZE, 8, 4, 12)).astype(np.float16),
-            "low": rng.normal(size=(5, BLOCKS, 2, 4, 4, 12)).astype(np.float16),
-            "trajectory": rng.normal(size=(5, 6, BLOCKS * SIZE, 8, 4, 12)).astype(np.float16),
-            "states": rng.normal(size=(5, 9, 10)).astype(np.float16)}  # fmt: skip
+    return {
+        "latent": rng.normal(size=(5, BLOCKS * SIZE, 8, 4, 12)).astype(np.float16),
+        "low": rng.normal(size=(5, BLOCKS, 2, 4, 4, 12)).astype(np.float16),
+        "trajectory": rng.normal(size=(5, 6, BLOCKS * SIZE, 8, 4, 12)).astype(np.float16),
+        "states": rng.normal(size=(5, 9, 10)).astype(np.float16),
+    }
 
 
 # data -----------------------------------------------------------------------------------------------------------------
@@ -50,7 +54,9 @@ def test_pixels_are_encoded_block_by_block():
     raw = pixels()
     batch = encode(raw)
     assert batch.latent.shape == (BLOCKS, 2, SIZE, 8, 4, 12)
-    np.testing.assert_allclose(codec.decode(PIXELS, batch.latent[2]), raw["video"][:, 6:9], atol=1e-6)
+    np.testing.assert_allclose(
+        codec.decode(PIXELS, batch.latent[2]), raw["video"][:, 6:9], atol=1e-6
+    )
     np.testing.assert_array_equal(batch.words.ids[3], raw["ids"][:, 3])
     np.testing.assert_array_equal(batch.words.mask[3], raw["mask"][:, 3])
     np.testing.assert_array_equal(batch.called[3], raw["called"][:, 3])
@@ -107,7 +113,9 @@ def test_what_there_is_once_is_there_for_every_block():
 
 def words():
     raw = pixels()
-    return Words(ids=jnp.asarray(raw["ids"]).swapaxes(0, 1), mask=jnp.asarray(raw["mask"]).swapaxes(0, 1))
+    return Words(
+        ids=jnp.asarray(raw["ids"]).swapaxes(0, 1), mask=jnp.asarray(raw["mask"]).swapaxes(0, 1)
+    )
 
 
 def test_every_block_is_read_by_itself():
@@ -175,7 +183,9 @@ def test_parameters_become_the_modules_they_came_from():
 
 
 def test_a_model_without_a_reader_has_none():
-    flat = {path: leaf for path, leaf in pytrees.flatten(MODEL).items() if not path.startswith("text/")}
+    flat = {
+        path: leaf for path, leaf in pytrees.flatten(MODEL).items() if not path.startswith("text/")
+    }
     model = batches.as_model(EXP, flat)
     assert model.text is None
     assert pytrees.flatten(model).keys() == flat.keys()

@@ -57,17 +57,30 @@ def found(quick):
 def test_nothing_is_empty_behind_the_block_that_is_timed(cfg):
     exp = dataclasses.replace(tiny.EXP, cache=dataclasses.replace(cfg, score_pool=(1, 1, 1)))
     seen, before = (cache.plan(cfg, jnp.int32(bench.full_at(exp) - back)) for back in (0, 1))
-    assert (int(seen.sink), int(seen.recent), int(seen.chosen)) == (cfg.sink, cfg.recent, cfg.attended)
+    assert (int(seen.sink), int(seen.recent), int(seen.chosen)) == (
+        cfg.sink,
+        cfg.recent,
+        cfg.attended,
+    )
     visible = [int((each.ids >= 0).sum()) for each in (seen, before)]
     assert visible == [cfg.capacity, cfg.capacity - 1 if cfg.capacity else 0]
     keys = cfg.sink + cfg.recent + cfg.block
-    assert bench.attended(exp) == keys * exp.tokens_per_frame + cfg.attended * exp.tokens_per_packed_block
+    assert (
+        bench.attended(exp)
+        == keys * exp.tokens_per_frame + cfg.attended * exp.tokens_per_packed_block
+    )
 
 
 def test_what_is_there_is_random_finite_and_in_its_dtype():
     halves = dataclasses.replace(tiny.EXP, dtypes=config.DtypeConfig(cache="bfloat16"))
     held = bench.scene(model(halves), ALL)
-    own = held.pipe.nets, held.pipe.pixels, held.state.memory.layers, held.state.views, held.given["frames"]
+    own = (
+        held.pipe.nets,
+        held.pipe.pixels,
+        held.state.memory.layers,
+        held.state.views,
+        held.given["frames"],
+    )
     for x in jax.tree.leaves(own):
         values = np.asarray(x, np.float64)
         assert np.isfinite(values).all()
@@ -79,7 +92,9 @@ def test_what_is_there_is_random_finite_and_in_its_dtype():
 
 
 def test_a_commit_is_given_what_remembering_makes():
-    exp = dataclasses.replace(tiny.EXP, dtypes=config.DtypeConfig(cache="bfloat16", compute="float16"))
+    exp = dataclasses.replace(
+        tiny.EXP, dtypes=config.DtypeConfig(cache="bfloat16", compute="float16")
+    )
     held, seen = bench.shapes(exp), cache.plan(exp.cache, jnp.int32(4))
 
     def remembered(nets, latent, low, words, views):
@@ -88,8 +103,12 @@ def test_a_commit_is_given_what_remembering_makes():
         packed, _ = block_step.read_packed(nets, exp, seen, latent, low, words, views)
         return full, packed, nets.dit.blocks[0].attn.queries(dit.embed_latent(nets.dit, latent))
 
-    want = jax.eval_shape(remembered, held.pipe.nets, *(held.given[name] for name in ("latent", "low", "words")),
-                          held.state.views)  # fmt: skip
+    want = jax.eval_shape(
+        remembered,
+        held.pipe.nets,
+        *(held.given[name] for name in ("latent", "low", "words")),
+        held.state.views,
+    )
     given = held.given["full"], held.given["packed"], held.given["queries"][0]
     assert forms_of(given) == forms_of(want)
 
@@ -100,7 +119,9 @@ def forms_of(tree):
 
 def test_only_what_the_parts_take_is_made():
     assert set(bench.scene(model(), ["commit"]).given) == {"full", "packed", "looked"}
-    assert set(bench.scene(model(), ALL).given) == {taken for part in bench.PARTS.values() for taken in part.takes}
+    assert set(bench.scene(model(), ALL).given) == {
+        taken for part in bench.PARTS.values() for taken in part.takes
+    }
 
 
 # The parts
@@ -118,7 +139,13 @@ def test_every_part_hands_on_a_state_of_the_same_form():
 
 
 def test_rounds_compile_nothing_again(found):
-    functions = (pipeline.draw_block, pipeline.show_block, pipeline.remember_block, bench.guess, bench.commit)
+    functions = (
+        pipeline.draw_block,
+        pipeline.show_block,
+        pipeline.remember_block,
+        bench.guess,
+        bench.commit,
+    )
     before = [each._cache_size() for each in functions]
     bench.measure(model(), ["forward", "commit", "second"], warmup=0, repeats=2)
     assert [each._cache_size() for each in functions] == before
@@ -141,7 +168,11 @@ def test_choosing_is_what_each_layer_does_on_its_way():
     _, chosen = held.run("selection")(held.state)
     recall = tiny.jit(lambda *args: view.recall(tiny.EXP, seen, *args)[1])
     for layer, looked in enumerate(chosen):
-        own = held.state.memory.layers[layer], held.given["queries"][layer], held.given["lots"][layer]
+        own = (
+            held.state.memory.layers[layer],
+            held.given["queries"][layer],
+            held.given["lots"][layer],
+        )
         assert np.asarray(recall(*own).ids).tolist() == np.asarray(looked.ids).tolist()
 
 
@@ -158,7 +189,9 @@ def test_parts_are_chosen_by_name_and_by_what_the_memory_has():
 def test_a_memory_without_packed_blocks_is_measured_too():
     found = bench.measure(model(PLAIN), ["commit"], warmup=0, repeats=1)
     assert found.operations == {"commit": 0}
-    assert found.moved["commit"] >= 2 * 3 * 8 * 36 * 2 * 2 * 4  # tokens, channels, K and V, layers, bytes
+    assert (
+        found.moved["commit"] >= 2 * 3 * 8 * 36 * 2 * 2 * 4
+    )  # tokens, channels, K and V, layers, bytes
 
 
 def test_an_archive_on_the_host_is_refused():
@@ -180,10 +213,17 @@ def test_operations_are_those_that_plan_counts(found):
     assert ours["block"] == plan["denoising"] + plan["selection"] - steps * padding
     assert ours["selection"] == plan["selection"]
     assert ours["decode"] == plan["decoding"] == 0
-    remembering = plan["clean pass"] + plan["packing pass"]  # and perhaps the last layer's attention, unread
-    assert remembering - padding < ours["remember"] < remembering + plan["one step"] / exp.dit.layers
+    remembering = (
+        plan["clean pass"] + plan["packing pass"]
+    )  # and perhaps the last layer's attention, unread
+    assert (
+        remembering - padding < ours["remember"] < remembering + plan["one step"] / exp.dit.layers
+    )
     assert ours["compression"] > plan["low resolution for packing"]
-    assert ours["second"] == ours["block"] + ours["remember"] + ours["decode"] + plan["low resolution for packing"]
+    assert (
+        ours["second"]
+        == ours["block"] + ours["remember"] + ours["decode"] + plan["low resolution for packing"]
+    )
     assert ours["commit"] == 0
 
 
@@ -191,17 +231,27 @@ def test_every_part_and_product_took_its_turn(found):
     assert list(found.times) == ["12 x 12 x 12", "17 x 17 x 17", *ALL]
     assert [each.first for each in found.times.values()] == list(range(10))
     for at in (0, 1):
-        assert sorted(each.runs[at] for each in found.times.values()) == list(range(20 + 10 * at, 30 + 10 * at))
+        assert sorted(each.runs[at] for each in found.times.values()) == list(
+            range(20 + 10 * at, 30 + 10 * at)
+        )
 
 
 def measured(**medians):
     """What a machine that takes these seconds would give, every round alike."""
-    times = {name: timing.Times(first=50.0, runs=(seconds, seconds, seconds)) for name, seconds in medians.items()}
+    times = {
+        name: timing.Times(first=50.0, runs=(seconds, seconds, seconds))
+        for name, seconds in medians.items()
+    }
     products = [timing.Product(side, side, side, "float32") for side in (10, 20)]
     for product, seconds in zip(products, (1e-3, 4e-3), strict=True):
         times[product.name] = timing.Times(1.0, (seconds,) * 3)
-    return bench.Found(experiment=tiny.EXP, times=times, products=products, moved=dict.fromkeys(medians, 6000),
-                       operations={name: 0 if name == "commit" else 3_000_000 for name in medians})  # fmt: skip
+    return bench.Found(
+        experiment=tiny.EXP,
+        times=times,
+        products=products,
+        moved=dict.fromkeys(medians, 6000),
+        operations={name: 0 if name == "commit" else 3_000_000 for name in medians},
+    )
 
 
 def test_the_report_divides_work_by_medians_and_compares_with_the_best_product():
@@ -232,14 +282,22 @@ def test_metrics_are_ratios_with_a_direction():
 def test_a_full_size_model_is_built_without_being_made():
     exp = overrides.load_experiment("wan_t2v_1_3b_paper", ["dit.layers=1"])
     held = bench.shapes(exp)
-    assert {x.dtype.name for x in jax.tree.leaves((held.pipe.nets, held.pipe.pixels, held.state.views))} == {"bfloat16"}
+    assert {
+        x.dtype.name for x in jax.tree.leaves((held.pipe.nets, held.pipe.pixels, held.state.views))
+    } == {"bfloat16"}
     assert held.state.views[0].k.shape == (1, cache.room(exp), 12, 128)
     assert held.given["full"][0].k.shape == (1, 6_240, 12, 128)
     assert held.given["packed"][0].v.shape == (1, 182, 12, 128)
     assert held.given["frames"].shape == (1, 16, 480, 832, 3)
     assert bench.attended(exp) == 27_872
-    program = bench.guess.lower(held.pipe.nets, exp, held.state.memory.num_blocks, held.state.views,
-                                held.given["latent"], held.given["words"])  # fmt: skip
+    program = bench.guess.lower(
+        held.pipe.nets,
+        exp,
+        held.state.memory.num_blocks,
+        held.state.views,
+        held.given["latent"],
+        held.given["words"],
+    )
     assert program.as_text().count("tf.aliasing_output") == 2
     one_layer = 2 * 6_240 * 1_536 * (4 * 1_536 + 2 * 27_872 + 2 * 8_960 + 2 * 1_536 + 2 * 512)
     ends = 2 * 6_240 * 64 * 1_536 * 2
@@ -260,8 +318,11 @@ def toy(monkeypatch):
 
 
 def rows_of(groups, toy):
-    return {trial.full_name: on_h200.outcome(trial, toy) for trial in on_h200.TRIALS
-            if trial.group in groups and not trial.flags}  # fmt: skip
+    return {
+        trial.full_name: on_h200.outcome(trial, toy)
+        for trial in on_h200.TRIALS
+        if trial.group in groups and not trial.flags
+    }
 
 
 def test_toy_trials_run_and_agree(toy):
@@ -271,7 +332,9 @@ def test_toy_trials_run_and_agree(toy):
     assert {name for name in rows if "cudnn" in name} <= skipped
     assert len(skipped) <= 5
     for name, row in rows.items():
-        assert name in skipped or (row["ms"] > 0 and row["tflops"] > 0 and row.get("error", 0) < 0.02), (name, row)
+        assert name in skipped or (
+            row["ms"] > 0 and row["tflops"] > 0 and row.get("error", 0) < 0.02
+        ), (name, row)
         assert on_h200.line(types.SimpleNamespace(full_name=name), row).startswith(name)
 
 
@@ -294,7 +357,9 @@ def test_a_trial_that_ends_its_process_leaves_the_others_theirs():
 
     def start(numbers, flags, toy):
         started.append((tuple(numbers), flags))
-        return [{"ms": number} for number in numbers if number < 3], "the process ended with code -6: boom"
+        return [
+            {"ms": number} for number in numbers if number < 3
+        ], "the process ended with code -6: boom"
 
     chosen = [1, 2, 3, 4]
     group = {on_h200.TRIALS[number].group for number in chosen}
@@ -302,7 +367,9 @@ def test_a_trial_that_ends_its_process_leaves_the_others_theirs():
     found = dict(on_h200.results(chosen, True, start))
     assert started == [((1, 2, 3, 4), ""), ((4,), "")]
     assert [found[number] for number in (1, 2)] == [{"ms": 1}, {"ms": 2}]
-    assert [found[number] for number in (3, 4)] == [{"failed": "the process ended with code -6: boom"}] * 2
+    assert [found[number] for number in (3, 4)] == [
+        {"failed": "the process ended with code -6: boom"}
+    ] * 2
 
 
 def test_flags_get_a_process_of_their_own():
@@ -320,7 +387,9 @@ def test_flags_get_a_process_of_their_own():
 
 def launched(platform, rows):
     def start(numbers, flags, toy):
-        return [{"platform": platform, "device": "chip 9", "jax": "0"}] if not numbers else rows(numbers), "ended"
+        return [{"platform": platform, "device": "chip 9", "jax": "0"}] if not numbers else rows(
+            numbers
+        ), "ended"
 
     return start
 
@@ -343,5 +412,7 @@ def test_a_failure_is_reported_and_kept(row, code, tmp_path, capsys):
     assert on_h200.run(arguments(only=["gemm"], out=str(out)), start) == code
     said = json.loads(out.read_text())
     assert said["machine"]["device"] == "chip 9"
-    assert said["trials"] == [{"trial": trial.full_name, **row} for trial in on_h200.TRIALS if trial.group == "gemm"]
+    assert said["trials"] == [
+        {"trial": trial.full_name, **row} for trial in on_h200.TRIALS if trial.group == "gemm"
+    ]
     assert capsys.readouterr().out.rstrip().endswith(f"8 trials, {8 * code} failed")

@@ -19,15 +19,37 @@ from packforcing_jax.sampling import block_step, pipeline
 FILM = dataclasses.replace(
     tiny.EXP,
     name="film",
-    dit=config.DiTConfig(dim=30, ffn_dim=22, heads=5, layers=3, text_dim=9, text_len=11, freq_dim=8, in_channels=4,
-                         out_channels=4),
-    codec=config.VAEConfig(dim=4, z_dim=4, dim_mult=(1, 2, 3), num_res_blocks=1, temporal_downsample=(True, False),
-                           mean=(0.0,) * 4, std=(1.0,) * 4),
-    cache=config.CacheConfig(block=4, sink=4, recent=8, top=3, capacity=5, score_pool=(2, 3, 2), key_multiple=7),
-    compressor=config.CompressorConfig(channels=(3, 5), strides=((2, 1, 1), (1, 2, 2)), pool=(2, 1, 1)),
+    dit=config.DiTConfig(
+        dim=30,
+        ffn_dim=22,
+        heads=5,
+        layers=3,
+        text_dim=9,
+        text_len=11,
+        freq_dim=8,
+        in_channels=4,
+        out_channels=4,
+    ),
+    codec=config.VAEConfig(
+        dim=4,
+        z_dim=4,
+        dim_mult=(1, 2, 3),
+        num_res_blocks=1,
+        temporal_downsample=(True, False),
+        mean=(0.0,) * 4,
+        std=(1.0,) * 4,
+    ),
+    cache=config.CacheConfig(
+        block=4, sink=4, recent=8, top=3, capacity=5, score_pool=(2, 3, 2), key_multiple=7
+    ),
+    compressor=config.CompressorConfig(
+        channels=(3, 5), strides=((2, 1, 1), (1, 2, 2)), pool=(2, 1, 1)
+    ),
     latent=(6, 10),  # 3 x 5 tokens a frame, packed to 2 x 3 x 5
-)  # fmt: skip
-SHARP = tiny.with_cache(top=0, capacity=0, sink=2, recent=4, spare=1)  # frames that are not whole blocks
+)
+SHARP = tiny.with_cache(
+    top=0, capacity=0, sink=2, recent=4, spare=1
+)  # frames that are not whole blocks
 PARTS = ("sink", "packed", "recent", "cached", "current", "attended", "packed twin", "room")
 
 
@@ -39,14 +61,19 @@ def counted(found, part, *names):
 
 
 def compressed(**changes):
-    return dataclasses.replace(tiny.EXP, compressor=dataclasses.replace(tiny.EXP.compressor, **changes))
+    return dataclasses.replace(
+        tiny.EXP, compressor=dataclasses.replace(tiny.EXP.compressor, **changes)
+    )
 
 
-@pytest.mark.parametrize(("exp", "keys"), [
-    (tiny.EXP, (24, 16, 24, 64, 24, 88, 8, 100)),
-    (FILM, (60, 90, 120, 270, 60, 330, 30, 364)),
-    (SHARP, (16, 0, 32, 48, 24, 72, 0, 75)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("exp", "keys"),
+    [
+        (tiny.EXP, (24, 16, 24, 64, 24, 88, 8, 100)),
+        (FILM, (60, 90, 120, 270, 60, 330, 30, 364)),
+        (SHARP, (16, 0, 32, 48, 24, 72, 0, 75)),
+    ],
+)
 def test_keys_bytes_and_last_block_of_awkward_sizes(exp, keys):
     found = of(exp, 9, batch=2, dtype="float32")
     each = 2 * 2 * exp.dit.layers * exp.dit.dim * 4  # keys and values, two videos, float32
@@ -54,26 +81,34 @@ def test_keys_bytes_and_last_block_of_awkward_sizes(exp, keys):
     assert counted(found, "keys", *PARTS) == keys
     assert counted(found, "bytes", "cached", "attended") == (keys[3] * each, keys[5] * each)
     assert counted(found, "held", "views") == (keys[-1] * each,)
-    assert counted(found, "last block", "keys it attends") == (keys[5],)  # nine blocks fill every partition
+    assert counted(found, "last block", "keys it attends") == (
+        keys[5],
+    )  # nine blocks fill every partition
 
 
-@pytest.mark.parametrize("exp", [
-    tiny.with_cache(sink=0, recent=6),
-    tiny.with_cache(recent=0, rope_adjustment="incremental"),
-    tiny.with_cache(selection="all", span="fit"),
-    tiny.with_cache(selection="paper_sum", timing="late"),
-    tiny.with_cache(selection="log_sum_exp", scope="shared"),  # one more pass, to ask in
-    tiny.with_cache(selection="random", scope="shared"),
-    compressed(keys="projected", branches="hr"),
-    compressed(branches="lr", places="native"),
-], ids=lambda exp: f"{exp.cache.selection}-{exp.cache.scope}-{exp.compressor.keys}")  # fmt: skip
+@pytest.mark.parametrize(
+    "exp",
+    [
+        tiny.with_cache(sink=0, recent=6),
+        tiny.with_cache(recent=0, rope_adjustment="incremental"),
+        tiny.with_cache(selection="all", span="fit"),
+        tiny.with_cache(selection="paper_sum", timing="late"),
+        tiny.with_cache(selection="log_sum_exp", scope="shared"),  # one more pass, to ask in
+        tiny.with_cache(selection="random", scope="shared"),
+        compressed(keys="projected", branches="hr"),
+        compressed(branches="lr", places="native"),
+    ],
+    ids=lambda exp: f"{exp.cache.selection}-{exp.cache.scope}-{exp.compressor.keys}",
+)
 def test_every_way_to_remember_costs_what_its_formula_says(exp):
     found = budget.of(exp, 6, dtype="float32")
     assert [(row.name, row.counted, row.formula) for row in found.wrong] == []
     assert found.rows["operations/selection"].counted >= 0
 
 
-MIXED = config.DtypeConfig(params="float16", compute="bfloat16", cache="float32", vae="bfloat16", text="float16")
+MIXED = config.DtypeConfig(
+    params="float16", compute="bfloat16", cache="float32", vae="bfloat16", text="float16"
+)
 
 
 def test_every_use_has_its_own_dtype():
@@ -81,9 +116,13 @@ def test_every_use_has_its_own_dtype():
     exp = dataclasses.replace(FILM, dtypes=MIXED)
     found = budget.of(exp, 6, batch=3)
     assert found.wrong == []
-    assert counted(found, "bytes", "cached") == (270 * 3 * 2 * 3 * 30 * 4,)  # keys, videos, k and v, layers, d, bytes
+    assert counted(found, "bytes", "cached") == (
+        270 * 3 * 2 * 3 * 30 * 4,
+    )  # keys, videos, k and v, layers, d, bytes
     assert counted(found, "held", "words") == (11 * 3 * 2 * 3 * 30 * 2,)
-    assert counted(found, "weights", "transformer") == (2 * found.rows["parameters/transformer"].counted,)
+    assert counted(found, "weights", "transformer") == (
+        2 * found.rows["parameters/transformer"].counted,
+    )
     assert counted(found, "weights", "codec") == (2 * found.rows["parameters/codec"].counted,)
     assert counted(found, "weights", "text states of one prompt") == (16 * 10 * 2,)
 
@@ -98,8 +137,20 @@ def paper():
 def test_the_paper_profile_has_the_papers_budget(paper):
     assert paper.wrong == []
     assert paper.blocks == 120
-    assert counted(paper, "keys", *PARTS) == (12_480, 2_912, 6_240, 21_632, 6_240, 27_872, 182, 28_160)
-    gigabytes = [figure / 1e9 for figure in counted(paper, "bytes", "cached", "attended", "every block at full size")]
+    assert counted(paper, "keys", *PARTS) == (
+        12_480,
+        2_912,
+        6_240,
+        21_632,
+        6_240,
+        27_872,
+        182,
+        28_160,
+    )
+    gigabytes = [
+        figure / 1e9
+        for figure in counted(paper, "bytes", "cached", "attended", "every block at full size")
+    ]
     assert gigabytes == pytest.approx([3.987, 5.137, 138.02], abs=0.005)
 
 
@@ -107,7 +158,9 @@ def test_the_papers_archive_is_33_5_megabytes_a_block(paper):
     one, archive = counted(paper, "bytes", "one packed block", "archive of the last block")
     assert one == pytest.approx(33.5e6, rel=0.002)
     assert archive == 116 * one  # all but the sink, the block in `recent` and the block itself
-    assert counted(paper, "last block", "packed blocks it chooses from", "packed blocks it attends") == (116, 16)
+    assert counted(
+        paper, "last block", "packed blocks it chooses from", "packed blocks it attends"
+    ) == (116, 16)
 
 
 def test_operations_of_the_paper_profile(paper):
@@ -132,14 +185,33 @@ def test_the_published_profile_attends_26312_keys():
 
 def test_the_parts_of_the_paper_profile_in_memory(paper):
     """Row by row what a person with a card wants to know, in gigabytes."""
-    names = ("weights", "sink", "recent", "packed blocks", "views", "words", "decoder", "on the device", "on the host")
+    names = (
+        "weights",
+        "sink",
+        "recent",
+        "packed blocks",
+        "views",
+        "words",
+        "decoder",
+        "on the device",
+        "on the host",
+    )
     gigabytes = [figure / 1e9 for figure in counted(paper, "held", *names)]
-    assert gigabytes == pytest.approx([3.134, 2.300, 1.150, 4.327, 5.190, 0.094, 1.889, 18.085, 0], abs=5e-4)
-    on_disk, read = counted(paper, "weights", "text encoder, on disk alone", "of it while prompts are read")
+    assert gigabytes == pytest.approx(
+        [3.134, 2.300, 1.150, 4.327, 5.190, 0.094, 1.889, 18.085, 0], abs=5e-4
+    )
+    on_disk, read = counted(
+        paper, "weights", "text encoder, on disk alone", "of it while prompts are read"
+    )
     assert (on_disk / 1e9, read / 1e9) == pytest.approx((11.362, 0.772), abs=5e-4)
     phases = ("loading", "reading prompts", "drawing", "showing", "remembering")
-    peak, least = counted(paper, "peak", "on the device")[0], counted(paper, "held", "on the device")[0]
-    assert max(counted(paper, "peak", *phases)) == peak == counted(paper, "peak", "showing")[0] > least
+    peak, least = (
+        counted(paper, "peak", "on the device")[0],
+        counted(paper, "held", "on the device")[0],
+    )
+    assert (
+        max(counted(paper, "peak", *phases)) == peak == counted(paper, "peak", "showing")[0] > least
+    )
 
 
 def test_the_compiler_counts_the_operations_of_the_full_size_step_too(paper):
@@ -149,24 +221,38 @@ def test_the_compiler_counts_the_operations_of_the_full_size_step_too(paper):
 
     def step(nets, latent, words, views, n):
         none = jnp.zeros(())
-        return block_step.guess(nets, exp, cache.plan(exp.cache, n), latent, none, none, words, views)
+        return block_step.guess(
+            nets, exp, cache.plan(exp.cache, n), latent, none, none, words, views
+        )
 
-    lowered = jax.jit(step).lower(held.computed, held.latent, held.words, held.views, held.memory.num_blocks)
-    theirs, ours = (lowered.cost_analysis() or {})["flops"], paper.rows["operations/one step"].counted
+    lowered = jax.jit(step).lower(
+        held.computed, held.latent, held.words, held.views, held.memory.num_blocks
+    )
+    theirs, ours = (
+        (lowered.cost_analysis() or {})["flops"],
+        paper.rows["operations/one step"].counted,
+    )
     assert ours / 1e12 == pytest.approx(48.585, abs=5e-4)
     assert 1 < theirs / ours < 1.02
 
 
 def test_attention_written_out_needs_far_more_workspace(paper):
-    fused, written = counted(paper, "workspace", "drawing, fused attention", "drawing, attention written out")
+    fused, written = counted(
+        paper, "workspace", "drawing, fused attention", "drawing, attention written out"
+    )
     logits = 12 * 6240 * 28160 * 4
     assert fused < logits < written - fused
 
 
 def test_packed_blocks_on_the_host_are_not_on_the_device():
-    exps = [tiny.with_cache(scope="shared", timing="late", archive=place) for place in ("device", "host")]
+    exps = [
+        tiny.with_cache(scope="shared", timing="late", archive=place)
+        for place in ("device", "host")
+    ]
     device, host = (budget.held(exp, programs.shapes_of(exp)) for exp in exps)
-    assert host["held/on the host"] == host["held/packed blocks"] == device["held/packed blocks"] > 0
+    assert (
+        host["held/on the host"] == host["held/packed blocks"] == device["held/packed blocks"] > 0
+    )
     assert host["held/on the device"] + host["held/on the host"] == device["held/on the device"]
     assert device["held/on the host"] == 0
 
@@ -174,10 +260,19 @@ def test_packed_blocks_on_the_host_are_not_on_the_device():
 def test_budgets_are_counted_not_recited(monkeypatch):
     """What the step really does decides: queries that are not pooled, and a view with more room, are found out."""
     monkeypatch.setattr(selection, "pool", lambda q, grid, window: q)
-    monkeypatch.setattr(view, "_pool_angles", lambda exp, seen: jnp.zeros((exp.cache.block * exp.tokens_per_frame, 6)))
+    monkeypatch.setattr(
+        view,
+        "_pool_angles",
+        lambda exp, seen: jnp.zeros((exp.cache.block * exp.tokens_per_frame, 6)),
+    )
     monkeypatch.setattr(cache, "room", lambda exp: 125)
     wrong = {row.name for row in budget.of(tiny.EXP, 6).wrong}
-    assert {"operations/selection", "keys/room", "held/views", "operations/of it self-attention"} <= wrong
+    assert {
+        "operations/selection",
+        "keys/room",
+        "held/views",
+        "operations/of it self-attention",
+    } <= wrong
     assert not {"keys/attended", "bytes/cached", "operations/one step, keys attended"} & wrong
 
 
@@ -193,9 +288,13 @@ def test_what_each_block_sees_by_formula_is_what_the_plan_says(exp):
 def test_what_is_held_is_what_a_sampler_allocates():
     found = of(tiny.EXP, 9, batch=2, dtype="float32")
     layers = cache.init(tiny.EXP, 2).layers
-    real = {"sink": [layer.sink for layer in layers], "recent": [layer.recent for layer in layers],
-            "packed blocks": [layer.mid for layer in layers], "views": view.scratch(tiny.EXP, 2),
-            "weights": tiny.nets()}  # fmt: skip
+    real = {
+        "sink": [layer.sink for layer in layers],
+        "recent": [layer.recent for layer in layers],
+        "packed blocks": [layer.mid for layer in layers],
+        "views": view.scratch(tiny.EXP, 2),
+        "weights": tiny.nets(),
+    }
     assert counted(found, "held", *real) == tuple(map(jaxpr_cost.nbytes, real.values()))
 
 
@@ -204,14 +303,22 @@ def test_compiling_adds_what_the_compiler_reserves(monkeypatch):
     for program in ("draw_block", "remember_block"):
         quick = tiny.jit(getattr(pipeline, program).__wrapped__, static_argnames="exp")
         monkeypatch.setattr(pipeline, program, quick)
-    exp = dataclasses.replace(tiny.with_cache(top=0), dit=dataclasses.replace(tiny.EXP.dit, layers=1),
-                              sample=config.SampleConfig(steps=(1000,)))  # fmt: skip
+    exp = dataclasses.replace(
+        tiny.with_cache(top=0),
+        dit=dataclasses.replace(tiny.EXP.dit, layers=1),
+        sample=config.SampleConfig(steps=(1000,)),
+    )
     found = budget.of(exp, 3, batch=2, compiled=True)
-    names = [f"compiled/drawing, {what}" for what in ("temporary", "results", "arguments", "laid into arguments")]
+    names = [
+        f"compiled/drawing, {what}"
+        for what in ("temporary", "results", "arguments", "laid into arguments")
+    ]
     temporary, results, arguments, reused = (found.rows[name].counted for name in names)
     assert min(temporary, results, arguments) > 0 == reused  # nothing is donated to these
     held, frames = counted(found, "held", "on the device")[0], 2 * 3 * 16 * 8 * 3 * 4
-    assert counted(found, "peak", "drawing")[0] == pytest.approx(held + frames + temporary + results, abs=16)
+    assert counted(found, "peak", "drawing")[0] == pytest.approx(
+        held + frames + temporary + results, abs=16
+    )
 
 
 def test_nothing_is_allocated():
@@ -221,18 +328,23 @@ def test_nothing_is_allocated():
     assert sum(array.nbytes for array in jax.live_arrays()) - before < 0.01 * held
 
 
-@pytest.mark.parametrize(("seconds", "blocks"), [(120, 120), (1 / 16, 1), (13 / 16, 1), (17 / 16, 2), (60.3, 61)])
+@pytest.mark.parametrize(
+    ("seconds", "blocks"), [(120, 120), (1 / 16, 1), (13 / 16, 1), (17 / 16, 2), (60.3, 61)]
+)
 def test_blocks_of_a_length(seconds, blocks):
     """The first of four latent frames is one frame, each of the others four."""
     assert pipeline.blocks_of(overrides.load_experiment("wan_t2v_1_3b_paper"), seconds) == blocks
 
 
-@pytest.mark.parametrize(("act", "named"), [
-    (lambda: budget.of(tiny.EXP, 0), "blocks=0"),
-    (lambda: budget.of(tiny.EXP, 3, batch=0), "batch=0"),
-    (lambda: pipeline.blocks_of(tiny.EXP, float("nan")), "seconds=nan"),
-    (lambda: pipeline.blocks_of(tiny.EXP, -2), "seconds=-2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("act", "named"),
+    [
+        (lambda: budget.of(tiny.EXP, 0), "blocks=0"),
+        (lambda: budget.of(tiny.EXP, 3, batch=0), "batch=0"),
+        (lambda: pipeline.blocks_of(tiny.EXP, float("nan")), "seconds=nan"),
+        (lambda: pipeline.blocks_of(tiny.EXP, -2), "seconds=-2"),
+    ],
+)
 def test_impossible_lengths_are_refused_by_name(act, named):
     with pytest.raises(InputError, match=named):
         act()

@@ -24,13 +24,24 @@ FRAME = 6
 PACKING = CacheConfig(block=2, sink=4, recent=2, top=3, capacity=5, spare=2, score_pool=(2, 1, 1))
 ODD = CacheConfig(block=2, sink=1, recent=5, top=0, capacity=0, spare=1, rope_adjustment="none")
 EXACT = CacheConfig(block=3, sink=6, recent=3, top=2, capacity=4, score_pool=(3, 1, 1))
-FITTED = CacheConfig(block=4, sink=4, recent=4, top=3, capacity=3, span="fit", trained=17, selection="all",
-                     score_pool=(2, 1, 1))  # fmt: skip
+FITTED = CacheConfig(
+    block=4,
+    sink=4,
+    recent=4,
+    top=3,
+    capacity=3,
+    span="fit",
+    trained=17,
+    selection="all",
+    score_pool=(2, 1, 1),
+)
 MOVED = dataclasses.replace(PACKING, rope_adjustment="incremental", selection="random")
 
 
 def told(exp, seed=0, blocks=9, videos=VIDEOS):
-    return slow_memory.tell(exp, np.random.default_rng(seed), blocks=blocks, layers=2, videos=videos)
+    return slow_memory.tell(
+        exp, np.random.default_rng(seed), blocks=blocks, layers=2, videos=videos
+    )
 
 
 def walk(exp, story, step=None, *, stacked=False):
@@ -65,7 +76,12 @@ def hide_with_noise(layer, seen, rng):
 
     def cover(store):
         hidden = ~np.isin(np.floor(store.v[:1, :, 0, 0, 0]), list(numbers))[..., None, None, None]
-        return KV(*(np.where(hidden, 50 * rng.normal(size=x.shape).astype(np.float32), x) for x in (store.k, store.v)))
+        return KV(
+            *(
+                np.where(hidden, 50 * rng.normal(size=x.shape).astype(np.float32), x)
+                for x in (store.k, store.v)
+            )
+        )
 
     return layer.replace(sink=cover(layer.sink), mid=cover(layer.mid), recent=cover(layer.recent))
 
@@ -77,7 +93,9 @@ def test_what_is_out_of_sight_does_not_count(cfg):
     step, story = histories.compiled(exp), told(exp, blocks=11)
     for number, (shown, memory, _) in enumerate(walk(exp, story, step)):
         seen, count = slow_memory.visible(cfg, number), int(shown["length"])
-        noisy = memory.replace(layers=[hide_with_noise(layer, seen, rng) for layer in memory.layers])
+        noisy = memory.replace(
+            layers=[hide_with_noise(layer, seen, rng) for layer in memory.layers]
+        )
         scratch = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), shown["views"])
         again, _ = step(noisy, scratch, histories.block_of(story, number), 0.0)
         jax.tree.map(np.testing.assert_array_equal, again["looked"], shown["looked"])
@@ -88,8 +106,14 @@ def test_what_is_out_of_sight_does_not_count(cfg):
 def test_layers_apart_and_stacked_remember_the_same():
     exp = histories.experiment(MOVED)
     for apart, together in zip(walk(exp, told(exp)), walk(exp, told(exp), stacked=True)):
-        for one, other in zip((apart[0]["looked"], apart[2].layers), (together[0]["looked"], together[2].layers)):
-            jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), histories.stack(one), other)
+        for one, other in zip(
+            (apart[0]["looked"], apart[2].layers), (together[0]["looked"], together[2].layers)
+        ):
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, atol=1e-6),
+                histories.stack(one),
+                other,
+            )
 
 
 def test_only_differences_of_places_matter():
@@ -121,11 +145,21 @@ def test_only_differences_of_places_matter():
     assert np.abs(moved(0.0, ahead=1.0)[0] - expected).max() > 1e-2
 
 
-@pytest.mark.parametrize(("sink", "recent", "adjustment"), [
-    (0, 0, "sink"), (3, 0, "none"), (0, 6, "sink"), (6, 3, "incremental"), (3, 6, "sink_only")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sink", "recent", "adjustment"),
+    [(0, 0, "sink"), (3, 0, "none"), (0, 6, "sink"), (6, 3, "incremental"), (3, 6, "sink_only")],
+)
 def test_packing_nothing_and_seeing_all_is_full_causal_attention(sink, recent, adjustment):
-    cfg = CacheConfig(block=3, sink=sink, recent=recent, top=9, capacity=9, selection="all", rope_adjustment=adjustment,
-                      score_pool=(1, 1, 1))  # fmt: skip
+    cfg = CacheConfig(
+        block=3,
+        sink=sink,
+        recent=recent,
+        top=9,
+        capacity=9,
+        selection="all",
+        rope_adjustment=adjustment,
+        score_pool=(1, 1, 1),
+    )
     exp = histories.experiment(cfg, channels=(2,), strides=((1, 1, 2),), frames=3)
     story, frames = told(exp, blocks=7), 3 * 7
     story.full = story.packed = story.full[0], np.sin(7 * story.full[1])
@@ -133,9 +167,13 @@ def test_packing_nothing_and_seeing_all_is_full_causal_attention(sink, recent, a
     rows, columns = np.tile(slow_memory.frame_grid(exp), frames)
     angles = slow_memory.angles_of(exp, np.repeat(np.arange(frames), FRAME), rows, columns)
     q, k, v = (np.concatenate(list(x), axis=2) for x in (story.q, *story.full))
-    expected = slow_memory.attend(slow_memory.turn(q, angles), slow_memory.turn(k, angles), v)[:, :, -3 * FRAME :]
+    expected = slow_memory.attend(slow_memory.turn(q, angles), slow_memory.turn(k, angles), v)[
+        :, :, -3 * FRAME :
+    ]
     shown = {name: histories.stack(part) for name, part in shown.items()}
-    np.testing.assert_allclose(histories.looker(exp)(shown, histories.block_of(story, 6)), expected, atol=2e-5)
+    np.testing.assert_allclose(
+        histories.looker(exp)(shown, histories.block_of(story, 6)), expected, atol=2e-5
+    )
 
 
 # Places
@@ -145,33 +183,58 @@ def test_packing_nothing_and_seeing_all_is_full_causal_attention(sink, recent, a
 @settings(max_examples=25, derandomize=True, deadline=None)
 def test_a_fitted_span_stays_within_the_trained_range(cfg, trained, blocks):
     fixed = cfg.sink + cfg.recent + cfg.block
-    cfg = dataclasses.replace(cfg, span="fit", rope_adjustment="sink", trained=max(trained, fixed + 1))
+    cfg = dataclasses.replace(
+        cfg, span="fit", rope_adjustment="sink", trained=max(trained, fixed + 1)
+    )
     seen = cache.plan(cfg, np.int32(blocks))
     assert seen.current_at + cfg.block <= cfg.trained + 1e-4
     assert seen.recent_at - seen.sink <= seen.chosen * cfg.block  # squeezed, never stretched
 
 
-@pytest.mark.parametrize(("adjustment", "current", "sink"), [
-    ("sink", [0, 3, 6, 9, 12, 12, 12], [0] * 7), ("none", [0, 3, 6, 9, 12, 15, 270], [0] * 7),
-    ("incremental", [0, 3, 6, 9, 12, 15, 270], [0, 0, 0, 0, 0, 3, 258]),
-    ("sink_only", [0, 3, 6, 9, 12, 15, 270], [0, 0, 0, 0, 0, 3, 258])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("adjustment", "current", "sink"),
+    [
+        ("sink", [0, 3, 6, 9, 12, 12, 12], [0] * 7),
+        ("none", [0, 3, 6, 9, 12, 15, 270], [0] * 7),
+        ("incremental", [0, 3, 6, 9, 12, 15, 270], [0, 0, 0, 0, 0, 3, 258]),
+        ("sink_only", [0, 3, 6, 9, 12, 15, 270], [0, 0, 0, 0, 0, 3, 258]),
+    ],
+)
 def test_places_stay_or_follow_the_true_frames(adjustment, current, sink):
-    cfg = CacheConfig(block=3, sink=3, recent=3, top=2, capacity=5, score_pool=(1, 1, 1), rope_adjustment=adjustment)
+    cfg = CacheConfig(
+        block=3,
+        sink=3,
+        recent=3,
+        top=2,
+        capacity=5,
+        score_pool=(1, 1, 1),
+        rope_adjustment=adjustment,
+    )
     plans = [cache.plan(cfg, np.int32(n)) for n in (0, 1, 2, 3, 4, 5, 90)]
     assert [float(seen.current_at) for seen in plans] == current
     assert [float(seen.sink_at) for seen in plans] == sink
     assert [int(seen.start) for seen in plans] == [0, 3, 6, 9, 12, 15, 270]
 
 
-@pytest.mark.parametrize(("block", "frames"), [(4, (0.5, 2.5)), (3, (0.5, 2.0)), (2, (0.5, 1.0)), (1, (0.0, 0.0))])
+@pytest.mark.parametrize(
+    ("block", "frames"), [(4, (0.5, 2.5)), (3, (0.5, 2.0)), (2, (0.5, 1.0)), (1, (0.0, 0.0))]
+)
 def test_packed_tokens_sit_in_the_middle_of_what_they_stand_for(block, frames):
-    cfg = dataclasses.replace(PROFILES["paper"], block=block, sink=2 * block, recent=block, score_pool=(1, 4, 4))
+    cfg = dataclasses.replace(
+        PROFILES["paper"], block=block, sink=2 * block, recent=block, score_pool=(1, 4, 4)
+    )
     exp = Experiment(name="full", cache=cfg)
     times, places = cache.packed_places(exp)
     np.testing.assert_array_equal(times, np.repeat(frames, 7 * 13))
-    rows, columns = np.mgrid[:7, :13] * 4 + 1.5  # 8 latent cells are 4 tokens, counted from the middle of the first
-    np.testing.assert_array_equal(places, np.tile(np.stack([rows, columns], axis=-1).reshape(-1, 2), (2, 1)))
-    native = dataclasses.replace(exp, compressor=dataclasses.replace(exp.compressor, places="native"))
+    rows, columns = (
+        np.mgrid[:7, :13] * 4 + 1.5
+    )  # 8 latent cells are 4 tokens, counted from the middle of the first
+    np.testing.assert_array_equal(
+        places, np.tile(np.stack([rows, columns], axis=-1).reshape(-1, 2), (2, 1))
+    )
+    native = dataclasses.replace(
+        exp, compressor=dataclasses.replace(exp.compressor, places="native")
+    )
     np.testing.assert_array_equal(cache.packed_places(native)[1], (places - 1.5) / 4)
     np.testing.assert_array_equal(cache.packed_places(native)[0], times)
 
@@ -186,7 +249,9 @@ def test_a_packed_token_agrees_most_with_the_patches_it_stands_for(patch):
     agreement = np.cos(there - own).sum(-1).reshape(30, 52)
     best = np.argwhere(agreement >= np.sort(agreement.ravel())[-4] - 1e-3)
     middle = 4 * np.asarray(patch) + 1.5
-    assert sorted(map(tuple, best.tolist())) == sorted(itertools.product(*((int(x), int(x) + 1) for x in middle)))
+    assert sorted(map(tuple, best.tolist())) == sorted(
+        itertools.product(*((int(x), int(x) + 1) for x in middle))
+    )
 
 
 def test_the_current_block_and_its_twin_share_their_place():
@@ -201,7 +266,9 @@ def test_the_current_block_and_its_twin_share_their_place():
 
 def shortened(story, blocks):
     """The first blocks of a story."""
-    return type(story)(**{name: jax.tree.map(lambda x: x[:blocks], part) for name, part in vars(story).items()})
+    return type(story)(
+        **{name: jax.tree.map(lambda x: x[:blocks], part) for name, part in vars(story).items()}
+    )
 
 
 def commits(exp, story, commit, memory):
@@ -209,7 +276,9 @@ def commits(exp, story, commit, memory):
     before = memory
     for number in range(len(story.q)):
         before, (full, packed, *_) = memory, histories.block_of(story, number)
-        memory = commit(memory, *(pytrees.unstack(jax.tree.map(jnp.asarray, kv), 2) for kv in (full, packed)))
+        memory = commit(
+            memory, *(pytrees.unstack(jax.tree.map(jnp.asarray, kv), 2) for kv in (full, packed))
+        )
     return before, memory
 
 
@@ -225,10 +294,19 @@ def test_thirty_commits_compile_once_and_keep_shape_and_sink():
     _, early = commits(exp, shortened(story, 2), commit, cache.init(exp, VIDEOS))
     _, late = commits(exp, story, commit, cache.init(exp, VIDEOS))
     assert commit._cache_size() == 1
-    jax.tree.map(np.testing.assert_array_equal, [x.sink for x in late.layers], [x.sink for x in early.layers])
+    jax.tree.map(
+        np.testing.assert_array_equal, [x.sink for x in late.layers], [x.sink for x in early.layers]
+    )
     assert held_blocks([x.sink for x in late.layers]).tolist() == [1, 7, 1001, 1007]
     ids = np.asarray(cache.plan(PACKING, late.num_blocks).ids)
-    assert sorted(ids) == [-1, 24, 25, 26, 27, 28]  # past capacity the oldest went; 29 is still sharp
+    assert sorted(ids) == [
+        -1,
+        24,
+        25,
+        26,
+        27,
+        28,
+    ]  # past capacity the oldest went; 29 is still sharp
     held = held_blocks([x.mid for x in late.layers])
     np.testing.assert_array_equal(held[ids >= 0], 501 + 1000 * ids[ids >= 0])
     assert sorted(held_blocks([x.recent for x in late.layers])) == [28001, 28007, 29001, 29007]
@@ -246,7 +324,9 @@ def test_a_donated_memory_is_written_in_place():
     before, memory = commits(exp, story, given_away, memory)
     jax.tree.map(np.testing.assert_array_equal, memory, expected)
     assert all(leaf.is_deleted() for leaf in stores(before))
-    full, packed, *_ = (pytrees.unstack(jax.tree.map(jnp.asarray, x), 2) for x in histories.block_of(story, 0))
+    full, packed, *_ = (
+        pytrees.unstack(jax.tree.map(jnp.asarray, x), 2) for x in histories.block_of(story, 0)
+    )
     saved = given_away.lower(memory, full, packed).compile().memory_analysis().alias_size_in_bytes
     assert saved >= sum(leaf.nbytes for leaf in stores(memory))
 
@@ -267,8 +347,16 @@ def test_looking_keeps_the_memory_and_committing_twice_is_committing_once(cfg):
 @pytest.mark.parametrize("adjustment", ["sink", "none", "incremental"])
 def test_five_hundred_blocks_take_the_room_of_ten(adjustment):
     """One compilation, one size, and true contents in true places past frame 1024."""
-    cfg = CacheConfig(block=3, sink=3, recent=3, top=2, capacity=4, selection="random", rope_adjustment=adjustment,
-                      score_pool=(3, 1, 1))  # fmt: skip
+    cfg = CacheConfig(
+        block=3,
+        sink=3,
+        recent=3,
+        top=2,
+        capacity=4,
+        selection="random",
+        rope_adjustment=adjustment,
+        score_pool=(3, 1, 1),
+    )
     exp = histories.experiment(cfg)
     step, story = histories.stepper(exp), told(exp, blocks=10, videos=2)
     memory, scratch, sizes = cache.init(exp, 2), view.scratch(exp, 2), set()
@@ -277,13 +365,19 @@ def test_five_hundred_blocks_take_the_room_of_ten(adjustment):
         scratch = shown["views"]
         sizes.add(sum(leaf.nbytes for leaf in jax.tree.leaves((memory, shown))))
     assert step._cache_size() == len(sizes) == 1
-    repeated = type(story)(**{name: jax.tree.map(lambda x: np.tile(x, (50,) + (1,) * (x.ndim - 1)), part)
-                              for name, part in vars(story).items()})  # fmt: skip
+    repeated = type(story)(
+        **{
+            name: jax.tree.map(lambda x: np.tile(x, (50,) + (1,) * (x.ndim - 1)), part)
+            for name, part in vars(story).items()
+        }
+    )
     shown = {name: histories.stack(jax.tree.map(np.asarray, part)) for name, part in shown.items()}
     seen = slow_memory.visible(cfg, 499)
     k, v = slow_memory.view(exp, repeated, seen, shown["looked"].ids)
     np.testing.assert_array_equal(shown["views"].v[:, :, : v.shape[2]], v)
-    np.testing.assert_allclose(shown["views"].k[:, :, : k.shape[2]], k, atol=2e-5 if adjustment == "sink" else 2e-3)
+    np.testing.assert_allclose(
+        shown["views"].k[:, :, : k.shape[2]], k, atol=2e-5 if adjustment == "sink" else 2e-3
+    )
 
 
 @pytest.mark.parametrize(("cfg", "stacked"), [(ODD, False), (EXACT, True), (MOVED, False)])
@@ -295,13 +389,19 @@ def test_export_is_every_sharp_frame_at_its_true_place(cfg, stacked):
             continue
         total = number * cfg.block
         late = range(max(cfg.sink, total - cfg.ring), max(cfg.sink, total))
-        k, v = (np.concatenate(pair, axis=2) for pair in zip(
-            slow_memory.sharp(exp, story, range(total)[: cfg.sink], 0),
-            slow_memory.sharp(exp, story, late, late.start)))  # fmt: skip
+        k, v = (
+            np.concatenate(pair, axis=2)
+            for pair in zip(
+                slow_memory.sharp(exp, story, range(total)[: cfg.sink], 0),
+                slow_memory.sharp(exp, story, late, late.start),
+            )
+        )
         held = cache.export(exp, memory)
         np.testing.assert_allclose(held.k, k, atol=1e-4)
         np.testing.assert_array_equal(held.v, v)
-        np.testing.assert_array_equal(cache.end_indices(exp, memory), [total * FRAME, held.k.shape[2]])
+        np.testing.assert_array_equal(
+            cache.end_indices(exp, memory), [total * FRAME, held.k.shape[2]]
+        )
 
 
 def test_extending_a_view_writes_only_behind_what_is_valid():
@@ -311,10 +411,14 @@ def test_extending_a_view_writes_only_behind_what_is_valid():
     for x, value in (("k", -1), ("v", -2)):
         old, new = np.asarray(getattr(kv, x)), np.asarray(getattr(longer, x))
         assert (new[:, 3:5] == value).all()
-        np.testing.assert_array_equal(np.delete(new, [3, 4], axis=1), np.delete(old, [3, 4], axis=1))
+        np.testing.assert_array_equal(
+            np.delete(new, [3, 4], axis=1), np.delete(old, [3, 4], axis=1)
+        )
 
 
-@pytest.mark.parametrize(("profile", "held", "attended"), [("paper", 21_632, 27_872), ("published", 21_632, 26_312)])
+@pytest.mark.parametrize(
+    ("profile", "held", "attended"), [("paper", 21_632, 27_872), ("published", 21_632, 26_312)]
+)
 def test_the_sizes_of_the_paper(profile, held, attended):
     exp = Experiment(name="full", cache=PROFILES[profile])
     seen = cache.plan(exp.cache, np.int32(500))

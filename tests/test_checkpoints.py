@@ -57,7 +57,9 @@ def advance(state):
     grads = jax.grad(lambda model: (model(x) ** 2).mean())(state.model)
     updates, optimiser = OPTIMISER.update(grads, state.optimiser)
     model = optax.apply_updates(state.model, updates)
-    return dataclasses.replace(state, model=model, optimiser=optimiser, key=key, step=state.step + 1)
+    return dataclasses.replace(
+        state, model=model, optimiser=optimiser, key=key, step=state.step + 1
+    )
 
 
 def advanced(count, state=None):
@@ -105,9 +107,13 @@ def test_state_is_restored_from_shapes_alone_and_where_it_is_wanted(store):
     assert_same(back, state)
     assert data == b"\x00\xffgrain"
 
-    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh(
+        (2,), ("data",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,)
+    )
     spread = NamedSharding(mesh, PartitionSpec())
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread), abstract.model)
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread), abstract.model
+    )
     back, _ = store.restore(dataclasses.replace(abstract, model=placed))
     assert {leaf.sharding for leaf in jax.tree.leaves(back.model)} == {spread}
     np.testing.assert_array_equal(back.model.inner.kernel[...], state.model.inner.kernel[...])
@@ -115,12 +121,17 @@ def test_state_is_restored_from_shapes_alone_and_where_it_is_wanted(store):
 
 @pytest.mark.parametrize("kind", ["threefry2x32", "rbg"])
 def test_keys_of_every_kind_and_shape_come_back(store, kind):
-    keys = {"one": jax.random.key(4, impl=kind), "many": jax.random.split(jax.random.key(5, impl=kind), (2, 3))}
+    keys = {
+        "one": jax.random.key(4, impl=kind),
+        "many": jax.random.split(jax.random.key(5, impl=kind), (2, 3)),
+    }
     store.save(0, keys)
     back, data = store.restore(jax.eval_shape(lambda: keys))
     assert_same(back, keys)
     assert data is None
-    np.testing.assert_array_equal(jax.random.normal(back["many"][1, 2], 5), jax.random.normal(keys["many"][1, 2], 5))
+    np.testing.assert_array_equal(
+        jax.random.normal(back["many"][1, 2], 5), jax.random.normal(keys["many"][1, 2], 5)
+    )
 
 
 def test_newest_steps_are_kept_and_any_of_them_restored(store):
@@ -161,8 +172,15 @@ def test_interrupted_save_is_ignored(tmp_path, monkeypatch):
     assert sorted(p.name for p in store.folder.iterdir()) == ["1", "2"]
 
 
-@pytest.mark.parametrize("ask", [lambda store, state: store.save(3, state), lambda store, _: store.latest(),
-                                 lambda store, _: store.close()], ids=["save", "latest", "close"])  # fmt: skip
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda store, state: store.save(3, state),
+        lambda store, _: store.latest(),
+        lambda store, _: store.close(),
+    ],
+    ids=["save", "latest", "close"],
+)
 def test_full_disk_is_told_by_the_next_call_and_keeps_the_earlier_steps(store, ask, capfd):
     store.save(1, {"a": jnp.arange(3)})
     store.wait()
@@ -171,7 +189,9 @@ def test_full_disk_is_told_by_the_next_call_and_keeps_the_earlier_steps(store, a
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
         store.save(2, noise)
-        with pytest.raises(MachineError, match="(?s)^Saving step 2 below [^\n]* earlier steps are kept.$"):
+        with pytest.raises(
+            MachineError, match="(?s)^Saving step 2 below [^\n]* earlier steps are kept.$"
+        ):
             ask(store, noise)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -193,13 +213,19 @@ def test_what_is_saved_may_be_used_up_at_once(store):
 
 
 def test_a_state_of_another_training_is_refused_by_what_differs(tmp_path):
-    about = {"seed": 3, "experiment": {"dit": {"dim": 24}, "train": {"steps": 9, "batch": 2, "mesh": {"fsdp": 1}}}}
+    about = {
+        "seed": 3,
+        "experiment": {"dit": {"dim": 24}, "train": {"steps": 9, "batch": 2, "mesh": {"fsdp": 1}}},
+    }
     free = ("experiment.train.steps", "experiment.train.mesh")
 
     def opened(seed=3, dim=24, steps=9, fsdp=1, batch=2):
         train = {"steps": steps, "batch": batch, "mesh": {"fsdp": fsdp}}
-        return checkpoints.Checkpoints(tmp_path, free=free, about={"seed": seed, "experiment": {
-            "dit": {"dim": dim}, "train": train}})  # fmt: skip
+        return checkpoints.Checkpoints(
+            tmp_path,
+            free=free,
+            about={"seed": seed, "experiment": {"dit": {"dim": dim}, "train": train}},
+        )
 
     first = opened()
     assert first.about == about
@@ -210,8 +236,11 @@ def test_a_state_of_another_training_is_refused_by_what_differs(tmp_path):
         same.check()
         assert same.restore({"a": jnp.zeros(3, int)})[0]["a"].tolist() == [0, 1, 2]
         same.close()
-    for other, said in ((opened(seed=4), "seed: 3 saved, 4 wanted"), (opened(dim=36), "dit.dim: 24 saved, 36 wanted"),
-                        (opened(batch=5), "train.batch: 2 saved, 5 wanted")):  # fmt: skip
+    for other, said in (
+        (opened(seed=4), "seed: 3 saved, 4 wanted"),
+        (opened(dim=36), "dit.dim: 24 saved, 36 wanted"),
+        (opened(batch=5), "train.batch: 2 saved, 5 wanted"),
+    ):
         for ask in (other.check, lambda other=other: other.restore({"a": jnp.zeros(3, int)})):
             with pytest.raises(InputError, match=f"belongs to another training .*{said}"):
                 ask()
@@ -223,7 +252,9 @@ def test_positions_are_kept_by_process(store, monkeypatch):
     told = ['{"json": {"next": 5}}', '{"json": {"next": 6}}']
     monkeypatch.setattr(checkpoints, "_everyones", lambda _: told)
     store.save(1, {"a": jnp.zeros(3)})
-    with pytest.raises(InputError, match="saved by 2 processes .* resume with 2 processes instead of 1"):
+    with pytest.raises(
+        InputError, match="saved by 2 processes .* resume with 2 processes instead of 1"
+    ):
         store.restore({"a": jnp.zeros(3)})
     told[1] = told[0]
     store.save(2, {"a": jnp.zeros(3)})
@@ -232,11 +263,17 @@ def test_positions_are_kept_by_process(store, monkeypatch):
 
 def test_other_states_are_refused_leaf_by_leaf(store):
     store.save(1, start())
-    with pytest.raises(InputError, match=r"model/inner/bias/value: float32\[5\] saved, float32\[4\] wanted"):
+    with pytest.raises(
+        InputError, match=r"model/inner/bias/value: float32\[5\] saved, float32\[4\] wanted"
+    ):
         store.restore(start(width=4))
-    with pytest.raises(InputError, match=r"averaged/scale/value: bfloat16\[1, 5\] saved, float32\[1, 5\] wanted"):
+    with pytest.raises(
+        InputError, match=r"averaged/scale/value: bfloat16\[1, 5\] saved, float32\[1, 5\] wanted"
+    ):
         store.restore(dataclasses.replace(start(), averaged=start().model))
-    with pytest.raises(InputError, match=r"averaged/inner/bias/value: bfloat16\[5\] saved, absent wanted"):
+    with pytest.raises(
+        InputError, match=r"averaged/inner/bias/value: bfloat16\[5\] saved, absent wanted"
+    ):
         store.restore({"model": start().model})
 
 

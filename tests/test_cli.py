@@ -42,7 +42,9 @@ def verb(monkeypatch):
     def install(act, arguments=lambda parser: None, checked=False):
         module = types.SimpleNamespace(add_arguments=arguments, run=act)
         monkeypatch.setitem(sys.modules, "packforcing_jax.cli.probe", module)
-        monkeypatch.setitem(main.VERBS, "probe", main.Verb("probe", "probe", "packforcing probe", checked))
+        monkeypatch.setitem(
+            main.VERBS, "probe", main.Verb("probe", "probe", "packforcing probe", checked)
+        )
 
     return install
 
@@ -56,7 +58,12 @@ def raiser(error):
 
 def test_importing_the_package_and_help_load_no_jax():
     code = "import sys; from packforcing_jax.cli import main; main.main({}); print('jax' in sys.modules)"
-    assert python("import sys, packforcing_jax; print(sorted({'jax', 'numpy', 'flax'} & set(sys.modules)))") == "[]"
+    assert (
+        python(
+            "import sys, packforcing_jax; print(sorted({'jax', 'numpy', 'flax'} & set(sys.modules)))"
+        )
+        == "[]"
+    )
     for words in (["--help"], *([name, "--help"] for name in VERBS)):
         assert python(code.format(words)).splitlines()[-1] == "False", words
 
@@ -65,7 +72,9 @@ def test_help_answers_in_under_a_second():
     took = []
     for _ in range(3):
         start = time.monotonic()
-        subprocess.run([sys.executable, "-m", "packforcing_jax", "--help"], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-m", "packforcing_jax", "--help"], check=True, capture_output=True
+        )
         took.append(time.monotonic() - start)
     assert min(took) < 1
 
@@ -96,7 +105,9 @@ def test_the_example_of_every_verb_is_understood(name):
 
 
 def test_both_ways_to_start_it_are_the_same_program():
-    done = subprocess.run([sys.executable, "-m", "packforcing_jax", "--version"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "packforcing_jax", "--version"], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout.strip()) == (0, packforcing_jax.__version__)
 
 
@@ -132,7 +143,10 @@ def test_an_unknown_flag_is_named_before_a_missing_argument(capsys, verb):
 
 def test_values_may_look_like_flags_where_argparse_allows_it(capsys, verb):
     seen = []
-    verb(lambda args: seen.append(args) or 0, lambda parser: parser.add_argument("--shift", type=float))
+    verb(
+        lambda args: seen.append(args) or 0,
+        lambda parser: parser.add_argument("--shift", type=float),
+    )
     assert run(capsys, "probe", "--shift", "-2.5")[0] == 0
     assert seen[0].shift == -2.5
     assert run(capsys, "probe", "--shift", "much")[0] == 2
@@ -150,9 +164,17 @@ class JaxRuntimeError(RuntimeError):
         (OSError(errno.ENOSPC, "No space left on device", "out/a.mp4"), 3, "out/a.mp4"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 3, "Disk quota exceeded"),
         (MemoryError(), 3, "out of memory"),
-        (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"), 3, "device is out of memory"),
+        (
+            JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"),
+            3,
+            "device is out of memory",
+        ),
         (JaxRuntimeError("UNAVAILABLE: device lost"), 3, "not reachable"),
-        (FileNotFoundError(errno.ENOENT, "No such file or directory", "w/x"), 2, "w/x: No such file or directory"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "w/x"),
+            2,
+            "w/x: No such file or directory",
+        ),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -169,7 +191,11 @@ def test_failures_map_to_codes_and_one_line(capsys, verb, error, code, sentence)
 
 @pytest.mark.parametrize(
     "error",
-    [ValueError("ours"), RuntimeError("RESOURCE_EXHAUSTED but not of jax"), JaxRuntimeError("INVALID_ARGUMENT: x")],
+    [
+        ValueError("ours"),
+        RuntimeError("RESOURCE_EXHAUSTED but not of jax"),
+        JaxRuntimeError("INVALID_ARGUMENT: x"),
+    ],
 )
 def test_a_defect_of_ours_keeps_its_traceback(verb, error):
     verb(raiser(error))
@@ -253,7 +279,9 @@ class Clock:
 def walked(seconds, **settings):
     """Lines that `progress` writes while items take the given seconds each."""
     clock, out = Clock(), io.StringIO()
-    for took in common.progress(seconds, name="sample", unit="block", out=out, clock=clock, **settings):
+    for took in common.progress(
+        seconds, name="sample", unit="block", out=out, clock=clock, **settings
+    ):
         clock.now += took
     return out.getvalue().splitlines()
 
@@ -291,7 +319,9 @@ def test_progress_on_a_terminal_is_a_bar():
     assert "3/3" in out.getvalue()
 
 
-@pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (75, "1:15"), (59.6, "1:00"), (3675, "1:01:15")])
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0, "0:00"), (75, "1:15"), (59.6, "1:00"), (3675, "1:01:15")]
+)
 def test_durations_read_as_clock_time(seconds, shown):
     assert common.duration(seconds) == shown
 
@@ -299,7 +329,9 @@ def test_durations_read_as_clock_time(seconds, shown):
 def test_the_start_line_names_device_dtype_attention_and_why():
     out = io.StringIO()
     experiment = config.Experiment(name="small")
-    common.start_line("sample", experiment=experiment, dtype="bfloat16", attention="xla", why="asked for", out=out)
+    common.start_line(
+        "sample", experiment=experiment, dtype="bfloat16", attention="xla", why="asked for", out=out
+    )
     line = out.getvalue()
     assert line == f"sample: small on {common.device_line()}, bfloat16, attention xla (asked for)\n"
     assert "cpu" in line

@@ -21,10 +21,16 @@ SECONDS = {"forward": 2.0, "block": 9.0, "commit": 0.5, "second": 12.0}
 def measured(seconds):
     """What a machine that takes these seconds would give."""
     product = timing.Product(20, 20, 20, "float32")
-    times = {name: timing.Times(first=50.0, runs=(each, each, each)) for name, each in seconds.items()}
-    return bench.Found(experiment=tiny.EXP, times=times | {product.name: timing.Times(1.0, (4e-3,) * 3)},
-                       products=[product], moved=dict.fromkeys(seconds, 6000),
-                       operations={name: 0 if name == "commit" else 3_000_000 for name in seconds})  # fmt: skip
+    times = {
+        name: timing.Times(first=50.0, runs=(each, each, each)) for name, each in seconds.items()
+    }
+    return bench.Found(
+        experiment=tiny.EXP,
+        times=times | {product.name: timing.Times(1.0, (4e-3,) * 3)},
+        products=[product],
+        moved=dict.fromkeys(seconds, 6000),
+        operations={name: 0 if name == "commit" else 3_000_000 for name in seconds},
+    )
 
 
 @pytest.fixture
@@ -36,7 +42,9 @@ def run(tmp_path, monkeypatch, capsys):
 
     def measure(pipe, names, *, warmup, repeats, show):
         asked.append((tuple(names), warmup, repeats, list(show(range(2), "rounds"))))
-        return measured({name: each for name, each in go.seconds.items() if name in names or not names})
+        return measured(
+            {name: each for name, each in go.seconds.items() if name in names or not names}
+        )
 
     monkeypatch.setattr(bench, "random_model", lambda exp: types.SimpleNamespace(experiment=exp))
     monkeypatch.setattr(bench, "measure", measure)
@@ -45,7 +53,9 @@ def run(tmp_path, monkeypatch, capsys):
         parser = argparse.ArgumentParser()
         verb.add_arguments(parser)
         parser.add_argument("--json", action="store_true")
-        code = verb.run(parser.parse_args([*(["--config", config] if config else []), *map(str, words)]))
+        code = verb.run(
+            parser.parse_args([*(["--config", config] if config else []), *map(str, words)])
+        )
         return code, *capsys.readouterr()
 
     go.seconds, go.asked = dict(SECONDS), asked
@@ -61,8 +71,37 @@ def test_the_table_has_a_line_for_each_part(run):
     assert code == 0
     assert err.startswith("bench: tiny on ")
     assert "float32, attention reference (" in err
-    assert lines["forward"].split() == "forward 50.00 s 2000.000 ms 2000.000 - 2000.000 3.000 MFLOP 1.500 MFLOP/s 37.5 %".split()  # noqa: E501, SIM905
-    assert lines["commit"].split() == "commit 50.00 s 500.000 ms 500.000 - 500.000 6.000 kB 12.000 kB/s -".split()  # noqa: SIM905
+    assert lines["forward"].split() == [
+        "forward",
+        "50.00",
+        "s",
+        "2000.000",
+        "ms",
+        "2000.000",
+        "-",
+        "2000.000",
+        "3.000",
+        "MFLOP",
+        "1.500",
+        "MFLOP/s",
+        "37.5",
+        "%",
+    ]  # noqa: SIM905
+    assert lines["commit"].split() == [
+        "commit",
+        "50.00",
+        "s",
+        "500.000",
+        "ms",
+        "500.000",
+        "-",
+        "500.000",
+        "6.000",
+        "kB",
+        "12.000",
+        "kB/s",
+        "-",
+    ]  # noqa: SIM905
     assert lines["second"].split()[3] == "20000.000"  # 3 frames a block, 5 a second
     assert "ceiling: 4.000 MFLOP/s, a product of 20 x 20 x 20 in float32" in out
     assert "second: 0.2 frames of video a second, which plays 5" in out
@@ -72,7 +111,12 @@ def test_json_has_every_figure(run):
     code, out, _ = run("--json")
     said = json.loads(out)
     assert code == 0
-    assert (said["config"], said["dtype"], said["set"], said["device"]) == ("tiny", "float32", [], "cpu")
+    assert (said["config"], said["dtype"], said["set"], said["device"]) == (
+        "tiny",
+        "float32",
+        [],
+        "cpu",
+    )
     assert said["gate"] == []
     assert said["parts"]["block"]["median"] == 9.0
     assert said["metrics"]["block/forward"] == {"value": 4.5, "direction": "lower"}
@@ -83,15 +127,21 @@ def test_flags_reach_the_measurement(run):
     assert run.asked == [(("forward", "commit"), 0, 7, [0, 1])]
 
 
-@pytest.mark.parametrize(("words", "sentence"), [
-    (["--weights", "x"], "--config and --weights exclude each other"),
-    (["--repeats", "0"], "--repeats 0 measures nothing"),
-    (["--warmup", "-1"], "--warmup -1 is negative"),
-    (["--part", "comit"], "--part comit is unknown; did you mean commit"),
-    (["--set", "cache.top=0", "--part", "selection"], "selection: cache.top=0 leaves nothing"),
-    (["--write", "nowhere/at/all.json"], "nowhere/at is no folder"),
-    (["--gate", "nothing.json"], "Baseline nothing.json does not exist; make it with packforcing bench --write"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--weights", "x"], "--config and --weights exclude each other"),
+        (["--repeats", "0"], "--repeats 0 measures nothing"),
+        (["--warmup", "-1"], "--warmup -1 is negative"),
+        (["--part", "comit"], "--part comit is unknown; did you mean commit"),
+        (["--set", "cache.top=0", "--part", "selection"], "selection: cache.top=0 leaves nothing"),
+        (["--write", "nowhere/at/all.json"], "nowhere/at is no folder"),
+        (
+            ["--gate", "nothing.json"],
+            "Baseline nothing.json does not exist; make it with packforcing bench --write",
+        ),
+    ],
+)
 def test_what_cannot_be_done_is_refused_before_anything_is_measured(run, words, sentence):
     with pytest.raises(InputError, match=sentence):
         run(*words)
@@ -117,9 +167,19 @@ def baseline(run, tmp_path):
 def test_a_baseline_says_what_it_is_of(baseline):
     said = json.loads(baseline.read_text())
     assert {"rule", "machine", "config", "set", "dtype", "rounds", "metrics"} == said.keys()
-    assert (said["config"], said["dtype"], said["set"], said["rounds"]) == ("tiny", "float32", [], 3)
+    assert (said["config"], said["dtype"], said["set"], said["rounds"]) == (
+        "tiny",
+        "float32",
+        [],
+        3,
+    )
     assert {"device", "processor", "cores", "jax", "date"} <= said["machine"].keys()
-    assert said["metrics"]["commit/forward"] == {"value": 0.25, "direction": "lower", "tolerance": 0.5, "runs": [0.25]}
+    assert said["metrics"]["commit/forward"] == {
+        "value": 0.25,
+        "direction": "lower",
+        "tolerance": 0.5,
+        "runs": [0.25],
+    }
     assert said["metrics"]["forward, share of ceiling"]["direction"] == "higher"
 
 
@@ -129,19 +189,25 @@ def test_more_runs_make_the_tolerance(run, baseline):
         assert run("--write", baseline)[0] == 0
     metrics = json.loads(baseline.read_text())["metrics"]
     assert metrics["block/forward"]["runs"] == [4.5, 5.0, 5.2, 4.7, 4.9]
-    assert (metrics["block/forward"]["value"], metrics["block/forward"]["tolerance"]) == (4.9, 0.24)  # 4 x 0.3 / 4.9
+    assert (metrics["block/forward"]["value"], metrics["block/forward"]["tolerance"]) == (
+        4.9,
+        0.24,
+    )  # 4 x 0.3 / 4.9
     assert metrics["commit/forward"]["tolerance"] == verb.LEAST
 
 
-@pytest.mark.parametrize(("seconds", "worse"), [
-    ({}, set()),
-    ({"block": 9.0 * 1.49}, set()),
-    ({"block": 9.0 * 1.51}, {"block/forward"}),
-    ({"block": 0.1, "commit": 0.001}, set()),
-    ({"forward": 2.0 * 1.49}, set()),
-    ({"forward": 2.0 * 1.51}, {"forward, share of ceiling"}),
-    ({"forward": 2.0 / 1.6}, {"block/forward", "commit/forward", "second/forward"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("seconds", "worse"),
+    [
+        ({}, set()),
+        ({"block": 9.0 * 1.49}, set()),
+        ({"block": 9.0 * 1.51}, {"block/forward"}),
+        ({"block": 0.1, "commit": 0.001}, set()),
+        ({"forward": 2.0 * 1.49}, set()),
+        ({"forward": 2.0 * 1.51}, {"forward, share of ceiling"}),
+        ({"forward": 2.0 / 1.6}, {"block/forward", "commit/forward", "second/forward"}),
+    ],
+)
 def test_the_gate_fails_for_what_is_worse_than_allowed(run, baseline, seconds, worse):
     run.seconds |= seconds
     code, out, _ = run("--gate", baseline)
@@ -153,7 +219,9 @@ def test_the_gate_fails_for_what_is_worse_than_allowed(run, baseline, seconds, w
 
 
 def test_a_metric_that_one_side_lacks_is_an_error(run, baseline):
-    with pytest.raises(InputError, match="this run lacks block/forward, second/forward; compare runs of"):
+    with pytest.raises(
+        InputError, match="this run lacks block/forward, second/forward; compare runs of"
+    ):
         run("--gate", baseline, "--part", "commit", "--part", "forward")
     run.seconds["decode"] = 1.0
     with pytest.raises(InputError, match="baseline.json lacks decode/forward"):
@@ -162,17 +230,32 @@ def test_a_metric_that_one_side_lacks_is_an_error(run, baseline):
         run("--write", baseline)
 
 
-@pytest.mark.parametrize(("words", "change", "sentence"), [
-    (["--set", "cache.top=1"], {}, r"a baseline of set \[\], this run of \[\"cache.top=1\"\]"),
-    ([], {"config": "large"}, "a baseline of config large, this run of tiny"),
-    ([], {"dtype": "bfloat16"}, "a baseline of dtype bfloat16, this run of float32"),
-    ([], {"machine": {"device": "NVIDIA H200"}}, "a baseline of device NVIDIA H200, this run of cpu"),
-    ([], {"machine": {}}, "cannot be read .KeyError: 'device'.; write it anew"),
-    ([], {"metrics": {"a": {"value": "?"}}}, "cannot be read"),
-    ([], {"metrics": {"a": {"value": 1, "tolerance": -1, "runs": [1], "direction": "lower"}}}, "has -1 in a"),
-    ([], {"metrics": {"a": {"value": 1, "tolerance": 1, "runs": [1], "direction": "up"}}}, "says of a neither"),
-    ([], {"metrics": []}, "cannot be read"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "change", "sentence"),
+    [
+        (["--set", "cache.top=1"], {}, r"a baseline of set \[\], this run of \[\"cache.top=1\"\]"),
+        ([], {"config": "large"}, "a baseline of config large, this run of tiny"),
+        ([], {"dtype": "bfloat16"}, "a baseline of dtype bfloat16, this run of float32"),
+        (
+            [],
+            {"machine": {"device": "NVIDIA H200"}},
+            "a baseline of device NVIDIA H200, this run of cpu",
+        ),
+        ([], {"machine": {}}, "cannot be read .KeyError: 'device'.; write it anew"),
+        ([], {"metrics": {"a": {"value": "?"}}}, "cannot be read"),
+        (
+            [],
+            {"metrics": {"a": {"value": 1, "tolerance": -1, "runs": [1], "direction": "lower"}}},
+            "has -1 in a",
+        ),
+        (
+            [],
+            {"metrics": {"a": {"value": 1, "tolerance": 1, "runs": [1], "direction": "up"}}},
+            "says of a neither",
+        ),
+        ([], {"metrics": []}, "cannot be read"),
+    ],
+)
 @pytest.mark.parametrize("flag", ["--gate", "--write"])
 def test_a_baseline_of_something_else_is_refused(run, baseline, flag, words, change, sentence):
     baseline.write_text(json.dumps(json.loads(baseline.read_text()) | change))
@@ -206,14 +289,18 @@ def test_a_write_that_fails_leaves_what_was_there(run, baseline, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         run("--write", baseline)
     assert baseline.read_bytes() == before
-    assert sorted(path.name for path in baseline.parent.iterdir() if path.suffix != ".py") == ["baseline.json"]
+    assert sorted(path.name for path in baseline.parent.iterdir() if path.suffix != ".py") == [
+        "baseline.json"
+    ]
 
 
 def test_the_committed_baseline_follows_its_rule():
     said = verb.read(verb.BASELINE)
     assert (said["config"], said["set"], said["dtype"]) == ("stage", [], "float32")
     assert said["rule"] == verb.RULE
-    names = {f"{name}/forward" for name in verb.PARTS if name != "forward"} | {"forward, share of ceiling"}
+    names = {f"{name}/forward" for name in verb.PARTS if name != "forward"} | {
+        "forward, share of ceiling"
+    }
     assert said["metrics"].keys() == names
     for metric in said["metrics"].values():
         assert len(metric["runs"]) >= 5
@@ -227,17 +314,35 @@ def test_the_committed_baseline_follows_its_rule():
 def test_the_verb_knows_the_parts_without_loading_jax():
     assert tuple(bench.PARTS) == verb.PARTS
     code = "import sys, packforcing_jax.cli.bench; print('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "False"
+    )
 
 
 def test_a_model_folder_is_measured(folder, capsys):
     parser = argparse.ArgumentParser()
     verb.add_arguments(parser)
-    words = ["--weights", str(folder), "--part", "commit", "--part", "decode", "--repeats", "2", "--warmup", "0"]
+    words = [
+        "--weights",
+        str(folder),
+        "--part",
+        "commit",
+        "--part",
+        "decode",
+        "--repeats",
+        "2",
+        "--warmup",
+        "0",
+    ]
     args = parser.parse_args([*words, "--set", "cache.capacity=5"])
     args.json = True
     assert verb.run(args) == 0
     said = json.loads(capsys.readouterr().out)
-    assert (said["config"], list(said["parts"]), said["metrics"]) == ("tiny", ["decode", "commit"], {})
+    assert (said["config"], list(said["parts"]), said["metrics"]) == (
+        "tiny",
+        ["decode", "commit"],
+        {},
+    )
     assert said["set"] == ["cache.capacity=5"]
     assert all(row["median"] > 0 and row["bytes_per_second"] > 0 for row in said["parts"].values())

@@ -13,8 +13,10 @@ PARAMETERS = sum(value.size for value in convert_layouts.dit().values())
 
 @pytest.fixture
 def student(tmp_path):
-    return convert_layouts.put(tmp_path / "student.pt", {
-        "generator_ema": convert_layouts.prefixed("model.", convert_layouts.dit()), "step": 12})  # fmt: skip
+    return convert_layouts.put(
+        tmp_path / "student.pt",
+        {"generator_ema": convert_layouts.prefixed("model.", convert_layouts.dit()), "step": 12},
+    )
 
 
 def run(*words):
@@ -37,14 +39,24 @@ def test_the_same_for_machines(student, tmp_path, capsys):
     assert run(student, "--out", tmp_path / "model", "--set", "dit.heads=3", "--json") == 0
     said = json.loads(capsys.readouterr().out)
     assert said["out"] == str(tmp_path / "model")
-    assert said["parts"] == [{"part": "dit", "tensors": 96, "ignored": 0, "parameters": PARAMETERS,
-                              "dtype": "float32", "bytes": 4 * PARAMETERS}]  # fmt: skip
+    assert said["parts"] == [
+        {
+            "part": "dit",
+            "tensors": 96,
+            "ignored": 0,
+            "parameters": PARAMETERS,
+            "dtype": "float32",
+            "bytes": 4 * PARAMETERS,
+        }
+    ]
     assert not any("dit.heads" in note for note in said["notes"])
 
 
 def test_there_and_back(student, tmp_path, capsys):
     assert run(student, "--out", tmp_path / "model", "--dtype", "bfloat16") == 0
-    assert run(tmp_path / "model", "--to-torch", tmp_path / "back.safetensors", "--part", "dit") == 0
+    assert (
+        run(tmp_path / "model", "--to-torch", tmp_path / "back.safetensors", "--part", "dit") == 0
+    )
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "back.safetensors")
     back = load_file(tmp_path / "back.safetensors")
     assert back.keys() == convert_layouts.dit().keys()

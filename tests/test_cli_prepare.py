@@ -13,7 +13,13 @@ from packforcing_jax.data import records
 from packforcing_jax.io import model_folder, video
 from packforcing_jax.training import importing
 
-SAID = ["a red disc walks", "a lime square walks slowly", "a red disc walks", "a red disc", "a figure walks quickly"]
+SAID = [
+    "a red disc walks",
+    "a lime square walks slowly",
+    "a red disc walks",
+    "a red disc",
+    "a figure walks quickly",
+]
 
 
 def run(*words):
@@ -63,7 +69,9 @@ def test_videos_become_latents_and_those_too_short_are_named(films, folder, tmp_
     said = capsys.readouterr()
     assert "left out: " in said.err
     assert "1.mp4 has 4 frames at 5 a second, 15 are needed" in said.err
-    assert said.out.startswith("2 examples of latent float16[15, 8, 4, 12], low float16[5, 2, 4, 4, 12], prompt uint8")
+    assert said.out.startswith(
+        "2 examples of latent float16[15, 8, 4, 12], low float16[5, 2, 4, 4, 12], prompt uint8"
+    )
     held = records.opened(tmp_path / "set")
     assert [bytes(held[at]["prompt"]).decode() for at in range(2)] == [SAID[0], SAID[2]]
     assert set(held[0]) == {"latent", "low", "prompt", "states"}
@@ -73,15 +81,23 @@ def test_videos_become_latents_and_those_too_short_are_named(films, folder, tmp_
 
 def test_settings_and_limits_are_part_of_what_it_is(films, folder, tmp_path, capsys):
     wanted = (films, "--out", tmp_path / "set", "--weights", folder)
-    assert reported(capsys, *wanted, "--limit", 1, "--set", "clip=12")[1]["fields"]["latent"]["shape"] == [12, 8, 4, 12]
+    assert reported(capsys, *wanted, "--limit", 1, "--set", "clip=12")[1]["fields"]["latent"][
+        "shape"
+    ] == [12, 8, 4, 12]
     assert run(*wanted, "--limit", 1, "--set", "clip=15") == 2
     assert "clip=12, not 15" in capsys.readouterr().err
     assert run(*wanted, "--set", "clip=12") == 2
     assert "holds data made otherwise" in capsys.readouterr().err
 
 
-def test_the_same_command_goes_on_and_then_has_nothing_to_do(prompts, folder, tmp_path, capsys, monkeypatch):
-    wanted, read, put = (prompts, "--out", tmp_path / "set", "--weights", folder), [], records.Writer.put
+def test_the_same_command_goes_on_and_then_has_nothing_to_do(
+    prompts, folder, tmp_path, capsys, monkeypatch
+):
+    wanted, read, put = (
+        (prompts, "--out", tmp_path / "set", "--weights", folder),
+        [],
+        records.Writer.put,
+    )
 
     def interrupted(writer, example):
         put(writer, example)
@@ -92,7 +108,9 @@ def test_the_same_command_goes_on_and_then_has_nothing_to_do(prompts, folder, tm
         patch.setattr(records.Writer, "put", interrupted)
         assert run(*wanted) == 130
     walk = importing.Texts._walk
-    monkeypatch.setattr(importing.Texts, "_walk", lambda self, new: read.extend(new) or walk(self, new))
+    monkeypatch.setattr(
+        importing.Texts, "_walk", lambda self, new: read.extend(new) or walk(self, new)
+    )
     assert run(*wanted) == 0
     assert "3 of 5 items are done already" in capsys.readouterr().err
     assert read == SAID[3:]
@@ -117,7 +135,10 @@ def test_public_trajectories_come_with_their_timesteps(tmp_path, capsys):
     source = lmdb_of(tmp_path / "base", (2, 3, 20, 48, 8, 8), ["anything", "at all"])
     wanted = (source, "--out", tmp_path / "set", "--config", "stage")
     assert run(*wanted) == 2
-    assert "has 3 states from noise to clean, whose timesteps are not given; say them with" in capsys.readouterr().err
+    assert (
+        "has 3 states from noise to clean, whose timesteps are not given; say them with"
+        in capsys.readouterr().err
+    )
     assert run(*wanted, "--timesteps", "1000,757,0") == 0
     held = records.opened(tmp_path / "set")
     assert held[1]["trajectory"].shape == (3, 20, 8, 8, 48)
@@ -141,25 +162,59 @@ def wrong(words, sentence, make=lambda tmp_path: None):
     [
         wrong(["none.txt", "--out", "b", "--config", "stage"], "none.txt does not exist"),
         wrong(["p.txt", "--out", "b"], "give --weights MODEL, or --config"),
-        wrong(["p.txt", "--out", "b", "--config", "stage"], "preparing prompts needs a text encoder"),
-        wrong(["bad", "--out", "b", "--config", "wan_t2v_1_3b"], "preparing videos needs a codec", damaged_only),
-        wrong(["bad", "--out", "b", "--config", "stage"], "none of the 1 items of bad could be", damaged_only),
+        wrong(
+            ["p.txt", "--out", "b", "--config", "stage"], "preparing prompts needs a text encoder"
+        ),
+        wrong(
+            ["bad", "--out", "b", "--config", "wan_t2v_1_3b"],
+            "preparing videos needs a codec",
+            damaged_only,
+        ),
+        wrong(
+            ["bad", "--out", "b", "--config", "stage"],
+            "none of the 1 items of bad could be",
+            damaged_only,
+        ),
         wrong(["p.txt", "--out", "p.txt/b", "--config", "stage"], "which is a file"),
         wrong(["p.txt", "--out", ".", "--weights", "W"], "holds other files (p.txt)"),
-        wrong(["empty.txt", "--out", "b", "--weights", "W"], "empty.txt holds no prompt",
-              lambda tmp_path: (tmp_path / "empty.txt").write_text("\n")),
-        wrong(["odd.txt", "--out", "b", "--weights", "W"], "word 'zebra' in prompt is not in this model's vocabulary",
-              lambda tmp_path: (tmp_path / "odd.txt").write_text("a zebra")),
-        wrong(["p.txt", "--out", "b", "--weights", "W", "--limit", "0"], "--limit 0 leaves nothing"),
-        wrong(["p.txt", "--out", "b", "--weights", "W", "--timesteps", "1,b"], "--timesteps 1,b is not a list"),
-        wrong(["p.txt", "--out", "b", "--weights", "W", "--timesteps", "0,900"], "must fall from at most 1000 to 0"),
-        wrong(["p.txt", "--out", "b", "--weights", "W", "--timesteps", "nan"], "must fall from at most 1000 to 0"),
-        wrong(["p.txt", "--out", "b", "--weights", "W", "--kind", "music"], "invalid choice: 'music'"),
-        wrong(["p.txt", "--out", "b", "--weights", "W", "--config", "wan_t2v_1_3b"], "has other sizes than --config"),
+        wrong(
+            ["empty.txt", "--out", "b", "--weights", "W"],
+            "empty.txt holds no prompt",
+            lambda tmp_path: (tmp_path / "empty.txt").write_text("\n"),
+        ),
+        wrong(
+            ["odd.txt", "--out", "b", "--weights", "W"],
+            "word 'zebra' in prompt is not in this model's vocabulary",
+            lambda tmp_path: (tmp_path / "odd.txt").write_text("a zebra"),
+        ),
+        wrong(
+            ["p.txt", "--out", "b", "--weights", "W", "--limit", "0"], "--limit 0 leaves nothing"
+        ),
+        wrong(
+            ["p.txt", "--out", "b", "--weights", "W", "--timesteps", "1,b"],
+            "--timesteps 1,b is not a list",
+        ),
+        wrong(
+            ["p.txt", "--out", "b", "--weights", "W", "--timesteps", "0,900"],
+            "must fall from at most 1000 to 0",
+        ),
+        wrong(
+            ["p.txt", "--out", "b", "--weights", "W", "--timesteps", "nan"],
+            "must fall from at most 1000 to 0",
+        ),
+        wrong(
+            ["p.txt", "--out", "b", "--weights", "W", "--kind", "music"], "invalid choice: 'music'"
+        ),
+        wrong(
+            ["p.txt", "--out", "b", "--weights", "W", "--config", "wan_t2v_1_3b"],
+            "has other sizes than --config",
+        ),
         wrong(["p.txt", "--weights", "W"], "the following arguments are required: --out"),
     ],
-)  # fmt: skip
-def test_what_cannot_be_prepared_is_refused_in_a_sentence(words, sentence, make, folder, tmp_path, capsys, monkeypatch):
+)
+def test_what_cannot_be_prepared_is_refused_in_a_sentence(
+    words, sentence, make, folder, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     pathlib.Path("p.txt").write_text("a red disc")
     make(tmp_path)

@@ -15,11 +15,20 @@ from packforcing_jax.errors import InputError
 from packforcing_jax.networks import codec as codec_lib
 
 CELLS = SpaceToDepthConfig(factor=2)
-WAN = VAEConfig(dim=2, z_dim=3, dim_mult=(1, 2, 1), num_res_blocks=1, temporal_downsample=(True, True),
-                mean=(0.3, -0.2, 0.1), std=(1.5, 0.7, 2.0))  # fmt: skip
+WAN = VAEConfig(
+    dim=2,
+    z_dim=3,
+    dim_mult=(1, 2, 1),
+    num_res_blocks=1,
+    temporal_downsample=(True, True),
+    mean=(0.3, -0.2, 0.1),
+    std=(1.5, 0.7, 2.0),
+)
 BOTH = pytest.mark.parametrize("cfg", [CELLS, WAN], ids=["cells", "wan"])
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles three times faster
+jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)  # compiles three times faster
 encode = jit(codec_lib.encode)
 decode = jit(codec_lib.decode)
 decode_chunk = jit(codec_lib.decode_chunk, static_argnames="first")
@@ -31,9 +40,13 @@ def make(cfg):
     """A codec with random weights that keep the size of features; NumPy draws, as JAX compiles once per shape."""
     shapes = jax.eval_shape(lambda: codec_lib.make(cfg, nnx.Rngs(0)))
     rng = np.random.default_rng(0)
-    draws = {path: rng.normal(size=leaf.shape) / math.sqrt(math.prod(leaf.shape[:-1]))
-             for path, leaf in pytrees.flatten(shapes).items()}  # fmt: skip
-    return pytrees.fill(shapes, {path: jnp.asarray(draw, jnp.float32) for path, draw in draws.items()})
+    draws = {
+        path: rng.normal(size=leaf.shape) / math.sqrt(math.prod(leaf.shape[:-1]))
+        for path, leaf in pytrees.flatten(shapes).items()
+    }
+    return pytrees.fill(
+        shapes, {path: jnp.asarray(draw, jnp.float32) for path, draw in draws.items()}
+    )
 
 
 def film(*shape, seed=0):
@@ -66,7 +79,11 @@ def test_counts_of_frames_and_latents_agree_with_the_codec(cfg):
         latent = jax.eval_shape(codec_lib.encode, codec, film(1, frames, 8, 12))
         video = jax.eval_shape(codec_lib.decode, codec, latent)
         assert (latent.shape[1], video.shape[1:]) == (count, (frames, 8, 12, 3))
-        assert codec_lib.latents_of(cfg, frames) == codec_lib.latents_of(cfg, frames + cfg.time_factor - 1) == count
+        assert (
+            codec_lib.latents_of(cfg, frames)
+            == codec_lib.latents_of(cfg, frames + cfg.time_factor - 1)
+            == count
+        )
     assert codec_lib.frames_of(cfg, 0) == codec_lib.latents_of(cfg, 0) == 0
 
 
@@ -94,18 +111,24 @@ def test_pooling_averages_and_keeps_every_frame():
     small = codec_lib.pooled(video, (2, 3, 4))
     assert small.shape == (1, 3, 2, 2, 3)
     np.testing.assert_allclose(small[0, 0, 1, 1], video[0, 0, 3:6, 4:8].mean((0, 1)), atol=1e-6)
-    np.testing.assert_allclose(small[0, 2, 0, 0], video[0, 3:5, 0:3, 0:4].mean((0, 1, 2)), atol=1e-6)
+    np.testing.assert_allclose(
+        small[0, 2, 0, 0], video[0, 3:5, 0:3, 0:4].mean((0, 1, 2)), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("frames", [12, 16, 13])
 def test_every_pixel_of_a_block_counts_in_its_low_resolution_latents(frames):
     """Blocks of 3 and 4 latents at the original's time factor, and the first block of a video, whose first is alone."""
-    slope = jit(jax.grad(lambda x: jnp.square(codec_lib.low_resolution(make(WAN), x, latents=2)).sum()))
+    slope = jit(
+        jax.grad(lambda x: jnp.square(codec_lib.low_resolution(make(WAN), x, latents=2)).sum())
+    )
     assert np.all(np.abs(slope(film(1, frames, 16, 32))) > 0)
 
 
 def test_a_short_block_is_filled_on_the_left_and_its_first_latent_dropped():
-    video = film(2, 12, 17, 31)  # the last row, and the columns beyond 28 and then 24, do not fill pools and cells
+    video = film(
+        2, 12, 17, 31
+    )  # the last row, and the columns beyond 28 and then 24, do not fill pools and cells
     small = codec_lib.pooled(video, (2, 4, 4))[:, :, :, :4]
     filled = jnp.concatenate([small[:, :1]] * 3 + [small], axis=1)
     latent = low_resolution(make(WAN), video, latents=2)
@@ -119,7 +142,9 @@ def test_cells_encode_one_latent_per_pooled_frame():
     small = codec_lib.pooled(video, (2, 4, 4))
     np.testing.assert_allclose(latent, encode(cells, small), atol=1e-6)
     filled = small[:, jnp.asarray([0, 0, 1])]
-    np.testing.assert_allclose(low_resolution(cells, video, latents=3), encode(cells, filled), atol=1e-6)
+    np.testing.assert_allclose(
+        low_resolution(cells, video, latents=3), encode(cells, filled), atol=1e-6
+    )
 
 
 def test_too_many_frames_for_the_latents_are_refused():
@@ -134,7 +159,9 @@ def test_pictures_too_small_for_a_pooled_cell_are_refused():
 
 def test_the_codec_is_frozen_and_the_pixels_are_not():
     video = film(1, 4, 16, 16)
-    slope_of = jax.grad(lambda *args: codec_lib.low_resolution(*args, latents=1).sum(), argnums=(0, 1))
+    slope_of = jax.grad(
+        lambda *args: codec_lib.low_resolution(*args, latents=1).sum(), argnums=(0, 1)
+    )
     slope = jit(slope_of)(make(WAN), video)
     assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(slope[0]))
     assert np.any(slope[1] != 0)

@@ -18,7 +18,9 @@ LATENT, LOW = tiny.latents(1)[0], tiny.lows(1)[0]
 
 
 def with_branches(branches):
-    return dataclasses.replace(tiny.EXP, compressor=dataclasses.replace(tiny.EXP.compressor, branches=branches))
+    return dataclasses.replace(
+        tiny.EXP, compressor=dataclasses.replace(tiny.EXP.compressor, branches=branches)
+    )
 
 
 _pack = tiny.jit(compressor.pack, static_argnums=2)
@@ -37,8 +39,11 @@ def test_before_training_only_low_resolution_speaks():
 def test_an_untrained_high_resolution_branch_is_exactly_zero():
     start = tiny.fresh().compressor
     assert (tiny.jit(start)(jnp.pad(LATENT, ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0)))) == 0).all()
-    assert all((leaf != 0).any() for name, leaf in pytrees.flatten(start).items() if name.endswith("kernel")
-               and not name.startswith("out"))  # fmt: skip
+    assert all(
+        (leaf != 0).any()
+        for name, leaf in pytrees.flatten(start).items()
+        if name.endswith("kernel") and not name.startswith("out")
+    )
 
 
 def test_branches_add_up():
@@ -49,7 +54,9 @@ def test_branches_add_up():
         assert np.abs(each).max() > 0.01
 
 
-@pytest.mark.parametrize(("branch", "latent_counts", "low_counts"), [("hr", True, False), ("lr", False, True)])
+@pytest.mark.parametrize(
+    ("branch", "latent_counts", "low_counts"), [("hr", True, False), ("lr", False, True)]
+)
 def test_a_branch_alone_reads_only_its_own_input(branch, latent_counts, low_counts):
     exp, nets = with_branches(branch), tiny.nets()
     plain = pack(nets, exp=exp)
@@ -58,20 +65,28 @@ def test_a_branch_alone_reads_only_its_own_input(branch, latent_counts, low_coun
 
 
 def test_token_counts_are_the_configs():
-    assert pack(tiny.nets()).shape == (tiny.BATCH, tiny.EXP.tokens_per_packed_block, tiny.EXP.dit.dim)
+    assert pack(tiny.nets()).shape == (
+        tiny.BATCH,
+        tiny.EXP.tokens_per_packed_block,
+        tiny.EXP.dit.dim,
+    )
 
 
 @pytest.mark.parametrize("name", overrides.names())
 def test_token_counts_are_the_configs_at_full_size(name):
     exp = overrides.load_experiment(name)
     module = jax.eval_shape(lambda: compressor.Compressor(exp, nnx.Rngs(0)))
-    latent = jax.ShapeDtypeStruct((1, exp.compressor.frames, *exp.latent, exp.dit.in_channels), jnp.float32)
+    latent = jax.ShapeDtypeStruct(
+        (1, exp.compressor.frames, *exp.latent, exp.dit.in_channels), jnp.float32
+    )
     tokens = jax.eval_shape(lambda module, latent: module(latent), module, latent)
     assert tokens.shape == (1, exp.tokens_per_packed_block, exp.dit.dim)
 
 
 def test_odd_grids_lose_what_does_not_fill_a_patch():
-    exp = dataclasses.replace(tiny.EXP, latent=(14, 6))  # convolutions: 14 -> 7 -> 3 rows, 6 -> 3 columns
+    exp = dataclasses.replace(
+        tiny.EXP, latent=(14, 6)
+    )  # convolutions: 14 -> 7 -> 3 rows, 6 -> 3 columns
     assert exp.packed_grid == (2, 3, 3)
     module = jax.eval_shape(lambda: compressor.Compressor(exp, nnx.Rngs(0)))
     latent = jax.ShapeDtypeStruct((1, 4, 14, 6, 12), jnp.float32)
@@ -111,7 +126,10 @@ def test_tokens_lie_in_the_order_time_row_column():
 
 
 def test_one_step_opens_the_way_to_every_convolution():
-    model, target = tiny.fresh().dit, tiny.normal(1, tiny.BATCH, tiny.EXP.tokens_per_packed_block, tiny.EXP.dit.dim)
+    model, target = (
+        tiny.fresh().dit,
+        tiny.normal(1, tiny.BATCH, tiny.EXP.tokens_per_packed_block, tiny.EXP.dit.dim),
+    )
 
     @tiny.jit
     @jax.grad
@@ -123,20 +141,36 @@ def test_one_step_opens_the_way_to_every_convolution():
     moving = {name for name, leaf in pytrees.flatten(first).items() if jnp.abs(leaf).max() > 0}
     assert moving == {"out/kernel", "out/bias"}
     second = pytrees.flatten(gradient(jax.tree.map(lambda x, g: x - 0.1 * g, start, first)))
-    assert set(second) == moving | {f"convs/{i}/{leaf}" for i in range(3) for leaf in ("kernel", "bias")}
+    assert set(second) == moving | {
+        f"convs/{i}/{leaf}" for i in range(3) for leaf in ("kernel", "bias")
+    }
     assert all(jnp.abs(leaf).max() > 0 for leaf in second.values())
 
 
 def test_kernels_are_as_wide_as_their_strides_ask():
     wan = jax.eval_shape(lambda: compressor.Compressor(config.Experiment("wan"), nnx.Rngs(0)))
-    assert [leaf.shape for name, leaf in pytrees.flatten(wan).items() if name.endswith("kernel")] == [
-        (3, 3, 3, 16, 32), (1, 4, 4, 32, 128), (1, 4, 4, 128, 512), (1, 4, 4, 512, 2048), (2048, 1536)]  # fmt: skip
+    assert [
+        leaf.shape for name, leaf in pytrees.flatten(wan).items() if name.endswith("kernel")
+    ] == [
+        (3, 3, 3, 16, 32),
+        (1, 4, 4, 32, 128),
+        (1, 4, 4, 128, 512),
+        (1, 4, 4, 512, 2048),
+        (2048, 1536),
+    ]
 
 
 # Nothing a block shows is left out ------------------------------------------------------------------------------------
 
-WAN = config.VAEConfig(dim=2, z_dim=12, dim_mult=(1, 2, 1), num_res_blocks=1, temporal_downsample=(True, True),
-                       mean=(0.1,) * 12, std=(1.5,) * 12)  # fmt: skip
+WAN = config.VAEConfig(
+    dim=2,
+    z_dim=12,
+    dim_mult=(1, 2, 1),
+    num_res_blocks=1,
+    temporal_downsample=(True, True),
+    mean=(0.1,) * 12,
+    std=(1.5,) * 12,
+)
 SEEN = [(WAN, block, first) for block in (3, 4) for first in (True, False)]
 SEEN += [(tiny.EXP.codec, block, False) for block in (3, 4)]
 
@@ -146,8 +180,13 @@ def pixels(cfg):
     """A codec with random weights that keep the size of features."""
     shapes = jax.eval_shape(lambda: codec.make(cfg, nnx.Rngs(0)))
     rng = np.random.default_rng(0)
-    return pytrees.fill(shapes, {name: jnp.asarray(rng.normal(size=leaf.shape) * np.prod(leaf.shape[:-1]) ** -0.5)
-                               for name, leaf in pytrees.flatten(shapes).items()})  # fmt: skip
+    return pytrees.fill(
+        shapes,
+        {
+            name: jnp.asarray(rng.normal(size=leaf.shape) * np.prod(leaf.shape[:-1]) ** -0.5)
+            for name, leaf in pytrees.flatten(shapes).items()
+        },
+    )
 
 
 def frames_shown(cfg, block, first):
@@ -165,7 +204,9 @@ def test_every_pixel_frame_of_a_block_is_felt_by_its_packed_tokens(cfg, block, f
 
     @tiny.jit
     def packed(nets, pixels, video):
-        low = codec.low_resolution(pixels, video, latents=exp.packed_grid[0], pool=exp.compressor.pool)
+        low = codec.low_resolution(
+            pixels, video, latents=exp.packed_grid[0], pool=exp.compressor.pool
+        )
         latent = jnp.zeros((len(video), block, 8, 4, 12))
         return compressor.pack(nets.compressor, nets.dit, exp, latent, low)
 
@@ -180,6 +221,8 @@ def test_every_latent_frame_of_a_block_is_felt_by_its_packed_tokens(block):
     exp = with_branches("hr")
     plain, other = np.random.default_rng(4).normal(size=(2, block, 8, 4, 12)).astype(np.float32)
     latent = np.where(np.eye(block + 1, block, dtype=bool)[..., None, None, None], other, plain)
-    tokens = np.asarray(pack(tiny.nets(), jnp.asarray(latent), np.zeros((block + 1, *LOW.shape[1:])), exp))
+    tokens = np.asarray(
+        pack(tiny.nets(), jnp.asarray(latent), np.zeros((block + 1, *LOW.shape[1:])), exp)
+    )
     moved = np.abs(tokens[:block] - tokens[block]).max(axis=(1, 2))
     assert (moved > 1e-4).all(), moved

@@ -6,47 +6,101 @@ import pytest
 import tiny
 
 from packforcing_jax import config
-from packforcing_jax.config import CacheConfig, CompressorConfig, DiTConfig, Experiment, SampleConfig
+from packforcing_jax.config import (
+    CacheConfig,
+    CompressorConfig,
+    DiTConfig,
+    Experiment,
+    SampleConfig,
+)
 from packforcing_jax.errors import InputError
 
 
-@pytest.mark.parametrize(("build", "said"), [
-    (lambda: DiTConfig(dim=100, heads=3), r"dit\.dim=100 is not divisible by heads=3"),
-    (lambda: DiTConfig(dim=15, heads=3), r"dit\.dim/heads=5 must be even"),
-    (lambda: DiTConfig(patch=(2, 2, 2)), r"dit\.patch=\(2, 2, 2\) must be 1 in time"),
-    (lambda: DiTConfig(dim=36, heads=3, rope_pairs=(2, 2, 3)), r"rope_pairs=\(2, 2, 3\) must add up to 6"),
-    (lambda: config.VAEConfig(temporal_downsample=(True,)), r"temporal_downsample=\(True,\) needs 3 entries"),
-    (lambda: config.VAEConfig(z_dim=3), r"need z_dim=3 entries"),
-    (lambda: config.TextConfig(dim_attn=10, heads=3), r"text\.dim_attn=10 is not divisible by heads=3"),
-    (lambda: CacheConfig(sink=-4), r"cache\.sink=-4 is negative"),
-    (lambda: CacheConfig(key_multiple=-1), r"cache\.key_multiple=-1 is negative"),
-    (lambda: CacheConfig(block=0), r"cache\.block=0 must be at least one"),
-    (lambda: CacheConfig(top=9, capacity=8), r"cache\.top=9 exceeds capacity=8"),
-    (lambda: CacheConfig(sink=6), r"cache\.sink=6 and recent=4 must be whole blocks of 4"),
-    (lambda: CacheConfig(recent=7), r"cache\.sink=8 and recent=7 must be whole blocks of 4"),
-    (lambda: CacheConfig(rope_adjustment="shift"), r"cache\.rope_adjustment='shift' is unknown; choose one of sink"),
-    (lambda: CacheConfig(span="loose"), r"cache\.span='loose' is unknown"),
-    (lambda: CacheConfig(selection="luck"), r"cache\.selection='luck' is unknown; choose one of affinity"),
-    (lambda: CacheConfig(scope="video"), r"cache\.scope='video' is unknown; choose one of layer, shared"),
-    (lambda: CacheConfig(timing="last"), r"cache\.timing='last' is unknown; choose one of first, late"),
-    (lambda: CacheConfig(archive="disk"), r"cache\.archive='disk' is unknown; choose one of device, host"),
-    (lambda: CacheConfig(rope_adjustment="incremental", span="fit"), "squeezes them; set span=true or .*=sink"),
-    (lambda: CompressorConfig(places="odd"), r"compressor\.places='odd' is unknown; choose one of stretched, native"),
-    (lambda: CompressorConfig(keys="own"), r"compressor\.keys='own' is unknown; choose one of blocks, projected"),
-    (lambda: CompressorConfig(channels=(3, 4)), "channels and strides need the same length"),
-    (lambda: CompressorConfig(branches="none"), r"compressor\.branches='none' is unknown"),
-    (lambda: SampleConfig(steps=()), r"sample\.steps=\(\) must fall"),
-    (lambda: SampleConfig(steps=(500, 500)), r"sample\.steps=\(500, 500\) must fall"),
-    (lambda: SampleConfig(steps=(1001, 5)), r"sample\.steps=\(1001, 5\)"),
-    (lambda: SampleConfig(steps=(5, 0)), r"sample\.steps=\(5, 0\)"),
-    (lambda: SampleConfig(prediction="noise"), r"sample\.prediction='noise' is unknown"),
-    (lambda: config.TrainConfig(batch=0), r"train\.batch=0 must be at least 1"),
-    (lambda: config.TrainConfig(save_every=-1), r"train\.save_every=-1"),
-    (lambda: config.TrainConfig(blend=1.5, blend_from="model"), r"train\.blend=1\.5 is no share"),
-    (lambda: config.TrainConfig(blend=0.25), r"train\.blend=0\.25 needs a model .* name it in train\.blend_from"),
-    (lambda: Experiment("odd", latent=(60, 103)), r"latent=\(60, 103\) is not a multiple of dit\.patch"),
-    (lambda: Experiment("odd", dit=DiTConfig(in_channels=8)), r"codec\.z_dim=16 differs from dit\.in_channels=8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: DiTConfig(dim=100, heads=3), r"dit\.dim=100 is not divisible by heads=3"),
+        (lambda: DiTConfig(dim=15, heads=3), r"dit\.dim/heads=5 must be even"),
+        (lambda: DiTConfig(patch=(2, 2, 2)), r"dit\.patch=\(2, 2, 2\) must be 1 in time"),
+        (
+            lambda: DiTConfig(dim=36, heads=3, rope_pairs=(2, 2, 3)),
+            r"rope_pairs=\(2, 2, 3\) must add up to 6",
+        ),
+        (
+            lambda: config.VAEConfig(temporal_downsample=(True,)),
+            r"temporal_downsample=\(True,\) needs 3 entries",
+        ),
+        (lambda: config.VAEConfig(z_dim=3), r"need z_dim=3 entries"),
+        (
+            lambda: config.TextConfig(dim_attn=10, heads=3),
+            r"text\.dim_attn=10 is not divisible by heads=3",
+        ),
+        (lambda: CacheConfig(sink=-4), r"cache\.sink=-4 is negative"),
+        (lambda: CacheConfig(key_multiple=-1), r"cache\.key_multiple=-1 is negative"),
+        (lambda: CacheConfig(block=0), r"cache\.block=0 must be at least one"),
+        (lambda: CacheConfig(top=9, capacity=8), r"cache\.top=9 exceeds capacity=8"),
+        (lambda: CacheConfig(sink=6), r"cache\.sink=6 and recent=4 must be whole blocks of 4"),
+        (lambda: CacheConfig(recent=7), r"cache\.sink=8 and recent=7 must be whole blocks of 4"),
+        (
+            lambda: CacheConfig(rope_adjustment="shift"),
+            r"cache\.rope_adjustment='shift' is unknown; choose one of sink",
+        ),
+        (lambda: CacheConfig(span="loose"), r"cache\.span='loose' is unknown"),
+        (
+            lambda: CacheConfig(selection="luck"),
+            r"cache\.selection='luck' is unknown; choose one of affinity",
+        ),
+        (
+            lambda: CacheConfig(scope="video"),
+            r"cache\.scope='video' is unknown; choose one of layer, shared",
+        ),
+        (
+            lambda: CacheConfig(timing="last"),
+            r"cache\.timing='last' is unknown; choose one of first, late",
+        ),
+        (
+            lambda: CacheConfig(archive="disk"),
+            r"cache\.archive='disk' is unknown; choose one of device, host",
+        ),
+        (
+            lambda: CacheConfig(rope_adjustment="incremental", span="fit"),
+            "squeezes them; set span=true or .*=sink",
+        ),
+        (
+            lambda: CompressorConfig(places="odd"),
+            r"compressor\.places='odd' is unknown; choose one of stretched, native",
+        ),
+        (
+            lambda: CompressorConfig(keys="own"),
+            r"compressor\.keys='own' is unknown; choose one of blocks, projected",
+        ),
+        (lambda: CompressorConfig(channels=(3, 4)), "channels and strides need the same length"),
+        (lambda: CompressorConfig(branches="none"), r"compressor\.branches='none' is unknown"),
+        (lambda: SampleConfig(steps=()), r"sample\.steps=\(\) must fall"),
+        (lambda: SampleConfig(steps=(500, 500)), r"sample\.steps=\(500, 500\) must fall"),
+        (lambda: SampleConfig(steps=(1001, 5)), r"sample\.steps=\(1001, 5\)"),
+        (lambda: SampleConfig(steps=(5, 0)), r"sample\.steps=\(5, 0\)"),
+        (lambda: SampleConfig(prediction="noise"), r"sample\.prediction='noise' is unknown"),
+        (lambda: config.TrainConfig(batch=0), r"train\.batch=0 must be at least 1"),
+        (lambda: config.TrainConfig(save_every=-1), r"train\.save_every=-1"),
+        (
+            lambda: config.TrainConfig(blend=1.5, blend_from="model"),
+            r"train\.blend=1\.5 is no share",
+        ),
+        (
+            lambda: config.TrainConfig(blend=0.25),
+            r"train\.blend=0\.25 needs a model .* name it in train\.blend_from",
+        ),
+        (
+            lambda: Experiment("odd", latent=(60, 103)),
+            r"latent=\(60, 103\) is not a multiple of dit\.patch",
+        ),
+        (
+            lambda: Experiment("odd", dit=DiTConfig(in_channels=8)),
+            r"codec\.z_dim=16 differs from dit\.in_channels=8",
+        ),
+    ],
+)
 def test_the_impossible_is_refused_by_name_and_value(build, said):
     with pytest.raises(InputError, match=said):
         build()
@@ -56,7 +110,9 @@ def test_a_memory_without_packed_blocks_need_not_be_whole_blocks():
     assert CacheConfig(sink=1, recent=7, top=0, capacity=0).slots == 0
 
 
-@pytest.mark.parametrize(("head", "pairs"), [(128, (22, 21, 21)), (12, (2, 2, 2)), (32, (6, 5, 5)), (4, (2, 0, 0))])
+@pytest.mark.parametrize(
+    ("head", "pairs"), [(128, (22, 21, 21)), (12, (2, 2, 2)), (32, (6, 5, 5)), (4, (2, 0, 0))]
+)
 def test_rotary_pairs_fill_the_head_and_time_takes_the_rest(head, pairs):
     assert DiTConfig(dim=3 * head, heads=3).pairs == pairs
     assert sum(pairs) == head // 2
@@ -85,18 +141,28 @@ def test_tokens_are_counted_in_frames_and_packed_blocks():
     assert (tiny.EXP.grid, tiny.EXP.tokens_per_frame) == ((4, 2), 8)
     assert (tiny.EXP.packed_grid, tiny.EXP.tokens_per_packed_block) == ((2, 2, 2), 8)
     wan = Experiment("wan")
-    assert (wan.tokens_per_frame, wan.packed_grid, wan.tokens_per_packed_block) == (1560, (2, 7, 13), 182)
+    assert (wan.tokens_per_frame, wan.packed_grid, wan.tokens_per_packed_block) == (
+        1560,
+        (2, 7, 13),
+        182,
+    )
 
 
 def test_a_training_clip_is_whole_blocks():
     assert dataclasses.replace(tiny.EXP, clip=21).blocks == 7
-    with pytest.raises(InputError, match=r"clip=20 is not a whole number of blocks of 3; change one\."):
+    with pytest.raises(
+        InputError, match=r"clip=20 is not a whole number of blocks of 3; change one\."
+    ):
         _ = dataclasses.replace(tiny.EXP, clip=20).blocks
 
 
 def test_every_choice_on_offer_can_be_made():
-    defaults = {"cache": CacheConfig, "compressor": CompressorConfig, "sample": SampleConfig,
-                "dtypes": config.DtypeConfig}  # fmt: skip
+    defaults = {
+        "cache": CacheConfig,
+        "compressor": CompressorConfig,
+        "sample": SampleConfig,
+        "dtypes": config.DtypeConfig,
+    }
     for key, allowed in config.CHOICES.items():
         group, name = key.split(".")
         assert getattr(defaults[group](), name) in allowed

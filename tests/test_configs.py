@@ -28,7 +28,10 @@ def test_packed_blocks_are_whole(name):
     for axis, size in enumerate((experiment.compressor.frames, *experiment.latent)):
         assert size >= experiment.compressor.stride(axis)
     assert experiment.cache.block <= experiment.compressor.frames
-    assert experiment.cache.trained >= experiment.cache.sink + experiment.cache.recent + experiment.cache.block
+    assert (
+        experiment.cache.trained
+        >= experiment.cache.sink + experiment.cache.recent + experiment.cache.block
+    )
 
 
 def sharp(experiment, frames):
@@ -37,7 +40,10 @@ def sharp(experiment, frames):
 
 def cached(experiment):
     cache = experiment.cache
-    return sharp(experiment, cache.sink + cache.recent) + cache.top * experiment.tokens_per_packed_block
+    return (
+        sharp(experiment, cache.sink + cache.recent)
+        + cache.top * experiment.tokens_per_packed_block
+    )
 
 
 def attended(experiment):
@@ -57,7 +63,9 @@ def test_the_paper_profile_has_the_papers_budget():
     paper = overrides.load_experiment("wan_t2v_1_3b_paper")
     assert cached(paper) == 21_632
     assert attended(paper) == 27_872
-    assert cached(paper) * paper.dit.dim * 2 * 2 * paper.dit.layers == pytest.approx(3.987e9, rel=1e-3)  # bf16 k and v
+    assert cached(paper) * paper.dit.dim * 2 * 2 * paper.dit.layers == pytest.approx(
+        3.987e9, rel=1e-3
+    )  # bf16 k and v
 
 
 def test_the_published_profile_attends_26312_keys():
@@ -66,7 +74,9 @@ def test_the_published_profile_attends_26312_keys():
 
 def test_packing_is_about_32_times():
     paper = overrides.load_experiment("wan_t2v_1_3b_paper")
-    assert sharp(paper, paper.cache.block) / paper.tokens_per_packed_block == pytest.approx(34.3, abs=0.05)
+    assert sharp(paper, paper.cache.block) / paper.tokens_per_packed_block == pytest.approx(
+        34.3, abs=0.05
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,20 @@ from packforcing_jax.networks import tokenizer
 
 MERGED = ("longlive", "bare_lora", "lora_that_says_how_strong", "lora_of_diffusers_with_alphas")
 CASES = [(name, "float32") for name in LAYOUTS] + [
-    (name, dtype) for name, dtype in [
-        ("original_folder", "bfloat16"), ("diffusers_pipeline", "bfloat16"), ("self_forcing", "bfloat16"),
-        ("longlive", "bfloat16"), ("bare_lora", "bfloat16"), ("self_forcing_raw_run", "float16"),
-        ("original_file", "float16"), ("original_vae", "bfloat16"), ("original_text", "float16"), ("flat", "float64"),
-    ]]  # fmt: skip
+    (name, dtype)
+    for name, dtype in [
+        ("original_folder", "bfloat16"),
+        ("diffusers_pipeline", "bfloat16"),
+        ("self_forcing", "bfloat16"),
+        ("longlive", "bfloat16"),
+        ("bare_lora", "bfloat16"),
+        ("self_forcing_raw_run", "float16"),
+        ("original_file", "float16"),
+        ("original_vae", "bfloat16"),
+        ("original_text", "float16"),
+        ("flat", "float64"),
+    ]
+]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
@@ -29,7 +38,9 @@ def case(request, tmp_path_factory):
     name, dtype = request.param
     tmp = tmp_path_factory.mktemp(name)
     made = LAYOUTS[name](tmp, dtype)
-    done = folders.convert(folders.Request(given=tuple(made.given), out=tmp / "out" / "model", **made.request))
+    done = folders.convert(
+        folders.Request(given=tuple(made.given), out=tmp / "out" / "model", **made.request)
+    )
     return name, made, tmp / "out" / "model", done
 
 
@@ -40,7 +51,9 @@ def bits(array):
 def assert_same(ours, theirs, names=None):
     assert ours.keys() == theirs.keys()
     for name in names or ours:
-        assert (ours[name].dtype, ours[name].shape) == (theirs[name].dtype, theirs[name].shape), name
+        assert (ours[name].dtype, ours[name].shape) == (theirs[name].dtype, theirs[name].shape), (
+            name
+        )
         assert np.array_equal(bits(ours[name]), bits(theirs[name])), name
 
 
@@ -51,13 +64,21 @@ def test_there_and_back_is_the_identity(case, tmp_path):
     if name not in MERGED:
         assert_same(back, made.expected)
         return
-    changed = {key for key, value in made.expected.items() if not np.array_equal(value, convert_layouts.dit()[key])}
+    changed = {
+        key
+        for key, value in made.expected.items()
+        if not np.array_equal(value, convert_layouts.dit()[key])
+    }
     assert_same(back, dict(made.expected) | {key: back[key] for key in changed})
     for key in changed:
         theirs = made.expected[key]
         assert back[key].dtype == theirs.dtype
-        np.testing.assert_allclose(back[key].astype(np.float64), theirs.astype(np.float64), rtol=1e-5,
-                                   atol=1e-5 if theirs.dtype == np.float32 else 0.04)  # fmt: skip
+        np.testing.assert_allclose(
+            back[key].astype(np.float64),
+            theirs.astype(np.float64),
+            rtol=1e-5,
+            atol=1e-5 if theirs.dtype == np.float32 else 0.04,
+        )
 
 
 def test_the_manifest_has_every_tensor_once(case):
@@ -80,10 +101,18 @@ def test_the_manifest_has_every_tensor_once(case):
 def test_targets_in_the_manifest_are_those_of_the_folder(case):
     _, _, folder, _ = case
     rows = json.loads((folder / "manifest.json").read_text())["tensors"]
-    filled = [(row["part"], row["path"], row["layer"]) for row in rows if "up @ down" not in row["transform"]]
+    filled = [
+        (row["part"], row["path"], row["layer"])
+        for row in rows
+        if "up @ down" not in row["transform"]
+    ]
     held = model_folder.opened(folder)
-    wanted = [(part, path, layer) for part, tensors in held.parts.items() for path, tensor in tensors.items()
-              for layer in (range(tensor.shape[0]) if path.startswith("blocks/") else [None])]  # fmt: skip
+    wanted = [
+        (part, path, layer)
+        for part, tensors in held.parts.items()
+        for path, tensor in tensors.items()
+        for layer in (range(tensor.shape[0]) if path.startswith("blocks/") else [None])
+    ]
     assert sorted(filled, key=str) == sorted(wanted, key=str)
 
 
@@ -97,7 +126,9 @@ def test_the_folder_is_a_model_that_fits_its_settings(case):
     assert held.experiment.name == "model"
     assert held.experiment.compressor.branches == "lr"
     assert [row.part for row in done.rows] == list(made.parts)
-    assert sum(row.parameters for row in done.rows) == sum(math.prod(v.shape) for v in made.expected.values())
+    assert sum(row.parameters for row in done.rows) == sum(
+        math.prod(v.shape) for v in made.expected.values()
+    )
     if "dit" in held.parts:
         cfg = held.experiment.dit
         assert (cfg.dim, cfg.heads, cfg.layers, cfg.ffn_dim, cfg.text_dim) == (30, 3, 3, 44, 14)
@@ -110,13 +141,18 @@ def test_a_folder_read_again_is_taken_over_bit_by_bit(case, tmp_path):
     for part in made.parts:
         name = model_folder.weights_file(part)
         assert (tmp_path / "again" / name).samefile(folder / name)
-    assert model_folder.opened(tmp_path / "again").experiment.dit == model_folder.opened(folder).experiment.dit
+    assert (
+        model_folder.opened(tmp_path / "again").experiment.dit
+        == model_folder.opened(folder).experiment.dit
+    )
 
 
 def test_the_tokenizer_comes_along_or_is_missed(case):
     name, _, folder, done = case
     has = (folder / "tokenizer.json").is_file()
-    assert has == (name in ("original_folder", "diffusers_pipeline", "original_folder_and_a_student"))
+    assert has == (
+        name in ("original_folder", "diffusers_pipeline", "original_folder_and_a_student")
+    )
     assert has != any("--tokenizer FILE" in note for note in done.notes)
     if has:
         words = tokenizer.Tokenizer.from_file(folder / "tokenizer.json", 8)
@@ -129,7 +165,9 @@ def test_the_tokenizer_comes_along_or_is_missed(case):
 def converted(tmp_path, name, stored="float32", **request):
     made = LAYOUTS[name](tmp_path, stored)
     request = {**made.request, **request}
-    done = folders.convert(folders.Request(given=tuple(made.given), out=tmp_path / "out", **request))
+    done = folders.convert(
+        folders.Request(given=tuple(made.given), out=tmp_path / "out", **request)
+    )
     return done, model_folder.opened(tmp_path / "out")
 
 
@@ -155,8 +193,14 @@ def test_how_weights_are_stored_is_not_how_they_are_held(tmp_path):
 def test_heads_that_no_file_tells_are_assumed_aloud(tmp_path):
     done, held = converted(tmp_path, "original_file", sets=())
     assert held.experiment.dit.heads == 1
-    assert [note for note in done.notes if "dit.heads=1 is assumed" in note and "--set dit.heads=N" in note]
-    assert done.notes[0] in json.loads((tmp_path / "out" / "manifest.json").read_text())["assumptions"]
+    assert [
+        note
+        for note in done.notes
+        if "dit.heads=1 is assumed" in note and "--set dit.heads=N" in note
+    ]
+    assert (
+        done.notes[0] in json.loads((tmp_path / "out" / "manifest.json").read_text())["assumptions"]
+    )
 
 
 @pytest.mark.parametrize(("dim", "heads"), [(256, 2), (1536, 12), (384, 3), (260, 5), (194, 97)])
@@ -174,7 +218,11 @@ def test_heads_are_as_wide_as_in_released_models(dim, heads):
 def test_the_users_settings_have_the_last_word(tmp_path):
     sets = ("dit.heads=5", "cache.top=2", "name=mine")
     _, held = converted(tmp_path, "original_folder", sets=sets, config="wan_t2v_1_3b_paper")
-    assert (held.experiment.dit.heads, held.experiment.cache.top, held.experiment.name) == (5, 2, "mine")
+    assert (held.experiment.dit.heads, held.experiment.cache.top, held.experiment.name) == (
+        5,
+        2,
+        "mine",
+    )
     assert held.experiment.cache.block == 4
 
 
@@ -184,7 +232,11 @@ def test_the_users_settings_have_the_last_word(tmp_path):
 def test_what_was_not_chosen_is_listed(tmp_path):
     done, _ = converted(tmp_path, "self_forcing")
     reasons = {each.reason for each in done.ignored}
-    assert reasons == {"of generator, which was not chosen", "of critic, which was not chosen", "no tensor"}
+    assert reasons == {
+        "of generator, which was not chosen",
+        "of critic, which was not chosen",
+        "no tensor",
+    }
     assert [each.name for each in done.ignored if each.reason == "no tensor"] == ["step"]
     assert done.rows[0].ignored == 2 * done.rows[0].tensors
 
@@ -205,7 +257,10 @@ def test_a_pickled_copy_beside_safetensors_is_passed_over(tmp_path):
     made = LAYOUTS["diffusers_transformer"](tmp_path, "float32")
     convert_layouts.put(made.given[0] / "diffusion_pytorch_model.bin", convert_layouts.dit(seed=3))
     done = folders.convert(folders.Request(given=tuple(made.given), out=tmp_path / "out"))
-    assert done.notes[0] == "transformer/diffusion_pytorch_model.bin is passed over: the folder has safetensors"
+    assert (
+        done.notes[0]
+        == "transformer/diffusion_pytorch_model.bin is passed over: the folder has safetensors"
+    )
     exporting.to_torch(tmp_path / "out", tmp_path / "back.safetensors")
     assert_same(load_file(tmp_path / "back.safetensors"), made.expected)
 
@@ -218,7 +273,11 @@ def test_a_kind_can_be_asked_for(tmp_path, kind, part):
 
 def test_a_student_shares_the_text_encoder_of_a_model_folder(tmp_path):
     _, base = converted(tmp_path / "a", "original_folder")
-    student = LAYOUTS["self_forcing"](tmp_path / "b", "bfloat16") if (tmp_path / "b").mkdir() is None else None
+    student = (
+        LAYOUTS["self_forcing"](tmp_path / "b", "bfloat16")
+        if (tmp_path / "b").mkdir() is None
+        else None
+    )
     folders.convert(folders.Request(given=(base.folder, *student.given), out=tmp_path / "student"))
     held = model_folder.opened(tmp_path / "student")
     assert (held.folder / "text.safetensors").samefile(base.folder / "text.safetensors")
@@ -239,7 +298,9 @@ def test_every_part_is_cast_when_asked(tmp_path, dtype, monkeypatch):
     exporting.to_torch(held.folder, tmp_path / "back.safetensors")
     back = load_file(tmp_path / "back.safetensors")
     theirs = LAYOUTS["original_folder"](tmp_path, "float32").expected
-    assert_same(back, {name: value.astype(convert_layouts.DTYPES[dtype]) for name, value in theirs.items()})
+    assert_same(
+        back, {name: value.astype(convert_layouts.DTYPES[dtype]) for name, value in theirs.items()}
+    )
 
 
 def test_a_model_folder_is_cast_when_asked(tmp_path):
@@ -256,9 +317,14 @@ def test_a_lora_is_merged_into_a_model_folder(tmp_path):
     _, base = converted(tmp_path / "a", "original_file")
     pairs = convert_layouts.lora()
     save_file(convert_layouts.peft(pairs), tmp_path / "lora.safetensors")
-    folders.convert(folders.Request(given=(base.folder, tmp_path / "lora.safetensors"), out=tmp_path / "more"))
+    folders.convert(
+        folders.Request(given=(base.folder, tmp_path / "lora.safetensors"), out=tmp_path / "more")
+    )
     exporting.to_torch(tmp_path / "more", tmp_path / "back.safetensors")
-    back, theirs = load_file(tmp_path / "back.safetensors"), convert_layouts.merged(convert_layouts.dit(), pairs, 1.0)
+    back, theirs = (
+        load_file(tmp_path / "back.safetensors"),
+        convert_layouts.merged(convert_layouts.dit(), pairs, 1.0),
+    )
     assert back.keys() == theirs.keys()
     for name, value in theirs.items():
         np.testing.assert_allclose(back[name], value, rtol=1e-5, atol=1e-5)
@@ -276,10 +342,18 @@ def test_the_shipped_model_goes_there_and_back(tmp_path):
     from packforcing_jax.sampling import pipeline
 
     parts = exporting.to_torch(pipeline.SHIPPED, tmp_path / "stage.safetensors")
-    assert parts["compressor"]["compressor.convs.1.weight"].shape[0] == model_folder.opened(
-        pipeline.SHIPPED).experiment.compressor.channels[1]  # fmt: skip
-    folders.convert(folders.Request(given=(tmp_path / "stage.safetensors",), out=tmp_path / "stage", config="stage",
-                                    tokenizer=pipeline.SHIPPED / "tokenizer.json"))  # fmt: skip
+    assert (
+        parts["compressor"]["compressor.convs.1.weight"].shape[0]
+        == model_folder.opened(pipeline.SHIPPED).experiment.compressor.channels[1]
+    )
+    folders.convert(
+        folders.Request(
+            given=(tmp_path / "stage.safetensors",),
+            out=tmp_path / "stage",
+            config="stage",
+            tokenizer=pipeline.SHIPPED / "tokenizer.json",
+        )
+    )
     ours, theirs = model_folder.opened(tmp_path / "stage"), model_folder.opened(pipeline.SHIPPED)
     assert ours.parts.keys() == theirs.parts.keys()
     for part, held in theirs.parts.items():

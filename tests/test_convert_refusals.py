@@ -58,7 +58,9 @@ def a_missing_tensor(tmp):
 
 @case
 def a_missing_tensor_of_one_layer(tmp):
-    return wan(tmp, changed(dit(), blocks__1__norm3__weight=None)), r"1 missing: dit/blocks/norm3/scale of layers \[1\]"
+    return wan(
+        tmp, changed(dit(), blocks__1__norm3__weight=None)
+    ), r"1 missing: dit/blocks/norm3/scale of layers \[1\]"
 
 
 @case
@@ -80,7 +82,9 @@ def an_endless_layer(tmp):
 
 @case
 def a_layer_spelt_twice(tmp):
-    return wan(tmp, changed(dit(), blocks__01__norm3__bias=np.ones(30, np.float32))), "unknown to the table: blocks.01"
+    return wan(
+        tmp, changed(dit(), blocks__01__norm3__bias=np.ones(30, np.float32))
+    ), "unknown to the table: blocks.01"
 
 
 @case
@@ -92,7 +96,9 @@ def a_tensor_named_twice(tmp):
 @case
 def a_tensor_named_twice_behind_prefixes(tmp):
     held = dit() | {"_fsdp_wrapped_module.patch_embedding.bias": np.zeros(30, np.float32)}
-    return wan(tmp, {"generator": held}, name="raw.pt"), "1 named twice: .*patch_embedding.bias of raw.pt and"
+    return wan(
+        tmp, {"generator": held}, name="raw.pt"
+    ), "1 named twice: .*patch_embedding.bias of raw.pt and"
 
 
 @case
@@ -104,12 +110,16 @@ def two_files_with_one_network(tmp):
 @case
 def a_transposed_tensor(tmp):
     held = changed(dit(), blocks__0__ffn__0__weight=np.ones((30, 44), np.float32))
-    return wan(tmp, held), r"shape: blocks.0.ffn.0.weight \(30, 44\), as \(44, 30\), expected \(30, 44\)"
+    return wan(
+        tmp, held
+    ), r"shape: blocks.0.ffn.0.weight \(30, 44\), as \(44, 30\), expected \(30, 44\)"
 
 
 @case
 def a_tensor_of_another_rank(tmp):
-    return wan(tmp, changed(dit(), head__modulation=np.ones((2, 30), np.float32))), r"another rank or shape: head.modul"
+    return wan(
+        tmp, changed(dit(), head__modulation=np.ones((2, 30), np.float32))
+    ), r"another rank or shape: head.modul"
 
 
 @case
@@ -120,12 +130,16 @@ def a_wrong_patch(tmp):
 
 @case
 def a_value_that_is_no_number(tmp):
-    return wan(tmp, spoilt(dit(), "blocks.2.ffn.2.weight", np.nan)), "1 not finite: blocks.2.ffn.2.weight"
+    return wan(
+        tmp, spoilt(dit(), "blocks.2.ffn.2.weight", np.nan)
+    ), "1 not finite: blocks.2.ffn.2.weight"
 
 
 @case
 def an_infinite_value_in_half_precision(tmp):
-    return wan(tmp, spoilt(dit("bfloat16"), "head.head.bias", np.inf)), "1 not finite: head.head.bias"
+    return wan(
+        tmp, spoilt(dit("bfloat16"), "head.head.bias", np.inf)
+    ), "1 not finite: head.head.bias"
 
 
 @case
@@ -137,7 +151,9 @@ def a_value_too_large_for_the_format(tmp):
 @case
 def layers_of_two_formats(tmp):
     held = changed(dit(), blocks__1__norm3__bias=np.ones(30, np.float16))
-    return wan(tmp, held), r"1 of another dtype than its other layers: blocks.1.norm3.bias \(float16\)"
+    return wan(
+        tmp, held
+    ), r"1 of another dtype than its other layers: blocks.1.norm3.bias \(float16\)"
 
 
 @case
@@ -148,12 +164,22 @@ def whole_numbers(tmp):
 
 @case
 def everything_at_once(tmp):
-    held = changed(spoilt(dit(), "head.head.weight", np.nan), text_embedding__0__bias=None, novel=FEW,
-                   blocks__0__modulation=np.ones((6, 30), np.float32))  # fmt: skip
+    held = changed(
+        spoilt(dit(), "head.head.weight", np.nan),
+        text_embedding__0__bias=None,
+        novel=FEW,
+        blocks__0__modulation=np.ones((6, 30), np.float32),
+    )
     broken = spoilt(vae(), "conv1.bias", np.inf)
     others = put(tmp / "vae.pth", broken), put(tmp / "t5.pth", changed(umt5(), norm__weight=None))
-    wrong = ("unknown to the table: novel", "missing: .*text_in/bias", "missing: .*text/norm/scale",
-             "shape: blocks.0.modulation", "not finite: .*head.head.weight", "not finite: .*conv1.bias")  # fmt: skip
+    wrong = (
+        "unknown to the table: novel",
+        "missing: .*text_in/bias",
+        "missing: .*text/norm/scale",
+        "shape: blocks.0.modulation",
+        "not finite: .*head.head.weight",
+        "not finite: .*conv1.bias",
+    )
     return wan(tmp, held, *others), "".join(f"(?=.*{each})" for each in wrong)
 
 
@@ -182,19 +208,28 @@ def image_to_video_by_its_settings(tmp):
 @case
 def another_kind_of_model(tmp):
     held = {f"h.{layer}.mlp.weight": np.ones((4, 3), np.float32) for layer in range(20)}
-    return [put(tmp / "gpt.safetensors", held)], r"holds no network of Wan2.1 \(its tensors are called h.0"
+    return [
+        put(tmp / "gpt.safetensors", held)
+    ], r"holds no network of Wan2.1 \(its tensors are called h.0"
 
 
 @case
 def another_autoencoder(tmp):
-    held = {f"encoder.down.{i}.block.0.conv1.weight": np.ones((4, 3, 3, 3), np.float32) for i in range(4)}
+    held = {
+        f"encoder.down.{i}.block.0.conv1.weight": np.ones((4, 3, 3, 3), np.float32)
+        for i in range(4)
+    }
     held |= {"encoder.conv_in.weight": np.ones((4, 3, 3, 3), np.float32)}
-    return [put(tmp / "sd.safetensors", held)], r"(?=.*4 unknown to the table)(?=.*missing: .*codec/)"
+    return [
+        put(tmp / "sd.safetensors", held)
+    ], r"(?=.*4 unknown to the table)(?=.*missing: .*codec/)"
 
 
 @case
 def a_part_of_a_model_folder_alone(tmp):
-    return [put(tmp / "dit.safetensors", {"head/bias": np.ones(3, np.float32)})], "give the model folder"
+    return [
+        put(tmp / "dit.safetensors", {"head/bias": np.ones(3, np.float32)})
+    ], "give the model folder"
 
 
 @case
@@ -244,12 +279,18 @@ def a_program_in_a_pickle(tmp):
 @case
 def several_networks_without_a_choice(tmp):
     content = {"teacher": dit(), "student": dit(seed=1)}
-    return [put(tmp / "two.pt", content)], r"several networks \(student, teacher\); choose one with --network NAME"
+    return [
+        put(tmp / "two.pt", content)
+    ], r"several networks \(student, teacher\); choose one with --network NAME"
 
 
 @case
 def a_network_that_is_not_there(tmp):
-    words = [put(tmp / "dmd.pt", {"generator": dit(), "critic": dit(seed=1)}), "--network", "teacher"]
+    words = [
+        put(tmp / "dmd.pt", {"generator": dit(), "critic": dit(seed=1)}),
+        "--network",
+        "teacher",
+    ]
     return words, "no source has a network called 'teacher'; they have critic, generator"
 
 
@@ -257,7 +298,9 @@ def a_network_that_is_not_there(tmp):
 def a_twin_that_is_another(tmp):
     text = convert_layouts.as_transformers(umt5())
     text["encoder.embed_tokens.weight"] = text["shared.weight"] + 1
-    return [put(tmp / "t5.safetensors", text)], "1 unlike shared.weight: encoder.embed_tokens.weight"
+    return [
+        put(tmp / "t5.safetensors", text)
+    ], "1 unlike shared.weight: encoder.embed_tokens.weight"
 
 
 # Settings
@@ -286,7 +329,9 @@ def settings_that_are_no_json(tmp):
 
 @case
 def a_codec_of_other_channels(tmp):
-    return wan(tmp, dit(channels=5), put(tmp / "vae.pth", vae())), "codec.z_dim=4 differs from dit.in_channels=5"
+    return wan(
+        tmp, dit(channels=5), put(tmp / "vae.pth", vae())
+    ), "codec.z_dim=4 differs from dit.in_channels=5"
 
 
 # LoRA
@@ -298,33 +343,43 @@ def _lora(tmp, named):
 
 @case
 def a_lora_alone(tmp):
-    return [put(tmp / "lora.safetensors", convert_layouts.peft(convert_layouts.lora()))], "give the base checkpoint"
+    return [
+        put(tmp / "lora.safetensors", convert_layouts.peft(convert_layouts.lora()))
+    ], "give the base checkpoint"
 
 
 @case
 def a_lora_for_a_weight_that_is_not_there(tmp):
-    named = {"blocks.7.self_attn.q.lora_A.weight": np.ones((2, 30), np.float32),
-             "blocks.7.self_attn.q.lora_B.weight": np.ones((30, 2), np.float32)}  # fmt: skip
+    named = {
+        "blocks.7.self_attn.q.lora_A.weight": np.ones((2, 30), np.float32),
+        "blocks.7.self_attn.q.lora_B.weight": np.ones((30, 2), np.float32),
+    }
     return _lora(tmp, named), "2 added to no weight: blocks.7"
 
 
 @case
 def half_a_lora(tmp):
     named = {"blocks.1.self_attn.q.lora_A.weight": np.ones((2, 30), np.float32)}
-    return _lora(tmp, named), "1 without the other half of the addition: blocks.1.self_attn.q.lora_A.weight"
+    return _lora(
+        tmp, named
+    ), "1 without the other half of the addition: blocks.1.self_attn.q.lora_A.weight"
 
 
 @case
 def a_lora_of_another_width(tmp):
-    named = {"blocks.1.self_attn.q.lora_A.weight": np.ones((2, 31), np.float32),
-             "blocks.1.self_attn.q.lora_B.weight": np.ones((30, 2), np.float32)}  # fmt: skip
+    named = {
+        "blocks.1.self_attn.q.lora_A.weight": np.ones((2, 31), np.float32),
+        "blocks.1.self_attn.q.lora_B.weight": np.ones((30, 2), np.float32),
+    }
     return _lora(tmp, named), r"1 added to a weight of another shape: .*expected \(30, 30\)"
 
 
 @case
 def a_lora_that_is_no_number(tmp):
     named = convert_layouts.peft(convert_layouts.lora())
-    return _lora(tmp, spoilt(named, next(iter(named)), np.nan)), "not finite: base_model.model.blocks.0.*lora_A"
+    return _lora(
+        tmp, spoilt(named, next(iter(named)), np.nan)
+    ), "not finite: base_model.model.blocks.0.*lora_A"
 
 
 @case
@@ -370,18 +425,24 @@ def a_tensor_that_only_the_index_has(tmp):
 @case
 def a_shard_outside_of_the_folder(tmp):
     put(tmp / "secret.safetensors", dit())
-    return _shards(tmp, lambda names: names.update(novel="../secret.safetensors")), "no weights file of its own folder"
+    return _shards(
+        tmp, lambda names: names.update(novel="../secret.safetensors")
+    ), "no weights file of its own folder"
 
 
 @case
 def a_shard_somewhere_on_the_machine(tmp):
     path = put(tmp / "secret.safetensors", dit())
-    return _shards(tmp, lambda names: names.update(novel=str(path))), "no weights file of its own folder"
+    return _shards(
+        tmp, lambda names: names.update(novel=str(path))
+    ), "no weights file of its own folder"
 
 
 @case
 def a_shard_of_another_type(tmp):
-    return _shards(tmp, lambda names: names.update(novel="config.json")), "names the file 'config.json'"
+    return _shards(
+        tmp, lambda names: names.update(novel="config.json")
+    ), "names the file 'config.json'"
 
 
 @case
@@ -493,7 +554,9 @@ def model(tmp_path):
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("out", ["model", "model/inner", "."])
@@ -509,7 +572,9 @@ def test_a_folder_of_something_else_is_not_replaced(model):
     (model.parent / "photos" / "cat.png").write_bytes(b"cat")
     with pytest.raises(InputError, match="is not a model folder"):
         folders.convert(folders.Request(given=(model,), out=model.parent / "photos"))
-    assert contents(model.parent / "photos").keys() == {model.joinpath("cat.png").relative_to(model)}
+    assert contents(model.parent / "photos").keys() == {
+        model.joinpath("cat.png").relative_to(model)
+    }
 
 
 def test_a_model_folder_is_replaced_only_when_all_went_well(model, tmp_path):
@@ -521,7 +586,11 @@ def test_a_model_folder_is_replaced_only_when_all_went_well(model, tmp_path):
     assert contents(model) == before
     folders.convert(request(given=(put(path, dit(seed=1)),)))
     assert contents(model) != before
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["broken.safetensors", "model", "wan.safetensors"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == [
+        "broken.safetensors",
+        "model",
+        "wan.safetensors",
+    ]
 
 
 def test_two_model_folders_with_one_part_are_refused(model, tmp_path):
@@ -559,11 +628,13 @@ def test_a_damaged_model_folder_is_not_taken_over(model, tmp_path):
 @pytest.mark.parametrize(
     ("out", "sentence"),
     [
-        ("back.pt", "must end in .safetensors"), ("absent/back.safetensors", "does not exist"),
-        ("model/dit.safetensors", "lies in the model folder"), ("notes.safetensors", "is no safetensors file"),
+        ("back.pt", "must end in .safetensors"),
+        ("absent/back.safetensors", "does not exist"),
+        ("model/dit.safetensors", "lies in the model folder"),
+        ("notes.safetensors", "is no safetensors file"),
         ("folder.safetensors", "is a folder"),
     ],
-)  # fmt: skip
+)
 def test_nothing_else_is_overwritten(model, tmp_path, out, sentence):
     (tmp_path / "notes.safetensors").write_text("not weights at all")
     (tmp_path / "folder.safetensors").mkdir()

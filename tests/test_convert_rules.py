@@ -37,16 +37,27 @@ def counting(*shape):
 
 
 def checkpoint(layers=3):
-    blocks = {f"blocks.{i}.{x}.weight": counting(4, 2) + 100 * i for i in range(layers) for x in "qk"}
+    blocks = {
+        f"blocks.{i}.{x}.weight": counting(4, 2) + 100 * i for i in range(layers) for x in "qk"
+    }
     rows = {f"blocks.{i}.modulation": counting(1, 6, 4) + 1000 * i for i in range(layers)}
-    gammas = {f"middle.{i}.norm{j}.gamma": counting(5, 1, 1, 1) - i - 10 * j for i in (0, 2) for j in (1, 2)}
+    gammas = {
+        f"middle.{i}.norm{j}.gamma": counting(5, 1, 1, 1) - i - 10 * j
+        for i in (0, 2)
+        for j in (1, 2)
+    }
     return {"stem.weight": counting(5, 3, 2, 4, 6), **gammas, **blocks, **rows}
 
 
 def shapes(layers=3):
     gammas = {f"middle/{i}/norm{j}/scale": (5,) for i in (0, 2) for j in (1, 2)}
     kernels = {f"blocks/{x}/kernel": (layers, 2, 4) for x in "qk"}
-    return {"stem/kernel": (2, 4, 6, 3, 5), **gammas, **kernels, "blocks/modulation": (layers, 6, 4)}
+    return {
+        "stem/kernel": (2, 4, 6, 3, 5),
+        **gammas,
+        **kernels,
+        "blocks/modulation": (layers, 6, 4),
+    }
 
 
 def complaint(tensors, wanted, table=TABLE):
@@ -58,27 +69,37 @@ def complaint(tensors, wanted, table=TABLE):
 @pytest.mark.parametrize("transform", SHAPES)
 def test_transforms_move_axes_as_they_say(transform):
     shape, axes = SHAPES[transform]
-    made = rules.convert({"w": counting(*shape)}, [Rule("w", "w", transform)], {"w": tuple(shape[a] for a in axes)})
+    made = rules.convert(
+        {"w": counting(*shape)}, [Rule("w", "w", transform)], {"w": tuple(shape[a] for a in axes)}
+    )
     np.testing.assert_array_equal(made["w"], counting(*shape).transpose(axes))
 
 
 def test_patch_convolution_becomes_a_dense_layer_with_the_channel_slowest():
     weight, cells = counting(5, 3, 1, 2, 4), counting(3, 1, 2, 4)[None]
     kernel = rules.convert({"w": weight}, [Rule("w", "w", rules.patch)], {"w": (24, 5)})["w"]
-    np.testing.assert_allclose(cells.reshape(1, -1) @ kernel, np.einsum("nctyx,octyx->no", cells, weight))
+    np.testing.assert_allclose(
+        cells.reshape(1, -1) @ kernel, np.einsum("nctyx,octyx->no", cells, weight)
+    )
 
 
-@pytest.mark.parametrize(("transform", "shape"), [(rules.gamma2d, (7, 1, 1)), (rules.gamma3d, (7, 1, 1, 1)),
-                                                  (rules.drop0, (1, 7))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("transform", "shape"),
+    [(rules.gamma2d, (7, 1, 1)), (rules.gamma3d, (7, 1, 1, 1)), (rules.drop0, (1, 7))],
+)
 def test_axes_of_one_are_dropped_but_no_others(transform, shape):
     made = rules.convert({"w": counting(*shape)}, [Rule("w", "w", transform)], {"w": (7,)})
     np.testing.assert_array_equal(made["w"], np.arange(7))
-    assert "of another rank or shape: w" in complaint({"w": counting(*(2 * n for n in shape))}, {"w": (7,)},
-                                                      [Rule("w", "w", transform)])  # fmt: skip
+    assert "of another rank or shape: w" in complaint(
+        {"w": counting(*(2 * n for n in shape))}, {"w": (7,)}, [Rule("w", "w", transform)]
+    )
 
 
 def test_layers_are_stacked_in_order_of_number_not_of_name():
-    tensors = {f"blocks.{i}.q.weight": np.full((2, 3), i, np.float32) for i in (10, 2, 0, 7, 1, 3, 11, 4, 5, 9, 6, 8)}
+    tensors = {
+        f"blocks.{i}.q.weight": np.full((2, 3), i, np.float32)
+        for i in (10, 2, 0, 7, 1, 3, 11, 4, 5, 9, 6, 8)
+    }
     table = [Rule(r"blocks\.(\d+)\.q\.weight", "blocks/q", rules.linear)]
     made = rules.convert(tensors, table, {"blocks/q": (12, 3, 2)})
     np.testing.assert_array_equal(made["blocks/q"][:, 0, 0], np.arange(12))
@@ -86,14 +107,20 @@ def test_layers_are_stacked_in_order_of_number_not_of_name():
 
 def test_groups_are_put_into_targets_that_do_not_stack():
     made = rules.convert(checkpoint(), TABLE, shapes())
-    np.testing.assert_array_equal(made["middle/2/norm1/scale"], checkpoint()["middle.2.norm1.gamma"].ravel())
+    np.testing.assert_array_equal(
+        made["middle/2/norm1/scale"], checkpoint()["middle.2.norm1.gamma"].ravel()
+    )
     assert made["blocks/modulation"].flags.c_contiguous
     assert made["stem/kernel"].flags.c_contiguous
 
 
 def test_there_and_back_is_the_identity():
     tensors = checkpoint()
-    back = rules.invert(rules.convert(tensors, TABLE, shapes()), TABLE, {name: t.shape for name, t in tensors.items()})
+    back = rules.invert(
+        rules.convert(tensors, TABLE, shapes()),
+        TABLE,
+        {name: t.shape for name, t in tensors.items()},
+    )
     assert back.keys() == tensors.keys()
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(back[name], tensor, err_msg=name)
@@ -103,14 +130,19 @@ TRANSFORMS = [*SHAPES, rules.patch, rules.gamma2d, rules.gamma3d, rules.drop0]
 
 
 @settings(max_examples=60, deadline=None)
-@given(transform=st.sampled_from(TRANSFORMS), sizes=st.lists(st.integers(1, 5), min_size=5, max_size=5),
-       layers=st.integers(1, 4))  # fmt: skip
+@given(
+    transform=st.sampled_from(TRANSFORMS),
+    sizes=st.lists(st.integers(1, 5), min_size=5, max_size=5),
+    layers=st.integers(1, 4),
+)
 def test_every_transform_reads_backwards_at_any_size(transform, sizes, layers):
     axes = transform.split(" -> ")[0].split()
     shape = tuple(1 if axis == "1" else size for axis, size in zip(axes, sizes, strict=False))
     tensors = {f"blocks.{i}.w": counting(*shape) + 1000 * i for i in range(layers)}
     table = [Rule(r"blocks\.(\d+)\.w", "blocks/w", transform)]
-    wanted = {"blocks/w": (layers, *table[0].place("blocks.0.w").forward(tensors["blocks.0.w"]).shape)}
+    wanted = {
+        "blocks/w": (layers, *table[0].place("blocks.0.w").forward(tensors["blocks.0.w"]).shape)
+    }
     back = rules.invert(rules.convert(tensors, table, wanted), table, dict.fromkeys(tensors, shape))
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(back[name], tensor)
@@ -122,25 +154,48 @@ def test_every_transform_reads_backwards_at_any_size(transform, sizes, layers):
         ({"novel": counting(2)}, "1 unknown to the table: novel"),
         ({"blocks.1.q.weight": None}, r"1 missing: blocks/q/kernel of layers \[1\]"),
         ({f"blocks.{i}.k.weight": None for i in range(3)}, "1 missing: blocks/k/kernel"),
-        ({"blocks.7.q.weight": counting(4, 2)}, "1 beyond the model's layers: blocks/q/kernel of layer 7"),
-        ({"middle.5.norm1.gamma": counting(5, 1, 1, 1)}, "without a place in the model: middle.5.norm1.gamma ->"),
-        ({"blocks.1.q.weight": counting(2, 4)}, r"another rank or shape: blocks.1.q.weight \(2, 4\), as \(4, 2\)"),
-        ({"blocks.1.q.weight": counting(8)}, r"another rank or shape: blocks.1.q.weight \(8,\), expected axes 'o i'"),
+        (
+            {"blocks.7.q.weight": counting(4, 2)},
+            "1 beyond the model's layers: blocks/q/kernel of layer 7",
+        ),
+        (
+            {"middle.5.norm1.gamma": counting(5, 1, 1, 1)},
+            "without a place in the model: middle.5.norm1.gamma ->",
+        ),
+        (
+            {"blocks.1.q.weight": counting(2, 4)},
+            r"another rank or shape: blocks.1.q.weight \(2, 4\), as \(4, 2\)",
+        ),
+        (
+            {"blocks.1.q.weight": counting(8)},
+            r"another rank or shape: blocks.1.q.weight \(8,\), expected axes 'o i'",
+        ),
         ({"blocks.2.modulation": np.full((1, 6, 4), np.nan)}, "1 not finite: blocks.2.modulation"),
         ({"stem.weight": np.full((5, 3, 2, 4, 6), np.inf)}, "1 not finite: stem.weight"),
     ],
 )
 def test_a_mismatch_is_named(change, expected):
-    tensors = {name: tensor for name, tensor in (checkpoint() | change).items() if tensor is not None}
+    tensors = {
+        name: tensor for name, tensor in (checkpoint() | change).items() if tensor is not None
+    }
     assert re.search(expected, complaint(tensors, shapes()))
 
 
 def test_all_mismatches_come_in_one_sentence():
-    wrong = {"novel": counting(1), "stem.weight": counting(1), "blocks.1.q.weight": counting(4, 2) * np.nan}
+    wrong = {
+        "novel": counting(1),
+        "stem.weight": counting(1),
+        "blocks.1.q.weight": counting(4, 2) * np.nan,
+    }
     tensors = checkpoint() | wrong
     del tensors["blocks.2.k.weight"]
     message = complaint(tensors, shapes())
-    for part in ("unknown to the table: novel", "of layers [2]", "shape: stem.weight", "not finite: blocks.1.q.weight"):
+    for part in (
+        "unknown to the table: novel",
+        "of layers [2]",
+        "shape: stem.weight",
+        "not finite: blocks.1.q.weight",
+    ):
         assert part in message
 
 
@@ -155,11 +210,16 @@ def test_two_rules_for_one_tensor_and_two_tensors_for_one_place_are_refused():
     twice = (*TABLE, Rule(r"stem\..*", "other", rules.same))
     assert "matched by several rules: stem.weight" in complaint(checkpoint(), shapes(), twice)
     merged = (Rule("a|b", "w", rules.same),)
-    assert "filling a place twice: b -> w" in complaint({"a": counting(3), "b": counting(3)}, {"w": (3,)}, merged)
+    assert "filling a place twice: b -> w" in complaint(
+        {"a": counting(3), "b": counting(3)}, {"w": (3,)}, merged
+    )
 
 
 def test_inverting_needs_every_array_and_uses_every_array():
-    flat, names = rules.convert(checkpoint(), TABLE, shapes()), {name: t.shape for name, t in checkpoint().items()}
+    flat, names = (
+        rules.convert(checkpoint(), TABLE, shapes()),
+        {name: t.shape for name, t in checkpoint().items()},
+    )
     with pytest.raises(InputError, match="1 without a name in the checkpoint: extra"):
         rules.invert(flat | {"extra": counting(1)}, TABLE, names)
     del flat["stem/kernel"]
@@ -169,7 +229,11 @@ def test_inverting_needs_every_array_and_uses_every_array():
 
 def weights(kind):
     tensors = load_file(GOLDEN / f"{kind}.safetensors")
-    return {name.removeprefix("weights/"): tensor for name, tensor in tensors.items() if name.startswith("weights/")}
+    return {
+        name.removeprefix("weights/"): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("weights/")
+    }
 
 
 def test_diffusers_names_are_those_of_the_reference_and_lead_back():
@@ -185,7 +249,10 @@ def test_diffusers_names_are_those_of_the_reference_and_lead_back():
 
 def test_the_affine_norm_before_cross_attention_keeps_its_meaning():
     tensors = {"blocks.4.norm2.weight": counting(3), "blocks.4.norm2.bias": counting(3)}
-    assert set(rules.rename(tensors, wan_dit.DIFFUSERS)) == {"blocks.4.norm3.weight", "blocks.4.norm3.bias"}
+    assert set(rules.rename(tensors, wan_dit.DIFFUSERS)) == {
+        "blocks.4.norm3.weight",
+        "blocks.4.norm3.bias",
+    }
 
 
 def test_renaming_refuses_unknown_and_colliding_names():
@@ -204,7 +271,9 @@ def test_names_are_made_from_the_paths_that_they_lead_to():
     forms, wrong = shapes(), rules.no_mismatches()
     places = rules.sources(forms, TABLE, wrong)
     assert not any(wrong.values())
-    assert places == {name: place for name in checkpoint() for rule in TABLE if (place := rule.place(name))}
+    assert places == {
+        name: place for name in checkpoint() for rule in TABLE if (place := rule.place(name))
+    }
     rules.sources({"novel": (2,)}, TABLE, wrong, "part/")
     assert wrong["without a name in the checkpoint"] == ["part/novel"]
 
@@ -215,15 +284,21 @@ def test_full_size_networks_have_as_many_tensors_as_were_published(part, count):
     places = rules.sources(networks.wanted(part, exp), networks.NETWORKS[part].table, wrong)
     assert not any(wrong.values())
     assert len(places) == count
-    assert all(sum(rule.place(name) == place for rule in networks.NETWORKS[part].table) == 1
-               for name, place in places.items())  # fmt: skip
+    assert all(
+        sum(rule.place(name) == place for rule in networks.NETWORKS[part].table) == 1
+        for name, place in places.items()
+    )
 
 
 def test_every_original_name_tells_its_network():
     exp = Experiment("published")
-    names = {name: part for part in networks.NETWORKS
-             for name in rules.sources(networks.wanted(part, exp), networks.NETWORKS[part].table,
-                                       rules.no_mismatches())}  # fmt: skip
+    names = {
+        name: part
+        for part in networks.NETWORKS
+        for name in rules.sources(
+            networks.wanted(part, exp), networks.NETWORKS[part].table, rules.no_mismatches()
+        )
+    }
     assert networks.original_names(names) == {name: (part, name) for name, part in names.items()}
 
 
@@ -231,20 +306,32 @@ def test_layers_have_one_spelling_and_an_end():
     rule = Rule(r"blocks\.(\d+)\.w", "blocks/w")
     assert rule.place("blocks.0.w") == rules.Place("blocks/w", 0)
     assert rule.place("blocks.9999.w") == rules.Place("blocks/w", 9999)
-    assert not any(rule.place(f"blocks.{spelt}.w") for spelt in ("00", "01", "10000", "-1", "+1", "1_0", "\u0663", ""))
+    assert not any(
+        rule.place(f"blocks.{spelt}.w")
+        for spelt in ("00", "01", "10000", "-1", "+1", "1_0", "\u0663", "")
+    )
 
 
-@pytest.mark.parametrize("name", [
-    "model.blocks.0.x", "_fsdp_wrapped_module.model.blocks.0.x", "base_model.model.model.blocks.0.x",
-    "model._orig_mod.blocks.0._checkpoint_wrapped_module.x", "blocks._fsdp_wrapped_module.0.base_layer.x",
-    "model.diffusion_model.blocks.0.x",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.blocks.0.x",
+        "_fsdp_wrapped_module.model.blocks.0.x",
+        "base_model.model.model.blocks.0.x",
+        "model._orig_mod.blocks.0._checkpoint_wrapped_module.x",
+        "blocks._fsdp_wrapped_module.0.base_layer.x",
+        "model.diffusion_model.blocks.0.x",
+    ],
+)
 def test_what_trainers_put_into_names_is_removed(name):
     assert contents.WRAPPERS.sub("", name) == "blocks.0.x"
 
 
 def test_names_that_only_look_wrapped_are_kept():
-    assert contents.WRAPPERS.sub("", "remodel.blocks.modulation.submodule") == "remodel.blocks.modulation.submodule"
+    assert (
+        contents.WRAPPERS.sub("", "remodel.blocks.modulation.submodule")
+        == "remodel.blocks.modulation.submodule"
+    )
 
 
 def test_lengths_are_those_of_most_tensors():
@@ -255,11 +342,33 @@ def test_lengths_are_those_of_most_tensors():
 
 
 def test_both_configs_describe_the_same_network():
-    original = {"dim": 60, "ffn_dim": 44, "num_heads": 3, "num_layers": 5, "text_dim": 7, "text_len": 9, "freq_dim": 10,
-                "in_dim": 4, "out_dim": 6, "eps": 1e-5, "patch_size": [1, 3, 2]}  # fmt: skip
-    diffusers = {"num_attention_heads": 3, "attention_head_dim": 20, "ffn_dim": 44, "num_layers": 5, "text_dim": 7,
-                 "freq_dim": 10, "in_channels": 4, "out_channels": 6, "eps": 1e-5, "patch_size": [1, 3, 2],
-                 "qk_norm": "rms_norm_across_heads", "cross_attn_norm": True}  # fmt: skip
+    original = {
+        "dim": 60,
+        "ffn_dim": 44,
+        "num_heads": 3,
+        "num_layers": 5,
+        "text_dim": 7,
+        "text_len": 9,
+        "freq_dim": 10,
+        "in_dim": 4,
+        "out_dim": 6,
+        "eps": 1e-5,
+        "patch_size": [1, 3, 2],
+    }
+    diffusers = {
+        "num_attention_heads": 3,
+        "attention_head_dim": 20,
+        "ffn_dim": 44,
+        "num_layers": 5,
+        "text_dim": 7,
+        "freq_dim": 10,
+        "in_channels": 4,
+        "out_channels": 6,
+        "eps": 1e-5,
+        "patch_size": [1, 3, 2],
+        "qk_norm": "rms_norm_across_heads",
+        "cross_attn_norm": True,
+    }
     cfg = wan_dit.config_from_original(original)
     assert cfg == wan_dit.config_from_diffusers(diffusers, text_len=9)
     assert (cfg.dim, cfg.head_dim, cfg.patch, cfg.eps) == (60, 20, (1, 3, 2), 1e-5)
@@ -268,4 +377,6 @@ def test_both_configs_describe_the_same_network():
 @pytest.mark.parametrize("variant", [{"cross_attn_norm": False}, {"qk_norm": False}])
 def test_other_architectures_are_refused(variant):
     with pytest.raises(InputError, match="is not Wan2.1's text-to-video network"):
-        wan_dit.config_from_original({"dim": 60, "ffn_dim": 44, "num_heads": 3, "num_layers": 5} | variant)
+        wan_dit.config_from_original(
+            {"dim": 60, "ffn_dim": 44, "num_heads": 3, "num_layers": 5} | variant
+        )

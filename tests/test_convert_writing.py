@@ -12,9 +12,19 @@ from packforcing_jax.config import overrides
 from packforcing_jax.io import model_folder, safetensors_io
 from packforcing_jax.io.safetensors_io import Tensor
 
-SETS = ("dit.dim=30", "dit.heads=3", "dit.layers=3", "dit.ffn_dim=44", "dit.text_dim=14", "dit.freq_dim=10",
-        "dit.in_channels=4", "dit.out_channels=6", "codec.z_dim=4", "codec.mean=(0,0,0,0)",
-        "codec.std=(1,1,1,1)")  # fmt: skip
+SETS = (
+    "dit.dim=30",
+    "dit.heads=3",
+    "dit.layers=3",
+    "dit.ffn_dim=44",
+    "dit.text_dim=14",
+    "dit.freq_dim=10",
+    "dit.in_channels=4",
+    "dit.out_channels=6",
+    "codec.z_dim=4",
+    "codec.mean=(0,0,0,0)",
+    "codec.std=(1,1,1,1)",
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +54,12 @@ class Reads:
         return sum(each() is not None for each in self.given)
 
     def tensors(self):
-        return {name: Tensor(name, array.shape, array.dtype, lambda name=name: self.read(name), "watched")
-                for name, array in self.arrays.items()}  # fmt: skip
+        return {
+            name: Tensor(
+                name, array.shape, array.dtype, lambda name=name: self.read(name), "watched"
+            )
+            for name, array in self.arrays.items()
+        }
 
 
 def carried_out(held, exp, folder, **options):
@@ -83,25 +97,38 @@ def test_arrays_that_do_not_lie_in_order_are_written_in_order(exp, tmp_path):
     arrays = {name: np.asfortranarray(value) for name, value in convert_layouts.dit().items()}
     entries, _ = carried_out(Reads(arrays).tensors(), exp, tmp_path)
     plain = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
-    again, _ = carried_out(Reads(plain).tensors(), exp, (tmp_path / "again").mkdir() or tmp_path / "again")
+    again, _ = carried_out(
+        Reads(plain).tensors(), exp, (tmp_path / "again").mkdir() or tmp_path / "again"
+    )
     assert [entry.sha256 for entry in entries] == [entry.sha256 for entry in again]
-    assert (tmp_path / "dit.safetensors").read_bytes() == (tmp_path / "again" / "dit.safetensors").read_bytes()
+    assert (tmp_path / "dit.safetensors").read_bytes() == (
+        tmp_path / "again" / "dit.safetensors"
+    ).read_bytes()
 
 
 def test_large_tables_are_cast_row_by_row(monkeypatch, tmp_path):
     table = convert_layouts.umt5("bfloat16")
     sizes = {"vocab": 97, "dim": 48, "dim_attn": 64, "dim_ffn": 80, "heads": 4, "layers": 3}
-    exp = overrides.load_experiment("wan_t2v_1_3b", [f"text.{name}={size}" for name, size in sizes.items()])
+    exp = overrides.load_experiment(
+        "wan_t2v_1_3b", [f"text.{name}={size}" for name, size in sizes.items()]
+    )
     puts = []
     put = safetensors_io.Writer.put
     monkeypatch.setattr(writing, "LARGE", 96 * 48 * 2)
-    monkeypatch.setattr(safetensors_io.Writer, "put", lambda self, name, value, layer=None:
-                        (puts.append((name, layer, value.shape)), put(self, name, value, layer)))  # fmt: skip
+    monkeypatch.setattr(
+        safetensors_io.Writer,
+        "put",
+        lambda self, name, value, layer=None: (
+            puts.append((name, layer, value.shape)),
+            put(self, name, value, layer),
+        ),
+    )
     wrong = rules.no_mismatches()
     job = writing.job("text", rules.in_memory(table), exp, wrong, added={}, dtype="float32")
     list(writing.carry_out([job], tmp_path, wrong))
     assert [each for each in puts if each[0] == "embedding/embedding"] == [
-        ("embedding/embedding", row, (48,)) for row in range(97)]  # fmt: skip
+        ("embedding/embedding", row, (48,)) for row in range(97)
+    ]
     back = safetensors_io.opened(tmp_path / "text.safetensors")["embedding/embedding"].read()
     np.testing.assert_array_equal(back, table["token_embedding.weight"].astype(np.float32))
 
@@ -110,13 +137,19 @@ def test_a_sum_is_made_in_float32_and_stored_as_the_weight_was(exp):
     pairs = convert_layouts.lora("bfloat16", modules=("blocks.1.cross_attn.v",))
     held = rules.in_memory(convert_layouts.dit("bfloat16"))
     wrong = rules.no_mismatches()
-    found = lora.additions(rules.in_memory(convert_layouts.peft(pairs, "{}.lora_{}.weight")), held, 3.0, wrong)
+    found = lora.additions(
+        rules.in_memory(convert_layouts.peft(pairs, "{}.lora_{}.weight")), held, 3.0, wrong
+    )
     assert list(found) == ["blocks.1.cross_attn.v.weight"]
     weight, (down, up) = held["blocks.1.cross_attn.v.weight"].read(), pairs["blocks.1.cross_attn.v"]
-    exact = weight.astype(np.float32) + np.float32(1.5) * (up.astype(np.float32) @ down.astype(np.float32))
+    exact = weight.astype(np.float32) + np.float32(1.5) * (
+        up.astype(np.float32) @ down.astype(np.float32)
+    )
     made = found["blocks.1.cross_attn.v.weight"].onto(weight)
     assert made.dtype == weight.dtype
-    np.testing.assert_array_equal(made.astype(np.float32), exact.astype(weight.dtype).astype(np.float32))
+    np.testing.assert_array_equal(
+        made.astype(np.float32), exact.astype(weight.dtype).astype(np.float32)
+    )
     assert not any(wrong.values())
 
 

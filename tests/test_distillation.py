@@ -19,7 +19,9 @@ from packforcing_jax.training import batches, distillation, rollout
 from packforcing_jax.training.batches import Batch, Model, Networks
 
 BLOCKS = 4
-BASE = dataclasses.replace(tiny.EXP, dit=dataclasses.replace(tiny.EXP.dit, layers=1), clip=3 * BLOCKS)
+BASE = dataclasses.replace(
+    tiny.EXP, dit=dataclasses.replace(tiny.EXP.dit, layers=1), clip=3 * BLOCKS
+)
 X, FAKE, REAL = tiny.normal(1, 3, 2, 12, 8, 4, 12)
 TEACHER, CRITIC = (tiny.filled(tiny.nets(BASE).dit, seed) for seed in (1, 2))
 STATES = tiny.normal(4, BLOCKS, 2, 9, BASE.dit.text_dim)
@@ -30,7 +32,9 @@ score = tiny.jit(distillation.score, static_argnames="exp")
 
 def training(objective="dmd", prediction="velocity", **distil):
     train = dataclasses.replace(BASE.train, objective=objective, distil=DistilConfig(**distil))
-    return dataclasses.replace(BASE, train=train, sample=dataclasses.replace(BASE.sample, prediction=prediction))
+    return dataclasses.replace(
+        BASE, train=train, sample=dataclasses.replace(BASE.sample, prediction=prediction)
+    )
 
 
 # formulas -------------------------------------------------------------------------------------------------------------
@@ -45,7 +49,11 @@ def test_the_gradient_of_the_matching_loss_is_the_pull_over_the_count():
 
 def test_masked_frames_feel_no_pull_and_do_not_count():
     pull, mask = FAKE - REAL, jnp.asarray(np.random.default_rng(1).random((2, 12)) < 0.4)
-    gradient = np.asarray(jax.grad(distillation.matching_loss)(X, pull, mask)) * int(mask.sum()) * X[0, 0].size
+    gradient = (
+        np.asarray(jax.grad(distillation.matching_loss)(X, pull, mask))
+        * int(mask.sum())
+        * X[0, 0].size
+    )
     np.testing.assert_allclose(gradient[mask], np.asarray(pull)[mask], atol=1e-5)
     assert not gradient[~mask].any()
 
@@ -57,16 +65,22 @@ def test_a_pull_is_normalised_by_how_far_each_clips_teacher_is():
 
 
 def test_a_pull_is_a_constant_and_nothing_where_all_agree():
-    gradients = jax.grad(lambda *given: distillation.pull(*given).sum(), argnums=(0, 1, 2))(X, FAKE, REAL)
+    gradients = jax.grad(lambda *given: distillation.pull(*given).sum(), argnums=(0, 1, 2))(
+        X, FAKE, REAL
+    )
     assert not any(np.asarray(leaf).any() for leaf in gradients)
     assert not np.asarray(distillation.pull(X, X, X)).any()
 
 
 def test_both_forms_of_guidance_are_one_at_guidance_one_apart():
-    extra, plain = (distillation.guided(FAKE, REAL, training(form=form, guidance=guidance))
-                    for form, guidance in (("extra", 2.5), ("plain", 3.5)))  # fmt: skip
+    extra, plain = (
+        distillation.guided(FAKE, REAL, training(form=form, guidance=guidance))
+        for form, guidance in (("extra", 2.5), ("plain", 3.5))
+    )
     np.testing.assert_allclose(extra, plain, atol=1e-5)
-    np.testing.assert_allclose(extra, np.asarray(REAL) + 3.5 * (np.asarray(FAKE) - np.asarray(REAL)), atol=1e-5)
+    np.testing.assert_allclose(
+        extra, np.asarray(REAL) + 3.5 * (np.asarray(FAKE) - np.asarray(REAL)), atol=1e-5
+    )
 
 
 def test_timesteps_are_shifted_whole_numbers_within_their_bounds():
@@ -84,9 +98,15 @@ def test_timesteps_are_shifted_whole_numbers_within_their_bounds():
 def test_the_score_identity_loss_is_its_formula():
     x, fake, real = (np.asarray(each, np.float64) for each in (X, FAKE, REAL))
     for alpha in (1.0, 0.7):
-        terms = [(real[i] - fake[i]) * ((real[i] - x[i]) - alpha * (real[i] - fake[i])) / np.abs(x[i] - real[i]).mean()
-                 for i in range(2)]  # fmt: skip
-        np.testing.assert_allclose(distillation.identity_loss(X, FAKE, REAL, alpha), np.mean(terms), rtol=1e-4)
+        terms = [
+            (real[i] - fake[i])
+            * ((real[i] - x[i]) - alpha * (real[i] - fake[i]))
+            / np.abs(x[i] - real[i]).mean()
+            for i in range(2)
+        ]
+        np.testing.assert_allclose(
+            distillation.identity_loss(X, FAKE, REAL, alpha), np.mean(terms), rtol=1e-4
+        )
 
 
 def test_the_critics_loss_is_nothing_when_it_is_right_and_else_the_error_of_the_velocity():
@@ -94,8 +114,11 @@ def test_the_critics_loss_is_nothing_when_it_is_right_and_else_the_error_of_the_
     noisy = schedules.add_noise(X, noise, sigma)
     assert distillation.flow_loss(X, X, noise, noisy, sigma) < 1e-10
     error = ((np.asarray(FAKE) - np.asarray(X)) ** 2).mean(axis=(1, 2, 3, 4))
-    np.testing.assert_allclose(distillation.flow_loss(X, FAKE, noise, noisy, sigma),
-                               (error / np.asarray([0.35, 0.92]) ** 2).mean(), rtol=1e-4)  # fmt: skip
+    np.testing.assert_allclose(
+        distillation.flow_loss(X, FAKE, noise, noisy, sigma),
+        (error / np.asarray([0.35, 0.92]) ** 2).mean(),
+        rtol=1e-4,
+    )
 
 
 # scores ---------------------------------------------------------------------------------------------------------------
@@ -116,8 +139,11 @@ def test_each_block_reads_its_own_prompt():
 
 def test_one_prompt_is_every_blocks():
     same = jnp.repeat(STATES[:1], BLOCKS, axis=0)
-    np.testing.assert_allclose(score(TEACHER, training(), X, TIMES, STATES[:1]),
-                               score(TEACHER, training(), X, TIMES, same), atol=1e-5)  # fmt: skip
+    np.testing.assert_allclose(
+        score(TEACHER, training(), X, TIMES, STATES[:1]),
+        score(TEACHER, training(), X, TIMES, same),
+        atol=1e-5,
+    )
 
 
 def test_velocities_are_read_by_the_table_that_is_asked_for():
@@ -130,12 +156,18 @@ def test_velocities_are_read_by_the_table_that_is_asked_for():
     np.testing.assert_allclose(sigma, nearest, rtol=1e-5)
     assert (np.abs(sigma - TIMES / 1000) > 1e-6).all()
     one, other = (X - score(TEACHER, exp, X, TIMES, STATES) for exp in (straight, tabled))
-    np.testing.assert_allclose(other, one * (1000 * sigma / TIMES)[:, None, None, None, None], atol=1e-5)
+    np.testing.assert_allclose(
+        other, one * (1000 * sigma / TIMES)[:, None, None, None, None], atol=1e-5
+    )
 
 
 def test_a_network_may_name_the_clean_clip_itself():
-    velocity = (X - score(TEACHER, training(), X, TIMES, STATES)) * (1000 / TIMES)[:, None, None, None, None]
-    np.testing.assert_allclose(score(TEACHER, training(prediction="clean"), X, TIMES, STATES), velocity, atol=1e-4)
+    velocity = (X - score(TEACHER, training(), X, TIMES, STATES)) * (1000 / TIMES)[
+        :, None, None, None, None
+    ]
+    np.testing.assert_allclose(
+        score(TEACHER, training(prediction="clean"), X, TIMES, STATES), velocity, atol=1e-4
+    )
 
 
 # objectives -----------------------------------------------------------------------------------------------------------
@@ -144,6 +176,7 @@ def test_a_network_may_name_the_clean_clip_itself():
 @pytest.fixture
 def given_clips(monkeypatch):
     """Objectives read the generator as the clip itself, so that gradients in the clip can be looked at."""
+
     def given(nets, batch, key, exp, *, graded=True):
         return nets.generator, batch.words, {}
 
@@ -156,7 +189,9 @@ def loss_of(objective, exp):
     @tiny.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
     def graded(x, teacher, critic):
-        networks = Networks(generator=x, teacher=Model(dit=teacher, compressor=None), critic=critic, hidden=HIDDEN)
+        networks = Networks(
+            generator=x, teacher=Model(dit=teacher, compressor=None), critic=critic, hidden=HIDDEN
+        )
         return objective(networks, Batch(words=STATES), KEY, exp)[0]
 
     return graded(X, TEACHER, CRITIC)
@@ -172,8 +207,10 @@ def seen(exp, x_critic, x_teacher, timestep, noise):
     """What the critic and the guided teacher make of a clip under noise."""
     noised = [distillation.noised(exp, x, noise, timestep) for x in (x_critic, x_teacher)]
     fake = distillation.score(CRITIC, exp, noised[0], timestep, STATES)
-    told, untold = (distillation.score(TEACHER, exp, noised[1], timestep, states)
-                    for states in (STATES, batches.hide(STATES, HIDDEN)))  # fmt: skip
+    told, untold = (
+        distillation.score(TEACHER, exp, noised[1], timestep, states)
+        for states in (STATES, batches.hide(STATES, HIDDEN))
+    )
     return fake, told + exp.train.distil.guidance * (told - untold)
 
 
@@ -230,18 +267,26 @@ def test_the_critic_alone_learns_from_its_loss(given_clips):
 def test_a_critic_that_names_the_clean_clip_learns_it_at_every_level_alike(given_clips):
     exp = training(prediction="clean")
     networks = Networks(generator=X, critic=CRITIC)
-    loss = tiny.jit(lambda key: distillation.critic_loss(networks, Batch(words=STATES), key, exp)[0])(KEY)
+    loss = tiny.jit(
+        lambda key: distillation.critic_loss(networks, Batch(words=STATES), key, exp)[0]
+    )(KEY)
     np.testing.assert_allclose(loss, expected_of_the_critic(exp), rtol=1e-3)
 
 
 @pytest.mark.parametrize("scored", [0, 1, 3])
-def test_only_the_last_blocks_are_scored_with_their_prompts_where_that_is_asked(scored, monkeypatch):
+def test_only_the_last_blocks_are_scored_with_their_prompts_where_that_is_asked(
+    scored, monkeypatch
+):
     latent, networks = tiny.latents(BLOCKS), Networks(generator=Model(dit=TEACHER, compressor=None))
     clip = types.SimpleNamespace(latent=latent)
     monkeypatch.setattr(rollout, "draw", lambda nets, exp, pixels, drawn, text: clip)
-    monkeypatch.setattr(rollout, "again", lambda nets, exp, clip, drawn, text, first: drawn.noise[first:])
+    monkeypatch.setattr(
+        rollout, "again", lambda nets, exp, clip, drawn, text, first: drawn.noise[first:]
+    )
     monkeypatch.setattr(rollout, "covered", lambda exp, clip, drawn: {})
-    x, states, _ = distillation.clip_again(networks, Batch(words=STATES), KEY, training(scored=scored))
+    x, states, _ = distillation.clip_again(
+        networks, Batch(words=STATES), KEY, training(scored=scored)
+    )
     count = scored or BLOCKS
     np.testing.assert_array_equal(x, batches.by_clip(latent[-count:]))
     np.testing.assert_array_equal(states, STATES[-count:])
@@ -265,11 +310,17 @@ def test_a_clip_is_what_is_remembered_and_has_the_gradient_of_its_exit_step(fini
         guess = batches.by_clip(rollout.again(nets, exp, clip, drawn, text))
         return (guess * weights).sum(), (batches.by_clip(clip.latent), guess)
 
-    (_, (remembered, guess)), expected = tiny.jit(jax.value_and_grad(by_hand, has_aux=True))(TEACHER)
+    (_, (remembered, guess)), expected = tiny.jit(jax.value_and_grad(by_hand, has_aux=True))(
+        TEACHER
+    )
     found = tiny.jit(jax.grad(lambda model: (clip_again(model) * weights).sum()))(TEACHER)
     seen = tiny.jit(lambda model: (clip_again(model), clip_again(model, graded=False)))(TEACHER)
     for each in seen:
         np.testing.assert_allclose(each, remembered, atol=2e-5)
-    assert (np.abs(np.asarray(guess - remembered)).max() > 1e-3) == finished  # the key's exit is not the last step
+    assert (
+        np.abs(np.asarray(guess - remembered)).max() > 1e-3
+    ) == finished  # the key's exit is not the last step
     for name, leaf in pytrees.flatten(expected).items():
-        np.testing.assert_allclose(pytrees.flatten(found)[name], leaf, atol=1e-4 * np.abs(leaf).max(), err_msg=name)
+        np.testing.assert_allclose(
+            pytrees.flatten(found)[name], leaf, atol=1e-4 * np.abs(leaf).max(), err_msg=name
+        )

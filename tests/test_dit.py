@@ -65,7 +65,9 @@ def test_teacher_forced_blocks_see_earlier_clean_blocks_and_their_own_noisy_one(
 
 def test_with_one_block_everything_sees_everything():
     whole = bidirectional(MODEL, CLIP, TIMES, CONTEXT)
-    np.testing.assert_allclose(parallel(MODEL, CLIP, TIMES, CONTEXT, block_ends=(7,)), whole, atol=1e-5)
+    np.testing.assert_allclose(
+        parallel(MODEL, CLIP, TIMES, CONTEXT, block_ends=(7,)), whole, atol=1e-5
+    )
     causal = parallel(MODEL, CLIP, TIMES, CONTEXT, block_ends=ENDS)
     assert np.abs(causal - whole)[:, 0].max() > 1e-3
     assert whole.shape == CLIP.shape
@@ -73,7 +75,9 @@ def test_with_one_block_everything_sees_everything():
 
 def test_videos_of_a_batch_do_not_meet():
     both = parallel(MODEL, CLIP, TIMES, CONTEXT, block_ends=ENDS)
-    other = parallel(MODEL, CLIP.at[1].add(1.0), TIMES.at[1].set(33.0), CONTEXT.at[1].set(0.0), block_ends=ENDS)
+    other = parallel(
+        MODEL, CLIP.at[1].add(1.0), TIMES.at[1].set(33.0), CONTEXT.at[1].set(0.0), block_ends=ENDS
+    )
     np.testing.assert_array_equal(both[0], other[0])
     assert (both[1] != other[1]).any()
 
@@ -89,8 +93,9 @@ def behind_memory(exp, memory, noisy, clean, times, text):
     """The output for a noisy block behind the memory, and the memory after its clean twin."""
     seen = cache.plan(exp.cache, memory.num_blocks)
     past = pytrees.zipped(memory.layers, [jnp.zeros((2, 0))] * exp.dit.layers)
-    output, kept = block_step.guess(APART, exp, seen, noisy, times, times / 1000, text, past,
-                                 look=block_step.first_look)  # fmt: skip
+    output, kept = block_step.guess(
+        APART, exp, seen, noisy, times, times / 1000, text, past, look=block_step.first_look
+    )
     views, looked = pytrees.unzip(kept)
     full, _ = block_step.read_clean(APART, exp, seen, clean, text, views)
     return output, cache.commit(exp, memory, full, None, looked)
@@ -109,15 +114,32 @@ def test_blocks_behind_a_full_memory_equal_one_teacher_forced_pass(rope_adjustme
         now = times[:, 3 * block : 3 * block + 3]
         output, memory = behind_memory(exp, memory, noisy[block], clean[block], now, text)
         outputs.append(output)
-    whole = parallel(MODEL, jnp.concatenate(noisy, axis=1), times, CONTEXT, block_ends=(3, 6, 9, 12),
-                     clean=jnp.concatenate(clean, axis=1))  # fmt: skip
-    np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), whole, atol=1e-5 * np.abs(whole).max())
+    whole = parallel(
+        MODEL,
+        jnp.concatenate(noisy, axis=1),
+        times,
+        CONTEXT,
+        block_ends=(3, 6, 9, 12),
+        clean=jnp.concatenate(clean, axis=1),
+    )
+    np.testing.assert_allclose(
+        jnp.concatenate(outputs, axis=1), whole, atol=1e-5 * np.abs(whole).max()
+    )
 
 
 # order in and out -----------------------------------------------------------------------------------------------------
 
-SMALL = DiTConfig(dim=12, ffn_dim=5, heads=1, layers=1, text_dim=2, text_len=3, freq_dim=4, in_channels=3,
-                  out_channels=3)  # fmt: skip
+SMALL = DiTConfig(
+    dim=12,
+    ffn_dim=5,
+    heads=1,
+    layers=1,
+    text_dim=2,
+    text_len=3,
+    freq_dim=4,
+    in_channels=3,
+    out_channels=3,
+)
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +156,10 @@ def test_inside_a_patch_the_channel_is_slowest_on_the_way_in(plain):
     latent = np.asarray(tiny.normal(5, 2, 2, 4, 6, 3))
     tokens = np.asarray(embed_latent(plain, latent))
     for t, y, x, c, py, px in np.ndindex(2, 2, 3, 3, 2, 2):
-        np.testing.assert_array_equal(tokens[:, (t * 2 + y) * 3 + x, (c * 2 + py) * 2 + px],
-                                      latent[:, t, 2 * y + py, 2 * x + px, c])  # fmt: skip
+        np.testing.assert_array_equal(
+            tokens[:, (t * 2 + y) * 3 + x, (c * 2 + py) * 2 + px],
+            latent[:, t, 2 * y + py, 2 * x + px, c],
+        )
 
 
 def test_inside_a_patch_the_channel_is_fastest_on_the_way_out(plain):
@@ -144,8 +168,11 @@ def test_inside_a_patch_the_channel_is_fastest_on_the_way_out(plain):
     exact = tokens - tokens.mean(-1, keepdims=True)
     normed = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + SMALL.eps)
     for t, y, x, py, px, c in np.ndindex(2, 2, 3, 2, 2, 3):
-        np.testing.assert_allclose(latent[:, t, 2 * y + py, 2 * x + px, c],
-                                   normed[:, (t * 2 + y) * 3 + x, (py * 2 + px) * 3 + c], atol=1e-6)  # fmt: skip
+        np.testing.assert_allclose(
+            latent[:, t, 2 * y + py, 2 * x + px, c],
+            normed[:, (t * 2 + y) * 3 + x, (py * 2 + px) * 3 + c],
+            atol=1e-6,
+        )
 
 
 def test_moving_the_picture_by_a_patch_moves_the_tokens():
@@ -171,11 +198,17 @@ def alone(q, k, v, past):
 
 def test_a_timestep_is_felt_in_its_own_frame_only():
     def tokens(times):
-        x, time, text = dit.embed_latent(MODEL, CLIP), dit.embed_time(MODEL, times), dit.text_kv(MODEL, CONTEXT)
+        x, time, text = (
+            dit.embed_latent(MODEL, CLIP),
+            dit.embed_time(MODEL, times),
+            dit.text_kv(MODEL, CONTEXT),
+        )
         return dit.run(MODEL, x, time, text, past=None, mix=alone)[0]
 
     every = tiny.jit(tokens)
-    plain, moved = (every(times).reshape(2, 7, 6, 36) for times in (TIMES, TIMES.at[0, 4].add(50.0)))
+    plain, moved = (
+        every(times).reshape(2, 7, 6, 36) for times in (TIMES, TIMES.at[0, 4].add(50.0))
+    )
     felt = (plain != moved).any(axis=(2, 3))
     assert felt[0, 4]
     assert felt.sum() == 1
@@ -191,20 +224,28 @@ def test_time_states_are_one_row_a_frame_and_six_for_the_blocks():
 
 
 def test_short_prompts_are_padded_with_zero_states_that_are_attended_to():
-    short, long = tiny.text_kv(MODEL, CONTEXT), tiny.text_kv(MODEL, jnp.pad(CONTEXT, ((0, 0), (0, 2), (0, 0))))
+    short, long = (
+        tiny.text_kv(MODEL, CONTEXT),
+        tiny.text_kv(MODEL, jnp.pad(CONTEXT, ((0, 0), (0, 2), (0, 0)))),
+    )
     np.testing.assert_array_equal(short.k, long.k)
     assert short.k.shape == (2, 2, 17, 3, 12)
     np.testing.assert_array_equal(short.v[:, :, 15], short.v[:, :, 16])
     assert (short.v[:, :, 15] != 0).all()
     whole = bidirectional(MODEL, CLIP, TIMES, CONTEXT)
-    np.testing.assert_array_equal(whole, bidirectional(MODEL, CLIP, TIMES, jnp.pad(CONTEXT, ((0, 0), (0, 2), (0, 0)))))
+    np.testing.assert_array_equal(
+        whole, bidirectional(MODEL, CLIP, TIMES, jnp.pad(CONTEXT, ((0, 0), (0, 2), (0, 0))))
+    )
     fewer = jax.tree.map(jnp.asarray, MODEL)
     fewer.cfg = dataclasses.replace(CFG, text_len=15)
     assert np.abs(bidirectional(fewer, CLIP, TIMES, CONTEXT) - whole).max() > 1e-3
 
 
 def test_each_video_hears_its_own_prompt():
-    whole, other = (bidirectional(MODEL, CLIP, TIMES, context) for context in (CONTEXT, CONTEXT.at[1, 2].add(1.0)))
+    whole, other = (
+        bidirectional(MODEL, CLIP, TIMES, context)
+        for context in (CONTEXT, CONTEXT.at[1, 2].add(1.0))
+    )
     np.testing.assert_array_equal(whole[0], other[0])
     assert np.abs(whole[1] - other[1]).max() > 1e-3
 
@@ -217,7 +258,11 @@ def one_of(stacked, index):
 
 
 def test_the_scan_is_a_loop_over_layers_and_stacks_what_they_keep():
-    x, time, text = tiny.normal(9, 2, 2 * 6, 36), embed_time(MODEL, TIMES[:, :2]), tiny.text_kv(MODEL, CONTEXT)
+    x, time, text = (
+        tiny.normal(9, 2, 2 * 6, 36),
+        embed_time(MODEL, TIMES[:, :2]),
+        tiny.text_kv(MODEL, CONTEXT),
+    )
 
     def mix(q, k, v, past):
         return v * past, (q.sum(), k)
@@ -227,7 +272,9 @@ def test_the_scan_is_a_loop_over_layers_and_stacks_what_they_keep():
     scanned, (sums, keys) = tiny.jit(lambda: dit.run(MODEL, x, time, text, past=gains, mix=mix))()
     for layer in range(2):
         block = one_of(MODEL.blocks, layer)
-        x, (total, k) = one_layer(block, x, time.rows, KV(k=text.k[layer], v=text.v[layer]), gains[layer])
+        x, (total, k) = one_layer(
+            block, x, time.rows, KV(k=text.k[layer], v=text.v[layer]), gains[layer]
+        )
         np.testing.assert_allclose(sums[layer], total, rtol=1e-4)
         np.testing.assert_allclose(keys[layer], k, atol=1e-5)
     np.testing.assert_allclose(scanned, x, atol=1e-5)
@@ -254,7 +301,9 @@ def test_layers_come_apart_without_touching_the_model_or_its_numbers():
     for name, leaf in before.items():
         if name.startswith("blocks/"):
             for layer in range(CFG.layers):
-                np.testing.assert_array_equal(apart.pop(name.replace("blocks", f"blocks/{layer}", 1)), leaf[layer])
+                np.testing.assert_array_equal(
+                    apart.pop(name.replace("blocks", f"blocks/{layer}", 1)), leaf[layer]
+                )
         else:
             np.testing.assert_array_equal(apart.pop(name), leaf)
     assert apart == {}
@@ -267,7 +316,11 @@ def test_words_of_layers_apart_are_those_of_the_stack():
 
 def test_projections_are_those_a_layer_hands_to_attention():
     """Caught on the way of a run through the first layer, which reads the very tokens."""
-    x, time, text = tiny.normal(9, 2, 2 * 6, 36), embed_time(MODEL, TIMES[:, :2]), tiny.text_kv(MODEL, CONTEXT)
+    x, time, text = (
+        tiny.normal(9, 2, 2 * 6, 36),
+        embed_time(MODEL, TIMES[:, :2]),
+        tiny.text_kv(MODEL, CONTEXT),
+    )
 
     def keep(q, k, v, past):
         return jnp.zeros_like(v), KV(k=k, v=v)
@@ -276,7 +329,9 @@ def test_projections_are_those_a_layer_hands_to_attention():
     listed = tiny.jit(dit.projections)(APART.dit, x, time)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), stacked, pytrees.stack(listed))
     _, caught = tiny.jit(lambda: dit.run(MODEL, x, time, text, past=None, mix=keep))()
-    jax.tree.map(lambda own, seen: np.testing.assert_allclose(own[0], seen[0], atol=1e-5), stacked, caught)
+    jax.tree.map(
+        lambda own, seen: np.testing.assert_allclose(own[0], seen[0], atol=1e-5), stacked, caught
+    )
     assert np.abs(stacked.k[1] - caught.k[1]).max() > 0.01
 
 

@@ -25,7 +25,9 @@ def broken():
 @pytest.fixture
 def checks(monkeypatch):
     def install(**rows):
-        monkeypatch.setattr(doctor, "CHECKS", {name: (check, "reinstall it") for name, check in rows.items()})
+        monkeypatch.setattr(
+            doctor, "CHECKS", {name: (check, "reinstall it") for name, check in rows.items()}
+        )
 
     return install
 
@@ -33,7 +35,10 @@ def checks(monkeypatch):
 def test_all_well_is_exit_code_0(checks, capsys):
     checks(first=good, second=good)
     assert main.main(["doctor"]) == 0
-    assert capsys.readouterr().out == "ok   first: as it should be\nok   second: as it should be\n2 checks, 0 failed\n"
+    assert (
+        capsys.readouterr().out
+        == "ok   first: as it should be\nok   second: as it should be\n2 checks, 0 failed\n"
+    )
 
 
 def test_what_fails_comes_with_its_remedy_and_hides_nothing(checks, capsys):
@@ -52,14 +57,22 @@ def test_json_holds_the_same(checks, capsys):
     assert main.main(["doctor", "--json"]) == 1
     got = json.loads(capsys.readouterr().out)
     assert got["failed"] == 1
-    assert got["checks"][0] == {"name": "first", "ok": False, "detail": "too small", "remedy": "buy a larger one"}
+    assert got["checks"][0] == {
+        "name": "first",
+        "ok": False,
+        "detail": "too small",
+        "remedy": "buy a larger one",
+    }
 
 
 def test_a_broken_pair_is_reported_instead_of_stopping_doctor(monkeypatch, capsys, checks):
     monkeypatch.setattr(versions, "installed", {"jax": "0.11.1", "flax": "0.12.8"}.__getitem__)
     checks(pair=doctor.pair)
     assert main.main(["doctor"]) == 1
-    assert 'flax 0.12.8 does not work with jax 0.11.1; run: pip install "flax>=' in capsys.readouterr().out
+    assert (
+        'flax 0.12.8 does not work with jax 0.11.1; run: pip install "flax>='
+        in capsys.readouterr().out
+    )
 
 
 def test_a_missing_package_is_a_finding(monkeypatch):
@@ -74,9 +87,13 @@ def test_a_missing_package_is_a_finding(monkeypatch):
 
 def test_a_full_disk_fails(monkeypatch):
     usage = doctor.shutil.disk_usage(".")
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage._replace(free=doctor.ENOUGH_DISK - 1))
+    monkeypatch.setattr(
+        doctor.shutil, "disk_usage", lambda path: usage._replace(free=doctor.ENOUGH_DISK - 1)
+    )
     assert not doctor.disk().ok
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage._replace(free=doctor.ENOUGH_DISK))
+    monkeypatch.setattr(
+        doctor.shutil, "disk_usage", lambda path: usage._replace(free=doctor.ENOUGH_DISK)
+    )
     assert doctor.disk().ok
 
 

@@ -28,9 +28,16 @@ WAN = {
     "README.md": b"read me",
     "assets/comp_effic.png": test_hub.content(9001, 6),
 }
-OTHERS = {"checkpoints/self_forcing_dmd.pt": test_hub.content(8009), "checkpoints/ode_init.pt": test_hub.content(7001)}
+OTHERS = {
+    "checkpoints/self_forcing_dmd.pt": test_hub.content(8009),
+    "checkpoints/ode_init.pt": test_hub.content(7001),
+}
 LONG = {"models/longlive_base.pt": test_hub.content(6007), "models/lora.pt": test_hub.content(5501)}
-FILES = {"Wan-AI/Wan2.1-T2V-1.3B": WAN, "gdhe17/Self-Forcing": OTHERS, "Efficient-Large-Model/LongLive-1.3B": LONG}
+FILES = {
+    "Wan-AI/Wan2.1-T2V-1.3B": WAN,
+    "gdhe17/Self-Forcing": OTHERS,
+    "Efficient-Large-Model/LongLive-1.3B": LONG,
+}
 PATIENCE = 120  # seconds; a busy machine takes long to start a program
 HERE = Path(__file__).parent.parent
 PROGRAM = """
@@ -59,7 +66,9 @@ def site(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "PAUSE", 0.0)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     monkeypatch.chdir(tmp_path)
-    with test_hub.serving(test_hub.Site({repository: dict(files) for repository, files in FILES.items()})) as running:
+    with test_hub.serving(
+        test_hub.Site({repository: dict(files) for repository, files in FILES.items()})
+    ) as running:
         monkeypatch.setattr(hub, "listing", functools.partial(hub.listing, endpoint=running.url))
         yield running
 
@@ -78,7 +87,9 @@ def test_without_a_name_it_lists_what_there_is(site, capsys, words):
         assert f"{name}\n    {source.repository}, " in out
         assert source.what in out
     assert "Wan-AI/Wan2.1-T2V-1.3B, about 17.5 GB, apache-2.0\n" in out
-    assert "LongLive-1.3B, size not recorded, licence not recorded here; read the model card\n" in out
+    assert (
+        "LongLive-1.3B, size not recorded, licence not recorded here; read the model card\n" in out
+    )
     assert max(map(len, out.splitlines())) <= 120
 
 
@@ -96,7 +107,10 @@ def test_the_list_as_json(site, capsys):
     ("words", "sentence"),
     [
         (["wan2.1-t2v-1.3"], "no weights 'wan2.1-t2v-1.3'; did you mean wan2.1-t2v-1.3b?"),
-        (["self-forcing", "--part", "codec"], "gdhe17/Self-Forcing has no part 'codec'; it has dit."),
+        (
+            ["self-forcing", "--part", "codec"],
+            "gdhe17/Self-Forcing has no part 'codec'; it has dit.",
+        ),
     ],
 )
 def test_unknown_words_are_bad_input_and_nobody_is_asked(site, capsys, words, sentence):
@@ -118,11 +132,16 @@ def test_free_weights_come_without_a_question_into_plain_files(site, capsys, tmp
     assert "download: 6 files of 23.896 kB into weights/wan2.1-t2v-1.3b\n" in err
     *_, count, following = out.splitlines()
     assert count == "6 files in weights/wan2.1-t2v-1.3b"
-    assert following == "next: packforcing convert weights/wan2.1-t2v-1.3b --out models/wan2.1-t2v-1.3b"
+    assert (
+        following
+        == "next: packforcing convert weights/wan2.1-t2v-1.3b --out models/wan2.1-t2v-1.3b"
+    )
 
 
 def test_one_part_alone(site, capsys, tmp_path):
-    code, _, _ = run(capsys, "wan2.1-t2v-1.3b", "--part", "codec", "--part", "text", "--out", "here")
+    code, _, _ = run(
+        capsys, "wan2.1-t2v-1.3b", "--part", "codec", "--part", "text", "--out", "here"
+    )
     assert code == 0
     assert test_hub.present(tmp_path / "here") == [
         "Wan2.1_VAE.pth",
@@ -144,13 +163,21 @@ def test_a_second_run_fetches_nothing_and_says_so(site, capsys):
     ("name", "terms"),
     [
         ("self-forcing", "gdhe17/Self-Forcing: cc-by-nc-sa-4.0, not for commercial use"),
-        ("longlive", "licence not recorded here; read the model card at Efficient-Large-Model/LongLive-1.3B"),
+        (
+            "longlive",
+            "licence not recorded here; read the model card at Efficient-Large-Model/LongLive-1.3B",
+        ),
     ],
 )
-def test_restricted_weights_without_yes_are_refused_before_any_file_is_asked_for(site, capsys, tmp_path, name, terms):
+def test_restricted_weights_without_yes_are_refused_before_any_file_is_asked_for(
+    site, capsys, tmp_path, name, terms
+):
     code, out, err = run(capsys, name)
     assert (code, out, site.fetched()) == (2, "", [])
-    assert err.splitlines() == [f"download: {terms}", f"packforcing: {terms}; give --yes if you accept its licence."]
+    assert err.splitlines() == [
+        f"download: {terms}",
+        f"packforcing: {terms}; give --yes if you accept its licence.",
+    ]
     assert test_hub.present(tmp_path) == []
 
 
@@ -165,12 +192,15 @@ def test_with_yes_the_licence_is_said_first_and_the_files_come(site, capsys, tmp
     code, out, _ = run(capsys, "self-forcing", "--yes")
     assert code == 0
     assert "not for commercial use" in said[0]
-    assert test_hub.present(tmp_path / "weights" / "self-forcing") == ["checkpoints/self_forcing_dmd.pt"]
+    assert test_hub.present(tmp_path / "weights" / "self-forcing") == [
+        "checkpoints/self_forcing_dmd.pt"
+    ]
     assert " weights/self-forcing/checkpoints/self_forcing_dmd.pt --out models/self-forcing" in out
 
 
 @pytest.mark.parametrize(
-    ("typed", "accepted"), [("y\n", True), ("YES\n", True), ("n\n", False), ("\n", False), ("", False)]
+    ("typed", "accepted"),
+    [("y\n", True), ("YES\n", True), ("n\n", False), ("\n", False), ("", False)],
 )
 def test_at_a_terminal_it_asks(site, capsys, tmp_path, monkeypatch, typed, accepted):
     monkeypatch.setattr(sys, "stdin", Terminal(typed))
@@ -202,9 +232,16 @@ def test_json_reports_what_came_from_where(site, capsys):
         "licence": "cc-by-nc-sa-4.0",
         "declared_licence": "cc-by-nc-sa-4.0",
         "folder": "sf",
-        "files": [{"name": "checkpoints/self_forcing_dmd.pt", "part": "dit", "size": 8009,
-                   "sha256": hashlib.sha256(content).hexdigest(), "fetched": True}],
-    }  # fmt: skip
+        "files": [
+            {
+                "name": "checkpoints/self_forcing_dmd.pt",
+                "part": "dit",
+                "size": 8009,
+                "sha256": hashlib.sha256(content).hexdigest(),
+                "fetched": True,
+            }
+        ],
+    }
 
 
 def test_a_damaged_file_is_exit_code_3_and_the_next_run_fetches_it_anew(site, capsys, tmp_path):
@@ -227,7 +264,9 @@ def test_a_full_disk_is_found_before_anything_is_fetched(site, capsys, monkeypat
     assert "weights/wan2.1-t2v-1.3b needs 23,896 bytes and its disk has 23,895 free" in err
 
 
-def test_a_disk_that_fills_up_meanwhile_leaves_nothing_that_looks_finished(site, capsys, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_meanwhile_leaves_nothing_that_looks_finished(
+    site, capsys, tmp_path, monkeypatch
+):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
@@ -247,13 +286,21 @@ def test_a_folder_that_is_a_file_is_bad_input(site, capsys, tmp_path):
 
 
 def environment(folder, **more):
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    return kept | {"HF_HOME": str(folder), "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"} | more
+    kept = {
+        key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))
+    }
+    return (
+        kept
+        | {"HF_HOME": str(folder), "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
+        | more
+    )
 
 
 def test_help_does_not_load_the_library(tmp_path):
     command = [sys.executable, "-c", PROGRAM, "--help"]
-    done = subprocess.run(command, cwd=HERE, env=environment(tmp_path), capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=HERE, env=environment(tmp_path), capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "--yes" in done.stdout
 
@@ -262,12 +309,26 @@ def test_the_program_itself_goes_on_after_ctrl_c(site, tmp_path):
     weights = test_hub.content(3_333_333)
     site.files["gdhe17/Self-Forcing"]["checkpoints/self_forcing_dmd.pt"] = weights
     site.stall = ("checkpoints/self_forcing_dmd.pt", 2_500_000)
-    command = [sys.executable, "-c", PROGRAM, "self-forcing", "--yes", "--out", str(tmp_path / "sf")]
+    command = [
+        sys.executable,
+        "-c",
+        PROGRAM,
+        "self-forcing",
+        "--yes",
+        "--out",
+        str(tmp_path / "sf"),
+    ]
     settings = environment(tmp_path / "home", HF_ENDPOINT=site.url)
-    with subprocess.Popen(command, cwd=HERE, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+    with subprocess.Popen(
+        command, cwd=HERE, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as program:
         try:
-            growing = until(lambda: next((part for part in Path(tmp_path, "sf").rglob("*.part") if part.stat().st_size),
-                                         None))  # fmt: skip
+            growing = until(
+                lambda: next(
+                    (part for part in Path(tmp_path, "sf").rglob("*.part") if part.stat().st_size),
+                    None,
+                )
+            )
             program.send_signal(signal.SIGINT)
             out, err = program.communicate(timeout=PATIENCE)
         finally:
@@ -278,7 +339,9 @@ def test_the_program_itself_goes_on_after_ctrl_c(site, tmp_path):
     left = growing.stat().st_size
     assert weights.startswith(growing.read_bytes())
     done = subprocess.run(command, cwd=HERE, env=settings, capture_output=True, check=True)
-    assert site.fetched() == [("checkpoints/self_forcing_dmd.pt", wanted) for wanted in (None, f"bytes={left}-")]
+    assert site.fetched() == [
+        ("checkpoints/self_forcing_dmd.pt", wanted) for wanted in (None, f"bytes={left}-")
+    ]
     assert (tmp_path / "sf" / "checkpoints" / "self_forcing_dmd.pt").read_bytes() == weights
     assert hashlib.sha256(weights).hexdigest().encode() in done.stdout
     assert not growing.exists()

@@ -31,7 +31,9 @@ def held(model, **changes):
 
 
 def test_states_are_those_of_the_whole_encoder(model):
-    np.testing.assert_allclose(held(model)(IDS, MASK), text.encode(model, IDS, MASK), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(
+        held(model)(IDS, MASK), text.encode(model, IDS, MASK), rtol=0, atol=2e-6
+    )
 
 
 def test_a_prompt_alone_and_among_others_is_the_same_to_the_last_bit(model):
@@ -48,7 +50,9 @@ def test_states_have_the_dtype_asked_for(model):
 
 
 def test_no_more_than_a_layer_is_read_at_a_time(model, tmp_path):
-    model_folder.save(tmp_path / "m", config.Experiment("x", text=CFG), {"text": model}, dtype="float32")
+    model_folder.save(
+        tmp_path / "m", config.Experiment("x", text=CFG), {"text": model}, dtype="float32"
+    )
     opened = model_folder.opened(tmp_path / "m")
     encoder = text_encoder.of_folder(opened, config.DtypeConfig())
     assert encoder.store is None  # a small one is quicker to ask again
@@ -75,7 +79,9 @@ def test_kept_prompts_are_not_read_again(model, tmp_path):
     states = first(IDS[:2], MASK[:2])
     again, reads = counting(held(model, store=tmp_path / "store"))
     np.testing.assert_array_equal(again(IDS[[1, 0]], MASK[[1, 0]]), states[jnp.array([1, 0])])
-    assert not [name for name in reads if name.startswith("blocks")].count("blocks/attn/v/kernel") > 1  # its hash
+    assert (
+        not [name for name in reads if name.startswith("blocks")].count("blocks/attn/v/kernel") > 1
+    )  # its hash
     again(IDS, MASK)
     assert reads.count("blocks/attn/v/kernel") == 1 + CFG.layers
 

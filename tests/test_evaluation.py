@@ -64,12 +64,16 @@ def test_the_true_reading_is_what_the_oracle_reads(seed):
     story = data.draw_clip(np.random.default_rng(seed))
     seen, true = oracle.read(world.render(story)), stage_figures.true_reading(story)
     for field in dataclasses.fields(oracle.Reading):
-        np.testing.assert_allclose(getattr(seen, field.name), getattr(true, field.name), atol=2e-2, err_msg=field.name)
+        np.testing.assert_allclose(
+            getattr(seen, field.name), getattr(true, field.name), atol=2e-2, err_msg=field.name
+        )
 
 
 def test_perfect_readings_score_one_everywhere(exp):
     told = [data.draw_clip(np.random.default_rng(i)) for i in range(9)]
-    rows = stage_figures.teacher_figures(exp, [stage_figures.true_reading(story) for story in told], told)
+    rows = stage_figures.teacher_figures(
+        exp, [stage_figures.true_reading(story) for story in told], told
+    )
     for name, row in rows.items():
         value, low, high = row["value"]
         if name.endswith("RMS error"):
@@ -83,30 +87,53 @@ def test_perfect_readings_score_one_everywhere(exp):
 
 def test_chance_levels_are_those_of_uniform_draws(exp):
     told = [data.draw_clip(np.random.default_rng(i)) for i in range(9)]
-    rows = stage_figures.teacher_figures(exp, [stage_figures.true_reading(story) for story in told], told)
-    wanted = {"colour": 1 / 8, "shape": 1 / 4, "backdrop": 1 / 8, "scene": 1 / 4, "position": 1 / 4,
-              "guest identity": 1 / 9, "subject's mark": 1 / 16, "guest there or not": 1 / 2,
-              "called-back guest, packed only": 1 / 16, "hue RMS error": 36 / math.sqrt(6)}  # fmt: skip
+    rows = stage_figures.teacher_figures(
+        exp, [stage_figures.true_reading(story) for story in told], told
+    )
+    wanted = {
+        "colour": 1 / 8,
+        "shape": 1 / 4,
+        "backdrop": 1 / 8,
+        "scene": 1 / 4,
+        "position": 1 / 4,
+        "guest identity": 1 / 9,
+        "subject's mark": 1 / 16,
+        "guest there or not": 1 / 2,
+        "called-back guest, packed only": 1 / 16,
+        "hue RMS error": 36 / math.sqrt(6),
+    }
     assert {name: rows[name]["chance"] for name in wanted} == pytest.approx(wanted)
 
 
 def test_readings_of_another_story_score_near_chance(exp):
     told = [data.draw_clip(np.random.default_rng(i)) for i in range(60)]
-    others = [stage_figures.true_reading(data.draw_clip(np.random.default_rng(1000 + i))) for i in range(60)]
+    others = [
+        stage_figures.true_reading(data.draw_clip(np.random.default_rng(1000 + i)))
+        for i in range(60)
+    ]
     rows = stage_figures.teacher_figures(exp, others, told)
     for name in ("colour", "backdrop", "subject's mark", "position"):
         _, low, high = rows[name]["value"]
         assert low < rows[name]["chance"] < high, name
-    assert rows["hue RMS error"]["value"][0] == pytest.approx(rows["hue RMS error"]["chance"], rel=0.15)
+    assert rows["hue RMS error"]["value"][0] == pytest.approx(
+        rows["hue RMS error"]["chance"], rel=0.15
+    )
 
 
 def test_the_first_block_does_not_count_and_wrong_frames_count_by_share(exp):
     story = clip([-1, 2, -1, -1])
     mark = np.full(16, story.mark)
     mark[:4] = (story.mark + 1) % 16
-    assert stage_figures.teacher_figures(exp, [repainted(story, mark=mark)], [story])["subject's mark"]["value"][0] == 1
+    assert (
+        stage_figures.teacher_figures(exp, [repainted(story, mark=mark)], [story])[
+            "subject's mark"
+        ]["value"][0]
+        == 1
+    )
     mark[4:7] = (story.mark + 1) % 16
-    row = stage_figures.teacher_figures(exp, [repainted(story, mark=mark)], [story])["subject's mark"]
+    row = stage_figures.teacher_figures(exp, [repainted(story, mark=mark)], [story])[
+        "subject's mark"
+    ]
     assert row["value"][0] == pytest.approx(9 / 12)
     assert row["n"] == 1
 
@@ -114,21 +141,32 @@ def test_the_first_block_does_not_count_and_wrong_frames_count_by_share(exp):
 def test_rms_errors_are_in_the_units_of_the_world(exp):
     story = clip([-1, -1, 5])
     true = stage_figures.true_reading(story)
-    rows = stage_figures.teacher_figures(exp, [repainted(story, hue=true.hue + 3, gain=true.gain - 0.1)], [story])
+    rows = stage_figures.teacher_figures(
+        exp, [repainted(story, hue=true.hue + 3, gain=true.gain - 0.1)], [story]
+    )
     assert rows["hue RMS error"]["value"][0] == pytest.approx(3, rel=1e-4)
     assert rows["gain RMS error"]["value"][0] == pytest.approx(0.1, rel=1e-4)
 
 
-@pytest.mark.parametrize(("sink", "packed", "places"), [
-    (8, 2, ["sink", "sink", "packed", "packed", "recent"]),
-    (0, 4, ["packed", "packed", "packed", "packed", "recent"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sink", "packed", "places"),
+    [
+        (8, 2, ["sink", "sink", "packed", "packed", "recent"]),
+        (0, 4, ["packed", "packed", "packed", "packed", "recent"]),
+    ],
+)
 def test_call_backs_are_sorted_by_where_the_memory_has_them(exp, sink, packed, places):
-    told = [clip([3 if block == shown else 6, *[6] * 4, 3], seed=shown) for shown, block in ((0, 0),)]
-    told += [clip([*([1] * shown), 3, *([1] * (4 - shown)), 3], seed=shown) for shown in range(1, 5)]
+    told = [
+        clip([3 if block == shown else 6, *[6] * 4, 3], seed=shown) for shown, block in ((0, 0),)
+    ]
+    told += [
+        clip([*([1] * shown), 3, *([1] * (4 - shown)), 3], seed=shown) for shown in range(1, 5)
+    ]
     changed = dataclasses.replace(exp, cache=dataclasses.replace(exp.cache, sink=sink))
     wrong = repainted(told[2], guest_mark=np.full(24, -1))
-    readings = [wrong if i == 2 else stage_figures.true_reading(story) for i, story in enumerate(told)]
+    readings = [
+        wrong if i == 2 else stage_figures.true_reading(story) for i, story in enumerate(told)
+    ]
     rows = stage_figures.teacher_figures(changed, readings, told)
     for block, place in enumerate(places):
         row = rows[f"called-back guest, block {block} ({place})"]
@@ -140,7 +178,9 @@ def test_call_backs_are_sorted_by_where_the_memory_has_them(exp, sink, packed, p
 
 def test_a_guest_also_seen_sharply_is_not_packed_only(exp):
     told = [clip([3, -1, 3, -1, 3]), clip([-1, -1, 3, -1, 3])]
-    rows = stage_figures.teacher_figures(exp, [stage_figures.true_reading(story) for story in told], told)
+    rows = stage_figures.teacher_figures(
+        exp, [stage_figures.true_reading(story) for story in told], told
+    )
     assert rows["called-back guest, packed only"]["n"] == 1
     assert rows["called-back guest, block 2 (packed)"]["n"] == 2
 
@@ -167,7 +207,9 @@ def test_a_rollout_is_the_video_that_sampling_makes(model, free):
     prompts, _, frames, chosen = free
     for i in range(2):
         alone = list(model.stream(prompts[i], seed=SEED + i))
-        np.testing.assert_allclose(frames[i], np.concatenate([block.frames for block in alone]), atol=2e-4)
+        np.testing.assert_allclose(
+            frames[i], np.concatenate([block.frames for block in alone]), atol=2e-4
+        )
         np.testing.assert_array_equal(chosen[:, :, i], np.stack([block.chosen for block in alone]))
 
 
@@ -177,7 +219,9 @@ def test_behind_its_own_frames_a_forced_video_is_the_free_one(model, free):
     seeds = [SEED, SEED + 1]
     forced, _ = stage_figures.play(model, prompts, seeds=seeds, videos=ids, truth=frames)
     np.testing.assert_allclose(forced, frames, atol=2e-4)
-    last, chosen = stage_figures.play(model, prompts, seeds=seeds, videos=ids, truth=frames, first=7)
+    last, chosen = stage_figures.play(
+        model, prompts, seeds=seeds, videos=ids, truth=frames, first=7
+    )
     assert chosen.shape == (2, 2, 2, 3)
     np.testing.assert_allclose(last, frames[:, 28:], atol=2e-4)
 
@@ -186,7 +230,9 @@ def test_another_history_changes_what_is_drawn_behind_it_but_not_before(model, f
     prompts, ids, frames, _ = free
     changed = frames.copy()
     changed[1, 8:12] = 0.9 - changed[1, 8:12]
-    forced, _ = stage_figures.play(model, prompts, seeds=[SEED, SEED + 1], videos=ids, truth=changed)
+    forced, _ = stage_figures.play(
+        model, prompts, seeds=[SEED, SEED + 1], videos=ids, truth=changed
+    )
     np.testing.assert_allclose(forced[0], frames[0], atol=2e-4)
     np.testing.assert_allclose(forced[1, :12], frames[1, :12], atol=2e-4)
     assert abs(forced[1, 12:16] - frames[1, 12:16]).max() > 1e-3
@@ -229,7 +275,9 @@ def test_what_cannot_be_evaluated_is_refused(model):
         stage_figures.rollout(model, videos=2, blocks=3, batch=0)
     with pytest.raises(InputError, match="0 videos"):
         stage_figures.teacher_forced(model, clips=0)
-    other = dataclasses.replace(model, experiment=dataclasses.replace(model.experiment, latent=(10, 8), name="wide"))
+    other = dataclasses.replace(
+        model, experiment=dataclasses.replace(model.experiment, latent=(10, 8), name="wide")
+    )
     with pytest.raises(InputError, match="'wide' draws no stage videos"):
         stage_figures.rollout(other)
 
@@ -264,7 +312,9 @@ def test_the_average_of_the_newest_checkpoint_is_read_and_the_run_left_alone(exp
             continue
         name = path.removeprefix("dit/")
         rest = name.removeprefix("blocks/")
-        held = read[name] if rest == name else np.stack([read[f"blocks/{i}/{rest}"] for i in range(2)])
+        held = (
+            read[name] if rest == name else np.stack([read[f"blocks/{i}/{rest}"] for i in range(2)])
+        )
         np.testing.assert_array_equal(held, 2 * leaf)
     assert listing(folder) == before
 
@@ -282,7 +332,18 @@ def tiny(tmp_path):
 
 
 def test_the_program_evaluates_a_run(run, tiny, capsys):
-    words = ["evaluate", "--run", str(run[0]), "--config", tiny, "--blocks", "2", "--videos", "1", "--json"]
+    words = [
+        "evaluate",
+        "--run",
+        str(run[0]),
+        "--config",
+        tiny,
+        "--blocks",
+        "2",
+        "--videos",
+        "1",
+        "--json",
+    ]
     assert main.main(words) == 0
     out, err = capsys.readouterr()
     result = json.loads(out)
@@ -291,11 +352,19 @@ def test_the_program_evaluates_a_run(run, tiny, capsys):
     assert "checkpoints/10" in err
 
 
-@pytest.mark.parametrize(("mode", "module", "function", "videos"), [
-    ("teacher", stage_figures, "teacher_forced", {"clips": 48}),
-    ("rollout", stage_figures, "rollout", {"videos": 64, "blocks": 12}),
-    ("forced", recall, "forced", {"videos": 32, "gaps": (4, 9), "ways": recall.ways_of("recency,all-fit")}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mode", "module", "function", "videos"),
+    [
+        ("teacher", stage_figures, "teacher_forced", {"clips": 48}),
+        ("rollout", stage_figures, "rollout", {"videos": 64, "blocks": 12}),
+        (
+            "forced",
+            recall,
+            "forced",
+            {"videos": 32, "gaps": (4, 9), "ways": recall.ways_of("recency,all-fit")},
+        ),
+    ],
+)
 def test_flags_reach_the_evaluation(run, tiny, capsys, monkeypatch, mode, module, function, videos):
     asked = {}
 
@@ -306,26 +375,47 @@ def test_flags_reach_the_evaluation(run, tiny, capsys, monkeypatch, mode, module
 
     monkeypatch.setattr(module, function, stand_in)
     monkeypatch.setattr(stage_figures, "table", lambda result: f"table of {result['mode']}")
-    words = ["--run", str(run[0]), "--config", tiny, "--memory", "no-mid", "--set", "cache.sink=4", "--ways",
-             "recency,all-fit"]  # fmt: skip
-    assert main.main(["evaluate", *words, "--mode", mode, "--seed", "5", "--blocks", "12", "--gaps", "4,9"]) == 0
+    words = [
+        "--run",
+        str(run[0]),
+        "--config",
+        tiny,
+        "--memory",
+        "no-mid",
+        "--set",
+        "cache.sink=4",
+        "--ways",
+        "recency,all-fit",
+    ]
+    assert (
+        main.main(
+            ["evaluate", *words, "--mode", mode, "--seed", "5", "--blocks", "12", "--gaps", "4,9"]
+        )
+        == 0
+    )
     assert capsys.readouterr().out == f"table of {mode}\n"
     assert asked.pop("cache") == dataclasses.replace(config.PROFILES["no-mid"], sink=4)
     assert callable(asked.pop("watch"))
     assert asked == {"seed": 5, "batch": 16, **videos}
 
 
-@pytest.mark.parametrize(("words", "sentence"), [
-    (["--config", "stage"], "--config goes with --run"),
-    (["--run", "nowhere", "--memory", "no-mod"], "--memory no-mod is unknown; choose one of paper"),
-    (["--run", "nowhere"], "nowhere holds no checkpoint"),
-    (["--weights", "nowhere"], "nowhere does not exist"),
-    (["--gaps", "2,x"], "--gaps 2,x is not a list"),
-    (["--ways", "recensy"], "--ways recensy: no such way to choose; did you mean recency"),
-    (["--seed", "-1"], "--seed -1 is out of range"),
-    (["--weights", "a", "--run", "b"], "not allowed with"),
-    (["--mode", "guess"], "invalid choice: 'guess'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--config", "stage"], "--config goes with --run"),
+        (
+            ["--run", "nowhere", "--memory", "no-mod"],
+            "--memory no-mod is unknown; choose one of paper",
+        ),
+        (["--run", "nowhere"], "nowhere holds no checkpoint"),
+        (["--weights", "nowhere"], "nowhere does not exist"),
+        (["--gaps", "2,x"], "--gaps 2,x is not a list"),
+        (["--ways", "recensy"], "--ways recensy: no such way to choose; did you mean recency"),
+        (["--seed", "-1"], "--seed -1 is out of range"),
+        (["--weights", "a", "--run", "b"], "not allowed with"),
+        (["--mode", "guess"], "invalid choice: 'guess'"),
+    ],
+)
 def test_bad_flags_end_with_code_2_and_one_sentence(capsys, words, sentence):
     assert main.main(["evaluate", *words]) == 2
     assert sentence in capsys.readouterr().err

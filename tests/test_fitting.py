@@ -18,9 +18,19 @@ from packforcing_jax.plan.programs import DRAWING, ENCODING, PROMPT, REMEMBERING
 HALF = dataclasses.replace(tiny.EXP, dtypes=config.HALF)
 HOST = tiny.with_cache(scope="shared", timing="late", archive="host", capacity=9)
 FILM = dataclasses.replace(
-    tiny.EXP, dit=dataclasses.replace(tiny.EXP.dit, in_channels=4, out_channels=4), latent=(8, 12),
-    codec=config.VAEConfig(dim=4, z_dim=4, dim_mult=(1, 2, 3), num_res_blocks=1, temporal_downsample=(True, False),
-                           mean=(0.0,) * 4, std=(1.0,) * 4))  # fmt: skip
+    tiny.EXP,
+    dit=dataclasses.replace(tiny.EXP.dit, in_channels=4, out_channels=4),
+    latent=(8, 12),
+    codec=config.VAEConfig(
+        dim=4,
+        z_dim=4,
+        dim_mult=(1, 2, 3),
+        num_res_blocks=1,
+        temporal_downsample=(True, False),
+        mean=(0.0,) * 4,
+        std=(1.0,) * 4,
+    ),
+)
 
 
 # Peaks
@@ -37,7 +47,8 @@ def test_a_peak_is_what_lies_there_and_what_the_program_takes():
     """Hand-made: programs that take a hundred, or of which a part is laid into what was handed in."""
     uses = dict.fromkeys((ENCODING, PROMPT, SHOWING, REMEMBERING), Use(0, 0, 0, 0)) | {
         DRAWING: Use(temporary=100, results=50, arguments=7, reused=30),
-        f"{SHOWING} the first block": Use(temporary=1000, results=0, arguments=0, reused=0)}  # fmt: skip
+        f"{SHOWING} the first block": Use(temporary=1000, results=0, arguments=0, reused=0),
+    }
     found, held = memory_fit.peaks(FILM, 2, uses), memory_fit.resting(FILM, 2)
     whole = sum(held.values())
     frames, latent = 2 * 6 * 32 * 48 * 3 * 4, 2 * 3 * 8 * 12 * 4 * 4
@@ -49,13 +60,17 @@ def test_a_peak_is_what_lies_there_and_what_the_program_takes():
     assert found.device[REMEMBERING] == whole + 2 * frames + latent + low + held["decoder"]
     assert found.on_device == max(found.device.values())
     assert found.host["sampling"] == frames  # of two blocks of one of two videos
-    assert found.host["reading prompts"] == frames + 10 * 9 * 4  # and a matrix of the text encoder on its way
+    assert (
+        found.host["reading prompts"] == frames + 10 * 9 * 4
+    )  # and a matrix of the text encoder on its way
     assert found.together == found.on_device + frames
 
 
 def test_packed_blocks_on_the_host_are_fetched_and_counted_there():
-    device, host = (memory_fit.peaks(exp, 2, memory_fit.estimated(exp, 2))
-                    for exp in (tiny.with_cache(scope="shared", timing="late", capacity=9), HOST))
+    device, host = (
+        memory_fit.peaks(exp, 2, memory_fit.estimated(exp, 2))
+        for exp in (tiny.with_cache(scope="shared", timing="late", capacity=9), HOST)
+    )
     one, slots = 8 * 2 * 2 * 2 * 36 * 4, 9 + 1  # keys, k and v, layers, videos, width, bytes
     fetched = 2 * one + slots * one // (2 * 2)  # the chosen ones; one layer's keys to score
     assert host.host["sampling"] - device.host["sampling"] == slots * one + fetched
@@ -63,13 +78,16 @@ def test_packed_blocks_on_the_host_are_fetched_and_counted_there():
     assert device.device[DRAWING] - host.device[DRAWING] == slots * one - fetched
 
 
-@pytest.mark.parametrize(("attention", "dtype", "platform", "fused"), [
-    ("auto", "bfloat16", "gpu", True),
-    ("auto", "float32", "gpu", False),
-    ("auto", "float16", "cpu", False),
-    ("reference", "bfloat16", "gpu", False),
-    ("cudnn", "bfloat16", "gpu", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("attention", "dtype", "platform", "fused"),
+    [
+        ("auto", "bfloat16", "gpu", True),
+        ("auto", "float32", "gpu", False),
+        ("auto", "float16", "cpu", False),
+        ("reference", "bfloat16", "gpu", False),
+        ("cudnn", "bfloat16", "gpu", True),
+    ],
+)
 def test_attention_is_estimated_as_it_will_run(attention, dtype, platform, fused):
     exp = dataclasses.replace(tiny.EXP, attention=attention, dtypes=config.DtypeConfig(cache=dtype))
     assert memory_fit.fused(exp, platform) == fused
@@ -79,7 +97,9 @@ def test_attention_is_estimated_as_it_will_run(attention, dtype, platform, fused
 
 
 def test_a_cpu_computes_halves_in_float32():
-    half, single = (memory_fit.estimated(exp, 2, "cpu")[DRAWING].temporary for exp in (HALF, tiny.EXP))
+    half, single = (
+        memory_fit.estimated(exp, 2, "cpu")[DRAWING].temporary for exp in (HALF, tiny.EXP)
+    )
     assert half == single
 
 
@@ -102,8 +122,13 @@ def test_the_quick_bounds_hold_the_estimate(exp, platform):
 @pytest.fixture
 def roughly(monkeypatch):
     """Workspace by rule of thumb, so that nothing has to be traced."""
+
     def workspace(exp, batch=1):
-        each = {SHOWING: exp.dtypes.vae, DRAWING: exp.dtypes.compute, REMEMBERING: exp.dtypes.compute}
+        each = {
+            SHOWING: exp.dtypes.vae,
+            DRAWING: exp.dtypes.compute,
+            REMEMBERING: exp.dtypes.compute,
+        }
         cells = batch * exp.latent[0] * exp.latent[1] * 1000
         return {name: cells * formulas.BYTES[dtype] for name, dtype in each.items()}
 
@@ -137,16 +162,26 @@ def test_flags_that_are_named_make_it_fit_and_none_is_in_vain(roughly, exp, shar
         assert room.lacks(verdict.then) > 0
         return
     assert room.lacks(memory_fit._need(overrides.override(exp, verdict.sets), room, 1)) <= 0
-    taken = [change for change in itertools.chain(*memory_fit.attempts(exp)) if set(change) <= set(verdict.sets)]
+    taken = [
+        change
+        for change in itertools.chain(*memory_fit.attempts(exp))
+        if set(change) <= set(verdict.sets)
+    ]
     assert set(itertools.chain(*taken)) == set(verdict.sets)
     for change in set(taken):
         rest = [each for each in verdict.sets if each not in change]
-        assert not rest or room.lacks(memory_fit._need(overrides.override(exp, rest), room, 1)) > 0, change
+        assert (
+            not rest or room.lacks(memory_fit._need(overrides.override(exp, rest), room, 1)) > 0
+        ), change
 
 
 def test_the_picture_shrinks_only_when_all_else_is_not_enough():
     tried = list(memory_fit.attempts(FILM))
-    sized = [at for at, changes in enumerate(tried) if any("latent" in one for change in changes for one in change)]
+    sized = [
+        at
+        for at, changes in enumerate(tried)
+        if any("latent" in one for change in changes for one in change)
+    ]
     assert sized == list(range(sized[0], len(tried)))
     assert tried[sized[0]] == (("latent=6,8",),)  # whole patches
     assert [len(changes) for changes in tried[: sized[0]]] == [1] * 6 + [2, 3, 4, 5, 6]
@@ -154,7 +189,9 @@ def test_the_picture_shrinks_only_when_all_else_is_not_enough():
 
 def test_a_change_to_more_or_to_nothing_is_none():
     """Capacity is 4 and top 2 here; a host archive is turned in place no more."""
-    tried = set(itertools.chain(*memory_fit.attempts(tiny.with_cache(rope_adjustment="incremental"))))
+    tried = set(
+        itertools.chain(*memory_fit.attempts(tiny.with_cache(rope_adjustment="incremental")))
+    )
     assert not any(one.startswith("cache.") for change in tried for one in change)
     assert ("dtypes.vae=bfloat16",) not in set(itertools.chain(*memory_fit.attempts(HALF)))
 
@@ -183,12 +220,17 @@ def test_a_model_that_is_too_large_is_refused_by_name_with_what_would_fit():
     with pytest.raises(InputError) as refused:
         memory_fit.require_fits(FILM, room=room)
     assert sum(array.nbytes for array in jax.live_arrays()) == before
-    assert str(refused.value).startswith("tiny needs 0.00 GB of memory, this NVIDIA H200 has 0.00 GB; ")
+    assert str(refused.value).startswith(
+        "tiny needs 0.00 GB of memory, this NVIDIA H200 has 0.00 GB; "
+    )
     wan = overrides.load_experiment("wan_t2v_1_3b_paper")
     verdict = memory_fit.judge(wan, memory_fit.parse("24GB"))
     said = memory_fit.refusal(wan.name, verdict)
     assert said.startswith("wan_t2v_1_3b_paper needs 26.")
-    assert "24GB has 24.00 GB; --set cache.archive=host --set cache.scope=shared --set cache.timing=late brings" in said
+    assert (
+        "24GB has 24.00 GB; --set cache.archive=host --set cache.scope=shared --set cache.timing=late brings"
+        in said
+    )
 
 
 def test_nothing_is_traced_for_a_model_that_fits_easily(monkeypatch):
@@ -201,9 +243,16 @@ def test_nothing_is_traced_for_a_model_that_fits_easily(monkeypatch):
 # Rooms
 
 
-@pytest.mark.parametrize(("text", "size"), [
-    ("24GB", 24 * 10**9), ("22.5GiB", 22.5 * 2**30), ("141 gb", 141 * 10**9), ("512MiB", 2**29), ("1tb", 10**12),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("24GB", 24 * 10**9),
+        ("22.5GiB", 22.5 * 2**30),
+        ("141 gb", 141 * 10**9),
+        ("512MiB", 2**29),
+        ("1tb", 10**12),
+    ],
+)
 def test_sizes_are_read_as_they_are_written(text, size):
     assert memory_fit.parse(text).device == size
 
@@ -235,12 +284,23 @@ def test_what_the_system_says_is_available(tmp_path):
     assert memory_fit.available(*machine(tmp_path, FREE)) == 700 * KB
 
 
-@pytest.mark.parametrize(("group", "files", "left"), [
-    ("0::/", {"memory_at_max": str(500 * KB)}, 500),
-    ("0::/a/b", {"a__memory_at_max": str(300 * KB), "a__b__memory_at_max": "max"}, 300),  # of the group around it
-    ("0::/a", {"a__memory_at_max": str(9000 * KB)}, 700),  # more than there is
-    ("7:cpu:/x\n5:memory:/a", {"memory__a__memory_at_limit_in_bytes": str(250 * KB)}, 250),  # version 1
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("group", "files", "left"),
+    [
+        ("0::/", {"memory_at_max": str(500 * KB)}, 500),
+        (
+            "0::/a/b",
+            {"a__memory_at_max": str(300 * KB), "a__b__memory_at_max": "max"},
+            300,
+        ),  # of the group around it
+        ("0::/a", {"a__memory_at_max": str(9000 * KB)}, 700),  # more than there is
+        (
+            "7:cpu:/x\n5:memory:/a",
+            {"memory__a__memory_at_limit_in_bytes": str(250 * KB)},
+            250,
+        ),  # version 1
+    ],
+)
 def test_a_control_group_may_leave_less(tmp_path, group, files, left):
     others = {}
     for name in files:
@@ -248,11 +308,16 @@ def test_a_control_group_may_leave_less(tmp_path, group, files, left):
         others[f"{start}memory_at_{'usage_in_bytes' if old else 'current'}"] = str(80 * KB)
         others[f"{start}memory_at_stat"] = f"anon 1\n{'total_' * old}inactive_file {60 * KB}\n"
     used = (80 - 60) if left != 700 else 0  # file pages can be given up
-    assert memory_fit.available(*machine(tmp_path, FREE, group, **files, **others)) == (left - used) * KB
+    assert (
+        memory_fit.available(*machine(tmp_path, FREE, group, **files, **others))
+        == (left - used) * KB
+    )
 
 
 def test_without_linux_it_is_what_the_machine_has(tmp_path):
-    assert memory_fit.available(tmp_path, tmp_path) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert memory_fit.available(tmp_path, tmp_path) == os.sysconf("SC_PHYS_PAGES") * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
 
 
 def test_this_machine_has_one_memory():

@@ -18,15 +18,26 @@ def drawn(number):
     """An experiment: any sizes without packed blocks, whole blocks with them; policies in turn, the rest by chance."""
     rng = np.random.default_rng(number)
     pick = lambda *values: values[rng.integers(len(values))]  # noqa: E731
-    adjustment, selection = ADJUSTMENTS[number % len(ADJUSTMENTS)], SELECTIONS[number % len(SELECTIONS)]
+    adjustment, selection = (
+        ADJUSTMENTS[number % len(ADJUSTMENTS)],
+        SELECTIONS[number % len(SELECTIONS)],
+    )
     block, top = int(rng.integers(1, 5)), pick(0, 1, 2, 2, 3, 3)
     unit = block if top else 1
     cfg = CacheConfig(
-        block=block, top=top, capacity=top + pick(0, 1, 2, 4) if top else 0, sink=unit * pick(0, 1, 1, 2),
-        recent=unit * pick(0, 1, 1, 2), spare=pick(0, 0, 1, 3), rope_adjustment=adjustment, selection=selection,
-        span="true" if adjustment == "incremental" else pick("true", "fit"), trained=pick(9, 13, 22),
-        key_multiple=pick(1, 8), score_pool=pick((1, 1, 1), (min(block, 2), 2, 1), (1, 1, 2)),
-    )  # fmt: skip
+        block=block,
+        top=top,
+        capacity=top + pick(0, 1, 2, 4) if top else 0,
+        sink=unit * pick(0, 1, 1, 2),
+        recent=unit * pick(0, 1, 1, 2),
+        spare=pick(0, 0, 1, 3),
+        rope_adjustment=adjustment,
+        selection=selection,
+        span="true" if adjustment == "incremental" else pick("true", "fit"),
+        trained=pick(9, 13, 22),
+        key_multiple=pick(1, 8),
+        score_pool=pick((1, 1, 1), (min(block, 2), 2, 1), (1, 1, 2)),
+    )
     return histories.experiment(cfg, places=pick("stretched", "native"))
 
 
@@ -43,7 +54,9 @@ def test_two_thousand_histories_are_seen_as_the_slow_memory_shows(capsys):
         for run in range(RUNS):
             gap = float(run % 2 * rng.uniform(0, 30))
             try:
-                happened = histories.check_history(exp, told(exp, rng, rng.integers(5, 15)), step, gap, stacked=stacked)
+                happened = histories.check_history(
+                    exp, told(exp, rng, rng.integers(5, 15)), step, gap, stacked=stacked
+                )
             except AssertionError as error:
                 error.add_note(f"configuration {number}, run {run}, gap {gap}: {exp.cache}")
                 raise
@@ -51,7 +64,12 @@ def test_two_thousand_histories_are_seen_as_the_slow_memory_shows(capsys):
         assert step._cache_size() == 1
     assert count >= 2000
     assert {name: n for name, n in tally.items() if n >= 100}.keys() == {
-        "dropped inside", "seen again", "past capacity", "squeezed", "gap"}  # fmt: skip
+        "dropped inside",
+        "seen again",
+        "past capacity",
+        "squeezed",
+        "gap",
+    }
     with capsys.disabled():
         print(f"\n{count} histories, 0 failures; {dict(tally)}")
 
@@ -59,11 +77,23 @@ def test_two_thousand_histories_are_seen_as_the_slow_memory_shows(capsys):
 @pytest.mark.parametrize("adjustment", ["sink", "incremental", "sink_only", "none"])
 def test_nothing_moves_until_something_is_dropped(adjustment):
     """With room for every block, true frame numbers are the packed timeline."""
-    cfg = CacheConfig(block=3, sink=3, recent=6, top=7, capacity=7, rope_adjustment=adjustment, score_pool=(3, 1, 2))
+    cfg = CacheConfig(
+        block=3,
+        sink=3,
+        recent=6,
+        top=7,
+        capacity=7,
+        rope_adjustment=adjustment,
+        score_pool=(3, 1, 2),
+    )
     for blocks in range(11):
         seen = slow_memory.visible(cfg, blocks)
         plan = histories.MEMORY.cache.plan(cfg, np.int32(blocks))
-        assert (plan.sink_at, plan.recent_at, plan.current_at) == (0, len(seen.sink) + 3 * seen.count, 3 * blocks)
+        assert (plan.sink_at, plan.recent_at, plan.current_at) == (
+            0,
+            len(seen.sink) + 3 * seen.count,
+            3 * blocks,
+        )
         begin = slow_memory.begins(cfg, seen, np.asarray(seen.archive, int))
         np.testing.assert_array_equal(begin, 3 * np.asarray(seen.archive))
         assert plan.chosen == len(seen.archive) == max(0, blocks - 3)

@@ -27,15 +27,23 @@ class Site:
     files: dict[str, dict[str, bytes]]  # repository -> name -> bytes
     licences: dict[str, str] = field(default_factory=dict)
     url: str = ""
-    recorded: dict[str, bytes] = field(default_factory=dict)  # name -> what is recorded instead of what is sent
+    recorded: dict[str, bytes] = field(
+        default_factory=dict
+    )  # name -> what is recorded instead of what is sent
     budget: int | None = None  # bytes of files it sends in all before it falls silent
-    cuts: dict[str, list[int]] = field(default_factory=dict)  # name -> bytes after which each answer breaks off
-    stall: tuple[str, int] | None = None  # (name, bytes) after which it sends nothing more while this is set
+    cuts: dict[str, list[int]] = field(
+        default_factory=dict
+    )  # name -> bytes after which each answer breaks off
+    stall: tuple[str, int] | None = (
+        None  # (name, bytes) after which it sends nothing more while this is set
+    )
     ranges: bool = True
     refusal: tuple[int, dict[str, str]] | None = None
     page: bytes | None = None  # answers everything
     elsewhere: str | None = None  # another server that has the files
-    asked: list[tuple[str, str | None, str | None]] = field(default_factory=list)  # path, range, authorization
+    asked: list[tuple[str, str | None, str | None]] = field(
+        default_factory=list
+    )  # path, range, authorization
 
     def fetched(self):
         """(name, range) of every request for a file, in order."""
@@ -50,10 +58,20 @@ class Site:
             row = {"rfilename": name, "size": len(content), "blobId": git_name(content)}
             if len(content) >= LARGE:
                 digest = hashlib.sha256(content).hexdigest()
-                row |= {"blobId": "0" * 40, "lfs": {"sha256": digest, "size": len(content), "pointerSize": 131}}
+                row |= {
+                    "blobId": "0" * 40,
+                    "lfs": {"sha256": digest, "size": len(content), "pointerSize": 131},
+                }
             siblings.append(row)
         card = {"license": self.licences[repository]} if repository in self.licences else {}
-        return {"id": repository, "sha": COMMIT, "cardData": card, "siblings": siblings, "tags": [], "private": False}
+        return {
+            "id": repository,
+            "sha": COMMIT,
+            "cardData": card,
+            "siblings": siblings,
+            "tags": [],
+            "private": False,
+        }
 
 
 def git_name(content):
@@ -88,7 +106,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         content, status, headers = site.files[repository][name], 200, {}
         if site.ranges and self.headers["Range"]:
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-            status, headers = 206, {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+            status, headers = (
+                206,
+                {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"},
+            )
             content = content[start:]
         stops = site.cuts.get(name, [])
         sent = content[: stops.pop(0)] if stops else content
@@ -112,7 +133,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def serving(site):
     """The site, reachable at `site.url`."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"site": site}))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), type("Bound", (Handler,), {"site": site})
+    )
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     site.url = f"http://127.0.0.1:{server.server_port}"
@@ -136,7 +159,9 @@ def keep_to_ourselves(monkeypatch, folder):
 
 def content(size, seed=1):
     """`size` bytes that do not repeat soon."""
-    return b"".join(hashlib.sha256(b"%d %d" % (seed, i)).digest() for i in range(size // 32 + 1))[:size]
+    return b"".join(hashlib.sha256(b"%d %d" % (seed, i)).digest() for i in range(size // 32 + 1))[
+        :size
+    ]
 
 
 MODEL = {
@@ -150,9 +175,12 @@ MODEL = {
 }
 NEEDED = ["config.json", "weights-1.bin", "weights-2.bin", "words/rules.json", "words/none.txt"]
 SOURCE = hub.Source(
-    "some/model", "for tests", "apache-2.0",
-    (hub.Files("dit", ("config.json", "weights-*.bin")), hub.Files("text", ("words/*",), 311.0)), "{folder}",
-)  # fmt: skip
+    "some/model",
+    "for tests",
+    "apache-2.0",
+    (hub.Files("dit", ("config.json", "weights-*.bin")), hub.Files("text", ("words/*",), 311.0)),
+    "{folder}",
+)
 
 
 @pytest.fixture
@@ -192,7 +220,10 @@ def test_a_listing_is_one_request_and_holds_what_is_needed(site):
 
 
 def test_one_part_is_listed_alone_and_an_unknown_one_is_refused(site):
-    assert [file.name for file in listed(site, "text").files] == ["words/rules.json", "words/none.txt"]
+    assert [file.name for file in listed(site, "text").files] == [
+        "words/rules.json",
+        "words/none.txt",
+    ]
     with pytest.raises(InputError, match="some/model has no part 'codec'; it has dit, text"):
         listed(site, "codec")
 
@@ -208,16 +239,25 @@ def test_all_that_is_needed_comes_and_nothing_else(site, tmp_path):
     assert site.fetched() == [(name, None) for name in NEEDED if MODEL[name]]
 
 
-def test_a_broken_connection_is_taken_up_again_in_the_same_run_as_long_as_something_comes(site, tmp_path):
+def test_a_broken_connection_is_taken_up_again_in_the_same_run_as_long_as_something_comes(
+    site, tmp_path
+):
     site.cuts = {"weights-1.bin": [2500, 0, 3001]}
     fetched(site, tmp_path, tries=2)
     assert (tmp_path / "weights-1.bin").read_bytes() == MODEL["weights-1.bin"]
-    assert [wanted for _, wanted in site.fetched()] == [None, "bytes=2000-", "bytes=2000-", "bytes=5000-"]
+    assert [wanted for _, wanted in site.fetched()] == [
+        None,
+        "bytes=2000-",
+        "bytes=2000-",
+        "bytes=5000-",
+    ]
 
 
 def test_a_later_run_continues_what_an_earlier_one_left(site, tmp_path):
     site.budget = 4500
-    with pytest.raises(MachineError, match="no connection to the hub.*The same command goes on where it stopped"):
+    with pytest.raises(
+        MachineError, match="no connection to the hub.*The same command goes on where it stopped"
+    ):
         fetched(site, tmp_path, tries=2)
     (left,) = tmp_path.iterdir()
     assert left.suffix == ".part"
@@ -274,7 +314,9 @@ def test_a_file_with_another_hash_is_removed_and_both_hashes_are_named(site, tmp
     sent, recorded = MODEL[name], bytes(reversed(MODEL[name]))
     site.recorded = {name: recorded}
     digest = (lambda x: hashlib.sha256(x).hexdigest()) if len(sent) >= LARGE else git_name
-    with pytest.raises(MachineError, match=f"{digest(sent)}, not {digest(recorded)}.*removed; run the same command"):
+    with pytest.raises(
+        MachineError, match=f"{digest(sent)}, not {digest(recorded)}.*removed; run the same command"
+    ):
         fetched(site, tmp_path, name)
     assert present(tmp_path) == []
 
@@ -299,7 +341,10 @@ def test_what_is_there_is_checked_and_not_fetched_again(site, tmp_path):
     fetched(site, tmp_path)
     site.asked = []
     again = fetched(site, tmp_path)
-    assert (again.fetched, again.sha256) == (False, hashlib.sha256(MODEL["weights-1.bin"]).hexdigest())
+    assert (again.fetched, again.sha256) == (
+        False,
+        hashlib.sha256(MODEL["weights-1.bin"]).hexdigest(),
+    )
     assert site.fetched() == []
 
 
@@ -314,7 +359,9 @@ def test_a_file_of_the_user_is_not_overwritten(site, tmp_path, mine):
 
 def test_a_file_that_was_renamed_there_is_named_with_its_nearest(site):
     site.files["some/model"]["config_v2.json"] = site.files["some/model"].pop("config.json")
-    with pytest.raises(InputError, match="no longer holds config.json; the nearest is config_v2.json"):
+    with pytest.raises(
+        InputError, match="no longer holds config.json; the nearest is config_v2.json"
+    ):
         listed(site)
 
 
@@ -333,7 +380,12 @@ def test_a_hub_that_records_no_hash_is_refused(site, monkeypatch):
         (401, {"X-Error-Code": "GatedRepo"}, InputError, "some/model is gated; accept its terms"),
         (403, {"X-Error-Code": "GatedRepo"}, InputError, "some/model is gated; accept its terms"),
         (403, {}, InputError, "some/model is closed to you"),
-        (404, {"X-Error-Code": "RepoNotFound"}, InputError, "some/model or one of its files is not there"),
+        (
+            404,
+            {"X-Error-Code": "RepoNotFound"},
+            InputError,
+            "some/model or one of its files is not there",
+        ),
         (404, {}, InputError, "some/model or one of its files is not there"),
         (429, {}, MachineError, "the hub answers 429 for some/model; try again later"),
         (500, {}, MachineError, "the hub answers 500 for some/model; try again later"),
@@ -343,7 +395,10 @@ def test_a_hub_that_records_no_hash_is_refused(site, monkeypatch):
 def test_every_refusal_is_one_sentence(site, tmp_path, late, status, headers, kind, sentence):
     known = listed(site)
     site.refusal = status, headers
-    late_or_not = {False: lambda: listed(site), True: lambda: hub.fetch(known, known.files[1], tmp_path, pause=0.0)}
+    late_or_not = {
+        False: lambda: listed(site),
+        True: lambda: hub.fetch(known, known.files[1], tmp_path, pause=0.0),
+    }
     with pytest.raises(kind, match=sentence):
         late_or_not[late]()
     assert present(tmp_path) == []
@@ -353,7 +408,9 @@ def test_nobody_answering_is_a_failure_of_the_machine(site):
     address = site.url
     with serving(Site({})) as gone:
         address = gone.url
-    with pytest.raises(MachineError, match="no connection to the hub for some/model .*check the network"):
+    with pytest.raises(
+        MachineError, match="no connection to the hub for some/model .*check the network"
+    ):
         hub.listing(SOURCE, endpoint=address)
 
 
@@ -377,7 +434,10 @@ def test_the_token_stays_with_the_hub_and_the_range_goes_along(site, tmp_path, m
         site.elsewhere = store.url
         fetched(site, tmp_path)
     assert {token for *_, token in site.asked} == {"Bearer hf_secret"}
-    assert [(wanted, token) for _, wanted, token in store.asked] == [(None, None), ("bytes=2000-", None)]
+    assert [(wanted, token) for _, wanted, token in store.asked] == [
+        (None, None),
+        ("bytes=2000-", None),
+    ]
     assert (tmp_path / "weights-1.bin").read_bytes() == MODEL["weights-1.bin"]
 
 
@@ -391,7 +451,9 @@ def test_room_is_asked_for_what_is_missing_only(site, tmp_path, monkeypatch):
     free(12_648)
     hub.require_room(files, folder)
     free(12_647)
-    with pytest.raises(MachineError, match="yet needs 12,648 bytes and its disk has 12,647 free; free space"):
+    with pytest.raises(
+        MachineError, match="yet needs 12,648 bytes and its disk has 12,647 free; free space"
+    ):
         hub.require_room(files, folder)
     folder.mkdir(parents=True)
     (folder / "weights-2.bin").write_bytes(MODEL["weights-2.bin"])
@@ -408,11 +470,26 @@ def test_room_is_asked_for_what_is_missing_only(site, tmp_path, monkeypatch):
     [
         ("apache-2.0", None, False, "some/model: apache-2.0"),
         ("apache-2.0", "apache-2.0", False, "some/model: apache-2.0"),
-        ("apache-2.0", "cc-by-nc-4.0", True, "some/model: apache-2.0; the card says cc-by-nc-4.0 today"),
+        (
+            "apache-2.0",
+            "cc-by-nc-4.0",
+            True,
+            "some/model: apache-2.0; the card says cc-by-nc-4.0 today",
+        ),
         ("cc-by-nc-4.0", "cc-by-nc-4.0", True, "some/model: cc-by-nc-4.0, not for commercial use"),
-        ("cc-by-nc-4.0", "mit", True, "some/model: cc-by-nc-4.0, not for commercial use; the card says mit today"),
+        (
+            "cc-by-nc-4.0",
+            "mit",
+            True,
+            "some/model: cc-by-nc-4.0, not for commercial use; the card says mit today",
+        ),
         (None, None, True, "licence not recorded here; read the model card at some/model"),
-        (None, "mit", True, "licence not recorded here; read the model card at some/model; the card says mit today"),
+        (
+            None,
+            "mit",
+            True,
+            "licence not recorded here; read the model card at some/model; the card says mit today",
+        ),
     ],
 )
 def test_terms_say_what_is_known_and_who_has_to_accept_them(licence, declared, asks, sentence):

@@ -19,8 +19,15 @@ from packforcing_jax.training import importing
 
 BLOCKS = 5
 PIXELS = (16, 8)  # of a frame of the tiny experiment
-WAN = config.VAEConfig(dim=4, z_dim=12, dim_mult=(1, 1), num_res_blocks=1, temporal_downsample=(True,),
-                       mean=(0.1,) * 12, std=(1.3,) * 12)  # fmt: skip
+WAN = config.VAEConfig(
+    dim=4,
+    z_dim=12,
+    dim_mult=(1, 1),
+    num_res_blocks=1,
+    temporal_downsample=(True,),
+    mean=(0.1,) * 12,
+    std=(1.3,) * 12,
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,11 @@ def test_frames_are_scaled_and_cropped_around_the_middle(films):
 
 
 def test_a_video_becomes_its_latents_and_those_of_its_blocks_in_low_resolution(films, parts):
-    (item,) = [item for item in importing.KINDS["videos"].items(films) if item.name.startswith("deep/a.mp4")]
+    (item,) = [
+        item
+        for item in importing.KINDS["videos"].items(films)
+        if item.name.startswith("deep/a.mp4")
+    ]
     assert item.prompt == "a film called deep/a"
     made = item.made(parts)
     frames = importing.frames_of(films / "deep" / "a.mp4", count=15, fps=5, size=PIXELS)
@@ -78,7 +89,9 @@ def test_a_video_becomes_its_latents_and_those_of_its_blocks_in_low_resolution(f
     assert made["latent"].dtype == np.float16
     np.testing.assert_allclose(made["latent"], wanted, atol=1e-3)
     for block in range(BLOCKS):
-        low = codec.low_resolution(parts.pixels, clip[:, 3 * block : 3 * block + 3], latents=2, pool=(2, 2, 1))
+        low = codec.low_resolution(
+            parts.pixels, clip[:, 3 * block : 3 * block + 3], latents=2, pool=(2, 2, 1)
+        )
         np.testing.assert_allclose(made["low"][block], low[0], atol=1e-3)
 
 
@@ -88,20 +101,32 @@ def test_a_codec_that_groups_frames_is_run_as_a_stream(films, monkeypatch):
     pixels = tiny.filled(jax.eval_shape(lambda: codec.make(exp.codec, nnx.Rngs(0))))
     quick = tiny.jit(importing._encode_block.__wrapped__, static_argnames=("exp", "first"))
     monkeypatch.setattr(importing, "_encode_block", quick)
-    monkeypatch.setattr(codec, "low_resolution", lambda pixels, video, **sizes: video.mean(1))  # half the compiling
-    item = next(item for item in importing.KINDS["videos"].items(films) if item.name.startswith("b.mp4"))
+    monkeypatch.setattr(
+        codec, "low_resolution", lambda pixels, video, **sizes: video.mean(1)
+    )  # half the compiling
+    item = next(
+        item for item in importing.KINDS["videos"].items(films) if item.name.startswith("b.mp4")
+    )
     made = item.made(importing.Parts(exp, pixels))
     frames = importing.frames_of(films / "b.mp4", count=11, fps=5, size=PIXELS)
     clip = jnp.asarray(video.from_uint8(frames))[None]
-    np.testing.assert_allclose(made["latent"], tiny.jit(codec.encode)(pixels, clip)[0], atol=2e-3, rtol=2e-3)
-    assert np.abs(np.diff(made["latent"], axis=0)).max() > 0.05, "frames tell one latent from the next"
+    np.testing.assert_allclose(
+        made["latent"], tiny.jit(codec.encode)(pixels, clip)[0], atol=2e-3, rtol=2e-3
+    )
+    assert np.abs(np.diff(made["latent"], axis=0)).max() > 0.05, (
+        "frames tell one latent from the next"
+    )
     np.testing.assert_allclose(made["low"], [clip[0, :5].mean(0), clip[0, 5:].mean(0)], atol=1e-3)
 
 
-@pytest.mark.parametrize(("name", "why"), [("short", "has 14 frames at 5 a second, 15 are needed"),
-                                           ("broken", "cannot be decoded")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("short", "has 14 frames at 5 a second, 15 are needed"), ("broken", "cannot be decoded")],
+)
 def test_videos_that_cannot_be_used_say_why(films, parts, name, why):
-    (item,) = [item for item in importing.KINDS["videos"].items(films) if item.name.startswith(name)]
+    (item,) = [
+        item for item in importing.KINDS["videos"].items(films) if item.name.startswith(name)
+    ]
     with pytest.raises(importing.LeftOut, match=f"{name}.*{why}"):
         item.made(parts)
 
@@ -110,9 +135,14 @@ def test_videos_come_in_the_same_order_however_they_are_listed(films, tmp_path):
     names = [item.name.split()[0] for item in importing.KINDS["videos"].items(films)]
     assert names == ["b.mp4", "broken.mov", "deep/a.mp4", "short.mp4"]
     listed = films / "list.jsonl"
-    listed.write_text('{"file": "short.mp4", "prompt": " one "}\n\n{"file": "b.mp4", "prompt": "two"}\n')
+    listed.write_text(
+        '{"file": "short.mp4", "prompt": " one "}\n\n{"file": "b.mp4", "prompt": "two"}\n'
+    )
     items = importing.KINDS["videos"].items(listed)
-    assert [(item.name.split()[0], item.prompt) for item in items] == [("short.mp4", "one"), ("b.mp4", "two")]
+    assert [(item.name.split()[0], item.prompt) for item in items] == [
+        ("short.mp4", "one"),
+        ("b.mp4", "two"),
+    ]
     assert importing.recognised(listed) == "videos"
     listed.unlink()
 
@@ -166,7 +196,11 @@ def test_sources_are_told_by_what_they_hold(films, tmp_path):
     assert importing.recognised(tmp_path / "base") == "lmdb"
     assert importing.recognised(tmp_path) == "lmdb"
     (tmp_path / "one.mp4").write_bytes(b"")
-    for name, named in (("blank", "nothing that can be prepared"), ("one.mp4", "nothing"), ("nowhere", "does not")):
+    for name, named in (
+        ("blank", "nothing that can be prepared"),
+        ("one.mp4", "nothing"),
+        ("nowhere", "does not"),
+    ):
         with pytest.raises(InputError, match=named):
             importing.recognised(tmp_path / name)
 
@@ -183,7 +217,9 @@ def test_prompts_of_a_file(tmp_path):
 
 def test_every_prompt_is_read_once_and_only_as_far_as_it_goes(parts, monkeypatch):
     walks, walk = [], importing.Texts._walk
-    monkeypatch.setattr(importing.Texts, "_walk", lambda self, new: walks.append(new) or walk(self, new))
+    monkeypatch.setattr(
+        importing.Texts, "_walk", lambda self, new: walks.append(new) or walk(self, new)
+    )
     said = ["a red disc walks", "a lime square walks slowly", "a red disc walks", "a red disc"]
     read = importing.Texts(parts, [*said, said[0]])
     states = read(said)
@@ -198,7 +234,9 @@ def test_every_prompt_is_read_once_and_only_as_far_as_it_goes(parts, monkeypatch
 
 
 def test_a_digest_changes_with_names_prompts_and_order():
-    items = [importing.Item(str(name), prompt, lambda parts: {}) for name, prompt in ((1, "a"), (2, "b"))]
+    items = [
+        importing.Item(str(name), prompt, lambda parts: {}) for name, prompt in ((1, "a"), (2, "b"))
+    ]
     changed = [items[::-1], items[:1], [dataclasses.replace(items[0], prompt="c"), items[1]]]
     assert len({importing.digest(each) for each in (items, *changed)}) == 4
 
@@ -217,10 +255,15 @@ def base(path, form, prompts, *, change=lambda entries: entries):
     """An LMDB folder as the public ones are, and its latents."""
     lmdb = pytest.importorskip("lmdb")
     latents = np.random.default_rng(len(prompts)).normal(size=form).astype(np.float16)
-    entries = {"latents_shape": " ".join(map(str, form)).encode(),
-               "prompts_shape": str(len(prompts)).encode()}  # fmt: skip
+    entries = {
+        "latents_shape": " ".join(map(str, form)).encode(),
+        "prompts_shape": str(len(prompts)).encode(),
+    }
     for index, prompt in enumerate(prompts):
-        entries |= {f"latents_{index}_data": latents[index].tobytes(), f"prompts_{index}_data": prompt.encode()}
+        entries |= {
+            f"latents_{index}_data": latents[index].tobytes(),
+            f"prompts_{index}_data": prompt.encode(),
+        }
     with lmdb.open(str(path), map_size=2**24) as database, database.begin(write=True) as writing:
         for key, value in change(entries).items():
             writing.put(key.encode(), value)
@@ -243,7 +286,9 @@ def test_public_trajectories_are_turned_into_ours(tmp_path, parts):
 
 def test_clips_without_states_and_folders_of_folders(tmp_path):
     for name, count in (("shard_b", 1), ("shard_a", 2)):
-        base(tmp_path / name, (count, 15, 12, 8, 4), [f"{name} {number}" for number in range(count)])
+        base(
+            tmp_path / name, (count, 15, 12, 8, 4), [f"{name} {number}" for number in range(count)]
+        )
     items = importing.KINDS["lmdb"].items(tmp_path)
     assert [item.prompt for item in items] == ["shard_a 0", "shard_a 1", "shard_b 0"]
     made = items[2].made(importing.Parts(tiny.EXP))
@@ -252,11 +297,17 @@ def test_clips_without_states_and_folders_of_folders(tmp_path):
 
 
 BROKEN = {
-    "no prompt": (lambda held: {key: held[key] for key in held if not key.startswith("prompts_0")}, "has no entry"),
+    "no prompt": (
+        lambda held: {key: held[key] for key in held if not key.startswith("prompts_0")},
+        "has no entry",
+    ),
     "no shape": (lambda held: {}, "has no entry latents_shape"),
     "odd shape": (lambda held: held | {"latents_shape": b"1 x 12 8 4"}, "latents_shape="),
     "cut latents": (lambda held: held | {"latents_0_data": b"12"}, "latents_0_data has 2 bytes"),
-    "wide": (lambda held: held | {"latents_shape": b"1 15 12 4 8"}, r"15 frames of \[4, 8, 12\], but clip=15"),
+    "wide": (
+        lambda held: held | {"latents_shape": b"1 15 12 4 8"},
+        r"15 frames of \[4, 8, 12\], but clip=15",
+    ),
     "short": (lambda held: held | {"latents_shape": b"1 3 5 12 8 4"}, "holds 5 frames"),
 }
 

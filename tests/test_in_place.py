@@ -51,12 +51,19 @@ def full_size(config, mode, layers=1):
 def committed(exp, batch=1):
     """(commit as a function, the shapes it takes, memory first)."""
     memory = jax.eval_shape(lambda: cache.init(exp, batch))
-    tokens = lambda size: jax.ShapeDtypeStruct((batch, size, exp.dit.heads, exp.dit.head_dim), jnp.float32)  # noqa: E731
+    tokens = lambda size: jax.ShapeDtypeStruct(
+        (batch, size, exp.dit.heads, exp.dit.head_dim), jnp.float32
+    )  # noqa: E731
     per_layer = lambda size: [KV(k=tokens(size), v=tokens(size)) for _ in memory.layers]  # noqa: E731
-    looked = jax.eval_shape(lambda n: view.newest(exp, cache.plan(exp.cache, n), batch), memory.num_blocks)
-    return functools.partial(cache.commit, exp), (memory, per_layer(exp.cache.block * exp.tokens_per_frame),
-                                                  per_layer(exp.tokens_per_packed_block),
-                                                  [looked for _ in memory.layers])  # fmt: skip
+    looked = jax.eval_shape(
+        lambda n: view.newest(exp, cache.plan(exp.cache, n), batch), memory.num_blocks
+    )
+    return functools.partial(cache.commit, exp), (
+        memory,
+        per_layer(exp.cache.block * exp.tokens_per_frame),
+        per_layer(exp.tokens_per_packed_block),
+        [looked for _ in memory.layers],
+    )
 
 
 def laid(exp):
@@ -66,7 +73,14 @@ def laid(exp):
 
     def lay(scratch, memory, looked):
         seen = cache.plan(exp.cache, memory.num_blocks)
-        return view.lay(exp, seen, memory.layers[0], view.take(memory.layers[0], looked[0]), looked[0], scratch[0])
+        return view.lay(
+            exp,
+            seen,
+            memory.layers[0],
+            view.take(memory.layers[0], looked[0]),
+            looked[0],
+            scratch[0],
+        )
 
     return lay, (scratch, memory, looked)
 
@@ -85,7 +99,9 @@ def test_a_full_size_store_is_updated_where_it_lies(config, mode, what):
     held = stores((committed(exp)[1][0], laid(exp)[1][0]))
     stats = compiled.memory_analysis()
     assert stats.alias_size_in_bytes == total(donated)
-    assert stats.temp_size_in_bytes < min(map(total, held))  # nothing the size of a store fits into it
+    assert stats.temp_size_in_bytes < min(
+        map(total, held)
+    )  # nothing the size of a store fits into it
     assert hlo.moved(hlo.read(compiled.as_text()), shapes(held)) == []
 
 
@@ -102,7 +118,9 @@ def test_incremental_remakes_the_keys_it_turns_and_nothing_else():
     assert len(copied) <= len(turned)
     assert {op.shape for op in copied} <= shapes(turned)
     lay, (scratch, *read) = laid(exp)
-    assert build(lay, 0, scratch, *read).memory_analysis().temp_size_in_bytes < total(layer.recent.k)
+    assert build(lay, 0, scratch, *read).memory_analysis().temp_size_in_bytes < total(
+        layer.recent.k
+    )
 
 
 def as_scanned(exp):
@@ -116,7 +134,9 @@ def as_scanned(exp):
 
         inputs = [pytrees.stack(each) for each in (memory.layers, *new)]
         layers = jax.lax.scan(one, None, tuple(inputs))[1]
-        return cache.Memory(layers=pytrees.unstack(layers, exp.dit.layers), num_blocks=memory.num_blocks + 1)
+        return cache.Memory(
+            layers=pytrees.unstack(layers, exp.dit.layers), num_blocks=memory.num_blocks + 1
+        )
 
     return commit
 
@@ -149,7 +169,10 @@ def step_shapes(exp):
     views = jax.eval_shape(lambda: view.scratch(exp, tiny.BATCH))
     context = jax.ShapeDtypeStruct((tiny.BATCH, exp.dit.text_len, exp.dit.text_dim), jnp.float32)
     words = jax.eval_shape(dit.text_kv, tiny.apart().dit, context)
-    seed, videos = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((tiny.BATCH,), jnp.uint32)
+    seed, videos = (
+        jax.ShapeDtypeStruct((), jnp.uint32),
+        jax.ShapeDtypeStruct((tiny.BATCH,), jnp.uint32),
+    )
     return (memory, views, seed, videos, words), jax.eval_shape(lambda: tiny.lows(1, exp)[0])
 
 
@@ -158,8 +181,12 @@ def lowered(exp):
     (memory, views, *rest), low = step_shapes(exp)
     nets, words = tiny.apart(), rest[-1]
     drawing = pipeline.draw_block.lower(nets, exp, memory, views, *rest)
-    drawn = jax.eval_shape(lambda *args: pipeline.draw_block(nets, exp, *args), memory, views, *rest)
-    remembering = pipeline.remember_block.lower(nets, exp, memory, views, drawn.latent, low, drawn.looked, words)
+    drawn = jax.eval_shape(
+        lambda *args: pipeline.draw_block(nets, exp, *args), memory, views, *rest
+    )
+    remembering = pipeline.remember_block.lower(
+        nets, exp, memory, views, drawn.latent, low, drawn.looked, words
+    )
     return (drawing, views), (remembering, (memory, views))
 
 
@@ -173,7 +200,10 @@ def test_compiled_steps_keep_their_buffers():
     """XLA:CPU drops the barrier that keeps the uses of a view in order; there remembering copies views, not stores."""
     drawing, remembering = lowered(TINY)
     memory, views = remembering[1]
-    for (step, donated), held in ((drawing, stores((memory, views))), (remembering, stores(memory))):
+    for (step, donated), held in (
+        (drawing, stores((memory, views))),
+        (remembering, stores(memory)),
+    ):
         compiled = step.compile(QUICK)
         assert compiled.memory_analysis().alias_size_in_bytes == total(donated)
         assert hlo.moved(hlo.read(compiled.as_text()), shapes(held)) == []
@@ -207,7 +237,11 @@ def slowdown(make, mode="sink", donated=0, repeats=40):
     for capacity in (128, 128 * 64):
         exp = tiny.with_cache(capacity=capacity, rope_adjustment=mode)
         new = zeros(committed(exp, tiny.BATCH)[1][1:])
-        runs[capacity] = jax.jit(make(exp), donate_argnums=donated), cache.init(exp, tiny.BATCH), new
+        runs[capacity] = (
+            jax.jit(make(exp), donate_argnums=donated),
+            cache.init(exp, tiny.BATCH),
+            new,
+        )
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(repeats):
         for capacity, (commit, memory, new) in runs.items():
@@ -228,6 +262,8 @@ def test_a_commit_takes_no_longer_with_an_archive_64_times_as_long(mode):
     assert slowdown(as_it_is, mode) < 1.5
 
 
-@pytest.mark.parametrize(("make", "donated"), [(as_it_is, ()), (as_scanned, 0)], ids=["not donated", "scanned"])
+@pytest.mark.parametrize(
+    ("make", "donated"), [(as_it_is, ()), (as_scanned, 0)], ids=["not donated", "scanned"]
+)
 def test_the_clock_would_notice_a_copy(make, donated):
     assert slowdown(make, donated=donated, repeats=8) > 1.5

@@ -13,8 +13,16 @@ import slow_memory
 from packforcing_jax.config import CacheConfig
 from packforcing_jax.memory import cache, view
 
-FIGURE = CacheConfig(block=1, sink=2, recent=2, top=4, capacity=6, selection="random", rope_adjustment="incremental",
-                     score_pool=(1, 1, 1))  # fmt: skip
+FIGURE = CacheConfig(
+    block=1,
+    sink=2,
+    recent=2,
+    top=4,
+    capacity=6,
+    selection="random",
+    rope_adjustment="incremental",
+    score_pool=(1, 1, 1),
+)
 LONG = CacheConfig(block=2, sink=4, recent=2, top=4, capacity=9, score_pool=(2, 1, 2))
 
 
@@ -31,7 +39,8 @@ def told(exp, seed, blocks, videos=3):
     rng = np.random.default_rng(seed)
     story = slow_memory.tell(exp, rng, blocks=blocks, layers=2, videos=videos)
     story.full, story.packed = (
-        (k, rng.normal(size=v.shape).astype(np.float32)) for k, v in (story.full, story.packed))  # fmt: skip
+        (k, rng.normal(size=v.shape).astype(np.float32)) for k, v in (story.full, story.packed)
+    )
     return story
 
 
@@ -46,13 +55,21 @@ def steps(exp, story, dtype=jnp.float32):
         yield {name: histories.stack(part) for name, part in shown.items()}, memory
 
 
-@pytest.mark.parametrize(("adjustment", "sink", "packed", "recent"), [
-    ("incremental", [2, 3], [4, 5, 6, 7], [8, 9]), ("sink", [0, 1], [2, 3, 4, 5], [6, 7]),
-    ("sink_only", [2, 3], [3, 4, 5, 7], [8, 9]), ("none", [0, 1], [3, 4, 5, 7], [8, 9])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("adjustment", "sink", "packed", "recent"),
+    [
+        ("incremental", [2, 3], [4, 5, 6, 7], [8, 9]),
+        ("sink", [0, 1], [2, 3, 4, 5], [6, 7]),
+        ("sink_only", [2, 3], [3, 4, 5, 7], [8, 9]),
+        ("none", [0, 1], [3, 4, 5, 7], [8, 9]),
+    ],
+)
 @pytest.mark.parametrize("block", [1, 3])
 def test_figure_2c(adjustment, sink, packed, recent, block):
     """Sink 0 and 1, packed 2 to 7, recent 8 and 9; blocks 2 and 6 are dropped."""
-    cfg = dataclasses.replace(FIGURE, block=block, sink=2 * block, recent=2 * block, rope_adjustment=adjustment)
+    cfg = dataclasses.replace(
+        FIGURE, block=block, sink=2 * block, recent=2 * block, rope_adjustment=adjustment
+    )
     exp = histories.experiment(cfg)
     story = with_lots(told(exp, 1, 11), {8: [2, 3, 4, 5], 9: [2, 4, 5, 6], 10: [3, 4, 5, 7]})
     *_, (shown, _) = steps(exp, story)
@@ -62,10 +79,14 @@ def test_figure_2c(adjustment, sink, packed, recent, block):
     assert (seen.sink_at, seen.recent_at) == (sink[0] * block, recent[0] * block)
     assert seen.current_at == (recent[1] + 1) * block
     offsets = slow_memory.packed_grid(exp)[0]
-    sharp = [slow_memory.sharp(exp, story, np.arange(block) + b * block, at * block)[0]
-             for b, at in zip((0, 1, 8, 9), (*sink, *recent))]  # fmt: skip
-    twins = [slow_memory.twins(exp, story, np.full((2, 3, 1), b), at * block + offsets)[0][:, :, 0]
-             for b, at in zip((3, 4, 5, 7), packed)]  # fmt: skip
+    sharp = [
+        slow_memory.sharp(exp, story, np.arange(block) + b * block, at * block)[0]
+        for b, at in zip((0, 1, 8, 9), (*sink, *recent))
+    ]
+    twins = [
+        slow_memory.twins(exp, story, np.full((2, 3, 1), b), at * block + offsets)[0][:, :, 0]
+        for b, at in zip((3, 4, 5, 7), packed)
+    ]
     expected = np.concatenate([*sharp[:2], *twins, *sharp[2:]], axis=2)
     np.testing.assert_allclose(shown["views"].k[:, :, : expected.shape[2]], expected, atol=2e-5)
 
@@ -88,13 +109,18 @@ def test_a_block_seen_again_after_others_steps_back():
 @pytest.mark.parametrize("selection", ["random", "affinity"])
 def test_moved_keys_give_the_attention_of_keys_turned_once(selection):
     cfg = dataclasses.replace(LONG, selection=selection)
-    once, moved = (histories.experiment(dataclasses.replace(cfg, rope_adjustment=x)) for x in ("sink", "incremental"))
+    once, moved = (
+        histories.experiment(dataclasses.replace(cfg, rope_adjustment=x))
+        for x in ("sink", "incremental")
+    )
     story, looks = told(once, 3, 24, videos=5), [histories.looker(once), histories.looker(moved)]
     dropped, back, places = 0, 0, np.zeros((2, 5, 24))
     for number, ((a, _), (b, _)) in enumerate(zip(steps(once, story), steps(moved, story))):
         ids = np.asarray(a["looked"].ids)
         np.testing.assert_array_equal(ids, b["looked"].ids)
-        seen = [look(shown, histories.block_of(story, number)) for look, shown in zip(looks, (a, b))]
+        seen = [
+            look(shown, histories.block_of(story, number)) for look, shown in zip(looks, (a, b))
+        ]
         np.testing.assert_allclose(*seen, atol=1e-5)
         if ids.min() >= 0:
             dropped += (ids[..., -1] - ids[..., 0] >= cfg.top).sum()
@@ -117,14 +143,22 @@ def test_rounding_piles_up_in_moved_keys_only(capsys):
         seen, count = slow_memory.visible(exp.cache, 119), int(shown["length"])
         k, v = slow_memory.view(exp, story, seen, np.asarray(shown["looked"].ids))
         q, own_k, own_v = slow_memory.own(exp, story, seen)
-        held = [np.asarray(x[:, :, :count], np.float64) for x in (shown["views"].k, shown["views"].v)]
-        looks = [slow_memory.attend(q, *(np.concatenate(pair, axis=2) for pair in zip(past, (own_k, own_v))))
-                 for past in (held, (k, v))]  # fmt: skip
+        held = [
+            np.asarray(x[:, :, :count], np.float64) for x in (shown["views"].k, shown["views"].v)
+        ]
+        looks = [
+            slow_memory.attend(
+                q, *(np.concatenate(pair, axis=2) for pair in zip(past, (own_k, own_v)))
+            )
+            for past in (held, (k, v))
+        ]
         size = lambda x: np.sqrt((x**2).mean())  # noqa: E731
         errors[name] = size(looks[0] - looks[1]) / size(looks[1]), size(held[0] - k) / size(k)
     with capsys.disabled():
         for name, (seen, keys) in errors.items():
-            print(f"\nbfloat16 after 120 blocks, {name}: relative error of attention {seen:.5f}, of keys {keys:.5f}")
+            print(
+                f"\nbfloat16 after 120 blocks, {name}: relative error of attention {seen:.5f}, of keys {keys:.5f}"
+            )
     assert errors["incremental"][0] >= errors["sink"][0]
     assert errors["incremental"][1] >= errors["sink"][1]
     assert errors["sink"][1] < 2**-7

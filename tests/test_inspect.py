@@ -47,15 +47,19 @@ def test_a_sound_run_is_shown_with_code_0(path, capsys):
     assert "15 blocks checked: positions contiguous, sink untouched, nothing twice" in out
     assert err == ""
     assert f"map: {path.with_suffix('.png')}" in out
-    np.testing.assert_array_equal(imageio.v3.imread(path.with_suffix(".png")), inspect_trace.heat_map(trace.read(path)))
+    np.testing.assert_array_equal(
+        imageio.v3.imread(path.with_suffix(".png")), inspect_trace.heat_map(trace.read(path))
+    )
 
 
 def test_every_problem_is_one_line_and_the_code_1(tmp_path, capsys):
     assert call(broken(tmp_path / "a.jsonl"), "--no-map") == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-3:] == ["Block 9, layer 2: packed block 0 was recalled, but only 2 to 7 could be.",
-                          "Block 12, layer 1: packed block 7 came twice.",
-                          "15 blocks checked, 2 problems"]  # fmt: skip
+    assert lines[-3:] == [
+        "Block 9, layer 2: packed block 0 was recalled, but only 2 to 7 could be.",
+        "Block 12, layer 1: packed block 7 came twice.",
+        "15 blocks checked, 2 problems",
+    ]
     assert [each.name for each in tmp_path.iterdir()] == ["a.jsonl"]
 
 
@@ -101,10 +105,15 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path, path):
     other.write_text("no trace\n")
     trace_named_png = diaries.write(tmp_path / "t.png", blocks=3)
     files = {each.name: each.read_bytes() for each in tmp_path.iterdir()}
-    cases = [((tmp_path / "none",), "none is no file"), ((tmp_path,), "is no file"), (("",), "is no file"),
-             ((other,), "line 1: is not JSON"),
-             ((path, "--map", tmp_path / "a.jpg"), "does not end in .png"), ((trace_named_png,), "replace the trace"),
-             ((path, "--map", tmp_path / "b" / ".." / "t.png", "--no-map"), None)]  # fmt: skip
+    cases = [
+        ((tmp_path / "none",), "none is no file"),
+        ((tmp_path,), "is no file"),
+        (("",), "is no file"),
+        ((other,), "line 1: is not JSON"),
+        ((path, "--map", tmp_path / "a.jpg"), "does not end in .png"),
+        ((trace_named_png,), "replace the trace"),
+        ((path, "--map", tmp_path / "b" / ".." / "t.png", "--no-map"), None),
+    ]
     for words, said in cases[:-1]:
         with pytest.raises(InputError, match=said):
             call(*words)
@@ -124,9 +133,11 @@ def test_a_map_that_cannot_be_written_leaves_nothing(tmp_path, path):
 
 
 def test_it_runs_without_jax(path):
-    code = ("import argparse, sys; from packforcing_jax.cli import inspect; print('numpy' in sys.modules);"
-            f"inspect.run(argparse.Namespace(file={str(path)!r}, map=None, no_map=False, json=True));"
-            "print('jax' in sys.modules)")  # fmt: skip
+    code = (
+        "import argparse, sys; from packforcing_jax.cli import inspect; print('numpy' in sys.modules);"
+        f"inspect.run(argparse.Namespace(file={str(path)!r}, map=None, no_map=False, json=True));"
+        "print('jax' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[0] == "False"
     assert done.stdout.splitlines()[-1] == "False"

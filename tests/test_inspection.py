@@ -15,7 +15,10 @@ from packforcing_jax.memory import cache
 from packforcing_jax.sampling import inspect_trace, trace
 
 MEMORIES = {
-    **{rule: dataclasses.replace(diaries.SMALL, rope_adjustment=rule) for rule in CHOICES["cache.rope_adjustment"]},
+    **{
+        rule: dataclasses.replace(diaries.SMALL, rope_adjustment=rule)
+        for rule in CHOICES["cache.rope_adjustment"]
+    },
     "fit": dataclasses.replace(diaries.SMALL, span="fit", trained=19),
     "fit, none": dataclasses.replace(diaries.SMALL, span="fit", trained=19, rope_adjustment="none"),
     "fit, no room": dataclasses.replace(diaries.SMALL, span="fit", trained=13),
@@ -48,10 +51,14 @@ def test_the_memory_plans_what_the_invariants_ask_for(name):
     cfg = MEMORIES[name]
     seen = jax.device_get(jax.jit(jax.vmap(functools.partial(cache.plan, cfg)))(jnp.arange(24)))
     for block in range(24):
-        layout = {name: float(getattr(seen, name)[block]) for name in trace.LAYOUT if name != "block"}
+        layout = {
+            name: float(getattr(seen, name)[block]) for name in trace.LAYOUT if name != "block"
+        }
         ids = np.sort(seen.ids[block][seen.ids[block] >= 0])
         assert ids.tolist() == list(inspect_trace.visible(cfg, block))
-        found = trace.Block(block, prompt="", latent="", sink_sum=0, layout=layout | {"block": cfg.block}, layers=())
+        found = trace.Block(
+            block, prompt="", latent="", sink_sum=0, layout=layout | {"block": cfg.block}, layers=()
+        )
         assert list(inspect_trace._layout(cfg, None, found)) == []
 
 
@@ -106,34 +113,93 @@ def chosen(*ids):
 WHERE = "Block 12, layer 1: "
 BROKEN = {
     "a block is missing": (lambda blocks: blocks.pop(7), ["Block 8 stands where block 7 was due."]),
-    "a block comes twice": (lambda blocks: blocks.insert(7, blocks[6]), ["Block 6 stands where block 7 was due."]),
-    "the start is missing": (lambda blocks: blocks.pop(0), ["Block 1 stands where block 0 was due."]),
-    "the sink is written": (change("sink_sum", 12, 77), [r"Block 12: .* to 77\.", r"Block 13: .* from 77 to \d+\."]),
+    "a block comes twice": (
+        lambda blocks: blocks.insert(7, blocks[6]),
+        ["Block 6 stands where block 7 was due."],
+    ),
+    "the start is missing": (
+        lambda blocks: blocks.pop(0),
+        ["Block 1 stands where block 0 was due."],
+    ),
+    "the sink is written": (
+        change("sink_sum", 12, 77),
+        [r"Block 12: .* to 77\.", r"Block 13: .* from 77 to \d+\."],
+    ),
     "the full sink is written next": (change("sink_sum", 1, 77), [r"Block 2: .* from 77"]),
-    "the sink moves": (lay(sink_at=3), ["the place of the sink is 3, but 0", "behind the packed row, is 18, but 21",
-                                        *["begins at .*, but .* was due"] * 12]),
-    "a sink frame is lost": (lay(sink=5), ["number of frames of the sink is 5, but 6", "is 18, but 17",
-                                           *["begins at .*, but .* was due"] * 12]),
-    "a recent frame is lost": (lay(recent=2), ["recent blocks is 2, but 3", "behind the recent frames, is 21, but 20"]),
-    "recent frames overlap": (lay(recent_at=16), ["recent frames, is 21, but 19", "packed row, is 16, but 18"]),
+    "the sink moves": (
+        lay(sink_at=3),
+        [
+            "the place of the sink is 3, but 0",
+            "behind the packed row, is 18, but 21",
+            *["begins at .*, but .* was due"] * 12,
+        ],
+    ),
+    "a sink frame is lost": (
+        lay(sink=5),
+        [
+            "number of frames of the sink is 5, but 6",
+            "is 18, but 17",
+            *["begins at .*, but .* was due"] * 12,
+        ],
+    ),
+    "a recent frame is lost": (
+        lay(recent=2),
+        ["recent blocks is 2, but 3", "behind the recent frames, is 21, but 20"],
+    ),
+    "recent frames overlap": (
+        lay(recent_at=16),
+        ["recent frames, is 21, but 19", "packed row, is 16, but 18"],
+    ),
     "the block overlaps": (lay(current_at=20.5), ["behind the recent frames, is 20.5, but 21"]),
     "a short block": (lay(block=2), ["frames of the block is 2, but 3"]),
-    "the row is uncounted": (lay(chosen=3), ["packed blocks is 3, but 4", "packed row, is 18, but 15"]),
-    "the row is squeezed": (lay(step=2.5), ["span of a packed block is 2.5, but 3", "packed row, is 18, but 16",
-                                            *[f"begins at {at}, but {due} was" for at, due in
-                                              ((9, 8.5), (12, 11), (15, 13.5))] * 3]),
+    "the row is uncounted": (
+        lay(chosen=3),
+        ["packed blocks is 3, but 4", "packed row, is 18, but 15"],
+    ),
+    "the row is squeezed": (
+        lay(step=2.5),
+        [
+            "span of a packed block is 2.5, but 3",
+            "packed row, is 18, but 16",
+            *[f"begins at {at}, but {due} was" for at, due in ((9, 8.5), (12, 11), (15, 13.5))] * 3,
+        ],
+    ),
     "a place is unknown": (lay(current_at=np.nan), ["is nan, but 21"]),
-    "a gap in the row": (put("places", 1, 2, 12.1), [WHERE + r"packed block \d+ begins at 12\.1\d*, but 12 was due\."]),
-    "a place is infinite": (put("places", 1, 2, np.inf), [WHERE + r"packed block \d+ begins at nan"]),
-    "a score is infinite": (put("scores", 1, 2, np.inf), [WHERE + r"packed block \d+ has a score that is not finite"]),
+    "a gap in the row": (
+        put("places", 1, 2, 12.1),
+        [WHERE + r"packed block \d+ begins at 12\.1\d*, but 12 was due\."],
+    ),
+    "a place is infinite": (
+        put("places", 1, 2, np.inf),
+        [WHERE + r"packed block \d+ begins at nan"],
+    ),
+    "a score is infinite": (
+        put("scores", 1, 2, np.inf),
+        [WHERE + r"packed block \d+ has a score that is not finite"],
+    ),
     "not in time order": (chosen(4, 8, 7, 9), [WHERE + "packed block 7 came behind 8"]),
     "one block twice": (chosen(4, 7, 7, 9), [WHERE + "packed block 7 came twice"]),
-    "a sink block": (chosen(1, 5, 7, 9), [WHERE + "packed block 1 was recalled, but only 4 to 10 could be"]),
-    "too old a block": (chosen(3, 5, 7, 9), [WHERE + "packed block 3 was recalled, but only 4 to 10 could be"]),
-    "a recent block": (chosen(4, 5, 7, 11), [WHERE + "packed block 11 was recalled, but only 4 to 10 could be"]),
-    "a block to come": (chosen(4, 5, 7, 12), [WHERE + "packed block 12 was recalled, but only 4 to 10 could be"]),
-    "one block too few": (drop, ["Block 12, layer 2: 3 packed blocks were recalled, but 4 were due"]),
-}  # fmt: skip
+    "a sink block": (
+        chosen(1, 5, 7, 9),
+        [WHERE + "packed block 1 was recalled, but only 4 to 10 could be"],
+    ),
+    "too old a block": (
+        chosen(3, 5, 7, 9),
+        [WHERE + "packed block 3 was recalled, but only 4 to 10 could be"],
+    ),
+    "a recent block": (
+        chosen(4, 5, 7, 11),
+        [WHERE + "packed block 11 was recalled, but only 4 to 10 could be"],
+    ),
+    "a block to come": (
+        chosen(4, 5, 7, 12),
+        [WHERE + "packed block 12 was recalled, but only 4 to 10 could be"],
+    ),
+    "one block too few": (
+        drop,
+        ["Block 12, layer 2: 3 packed blocks were recalled, but 4 were due"],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -148,7 +214,11 @@ def test_each_invariant_is_caught_where_it_is_broken_once(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "edit", "sentence"),
     [
-        ("incremental", lay(sink_at=0.0, recent_at=18.0, current_at=21.0), "true frame, is 21, but 36"),
+        (
+            "incremental",
+            lay(sink_at=0.0, recent_at=18.0, current_at=21.0),
+            "true frame, is 21, but 36",
+        ),
         ("sink_only", exchange("places"), "begins at"),
         ("none", put("places", 1, 0, 6.0), "begins at 6, but"),
         ("none", lay(sink_at=15), "the place of the sink is 15, but 0"),
@@ -167,18 +237,28 @@ def test_ages_must_be_what_the_numbers_say(tmp_path):
     found = run(tmp_path / "a", blocks=9)
     found.blocks[8].layers[2].ages[1] += 1
     assert len(inspect_trace.problems(found)) == 1
-    assert re.search(r"Block 8, layer 2: packed block \d is said to be \d blocks old, but is \d\.",
-                     inspect_trace.problems(found)[0])  # fmt: skip
+    assert re.search(
+        r"Block 8, layer 2: packed block \d is said to be \d blocks old, but is \d\.",
+        inspect_trace.problems(found)[0],
+    )
 
 
 def test_float32_places_far_out_are_no_problem_and_a_real_shift_there_is_one(tmp_path):
     cfg = dataclasses.replace(diaries.SMALL, rope_adjustment="incremental")
-    for first, shift, count in ((99, 0.0, 0), (99, 0.02, 3), (99_999, 0.0, 0), (99_999, 0.03, 0), (99_999, 1.0, 3)):
+    for first, shift, count in (
+        (99, 0.0, 0),
+        (99, 0.02, 3),
+        (99_999, 0.0, 0),
+        (99_999, 0.03, 0),
+        (99_999, 1.0, 3),
+    ):
         (last,) = diaries.finished(cfg, first + 1, first=first)
         last.places[:, 2] += np.float32(shift)
         with trace.Writer(tmp_path / "a", diaries.head(cfg)) as writer:
             writer.write(last)
-        assert len(inspect_trace.problems(trace.read(tmp_path / "a"))) == count + 1  # the blocks before are missing
+        assert (
+            len(inspect_trace.problems(trace.read(tmp_path / "a"))) == count + 1
+        )  # the blocks before are missing
 
 
 def choices(*sets, blocks=40):
@@ -201,7 +281,12 @@ def test_figures_of_a_layer_are_those_counted_by_hand(tmp_path):
     first, second, random = inspect_trace.rows(found)
     full = range(7, 26)  # blocks that recall 4; those before see 1, 2 and 3
     early = [2, 2, 3, 2, 3, 4]  # ages at blocks 4, 5, 6: [2], [3, 2], [4, 3, 2]
-    assert first["recalled"] == second["recalled"] == random["recalled"] == pytest.approx((4 * 19 + 6) / 22)
+    assert (
+        first["recalled"]
+        == second["recalled"]
+        == random["recalled"]
+        == pytest.approx((4 * 19 + 6) / 22)
+    )
     assert first["mean_age"] == pytest.approx((sum(early) + 14 * 19) / 82)
     assert (first["median_age"], first["oldest"], first["old_share"]) == (3, 5, 0)
     assert (first["distinct"], second["distinct"]) == (22, 4)
@@ -218,8 +303,15 @@ def test_figures_of_a_layer_are_those_counted_by_hand(tmp_path):
 def test_chance_is_what_random_choices_come_to(tmp_path):
     cfg = dataclasses.replace(diaries.SMALL, capacity=30)
     *layers, random = inspect_trace.rows(run(tmp_path / "a", cfg, blocks=150, layers=24))
-    for name, within in (("mean_age", 0.2), ("median_age", 1.1), ("old_share", 0.02), ("change", 0.02)):
-        assert np.mean([row[name] for row in layers]) == pytest.approx(random[name], abs=within), name
+    for name, within in (
+        ("mean_age", 0.2),
+        ("median_age", 1.1),
+        ("old_share", 0.02),
+        ("change", 0.02),
+    ):
+        assert np.mean([row[name] for row in layers]) == pytest.approx(random[name], abs=within), (
+            name
+        )
     assert random["oldest"] == 31
 
 
@@ -238,7 +330,14 @@ def test_ages_by_range_add_up_and_move_with_the_run(tmp_path):
     names, shares = zip(*found)
     assert names == ("0-6", "7-13", "14-20", "21-27", "28-33", "34-39")
     np.testing.assert_allclose(np.sum(shares, axis=1), 1)
-    assert [int(np.argmax(share)) for share in shares] == [0, 1, 2, 3, 3, 4]  # ages 4, 5-8, 9-16, 17-32, ..., 33-64
+    assert [int(np.argmax(share)) for share in shares] == [
+        0,
+        1,
+        2,
+        3,
+        3,
+        4,
+    ]  # ages 4, 5-8, 9-16, 17-32, ..., 33-64
 
 
 @pytest.mark.parametrize("name", ["paper", "no-mid", "fit", "shared"])
@@ -269,7 +368,9 @@ def test_the_map_shows_who_recalled_what(tmp_path):
             if count or id in seen:
                 assert (colour == none, colour == both) == (count == 0, count == 2)
             elif id < block.index:
-                assert colour == (inspect_trace.SHARP if id < 2 or id == block.index - 1 else inspect_trace.GONE)
+                assert colour == (
+                    inspect_trace.SHARP if id < 2 or id == block.index - 1 else inspect_trace.GONE
+                )
             else:
                 assert colour == (inspect_trace.NOW if id == block.index else inspect_trace.GONE)
 

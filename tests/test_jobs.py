@@ -14,16 +14,28 @@ def read(tmp_path, text, name="lines.jsonl"):
 
 
 def test_text_files_hold_a_prompt_per_line(tmp_path):
-    found = read(tmp_path, "# heading\n a red disc \n\n{\"prompt\": 3}\n", "lines.txt")
+    found = read(tmp_path, '# heading\n a red disc \n\n{"prompt": 3}\n', "lines.txt")
     assert [job.entries for job in found] == [((0, "a red disc"),), ((0, '{"prompt": 3}'),)]
     assert [job.source.rpartition(",")[2] for job in found] == [" line 2", " line 4"]
 
 
 def test_json_lines_hold_settings(tmp_path):
-    line = {"timeline": [[0, "a"], [7, "b: c"]], "seconds": 2.5, "seed": 4, "memory": "paper", "set": ["cache.top=3"]}
+    line = {
+        "timeline": [[0, "a"], [7, "b: c"]],
+        "seconds": 2.5,
+        "seed": 4,
+        "memory": "paper",
+        "set": ["cache.top=3"],
+    }
     (job,) = read(tmp_path, json.dumps(line))
     assert job.entries == ((0, "a"), (7, "b: c"))
-    assert (job.seconds, job.seed, job.memory, job.sets, job.blocks) == (2.5, 4, "paper", ("cache.top=3",), None)
+    assert (job.seconds, job.seed, job.memory, job.sets, job.blocks) == (
+        2.5,
+        4,
+        "paper",
+        ("cache.top=3",),
+        None,
+    )
 
 
 WRONG = {
@@ -80,8 +92,11 @@ def test_names_come_from_prompts_and_never_meet(tmp_path):
 
 
 def test_a_key_changes_with_everything_it_is_made_of():
-    keys = {prompt_files.key(seed=1, prompts=[(0, "a")]), prompt_files.key(seed=2, prompts=[(0, "a")]),
-            prompt_files.key(seed=1, prompts=[(0, "b")])}  # fmt: skip
+    keys = {
+        prompt_files.key(seed=1, prompts=[(0, "a")]),
+        prompt_files.key(seed=2, prompts=[(0, "a")]),
+        prompt_files.key(seed=1, prompts=[(0, "b")]),
+    }
     assert len(keys) == 3
     assert prompt_files.key(a=1, b=2) == prompt_files.key(b=2, a=1)
 

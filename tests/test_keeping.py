@@ -57,7 +57,10 @@ def scrambled(model, blocks, seed=0):
 
 def keep(keeper, blocks, *, written=video.Position(70, 8, 3), traced=900, seed=0):  # noqa: B008
     """Keeps a scrambled state behind so many blocks; the state and the two files."""
-    state, files = scrambled(keeper.model, blocks, seed), (File(written), File(traced) if traced else None)
+    state, files = (
+        scrambled(keeper.model, blocks, seed),
+        (File(written), File(traced) if traced else None),
+    )
     keeper.keep(Block(blocks - 1, state), *files)
     return state, files
 
@@ -93,15 +96,18 @@ def test_what_was_kept_comes_back_with_new_scratch(pipe, tmp_path, sets):
     same_bits(at.state, state)
     assert (at.written, at.traced) == (video.Position(70, 8, 3), 900)
     fresh = model.start(seed=0, videos=[0]).views
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), at.state.views) \
-        == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), fresh)  # fmt: skip
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), at.state.views) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), fresh
+    )
     assert all(leaf.flags.writeable for leaf in jax.tree.leaves(at.state.archive))
 
 
 def test_the_newest_state_is_the_one_that_comes_back(pipe, tmp_path):
     one = keeper(tmp_path, pipe)
     for blocks in (4, 8):
-        state, _ = keep(one, blocks, written=video.Position(blocks, blocks, 1), traced=blocks, seed=blocks)
+        state, _ = keep(
+            one, blocks, written=video.Position(blocks, blocks, 1), traced=blocks, seed=blocks
+        )
     at = keeper(tmp_path, pipe).resume()
     same_bits(at.state, state)
     assert (at.written.bytes, at.traced) == (8, 8)
@@ -113,7 +119,9 @@ def test_a_run_that_is_not_traced_says_so(pipe, tmp_path):
 
 
 def test_without_a_save_a_run_starts_and_leaves_no_folder(pipe, tmp_path):
-    assert keeper(tmp_path / "saves", pipe).resume() == resume.Resumed(state=None, written=None, traced=0)
+    assert keeper(tmp_path / "saves", pipe).resume() == resume.Resumed(
+        state=None, written=None, traced=0
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -123,25 +131,40 @@ def test_what_follows_the_kept_blocks_may_be_told_anew(pipe, tmp_path, story):
     later = keeper(tmp_path, pipe, prompts=story)
     same_bits(later.resume().state, state)
     keep(later, len(story)) if len(story) > 8 else None
-    assert keeper(tmp_path, pipe, prompts=story).saves.about()["prompts"] == (story if len(story) > 8 else STORY)
+    assert keeper(tmp_path, pipe, prompts=story).saves.about()["prompts"] == (
+        story if len(story) > 8 else STORY
+    )
 
 
-@pytest.mark.parametrize("story", [[LIME, *STORY[1:]], STORY[:7] + [LIME] * 4, STORY[:7], [RED] + STORY])
+@pytest.mark.parametrize(
+    "story", [[LIME, *STORY[1:]], STORY[:7] + [LIME] * 4, STORY[:7], [RED] + STORY]
+)
 def test_another_story_is_refused(pipe, tmp_path, story):
     keep(keeper(tmp_path, pipe), 8)
-    with pytest.raises(InputError, match="^Save folder .* another story in its first 8 blocks; give the same prompts"):
+    with pytest.raises(
+        InputError,
+        match="^Save folder .* another story in its first 8 blocks; give the same prompts",
+    ):
         keeper(tmp_path, pipe, prompts=story).resume()
 
 
-@pytest.mark.parametrize(("changed", "named"), [
-    ({"seed": 4}, "seed: 3 saved, 4 wanted"),
-    ({"sets": ["cache.top=1"]}, "experiment.cache.top: 2 saved, 1 wanted"),
-    ({"sets": ["fps=6", "cache.selection=random"]}, 'selection: "affinity" saved, "random" wanted; experiment.fps: 5'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"seed": 4}, "seed: 3 saved, 4 wanted"),
+        ({"sets": ["cache.top=1"]}, "experiment.cache.top: 2 saved, 1 wanted"),
+        (
+            {"sets": ["fps=6", "cache.selection=random"]},
+            'selection: "affinity" saved, "random" wanted; experiment.fps: 5',
+        ),
+    ],
+)
 def test_another_run_is_refused_by_what_differs(pipe, tmp_path, changed, named):
     keep(keeper(tmp_path, pipe), 4)
     model = pipe.with_settings(changed.pop("sets", []))
-    with pytest.raises(InputError, match=f"block_4 does not fit this run .*{named}.*; continue with the settings"):
+    with pytest.raises(
+        InputError, match=f"block_4 does not fit this run .*{named}.*; continue with the settings"
+    ):
         keeper(tmp_path, model, **changed).resume()
 
 

@@ -21,16 +21,16 @@ LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(path for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
 JOBSET = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
 STUBS = {
-    "packforcing": 'trap \'sleep 0.2; echo saved >> "$NOTES/saved"; exit 0\' TERM\n'
-                   'echo "$*" >> "$NOTES/started.${JAX_LOCAL_DEVICE_IDS:-x}"\n'
-                   '[[ "$*" == *"--process ${FAILS:-none}"* ]] && exit 3\n'
-                   '[[ -n "${EAGER:-}" && "$*" =~ (--distributed|--process 0)$ ]] && kill -TERM "$PPID"\n'
-                   '[[ -n "${WAITS:-}" ]] || exit 0\n'
-                   'for _ in {1..200}; do sleep 0.05; done\nexit 9\n',
+    "packforcing": "trap 'sleep 0.2; echo saved >> \"$NOTES/saved\"; exit 0' TERM\n"
+    'echo "$*" >> "$NOTES/started.${JAX_LOCAL_DEVICE_IDS:-x}"\n'
+    '[[ "$*" == *"--process ${FAILS:-none}"* ]] && exit 3\n'
+    '[[ -n "${EAGER:-}" && "$*" =~ (--distributed|--process 0)$ ]] && kill -TERM "$PPID"\n'
+    '[[ -n "${WAITS:-}" ]] || exit 0\n'
+    "for _ in {1..200}; do sleep 0.05; done\nexit 9\n",
     "srun": 'while [[ "$1" == -* ]]; do shift; done\nexec "$@"\n',
     "scontrol": 'echo "$*" >> "$NOTES/requeued"\n',
     "gcloud": 'for last in "$@"; do :; done\nexec bash -c "$last"\n',
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -45,10 +45,18 @@ def room(tmp_path):
 def start(script, room, *words, **settings):
     """A launcher started with the stand-ins."""
     keep = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
-    there = keep | {"PATH": f"{room}:{os.environ['PATH']}", "PACKFORCING": str(room / "packforcing"),
-                    "PROGRAM": str(room / "packforcing"), "NOTES": str(room), "FOLDER": str(room),
-                    "SLURM_JOB_ID": "17", **settings}  # fmt: skip
-    return subprocess.Popen([LAUNCH / script, *words], env=there, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    there = keep | {
+        "PATH": f"{room}:{os.environ['PATH']}",
+        "PACKFORCING": str(room / "packforcing"),
+        "PROGRAM": str(room / "packforcing"),
+        "NOTES": str(room),
+        "FOLDER": str(room),
+        "SLURM_JOB_ID": "17",
+        **settings,
+    }
+    return subprocess.Popen(
+        [LAUNCH / script, *words], env=there, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def ended(process, patience=30):
@@ -59,7 +67,9 @@ def ended(process, patience=30):
 
 def noted(room, name):
     """Lines that the stand-ins noted under a name."""
-    return [line for path in sorted(room.glob(f"{name}*")) for line in path.read_text().splitlines()]
+    return [
+        line for path in sorted(room.glob(f"{name}*")) for line in path.read_text().splitlines()
+    ]
 
 
 def stopped(process, room, count):
@@ -91,10 +101,20 @@ def test_the_job_set_is_one_indexed_job_with_a_process_per_pod():
     assert (JOBSET["kind"], job["completionMode"]) == ("JobSet", "Indexed")
     assert job["parallelism"] == job["completions"] == int(given["PROCESSES"])
     assert given["COORDINATOR"].startswith("packforcing-worker-0-0.packforcing:")
-    assert (JOBSET["metadata"]["name"], JOBSET["spec"]["replicatedJobs"][0]["name"]) == ("packforcing", "worker")
-    assert {each["name"] for each in pod["containers"][0]["volumeMounts"]} == {each["name"] for each in pod["volumes"]}
+    assert (JOBSET["metadata"]["name"], JOBSET["spec"]["replicatedJobs"][0]["name"]) == (
+        "packforcing",
+        "worker",
+    )
+    assert {each["name"] for each in pod["containers"][0]["volumeMounts"]} == {
+        each["name"] for each in pod["volumes"]
+    }
     assert pod["terminationGracePeriodSeconds"] >= 120
-    assert subprocess.run(["bash", "-n"], input=pod_script(), text=True, capture_output=True).returncode == 0
+    assert (
+        subprocess.run(
+            ["bash", "-n"], input=pod_script(), text=True, capture_output=True
+        ).returncode
+        == 0
+    )
 
 
 def pod_script():
@@ -102,11 +122,15 @@ def pod_script():
     return pod["containers"][0]["args"][0]
 
 
-@pytest.mark.parametrize("name", [*(path.name for path in SCRIPTS if path.name != "single_gpu.sh"), "jobset.yaml"])
+@pytest.mark.parametrize(
+    "name", [*(path.name for path in SCRIPTS if path.name != "single_gpu.sh"), "jobset.yaml"]
+)
 def test_every_flag_a_launcher_gives_is_one_of_train(name):
     known = main.parser_of("train")[0]._option_string_actions
     lines = (LAUNCH / name).read_text().replace("\\\n", " ").splitlines()
-    flags = {flag for line in lines for flag in re.findall(r"--[a-z-]+", line.partition(" train ")[2])}
+    flags = {
+        flag for line in lines for flag in re.findall(r"--[a-z-]+", line.partition(" train ")[2])
+    }
     assert flags
     assert flags <= set(known)
 
@@ -120,8 +144,20 @@ def test_one_process_is_the_program_itself(room):
 
 
 def test_local_processes_know_each_other_and_take_a_device_each(room):
-    code, _ = ended(start("local_processes.sh", room, "--config", "stage", PROCESSES="3", COORDINATOR="127.0.0.1:7"))
-    lines = [f"train --config stage --coordinator 127.0.0.1:7 --processes 3 --process {i}" for i in range(3)]
+    code, _ = ended(
+        start(
+            "local_processes.sh",
+            room,
+            "--config",
+            "stage",
+            PROCESSES="3",
+            COORDINATOR="127.0.0.1:7",
+        )
+    )
+    lines = [
+        f"train --config stage --coordinator 127.0.0.1:7 --processes 3 --process {i}"
+        for i in range(3)
+    ]
     assert (code, noted(room, "started")) == (0, lines)
     assert {path.name for path in room.glob("started*")} == {"started.0", "started.1", "started.2"}
 
@@ -158,28 +194,53 @@ def test_a_slurm_job_that_ends_or_fails_does_not(room):
 def test_a_slow_launcher_that_is_stopped_as_it_starts_tells_every_process(script, room):
     slow = room / "slow"  # sourced by every shell; a launcher waits before each of its commands
     slow.write_text("if [[ $0 == */launch/* ]]; then trap 'sleep 0.1' DEBUG; fi\n")
-    code, _ = ended(start(script, room, PROCESSES="3", WAITS="yes", EAGER="yes", BASH_ENV=str(slow)))
-    assert code in (0, 143)  # 143: a process told before it could listen; 9 would be one that was never told
+    code, _ = ended(
+        start(script, room, PROCESSES="3", WAITS="yes", EAGER="yes", BASH_ENV=str(slow))
+    )
+    assert code in (
+        0,
+        143,
+    )  # 143: a process told before it could listen; 9 would be one that was never told
 
 
 def test_every_host_of_a_tpu_is_started_and_told_to_stop(room):
     code, _ = stopped(start("tpu_pod.sh", room, "--out", "a b", WAITS="yes"), room, 1)
-    assert (code, noted(room, "saved"), noted(room, "started")) == (0, ["saved"], ["train --distributed --out a b"])
+    assert (code, noted(room, "saved"), noted(room, "started")) == (
+        0,
+        ["saved"],
+        ["train --distributed --out a b"],
+    )
 
 
 def test_a_pod_that_is_stopped_saves_and_does_not_count_as_done(room):
     script = pod_script().replace(".venv/bin/packforcing", str(room / "packforcing"))
-    there = os.environ | {"NOTES": str(room), "CONFIG": "c", "RUN": "r", "PROCESSES": "2", "COORDINATOR": "h:1",
-                          "JOB_COMPLETION_INDEX": "1"}  # fmt: skip
-    begin = lambda **more: subprocess.Popen(["bash", "-c", script], env=there | more, stdout=subprocess.PIPE)  # noqa: E731
+    there = os.environ | {
+        "NOTES": str(room),
+        "CONFIG": "c",
+        "RUN": "r",
+        "PROCESSES": "2",
+        "COORDINATOR": "h:1",
+        "JOB_COMPLETION_INDEX": "1",
+    }
+    begin = lambda **more: subprocess.Popen(
+        ["bash", "-c", script], env=there | more, stdout=subprocess.PIPE
+    )  # noqa: E731
     assert ended(begin())[0] == 0
     assert ended(begin(FAILS="1"))[0] == 3
     assert stopped(begin(WAITS="yes"), room, 3)[0] == 143
     assert noted(room, "saved") == ["saved"]
 
 
-SMALL = ("dit.dim=24", "dit.heads=2", "dit.rope_pairs=(4,1,1)", "dit.ffn_dim=20", "dit.layers=1", "train.steps=2",
-         "train.objective=flow_matching", "train.batch=2")  # fmt: skip
+SMALL = (
+    "dit.dim=24",
+    "dit.heads=2",
+    "dit.rope_pairs=(4,1,1)",
+    "dit.ffn_dim=20",
+    "dit.layers=1",
+    "train.steps=2",
+    "train.objective=flow_matching",
+    "train.batch=2",
+)
 
 
 @pytest.mark.slow
@@ -191,9 +252,18 @@ def test_two_real_processes_train_and_leave_a_model(room):
     real.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -m packforcing_jax "$@"\n')
     real.chmod(0o755)
     sets = [word for each in SMALL for word in ("--set", each)]
-    train = start("local_processes.sh", room, "--config", "stage", "--out", room / "run", *sets,
-                  PACKFORCING=str(real), JAX_PLATFORMS="cpu",
-                  COORDINATOR=f"127.0.0.1:{port}")  # fmt: skip
+    train = start(
+        "local_processes.sh",
+        room,
+        "--config",
+        "stage",
+        "--out",
+        room / "run",
+        *sets,
+        PACKFORCING=str(real),
+        JAX_PLATFORMS="cpu",
+        COORDINATOR=f"127.0.0.1:{port}",
+    )
     code, said = ended(train, 600)
     assert code == 0, said
     lines = [json.loads(line) for line in (room / "run" / "metrics.jsonl").read_text().splitlines()]

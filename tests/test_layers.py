@@ -25,11 +25,15 @@ ROUNDING = 3 * np.spacing(np.float32(np.pi))  # three roundings of an angle with
 @pytest.mark.parametrize("dim", [14, 64, 256])
 def test_time_embedding_is_that_of_float64(dim):
     asked = np.array([0, 0.3, 437.5, 999, 1000, 71.428574], np.float32)
-    times = np.append(asked, np.random.default_rng(0).uniform(0, 1000, 94).astype(np.float32)).reshape(2, 50)
+    times = np.append(
+        asked, np.random.default_rng(0).uniform(0, 1000, 94).astype(np.float32)
+    ).reshape(2, 50)
     embedded = jax.jit(layers.sinusoid, static_argnums=1)(jnp.asarray(times), dim)
     np.testing.assert_allclose(embedded, exact_sinusoid(times, dim), rtol=0, atol=ROUNDING)
     early = times < 1
-    np.testing.assert_allclose(embedded[early], exact_sinusoid(times[early], dim), rtol=0, atol=2e-7)
+    np.testing.assert_allclose(
+        embedded[early], exact_sinusoid(times[early], dim), rtol=0, atol=2e-7
+    )
 
 
 def test_time_embedding_puts_cosines_first():
@@ -41,17 +45,24 @@ def test_rms_norm_is_its_formula(dim):
     norm = layers.RMSNorm(dim, 1e-6)
     norm.scale = nnx.Param(jnp.asarray(values(1, dim)))
     x = values(2, 3, 4, dim)
-    expected = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-6) * values(1, dim)
+    expected = (
+        x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-6) * values(1, dim)
+    )
     np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dim", [5, 128])
 def test_layer_norm_is_its_formula(dim):
     norm = layers.LayerNorm(dim, 1e-6)
-    norm.scale, norm.bias = nnx.Param(jnp.asarray(values(1, dim))), nnx.Param(jnp.asarray(values(3, dim)))
+    norm.scale, norm.bias = (
+        nnx.Param(jnp.asarray(values(1, dim))),
+        nnx.Param(jnp.asarray(values(3, dim))),
+    )
     x = values(2, 3, 4, dim) + 2
     centred = x - x.astype(np.float64).mean(-1, keepdims=True)
-    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * values(1, dim) + values(3, dim)
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * values(
+        1, dim
+    ) + values(3, dim)
     np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=2e-6, atol=2e-6)
 
 
@@ -65,9 +76,15 @@ NORMS = {
 @pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize(("size", "factor"), [(1e-3, 0.5**0.5), (2e-3, 0.8**0.5), (1e-6, 1e-3)])
 def test_small_inputs_feel_epsilon(kind, size, factor):
-    x = size * np.tile(np.array([1, -1], np.float32), 64)[None]  # head size 128, mean 0, variance size^2
-    np.testing.assert_allclose(NORMS[kind](128, 1e-6)(jnp.asarray(x)), np.sign(x) * factor, rtol=1e-5)
-    np.testing.assert_allclose(NORMS[kind](128, 1e-5)(jnp.asarray(x)), x / np.sqrt(size**2 + 1e-5), rtol=1e-5)
+    x = (
+        size * np.tile(np.array([1, -1], np.float32), 64)[None]
+    )  # head size 128, mean 0, variance size^2
+    np.testing.assert_allclose(
+        NORMS[kind](128, 1e-6)(jnp.asarray(x)), np.sign(x) * factor, rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        NORMS[kind](128, 1e-5)(jnp.asarray(x)), x / np.sqrt(size**2 + 1e-5), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", NORMS)

@@ -1,4 +1,4 @@
-"""The package reads downwards: rooms are stacked, a room imports only from rooms below it, and no two files depend on each other."""
+"""The package reads downwards: a room imports only from rooms below it, and no two files depend on each other."""
 
 import ast
 import graphlib
@@ -12,7 +12,10 @@ ROOMS = """
 errors interrupts types versions pytrees sharding
 policies config networks memory io sampling stage data training plan evaluation verify cli __main__
 """.split()  # noqa: SIM905  from the ground up; a name without a folder is a file of the package itself
-BESIDE = {"configs": "config training", "convert": "io"}  # top-level folders of the repository and the rooms below them
+BESIDE = {
+    "configs": "config training",
+    "convert": "io",
+}  # top-level folders of the repository and the rooms below them
 MAY_CONVERT = {"verify", "cli"}  # the rooms that read public weights
 MAY_FIND = {"config"}  # finds experiments by their name in configs/
 FOREIGN = {"torch", "diffusers", "transformers", "tensorflow"}
@@ -61,12 +64,18 @@ def below(room):
         last = max(ROOMS.index(name) for name in BESIDE[room].split())
         return {*ROOMS[: last + 1], room}
     allowed = {*ROOMS[: ROOMS.index(room) + 1]}
-    return allowed | ({"convert"} if room in MAY_CONVERT else set()) | ({"configs"} if room in MAY_FIND else set())
+    return (
+        allowed
+        | ({"convert"} if room in MAY_CONVERT else set())
+        | ({"configs"} if room in MAY_FIND else set())
+    )
 
 
 def test_rooms_are_the_package():
     assert len(ROOMS) == len(set(ROOMS))
-    assert set(ROOMS) | set(BESIDE) == {room_of(module) for module in FILES}, "add a new room to ROOMS, where it belongs"
+    assert set(ROOMS) | set(BESIDE) == {room_of(module) for module in FILES}, (
+        "add a new room to ROOMS, where it belongs"
+    )
 
 
 @pytest.mark.parametrize("module", list(FILES))
@@ -99,11 +108,22 @@ def test_every_room_is_installed_and_nothing_else():
 @pytest.mark.parametrize("module", [module for module in FILES if room_of(module) == "cli"])
 def test_verbs_import_jax_only_when_they_run(module):
     body = ast.parse(FILES[module].read_text()).body
-    top = {name for node in body if isinstance(node, ast.Import | ast.ImportFrom) for name in imported(ast.unparse(node))}
+    top = {
+        name
+        for node in body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in imported(ast.unparse(node))
+    }
     assert not {name.split(".")[0] for name in top} & {"jax", "flax", "optax", "numpy", "grain"}
 
 
 def test_imports_are_read_wherever_they_stand():
     source = "import numpy as np\ndef f():\n    from packforcing_jax.networks import rope, config\n"
-    assert imported(source) == {"numpy", "packforcing_jax.networks.rope", "packforcing_jax.networks"}
-    assert ours("from packforcing_jax.errors import InputError\nimport jax") == {"packforcing_jax.errors"}
+    assert imported(source) == {
+        "numpy",
+        "packforcing_jax.networks.rope",
+        "packforcing_jax.networks",
+    }
+    assert ours("from packforcing_jax.errors import InputError\nimport jax") == {
+        "packforcing_jax.errors"
+    }

@@ -28,7 +28,11 @@ def test_numbers_are_short_and_exactly_what_they_were():
     assert logs.plain(jnp.float32(0.1)) == 0.1
     assert logs.plain(jnp.bfloat16(0.5)) == 0.5
     assert logs.plain(1 / 3) == 0.333333
-    assert (logs.plain(np.int32(7)), logs.plain(True), logs.plain(jnp.array([[2], [3]]))) == (7, True, [[2], [3]])
+    assert (logs.plain(np.int32(7)), logs.plain(True), logs.plain(jnp.array([[2], [3]]))) == (
+        7,
+        True,
+        [[2], [3]],
+    )
 
 
 @pytest.mark.parametrize("value", [np.float32("nan"), float("inf"), jnp.float32(-jnp.inf)])
@@ -38,20 +42,29 @@ def test_what_is_no_number_is_null(value):
 
 
 def test_scalars_name_the_entries_of_arrays_and_leave_text_out():
-    found = logs.scalars({"loss": jnp.bfloat16(2), "by_block": np.array([1.0, 3.0]), "moves": "critic", "n": 4})
+    found = logs.scalars(
+        {"loss": jnp.bfloat16(2), "by_block": np.array([1.0, 3.0]), "moves": "critic", "n": 4}
+    )
     assert found == {"loss": 2.0, "by_block/0": 1.0, "by_block/1": 3.0, "n": 4.0}
 
 
 def test_every_step_is_one_line(tmp_path):
     one = log(tmp_path)
-    one.write(1, {"moves": "critic", "loss": np.float32(0.7), "by_block": np.array([1, np.nan], np.float32)})
-    assert lines(tmp_path) == [{"step": 1, "moves": "critic", "loss": 0.7, "by_block": [1.0, None]}]  # at once
+    one.write(
+        1,
+        {"moves": "critic", "loss": np.float32(0.7), "by_block": np.array([1, np.nan], np.float32)},
+    )
+    assert lines(tmp_path) == [
+        {"step": 1, "moves": "critic", "loss": 0.7, "by_block": [1.0, None]}
+    ]  # at once
     one.write(2, {"loss": np.float32(0.5)})
     one.close()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
-@pytest.mark.parametrize(("after", "kept"), [(0, []), (1, []), (2, [2]), (3, [2]), (4, [2, 4]), (9, [2, 4, 6])])
+@pytest.mark.parametrize(
+    ("after", "kept"), [(0, []), (1, []), (2, [2]), (3, [2]), (4, [2, 4]), (9, [2, 4, 6])]
+)
 def test_a_resumed_log_has_each_step_once(tmp_path, after, kept):
     one = log(tmp_path)
     for step in (2, 4, 6):
@@ -60,10 +73,14 @@ def test_a_resumed_log_has_each_step_once(tmp_path, after, kept):
     again = log(tmp_path, after=after)
     again.write(after + 1, {"loss": 2.0})
     again.close()
-    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(s, 1.0) for s in kept] + [(after + 1, 2.0)]
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [
+        (s, 1.0) for s in kept
+    ] + [(after + 1, 2.0)]
 
 
-@pytest.mark.parametrize("torn", [b'{"step": 2, "lo', b'{"step": 2}', b"\0" * 7, b'{"steps": 2}\n{"step": 3}\n'])
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 2, "lo', b'{"step": 2}', b"\0" * 7, b'{"steps": 2}\n{"step": 3}\n']
+)
 def test_a_torn_line_is_cut_away(tmp_path, torn):
     (tmp_path / logs.LINES).write_bytes(b'{"step": 1}\n' + torn)
     again = log(tmp_path, after=5)
@@ -95,7 +112,9 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "library"), logs.LIBRARIES.items())
 def test_a_missing_library_is_named_with_its_extra(tmp_path, name, library, monkeypatch):
     monkeypatch.setattr(logs.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=rf"{library} is not installed; install packforcing-jax\[{name}\]"):
+    with pytest.raises(
+        InputError, match=rf"{library} is not installed; install packforcing-jax\[{name}\]"
+    ):
         log(tmp_path, ("jsonl", name))
     assert list(tmp_path.iterdir()) == []
 
@@ -114,9 +133,16 @@ def test_tensorboard_hears_every_number_and_takes_back_what_is_done_again(tmp_pa
     one = log(tmp_path, ("tensorboard",), after=4)
     one.write(5, {"loss": np.float32(0.5), "by_block": np.array([1.0, 2.0])})
     one.close()
-    assert told[0] == ("SummaryWriter", (str(tmp_path / "tensorboard"),), {"purge_step": 5, "filename_suffix": ".4"})
+    assert told[0] == (
+        "SummaryWriter",
+        (str(tmp_path / "tensorboard"),),
+        {"purge_step": 5, "filename_suffix": ".4"},
+    )
     assert [each[1] for each in told if each[0] == "add_scalar"] == [
-        ("loss", 0.5, 5), ("by_block/0", 1.0, 5), ("by_block/1", 2.0, 5)]  # fmt: skip
+        ("loss", 0.5, 5),
+        ("by_block/0", 1.0, 5),
+        ("by_block/1", 2.0, 5),
+    ]
     assert told[-1][0] == "close"
     assert [line["step"] for line in lines(tmp_path)] == [5]  # lines of JSON always
 
@@ -133,4 +159,6 @@ def test_weights_and_biases_continue_the_run_of_the_folder(tmp_path, monkeypatch
     assert first["id"] == second["id"] != ""
     assert (first["resume"], first["config"], first["dir"]) == ("allow", {"seed": 3}, str(tmp_path))
     assert [(args, settings["step"]) for name, args, settings in told if name == "log"] == [
-        (({"loss": 0.5},), 1), (({"loss": 0.5},), 4)]  # fmt: skip
+        (({"loss": 0.5},), 1),
+        (({"loss": 0.5},), 4),
+    ]

@@ -34,7 +34,11 @@ def described(data=1, fsdp=1, tensor=1, context=1):
 
 def shapes(exp):
     """Every parameter that training or its data may load, by path."""
-    return of_sizes(dataclasses.replace(exp, name="", train=TrainConfig(), cache=CacheConfig(score_pool=(1, 1, 1))))
+    return of_sizes(
+        dataclasses.replace(
+            exp, name="", train=TrainConfig(), cache=CacheConfig(score_pool=(1, 1, 1))
+        )
+    )
 
 
 @functools.cache
@@ -46,7 +50,9 @@ def of_sizes(exp):
 
 def held(tree, where):
     """Bytes of `tree` on each device."""
-    parts = jax.tree.map(lambda leaf, at: math.prod(at.shard_shape(leaf.shape)) * leaf.dtype.itemsize, tree, where)
+    parts = jax.tree.map(
+        lambda leaf, at: math.prod(at.shard_shape(leaf.shape)) * leaf.dtype.itemsize, tree, where
+    )
     return sum(jax.tree.leaves(parts))
 
 
@@ -84,14 +90,19 @@ def test_a_parameter_without_a_rule_or_with_two_is_refused(monkeypatch):
 def test_layers_are_never_divided():
     for path, leaf in shapes(tiny.EXP).items():
         if "/blocks/" in path:
-            assert tuple(mesh.spec(path, leaf.shape, described(fsdp=2, tensor=2)))[:1] in ((), (None,)), path
+            assert tuple(mesh.spec(path, leaf.shape, described(fsdp=2, tensor=2)))[:1] in (
+                (),
+                (None,),
+            ), path
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"tensor": 4}])
 def test_the_transformer_at_full_size_falls_into_equal_parts(sizes):
     exp, over = overrides.load_experiment("wan_t2v_1_3b"), described(**sizes)
     params = {path: leaf for path, leaf in shapes(exp).items() if path.startswith("dit/")}
-    share = bytes_of(params) / held(params, mesh.shardings(params, over)) / math.prod(sizes.values())
+    share = (
+        bytes_of(params) / held(params, mesh.shardings(params, over)) / math.prod(sizes.values())
+    )
     assert 0.98 < share <= 1
 
 
@@ -123,10 +134,19 @@ class State:
 
 @pytest.mark.parametrize("kind", ["adamw", "muon", "several"])
 def test_moments_and_averages_lie_where_their_parameter_does(kind):
-    optimiser = {"adamw": optax.adamw(1e-3), "muon": optax.contrib.muon(1e-3),
-                 "several": optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)), 3)}[kind]
-    state = State(params={"generator": FLAT, "critic": FLAT}, ema=FLAT, opt={"compressor": optimiser.init(FLAT)},
-                  step=jnp.int32(0))  # fmt: skip
+    optimiser = {
+        "adamw": optax.adamw(1e-3),
+        "muon": optax.contrib.muon(1e-3),
+        "several": optax.MultiSteps(
+            optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)), 3
+        ),
+    }[kind]
+    state = State(
+        params={"generator": FLAT, "critic": FLAT},
+        ema=FLAT,
+        opt={"compressor": optimiser.init(FLAT)},
+        step=jnp.int32(0),
+    )
     over = described(data=2, fsdp=3, tensor=2)
     where, seen = pytrees.flatten(mesh.shardings(state, over)), dict.fromkeys(FLAT, 0)
     for path, leaf in pytrees.flatten(state).items():
@@ -150,7 +170,9 @@ def test_what_has_fewer_axes_than_its_parameter_is_kept_whole():
 def test_a_state_is_born_divided():
     over = mesh.make(MeshConfig(fsdp=2))
     where = mesh.shardings(jax.eval_shape(lambda: FLAT), over)
-    born = jax.jit(lambda: {path: jnp.ones(leaf.shape) for path, leaf in FLAT.items()}, out_shardings=where)()
+    born = jax.jit(
+        lambda: {path: jnp.ones(leaf.shape) for path, leaf in FLAT.items()}, out_shardings=where
+    )()
     assert born[Q].addressable_shards[1].data.shape == (2, 18, 36)
     assert born[NORM].is_fully_replicated
 
@@ -169,14 +191,29 @@ def test_the_axes_are_left_to_the_compiler():
     assert set(mesh.make(MeshConfig(tensor=2)).axis_types) == {jax.sharding.AxisType.Auto}
 
 
-@pytest.mark.parametrize(("asked", "count", "sentence"), [
-    (MeshConfig(data=3, fsdp=2), 8, "data=3, fsdp=2, tensor=1, context=1 takes 6 devices, but there are 8; "
-                                    "data=4, fsdp=2, tensor=1, context=1 would fit"),
-    (MeshConfig(fsdp=8), 2, "takes 8 devices, but there are 2; data=1, fsdp=2, tensor=1, context=1 would fit"),
-    (MeshConfig(tensor=3), 4, "takes 3 devices, but there are 4; data=4, fsdp=1, tensor=1, context=1 would fit"),
-    (MeshConfig(tensor=0), 4, "train.mesh.tensor=0 is no size; give 1 or more"),
-    (MeshConfig(data=-2), 4, "train.mesh.data=-2 is no size; give 0 or more"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("asked", "count", "sentence"),
+    [
+        (
+            MeshConfig(data=3, fsdp=2),
+            8,
+            "data=3, fsdp=2, tensor=1, context=1 takes 6 devices, but there are 8; "
+            "data=4, fsdp=2, tensor=1, context=1 would fit",
+        ),
+        (
+            MeshConfig(fsdp=8),
+            2,
+            "takes 8 devices, but there are 2; data=1, fsdp=2, tensor=1, context=1 would fit",
+        ),
+        (
+            MeshConfig(tensor=3),
+            4,
+            "takes 3 devices, but there are 4; data=4, fsdp=1, tensor=1, context=1 would fit",
+        ),
+        (MeshConfig(tensor=0), 4, "train.mesh.tensor=0 is no size; give 1 or more"),
+        (MeshConfig(data=-2), 4, "train.mesh.data=-2 is no size; give 0 or more"),
+    ],
+)
 def test_a_mesh_that_does_not_fit_names_one_that_would(asked, count, sentence):
     with pytest.raises(InputError) as refused:
         mesh.sizes(asked, count)
@@ -210,7 +247,9 @@ def training(exp, **changes):
 
 def test_twelve_heads_over_eight_devices_are_refused_with_the_sizes_that_work():
     exp = training(overrides.load_experiment("wan_t2v_1_3b"), batch=8)
-    with pytest.raises(InputError, match=r"12 heads.* tensor x context = 8 x 1 = 8 .*work: 1, 2, 3, 4, 6, 12\."):
+    with pytest.raises(
+        InputError, match=r"12 heads.* tensor x context = 8 x 1 = 8 .*work: 1, 2, 3, 4, 6, 12\."
+    ):
         mesh.check(exp, described(tensor=8))
     with pytest.raises(InputError, match="tensor x context = 4 x 2 = 8 does not divide"):
         mesh.check(exp, described(tensor=4, context=2))
@@ -243,7 +282,9 @@ def test_without_a_mesh_nothing_is_constrained():
 
 def test_arrays_are_laid_out_over_the_mesh_in_force():
     with jax.set_mesh(mesh.make(MeshConfig(tensor=2))):
-        laid = jax.jit(lambda x: sharding.constrain(x, sharding.BATCH, "context", "tensor"))(jnp.ones((3, 5, 4)))
+        laid = jax.jit(lambda x: sharding.constrain(x, sharding.BATCH, "context", "tensor"))(
+            jnp.ones((3, 5, 4))
+        )
         whole = jax.jit(lambda x: sharding.constrain(x, None, "tensor"))(jnp.ones((4, 3)))
     assert [shard.data.shape for shard in laid.addressable_shards] == [(3, 5, 2)] * 2
     assert whole.is_fully_replicated
@@ -251,13 +292,23 @@ def test_arrays_are_laid_out_over_the_mesh_in_force():
 
 # what is learned ------------------------------------------------------------------------------------------------------
 
-MESHES = [(1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2), (2, 2, 1, 1), (1, 1, 4, 1),
-          (8, 1, 1, 1), (1, 2, 2, 2)]  # fmt: skip
+MESHES = [
+    (1, 1, 1, 1),
+    (2, 1, 1, 1),
+    (1, 2, 1, 1),
+    (1, 1, 2, 1),
+    (1, 1, 1, 2),
+    (2, 2, 1, 1),
+    (1, 1, 4, 1),
+    (8, 1, 1, 1),
+    (1, 2, 2, 2),
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["forcing", "dmd"])
 def test_every_mesh_learns_the_same_over_twenty_steps(objective):
     found = meshed.told(meshed.child(objective=objective, steps=20, meshes=MESHES), patience=3600)
-    assert {mesh: meshed.apart(found[MESHES[0]], steps) < 1e-4 for mesh, steps in found.items()} == dict.fromkeys(
-        MESHES, True)  # fmt: skip
+    assert {
+        mesh: meshed.apart(found[MESHES[0]], steps) < 1e-4 for mesh, steps in found.items()
+    } == dict.fromkeys(MESHES, True)

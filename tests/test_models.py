@@ -22,10 +22,14 @@ from packforcing_jax.networks import dit
 WAN = config.Experiment("wan")
 STAGE = config.Experiment(
     "stage é",
-    dit=config.DiTConfig(dim=36, heads=3, layers=2, in_channels=27, out_channels=27, rope_pairs=(2, 3, 1), eps=1e-5),
+    dit=config.DiTConfig(
+        dim=36, heads=3, layers=2, in_channels=27, out_channels=27, rope_pairs=(2, 3, 1), eps=1e-5
+    ),
     codec=config.SpaceToDepthConfig(factor=3),
     cache=config.PROFILES["published"],
-    compressor=config.CompressorConfig(channels=(5, 7), strides=((2, 1, 1), (1, 2, 2)), branches="hr"),
+    compressor=config.CompressorConfig(
+        channels=(5, 7), strides=((2, 1, 1), (1, 2, 2)), branches="hr"
+    ),
     sample=config.SampleConfig(steps=(900, 300), shift=3.5, prediction="clean"),
     dtypes=config.DtypeConfig(cache="float16", text="bfloat16"),
     latent=(10, 18),
@@ -36,25 +40,32 @@ def parts():
     """Some of three parts, with values that bfloat16 rounds, an integer and a scalar."""
     rng = np.random.default_rng(0)
     return {
-        "dit": {"blocks/attn/q/kernel": rng.normal(size=(2, 5, 3)).astype(np.float32),
-                "head/bias": jnp.arange(7, dtype=jnp.float32) / 3},
+        "dit": {
+            "blocks/attn/q/kernel": rng.normal(size=(2, 5, 3)).astype(np.float32),
+            "head/bias": jnp.arange(7, dtype=jnp.float32) / 3,
+        },
         "compressor": {"scale": np.float32(1.25)},
-        "text": {"table": rng.normal(size=(11, 3)).astype(np.float32).T,  # not contiguous
-                 "buckets": np.arange(4, dtype=np.int32)},
-    }  # fmt: skip
+        "text": {
+            "table": rng.normal(size=(11, 3)).astype(np.float32).T,  # not contiguous
+            "buckets": np.arange(4, dtype=np.int32),
+        },
+    }
 
 
 def saved(folder, *, dtype="float32", **texts):
-    model_folder.save(folder, STAGE, parts(), dtype=dtype, texts={model_folder.TOKENIZER: '{"é": 1}'} | texts)
+    model_folder.save(
+        folder, STAGE, parts(), dtype=dtype, texts={model_folder.TOKENIZER: '{"é": 1}'} | texts
+    )
     return folder
 
 
 def read(folder):
     """(experiment, arrays by part and path)."""
     model = model_folder.opened(folder)
-    return model.experiment, {part: {path: tensor.read() for path, tensor in held.items()}
-                              for part, held in model.parts.items()}  # fmt: skip
-
+    return model.experiment, {
+        part: {path: tensor.read() for path, tensor in held.items()}
+        for part, held in model.parts.items()
+    }
 
 
 @pytest.mark.parametrize("experiment", [WAN, STAGE], ids=lambda e: e.name)
@@ -63,17 +74,25 @@ def test_experiment_survives_json(experiment):
     back = model_folder.experiment_from_json(text)
     assert back == experiment
     assert hash(back) == hash(experiment)  # tuples all the way down
-    assert json.loads(text)["codec"]["kind"] == {"wan": "vae", "stage é": "space_to_depth"}[experiment.name]
+    assert (
+        json.loads(text)["codec"]["kind"]
+        == {"wan": "vae", "stage é": "space_to_depth"}[experiment.name]
+    )
 
 
 @pytest.mark.parametrize("profile", config.PROFILES)
 def test_every_cache_profile_survives_json(profile):
     experiment = dataclasses.replace(STAGE, cache=config.PROFILES[profile])
-    assert model_folder.experiment_from_json(model_folder.experiment_to_json(experiment)) == experiment
+    assert (
+        model_folder.experiment_from_json(model_folder.experiment_to_json(experiment)) == experiment
+    )
 
 
 def test_left_out_settings_take_their_defaults():
-    assert model_folder.experiment_from_json('{"name": "wan", "dit": {}, "codec": {"kind": "vae"}}') == WAN
+    assert (
+        model_folder.experiment_from_json('{"name": "wan", "dit": {}, "codec": {"kind": "vae"}}')
+        == WAN
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,7 +105,11 @@ def test_left_out_settings_take_their_defaults():
         (("dit", "patch"), [1, 2], r"dit\.patch=\[1, 2\] needs 3 entries"),
         (("compressor", "strides"), [[2, 1, 1], [1, "2", 2]], r"compressor\.strides\[1\]\[1\]='2'"),
         (("sample", "steps"), 4, r"sample\.steps=4 is not a list"),
-        (("codec", "kind"), "jpeg", r"codec\.kind='jpeg' is unknown; choose one of vae, space_to_depth"),
+        (
+            ("codec", "kind"),
+            "jpeg",
+            r"codec\.kind='jpeg' is unknown; choose one of vae, space_to_depth",
+        ),
         (("codec",), None, r"codec\.kind=None"),
         (("cache",), [], r"cache=\[\] is not a table"),
         (("name",), ..., "name is missing"),
@@ -133,7 +156,13 @@ def test_half_precision_folders_are_rounded_and_leave_integers_alone(tmp_path, d
             given = np.asarray(parts()[part][path])
             rounded = given.astype(jnp.dtype(dtype)) if given.dtype == np.float32 else given
             np.testing.assert_array_equal(leaf, rounded, err_msg=path, strict=True)
-    names = ["compressor.safetensors", "config.json", "dit.safetensors", "text.safetensors", "tokenizer.json"]
+    names = [
+        "compressor.safetensors",
+        "config.json",
+        "dit.safetensors",
+        "text.safetensors",
+        "tokenizer.json",
+    ]
     assert sorted(p.name for p in folder.iterdir()) == names
 
 
@@ -158,8 +187,12 @@ def folder(tmp_path_factory):
 def test_layers_are_read_stacked_or_each_for_itself(folder):
     held, whole = model_folder.opened(folder).part("dit"), tiny.nets().dit
     stacked = model_folder.fill(shapes(), held, dtype="float32", source="weights")
-    apart = model_folder.fill(jax.eval_shape(lambda: dit.unrolled(dit.WanDiT(tiny.EXP.dit, nnx.Rngs(0)))), held,
-                        dtype="float32", source="weights")  # fmt: skip
+    apart = model_folder.fill(
+        jax.eval_shape(lambda: dit.unrolled(dit.WanDiT(tiny.EXP.dit, nnx.Rngs(0)))),
+        held,
+        dtype="float32",
+        source="weights",
+    )
     for form, wanted in ((stacked, whole), (apart, dit.unrolled(whole))):
         flat = pytrees.flatten(form)
         assert flat.keys() == pytrees.flatten(wanted).keys()
@@ -173,19 +206,30 @@ def test_one_layer_is_read_alone_and_in_another_dtype(folder):
     block = model_folder.fill(one, held, dtype="bfloat16", source="weights", inside="blocks/1/")
     wanted = dit.unrolled(tiny.nets().dit).blocks[1]
     for path, leaf in pytrees.flatten(wanted).items():
-        np.testing.assert_array_equal(pytrees.flatten(block)[path], leaf.astype(jnp.bfloat16), err_msg=path, strict=True)
+        np.testing.assert_array_equal(
+            pytrees.flatten(block)[path], leaf.astype(jnp.bfloat16), err_msg=path, strict=True
+        )
     with pytest.raises(InputError, match="attn/q/kernel: missing"):
-        model_folder.fill(one, held, dtype="float32", source="weights", inside=f"blocks/{tiny.EXP.dit.layers}/")
+        model_folder.fill(
+            one, held, dtype="float32", source="weights", inside=f"blocks/{tiny.EXP.dit.layers}/"
+        )
 
 
 def test_leaves_go_straight_into_their_shards(folder):
     mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     place = NamedSharding(mesh, PartitionSpec(None, None, "fsdp"))
-    filled = model_folder.fill(shapes(), model_folder.opened(folder).part("dit"), dtype="float32", source="weights",
-                         shardings={"blocks/ffn_in/kernel": place})  # fmt: skip
+    filled = model_folder.fill(
+        shapes(),
+        model_folder.opened(folder).part("dit"),
+        dtype="float32",
+        source="weights",
+        shardings={"blocks/ffn_in/kernel": place},
+    )
     flat = pytrees.flatten(filled)
     assert flat["blocks/ffn_in/kernel"].sharding == place
-    np.testing.assert_array_equal(flat["blocks/ffn_in/kernel"], pytrees.flatten(tiny.nets().dit)["blocks/ffn_in/kernel"])
+    np.testing.assert_array_equal(
+        flat["blocks/ffn_in/kernel"], pytrees.flatten(tiny.nets().dit)["blocks/ffn_in/kernel"]
+    )
 
 
 def test_every_mismatch_is_named_at_once(folder):
@@ -205,7 +249,12 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
     flat["time_proj/kernel"][2, 5] = value
     model_folder.save(tmp_path / "m", tiny.EXP, {"dit": flat}, dtype="float32")
     with pytest.raises(InputError, match=r"not finite in 1 tensors \(time_proj/kernel\)"):
-        model_folder.fill(shapes(), model_folder.opened(tmp_path / "m").part("dit"), dtype="bfloat16", source="weights")
+        model_folder.fill(
+            shapes(),
+            model_folder.opened(tmp_path / "m").part("dit"),
+            dtype="bfloat16",
+            source="weights",
+        )
 
 
 def test_saving_again_replaces_the_whole_folder(tmp_path):

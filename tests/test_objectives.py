@@ -44,8 +44,13 @@ def losses(given, key=KEY, exp=None):
 
 def clips():
     weight = np.random.default_rng(2).uniform(0.5, 2, (BLOCKS, tiny.BATCH, 3, 8, 4, 1))
-    return Batch(words=STATES, latent=tiny.latents(BLOCKS), low=tiny.lows(BLOCKS),
-                 weight=jnp.asarray(weight, jnp.float32), called=jnp.asarray(CALLED))  # fmt: skip
+    return Batch(
+        words=STATES,
+        latent=tiny.latents(BLOCKS),
+        low=tiny.lows(BLOCKS),
+        weight=jnp.asarray(weight, jnp.float32),
+        called=jnp.asarray(CALLED),
+    )
 
 
 def training(sink, exp=BASE):
@@ -62,7 +67,12 @@ def with_train(**settings):
 
 def twins_seen(sink):
     """[loss, twin]: whether the packed twin of a block shows when another is guessed."""
-    return np.array([[twin >= sink // 3 and twin < block - 1 for twin in range(BLOCKS)] for block in range(BLOCKS)])
+    return np.array(
+        [
+            [twin >= sink // 3 and twin < block - 1 for twin in range(BLOCKS)]
+            for block in range(BLOCKS)
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +85,9 @@ def gradients():
         return objectives.forcing(networks, given, KEY, training(3))[1]["loss_by_block"]
 
     given = clips()
-    return tiny.jit(jax.jacrev(by_block, argnums=(0, 1, 2)))(given.latent, given.low, MODEL.compressor)
+    return tiny.jit(jax.jacrev(by_block, argnums=(0, 1, 2)))(
+        given.latent, given.low, MODEL.compressor
+    )
 
 
 def test_a_loss_depends_on_its_own_block_and_earlier_ones_only(gradients):
@@ -113,18 +125,34 @@ def test_training_guesses_behind_the_memory_that_sampling_fills():
 
     @tiny.jit
     def block_loss(memory, latent, noise, sigma, words, weight):
-        seen, past = cache.plan(exp.cache, memory.num_blocks), pytrees.zipped(memory.layers, list(lots))
+        seen, past = (
+            cache.plan(exp.cache, memory.num_blocks),
+            pytrees.zipped(memory.layers, list(lots)),
+        )
         noisy = schedules.add_noise(latent, noise, sigma)
-        clean, kept = block_step.guess(APART, exp, seen, noisy, 1000 * sigma, sigma, words, past, look=block_step.first_look)
-        return jnp.mean(weight * (clean - latent) ** 2), block_step.Drawn(clean, *pytrees.unzip(kept))
+        clean, kept = block_step.guess(
+            APART, exp, seen, noisy, 1000 * sigma, sigma, words, past, look=block_step.first_look
+        )
+        return jnp.mean(weight * (clean - latent) ** 2), block_step.Drawn(
+            clean, *pytrees.unzip(kept)
+        )
 
     by_hand = []
     for block in range(BLOCKS):
         prompt = pytrees.unstack(KV(k=words.k[block], v=words.v[block]), exp.dit.layers)
-        loss, drawn = block_loss(memory, given.latent[block], noise[block], levels[block], prompt, given.weight[block])
+        loss, drawn = block_loss(
+            memory, given.latent[block], noise[block], levels[block], prompt, given.weight[block]
+        )
         by_hand.append(loss)
-        memory, *_ = tiny.remember(APART, exp, memory, latent=given.latent[block], low=given.low[block],
-                                   drawn=drawn, text=prompt)  # fmt: skip
+        memory, *_ = tiny.remember(
+            APART,
+            exp,
+            memory,
+            latent=given.latent[block],
+            low=given.low[block],
+            drawn=drawn,
+            text=prompt,
+        )
     np.testing.assert_allclose(losses(given), jnp.stack(by_hand), rtol=1e-5)
 
 
@@ -148,7 +176,9 @@ def test_a_block_hears_its_own_prompt():
 
 def test_a_gap_moves_only_what_lies_before_recent():
     plain, moved = (losses(clips(), exp=training(0, with_gap(share))) for share in (0.0, 1.0))
-    np.testing.assert_allclose(plain[:2], moved[:2], rtol=1e-6)  # nothing, or only recent, lies behind them
+    np.testing.assert_allclose(
+        plain[:2], moved[:2], rtol=1e-6
+    )  # nothing, or only recent, lies behind them
     assert (np.abs(plain - moved)[2:] > 1e-4).all()
 
 
@@ -163,9 +193,13 @@ def test_the_key_decides():
 
 def test_both_losses_count_and_matching_counts_where_a_called_block_is_packed():
     total, told = run(clips(), KEY, training(0))
-    np.testing.assert_allclose(total, told["loss_by_block"].mean() + 0.02 * told["matching"], rtol=1e-6)
+    np.testing.assert_allclose(
+        total, told["loss_by_block"].mean() + 0.02 * told["matching"], rtol=1e-6
+    )
     assert told["matching"] > 0
-    sharp = dataclasses.replace(clips(), called=clips().called.at[3, 0, 1, 0].set(False))  # block 2 is still sharp
+    sharp = dataclasses.replace(
+        clips(), called=clips().called.at[3, 0, 1, 0].set(False)
+    )  # block 2 is still sharp
     assert run(sharp, KEY, training(0))[1]["matching"] == 0
 
 
@@ -175,7 +209,9 @@ def test_matching_is_the_surprise_at_the_called_blocks_share():
     called = np.zeros((2, 3, 5), bool)
     called[0, 0, [1, 2]] = called[0, 1, 4] = called[1, 0, 3] = True  # block 3 is not packed
     expected = -(np.log(5 / 8) + np.log(3 / 8)) / 6  # over two videos and three kinds
-    np.testing.assert_allclose(tiny.jit(objectives.matching)(scores, ids, jnp.asarray(called)), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        tiny.jit(objectives.matching)(scores, ids, jnp.asarray(called)), expected, rtol=1e-6
+    )
 
 
 def test_matching_raises_the_called_block_and_lowers_the_others():
@@ -227,8 +263,12 @@ def test_diffusion_forcing_sees_noise_and_not_the_truth():
 def test_a_velocity_is_weighed_by_wans_bell():
     sigma, exp = jnp.asarray([[0.3, 0.9]]), dataclasses.replace(BASE, sample=tiny.EXP.sample)
     clean, noise, guess = tiny.normal(1, 3, 1, 2, 3, 8, 4, 12)
-    ours = tiny.jit(lambda *given: objectives.denoising_loss(exp, *given, None))(guess, clean, sigma)
-    velocity = (schedules.add_noise(clean, noise, sigma) - guess) / jnp.expand_dims(sigma, range(2, 6))
+    ours = tiny.jit(lambda *given: objectives.denoising_loss(exp, *given, None))(
+        guess, clean, sigma
+    )
+    velocity = (schedules.add_noise(clean, noise, sigma) - guess) / jnp.expand_dims(
+        sigma, range(2, 6)
+    )
     error = ((velocity - (noise - clean)) ** 2).mean(axis=(0, 2, 3, 4, 5))
     grid = schedules.table(6.0)
     bell = schedules.training_weights(grid)[np.asarray(schedules.nearest_id(grid, 1000 * sigma[0]))]
@@ -254,7 +294,9 @@ def test_the_teacher_sees_every_frame_under_one_level_of_noise():
 @pytest.mark.parametrize("drop", [0.0, 1.0])
 def test_hidden_text_is_no_text(drop):
     exp, given = with_train(drop_text=drop), clips()
-    one, two = (run(each, KEY, exp, objective="flow_matching")[0] for each in (given, saying(given, 1)))
+    one, two = (
+        run(each, KEY, exp, objective="flow_matching")[0] for each in (given, saying(given, 1))
+    )
     assert (one == two) == (drop == 1.0)
 
 
@@ -267,12 +309,16 @@ CLEAN = with_train(history="clean", grid=7)
 @tiny.jit
 def guess(model, latent, sample, sigma, states):
     """The guess of noisy blocks behind the clean ones before them."""
-    return objectives.causal(model, CLEAN, Batch(words=None, latent=latent), sample, sigma, states).clean
+    return objectives.causal(
+        model, CLEAN, Batch(words=None, latent=latent), sample, sigma, states
+    ).clean
 
 
 def with_trajectory(seed=3):
     """Data without the clip: a way's last state is it."""
-    way = jnp.stack([tiny.latents(BLOCKS, seed=seed + i) for i in range(len(BASE.sample.steps) + 1)])
+    way = jnp.stack(
+        [tiny.latents(BLOCKS, seed=seed + i) for i in range(len(BASE.sample.steps) + 1)]
+    )
     return Batch(words=STATES, trajectory=way)
 
 
@@ -280,38 +326,63 @@ def test_a_trajectory_is_followed_from_a_step_of_its_own_for_each_block():
     """Errors recomputed for every step, of which each block has one."""
     given, (times, sigmas) = with_trajectory(), block_step.step_table(BASE.sample)
     way, end = given.trajectory, np.asarray(given.trajectory[-1])
-    by_step = [guess(MODEL, way[-1], way[i], jnp.full((BLOCKS, tiny.BATCH), sigmas[i]), STATES)
-               for i in range(len(times))]  # fmt: skip
-    errors = np.stack([((np.asarray(clean) - end) ** 2).mean(axis=(2, 3, 4, 5)) for clean in by_step])
+    by_step = [
+        guess(MODEL, way[-1], way[i], jnp.full((BLOCKS, tiny.BATCH), sigmas[i]), STATES)
+        for i in range(len(times))
+    ]
+    errors = np.stack(
+        [((np.asarray(clean) - end) ** 2).mean(axis=(2, 3, 4, 5)) for clean in by_step]
+    )
     told = np.asarray(run(given, KEY, CLEAN, objective="trajectory")[1]["loss_by_block"])
     pairs = [(i, j) for i in range(3) for j in range(3)]
-    means = [{pair: errors[list(pair), block, [0, 1]].mean() for pair in pairs} for block in range(BLOCKS)]
-    found = [min(table, key=lambda pair, t=table, e=told[block]: abs(t[pair] - e)) for block, table in enumerate(means)]
-    np.testing.assert_allclose([means[block][pair] for block, pair in enumerate(found)], told, rtol=1e-4)
+    means = [
+        {pair: errors[list(pair), block, [0, 1]].mean() for pair in pairs}
+        for block in range(BLOCKS)
+    ]
+    found = [
+        min(table, key=lambda pair, t=table, e=told[block]: abs(t[pair] - e))
+        for block, table in enumerate(means)
+    ]
+    np.testing.assert_allclose(
+        [means[block][pair] for block, pair in enumerate(found)], told, rtol=1e-4
+    )
     assert len(set(found)) > 1
 
 
 def test_a_trajectory_of_other_steps_is_refused():
     given = with_trajectory()
     with pytest.raises(InputError, match="hold 3 states a clip, but sample.steps"):
-        run(dataclasses.replace(given, trajectory=given.trajectory[1:]), KEY, CLEAN, objective="trajectory")
+        run(
+            dataclasses.replace(given, trajectory=given.trajectory[1:]),
+            KEY,
+            CLEAN,
+            objective="trajectory",
+        )
 
 
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 def test_consistency_asks_the_average_behind_one_step_of_the_teacher(guidance):
     """Every block at a step of its own; at the last one the way has ended, and nobody is asked."""
-    exp = with_train(history="clean", grid=7, distil=dataclasses.replace(CLEAN.train.distil, guidance=guidance))
-    teacher, average = (Model(dit=tiny.filled(MODEL.dit, seed), compressor=MODEL.compressor) for seed in (4, 6))
+    exp = with_train(
+        history="clean", grid=7, distil=dataclasses.replace(CLEAN.train.distil, guidance=guidance)
+    )
+    teacher, average = (
+        Model(dit=tiny.filled(MODEL.dit, seed), compressor=MODEL.compressor) for seed in (4, 6)
+    )
     given, keys = clips(), jax.random.split(KEY, 4)
     sigmas = np.append(schedules.table(6.0, steps=7).sigmas, 0.0)
     at = np.asarray(jax.random.randint(keys[0], (BLOCKS, tiny.BATCH), 0, 7))
     assert len(np.unique(at)) > 1
     here, there = (np.float32(sigmas[at + i])[..., None, None, None, None] for i in (0, 1))
     noisy = (1 - here) * given.latent + here * jax.random.normal(keys[1], given.latent.shape)
-    with_text, without = (guess(teacher, given.latent, noisy, sigmas[at], states) for states in (STATES, 0 * STATES))
+    with_text, without = (
+        guess(teacher, given.latent, noisy, sigmas[at], states) for states in (STATES, 0 * STATES)
+    )
     clean = without + guidance * (with_text - without)
     nearer = noisy + (there - here) * (noisy - clean) / here
-    target = np.where(there == 0, nearer, guess(average, given.latent, nearer, sigmas[at + 1], STATES))
+    target = np.where(
+        there == 0, nearer, guess(average, given.latent, nearer, sigmas[at + 1], STATES)
+    )
     expected = ((guess(MODEL, given.latent, noisy, sigmas[at], STATES) - target) ** 2).mean()
     loss, _ = run(given, KEY, exp, objective="consistency", teacher=teacher, average=average)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
@@ -319,9 +390,14 @@ def test_consistency_asks_the_average_behind_one_step_of_the_teacher(guidance):
 
 def test_at_the_ways_last_step_consistency_is_the_teachers_clean_guess():
     """With a single step all blocks are pure noise, and one step ends the way: no average is asked."""
-    exp = with_train(history="clean", grid=1, distil=dataclasses.replace(CLEAN.train.distil, guidance=1.0))
+    exp = with_train(
+        history="clean", grid=1, distil=dataclasses.replace(CLEAN.train.distil, guidance=1.0)
+    )
     teacher, given = Model(dit=tiny.filled(MODEL.dit, 4), compressor=MODEL.compressor), clips()
-    noise, full = jax.random.normal(jax.random.split(KEY, 4)[1], given.latent.shape), np.ones((BLOCKS, tiny.BATCH))
+    noise, full = (
+        jax.random.normal(jax.random.split(KEY, 4)[1], given.latent.shape),
+        np.ones((BLOCKS, tiny.BATCH)),
+    )
     target, own = (guess(model, given.latent, noise, full, STATES) for model in (teacher, MODEL))
     for seed in (6, 7):
         average = Model(dit=tiny.filled(MODEL.dit, seed), compressor=MODEL.compressor)

@@ -148,7 +148,9 @@ def test_an_experiment_is_found_by_name_and_by_path(tmp_path):
     by_name = overrides.load_experiment("wan_t2v_1_3b")
     assert overrides.load_experiment(overrides.CONFIGS / "wan_t2v_1_3b.py") == by_name
     own = tmp_path / "mine.py"
-    own.write_text("from packforcing_jax.config import Experiment\nexperiment = Experiment(name='mine', fps=9)\n")
+    own.write_text(
+        "from packforcing_jax.config import Experiment\nexperiment = Experiment(name='mine', fps=9)\n"
+    )
     assert overrides.load_experiment(str(own), ["fps=11"]) == Experiment(name="mine", fps=11)
 
 

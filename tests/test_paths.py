@@ -14,9 +14,16 @@ from packforcing_jax.training.batches import Batch, Model
 
 BLOCKS = 3
 EXP = dataclasses.replace(
-    tiny.EXP, clip=3 * BLOCKS, sample=dataclasses.replace(tiny.EXP.sample, steps=(1000, 600, 200), shift=3.0),
-    train=dataclasses.replace(tiny.EXP.train, grid=5, history="clean",
-                              distil=dataclasses.replace(tiny.EXP.train.distil, guidance=2.0)))  # fmt: skip
+    tiny.EXP,
+    clip=3 * BLOCKS,
+    sample=dataclasses.replace(tiny.EXP.sample, steps=(1000, 600, 200), shift=3.0),
+    train=dataclasses.replace(
+        tiny.EXP.train,
+        grid=5,
+        history="clean",
+        distil=dataclasses.replace(tiny.EXP.train.distil, guidance=2.0),
+    ),
+)
 TEACHER = Model(dit=tiny.nets().dit, compressor=tiny.nets().compressor)
 STATES = tiny.normal(3, 1, tiny.BATCH, 9, EXP.dit.text_dim)
 NOISE = tiny.latents(BLOCKS)
@@ -27,7 +34,9 @@ def by_hand(guess):
     sigmas, x, found = np.append(schedules.table(3.0, steps=5).sigmas, 0.0), NOISE, []
     for i in range(5):
         found += [x] if i in (0, 2, 4) else []
-        with_text, without = (guess(x, sigmas[i], text) for text in (STATES, jnp.zeros_like(STATES)))
+        with_text, without = (
+            guess(x, sigmas[i], text) for text in (STATES, jnp.zeros_like(STATES))
+        )
         velocity = (x - (without + 2.0 * (with_text - without))) / sigmas[i]
         x = x + (sigmas[i + 1] - sigmas[i]) * velocity
     return jnp.stack([*found, x])
@@ -36,7 +45,9 @@ def by_hand(guess):
 def test_a_bidirectional_teacher_draws_whole_clips():
     @tiny.jit
     def guess(x, sigma, text):
-        clean = distillation.score(TEACHER.dit, EXP, batches.by_clip(x), jnp.full(tiny.BATCH, 1000 * sigma), text)
+        clean = distillation.score(
+            TEACHER.dit, EXP, batches.by_clip(x), jnp.full(tiny.BATCH, 1000 * sigma), text
+        )
         return batches.by_block(clean, EXP.cache.block)
 
     way = tiny.jit(paths.way, static_argnames="exp")(TEACHER, EXP, NOISE, STATES)

@@ -42,7 +42,9 @@ def test_blocks_say_what_they_are(pipe):
     blocks = list(pipe.stream([RED, RED, BLUE, BLUE, BLUE], seed=4))
     assert [block.index for block in blocks] == [0, 1, 2, 3, 4]
     assert [block.prompt for block in blocks] == [RED, RED, BLUE, BLUE, BLUE]
-    assert all(block.frames.shape == (3, 16, 8, 3) and abs(block.frames).max() <= 1 for block in blocks)
+    assert all(
+        block.frames.shape == (3, 16, 8, 3) and abs(block.frames).max() <= 1 for block in blocks
+    )
     assert (blocks[1].chosen == -1).all()  # nothing is packed yet
     assert [set(block.chosen.ravel().tolist()) for block in blocks[3:]] == [{1, -1}, {1, 2}]
 
@@ -114,12 +116,20 @@ def streams(pipe):
 @pytest.mark.parametrize(("name", "after"), [("plain", 0), ("plain", 6), ("incremental", 6)])
 def test_a_stream_goes_on_from_the_state_a_block_left(streams, name, after):
     model, whole, states = streams[name]
-    rest = list(model.stream(PROMPTS, seed=99, state=copied(states[after])))  # the state knows its seed
+    rest = list(
+        model.stream(PROMPTS, seed=99, state=copied(states[after]))
+    )  # the state knows its seed
     assert [block.index for block in rest] == list(range(after + 1, len(PROMPTS)))
     for block, expected in zip(rest, whole[after + 1 :], strict=True):
-        assert (block.prompt, block.layout, block.sink_sum) == (expected.prompt, expected.layout, expected.sink_sum)
+        assert (block.prompt, block.layout, block.sink_sum) == (
+            expected.prompt,
+            expected.layout,
+            expected.sink_sum,
+        )
         for field in ("frames", "latent", "chosen", "scores", "places"):
-            np.testing.assert_array_equal(getattr(block, field), getattr(expected, field), err_msg=field)
+            np.testing.assert_array_equal(
+                getattr(block, field), getattr(expected, field), err_msg=field
+            )
     assert len({block.chosen.tobytes() for block in rest}) > 1
 
 
@@ -131,7 +141,9 @@ def test_a_state_at_the_end_of_its_prompts_has_nothing_left_to_draw(streams):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_sinks_checksum_stays_once_the_sink_is_full(streams, name):
     model, blocks, _ = streams[name]
-    assert model.experiment.cache.sink == model.experiment.cache.block  # full behind the first block
+    assert (
+        model.experiment.cache.sink == model.experiment.cache.block
+    )  # full behind the first block
     assert len({block.sink_sum for block in blocks}) == 1
     assert blocks[0].sink_sum > 0
 
@@ -140,8 +152,12 @@ def test_the_sinks_checksum_tells_other_videos_apart(pipe):
     assert len({next(pipe.stream([RED], seed=seed)).sink_sum for seed in range(4)}) == 4
 
 
-@pytest.mark.parametrize(("name", "kept"), [("plain", ["sink/k", "sink/v"]), ("incremental", ["sink/v"])])
-def test_one_number_of_the_sink_changes_its_checksum_and_none_of_another_store_does(streams, name, kept):
+@pytest.mark.parametrize(
+    ("name", "kept"), [("plain", ["sink/k", "sink/v"]), ("incremental", ["sink/v"])]
+)
+def test_one_number_of_the_sink_changes_its_checksum_and_none_of_another_store_does(
+    streams, name, kept
+):
     model, blocks, states = streams[name]
     memory, exp = states[-1].memory, model.experiment
     for path in ("sink/k", "sink/v", "mid/k", "recent/v"):
@@ -149,7 +165,11 @@ def test_one_number_of_the_sink_changes_its_checksum_and_none_of_another_store_d
         store, part = path.split("/")
         numbers = getattr(getattr(changed.layers[1], store), part)
         numbers[0, 0, 1, 2, 3] = np.nextafter(numbers[0, 0, 1, 2, 3], np.float32(9))
-        same = int(pipeline.sink_sum(exp, changed)) == int(pipeline.sink_sum(exp, memory)) == blocks[-1].sink_sum
+        same = (
+            int(pipeline.sink_sum(exp, changed))
+            == int(pipeline.sink_sum(exp, memory))
+            == blocks[-1].sink_sum
+        )
         assert same == (path not in kept), path
 
 
@@ -205,14 +225,20 @@ def test_a_broken_model_stops_before_its_block_is_shown(pipe):
 
 
 def test_every_prompt_is_checked_before_the_first_block(pipe):
-    for prompts, named in (([RED, "a purpel disc"], "purpel"), ([RED, " "], "empty"), ([], "at least one block")):
+    for prompts, named in (
+        ([RED, "a purpel disc"], "purpel"),
+        ([RED, " "], "empty"),
+        ([], "at least one block"),
+    ):
         with pytest.raises(InputError, match=named):
             pipe.stream(prompts)
 
 
 def test_generate_is_the_stream_in_one_piece(pipe):
     whole = pipe.generate([RED, BLUE], seed=6)
-    np.testing.assert_array_equal(whole, np.concatenate([b.frames for b in pipe.stream([RED, BLUE], seed=6)]))
+    np.testing.assert_array_equal(
+        whole, np.concatenate([b.frames for b in pipe.stream([RED, BLUE], seed=6)])
+    )
 
 
 def test_memory_profiles_are_names(pipe):

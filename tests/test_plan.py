@@ -37,11 +37,20 @@ def run(tmp_path, capsys, monkeypatch):
 
 def test_the_table_has_every_figure_beside_its_formula(run):
     code, out = run("--blocks", "7")
-    lines = {line.strip().split("  ")[0]: line.split() for line in out.splitlines() if line.startswith("  ")}
+    lines = {
+        line.strip().split("  ")[0]: line.split()
+        for line in out.splitlines()
+        if line.startswith("  ")
+    }
     assert code == 0
     assert out.startswith("tiny: 7 blocks of 3 latent frames, float32")
     assert lines["room"] == ["room", "100", "100", "attended", "+", "p,", "rounded", "up"]
-    assert lines["one packed block"][3:7] == ["4.608", "kB", "4.608", "kB"]  # 8 keys, 2 layers of 36, 4 bytes
+    assert lines["one packed block"][3:7] == [
+        "4.608",
+        "kB",
+        "4.608",
+        "kB",
+    ]  # 8 keys, 2 layers of 36, 4 bytes
     assert max(map(len, out.splitlines())) <= 120
     assert "N_sink s" in out
     assert "not compiled" in out
@@ -62,7 +71,9 @@ def test_json_has_the_exact_figures(run):
 def test_every_use_is_named_where_dtypes_differ(run):
     code, out = run("--blocks", "7", "--set", "dtypes.cache=bfloat16")
     assert code == 0
-    assert out.startswith("tiny: 7 blocks of 3 latent frames, params float32, compute float32, cache bfloat16, vae")
+    assert out.startswith(
+        "tiny: 7 blocks of 3 latent frames, params float32, compute float32, cache bfloat16, vae"
+    )
     assert "cached 18.432 kB 18.432 kB" in " ".join(out.split())
 
 
@@ -72,10 +83,17 @@ def test_what_fits_is_said_of_every_memory(run):
     assert code == 0
     assert "24GB      fits, 24.000 GB are left" in out  # all but a few hundred kilobytes
     assert "141GB     fits, 141.000 GB are left" in out
-    code, out = run("--blocks", "7", "--device-memory", "0.0004GB", "--device-memory", "1MiB", "--json")
+    code, out = run(
+        "--blocks", "7", "--device-memory", "0.0004GB", "--device-memory", "1MiB", "--json"
+    )
     small, large = json.loads(out)["fits"]
     assert code == 0  # no figure differs
-    assert (small["bytes"], small["fits"], large["bytes"], large["fits"]) == (400_000, False, 2**20, True)
+    assert (small["bytes"], small["fits"], large["bytes"], large["fits"]) == (
+        400_000,
+        False,
+        2**20,
+        True,
+    )
     assert small["set"]
     assert small["then_needs"] <= 400_000 < small["needs"] == large["needs"]
     code, out = run("--blocks", "7", "--device-memory", "0.0004GB")
@@ -88,38 +106,70 @@ def test_what_fits_is_said_of_every_memory(run):
 def test_a_card_that_is_nearly_full_needs_a_larger_share(run):
     """jax leaves a quarter of a GPU alone."""
     needs = json.loads(run("--blocks", "7", "--json")[1])["fits"][0]["needs"]
-    assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.96" in run("--blocks", "7", "--device-memory", f"{needs / 955:.1f}kB")[1]
+    assert (
+        "XLA_PYTHON_CLIENT_MEM_FRACTION=0.96"
+        in run("--blocks", "7", "--device-memory", f"{needs / 955:.1f}kB")[1]
+    )
     assert "FRACTION" not in run("--blocks", "7", "--device-memory", f"{needs / 740:.1f}kB")[1]
 
 
 def test_compiled_programs_stand_in_one_line_each(run, monkeypatch):
-    names = (programs.ENCODING, programs.PROMPT, programs.DRAWING, programs.SHOWING, programs.REMEMBERING)
-    uses = dict.fromkeys(names, programs.Use(temporary=2_000_000, results=1500, arguments=70, reused=0))
+    names = (
+        programs.ENCODING,
+        programs.PROMPT,
+        programs.DRAWING,
+        programs.SHOWING,
+        programs.REMEMBERING,
+    )
+    uses = dict.fromkeys(
+        names, programs.Use(temporary=2_000_000, results=1500, arguments=70, reused=0)
+    )
     monkeypatch.setattr(programs, "compiled", lambda exp, batch: uses)
     code, out = run("--blocks", "7", "--batch", "2", "--compile")
     assert code == 0
     assert "not compiled" not in out
     assert "peak, as compiled here" in out
-    line = next(line for line in out.splitlines() if line.startswith("  drawing  ") and "1.500 kB" in line)
+    line = next(
+        line for line in out.splitlines() if line.startswith("  drawing  ") and "1.500 kB" in line
+    )
     assert line.split() == ["drawing", "2.000", "MB", "1.500", "kB", "70", "B", "0", "B"]
     assert max(map(len, out.splitlines())) <= 120
 
 
 def test_settings_memory_batch_dtype_and_seconds_change_the_figures(run):
-    code, out = run("--seconds", "3", "--memory", "no-mid", "--set", "cache.recent=6", "--set", "cache.block=3",
-                    "--batch", "3", "--dtype", "bfloat16", "--json")  # fmt: skip
+    code, out = run(
+        "--seconds",
+        "3",
+        "--memory",
+        "no-mid",
+        "--set",
+        "cache.recent=6",
+        "--set",
+        "cache.block=3",
+        "--batch",
+        "3",
+        "--dtype",
+        "bfloat16",
+        "--json",
+    )
     said = json.loads(out)
     figures = {name: figure["counted"] for name, figure in said["figures"].items()}
     assert code == 0
     assert said["blocks"] == 5  # 15 frames of its codec, 3 a block
-    assert (figures["keys/packed"], figures["keys/recent"], figures["keys/cached"]) == (0, 6 * 8, (8 + 6) * 8)
+    assert (figures["keys/packed"], figures["keys/recent"], figures["keys/cached"]) == (
+        0,
+        6 * 8,
+        (8 + 6) * 8,
+    )
     assert figures["bytes/cached"] == 14 * 8 * 2 * 2 * 36 * 2 * 3
     assert set(said["dtypes"].values()) == {"bfloat16"}
 
 
 def test_a_figure_that_differs_from_its_formula_is_an_error(run, monkeypatch):
     real = formulas.closed
-    monkeypatch.setattr(formulas, "closed", lambda *args, **sizes: real(*args, **sizes) | {"keys/cached": 65})
+    monkeypatch.setattr(
+        formulas, "closed", lambda *args, **sizes: real(*args, **sizes) | {"keys/cached": 65}
+    )
     code, out = run("--blocks", "2")
     assert code == 1
     assert "DIFFERS from sink + packed + recent" in out
@@ -129,15 +179,18 @@ def test_a_figure_that_differs_from_its_formula_is_an_error(run, monkeypatch):
     assert json.loads(out)["differ"] == ["keys/cached"]
 
 
-@pytest.mark.parametrize(("figure", "unit", "said"), [
-    (12_480, "keys", "12,480"),
-    (3_987_210_240, "bytes", "3.987 GB"),
-    (999, "bytes", "999 B"),
-    (1000, "bytes", "1.000 kB"),
-    (0, "bytes", "0 B"),
-    (48_253_967_007_744, "operations", "48.254 TFLOP"),
-    (0.0029073, "share", "0.291 %"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("figure", "unit", "said"),
+    [
+        (12_480, "keys", "12,480"),
+        (3_987_210_240, "bytes", "3.987 GB"),
+        (999, "bytes", "999 B"),
+        (1000, "bytes", "1.000 kB"),
+        (0, "bytes", "0 B"),
+        (48_253_967_007_744, "operations", "48.254 TFLOP"),
+        (0.0029073, "share", "0.291 %"),
+    ],
+)
 def test_figures_are_spelt_for_people(figure, unit, said):
     assert plan.spell(figure, unit) == said
 
@@ -154,4 +207,7 @@ def test_a_size_of_no_memory_is_refused(run):
 
 def test_reading_the_flags_loads_no_jax():
     code = "import sys, packforcing_jax.cli.plan; print('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "False"
+    )

@@ -27,46 +27,86 @@ def quickly(monkeypatch):
 
 def test_a_program_is_handed_what_is_held_and_nothing_else(quickly):
     """To the byte: all but what is of no use in drawing, which jit leaves out."""
-    exp, batch = dataclasses.replace(tiny.EXP, dtypes=config.DtypeConfig(cache="bfloat16", text="bfloat16")), 2
+    exp, batch = (
+        dataclasses.replace(tiny.EXP, dtypes=config.DtypeConfig(cache="bfloat16", text="bfloat16")),
+        2,
+    )
     found, held = programs.compiled(exp, batch), programs.shapes_of(exp, batch)
     model: Any = held.nets.dit
-    prompt = jaxpr_cost.nbytes([model.text_in, model.text_out,
-                              [(block.cross.k, block.cross.v, block.cross.norm_k) for block in model.blocks]])
+    prompt = jaxpr_cost.nbytes(
+        [
+            model.text_in,
+            model.text_out,
+            [(block.cross.k, block.cross.v, block.cross.norm_k) for block in model.blocks],
+        ]
+    )
     numbers = 4 * batch + 4  # ids of the videos and the seed
-    still = jaxpr_cost.nbytes([layer.sink_at for layer in held.memory.layers])  # where a sink is that never moves
+    still = jaxpr_cost.nbytes(
+        [layer.sink_at for layer in held.memory.layers]
+    )  # where a sink is that never moves
     whole = jaxpr_cost.nbytes((model, held.memory, held.views, held.words))
     assert found[DRAWING].arguments == whole - prompt - still + numbers
     assert found[programs.PROMPT].arguments == prompt + jaxpr_cost.nbytes(held.context)
-    assert found[SHOWING].arguments == jaxpr_cost.nbytes(held.latent)  # this codec has no weights and remembers nothing
-    assert found[SHOWING].results == pytest.approx(jaxpr_cost.nbytes((held.frames, held.low)), abs=64)
-    assert set(found) == {programs.ENCODING, programs.PROMPT, DRAWING, f"{SHOWING} the first block", SHOWING,
-                          REMEMBERING}  # fmt: skip
+    assert found[SHOWING].arguments == jaxpr_cost.nbytes(
+        held.latent
+    )  # this codec has no weights and remembers nothing
+    assert found[SHOWING].results == pytest.approx(
+        jaxpr_cost.nbytes((held.frames, held.low)), abs=64
+    )
+    assert set(found) == {
+        programs.ENCODING,
+        programs.PROMPT,
+        DRAWING,
+        f"{SHOWING} the first block",
+        SHOWING,
+        REMEMBERING,
+    }
 
 
 def test_memory_and_views_are_handed_back_not_made_anew():
     held = programs.shapes_of(tiny.EXP, 2)
     lowered = dict(programs.lowered_programs(tiny.EXP, 2))
-    given = {name: jaxpr_cost.nbytes([leaf for leaf in jax.tree.leaves(program.args_info) if leaf.donated])
-             for name, program in lowered.items()}  # fmt: skip
+    given = {
+        name: jaxpr_cost.nbytes(
+            [leaf for leaf in jax.tree.leaves(program.args_info) if leaf.donated]
+        )
+        for name, program in lowered.items()
+    }
     assert given == dict.fromkeys(given, 0) | {
-        DRAWING: jaxpr_cost.nbytes(held.views), REMEMBERING: jaxpr_cost.nbytes((held.views, held.memory))}  # fmt: skip
+        DRAWING: jaxpr_cost.nbytes(held.views),
+        REMEMBERING: jaxpr_cost.nbytes((held.views, held.memory)),
+    }
 
 
 def test_drawing_from_the_host_is_three_programs():
     drawing = [name for name, _ in programs.lowered_programs(HOST, 2) if name.startswith(DRAWING)]
-    assert drawing == [f"{DRAWING}, the first step", f"{DRAWING}, scoring a layer", f"{DRAWING}, the other steps"]
+    assert drawing == [
+        f"{DRAWING}, the first step",
+        f"{DRAWING}, scoring a layer",
+        f"{DRAWING}, the other steps",
+    ]
 
 
 def test_two_layers_say_what_a_deep_model_sets_aside():
     """What a layer leaves behind for the next is gone after that."""
     exp, held = programs.plain(LONG), programs.shapes_of(LONG, 2)
     whole = held.views[0].k.shape
-    deep = jaxpr_cost.trace(functools.partial(programs._draw, exp), held.computed, held.memory, held.chance, held.words,
-                          held.views)  # fmt: skip
+    deep = jaxpr_cost.trace(
+        functools.partial(programs._draw, exp),
+        held.computed,
+        held.memory,
+        held.chance,
+        held.words,
+        held.views,
+    )
     besides = [whole, *((2, exp.dit.heads, 3 * 8, keys) for keys in (whole[1], exp.dit.text_len))]
     found = programs.workspace(LONG, 2)
-    assert found[f"{DRAWING}, {FUSED}"] == pytest.approx(jaxpr_cost.peak(deep, besides, results=False), rel=0.05)
-    assert found == programs.workspace(dataclasses.replace(LONG, dit=dataclasses.replace(LONG.dit, layers=2)), 2)
+    assert found[f"{DRAWING}, {FUSED}"] == pytest.approx(
+        jaxpr_cost.peak(deep, besides, results=False), rel=0.05
+    )
+    assert found == programs.workspace(
+        dataclasses.replace(LONG, dit=dataclasses.replace(LONG.dit, layers=2)), 2
+    )
 
 
 def test_attention_written_out_sets_logits_aside():

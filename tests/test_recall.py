@@ -12,20 +12,29 @@ from packforcing_jax.memory import cache, view
 from packforcing_jax.networks import dit
 from packforcing_jax.sampling import block_step
 
-VIDEOS, CALLED, GAP, FIRST = 11, 4, 40, 2  # guests 0..3 appear once in blocks 2..5, before 40 further blocks
+VIDEOS, CALLED, GAP, FIRST = (
+    11,
+    4,
+    40,
+    2,
+)  # guests 0..3 appear once in blocks 2..5, before 40 further blocks
 TOP = 16
 
 
 def guests_and_marks(rng):
     """Guests [block, b] (-1 empty) and marks: two empty blocks, each called guest once, then others and none."""
-    others = np.where(rng.random((GAP, VIDEOS)) < 0.65, -1, rng.integers(CALLED, handwired.IDS, (GAP, VIDEOS)))
+    others = np.where(
+        rng.random((GAP, VIDEOS)) < 0.65, -1, rng.integers(CALLED, handwired.IDS, (GAP, VIDEOS))
+    )
     once = np.stack([rng.permutation(CALLED) for _ in range(VIDEOS)], axis=1)
     guests = np.concatenate([np.full((FIRST, VIDEOS), -1), once, others])
     return guests, rng.integers(0, handwired.MARKS, guests.shape)
 
 
 def play(player, nets, rng, guests, marks):
-    script = [(handwired.prompts(who), handwired.scene(who, what)) for who, what in zip(guests, marks)]
+    script = [
+        (handwired.prompts(who), handwired.scene(who, what)) for who, what in zip(guests, marks)
+    ]
     return player.history(nets, rng, script)
 
 
@@ -38,13 +47,21 @@ def first_seen(guests, marks, guest):
 def hits(player, nets, memory, guests, marks):
     """How many calls, of every once-seen guest in every video, are answered with the right mark."""
     rng = np.random.default_rng(5)
-    return sum((player.ask(nets, rng, memory, np.full(VIDEOS, guest))[0] == first_seen(guests, marks, guest)[1]).sum()
-               for guest in range(CALLED))  # fmt: skip
+    return sum(
+        (
+            player.ask(nets, rng, memory, np.full(VIDEOS, guest))[0]
+            == first_seen(guests, marks, guest)[1]
+        ).sum()
+        for guest in range(CALLED)
+    )
 
 
 def tail(trials, chance, at_least):
     """P(X >= at_least) of a binomial."""
-    return sum(math.comb(trials, k) * chance**k * (1 - chance) ** (trials - k) for k in range(at_least, trials + 1))
+    return sum(
+        math.comb(trials, k) * chance**k * (1 - chance) ** (trials - k)
+        for k in range(at_least, trials + 1)
+    )
 
 
 def test_binomial_tail():
@@ -55,7 +72,10 @@ def test_binomial_tail():
 def at_chance(right):
     """Whether `right` of all calls is what guessing among the marks gives, at the 1 % level on either side."""
     chance = 1 / handwired.MARKS
-    return min(tail(VIDEOS * CALLED, chance, right), 1 - tail(VIDEOS * CALLED, chance, right + 1)) > 0.01
+    return (
+        min(tail(VIDEOS * CALLED, chance, right), 1 - tail(VIDEOS * CALLED, chance, right + 1))
+        > 0.01
+    )
 
 
 def told(memory_settings, seed=0):
@@ -65,7 +85,9 @@ def told(memory_settings, seed=0):
     nets = handwired.recalling(player.exp)
     guests, marks = guests_and_marks(rng)
     memories = play(player, nets, rng, guests, marks)
-    return types.SimpleNamespace(player=player, nets=nets, guests=guests, marks=marks, memories=memories)
+    return types.SimpleNamespace(
+        player=player, nets=nets, guests=guests, marks=marks, memories=memories
+    )
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +101,10 @@ def fifo():
 
 
 def test_a_guest_is_recalled_after_forty_blocks(story):
-    assert hits(story.player, story.nets, story.memories[-1], story.guests, story.marks) == VIDEOS * CALLED
+    assert (
+        hits(story.player, story.nets, story.memories[-1], story.guests, story.marks)
+        == VIDEOS * CALLED
+    )
     assert story.player.step._cache_size() == 1
 
 
@@ -90,7 +115,9 @@ def test_without_packed_blocks_the_answer_is_a_guess():
 
 def test_the_block_that_answers_was_chosen(story):
     for guest in range(CALLED):
-        _, chosen = story.player.ask(story.nets, np.random.default_rng(1), story.memories[-1], np.full(VIDEOS, guest))
+        _, chosen = story.player.ask(
+            story.nets, np.random.default_rng(1), story.memories[-1], np.full(VIDEOS, guest)
+        )
         block, _ = first_seen(story.guests, story.marks, guest)
         assert (chosen[1] == block[:, None]).any(axis=1).all()
         assert (np.diff(chosen, axis=-1) > 0).all()  # in time order, each once
@@ -98,7 +125,10 @@ def test_the_block_that_answers_was_chosen(story):
 
 def swapped(memory, first, second, what):
     """`memory` with the packed keys or values of two blocks [b] exchanged."""
-    videos, slots = np.arange(VIDEOS), (np.stack([first, second]) - FIRST) % memory.layers[0].mid.k.shape[1]
+    videos, slots = (
+        np.arange(VIDEOS),
+        (np.stack([first, second]) - FIRST) % memory.layers[0].mid.k.shape[1],
+    )
 
     def one(layer):
         old = np.array(getattr(layer.mid, what))
@@ -111,9 +141,13 @@ def swapped(memory, first, second, what):
 
 @pytest.mark.parametrize("what", ["k", "v"])
 def test_the_answer_follows_the_packed_block(story, what):
-    (mine, _), (theirs, instead) = (first_seen(story.guests, story.marks, guest) for guest in (0, 1))
+    (mine, _), (theirs, instead) = (
+        first_seen(story.guests, story.marks, guest) for guest in (0, 1)
+    )
     memory = swapped(story.memories[-1], mine, theirs, what)
-    answer, _ = story.player.ask(story.nets, np.random.default_rng(2), memory, np.zeros(VIDEOS, int))
+    answer, _ = story.player.ask(
+        story.nets, np.random.default_rng(2), memory, np.zeros(VIDEOS, int)
+    )
     np.testing.assert_array_equal(answer, instead)
 
 
@@ -132,7 +166,9 @@ def test_first_in_first_out_forgets_what_left_the_newest(fifo):
     def ask(memory):
         return fifo.player.ask(fifo.nets, np.random.default_rng(4), memory, fifo.guests[FIRST])
 
-    last = FIRST + 1 + TOP  # blocks when the first guest's block is the oldest of the newest 16 packed ones
+    last = (
+        FIRST + 1 + TOP
+    )  # blocks when the first guest's block is the oldest of the newest 16 packed ones
     answer, chosen = ask(fifo.memories[last])
     np.testing.assert_array_equal(answer, fifo.marks[FIRST])
     assert (chosen[..., 0] == FIRST).all()
@@ -144,11 +180,17 @@ def test_first_in_first_out_forgets_what_left_the_newest(fifo):
 
 def test_seen_tokens_stop_growing_while_the_archive_grows(story):
     exp = story.player.exp
-    counts = [int(cache.length(exp, cache.plan(exp.cache, memory.num_blocks))) for memory in story.memories]
+    counts = [
+        int(cache.length(exp, cache.plan(exp.cache, memory.num_blocks)))
+        for memory in story.memories
+    ]
     full = FIRST + 1 + TOP
     assert (np.diff(counts[: full + 1]) > 0).all()
     assert set(counts[full:]) == {(6 + 3) * 8 + TOP * 4}
-    assert len({tuple(leaf.shape for leaf in jax.tree.leaves(memory)) for memory in story.memories}) == 1
+    assert (
+        len({tuple(leaf.shape for leaf in jax.tree.leaves(memory)) for memory in story.memories})
+        == 1
+    )
 
 
 def test_a_sum_of_raw_products_misses_what_one_place_asks(story):
@@ -156,18 +198,32 @@ def test_a_sum_of_raw_products_misses_what_one_place_asks(story):
     exp, memory, nets = story.player.exp, story.memories[-1], story.nets
 
     def keep_queries(exp, seen, mix):
-        return lambda q, k, v, layer: (mix(q, k, v, view.recall(exp, seen, layer, q, None)[0])[0], q)
+        return lambda q, k, v, layer: (
+            mix(q, k, v, view.recall(exp, seen, layer, q, None)[0])[0],
+            q,
+        )
 
     @jax.jit
     def first_queries(memory, noise, prompt):
         seen = cache.plan(exp.cache, memory.num_blocks)
-        return block_step.guess(nets, exp, seen, noise, 1000.0, 1.0, dit.text_kv(nets.dit, prompt), memory.layers,
-                             look=keep_queries)[1], seen.ids  # fmt: skip
+        return block_step.guess(
+            nets,
+            exp,
+            seen,
+            noise,
+            1000.0,
+            1.0,
+            dit.text_kv(nets.dit, prompt),
+            memory.layers,
+            look=keep_queries,
+        )[1], seen.ids
 
     noise = handwired.noises(np.random.default_rng(6), VIDEOS)[0]
     queries, ids = first_queries(memory, noise, handwired.prompts(np.full(VIDEOS, 2)))
     visible = np.flatnonzero(ids >= 0)
-    scores = np.einsum("bqnh,bmpnh->bm", np.asarray(queries[1]), np.asarray(memory.layers[1].mid.k)[:, visible])
+    scores = np.einsum(
+        "bqnh,bmpnh->bm", np.asarray(queries[1]), np.asarray(memory.layers[1].mid.k)[:, visible]
+    )
     relevant = np.asarray(ids)[visible] == first_seen(story.guests, story.marks, 2)[0][:, None]
     rank = (scores > scores[relevant][:, None]).sum(axis=1)
     assert relevant.sum() == VIDEOS
@@ -192,7 +248,9 @@ def numbered(fifo):
     latents = covered(marks)
     nobody, nets = handwired.prompts(np.full(VIDEOS, -1)), handwired.reading(fifo.player.exp, 1.0)
     memory = fifo.player.history(nets, rng, [(nobody, latent) for latent in latents])[-1]
-    return types.SimpleNamespace(player=fifo.player, memory=memory, marks=np.concatenate(list(marks), axis=1))
+    return types.SimpleNamespace(
+        player=fifo.player, memory=memory, marks=np.concatenate(list(marks), axis=1)
+    )
 
 
 def read(numbered, distance, own=None):
@@ -202,7 +260,9 @@ def read(numbered, distance, own=None):
     blank = np.zeros((VIDEOS, 3, 2, 8, handwired.CHANNELS), np.float32)
     noise = np.stack([blank if own is None else own] * 2)
     _, latent, _ = numbered.player.step(nets, numbered.memory, noise, nobody, blank)
-    shown = np.asarray(latent).reshape(VIDEOS, 3, 2, 4, 2, -1)[..., handwired.MARK : handwired.MARK + handwired.MARKS]
+    shown = np.asarray(latent).reshape(VIDEOS, 3, 2, 4, 2, -1)[
+        ..., handwired.MARK : handwired.MARK + handwired.MARKS
+    ]
     return shown.mean(axis=-2).argmax(axis=-1)
 
 

@@ -14,7 +14,12 @@ import pytest
 from packforcing_jax.policies import selection
 
 VIDEOS, QUERIES, HEADS, HEAD, KEEP = 12, 64, 3, 1, 16  # HEAD is the one that matches
-BLOCKS, UNSEEN, GUESTS, NOISE = 109, 3, 7, 9  # packed blocks, empty slots, kinds of guest, channels of noise
+BLOCKS, UNSEEN, GUESTS, NOISE = (
+    109,
+    3,
+    7,
+    9,
+)  # packed blocks, empty slots, kinds of guest, channels of noise
 SIZE = 1 + GUESTS + NOISE  # channel 0: no guest, 1: the called one
 MATCH = 12.0  # logit of the called guest, enough for most of the attention among some thousand keys
 
@@ -29,23 +34,32 @@ def video(rng, *, queries, asking, keys, answering):
     archive[np.arange(BLOCKS), :, HEAD, shown] = 1
 
     q = np.zeros((queries, HEADS, SIZE))
-    q[..., -NOISE:] = np.sqrt(SIZE / NOISE) / 2 * rng.normal(size=(queries, HEADS, NOISE))  # logits of spread 1/2
+    q[..., -NOISE:] = (
+        np.sqrt(SIZE / NOISE) / 2 * rng.normal(size=(queries, HEADS, NOISE))
+    )  # logits of spread 1/2
     who = rng.permutation(queries)
     wish = np.sqrt(SIZE) * MATCH * np.concatenate([[1], rng.uniform(-0.5, 0.5, GUESTS - 1)])
     q[who[:asking], HEAD, 1 : GUESTS + 1] = wish
     blocks = archive[:, :, HEAD].sum(axis=1)
     lean = (blocks @ q[who[0], HEAD]).std() / (blocks[:, 0] * (QUERIES - 1)).std()
     q[:, HEAD, 0] = rng.uniform(6, 10) * lean
-    archive[called, rng.permutation(keys)[answering:], HEAD, 1] = 0  # keys that show nothing of the guest
+    archive[called, rng.permutation(keys)[answering:], HEAD, 1] = (
+        0  # keys that show nothing of the guest
+    )
     return q, archive, called
 
 
 def called_back(seed, *, queries=QUERIES, asking=1, keys=3, answering=3):
     """(Question, ids [b] of the blocks it asks for) with slots out of time order and what is called in unseen ones."""
     rng = np.random.default_rng(seed)
-    parts = [video(rng, queries=queries, asking=asking, keys=keys, answering=answering) for _ in range(VIDEOS)]
+    parts = [
+        video(rng, queries=queries, asking=asking, keys=keys, answering=answering)
+        for _ in range(VIDEOS)
+    ]
     q, archive, called = (np.stack(x) for x in zip(*parts, strict=True))
-    archive = np.concatenate([archive, archive[np.arange(VIDEOS), called][:, None].repeat(UNSEEN, axis=1)], axis=1)
+    archive = np.concatenate(
+        [archive, archive[np.arange(VIDEOS), called][:, None].repeat(UNSEEN, axis=1)], axis=1
+    )
     sharp = np.zeros((VIDEOS, 11, HEADS, SIZE))
     sharp[..., -NOISE:] = rng.normal(size=(VIDEOS, 11, HEADS, NOISE))
     order = rng.permutation(BLOCKS + UNSEEN)
@@ -53,9 +67,15 @@ def called_back(seed, *, queries=QUERIES, asking=1, keys=3, answering=3):
     arrays = (q, archive[:, order], sharp, q.sum(axis=1), archive[:, order].sum(axis=2))
     pooled, archive, sharp, query_sum, key_sum = (jnp.asarray(x, jnp.float32) for x in arrays)
     return selection.Question(
-        pooled=pooled, archive=archive, sharp=(sharp,), sharp_valid=(jnp.arange(11) < 8,), ids=jnp.asarray(ids),
-        query_sum=query_sum, key_sum=key_sum,
-        lots=jnp.asarray(rng.uniform(size=(VIDEOS, BLOCKS + UNSEEN)), jnp.float32)), called  # fmt: skip
+        pooled=pooled,
+        archive=archive,
+        sharp=(sharp,),
+        sharp_valid=(jnp.arange(11) < 8,),
+        ids=jnp.asarray(ids),
+        query_sum=query_sum,
+        key_sum=key_sum,
+        lots=jnp.asarray(rng.uniform(size=(VIDEOS, BLOCKS + UNSEEN)), jnp.float32),
+    ), called
 
 
 def found(policy, asked, called):
@@ -102,7 +122,10 @@ def test_one_asking_token_of_thousands_is_heard():
 
 
 def test_the_papers_sum_finds_what_enough_tokens_ask_for():
-    share = [found("paper_sum", *called_back(2, asking=asking)).mean() for asking in (1, QUERIES // 2, QUERIES)]
+    share = [
+        found("paper_sum", *called_back(2, asking=asking)).mean()
+        for asking in (1, QUERIES // 2, QUERIES)
+    ]
     assert share[0] == 0
     assert share[1:] == [1, 1]
 

@@ -18,23 +18,46 @@ from packforcing_jax.training import batches
 
 GAPS = (4, 5)  # newest blocks alone reach back 4 behind a top of 3 and one recent block
 SMALL = config.Experiment(
-    name="stage", latent=(8, 8), clip=20, fps=8, codec=config.SpaceToDepthConfig(factor=4),
-    dit=config.DiTConfig(dim=24, ffn_dim=20, heads=2, layers=2, text_dim=10, text_len=16, freq_dim=12, in_channels=48,
-                         out_channels=48, rope_pairs=(2, 2, 2)),
-    text=config.TextConfig(vocab=46, dim=10, dim_attn=6, dim_ffn=9, heads=2, layers=1, max_words=16),
+    name="stage",
+    latent=(8, 8),
+    clip=20,
+    fps=8,
+    codec=config.SpaceToDepthConfig(factor=4),
+    dit=config.DiTConfig(
+        dim=24,
+        ffn_dim=20,
+        heads=2,
+        layers=2,
+        text_dim=10,
+        text_len=16,
+        freq_dim=12,
+        in_channels=48,
+        out_channels=48,
+        rope_pairs=(2, 2, 2),
+    ),
+    text=config.TextConfig(
+        vocab=46, dim=10, dim_attn=6, dim_ffn=9, heads=2, layers=1, max_words=16
+    ),
     compressor=config.CompressorConfig(channels=(6, 7, 8, 9)),
     cache=config.CacheConfig(top=3, capacity=6, score_pool=(4, 1, 1), key_multiple=1),
     sample=config.SampleConfig(steps=(1000, 400), prediction="clean"),
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
 def model():
     """A model of the stage with random weights."""
-    shapes, rng = jax.eval_shape(lambda: batches.new_model(SMALL, jax.random.key(0))), np.random.default_rng(1)
-    draws = {name: name.endswith("scale") + 0.2 * rng.normal(size=leaf.shape)
-             for name, leaf in pytrees.flatten(shapes).items()}  # fmt: skip
-    built = pytrees.fill(shapes, {name: jnp.asarray(draw, jnp.float32) for name, draw in draws.items()})
+    shapes, rng = (
+        jax.eval_shape(lambda: batches.new_model(SMALL, jax.random.key(0))),
+        np.random.default_rng(1),
+    )
+    draws = {
+        name: name.endswith("scale") + 0.2 * rng.normal(size=leaf.shape)
+        for name, leaf in pytrees.flatten(shapes).items()
+    }
+    built = pytrees.fill(
+        shapes, {name: jnp.asarray(draw, jnp.float32) for name, draw in draws.items()}
+    )
     return pipeline.Pipeline.of(SMALL, built.nets, built.text, captions.reader())
 
 
@@ -84,27 +107,46 @@ def test_every_policy_is_a_way_and_every_way_a_memory():
     assert set(config.CHOICES["cache.selection"]) == {way.get("selection") for way in ways.values()}
     caches = [recall.changed(SMALL, way).cache for way in ways.values()]
     assert len(set(caches)) == len(ways)
-    assert recall.ways_of("recency,all-fit") == {"recency": recall.WAYS["recency"], "all-fit": recall.WAYS["all-fit"]}
-    for wrong, remedy in (("recensy", "did you mean recency"), ("recency,", "no such way"), ("qqqq", "known: .*every")):
+    assert recall.ways_of("recency,all-fit") == {
+        "recency": recall.WAYS["recency"],
+        "all-fit": recall.WAYS["all-fit"],
+    }
+    for wrong, remedy in (
+        ("recensy", "did you mean recency"),
+        ("recency,", "no such way"),
+        ("qqqq", "known: .*every"),
+    ):
         with pytest.raises(InputError, match=f"^--ways .*{remedy}"):
             recall.ways_of(wrong)
 
 
-@pytest.mark.parametrize(("way", "chosen", "room"), [
-    ("affinity", 3, 12), ("all-true", 6, 24), ("all-fit", 6, 12), ("affinity-shared-late", 3, 12),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("way", "chosen", "room"),
+    [
+        ("affinity", 3, 12),
+        ("all-true", 6, 24),
+        ("all-fit", 6, 12),
+        ("affinity-shared-late", 3, 12),
+    ],
+)
 def test_a_fitted_row_has_the_room_of_the_best(way, chosen, room):
     exp = recall.changed(SMALL, recall.WAYS[way])
     seen = cache.plan(exp.cache, np.int32(20))
     assert int(seen.chosen) == chosen
     assert float(seen.recent_at - seen.mid_at) == room
-    assert (exp.dit, exp.compressor, exp.cache.capacity) == (SMALL.dit, SMALL.compressor, SMALL.cache.capacity)
+    assert (exp.dit, exp.compressor, exp.cache.capacity) == (
+        SMALL.dit,
+        SMALL.compressor,
+        SMALL.cache.capacity,
+    )
 
 
 # Figures
 
 
-@pytest.mark.parametrize(("way", "held", "level"), [("affinity", 6, 0.5), ("affinity", 2, 1.0), ("all-fit", 6, 1.0)])
+@pytest.mark.parametrize(
+    ("way", "held", "level"), [("affinity", 6, 0.5), ("affinity", 2, 1.0), ("all-fit", 6, 1.0)]
+)
 def test_figures_count_the_last_layer_beside_blind_choices(way, held, level):
     looked = np.array([[True] * 5, [True] * 5, [True, False, False, True, False]])
     right = np.array([False, True, False, False, True])
@@ -127,7 +169,15 @@ def test_one_history_serves_every_gap_and_way(model, monkeypatch):
         return len(histories)
 
     def answers(model, way, memory, told, identity, gap):
-        asked.append((gap, way["selection"], memory, [story.guests.tobytes() for story in told], identity[1].tolist()))
+        asked.append(
+            (
+                gap,
+                way["selection"],
+                memory,
+                [story.guests.tobytes() for story in told],
+                identity[1].tolist(),
+            )
+        )
         return np.ones((2, len(told)), bool), np.zeros(len(told), bool)
 
     monkeypatch.setattr(recall, "history", history)
@@ -149,7 +199,9 @@ def quick():
     """The programs of the study, compiled in a third of the time."""
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((stage_figures, "one_block"), (recall, "_last_block")):
-            patch.setattr(module, name, tiny.jit(getattr(module, name).__wrapped__, static_argnames="exp"))
+            patch.setattr(
+                module, name, tiny.jit(getattr(module, name).__wrapped__, static_argnames="exp")
+            )
         yield
 
 
@@ -179,7 +231,9 @@ def test_a_history_answers_as_often_as_it_is_asked(model, quick):
     assert int(memory.num_blocks) == recall.OPENING + max(GAPS)
     before = jax.tree.map(np.array, memory)
     for _ in range(2):
-        looked, right = recall.answers(model, recall.WAYS["recency"], memory, told, identity, GAPS[0])
+        looked, right = recall.answers(
+            model, recall.WAYS["recency"], memory, told, identity, GAPS[0]
+        )
         assert looked.shape == (2, 2)
         assert looked.all()
         assert right.shape == (2,)
@@ -193,7 +247,9 @@ def test_gaps_that_cannot_be_compared_are_refused(model, gaps):
 
 
 def test_other_models_and_no_videos_are_refused(model):
-    other = dataclasses.replace(model, experiment=dataclasses.replace(SMALL, latent=(10, 8), name="wide"))
+    other = dataclasses.replace(
+        model, experiment=dataclasses.replace(SMALL, latent=(10, 8), name="wide")
+    )
     with pytest.raises(InputError, match="'wide' draws no stage videos"):
         recall.forced(other, recall.ways_of("recency"))
     with pytest.raises(InputError, match="0 videos"):

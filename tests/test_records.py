@@ -26,7 +26,9 @@ def example(number, words=None):
 
 
 def writer(folder, examples=3, **changes):
-    return records.Writer(folder, **{"kind": "videos", "about": ABOUT, "examples": examples} | changes)
+    return records.Writer(
+        folder, **{"kind": "videos", "about": ABOUT, "examples": examples} | changes
+    )
 
 
 def write(folder, count, left_out=(), stop=None, **changes):
@@ -101,7 +103,9 @@ def test_an_interruption_between_an_example_and_its_count_repeats_none(tmp_path,
         with pytest.raises(KeyboardInterrupt):
             write(tmp_path / "set", 8, left_out=(1,))
     assert writer(tmp_path / "set").taken == at + 1
-    assert prompts(write(tmp_path / "set", 8)) == [f"clip {number}" for number in (0, 2, 3, 4, 5, 6, 7)]
+    assert prompts(write(tmp_path / "set", 8)) == [
+        f"clip {number}" for number in (0, 2, 3, 4, 5, 6, 7)
+    ]
 
 
 @pytest.mark.parametrize("name", ["_synced", "_count"])
@@ -135,16 +139,22 @@ def test_a_kill_costs_only_the_open_file(tmp_path):
 def test_items_left_out_are_not_asked_for_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "set", 6, left_out=(0, 4), stop=KeyboardInterrupt)
-    assert prompts(write(tmp_path / "set", 8)) == [f"clip {number}" for number in (1, 2, 3, 5, 6, 7)]
+    assert prompts(write(tmp_path / "set", 8)) == [
+        f"clip {number}" for number in (1, 2, 3, 5, 6, 7)
+    ]
 
 
 def test_a_full_disk_keeps_the_files_before(tmp_path):
     folder, limits = tmp_path / "set", resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.raises(KeyboardInterrupt):
         write(folder, 4, stop=KeyboardInterrupt)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a file of records takes 128 KiB at least
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (100_000, limits[1])
+    )  # a file of records takes 128 KiB at least
     try:
-        with pytest.raises(MachineError, match="part-00002.* 4 examples in other files are kept: free space"):
+        with pytest.raises(
+            MachineError, match="part-00002.* 4 examples in other files are kept: free space"
+        ):
             write(folder, 8)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -160,8 +170,11 @@ def test_a_finished_set_stays_as_it_is(tmp_path):
 
 
 def test_one_writer_at_a_time(tmp_path):
-    with writer(tmp_path / "set"), pytest.raises(InputError, match="written by another process"), \
-            writer(tmp_path / "set"):  # fmt: skip
+    with (
+        writer(tmp_path / "set"),
+        pytest.raises(InputError, match="written by another process"),
+        writer(tmp_path / "set"),
+    ):
         pass
 
 
@@ -207,7 +220,9 @@ def test_a_beginning_without_an_example_binds_nobody(tmp_path):
 def test_an_example_of_another_form_is_refused(tmp_path):
     with writer(tmp_path / "set") as out:
         out.put(example(0))
-        with pytest.raises(InputError, match=r"item 2 gives latent float16\[4, .*latent float16\[5, 3, 2, 7\]"):
+        with pytest.raises(
+            InputError, match=r"item 2 gives latent float16\[4, .*latent float16\[5, 3, 2, 7\]"
+        ):
             out.put(example(1) | {"latent": np.zeros((4, 3, 2, 7), np.float16)})
 
 
@@ -223,26 +238,53 @@ def rewrite(path, name, value):
 
 def other_fields(folder):
     said = json.loads((folder / records.COMPLETE).read_text())["fields"]
-    rewrite(folder / records.COMPLETE, "fields", said | {"latent": {"dtype": "float16", "shape": [5, 3, 7, 2]}})
+    rewrite(
+        folder / records.COMPLETE,
+        "fields",
+        said | {"latent": {"dtype": "float16", "shape": [5, 3, 7, 2]}},
+    )
 
 
 FIRST = "part-00000.array_record"
 DAMAGE = {
     "missing file": (lambda folder: (folder / FIRST).unlink(), f"{FIRST} is missing"),
-    "cut file": (lambda folder: os.truncate(folder / FIRST, 70_000), f"{FIRST} has 70000 bytes instead of"),
-    "blank file": (lambda folder: (folder / FIRST).write_bytes(bytes((folder / FIRST).stat().st_size)),
-                   f"{FIRST} is damaged"),
-    "another file": (lambda folder: (folder / FIRST).write_bytes((folder / "part-00002.array_record").read_bytes()),
-                     f"{FIRST} holds 2 examples instead of 3"),
-    "damaged first record": (lambda folder: flip(folder / "part-00001.array_record", b"clip 3"),
-                             "part-00001.array_record, record 0, is damaged"),
-    "other form": (other_fields, r"record 0, holds latent float16\[5, 3, 2, 7\].* says latent float16\[5, 3, 7, 2\]"),
+    "cut file": (
+        lambda folder: os.truncate(folder / FIRST, 70_000),
+        f"{FIRST} has 70000 bytes instead of",
+    ),
+    "blank file": (
+        lambda folder: (folder / FIRST).write_bytes(bytes((folder / FIRST).stat().st_size)),
+        f"{FIRST} is damaged",
+    ),
+    "another file": (
+        lambda folder: (folder / FIRST).write_bytes(
+            (folder / "part-00002.array_record").read_bytes()
+        ),
+        f"{FIRST} holds 2 examples instead of 3",
+    ),
+    "damaged first record": (
+        lambda folder: flip(folder / "part-00001.array_record", b"clip 3"),
+        "part-00001.array_record, record 0, is damaged",
+    ),
+    "other form": (
+        other_fields,
+        r"record 0, holds latent float16\[5, 3, 2, 7\].* says latent float16\[5, 3, 7, 2\]",
+    ),
     "no notes": (lambda folder: (folder / records.COMPLETE).unlink(), "is no prepared data set"),
-    "cut notes": (lambda folder: os.truncate(folder / records.COMPLETE, 40), "dataset.json is damaged"),
-    "other format": (lambda folder: rewrite(folder / records.COMPLETE, "format", "x 9"), "is of format 'x 9'"),
-    "notes of a list": (lambda folder: (folder / records.COMPLETE).write_text("[]"), "dataset.json is damaged"),
+    "cut notes": (
+        lambda folder: os.truncate(folder / records.COMPLETE, 40),
+        "dataset.json is damaged",
+    ),
+    "other format": (
+        lambda folder: rewrite(folder / records.COMPLETE, "format", "x 9"),
+        "is of format 'x 9'",
+    ),
+    "notes of a list": (
+        lambda folder: (folder / records.COMPLETE).write_text("[]"),
+        "dataset.json is damaged",
+    ),
     "empty": (lambda folder: rewrite(folder / records.COMPLETE, "shards", []), "holds no example"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", DAMAGE)
@@ -257,7 +299,9 @@ def test_damage_is_found_before_the_first_step(tmp_path, case):
 def test_a_damaged_record_further_back_is_named_when_it_is_read(tmp_path):
     flip(write(tmp_path / "set", 8) / "part-00001.array_record", b"clip 5")
     held = records.opened(tmp_path / "set")
-    with pytest.raises(InputError, match="part-00001.array_record, record 2, is damaged .*prepare the data again"):
+    with pytest.raises(
+        InputError, match="part-00001.array_record, record 2, is damaged .*prepare the data again"
+    ):
         held[5]
     assert bytes(held[4]["prompt"]) == b"clip 4"
 

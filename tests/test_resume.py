@@ -22,8 +22,15 @@ from packforcing_jax.sampling.pipeline import Pipeline
 
 RED, BLUE, LIME = "a red disc", "the blue figure walks", "lime square"
 STORY = [RED] * 4 + [BLUE] * 5 + [LIME] * 2
-WAN = config.VAEConfig(dim=2, z_dim=12, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,),
-                       mean=tuple(np.linspace(-0.4, 0.5, 12)), std=tuple(np.linspace(0.6, 1.9, 12)))  # fmt: skip
+WAN = config.VAEConfig(
+    dim=2,
+    z_dim=12,
+    dim_mult=(1, 2),
+    num_res_blocks=1,
+    temporal_downsample=(True,),
+    mean=tuple(np.linspace(-0.4, 0.5, 12)),
+    std=tuple(np.linspace(0.6, 1.9, 12)),
+)
 SETTINGS = {
     "incremental": ["cache.sink=6", "cache.rope_adjustment=incremental", "cache.selection=random"],
     "host": ["cache.scope=shared", "cache.timing=late", "cache.archive=host"],
@@ -31,12 +38,19 @@ SETTINGS = {
 PROGRAMS = {
     (pipeline, "draw_block"): {"static_argnames": "exp", "donate_argnames": "views"},
     (pipeline, "show_block"): {"static_argnames": ("exp", "first")},
-    (pipeline, "remember_block"): {"static_argnames": "exp", "donate_argnames": ("memory", "views")},
+    (pipeline, "remember_block"): {
+        "static_argnames": "exp",
+        "donate_argnames": ("memory", "views"),
+    },
     (host_archive, "_glance"): {"static_argnames": "exp", "donate_argnames": "views"},
     (host_archive, "_score"): {"static_argnames": "exp"},
     (host_archive, "_conclude"): {"static_argnames": "exp", "donate_argnames": "views"},
-}  # fmt: skip
-AWKWARD = (1, 5, 10)  # blocks: before a sink of two is full, after a new prompt, when the oldest of four are gone
+}
+AWKWARD = (
+    1,
+    5,
+    10,
+)  # blocks: before a sink of two is full, after a new prompt, when the oldest of four are gone
 
 
 def loaded(folder, name):
@@ -45,7 +59,9 @@ def loaded(folder, name):
     if name != "autoencoder":
         return model.with_settings(SETTINGS[name])
     pixels = tiny.filled(jax.eval_shape(lambda: codec.make(WAN, nnx.Rngs(0))), seed=3)
-    return dataclasses.replace(model, experiment=dataclasses.replace(model.experiment, codec=WAN), pixels=pixels)
+    return dataclasses.replace(
+        model, experiment=dataclasses.replace(model.experiment, codec=WAN), pixels=pixels
+    )
 
 
 class Files:
@@ -87,9 +103,15 @@ def test_a_run_goes_on_from_the_disk_bit_for_bit(run, folder, after):
     rest = list(model.stream(STORY, seed=77, state=state))  # the state knows its seed
     assert [block.index for block in rest] == list(range(after, len(STORY)))
     for block, expected in zip(rest, whole[after:], strict=True):
-        assert (block.prompt, block.layout, block.sink_sum) == (expected.prompt, expected.layout, expected.sink_sum)
+        assert (block.prompt, block.layout, block.sink_sum) == (
+            expected.prompt,
+            expected.layout,
+            expected.sink_sum,
+        )
         for field in ("latent", "frames", "chosen", "scores", "places"):
-            np.testing.assert_array_equal(getattr(block, field), getattr(expected, field), err_msg=field)
+            np.testing.assert_array_equal(
+                getattr(block, field), getattr(expected, field), err_msg=field
+            )
 
 
 def test_the_awkward_blocks_are_awkward(run):
@@ -127,16 +149,34 @@ def test_a_killed_command_goes_on_as_if_it_had_not_been(folder, tmp_path, capsys
 
     def words(name):
         files = {"--out": "v.mp4", "--trace": "t.jsonl", "--state": "saves"}
-        given = [word for flag, file in files.items() for word in (flag, str(tmp_path / name / file))]
-        return ["sample", "--weights", str(folder), "--prompt", RED, "--blocks", "23", "--every", "2", *given]
+        given = [
+            word for flag, file in files.items() for word in (flag, str(tmp_path / name / file))
+        ]
+        return [
+            "sample",
+            "--weights",
+            str(folder),
+            "--prompt",
+            RED,
+            "--blocks",
+            "23",
+            "--every",
+            "2",
+            *given,
+        ]
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     alike = {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "JAX_NUM_CPU_DEVICES": "2"}
     command = [sys.executable, "-m", "packforcing_jax", *words("broken")]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | alike,
-                          start_new_session=True) as process:  # fmt: skip
+    with subprocess.Popen(
+        command, stderr=subprocess.DEVNULL, env=os.environ | alike, start_new_session=True
+    ) as process:
         deadline = time.monotonic() + 120
-        while not (broken / "saves" / "block_4").exists() and process.poll() is None and time.monotonic() < deadline:
+        while (
+            not (broken / "saves" / "block_4").exists()
+            and process.poll() is None
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.002)
         os.killpg(process.pid, signal.SIGKILL)
     kept = sampler_checkpoints.Saves(broken / "saves").latest()

@@ -20,13 +20,19 @@ BLOCKS, SINK, RECENT = 5, 3, 3
 BASE = dataclasses.replace(tiny.EXP, clip=3 * BLOCKS)
 EXP = rollout.for_training(BASE, BLOCKS, SINK, RECENT)
 NETS, PIXELS = tiny.nets(), codec.make(EXP.codec, nnx.Rngs(0))
-STATES = tiny.normal(7, BLOCKS, tiny.BATCH, EXP.dit.text_len - 1, EXP.dit.text_dim)  # another prompt for each block
+STATES = tiny.normal(
+    7, BLOCKS, tiny.BATCH, EXP.dit.text_len - 1, EXP.dit.text_dim
+)  # another prompt for each block
 draw = tiny.jit(rollout.draw, static_argnames="exp")
-lay = tiny.jit(jax.vmap(lambda seen, one: rollout.lay(EXP, seen, one), in_axes=(None, 0)))  # in every layer
+lay = tiny.jit(
+    jax.vmap(lambda seen, one: rollout.lay(EXP, seen, one), in_axes=(None, 0))
+)  # in every layer
 
 
 def with_distil(exp=EXP, **settings):
-    return dataclasses.replace(exp, train=dataclasses.replace(exp.train, distil=DistilConfig(**settings)))
+    return dataclasses.replace(
+        exp, train=dataclasses.replace(exp.train, distil=DistilConfig(**settings))
+    )
 
 
 def draws(exit=2, exp=EXP, gap=0.0):
@@ -50,12 +56,25 @@ def sampled(text):
     memory, out, apart, chance = cache.init(EXP, tiny.BATCH), [], tiny.apart(), draws()
     for block in range(BLOCKS):
         words = pytrees.unstack(batches.of_block(text, block), EXP.dit.layers)
-        drawn = tiny.draw(apart, EXP, memory, text=words, chance=block_step.Chance(
-            noise=chance.noise[block], renoise=chance.renoise[block], lots=chance.lots[block]))  # fmt: skip
-        low = codec.low_resolution(PIXELS, codec.decode(PIXELS, drawn.latent), latents=EXP.packed_grid[0],
-                                   pool=EXP.compressor.pool)  # fmt: skip
+        drawn = tiny.draw(
+            apart,
+            EXP,
+            memory,
+            text=words,
+            chance=block_step.Chance(
+                noise=chance.noise[block], renoise=chance.renoise[block], lots=chance.lots[block]
+            ),
+        )
+        low = codec.low_resolution(
+            PIXELS,
+            codec.decode(PIXELS, drawn.latent),
+            latents=EXP.packed_grid[0],
+            pool=EXP.compressor.pool,
+        )
         out.append((memory, drawn, low))
-        memory, *_ = tiny.remember(apart, EXP, memory, latent=drawn.latent, low=low, drawn=drawn, text=words)
+        memory, *_ = tiny.remember(
+            apart, EXP, memory, latent=drawn.latent, low=low, drawn=drawn, text=words
+        )
     return out
 
 
@@ -72,7 +91,9 @@ def test_both_look_at_the_same_blocks_in_the_same_places(clip, sampled):
     looked = 0
     for block, (_, drawn, _) in enumerate(sampled):
         for name in ("ids", "slots", "at"):
-            ours, theirs = (np.asarray(getattr(one, name)) for one in (clip.looked, pytrees.stack(drawn.looked)))
+            ours, theirs = (
+                np.asarray(getattr(one, name)) for one in (clip.looked, pytrees.stack(drawn.looked))
+            )
             np.testing.assert_array_equal(ours[block], theirs, err_msg=name)
         looked += (np.asarray(clip.looked.ids[block]) >= 0).any()
     assert looked == BLOCKS - 2 - 1  # those behind sink, recent and at least one packed block
@@ -82,7 +103,9 @@ def test_both_see_the_same_keys_and_values(clip, sampled):
     """Keys and values of every view up to its length, as laid out of a stored clip and as kept by the sampler."""
     for block, (_, drawn, _) in enumerate(sampled):
         seen = cache.plan(EXP.cache, jnp.int32(block))
-        stored = dataclasses.replace(clip.stored, looked=jax.tree.map(lambda x, at=block: x[at], clip.looked))
+        stored = dataclasses.replace(
+            clip.stored, looked=jax.tree.map(lambda x, at=block: x[at], clip.looked)
+        )
         laid = lay(seen, stored)
         length, views = int(cache.length(EXP, seen)), pytrees.stack(drawn.views)
         for ours, theirs in ((laid.k, views.k), (laid.v, views.v)):
@@ -95,23 +118,34 @@ def test_what_a_layer_remembers_is_what_commits_leave(sink, recent):
     """Blocks with their numbers as keys: the memory read from a stored clip against the memory that was written."""
     exp = rollout.for_training(BASE, BLOCKS, sink, recent)
     numbers = jnp.arange(1.0, 1 + BLOCKS)
-    full, packed = (jnp.broadcast_to(numbers[:, None, None, None, None], (BLOCKS, 1, tokens, 3, 12))
-                    for tokens in (3 * exp.tokens_per_frame, exp.tokens_per_packed_block))  # fmt: skip
+    full, packed = (
+        jnp.broadcast_to(numbers[:, None, None, None, None], (BLOCKS, 1, tokens, 3, 12))
+        for tokens in (3 * exp.tokens_per_frame, exp.tokens_per_packed_block)
+    )
     stored = jax.tree.map(lambda x: x[0], rollout.empty(exp, BLOCKS, 1, jnp.float32))
     memory = cache.init(exp, 1)
     for block in range(BLOCKS):
-        read, seen = rollout.layer_at(exp, stored, jnp.int32(block)), cache.plan(exp.cache, memory.num_blocks)
+        read, seen = (
+            rollout.layer_at(exp, stored, jnp.int32(block)),
+            cache.plan(exp.cache, memory.num_blocks),
+        )
         held = memory.layers[0]
         sink_frames, visible = int(seen.sink), np.asarray(seen.ids) >= 0
         np.testing.assert_array_equal(read.sink.k[:, :sink_frames], held.sink.k[:, :sink_frames])
-        np.testing.assert_array_equal(np.asarray(read.mid.v)[:, visible], np.asarray(held.mid.v)[:, visible])
-        ours, theirs = (cache.visible_recent(exp.cache, seen, x.recent.k)[:, : int(seen.recent)] for x in (read, held))
+        np.testing.assert_array_equal(
+            np.asarray(read.mid.v)[:, visible], np.asarray(held.mid.v)[:, visible]
+        )
+        ours, theirs = (
+            cache.visible_recent(exp.cache, seen, x.recent.k)[:, : int(seen.recent)]
+            for x in (read, held)
+        )
         np.testing.assert_array_equal(ours, theirs)
         own = [rollout.KV(k=x[block], v=x[block]) for x in (full, packed)]
         memory = cache.commit(exp, memory, [own[0]] * 2, [own[1]] * 2)
         frames = own[0].k.reshape(1, 3, -1, 3, 12)
-        stored = rollout.Stored(full=_with(stored.full, frames, 3 * block),
-                                packed=_with(stored.packed, own[1].k, block))  # fmt: skip
+        stored = rollout.Stored(
+            full=_with(stored.full, frames, 3 * block), packed=_with(stored.packed, own[1].k, block)
+        )
 
 
 def _with(store, values, at):
@@ -127,9 +161,14 @@ def test_a_rollout_stops_at_its_step_and_goes_on_from_there(text, clip):
     reached = [draw(NETS, stops, PIXELS, draws(exit), text) for exit in (0, 1)] + [clip]
     np.testing.assert_array_equal(reached[0].noisy, chance.noise)
     for step in (1, 2):
-        read = schedules.add_noise(reached[step - 1].latent[0], chance.renoise[0, step - 1], sigmas[step])
+        read = schedules.add_noise(
+            reached[step - 1].latent[0], chance.renoise[0, step - 1], sigmas[step]
+        )
         np.testing.assert_allclose(reached[step].noisy[0], read, atol=1e-5)
-        assert np.abs(np.asarray(reached[step].latent) - np.asarray(reached[step - 1].latent)).max() > 1e-3
+        assert (
+            np.abs(np.asarray(reached[step].latent) - np.asarray(reached[step - 1].latent)).max()
+            > 1e-3
+        )
 
 
 @pytest.mark.parametrize("exit", [0, 1])
@@ -139,7 +178,9 @@ def test_a_finished_rollout_is_the_samplers_clip_wherever_a_gradient_begins(exit
     np.testing.assert_allclose(found.latent, clip.latent, atol=2e-5)
     stopped = draw(NETS, with_distil(finished=False), PIXELS, draws(exit), text)
     np.testing.assert_allclose(found.noisy[0], stopped.noisy[0], atol=1e-5)
-    made = tiny.jit(lambda: rollout.again(NETS, with_distil(gradient="none"), found, draws(exit), text))()
+    made = tiny.jit(
+        lambda: rollout.again(NETS, with_distil(gradient="none"), found, draws(exit), text)
+    )()
     np.testing.assert_allclose(made[0], stopped.latent[0], atol=2e-5)
     assert np.abs(np.asarray(made - found.latent)).max(axis=(1, 2, 3, 4, 5)).min() > 1e-3
     apart = np.abs(np.asarray(found.noisy - stopped.noisy)).max(axis=(1, 2, 3, 4, 5))
@@ -147,7 +188,9 @@ def test_a_finished_rollout_is_the_samplers_clip_wherever_a_gradient_begins(exit
 
 
 def test_some_blocks_are_drawn_again_as_all_are(clip, text):
-    last = tiny.jit(lambda: rollout.again(NETS, with_distil(gradient="none"), clip, draws(), text, first=3))()
+    last = tiny.jit(
+        lambda: rollout.again(NETS, with_distil(gradient="none"), clip, draws(), text, first=3)
+    )()
     np.testing.assert_allclose(last, clip.latent[3:], atol=2e-5)
 
 
@@ -157,8 +200,11 @@ def test_noise_in_the_clean_pass_is_asked_for():
     np.testing.assert_array_equal(rollout._context(EXP, latent, noise), latent)
     sigma = schedules.table(EXP.sample.shift).sigmas[-1]
     assert sigma > 1e-3
-    np.testing.assert_allclose(rollout._context(with_distil(noised_context=True), latent, noise),
-                               (1 - sigma) * latent + sigma * noise, atol=1e-6)  # fmt: skip
+    np.testing.assert_allclose(
+        rollout._context(with_distil(noised_context=True), latent, noise),
+        (1 - sigma) * latent + sigma * noise,
+        atol=1e-6,
+    )
 
 
 # gradients ------------------------------------------------------------------------------------------------------------
@@ -170,7 +216,10 @@ def by_block(clip, text):
     weights = tiny.normal(9, *clip.latent.shape)
 
     def sums(compressor, noisy, transformer, gradient):
-        nets, given = block_step.Nets(dit=transformer, compressor=compressor), dataclasses.replace(clip, noisy=noisy)
+        nets, given = (
+            block_step.Nets(dit=transformer, compressor=compressor),
+            dataclasses.replace(clip, noisy=noisy),
+        )
         latent = rollout.again(nets, with_distil(gradient=gradient), given, draws(), text)
         return (latent * weights).sum(axis=range(1, 6)), latent
 
@@ -194,15 +243,23 @@ def test_the_compressor_learns_from_the_first_block_that_sees_a_packed_one(by_bl
 
 
 def test_nothing_reaches_the_compressor_through_what_is_stored(by_block):
-    assert all((np.asarray(leaf) == 0).all() for leaf in pytrees.flatten(by_block["leak"][0][0]).values())
+    assert all(
+        (np.asarray(leaf) == 0).all() for leaf in pytrees.flatten(by_block["leak"][0][0]).values()
+    )
 
 
 def test_a_drawn_clip_and_all_it_leaves_behind_are_constants(text):
     def total(nets, text):
         drawn = rollout.draw(nets, EXP, PIXELS, draws(), text)
-        return sum(leaf.sum() for leaf in jax.tree.leaves((drawn.latent, drawn.noisy, drawn.low, drawn.stored)))
+        return sum(
+            leaf.sum()
+            for leaf in jax.tree.leaves((drawn.latent, drawn.noisy, drawn.low, drawn.stored))
+        )
 
-    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(tiny.jit(jax.grad(total, (0, 1)))(NETS, text)))
+    assert not any(
+        np.asarray(leaf).any()
+        for leaf in jax.tree.leaves(tiny.jit(jax.grad(total, (0, 1)))(NETS, text))
+    )
 
 
 def test_blocks_do_not_reach_each_other_but_through_the_leak(by_block):
@@ -210,24 +267,42 @@ def test_blocks_do_not_reach_each_other_but_through_the_leak(by_block):
         return np.abs(by_block[gradient][0][1]).max(axis=tuple(range(2, 7))) > 0
 
     np.testing.assert_array_equal(reach("packed"), np.eye(BLOCKS, dtype=bool))
-    seen = np.array([[j <= n and (j == n or j < SINK // 3 or j >= n - RECENT // 3) for j in range(BLOCKS)]
-                     for n in range(BLOCKS)])  # fmt: skip
+    seen = np.array(
+        [
+            [j <= n and (j == n or j < SINK // 3 or j >= n - RECENT // 3) for j in range(BLOCKS)]
+            for n in range(BLOCKS)
+        ]
+    )
     leaked = reach("leak")
     assert (leaked >= seen).all()  # directly, and on from there
     assert not leaked[np.triu_indices(BLOCKS, 1)].any()
 
 
-def test_the_gradient_of_a_block_without_packed_ones_is_that_of_its_last_step_alone(by_block, clip, sampled, text):
+def test_the_gradient_of_a_block_without_packed_ones_is_that_of_its_last_step_alone(
+    by_block, clip, sampled, text
+):
     """Block 2 sees sink and recent alone: differentiated behind the sampler's memory, a constant."""
     weights, times_sigmas = tiny.normal(9, *clip.latent.shape)[2], block_step.step_table(EXP.sample)
     memory = sampled[2][0]
-    layers, lots = pytrees.stack(memory.layers), jnp.zeros((EXP.dit.layers, tiny.BATCH, EXP.cache.slots))
+    layers, lots = (
+        pytrees.stack(memory.layers),
+        jnp.zeros((EXP.dit.layers, tiny.BATCH, EXP.cache.slots)),
+    )
 
     def total(transformer):
         nets = block_step.Nets(dit=transformer, compressor=NETS.compressor)
         time, sigma = (x[2] for x in times_sigmas)
-        clean, _ = block_step.guess(nets, EXP, cache.plan(EXP.cache, memory.num_blocks), clip.noisy[2], time, sigma,
-                                 batches.of_block(text, 2), (layers, lots), look=block_step.first_look)  # fmt: skip
+        clean, _ = block_step.guess(
+            nets,
+            EXP,
+            cache.plan(EXP.cache, memory.num_blocks),
+            clip.noisy[2],
+            time,
+            sigma,
+            batches.of_block(text, 2),
+            (layers, lots),
+            look=block_step.first_look,
+        )
         return (clean * weights).sum()
 
     alone = pytrees.flatten(tiny.jit(jax.grad(total))(NETS.dit))
@@ -241,21 +316,36 @@ def test_the_gradient_of_a_block_without_packed_ones_is_that_of_its_last_step_al
 
 def test_what_was_covered_is_counted(clip):
     told = rollout.covered(EXP, clip, draws())
-    assert {name: int(value) for name, value in told.items()} == {"packed_seen": 1 + 2, "choices": 0, "reach": 15,
-                                                                  "exit": 2}  # fmt: skip
+    assert {name: int(value) for name, value in told.items()} == {
+        "packed_seen": 1 + 2,
+        "choices": 0,
+        "reach": 15,
+        "exit": 2,
+    }
     assert float(rollout.covered(EXP, clip, draws(gap=7.5))["reach"]) == 22.5
-    covering = dataclasses.replace(BASE, train=dataclasses.replace(BASE.train, cover=dataclasses.replace(
-        BASE.train.cover, top=1)))  # fmt: skip
+    covering = dataclasses.replace(
+        BASE,
+        train=dataclasses.replace(BASE.train, cover=dataclasses.replace(BASE.train.cover, top=1)),
+    )
     chosen = rollout.for_training(covering, BLOCKS, SINK, RECENT)
     told = rollout.covered(chosen, clip, draws(exp=chosen))
     assert (int(told["packed_seen"]), int(told["choices"])) == (2, 1)
 
 
 def test_each_step_draws_its_sizes_by_seed_and_number():
-    cover = dataclasses.replace(BASE.train.cover, sinks=(0, 3), recents=(3, 6), shortest=4, longest=7)
-    exp = dataclasses.replace(BASE, train=dataclasses.replace(BASE.train, objective="dmd", cover=cover))
+    cover = dataclasses.replace(
+        BASE.train.cover, sinks=(0, 3), recents=(3, 6), shortest=4, longest=7
+    )
+    exp = dataclasses.replace(
+        BASE, train=dataclasses.replace(BASE.train, objective="dmd", cover=cover)
+    )
     drawn = [rollout.variant(exp, 1, step) for step in range(60)]
-    assert {(each.cache.sink, each.cache.recent) for each in drawn} == {(0, 3), (0, 6), (3, 3), (3, 6)}
+    assert {(each.cache.sink, each.cache.recent) for each in drawn} == {
+        (0, 3),
+        (0, 6),
+        (3, 3),
+        (3, 6),
+    }
     assert {each.clip // 3 for each in drawn} == {4, 5, 6, 7}
     assert drawn == [rollout.variant(exp, 1, step) for step in range(60)]
     assert drawn != [rollout.variant(exp, 2, step) for step in range(60)]
@@ -264,7 +354,11 @@ def test_each_step_draws_its_sizes_by_seed_and_number():
 
 
 def test_what_remembers_nothing_is_left_as_it_is():
-    for objective, history in (("flow_matching", "memory"), ("forcing", "clean"), ("trajectory", "noisy")):
+    for objective, history in (
+        ("flow_matching", "memory"),
+        ("forcing", "clean"),
+        ("trajectory", "noisy"),
+    ):
         train = dataclasses.replace(BASE.train, objective=objective, history=history)
         exp = dataclasses.replace(BASE, train=train)
         assert rollout.variant(exp, 0, 5) == exp
@@ -273,7 +367,12 @@ def test_what_remembers_nothing_is_left_as_it_is():
 @pytest.mark.parametrize(("sink", "held"), [(0, 4), (3, 3), (6, 2), (9, 1)])
 def test_training_attends_every_packed_block(sink, held):
     exp = rollout.for_training(BASE, BLOCKS, sink)
-    assert (exp.cache.sink, exp.cache.top, exp.cache.capacity, exp.cache.attended) == (sink, held, held, held)
+    assert (exp.cache.sink, exp.cache.top, exp.cache.capacity, exp.cache.attended) == (
+        sink,
+        held,
+        held,
+        held,
+    )
     assert (exp.cache.selection, exp.cache.span) == ("all", "true")
     assert dataclasses.replace(exp, cache=BASE.cache) == BASE
 

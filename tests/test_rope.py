@@ -26,8 +26,13 @@ def heads(seed, *shape):
 def reference(x, frames, places, cfg):
     """The rotation in complex float64: pair j of an axis with n pairs turns by position * theta^(-j/n)."""
     positions = np.concatenate([frames[:, None], places], axis=1).astype(np.float64)
-    speeds = [theta ** (-np.arange(count) / max(count, 1)) for count, theta in zip(cfg.pairs, cfg.rope_theta)]
-    angles = np.concatenate([positions[:, [axis]] * speed[None] for axis, speed in enumerate(speeds)], axis=1)
+    speeds = [
+        theta ** (-np.arange(count) / max(count, 1))
+        for count, theta in zip(cfg.pairs, cfg.rope_theta)
+    ]
+    angles = np.concatenate(
+        [positions[:, [axis]] * speed[None] for axis, speed in enumerate(speeds)], axis=1
+    )
     pairs = x.astype(np.float64).reshape(*x.shape[:-1], -1, 2)
     turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angles)[None, :, None]
     return np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
@@ -41,8 +46,12 @@ def both(frames, places, cfg=CFG):
 def test_rotation_is_the_one_of_float64(pairs):
     cfg = dataclasses.replace(CFG, rope_pairs=pairs)
     x = heads(0, 2, 5, 3, 12)
-    np.testing.assert_allclose(rotate(jnp.asarray(x), both(FRAMES, PLACES, cfg)),
-                               reference(x, FRAMES, PLACES, cfg), atol=1e-6, rtol=1e-6)  # fmt: skip
+    np.testing.assert_allclose(
+        rotate(jnp.asarray(x), both(FRAMES, PLACES, cfg)),
+        reference(x, FRAMES, PLACES, cfg),
+        atol=1e-6,
+        rtol=1e-6,
+    )
 
 
 def scores(frames_q, frames_k, places_q, places_k):
@@ -64,7 +73,10 @@ def test_only_differences_are_felt():
 
 def test_space_then_time_is_both_at_once():
     x = jnp.asarray(heads(3, 2, 5, 3, 12))
-    time, space = rope.time_angles(jnp.asarray(FRAMES), CFG), rope.space_angles(jnp.asarray(PLACES), CFG)
+    time, space = (
+        rope.time_angles(jnp.asarray(FRAMES), CFG),
+        rope.space_angles(jnp.asarray(PLACES), CFG),
+    )
     np.testing.assert_allclose(rotate(rotate(x, space), time), rotate(x, space + time), atol=1e-6)
     np.testing.assert_allclose(rotate(rotate(x, time), space), rotate(x, space + time), atol=1e-6)
 
@@ -81,7 +93,9 @@ def test_every_video_may_have_its_own_places_in_time():
     for video in range(3):
         alone = rotate(x[video : video + 1], rope.time_angles(frames[video], CFG))
         np.testing.assert_array_equal(together[video], alone[0])
-    assert (np.asarray(together[0]) != np.asarray(rotate(x, rope.time_angles(frames[1], CFG))[0])).any()
+    assert (
+        np.asarray(together[0]) != np.asarray(rotate(x, rope.time_angles(frames[1], CFG))[0])
+    ).any()
 
 
 def test_a_quarter_turn_of_two_channels():
@@ -93,12 +107,18 @@ def test_a_quarter_turn_of_two_channels():
 
 
 def test_pairs_are_adjacent_channels():
-    cfg = DiTConfig(dim=4, heads=1, rope_pairs=(2, 0, 0), rope_theta=(1e8, 1.0, 1.0))  # the second pair hardly turns
-    turned = rotate(jnp.array([[[[1.0, 0.0, 3.0, 4.0]]]]), rope.time_angles(jnp.array([math.pi / 2]), cfg))
+    cfg = DiTConfig(
+        dim=4, heads=1, rope_pairs=(2, 0, 0), rope_theta=(1e8, 1.0, 1.0)
+    )  # the second pair hardly turns
+    turned = rotate(
+        jnp.array([[[[1.0, 0.0, 3.0, 4.0]]]]), rope.time_angles(jnp.array([math.pi / 2]), cfg)
+    )
     np.testing.assert_allclose(turned[0, 0, 0], [0, 1, 3, 4], atol=1e-3)
 
 
-@pytest.mark.parametrize(("axis", "channels"), [(0, slice(0, 6)), (1, slice(6, 8)), (2, slice(8, 12))])
+@pytest.mark.parametrize(
+    ("axis", "channels"), [(0, slice(0, 6)), (1, slice(6, 8)), (2, slice(8, 12))]
+)
 def test_time_comes_first_then_rows_then_columns(axis, channels):
     position = np.zeros((1, 3), np.float32)
     position[0, axis] = 1.5
@@ -123,7 +143,9 @@ def test_half_precision_comes_back_as_it_went_in_and_is_rounded_once():
     x, angles = jnp.asarray(heads(7, 1, 5, 3, 12)).astype(jnp.bfloat16), both(FRAMES, PLACES)
     turned = rotate(x, angles)
     assert turned.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(turned, rotate(x.astype(jnp.float32), angles).astype(jnp.bfloat16))
+    np.testing.assert_array_equal(
+        turned, rotate(x.astype(jnp.float32), angles).astype(jnp.bfloat16)
+    )
 
 
 def test_grid_goes_through_columns_first_then_rows_then_frames():

@@ -48,8 +48,13 @@ class Counted:
 def init(exp, key, given):
     params = {"dit/head/kernel": jax.random.normal(key, (5, 3)), "dit/head/bias": jnp.zeros(3)}
     params |= given.get("generator", {})
-    return state.TrainState(params={"generator": params}, ema=jax.tree.map(jnp.copy, params), step=jnp.int32(0),
-                            opt={"generator": jax.tree.map(jnp.zeros_like, params)}, skipped=jnp.int32(0))  # fmt: skip
+    return state.TrainState(
+        params={"generator": params},
+        ema=jax.tree.map(jnp.copy, params),
+        step=jnp.int32(0),
+        opt={"generator": jax.tree.map(jnp.zeros_like, params)},
+        skipped=jnp.int32(0),
+    )
 
 
 def update(now, frozen, batch, key, exp, *, moves):
@@ -65,15 +70,25 @@ def update(now, frozen, batch, key, exp, *, moves):
     new = now.replace(params={"generator": params}, ema=ema, opt={"generator": speed})
     fine = jnp.isfinite(value)
     kept = jax.tree.map(lambda after, before: jnp.where(fine, after, before), new, now)
-    metrics = {"loss": value, "bias": params["dit/head/bias"], "first": 1.0 * ("generator" in moves)}
+    metrics = {
+        "loss": value,
+        "bias": params["dit/head/bias"],
+        "first": 1.0 * ("generator" in moves),
+    }
     return kept.replace(step=now.step + 1, skipped=jnp.where(fine, 0, now.skipped + 1)), metrics
 
 
 PROGRAM = runs.Program(
-    init=init, update=update, movers=lambda exp, step: ("generator", "critic") if step % 3 == 0 else ("critic",),
-    encode=lambda exp, pixels, raw: raw["x"], batches=lambda exp, batch, **_: Counted(batch))  # fmt: skip
+    init=init,
+    update=update,
+    movers=lambda exp, step: ("generator", "critic") if step % 3 == 0 else ("critic",),
+    encode=lambda exp, pixels, raw: raw["x"],
+    batches=lambda exp, batch, **_: Counted(batch),
+)
 TRAIN = TrainConfig(steps=11, batch=4, save_every=3, patience=2)
-EXP = dataclasses.replace(tiny.EXP, dit=dataclasses.replace(tiny.EXP.dit, heads=2, rope_pairs=(4, 3, 2)), train=TRAIN)
+EXP = dataclasses.replace(
+    tiny.EXP, dit=dataclasses.replace(tiny.EXP.dit, heads=2, rope_pairs=(4, 3, 2)), train=TRAIN
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,7 +125,9 @@ def trained(folder, exp=EXP, seed=7, until=None):
 
 def same(metrics):
     """What two equal runs have in common."""
-    return [{name: value for name, value in each.items() if name not in runs.TIMES} for each in metrics]
+    return [
+        {name: value for name, value in each.items() if name not in runs.TIMES} for each in metrics
+    ]
 
 
 def lines(folder):
@@ -120,7 +137,9 @@ def lines(folder):
 def assert_same_state(one, other, **tolerance):
     named = checkpoints._named(one.state)
     for path, leaf in checkpoints._named(other.state).items():
-        np.testing.assert_allclose(np.asarray(leaf), np.asarray(named[path]), err_msg=path, **{"rtol": 0} | tolerance)
+        np.testing.assert_allclose(
+            np.asarray(leaf), np.asarray(named[path]), err_msg=path, **{"rtol": 0} | tolerance
+        )
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +154,15 @@ def straight(tmp_path_factory):
 def test_a_run_learns_and_tells_each_step(straight):
     run, metrics = straight
     told = lines(run.folder)
-    assert [line["step"] for line in told] == [each["step"] for each in metrics] == list(range(1, 12))
-    assert [line["moves"] for line in told][:4] == ["generator+critic", "critic", "critic", "generator+critic"]
+    assert (
+        [line["step"] for line in told] == [each["step"] for each in metrics] == list(range(1, 12))
+    )
+    assert [line["moves"] for line in told][:4] == [
+        "generator+critic",
+        "critic",
+        "critic",
+        "generator+critic",
+    ]
     assert [line["first"] for line in told][:4] == [1.0, 0.0, 0.0, 1.0]
     assert told[-1]["loss"] < told[0]["loss"]
     for line, each in zip(told, metrics):
@@ -153,7 +179,10 @@ def test_the_state_lies_on_the_mesh(straight):
 
 
 def test_the_newest_checkpoints_are_kept_and_the_last_is_the_end(straight):
-    assert sorted(int(path.name) for path in (straight[0].folder / runs.CHECKPOINTS).iterdir()) == [9, 11]
+    assert sorted(int(path.name) for path in (straight[0].folder / runs.CHECKPOINTS).iterdir()) == [
+        9,
+        11,
+    ]
 
 
 def test_the_average_is_exported(straight):
@@ -161,10 +190,16 @@ def test_the_average_is_exported(straight):
     exported = model_folder.opened(run.folder / runs.MODEL)
     assert exported.experiment == EXP
     for path, tensor in exported.part("dit").items():
-        np.testing.assert_array_equal(tensor.read(), run.state.ema[f"dit/{path}"].astype(jnp.bfloat16), err_msg=path)
-    assert (run.state.ema["dit/head/kernel"] != run.state.params["generator"]["dit/head/kernel"]).all()
+        np.testing.assert_array_equal(
+            tensor.read(), run.state.ema[f"dit/{path}"].astype(jnp.bfloat16), err_msg=path
+        )
+    assert (
+        run.state.ema["dit/head/kernel"] != run.state.params["generator"]["dit/head/kernel"]
+    ).all()
     again = exports.words(EXP).from_file(run.folder / runs.MODEL / model_folder.TOKENIZER, 16)
-    np.testing.assert_array_equal(again.encode(["a red disc"])[0], exports.words(EXP).encode(["a red disc"])[0])
+    np.testing.assert_array_equal(
+        again.encode(["a red disc"])[0], exports.words(EXP).encode(["a red disc"])[0]
+    )
 
 
 def test_a_log_may_be_thinner_than_the_steps(tmp_path):
@@ -183,7 +218,12 @@ def test_another_seed_is_another_run(straight, tmp_path):
 
 def test_a_stopped_run_goes_on_bit_for_bit(straight, tmp_path):
     run, early = trained(tmp_path, until=5)
-    assert (run.step, run.stopped, run.done, (tmp_path / runs.MODEL).exists()) == (5, True, False, False)
+    assert (run.step, run.stopped, run.done, (tmp_path / runs.MODEL).exists()) == (
+        5,
+        True,
+        False,
+        False,
+    )
     again, late = trained(tmp_path)
     assert (late[0]["step"], again.stopped, again.done) == (6, False, True)
     assert lines(tmp_path) == lines(straight[0].folder)
@@ -226,8 +266,15 @@ def test_a_save_that_failed_is_told_and_the_one_before_is_there(straight, tmp_pa
     trained(tmp_path, until=3)
     run = begin(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(run.saved._manager, "wait_until_finished", lambda: (_ for _ in ()).throw(OSError(28, "full")))
-        with pytest.raises(MachineError, match=r"Saving step .* failed \(\[Errno 28\] full\); earlier steps are kept"):
+        patch.setattr(
+            run.saved._manager,
+            "wait_until_finished",
+            lambda: (_ for _ in ()).throw(OSError(28, "full")),
+        )
+        with pytest.raises(
+            MachineError,
+            match=r"Saving step .* failed \(\[Errno 28\] full\); earlier steps are kept",
+        ):
             list(runs.steps(run))
     assert_same_state(trained(tmp_path)[0], straight[0])
 
@@ -249,7 +296,9 @@ def test_too_many_in_a_row_end_the_run_with_the_last_good_state_saved(tmp_path, 
     monkeypatch.setattr(Counted, "bad", (4, 5, 6))
     run, good = begin(tmp_path), []
     states = (jax.tree.map(np.array, run.state) for _ in runs.steps(run))
-    with pytest.raises(MachineError, match=r"Step 6 was number 2 in a row .*\(not finite: .*loss.*lower the rates"):
+    with pytest.raises(
+        MachineError, match=r"Step 6 was number 2 in a row .*\(not finite: .*loss.*lower the rates"
+    ):
         good.extend(states)
     assert len(lines(tmp_path)) == 6
     saved = begin(tmp_path)
@@ -266,13 +315,16 @@ def untouched(folder):
     return not folder.exists() or not any(folder.iterdir())
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"mesh": MeshConfig(fsdp=3)}, "train.mesh"),
-    ({"batch": 3}, "train.batch=3 is not divisible"),
-    ({"objective": "dmd"}, "asks a teacher; name a model folder in train.teacher_from"),
-    ({"log": ("wandb",)}, r"wandb is not installed; install packforcing-jax\[wandb\]"),
-    ({"generator_from": "/nowhere/model"}, "/nowhere/model does not exist"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mesh": MeshConfig(fsdp=3)}, "train.mesh"),
+        ({"batch": 3}, "train.batch=3 is not divisible"),
+        ({"objective": "dmd"}, "asks a teacher; name a model folder in train.teacher_from"),
+        ({"log": ("wandb",)}, r"wandb is not installed; install packforcing-jax\[wandb\]"),
+        ({"generator_from": "/nowhere/model"}, "/nowhere/model does not exist"),
+    ],
+)
 def test_settings_that_cannot_work_are_refused_with_nothing_left_behind(tmp_path, changes, said):
     with pytest.raises(InputError, match=said):
         begin(tmp_path / "run", with_train(**changes))
@@ -281,9 +333,12 @@ def test_settings_that_cannot_work_are_refused_with_nothing_left_behind(tmp_path
 
 def test_folders_that_cannot_hold_a_run_are_refused(straight, tmp_path):
     (tmp_path / "file").touch()
-    for place, said in ((tmp_path / "file", "which is a file"), (tmp_path / "file" / "run", "which is a file"),
-                        ("/proc/run", "is not writable"), (straight[0].folder / runs.MODEL, "is a model folder"),
-                        ):  # fmt: skip
+    for place, said in (
+        (tmp_path / "file", "which is a file"),
+        (tmp_path / "file" / "run", "which is a file"),
+        ("/proc/run", "is not writable"),
+        (straight[0].folder / runs.MODEL, "is a model folder"),
+    ):
         with pytest.raises(InputError, match=said):
             begin(type(tmp_path)(place))
     (tmp_path / "ended" / runs.MODEL).mkdir(parents=True)
@@ -295,8 +350,11 @@ def test_another_run_is_not_gone_on_with(tmp_path):
     trained(tmp_path, until=1)
     before = sorted(tmp_path.rglob("*"))
     wider = dataclasses.replace(EXP, dit=dataclasses.replace(EXP.dit, ffn_dim=24))
-    for exp, seed, said in ((EXP, 8, "seed: 7 saved, 8 wanted"), (wider, 7, "experiment.dit.ffn_dim: 20 saved, 24"),
-                            (with_train(batch=8), 7, "experiment.train.batch: 4 saved, 8 wanted")):  # fmt: skip
+    for exp, seed, said in (
+        (EXP, 8, "seed: 7 saved, 8 wanted"),
+        (wider, 7, "experiment.dit.ffn_dim: 20 saved, 24"),
+        (with_train(batch=8), 7, "experiment.train.batch: 4 saved, 8 wanted"),
+    ):
         with pytest.raises(InputError, match=f"belongs to another training .*{said}"):
             begin(tmp_path, exp, seed)
     assert sorted(tmp_path.rglob("*")) == before
@@ -323,7 +381,9 @@ def test_a_preview_that_fails_is_one_warning(tmp_path, caplog):
 
 def test_the_profiler_is_on_for_its_window(tmp_path, monkeypatch):
     heard = []
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: heard.append(("on", run.step, folder)))
+    monkeypatch.setattr(
+        jax.profiler, "start_trace", lambda folder: heard.append(("on", run.step, folder))
+    )
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: heard.append(("off", run.step)))
     run = begin(tmp_path, with_train(profile=(2, 5)))
     list(runs.steps(run))
@@ -342,7 +402,9 @@ def test_a_generator_begins_as_the_model_of_a_folder(straight, tmp_path):
     run = begin(tmp_path, exp)
     for path, leaf in run.state.params["generator"].items():
         assert leaf.dtype == jnp.float32
-        np.testing.assert_array_equal(leaf, straight[0].state.ema[path].astype(jnp.bfloat16).astype(jnp.float32))
+        np.testing.assert_array_equal(
+            leaf, straight[0].state.ema[path].astype(jnp.bfloat16).astype(jnp.float32)
+        )
 
 
 def test_a_model_is_written_on_the_line_to_another(straight, tmp_path):
@@ -353,7 +415,10 @@ def test_a_model_is_written_on_the_line_to_another(straight, tmp_path):
         assert not runs.finished(exp, folder, seed=8)
         run, metrics = trained(folder, exp, seed=8)
         assert (len(metrics), runs.finished(exp, folder, seed=8)) == (steps, True)
-        other, made = (exports.network(one, run.state.ema, run.mesh) for one in (source, str(folder / runs.MODEL)))
+        other, made = (
+            exports.network(one, run.state.ema, run.mesh)
+            for one in (source, str(folder / runs.MODEL))
+        )
         for path, leaf in run.state.ema.items():
             apart = other[path] - leaf
             assert np.abs(apart).max() > 1e-2 * np.abs(leaf).max(), path
@@ -364,8 +429,16 @@ def test_a_model_that_cannot_be_gone_towards_is_refused_before_a_step(straight, 
     with pytest.raises(InputError, match="does not exist"):
         begin(tmp_path / "run", with_train(blend_from=str(tmp_path / "nowhere"), blend=0.5))
     other = tmp_path / "other"
-    model_folder.save(other, EXP, {"dit": {path.partition("/")[2]: np.ones((*leaf.shape, 2), np.float32)
-                                     for path, leaf in straight[0].state.ema.items()}})  # fmt: skip
+    model_folder.save(
+        other,
+        EXP,
+        {
+            "dit": {
+                path.partition("/")[2]: np.ones((*leaf.shape, 2), np.float32)
+                for path, leaf in straight[0].state.ema.items()
+            }
+        },
+    )
     with pytest.raises(InputError, match=f"the weights of {other}"):
         begin(tmp_path / "run", with_train(blend_from=str(other), blend=0.5))
 
@@ -373,8 +446,18 @@ def test_a_model_that_cannot_be_gone_towards_is_refused_before_a_step(straight, 
 def test_what_was_not_trained_is_handed_on(straight, tmp_path):
     """The codec's and the text encoder's files of the first model are in the last one."""
     source = tmp_path / "source"
-    model_folder.save(source, EXP, {"dit": {"head/kernel": np.ones((5, 3), np.float32), "head/bias": np.ones(3, np.float32)},
-                              "codec": {"scale": np.full(3, 1 / 3, np.float32)}}, dtype="float32")  # fmt: skip
+    model_folder.save(
+        source,
+        EXP,
+        {
+            "dit": {
+                "head/kernel": np.ones((5, 3), np.float32),
+                "head/bias": np.ones(3, np.float32),
+            },
+            "codec": {"scale": np.full(3, 1 / 3, np.float32)},
+        },
+        dtype="float32",
+    )
     run, _ = trained(tmp_path / "run", with_train(generator_from=str(source), steps=1))
     made = tmp_path / "run" / runs.MODEL / "codec.safetensors"
     assert made.read_bytes() == (source / "codec.safetensors").read_bytes()
@@ -416,42 +499,69 @@ def test_a_setting_changes_every_stage_or_the_one_it_names(recipe):
 
 
 def test_an_experiment_is_a_recipe_of_one_stage():
-    (name, exp), = overrides.load_recipe("stage", ["train.steps=3"])
+    ((name, exp),) = overrides.load_recipe("stage", ["train.steps=3"])
     assert (name, exp) == ("", overrides.load_experiment("stage", ["train.steps=3"]))
 
 
-@pytest.mark.parametrize(("sets", "said"), [
-    (["studnet:fps=3"], "no stage 'studnet' in this recipe; did you mean student?"),
-    ([":fps=3"], "no stage ''"),
-    (["teacher:fqs=3"], "unknown key; did you mean fps?"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        (["studnet:fps=3"], "no stage 'studnet' in this recipe; did you mean student?"),
+        ([":fps=3"], "no stage ''"),
+        (["teacher:fqs=3"], "unknown key; did you mean fps?"),
+    ],
+)
 def test_settings_of_unknown_stages_are_refused(recipe, sets, said):
     with pytest.raises(InputError, match=said):
         overrides.load_recipe(recipe, sets)
 
 
-@pytest.mark.parametrize("text", ["recipe = ()", "recipe = 3", "recipe = (('a', 1),)", "recipe = (('a/b', e),)",
-                                  "recipe = (('a', e), ('a', e))", "recipe = (('', e),)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "recipe = ()",
+        "recipe = 3",
+        "recipe = (('a', 1),)",
+        "recipe = (('a/b', e),)",
+        "recipe = (('a', e), ('a', e))",
+        "recipe = (('', e),)",
+    ],
+)
 def test_broken_recipes_are_refused(tmp_path, text):
-    (tmp_path / "c.py").write_text(f"from packforcing_jax.config import Experiment\ne = Experiment(name='e')\n{text}\n")
+    (tmp_path / "c.py").write_text(
+        f"from packforcing_jax.config import Experiment\ne = Experiment(name='e')\n{text}\n"
+    )
     with pytest.raises(InputError, match=r"c\.py: .*recipe"):
         overrides.load_recipe(tmp_path / "c.py")
 
 
 def test_stages_begin_from_the_models_of_earlier_ones(recipe, tmp_path):
     plan = runs.planned(overrides.load_recipe(recipe), tmp_path)
-    assert [folder for folder, _ in plan] == [tmp_path / name for name in ("teacher", "causal-1", "student")]
+    assert [folder for folder, _ in plan] == [
+        tmp_path / name for name in ("teacher", "causal-1", "student")
+    ]
     begins = [(exp.train.generator_from, exp.train.critic_from) for _, exp in plan]
     teacher, causal = (str(tmp_path / name / "model") for name in ("teacher", "causal-1"))
     assert begins == [("", ""), (teacher, ""), (causal, teacher)]
 
 
-@pytest.mark.parametrize(("sets", "only", "said"), [
-    (["teacher:train.generator_from=student"], None, "train.generator_from is student, which is not there"),
-    (["train.teacher_from=no/folder"], None, "train.teacher_from is no/folder, which is not there; run the stage"),
-    ([], "student", "causal-1/model, which is not there; run the stage that makes it"),
-    ([], "studant", "no stage 'studant' in this recipe; did you mean student?"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sets", "only", "said"),
+    [
+        (
+            ["teacher:train.generator_from=student"],
+            None,
+            "train.generator_from is student, which is not there",
+        ),
+        (
+            ["train.teacher_from=no/folder"],
+            None,
+            "train.teacher_from is no/folder, which is not there; run the stage",
+        ),
+        ([], "student", "causal-1/model, which is not there; run the stage that makes it"),
+        ([], "studant", "no stage 'studant' in this recipe; did you mean student?"),
+    ],
+)
 def test_beginnings_that_do_not_exist_are_refused(recipe, tmp_path, sets, only, said):
     with pytest.raises(InputError, match=said):
         runs.planned(overrides.load_recipe(recipe, sets), tmp_path / "run", only)
@@ -470,12 +580,16 @@ def command(monkeypatch, tmp_path):
         if config is None:
             config = tmp_path / "plain.py"
             config.write_text("import test_runs\nexperiment = test_runs.EXP\n")
-        return main.main(["train", "--config", str(config), "--out", str(tmp_path / out), "--seed", "7", *words])
+        return main.main(
+            ["train", "--config", str(config), "--out", str(tmp_path / out), "--seed", "7", *words]
+        )
 
     return run
 
 
-def test_a_recipe_is_one_command_and_what_is_done_is_not_done_again(command, recipe, tmp_path, capsys):
+def test_a_recipe_is_one_command_and_what_is_done_is_not_done_again(
+    command, recipe, tmp_path, capsys
+):
     assert command("--json", config=recipe) == 0
     told, said = capsys.readouterr()
     assert json.loads(told)["model"] == str(tmp_path / "run" / "student" / "model")
@@ -487,11 +601,16 @@ def test_a_recipe_is_one_command_and_what_is_done_is_not_done_again(command, rec
     assert "goes on behind step 4" in said
     assert [line["step"] for line in lines(tmp_path / "run" / "student")] == [1, 2, 3, 4, 5]
     assert command("--stage", "teacher", "--set", "train.batch=8", config=recipe) == 2
-    assert "belongs to another training (experiment.train.batch: 4 saved, 8 wanted)" in capsys.readouterr().err
+    assert (
+        "belongs to another training (experiment.train.batch: 4 saved, 8 wanted)"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_step_saves_and_exits_with_0(command, straight, tmp_path, stop, monkeypatch, capsys):
+def test_a_signal_ends_the_step_saves_and_exits_with_0(
+    command, straight, tmp_path, stop, monkeypatch, capsys
+):
     advance = runs.advance
 
     def signalled(run):
@@ -509,7 +628,9 @@ def test_a_signal_ends_the_step_saves_and_exits_with_0(command, straight, tmp_pa
     assert lines(tmp_path / "run") == lines(straight[0].folder)
 
 
-def test_a_second_signal_interrupts_at_once_and_the_checkpoint_before_stays(command, straight, tmp_path, monkeypatch):
+def test_a_second_signal_interrupts_at_once_and_the_checkpoint_before_stays(
+    command, straight, tmp_path, monkeypatch
+):
     advance = runs.advance
 
     def signalled(run):
@@ -530,9 +651,13 @@ def test_failures_are_one_sentence_and_a_code(command, tmp_path, monkeypatch, ca
     assert command() == 3
     assert "Step 3 was number 2 in a row" in capsys.readouterr().err
     (tmp_path / "file").touch()
-    for words, said in ((("--seed", "-1"), "--seed -1 does not fit"), (("--steps", "0"), "train.steps=0"),
-                        (("--process", "1"), "--coordinator, --processes is missing"),
-                        (("--stage", "x"), "no stage 'x'"), (("--seed", "8"), "seed: 7 saved, 8 wanted")):  # fmt: skip
+    for words, said in (
+        (("--seed", "-1"), "--seed -1 does not fit"),
+        (("--steps", "0"), "train.steps=0"),
+        (("--process", "1"), "--coordinator, --processes is missing"),
+        (("--stage", "x"), "no stage 'x'"),
+        (("--seed", "8"), "seed: 7 saved, 8 wanted"),
+    ):
         assert command(*words) == 2, words
         error = capsys.readouterr().err
         assert said in error
@@ -545,13 +670,26 @@ def test_failures_are_one_sentence_and_a_code(command, tmp_path, monkeypatch, ca
 
 def real(**changes):
     """The Stage world's clips, and networks that compile fast."""
-    cut = dataclasses.replace(tiny.EXP.dit, dim=24, heads=2, rope_pairs=None, in_channels=48, out_channels=48)
-    train = TrainConfig(**{"steps": 2, "batch": 2, "trained": ("dit", "compressor", "text")} | changes)
+    cut = dataclasses.replace(
+        tiny.EXP.dit, dim=24, heads=2, rope_pairs=None, in_channels=48, out_channels=48
+    )
+    train = TrainConfig(
+        **{"steps": 2, "batch": 2, "trained": ("dit", "compressor", "text")} | changes
+    )
     return dataclasses.replace(
-        tiny.EXP, name="stage", dit=cut, codec=config.SpaceToDepthConfig(factor=4), train=train, latent=(8, 8),
-        cache=config.CacheConfig(block=4, sink=4, recent=4, top=2, capacity=4, score_pool=(4, 1, 1), key_multiple=1),
-        compressor=config.CompressorConfig(channels=(5,), strides=((2, 8, 8),)), clip=20,
-        sample=dataclasses.replace(tiny.EXP.sample, prediction="clean"))  # fmt: skip
+        tiny.EXP,
+        name="stage",
+        dit=cut,
+        codec=config.SpaceToDepthConfig(factor=4),
+        train=train,
+        latent=(8, 8),
+        cache=config.CacheConfig(
+            block=4, sink=4, recent=4, top=2, capacity=4, score_pool=(4, 1, 1), key_multiple=1
+        ),
+        compressor=config.CompressorConfig(channels=(5,), strides=((2, 8, 8),)),
+        clip=20,
+        sample=dataclasses.replace(tiny.EXP.sample, prediction="clean"),
+    )
 
 
 def test_real_networks_have_a_place_and_are_read_into_it(folder):
@@ -567,10 +705,16 @@ def test_real_networks_have_a_place_and_are_read_into_it(folder):
     assert any(not leaf.sharding.is_fully_replicated for leaf in read.values())
 
 
-@pytest.mark.parametrize(("changes", "wanted"), [
-    ({}, ("latent", "low")), ({"history": "clean"}, ("latent",)), ({"objective": "flow_matching"}, ("latent",)),
-    ({"objective": "trajectory"}, ("trajectory", "low")), ({"objective": "dmd"}, ()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, ("latent", "low")),
+        ({"history": "clean"}, ("latent",)),
+        ({"objective": "flow_matching"}, ("latent",)),
+        ({"objective": "trajectory"}, ("trajectory", "low")),
+        ({"objective": "dmd"}, ()),
+    ],
+)
 def test_objectives_say_what_they_read(changes, wanted):
     assert runs.needs(with_train(**changes)) == wanted
 
@@ -583,11 +727,15 @@ def test_real_networks_learn_and_are_begun_from(tmp_path):
     runs.finish(run)
     assert metrics["loss"] > 0
     assert model_folder.opened(tmp_path / runs.MODEL).experiment == exp
-    shapes = {path: leaf for path, leaf in run.state.ema.items() if path.startswith(("dit/", "text/"))}
+    shapes = {
+        path: leaf for path, leaf in run.state.ema.items() if path.startswith(("dit/", "text/"))
+    }
     begun = exports.network(str(tmp_path / runs.MODEL), shapes, run.mesh)
     assert {path.split("/")[0] for path in begun} == {"dit", "text"}
     for path, leaf in begun.items():
-        np.testing.assert_array_equal(leaf, run.state.ema[path].astype(jnp.bfloat16).astype(jnp.float32), err_msg=path)
+        np.testing.assert_array_equal(
+            leaf, run.state.ema[path].astype(jnp.bfloat16).astype(jnp.float32), err_msg=path
+        )
 
 
 @pytest.mark.slow
@@ -604,8 +752,14 @@ def test_real_networks_are_watched_and_sample_as_a_model(tmp_path, caplog):
     assert video.read(tmp_path / runs.PREVIEWS / "step-2.mp4").shape == (20, 256, 256, 3)
     model = pipeline.Pipeline.from_pretrained(tmp_path / runs.MODEL)
     assert model.experiment == run.exp
-    again = runs.start(real(generator_from=str(tmp_path / runs.MODEL), history="clean"), tmp_path / "next", seed=4)
-    assert {path.split("/")[0] for path in again.state.params["generator"]} == {"dit", "compressor", "text"}
+    again = runs.start(
+        real(generator_from=str(tmp_path / runs.MODEL), history="clean"), tmp_path / "next", seed=4
+    )
+    assert {path.split("/")[0] for path in again.state.params["generator"]} == {
+        "dit",
+        "compressor",
+        "text",
+    }
 
 
 KILLED = """
@@ -640,13 +794,22 @@ def test_a_command_killed_at_five_random_points_is_the_unbroken_one_in_the_end(t
 def started(folder, out):
     """The command in a process group of its own."""
     here = os.path.dirname(__file__)
-    alike = {"JAX_NUM_CPU_DEVICES": "2", "JAX_ENABLE_COMPILATION_CACHE": "true", "PYTHONPATH": f"{here}/..:{here}",
-             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
+    alike = {
+        "JAX_NUM_CPU_DEVICES": "2",
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "PYTHONPATH": f"{here}/..:{here}",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     words = ["train", "--config", str(folder / "c.py"), "--out", str(out), "--seed", "7"]
     with (folder / "said.txt").open("ab") as said:
-        return subprocess.Popen([sys.executable, "-m", "packforcing_jax", *words], stdout=said, stderr=said,
-                                start_new_session=True, env=os.environ | alike)  # fmt: skip
+        return subprocess.Popen(
+            [sys.executable, "-m", "packforcing_jax", *words],
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+            env=os.environ | alike,
+        )
 
 
 def told_of(folder):

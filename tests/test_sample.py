@@ -38,7 +38,9 @@ def test_a_prompt_becomes_a_file_with_its_settings_inside(capsys, folder, tmp_pa
 def test_seconds_and_timeline_and_json(capsys, folder, tmp_path):
     story = tmp_path / "story.txt"
     story.write_text("0: a red disc\n2: lime square\n")
-    code, said, _ = run(capsys, folder, "--timeline", story, "--seconds", 2, "--out", tmp_path / "v.mp4", "--json")
+    code, said, _ = run(
+        capsys, folder, "--timeline", story, "--seconds", 2, "--out", tmp_path / "v.mp4", "--json"
+    )
     made = json.loads(said)
     assert code == 0
     assert made["blocks"] == 4
@@ -48,7 +50,12 @@ def test_seconds_and_timeline_and_json(capsys, folder, tmp_path):
 def test_the_same_request_gives_the_same_pixels(capsys, folder, tmp_path):
     made = []
     for name in ("a.mp4", "b.mp4"):
-        assert run(capsys, folder, "--prompt", "a red disc", "--blocks", 2, "--out", tmp_path / name)[0] == 0
+        assert (
+            run(capsys, folder, "--prompt", "a red disc", "--blocks", 2, "--out", tmp_path / name)[
+                0
+            ]
+            == 0
+        )
         made.append(video.read(tmp_path / name))
     assert (made[0] == made[1]).all()
 
@@ -62,28 +69,68 @@ WRONG = {
     "unknown key": ([*PROMPT, "--set", "cache.tpo=3"], ["tpo", "top"]),
     "value of a wrong kind": ([*PROMPT, "--set", "cache.top=many"], ["cache.top", "many"]),
     "impossible value": ([*PROMPT, "--set", "cache.top=9"], ["cache.top=9", "capacity=4"]),
-    "sink that is no number of frames": ([*PROMPT, "--set", "cache.sink=7.5"], ["cache.sink=7.5", "int"]),
-    "sink of no whole blocks": ([*PROMPT, "--set", "cache.sink=7"], ["cache.sink=7", "whole blocks of 3 frames"]),
-    "a choice per layer on the host": ([*PROMPT, *HOST, *LATE[2:]], ["archive='host'", "scope='layer'", "=shared"]),
-    "an early choice on the host": ([*PROMPT, *HOST, *LATE[:2]], ["archive='host'", "timing='first'", "timing=late"]),
-    "keys left turned on the host": ([*PROMPT, *HOST, *LATE, "--set", "cache.rope_adjustment=incremental"],
-                                     ["archive='host'", "'incremental'", "rope_adjustment=sink"]),
-    "unknown selection": ([*PROMPT, "--set", "cache.selection=afinity"], ["'afinity'", "affinity, "]),
+    "sink that is no number of frames": (
+        [*PROMPT, "--set", "cache.sink=7.5"],
+        ["cache.sink=7.5", "int"],
+    ),
+    "sink of no whole blocks": (
+        [*PROMPT, "--set", "cache.sink=7"],
+        ["cache.sink=7", "whole blocks of 3 frames"],
+    ),
+    "a choice per layer on the host": (
+        [*PROMPT, *HOST, *LATE[2:]],
+        ["archive='host'", "scope='layer'", "=shared"],
+    ),
+    "an early choice on the host": (
+        [*PROMPT, *HOST, *LATE[:2]],
+        ["archive='host'", "timing='first'", "timing=late"],
+    ),
+    "keys left turned on the host": (
+        [*PROMPT, *HOST, *LATE, "--set", "cache.rope_adjustment=incremental"],
+        ["archive='host'", "'incremental'", "rope_adjustment=sink"],
+    ),
+    "unknown selection": (
+        [*PROMPT, "--set", "cache.selection=afinity"],
+        ["'afinity'", "affinity, "],
+    ),
     "trace in place of a folder": ([*PROMPT, "--trace", "."], ["Trace .", "folder"]),
-    "trace that cannot be written": ([*PROMPT, "--trace", "/proc/run.jsonl"], ["/proc/run.jsonl", "not writable"]),
-    "saves in a place that is none": ([*PROMPT, "--state", "/proc/version/saves"], ["/proc/version", "not usable"]),
+    "trace that cannot be written": (
+        [*PROMPT, "--trace", "/proc/run.jsonl"],
+        ["/proc/run.jsonl", "not writable"],
+    ),
+    "saves in a place that is none": (
+        [*PROMPT, "--state", "/proc/version/saves"],
+        ["/proc/version", "not usable"],
+    ),
     "no pace of saving": ([*PROMPT, "--state", "saves", "--every", "0"], ["--every 0", "1"]),
     "no pace, nothing saved": ([*PROMPT, "--every", "-2"], ["--every -2", "1"]),
-    "video among the saves": ([*PROMPT, "--state", "a", "--out", "a/v.mp4"], ["--out a/v.mp4", "--state a"]),
-    "trace among the saves": ([*PROMPT, "--state", "a", "--trace", "a/t.jsonl"], ["--trace a/t.jsonl", "--state a"]),
-    "trace in place of the video": ([*PROMPT, "--out", "a.mp4", "--trace", "./a.mp4"], ["--trace ./a.mp4", "--out"]),
+    "video among the saves": (
+        [*PROMPT, "--state", "a", "--out", "a/v.mp4"],
+        ["--out a/v.mp4", "--state a"],
+    ),
+    "trace among the saves": (
+        [*PROMPT, "--state", "a", "--trace", "a/t.jsonl"],
+        ["--trace a/t.jsonl", "--state a"],
+    ),
+    "trace in place of the video": (
+        [*PROMPT, "--out", "a.mp4", "--trace", "./a.mp4"],
+        ["--trace ./a.mp4", "--out"],
+    ),
     "unknown word": (["--prompt", "a purpel disc"], ["purpel"]),
     "prompt and prompts": ([*PROMPT, "--prompts", "x"], ["--prompt", "--prompts"]),
     "missing prompts": (["--prompts", "nowhere.txt"], ["nowhere.txt"]),
-    "one trace for many videos": (["--prompts", "x", "--trace", "t.jsonl"], ["--trace t.jsonl", "--prompts"]),
-    "unknown number format": ([*PROMPT, "--set", "dtypes.cache=float8"], ["dtypes.cache='float8'", "bfloat16"]),
-    "more than there is memory": ([*PROMPT, "--set", "cache.capacity=99999999"],
-                                  ["needs", "of memory", "--set cache."]),
+    "one trace for many videos": (
+        ["--prompts", "x", "--trace", "t.jsonl"],
+        ["--trace t.jsonl", "--prompts"],
+    ),
+    "unknown number format": (
+        [*PROMPT, "--set", "dtypes.cache=float8"],
+        ["dtypes.cache='float8'", "bfloat16"],
+    ),
+    "more than there is memory": (
+        [*PROMPT, "--set", "cache.capacity=99999999"],
+        ["needs", "of memory", "--set cache."],
+    ),
     "empty prompt": (["--prompt", "  "], ["--prompt", "empty"]),
     "prompt and timeline": ([*PROMPT, "--timeline", "x"], ["--prompt", "--timeline"]),
     "no story for this model": ([], ["--prompt"]),
@@ -102,7 +149,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_request_is_one_sentence_and_leaves_nothing(case, capsys, folder, tmp_path, monkeypatch):
+def test_a_wrong_request_is_one_sentence_and_leaves_nothing(
+    case, capsys, folder, tmp_path, monkeypatch
+):
     words, named = WRONG[case]
     monkeypatch.chdir(tmp_path)
     code, said, complaint = run(capsys, folder, *words)
@@ -119,7 +168,12 @@ def test_a_wrong_request_is_one_sentence_and_leaves_nothing(case, capsys, folder
 
 LINES = [
     {"prompt": "a red disc"},
-    {"timeline": [[0, "a red disc"], [2, "lime square"]], "blocks": 4, "seed": 9, "name": "two halves"},
+    {
+        "timeline": [[0, "a red disc"], [2, "lime square"]],
+        "blocks": 4,
+        "seed": 9,
+        "name": "two halves",
+    },
     {"prompt": "a red disc", "set": ["cache.top=1"], "seconds": 2},
 ]
 
@@ -143,9 +197,28 @@ def test_every_line_is_a_video_with_its_own_settings(capsys, folder, tmp_path, l
 
 def test_a_line_gives_the_video_that_the_prompt_alone_gives(capsys, folder, tmp_path):
     (tmp_path / "lines.txt").write_text("# two videos\nlime square\n\na red disc\n")
-    assert run(capsys, folder, "--prompts", tmp_path / "lines.txt", "--blocks", 2, "--out", tmp_path / "made")[0] == 0
-    assert run(capsys, folder, "--prompt", "a red disc", "--blocks", 2, "--out", tmp_path / "alone.mp4")[0] == 0
-    assert (video.read(tmp_path / "made" / "a-red-disc.mp4") == video.read(tmp_path / "alone.mp4")).all()
+    assert (
+        run(
+            capsys,
+            folder,
+            "--prompts",
+            tmp_path / "lines.txt",
+            "--blocks",
+            2,
+            "--out",
+            tmp_path / "made",
+        )[0]
+        == 0
+    )
+    assert (
+        run(
+            capsys, folder, "--prompt", "a red disc", "--blocks", 2, "--out", tmp_path / "alone.mp4"
+        )[0]
+        == 0
+    )
+    assert (
+        video.read(tmp_path / "made" / "a-red-disc.mp4") == video.read(tmp_path / "alone.mp4")
+    ).all()
 
 
 def test_finished_lines_are_skipped_and_changed_ones_made_again(capsys, folder, tmp_path):
@@ -165,14 +238,18 @@ def test_finished_lines_are_skipped_and_changed_ones_made_again(capsys, folder, 
     with (made / "finished.jsonl").open("a") as ledger:
         ledger.write('{"key": "')  # as a kill leaves it
     assert again("lime square\na red disc\n") == ["lime-square.mp4"]
-    assert run(capsys, folder, "--prompts", story, "--blocks", 2, "--seed", 3, "--out", made)[0] == 0
+    assert (
+        run(capsys, folder, "--prompts", story, "--blocks", 2, "--seed", 3, "--out", made)[0] == 0
+    )
     assert video.settings(made / "a-red-disc.mp4")["seed"] == 3
 
 
 def test_a_wrong_line_stops_everything_before_the_first_video(capsys, folder, tmp_path):
     lines = [LINES[0], {"prompt": "a purpel disc"}]
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    code, _, complaint = run(capsys, folder, "--prompts", tmp_path / "lines.jsonl", "--out", tmp_path / "made")
+    code, _, complaint = run(
+        capsys, folder, "--prompts", tmp_path / "lines.jsonl", "--out", tmp_path / "made"
+    )
     assert code == 2
     assert "lines.jsonl, line 2" in complaint
     assert "purpel" in complaint
@@ -180,7 +257,11 @@ def test_a_wrong_line_stops_everything_before_the_first_video(capsys, folder, tm
 
 
 def test_half_precision_is_sampled_and_named(capsys, folder, tmp_path):
-    half = [word for name in ("params", "compute", "cache") for word in ("--set", f"dtypes.{name}=bfloat16")]
+    half = [
+        word
+        for name in ("params", "compute", "cache")
+        for word in ("--set", f"dtypes.{name}=bfloat16")
+    ]
     code, _, said = run(capsys, folder, *PROMPT, "--blocks", 3, *half, "--out", tmp_path / "v.mp4")
     assert code == 0
     assert "bfloat16" in said
@@ -200,21 +281,53 @@ def story(tmp_path):
 
 def kept(capsys, folder, story, place, blocks, *more):
     """A run with all its files in `place`: (exit code, stdout, stderr)."""
-    return run(capsys, folder, "--timeline", story, "--blocks", blocks, "--every", 4, "--state", place / "saves",
-               "--out", place / "v.mp4", "--trace", place / "t.jsonl", *more)  # fmt: skip
+    return run(
+        capsys,
+        folder,
+        "--timeline",
+        story,
+        "--blocks",
+        blocks,
+        "--every",
+        4,
+        "--state",
+        place / "saves",
+        "--out",
+        place / "v.mp4",
+        "--trace",
+        place / "t.jsonl",
+        *more,
+    )
 
 
 def contents(place):
-    return {path.relative_to(place): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(place): path.read_bytes() for path in place.rglob("*") if path.is_file()
+    }
 
 
 def test_a_trace_tells_of_the_blocks_that_were_drawn(capsys, folder, story, tmp_path):
-    code, _, _ = run(capsys, folder, "--timeline", story, "--blocks", 7, "--seed", 5, "--out", tmp_path / "v.mp4",
-                     "--trace", tmp_path / "new" / "t.jsonl")  # fmt: skip
+    code, _, _ = run(
+        capsys,
+        folder,
+        "--timeline",
+        story,
+        "--blocks",
+        7,
+        "--seed",
+        5,
+        "--out",
+        tmp_path / "v.mp4",
+        "--trace",
+        tmp_path / "new" / "t.jsonl",
+    )
     assert code == 0
     found = trace.read(tmp_path / "new" / "t.jsonl")
     assert [block.prompt for block in found.blocks] == STORY[:7]
-    assert (found.header["seed"], found.header["prompts"]) == (5, [[0, "a red disc"], [4, "lime square"]])
+    assert (found.header["seed"], found.header["prompts"]) == (
+        5,
+        [[0, "a red disc"], [4, "lime square"]],
+    )
     assert [len(block.layers[0].ids) for block in found.blocks] == [0, 0, 0, 1, 2, 2, 2]
     assert main.main(["inspect", "--no-map", str(tmp_path / "new" / "t.jsonl")]) == 0
 
@@ -264,9 +377,28 @@ def finished(folder, tmp_path_factory):
     """A traced run of 5 blocks, kept behind the fourth and the last."""
     place = tmp_path_factory.mktemp("finished")
     (place / "story.txt").write_text("0: a red disc\n4: lime square\n")
-    assert main.main(["sample", "--weights", str(folder), "--timeline", str(place / "story.txt"), "--blocks", "5",
-                      "--every", "4", "--state", str(place / "saves"), "--out", str(place / "v.mp4"),
-                      "--trace", str(place / "t.jsonl")]) == 0  # fmt: skip
+    assert (
+        main.main(
+            [
+                "sample",
+                "--weights",
+                str(folder),
+                "--timeline",
+                str(place / "story.txt"),
+                "--blocks",
+                "5",
+                "--every",
+                "4",
+                "--state",
+                str(place / "saves"),
+                "--out",
+                str(place / "v.mp4"),
+                "--trace",
+                str(place / "t.jsonl"),
+            ]
+        )
+        == 0
+    )
     return place
 
 
@@ -294,7 +426,9 @@ def refused(capsys, folder, place, *words):
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_saves_of_another_run_are_refused_and_left_alone(case, capsys, folder, finished, tmp_path, monkeypatch):
+def test_saves_of_another_run_are_refused_and_left_alone(
+    case, capsys, folder, finished, tmp_path, monkeypatch
+):
     words, named = OTHERS[case]
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "other.txt").write_text("0: a red disc\n3: lime square\n")
@@ -306,7 +440,10 @@ def test_saves_of_another_run_are_refused_and_left_alone(case, capsys, folder, f
 def test_a_damaged_save_is_refused_with_the_way_out(capsys, folder, finished, tmp_path):
     place = tmp_path / "run"
     shutil.copytree(finished, place)
-    largest = max((place / "saves" / "block_5").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    largest = max(
+        (place / "saves" / "block_5").rglob("*"),
+        key=lambda path: path.is_file() and path.stat().st_size,
+    )
     largest.write_bytes(largest.read_bytes()[:-7])
     assert "delete it to continue from the one before" in refused(capsys, folder, place)
     shutil.rmtree(place / "saves" / "block_5")
@@ -325,7 +462,14 @@ def test_a_folder_of_other_things_takes_no_saves(capsys, folder, finished, tmp_p
 
 def test_a_trace_cannot_begin_in_the_middle(capsys, folder, finished, tmp_path):
     place = tmp_path / "run"
-    words = ("--timeline", finished / "story.txt", "--out", place / "v.mp4", "--state", place / "saves")
+    words = (
+        "--timeline",
+        finished / "story.txt",
+        "--out",
+        place / "v.mp4",
+        "--state",
+        place / "saves",
+    )
     assert run(capsys, folder, *words, "--blocks", 2)[0] == 0
     code, _, complaint = run(capsys, folder, *words, "--blocks", 3, "--trace", place / "t.jsonl")
     assert code == 2
@@ -342,7 +486,9 @@ def test_missing_and_broken_weights_are_refused(capsys, folder, tmp_path):
     broken.mkdir()
     for file in folder.iterdir():
         data = file.read_bytes()
-        (broken / file.name).write_bytes(data[: len(data) // 2] if file.suffix == ".safetensors" else data)
+        (broken / file.name).write_bytes(
+            data[: len(data) // 2] if file.suffix == ".safetensors" else data
+        )
     code, _, complaint = run(capsys, broken, *PROMPT, "--out", tmp_path / "v.mp4")
     assert code == 2
     assert "dit.safetensors" in complaint
@@ -365,9 +511,22 @@ raise SystemExit(main.main())
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_video_plays(folder, tmp_path, stop):
     out = tmp_path / "v.mp4"
-    command = [sys.executable, "-c", PROGRAM, "sample", "--weights", folder, *PROMPT, "--blocks", "4000",
-               "--out", out]  # fmt: skip
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    command = [
+        sys.executable,
+        "-c",
+        PROGRAM,
+        "sample",
+        "--weights",
+        folder,
+        *PROMPT,
+        "--blocks",
+        "4000",
+        "--out",
+        out,
+    ]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         deadline = time.monotonic() + 120
         while not (out.exists() and out.stat().st_size > 5000) and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -39,10 +39,20 @@ class Sampler:
 
 
 def sampler(width=7):
-    layers = tuple({"k": jnp.full((1, 3, width, 2), 0.1 * i), "at": jnp.zeros((1, 0))} for i in range(3))
-    decoder = {"context": (jnp.linspace(0, 1, 5, dtype=jnp.bfloat16), ()), "seen": jnp.asarray([True, False])}
-    return Sampler(layers=layers, decoder=decoder, seed=jnp.asarray([3, 2**32 - 1], jnp.uint32), blocks=jnp.int32(0),
-                   archive=np.zeros((2, 6, width), np.float32))  # fmt: skip
+    layers = tuple(
+        {"k": jnp.full((1, 3, width, 2), 0.1 * i), "at": jnp.zeros((1, 0))} for i in range(3)
+    )
+    decoder = {
+        "context": (jnp.linspace(0, 1, 5, dtype=jnp.bfloat16), ()),
+        "seen": jnp.asarray([True, False]),
+    }
+    return Sampler(
+        layers=layers,
+        decoder=decoder,
+        seed=jnp.asarray([3, 2**32 - 1], jnp.uint32),
+        blocks=jnp.int32(0),
+        archive=np.zeros((2, 6, width), np.float32),
+    )
 
 
 @jax.jit
@@ -74,10 +84,16 @@ def refused(action, reason):
 
 
 KINDS = (jnp.asarray, np.asarray, lambda array: array.reshape(-1)[0] if array.size else array)
-LEAF = st.tuples(st.sampled_from(KINDS), st.sampled_from(["float32", "bfloat16", "uint32", "int32", "bool", "uint8"]),
-                 st.lists(st.sampled_from([0, 1, 2, 3, 5]), max_size=4))  # fmt: skip
-TREE = st.recursive(LEAF.map(lambda leaf: [leaf]), lambda inner: st.dictionaries(st.sampled_from("abcd"), inner)
-                    | st.lists(inner, max_size=3), max_leaves=8)  # fmt: skip
+LEAF = st.tuples(
+    st.sampled_from(KINDS),
+    st.sampled_from(["float32", "bfloat16", "uint32", "int32", "bool", "uint8"]),
+    st.lists(st.sampled_from([0, 1, 2, 3, 5]), max_size=4),
+)
+TREE = st.recursive(
+    LEAF.map(lambda leaf: [leaf]),
+    lambda inner: st.dictionaries(st.sampled_from("abcd"), inner) | st.lists(inner, max_size=3),
+    max_leaves=8,
+)
 
 
 def made(leaf, rng):
@@ -86,19 +102,31 @@ def made(leaf, rng):
     if dtype == "bool":
         return kind(rng.integers(0, 2, shape).astype(bool))
     dtype = jnp.dtype(dtype)
-    return kind(np.frombuffer(rng.bytes(int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape))
+    return kind(
+        np.frombuffer(rng.bytes(int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape)
+    )
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(tree=TREE, seed=st.integers(0, 2**32 - 1))
 def test_any_state_comes_back_bit_for_bit_in_kind(tmp_path_factory, tree, seed):
     rng, is_leaf = np.random.default_rng(seed), lambda node: isinstance(node, tuple)
-    state = {"count": jnp.int32(4), "tree": jax.tree.map(lambda leaf: made(leaf, rng), tree, is_leaf=is_leaf)}
+    state = {
+        "count": jnp.int32(4),
+        "tree": jax.tree.map(lambda leaf: made(leaf, rng), tree, is_leaf=is_leaf),
+    }
     store = sampler_checkpoints.Saves(tmp_path_factory.mktemp("saves"))
     store.save(3, state, {"seed": seed})
-    empty = jax.tree.map(lambda leaf: type(leaf)(0) if isinstance(leaf, np.generic) else
-                         np.empty_like(leaf) if isinstance(leaf, np.ndarray) else
-                         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)  # fmt: skip
+    empty = jax.tree.map(
+        lambda leaf: (
+            type(leaf)(0)
+            if isinstance(leaf, np.generic)
+            else np.empty_like(leaf)
+            if isinstance(leaf, np.ndarray)
+            else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        ),
+        state,
+    )
     back, about = sampler_checkpoints.Saves(store.folder).restore(empty)
     same_bits(back, state)
     assert about == {"seed": seed}
@@ -111,7 +139,9 @@ def test_continuing_equals_never_having_stopped(tmp_path):
     back, about = sampler_checkpoints.Saves(store.folder).restore(sampler())
     same_bits(back, halfway)
     same_bits(advanced(back, 5), advanced(sampler(), 9))
-    assert about == store.about() == {"written": {"bytes": 2**40, "frames": 7}, "prompts": [[0, "é"]]}
+    assert (
+        about == store.about() == {"written": {"bytes": 2**40, "frames": 7}, "prompts": [[0, "é"]]}
+    )
 
 
 def test_restored_arrays_can_be_given_away_and_written(tmp_path):
@@ -126,9 +156,14 @@ def test_restored_arrays_can_be_given_away_and_written(tmp_path):
 
 
 def test_arrays_go_where_they_are_wanted(tmp_path):
-    store, state = sampler_checkpoints.Saves(tmp_path), {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.arange(5)}
+    store, state = (
+        sampler_checkpoints.Saves(tmp_path),
+        {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.arange(5)},
+    )
     store.save(1, state, {})
-    mesh = jax.make_mesh((2,), ("batch",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh(
+        (2,), ("batch",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,)
+    )
     split = NamedSharding(mesh, PartitionSpec("batch"))
     wanted = {"a": jax.ShapeDtypeStruct((2, 3), jnp.float32, sharding=split), "b": state["b"]}
     back, _ = store.restore(wanted)
@@ -141,7 +176,10 @@ def test_arrays_go_where_they_are_wanted(tmp_path):
 def test_newest_two_are_kept_and_the_newest_restored(tmp_path):
     store = sampler_checkpoints.Saves(tmp_path / "saves")
     assert store.latest() is None
-    refused(lambda: store.restore({"a": jnp.zeros(3)}), "saves holds no complete save; check the path or start anew")
+    refused(
+        lambda: store.restore({"a": jnp.zeros(3)}),
+        "saves holds no complete save; check the path or start anew",
+    )
     assert list(tmp_path.iterdir()) == []
     for block in (8, 9, 10, 200):
         store.save(block, {"a": jnp.full(3, block)}, {})
@@ -149,7 +187,10 @@ def test_newest_two_are_kept_and_the_newest_restored(tmp_path):
     assert sorted(path.name for path in store.folder.iterdir()) == ["block_10", "block_200"]
     assert store.restore({"a": jnp.zeros(3, int)})[0]["a"].tolist() == 3 * [200]
     for block in (9, 200):
-        refused(lambda block=block: store.save(block, {"a": jnp.zeros(3)}, {}), f"holds block 200, so block {block}")
+        refused(
+            lambda block=block: store.save(block, {"a": jnp.zeros(3)}, {}),
+            f"holds block 200, so block {block}",
+        )
     assert store.latest() == 200
 
 
@@ -161,22 +202,46 @@ def test_other_settings_are_refused_by_name_and_values(tmp_path):
     store, state = sampler_checkpoints.Saves(tmp_path), sampler()
     store.save(3, state, told(exp) | {"written": 5})
     same_bits(store.restore(state, told(exp))[0], state)
-    other = dataclasses.replace(exp, cache=dataclasses.replace(exp.cache, top=exp.cache.top - 1), fps=exp.fps + 1)
-    reason = (f"experiment[.]cache[.]top: {exp.cache.top} saved, {other.cache.top} wanted; "
-              f"experiment[.]fps: {exp.fps} saved, {other.fps} wanted")  # fmt: skip
-    refused(lambda: store.restore(state, told(other)), f"block_3 does not fit this run [(]{reason}[)]; continue with")
-    refused(lambda: store.restore(state, {"seed": 7, "weights": "ab"}), 'weights: absent saved, "ab" wanted')
+    other = dataclasses.replace(
+        exp, cache=dataclasses.replace(exp.cache, top=exp.cache.top - 1), fps=exp.fps + 1
+    )
+    reason = (
+        f"experiment[.]cache[.]top: {exp.cache.top} saved, {other.cache.top} wanted; "
+        f"experiment[.]fps: {exp.fps} saved, {other.fps} wanted"
+    )
+    refused(
+        lambda: store.restore(state, told(other)),
+        f"block_3 does not fit this run [(]{reason}[)]; continue with",
+    )
+    refused(
+        lambda: store.restore(state, {"seed": 7, "weights": "ab"}),
+        'weights: absent saved, "ab" wanted',
+    )
 
 
 def test_other_states_are_refused_leaf_by_leaf(tmp_path):
     store, state = sampler_checkpoints.Saves(tmp_path), sampler()
     store.save(3, state, {})
-    refused(lambda: store.restore(sampler(width=8)),
-            r"archive: float32\[2, 6, 7\] saved, float32\[2, 6, 8\] wanted; layers/0/k: .* wanted\)")  # fmt: skip
-    refused(lambda: store.restore(state.replace(seed=state.seed.view(jnp.int32))), r"seed: uint32\[2\] saved, int32")
-    refused(lambda: store.restore(state.replace(layers=state.layers[:2])), r"layers/2/at: float32\[1, 0\] saved, abs")
-    refused(lambda: store.restore({"other": state}), r"archive: float32\[2, 6, 7\] saved, absent wanted; .*; \.\.\.\)")
-    refused(lambda: store.restore(state.replace(archive=())), r"archive: float32\[2, 6, 7\] saved, absent wanted")
+    refused(
+        lambda: store.restore(sampler(width=8)),
+        r"archive: float32\[2, 6, 7\] saved, float32\[2, 6, 8\] wanted; layers/0/k: .* wanted\)",
+    )
+    refused(
+        lambda: store.restore(state.replace(seed=state.seed.view(jnp.int32))),
+        r"seed: uint32\[2\] saved, int32",
+    )
+    refused(
+        lambda: store.restore(state.replace(layers=state.layers[:2])),
+        r"layers/2/at: float32\[1, 0\] saved, abs",
+    )
+    refused(
+        lambda: store.restore({"other": state}),
+        r"archive: float32\[2, 6, 7\] saved, absent wanted; .*; \.\.\.\)",
+    )
+    refused(
+        lambda: store.restore(state.replace(archive=())),
+        r"archive: float32\[2, 6, 7\] saved, absent wanted",
+    )
 
 
 def damages(path):
@@ -193,12 +258,17 @@ def test_every_damage_of_every_file_is_refused_with_the_way_out(tmp_path):
     store.save(3, state, {"block": 3})
     store.save(4, advanced(state, 1), {"block": 4})
     files = [path for path in (store.folder / "block_4").rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) > sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert sum(path.stat().st_size for path in files) > sum(
+        leaf.nbytes for leaf in jax.tree.leaves(state)
+    )
     for path in files:
         whole = path.read_bytes()
         for damaged in damages(path):
             path.unlink() if damaged is None else path.write_bytes(damaged)
-            refused(lambda: store.restore(state), "block_4 is damaged .*; delete it to continue from the one before")
+            refused(
+                lambda: store.restore(state),
+                "block_4 is damaged .*; delete it to continue from the one before",
+            )
             path.write_bytes(whole)
     same_bits(store.restore(state)[0], advanced(sampler(), 1))
     shutil.rmtree(store.folder / "block_4" / "state")
@@ -228,12 +298,17 @@ def test_interrupted_save_is_ignored_and_leaves_nothing(tmp_path, monkeypatch, m
 
 
 def test_full_disk_keeps_the_earlier_saves(tmp_path):
-    store, noise = sampler_checkpoints.Saves(tmp_path), {"a": jax.random.normal(jax.random.key(0), (90_000,))}
+    store, noise = (
+        sampler_checkpoints.Saves(tmp_path),
+        {"a": jax.random.normal(jax.random.key(0), (90_000,))},
+    )
     store.save(1, {"a": jnp.arange(3)}, {})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-        with pytest.raises(MachineError, match="(?s)^Saving block 2 below [^\n]* earlier saves are kept[.]$"):
+        with pytest.raises(
+            MachineError, match="(?s)^Saving block 2 below [^\n]* earlier saves are kept[.]$"
+        ):
             store.save(2, noise, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -251,8 +326,14 @@ def test_folders_of_others_are_refused_and_left_alone(tmp_path):
     training.close()
     (tmp_path / "file").touch()
     before = sorted(tmp_path.rglob("*"))
-    refused(lambda: sampler_checkpoints.Saves(tmp_path / "thesis"), r"holds \['chapter.txt'\], which no run saved; choose another")
-    refused(lambda: sampler_checkpoints.Saves(tmp_path / "training"), r"holds \['7'\], which no run saved")
+    refused(
+        lambda: sampler_checkpoints.Saves(tmp_path / "thesis"),
+        r"holds \['chapter.txt'\], which no run saved; choose another",
+    )
+    refused(
+        lambda: sampler_checkpoints.Saves(tmp_path / "training"),
+        r"holds \['7'\], which no run saved",
+    )
     for place in (tmp_path / "file", tmp_path / "file" / "saves"):
         refused(lambda place=place: sampler_checkpoints.Saves(place), f"{place} is not usable")
     assert sorted(tmp_path.rglob("*")) == before
@@ -280,8 +361,11 @@ while True:
 
 def killed(folder, delay):
     """The last block that a saving process reported before `kill -9`, `delay` seconds after two of its saves."""
-    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(CHILD), str(folder)],
-                             stdout=subprocess.PIPE, text=True)  # fmt: skip
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(CHILD), str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     reported = [int(child.stdout.readline()) for _ in range(2)]
     time.sleep(delay)
     child.send_signal(signal.SIGKILL)
@@ -291,11 +375,15 @@ def killed(folder, delay):
 
 def test_killed_process_leaves_a_consistent_newest_save(tmp_path):
     kinds = (jnp.float32, jnp.bfloat16, jnp.uint32)
-    like = [jax.ShapeDtypeStruct((50, 31 + i), kinds[i % 3]) for i in range(12)] + [np.zeros((7, 900), np.int32)]
+    like = [jax.ShapeDtypeStruct((50, 31 + i), kinds[i % 3]) for i in range(12)] + [
+        np.zeros((7, 900), np.int32)
+    ]
     for delay in (random.uniform(0, 0.2) for _ in range(3)):
         reported, store = killed(tmp_path, delay), sampler_checkpoints.Saves(tmp_path)
         state, about = store.restore(like)
         assert about == {"block": store.latest()}
         assert reported <= store.latest() <= reported + 1, f"killed after {delay} s"
-        assert {float(value) for leaf in state for value in np.unique(np.asarray(leaf, np.float32))} == {about["block"]}
+        assert {
+            float(value) for leaf in state for value in np.unique(np.asarray(leaf, np.float32))
+        } == {about["block"]}
         assert len(list(tmp_path.iterdir())) <= 4  # one unfinished, one not yet removed

@@ -12,7 +12,11 @@ from packforcing_jax.errors import InputError
 from packforcing_jax.sampling import schedules
 
 GOLDEN = load_file(pathlib.Path(__file__).parent / "golden" / "scheduler.safetensors")
-INPUTS = {name.removeprefix("inputs/"): value for name, value in GOLDEN.items() if name.startswith("inputs/")}
+INPUTS = {
+    name.removeprefix("inputs/"): value
+    for name, value in GOLDEN.items()
+    if name.startswith("inputs/")
+}
 SHIFTS = (5.0, 8.0)
 
 
@@ -25,7 +29,9 @@ def strict_dtypes():
 def check(value, name):
     expected = GOLDEN[f"outputs/{name}"]
     assert value.shape == expected.shape
-    np.testing.assert_allclose(value, expected, rtol=0, atol=2e-6 * np.abs(expected).max(), err_msg=name)
+    np.testing.assert_allclose(
+        value, expected, rtol=0, atol=2e-6 * np.abs(expected).max(), err_msg=name
+    )
 
 
 def sample(seed, *shape):
@@ -53,8 +59,13 @@ def test_looking_up_and_mixing_match_the_original(shift):
     np.testing.assert_array_equal(ids, GOLDEN[f"outputs/{name}nearest_id"])
     sigma = schedules.sigma_at(grid, INPUTS["timestep"])
     check(schedules.add_noise(INPUTS["clean"], INPUTS["noise"], sigma), name + "add_noise")
-    check(schedules.clean_from_velocity(INPUTS["xt"], INPUTS["flow_pred"], sigma), name + "x0_from_flow")
-    check(schedules.velocity_from_clean(INPUTS["xt"], INPUTS["x0_pred"], sigma), name + "flow_from_x0")
+    check(
+        schedules.clean_from_velocity(INPUTS["xt"], INPUTS["flow_pred"], sigma),
+        name + "x0_from_flow",
+    )
+    check(
+        schedules.velocity_from_clean(INPUTS["xt"], INPUTS["x0_pred"], sigma), name + "flow_from_x0"
+    )
     check(schedules.training_target(INPUTS["clean"], INPUTS["noise"]), name + "training_target")
     check(schedules.training_weights(grid), name + "linear_timesteps_weights")
     check(schedules.training_weights(grid)[ids], name + "training_weight")
@@ -63,7 +74,9 @@ def test_looking_up_and_mixing_match_the_original(shift):
 @pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize("to_final", [False, True])
 def test_an_euler_step_matches_the_original(shift, to_final):
-    velocity, timestep, noisy = (jnp.asarray(INPUTS[name][1:3]) for name in ("flow_pred", "timestep", "xt"))
+    velocity, timestep, noisy = (
+        jnp.asarray(INPUTS[name][1:3]) for name in ("flow_pred", "timestep", "xt")
+    )
     step = jax.jit(schedules.euler_step, static_argnums=0, static_argnames="to_final")
     moved = step(schedules.table(shift), velocity, timestep, noisy, to_final=to_final)
     check(moved, f"shift{shift:.0f}.step_of_samples_1_2" + "_to_final" * to_final)
@@ -72,12 +85,20 @@ def test_an_euler_step_matches_the_original(shift, to_final):
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_warped_steps_and_draws_match_the_original(shift):
     name = f"shift{shift:.0f}."
-    check(schedules.warped((1000, 750, 500, 250), shift), name + "denoising_step_list_1000_750_500_250_warped")
-    check(schedules.warp_uniform(INPUTS["raw_timestep_int"], shift), name + "raw_timestep_warped_clamped")
+    check(
+        schedules.warped((1000, 750, 500, 250), shift),
+        name + "denoising_step_list_1000_750_500_250_warped",
+    )
+    check(
+        schedules.warp_uniform(INPUTS["raw_timestep_int"], shift),
+        name + "raw_timestep_warped_clamped",
+    )
 
 
 def test_a_listed_zero_is_timestep_zero():
-    np.testing.assert_allclose(schedules.warped((1000, 500, 0), 5.0), [1000.0, 833.33333, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(
+        schedules.warped((1000, 500, 0), 5.0), [1000.0, 833.33333, 0.0], rtol=1e-6
+    )
 
 
 def test_warped_draws_stay_within_their_bounds():
@@ -98,7 +119,9 @@ def test_timestep_zero_means_the_last_sigma_of_the_table():
 def test_each_entry_is_nearest_to_itself_in_any_shape(shift):
     grid = schedules.table(shift)
     timesteps = grid.timesteps[7:67].reshape(3, 4, 5)
-    np.testing.assert_array_equal(schedules.nearest_id(grid, timesteps), np.arange(7, 67).reshape(3, 4, 5))
+    np.testing.assert_array_equal(
+        schedules.nearest_id(grid, timesteps), np.arange(7, 67).reshape(3, 4, 5)
+    )
     assert schedules.nearest_id(grid, grid.timesteps[11]).shape == ()
 
 
@@ -121,11 +144,19 @@ def test_tables_fall_from_pure_noise_and_shift_towards_it(shift, steps):
 
 
 def test_velocity_and_clean_are_two_views_of_one_prediction():
-    clean, noise, sigma = sample(0, 2, 3, 5, 7), sample(1, 2, 3, 5, 7), jnp.array([[1.0, 0.6, 0.05], [0.3, 0.9, 0.4]])
+    clean, noise, sigma = (
+        sample(0, 2, 3, 5, 7),
+        sample(1, 2, 3, 5, 7),
+        jnp.array([[1.0, 0.6, 0.05], [0.3, 0.9, 0.4]]),
+    )
     noisy = schedules.add_noise(clean, noise, sigma)
     velocity = schedules.training_target(clean, noise)
-    np.testing.assert_allclose(schedules.clean_from_velocity(noisy, velocity, sigma), clean, atol=1e-6)
-    np.testing.assert_allclose(schedules.velocity_from_clean(noisy, clean, sigma), velocity, atol=2e-5)
+    np.testing.assert_allclose(
+        schedules.clean_from_velocity(noisy, velocity, sigma), clean, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        schedules.velocity_from_clean(noisy, clean, sigma), velocity, atol=2e-5
+    )
     np.testing.assert_array_equal(noisy[0, 0], noise[0, 0])
 
 
@@ -133,14 +164,18 @@ def test_each_frame_gets_its_own_sigma():
     clean, noise = jnp.zeros((2, 3, 4, 5)), jnp.ones((2, 3, 4, 5))
     sigma = jnp.arange(6.0).reshape(2, 3) / 10
     noisy = schedules.add_noise(clean, noise, sigma)
-    np.testing.assert_allclose(noisy, np.broadcast_to(np.asarray(sigma)[..., None, None], (2, 3, 4, 5)), rtol=1e-6)
+    np.testing.assert_allclose(
+        noisy, np.broadcast_to(np.asarray(sigma)[..., None, None], (2, 3, 4, 5)), rtol=1e-6
+    )
 
 
 def test_mixing_runs_in_float32_and_returns_the_dtype_it_was_given():
     clean, noise, sigma = sample(2, 3, 11), sample(3, 3, 11), jnp.array([0.00498, 0.5, 0.99])
     half = jnp.bfloat16
     noisy = schedules.add_noise(clean.astype(half), noise.astype(half), sigma)
-    exact = schedules.add_noise(clean.astype(half).astype(jnp.float32), noise.astype(half).astype(jnp.float32), sigma)
+    exact = schedules.add_noise(
+        clean.astype(half).astype(jnp.float32), noise.astype(half).astype(jnp.float32), sigma
+    )
     assert noisy.dtype == half
     np.testing.assert_array_equal(noisy, exact.astype(half))
     assert schedules.clean_from_velocity(noisy, noise.astype(half), sigma).dtype == half
@@ -152,7 +187,9 @@ def test_euler_along_the_true_velocity_follows_the_noise_levels_to_the_clean_sam
     clean, noise = sample(4, 2, 3, 4), sample(5, 2, 3, 4)
     noisy = noise
     for index, timestep in enumerate(grid.timesteps):
-        np.testing.assert_allclose(noisy, schedules.add_noise(clean, noise, grid.sigmas[index]), atol=2e-6)
+        np.testing.assert_allclose(
+            noisy, schedules.add_noise(clean, noise, grid.sigmas[index]), atol=2e-6
+        )
         noisy = schedules.euler_step(grid, noise - clean, jnp.full((2,), timestep), noisy)
     np.testing.assert_allclose(noisy, clean, atol=2e-6)
 
@@ -172,12 +209,15 @@ def test_equal_settings_share_one_read_only_table():
         schedules.table(5.0).sigmas[0] = 0
 
 
-@pytest.mark.parametrize(("call", "named"), [
-    (lambda: schedules.table(0.0), "shift=0.0"),
-    (lambda: schedules.table(5.0, steps=0), "steps=0"),
-    (lambda: schedules.warped((1000, -250), 5.0), "-250"),
-    (lambda: schedules.warped((1001,), 5.0), "1001"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: schedules.table(0.0), "shift=0.0"),
+        (lambda: schedules.table(5.0, steps=0), "steps=0"),
+        (lambda: schedules.warped((1000, -250), 5.0), "-250"),
+        (lambda: schedules.warped((1001,), 5.0), "1001"),
+    ],
+)
 def test_impossible_settings_are_refused(call, named):
     with pytest.raises(InputError, match=named):
         call()

@@ -12,12 +12,21 @@ from packforcing_jax.policies import selection
 
 VIDEOS, QUERIES, HEADS, SIZE, PACKED, WINDOW = 2, 5, 3, 7, 4, 6
 IDS = (9, -1, 2, 5, -1, 11, 3)
-BY_CONTENT = ("affinity", "mass_sum", "mass_max", "logit_max", "centred_logit_max", "log_sum_exp", "paper_sum")
+BY_CONTENT = (
+    "affinity",
+    "mass_sum",
+    "mass_max",
+    "logit_max",
+    "centred_logit_max",
+    "log_sum_exp",
+    "paper_sum",
+)
 choose = jax.jit(selection.choose, static_argnums=2)
 
 
 def question(rng, ids=IDS, sharp_valid=(True, True, False), *, scale=1.5):
     """Random queries and keys, each pooled query the mean over a window of those that are summed."""
+
     def normal(*shape):
         return scale * rng.normal(size=(VIDEOS, *shape, HEADS, SIZE))
 
@@ -26,9 +35,15 @@ def question(rng, ids=IDS, sharp_valid=(True, True, False), *, scale=1.5):
     arrays = (q.mean(axis=2), archive, sharp, q.sum(axis=(1, 2)), archive.sum(axis=2), lots)
     pooled, archive, sharp, query_sum, key_sum, lots = (jnp.asarray(x, jnp.float32) for x in arrays)
     return selection.Question(
-        pooled=pooled, archive=archive, sharp=(sharp[:, :1], sharp[:, 1:]),
-        sharp_valid=(jnp.asarray(sharp_valid[:1], bool), jnp.asarray(sharp_valid[1:], bool)), ids=jnp.asarray(ids),
-        query_sum=query_sum, key_sum=key_sum, lots=lots)  # fmt: skip
+        pooled=pooled,
+        archive=archive,
+        sharp=(sharp[:, :1], sharp[:, 1:]),
+        sharp_valid=(jnp.asarray(sharp_valid[:1], bool), jnp.asarray(sharp_valid[1:], bool)),
+        ids=jnp.asarray(ids),
+        query_sum=query_sum,
+        key_sum=key_sum,
+        lots=lots,
+    )
 
 
 def slow_logits(asked):
@@ -68,7 +83,9 @@ SLOW = {
     "mass_max": lambda asked: slow_mass(asked).max(axis=(2, 3)),
     "logit_max": lambda asked: slow_logits(asked)[0].mean(axis=2).max(axis=(2, 3)),
     "centred_logit_max": lambda asked: slow_centred(asked).max(axis=(2, 3)),
-    "log_sum_exp": lambda asked: np.logaddexp.reduce(slow_logits(asked)[0], axis=2).sum(axis=(2, 3)),
+    "log_sum_exp": lambda asked: np.logaddexp.reduce(slow_logits(asked)[0], axis=2).sum(
+        axis=(2, 3)
+    ),
 }
 
 
@@ -84,17 +101,26 @@ def test_scores_are_those_of_a_sum_over_single_queries(policy, ids, sharp_valid)
     asked = question(np.random.default_rng(len(set(ids))), ids, sharp_valid)
     scores, visible = selection.POLICIES[policy](asked), np.asarray(ids) >= 0
     assert scores.dtype == jnp.float32
-    np.testing.assert_allclose(scores[:, visible], SLOW[policy](asked)[:, visible], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        scores[:, visible], SLOW[policy](asked)[:, visible], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_the_papers_sum_is_the_double_sum_over_all_queries_and_keys():
     rng = np.random.default_rng(12)
-    q, archive = rng.normal(size=(VIDEOS, 11, HEADS, SIZE)), rng.normal(size=(VIDEOS, 3, PACKED, HEADS, SIZE))
+    q, archive = (
+        rng.normal(size=(VIDEOS, 11, HEADS, SIZE)),
+        rng.normal(size=(VIDEOS, 3, PACKED, HEADS, SIZE)),
+    )
     sums = (jnp.asarray(x, jnp.float32) for x in (q.sum(axis=1), archive.sum(axis=2)))
-    asked = question(rng, (4, 0, 2)).replace(**dict(zip(("query_sum", "key_sum"), sums, strict=True)))
+    asked = question(rng, (4, 0, 2)).replace(
+        **dict(zip(("query_sum", "key_sum"), sums, strict=True))
+    )
     expected = np.zeros((VIDEOS, 3))
     for video, slot, query, key, head in np.ndindex(VIDEOS, 3, 11, PACKED, HEADS):
-        expected[video, slot] += q[video, query, head] @ archive[video, slot, key, head] / np.sqrt(SIZE)
+        expected[video, slot] += (
+            q[video, query, head] @ archive[video, slot, key, head] / np.sqrt(SIZE)
+        )
     np.testing.assert_allclose(selection.paper_sum(asked), expected, rtol=1e-5)
 
 
@@ -111,8 +137,12 @@ def test_half_precision_is_rounded_once(policy):
 @pytest.mark.parametrize("policy", selection.POLICIES)
 def test_scores_move_with_their_slots(policy):
     asked, order = question(np.random.default_rng(5)), np.asarray((4, 6, 0, 3, 5, 1, 2))
-    moved = asked.replace(archive=asked.archive[:, order], ids=asked.ids[order], key_sum=asked.key_sum[:, order],
-                          lots=asked.lots[:, order])  # fmt: skip
+    moved = asked.replace(
+        archive=asked.archive[:, order],
+        ids=asked.ids[order],
+        key_sum=asked.key_sum[:, order],
+        lots=asked.lots[:, order],
+    )
     seen, policy = np.asarray(moved.ids) >= 0, selection.POLICIES[policy]
     np.testing.assert_allclose(policy(moved)[:, seen], policy(asked)[:, order][:, seen], rtol=1e-5)
 
@@ -122,8 +152,11 @@ def test_what_lies_in_unseen_slots_and_keys_does_not_count(policy):
     asked, unseen = question(np.random.default_rng(6)), np.asarray(IDS) < 0
     best = 60 * asked.pooled[:, None, :PACKED]  # what every head likes best
     noisy = asked.replace(
-        archive=asked.archive.at[:, unseen].set(best), key_sum=asked.key_sum.at[:, unseen].set(1e4),
-        sharp=(asked.sharp[0], asked.sharp[1].at[:, 1].set(1e4)), lots=asked.lots.at[:, unseen].set(2.0))  # fmt: skip
+        archive=asked.archive.at[:, unseen].set(best),
+        key_sum=asked.key_sum.at[:, unseen].set(1e4),
+        sharp=(asked.sharp[0], asked.sharp[1].at[:, 1].set(1e4)),
+        lots=asked.lots.at[:, unseen].set(2.0),
+    )
     scores, before = (selection.POLICIES[policy](x) for x in (noisy, asked))
     assert np.isfinite(scores).all()
     np.testing.assert_array_equal(scores[:, ~unseen], before[:, ~unseen])
@@ -163,7 +196,9 @@ def test_an_archive_without_slots_has_no_scores(policy):
 
 @pytest.mark.parametrize("sharp_valid", [(True, False), (False, False)])
 def test_affinity_survives_large_logits(sharp_valid):
-    scores = np.asarray(selection.affinity(question(np.random.default_rng(1), (0, 1, 2), sharp_valid, scale=40.0)))
+    scores = np.asarray(
+        selection.affinity(question(np.random.default_rng(1), (0, 1, 2), sharp_valid, scale=40.0))
+    )
     assert np.isfinite(scores).all()
     assert (scores.sum(axis=1) <= QUERIES * HEADS).all()
     assert (scores.max(axis=1) > 0.9).all()
@@ -217,7 +252,11 @@ def test_the_best_visible_are_chosen_in_time_order(visible, keep, seed):
 def test_a_pool_averages_whole_windows_and_leaves_the_rest_out():
     q = np.random.default_rng(8).normal(size=(VIDEOS, 3, 5, 7, HEADS, SIZE)).astype(np.float32)
     pooled = selection.pool(jnp.asarray(q.reshape(VIDEOS, -1, HEADS, SIZE)), (5, 7), (2, 2, 3))
-    expected = [q[:, :2, 2 * y : 2 * y + 2, 3 * x : 3 * x + 3].mean(axis=(1, 2, 3)) for y in range(2) for x in range(2)]
+    expected = [
+        q[:, :2, 2 * y : 2 * y + 2, 3 * x : 3 * x + 3].mean(axis=(1, 2, 3))
+        for y in range(2)
+        for x in range(2)
+    ]
     np.testing.assert_allclose(pooled, np.stack(expected, axis=1), atol=1e-6)
     noisy = q.copy()
     noisy[:, 2:], noisy[:, :, 4:], noisy[:, :, :, 6:] = 9, 9, 9

@@ -22,7 +22,12 @@ LATENT = (15, 8, 4, 12)
 
 def encode(texts):
     """Ids that tell the text: its length, and its number if it ends in one."""
-    ids = np.array([[len(text), int(text.split()[-1])] if text[-1].isdigit() else [len(text), -1] for text in texts])
+    ids = np.array(
+        [
+            [len(text), int(text.split()[-1])] if text[-1].isdigit() else [len(text), -1]
+            for text in texts
+        ]
+    )
     return ids, np.ones_like(ids)
 
 
@@ -63,7 +68,11 @@ def lines(tmp_path_factory):
 
 
 def take(exp, count, batch=4, seed=3, **given):
-    return list(itertools.islice(sources.batches(exp, seed=seed, batch=batch, encode=encode, **given), count))
+    return list(
+        itertools.islice(
+            sources.batches(exp, seed=seed, batch=batch, encode=encode, **given), count
+        )
+    )
 
 
 def numbers(raw):
@@ -75,8 +84,11 @@ def test_records_come_as_they_were_prepared_with_states_padded(folder):
     (raw,) = take(reading("records", folder), 1)
     known = {each["latent"].tobytes(): each for each in map(example, range(7))}
     assert {name: value.shape for name, value in raw.items()} == {
-        "latent": (4, *LATENT), "trajectory": (4, 3, *LATENT), "low": (4, BLOCKS, 2, 4, 4, 12), "states": (4, 16, 10),
-    }  # fmt: skip
+        "latent": (4, *LATENT),
+        "trajectory": (4, 3, *LATENT),
+        "low": (4, BLOCKS, 2, 4, 4, 12),
+        "states": (4, 16, 10),
+    }
     for row in range(4):
         whole = known[raw["latent"][row].tobytes()]
         words = len(whole["states"])
@@ -100,12 +112,18 @@ def test_every_example_once_in_each_epoch_each_time_in_another_order(lines):
 
 @pytest.mark.parametrize("kind", ["prompts", "records", "stage"])
 def test_batches_do_not_depend_on_the_number_of_processes(kind, folder, lines):
-    exp = {"prompts": reading("prompts", lines), "records": reading("records", folder),
-           "stage": reading("stage", exp=stage.experiment)}[kind]  # fmt: skip
+    exp = {
+        "prompts": reading("prompts", lines),
+        "records": reading("records", folder),
+        "stage": reading("stage", exp=stage.experiment),
+    }[kind]
     name = "ids" if kind == "prompts" else "video" if kind == "stage" else "latent"
     whole = [raw[name] for raw in take(exp, 2, batch=6)]
     for processes in (2, 3):
-        parts = [[raw[name] for raw in take(exp, 2, batch=6, process=p, processes=processes)] for p in range(processes)]
+        parts = [
+            [raw[name] for raw in take(exp, 2, batch=6, process=p, processes=processes)]
+            for p in range(processes)
+        ]
         for step in range(2):
             assert np.array_equal(np.concatenate([part[step] for part in parts]), whole[step])
 
@@ -113,7 +131,9 @@ def test_batches_do_not_depend_on_the_number_of_processes(kind, folder, lines):
 def test_a_process_reads_only_its_own_rows(folder, monkeypatch):
     asked, read = [], records.Records.__getitem__
     held = sources.batches(reading("records", folder), seed=3, batch=6, process=1, processes=3)
-    monkeypatch.setattr(records.Records, "__getitem__", lambda self, at: asked.append(at) or read(self, at))
+    monkeypatch.setattr(
+        records.Records, "__getitem__", lambda self, at: asked.append(at) or read(self, at)
+    )
     next(held)
     assert len(asked) <= 2 * (1 + 5), "two rows of the batch given out, and of those read ahead"
 
@@ -127,7 +147,9 @@ def test_it_goes_on_where_it_was_with_any_number_of_processes(lines):
     for process in range(2):
         half = sources.batches(exp, seed=3, batch=6, process=process, processes=2, encode=encode)
         half.set_state(position)
-        assert [numbers(next(half)) for _ in range(2)] == [row[3 * process : 3 * process + 3] for row in whole[3:]]
+        assert [numbers(next(half)) for _ in range(2)] == [
+            row[3 * process : 3 * process + 3] for row in whole[3:]
+        ]
 
 
 def test_the_first_few_again_and_again(lines):
@@ -145,12 +167,16 @@ def test_the_stage_draws_new_clips_or_the_first_few_again():
     assert len({clip.tobytes() for clip in (*first["video"], *second["video"])}) == 6
     (few, more) = take(reading("stage", limit=3, exp=stage.experiment), 2, batch=3)
     for raw in (few, more):
-        assert {clip.tobytes() for clip in raw["video"]} == {clip.tobytes() for clip in first["video"]}
+        assert {clip.tobytes() for clip in raw["video"]} == {
+            clip.tobytes() for clip in first["video"]
+        }
 
 
 def test_a_prompt_holds_for_every_block_and_a_timeline_from_its_blocks_on(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "a clip 0"}\n{"timeline": [[0, "a clip 1"], [3, "another clip 2"]]}\n')
+    path.write_text(
+        '{"prompt": "a clip 0"}\n{"timeline": [[0, "a clip 1"], [3, "another clip 2"]]}\n'
+    )
     rows = [row for raw in take(reading("prompts", path), 1, batch=2) for row in raw["ids"]]
     assert sorted(row[:, 1].tolist() for row in rows) == [[0] * 5, [1, 1, 1, 2, 2]]
     assert sorted(row[-1, 0] for row in rows) == [len("a clip 0"), len("another clip 2")]
@@ -194,19 +220,31 @@ def of_size(**changes):
 WRONG_SIZES = {
     "frames": (of_size(clip=12), r"latent float16\[15, 8, 4, 12\], but clip=12"),
     "rows": (of_size(latent=(12, 4)), r"latent=\(12, 4\).* need \[15, 12, 4, 12\]"),
-    "channels": (of_size(codec=config.SpaceToDepthConfig(4),
-                         dit=dataclasses.replace(tiny.EXP.dit, in_channels=48, out_channels=48)),
-                 r"need \[15, 8, 4, 48\]"),
-    "text": (of_size(text=dataclasses.replace(tiny.EXP.text, dim=14)), r"states bfloat16\[\*, 10\].* text.dim=14"),
-    "blocks": (of_size(clip=18), r"low float16\[5, 2, 4, 4, 12\].*cache.block=3.* need \[6, 2, 4, 4, 12\]"),
-}  # fmt: skip
+    "channels": (
+        of_size(
+            codec=config.SpaceToDepthConfig(4),
+            dit=dataclasses.replace(tiny.EXP.dit, in_channels=48, out_channels=48),
+        ),
+        r"need \[15, 8, 4, 48\]",
+    ),
+    "text": (
+        of_size(text=dataclasses.replace(tiny.EXP.text, dim=14)),
+        r"states bfloat16\[\*, 10\].* text.dim=14",
+    ),
+    "blocks": (
+        of_size(clip=18),
+        r"low float16\[5, 2, 4, 4, 12\].*cache.block=3.* need \[6, 2, 4, 4, 12\]",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", WRONG_SIZES)
 def test_records_of_other_sizes_are_refused(case, tmp_path):
     exp, named = WRONG_SIZES[case]
     only = {"text": ["states"], "blocks": ["low", "states"]}.get(case, ["latent", "states"])
-    folder = prepared(tmp_path / "set", 1, make=lambda number: {name: example(number)[name] for name in only})
+    folder = prepared(
+        tmp_path / "set", 1, make=lambda number: {name: example(number)[name] for name in only}
+    )
     with pytest.raises(InputError, match=named):
         sources.batches(reading("records", folder, exp=exp), seed=3, batch=4)
 
@@ -223,14 +261,19 @@ def test_wrong_requests_are_refused_before_the_first_batch(folder, lines, tmp_pa
     assert "limit=8 exceeds the 7 examples" in refused(reading("records", folder, limit=8))
     assert "limit=-1 is negative" in refused(reading("prompts", lines, limit=-1))
     assert "needs latent" in refused(reading("prompts", lines), needs=("latent",))
-    assert "but this objective needs called" in refused(reading("records", folder), needs=("latent", "called"))
+    assert "but this objective needs called" in refused(
+        reading("records", folder), needs=("latent", "called")
+    )
     assert "have to be tokenised" in refused(reading("prompts", lines), encode=None)
     assert "use the config `stage`" in refused(reading("stage"))
 
 
 def test_rows_of_a_process_become_shards_of_one_array():
     mesh = jax.make_mesh((2, 1), ("data", "fsdp"))
-    raw = {"latent": np.arange(24, dtype=np.float16).reshape(4, 3, 2), "ids": np.arange(4, dtype=np.int32)}
+    raw = {
+        "latent": np.arange(24, dtype=np.float16).reshape(4, 3, 2),
+        "ids": np.arange(4, dtype=np.int32),
+    }
     placed = sources.global_batch(mesh, raw)
     for name, value in raw.items():
         assert placed[name].dtype == value.dtype

@@ -11,9 +11,10 @@ from packforcing_jax.errors import InputError
 from packforcing_jax.stage import captions, world
 
 PROMPTS = st.builds(
-    captions.Prompt, *(st.integers(0, len(words) - 1) for name, words in captions.WORDS.items() if name != "guest"),
+    captions.Prompt,
+    *(st.integers(0, len(words) - 1) for name, words in captions.WORDS.items() if name != "guest"),
     guest=st.none() | st.integers(0, 7),
-)  # fmt: skip
+)
 
 
 def all_prompts():
@@ -46,9 +47,20 @@ def test_no_word_means_two_things():
 
 
 def test_the_caption_of_a_block_names_its_own_scene_and_guest():
-    story = world.draw_story(np.random.default_rng(5), 3, guests=[-1, 0, 6], scenes=[3, 1, 1], colour=0, shape=1,
-                             speed=0, backdrop=0)  # fmt: skip
-    assert captions.caption(story, 0) == "in scene four a red disc walks slowly before the brick curtain"
+    story = world.draw_story(
+        np.random.default_rng(5),
+        3,
+        guests=[-1, 0, 6],
+        scenes=[3, 1, 1],
+        colour=0,
+        shape=1,
+        speed=0,
+        backdrop=0,
+    )
+    assert (
+        captions.caption(story, 0)
+        == "in scene four a red disc walks slowly before the brick curtain"
+    )
     assert captions.caption(story, 1) == (
         "in scene two a red disc walks slowly before the brick curtain with guest coral"
     )
@@ -74,9 +86,17 @@ def test_saying_the_same_twice_is_no_contradiction():
     assert captions.parse("a red red disc").colour == 0
 
 
-@pytest.mark.parametrize(("text", "name"), [("a red blue disc", "colour"), ("disc and figure", "shape"),
-                                            ("slowly then quickly", "speed"), ("wine before the moss", "backdrop"),
-                                            ("scene one or four", "scene"), ("rose with sky", "guest")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("a red blue disc", "colour"),
+        ("disc and figure", "shape"),
+        ("slowly then quickly", "speed"),
+        ("wine before the moss", "backdrop"),
+        ("scene one or four", "scene"),
+        ("rose with sky", "guest"),
+    ],
+)
 def test_contradicting_words_are_refused(text, name):
     with pytest.raises(InputError, match=f"more than one {name}"):
         captions.parse(text)

@@ -44,12 +44,17 @@ def test_most_clips_call_a_guest_back_in_the_last_block(stories):
 
 
 def test_call_backs_only_and_never():
-    always = [data.draw_clip(np.random.default_rng(i), callback=1.0, distractor=1.0, blocks=6) for i in range(300)]
+    always = [
+        data.draw_clip(np.random.default_rng(i), callback=1.0, distractor=1.0, blocks=6)
+        for i in range(300)
+    ]
     for story in always:
         assert (story.guests[:-1] == story.guests[-1]).sum() == 1
         assert story.guests[4] != story.guests[5]
         assert (story.guests >= 0).all()
-    first = np.bincount([int(np.argmax(story.guests == story.guests[-1])) for story in always], minlength=4)
+    first = np.bincount(
+        [int(np.argmax(story.guests == story.guests[-1])) for story in always], minlength=4
+    )
     assert abs(first - 75).max() < 40
     never = [data.draw_clip(np.random.default_rng(i), callback=0.0) for i in range(800)]
     assert near(np.mean([story.guests < 0 for story in never]), 0.4, 4000)
@@ -74,7 +79,9 @@ def test_scenes_change_in_most_clips_and_then_come_back(stories):
 
 
 def test_every_guest_is_called_equally_often(stories):
-    counts = np.bincount(np.concatenate([story.guests[story.guests >= 0] for story in stories]), minlength=8)
+    counts = np.bincount(
+        np.concatenate([story.guests[story.guests >= 0] for story in stories]), minlength=8
+    )
     assert len(counts) == 8
     assert counts.max() / counts.min() < 1.25
 
@@ -85,16 +92,27 @@ def test_too_short_a_clip_is_refused():
 
 
 def test_seen_before_is_about_guests_and_earlier_blocks():
-    assert data.seen_before(np.array([3, -1, 3, -1, 5, 3])).tolist() == [False, False, True, False, False, True]
+    assert data.seen_before(np.array([3, -1, 3, -1, 5, 3])).tolist() == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_a_clip_holds_what_its_text_says():
     made = data.clip(4, 17, encode)
     said = [captions.parse(decode(ids)) for ids in made["ids"]]
-    assert [-1 if prompt.guest is None else prompt.guest for prompt in said] == made["guests"].tolist()
+    assert [-1 if prompt.guest is None else prompt.guest for prompt in said] == made[
+        "guests"
+    ].tolist()
     assert [prompt.scene for prompt in said] == made["scenes"].tolist()
     story = data.draw_clip(np.random.default_rng((4, 17)))
-    assert {prompt[:4] for prompt in said} == {(story.colour, story.shape, story.speed, story.backdrop)}
+    assert {prompt[:4] for prompt in said} == {
+        (story.colour, story.shape, story.speed, story.backdrop)
+    }
     np.testing.assert_array_equal(made["video"], world.render(story))
     np.testing.assert_array_equal(made["columns"], story.columns)
     np.testing.assert_array_equal(made["recalled"], data.seen_before(made["guests"]))
@@ -102,17 +120,29 @@ def test_a_clip_holds_what_its_text_says():
 
 
 def test_shapes_and_types_are_ready_for_training():
-    shapes = {name: (array.shape, array.dtype.name) for name, array in data.clip(0, 0, encode).items()}
+    shapes = {
+        name: (array.shape, array.dtype.name) for name, array in data.clip(0, 0, encode).items()
+    }
     assert shapes == {
-        "video": ((20, 32, 32, 3), "float32"), "ids": ((5, 16), "int32"), "mask": ((5, 16), "int32"),
-        "guests": ((5,), "int32"), "scenes": ((5,), "int32"), "recalled": ((5,), "bool"), "columns": ((20,), "int32"),
-        "weight": ((5, 4, 32, 32), "float32"), "called": ((5, 2, 5), "bool"),
-    }  # fmt: skip
+        "video": ((20, 32, 32, 3), "float32"),
+        "ids": ((5, 16), "int32"),
+        "mask": ((5, 16), "int32"),
+        "guests": ((5,), "int32"),
+        "scenes": ((5,), "int32"),
+        "recalled": ((5,), "bool"),
+        "columns": ((20,), "int32"),
+        "weight": ((5, 4, 32, 32), "float32"),
+        "called": ((5, 2, 5), "bool"),
+    }
 
 
 def test_a_clip_depends_on_seed_and_index_only():
-    np.testing.assert_array_equal(data.clip(2, 9, encode)["video"], data.clip(2, 9, encode)["video"])
-    videos = [data.clip(seed, index, encode)["video"] for seed, index in ((2, 9), (2, 10), (3, 9), (9, 2))]
+    np.testing.assert_array_equal(
+        data.clip(2, 9, encode)["video"], data.clip(2, 9, encode)["video"]
+    )
+    videos = [
+        data.clip(seed, index, encode)["video"] for seed, index in ((2, 9), (2, 10), (3, 9), (9, 2))
+    ]
     for i, video in enumerate(videos):
         assert all((video != other).any() for other in videos[i + 1 :])
 
@@ -138,7 +168,9 @@ def test_batches_hold_consecutive_clips():
     second = next(batches)
     expected = [data.clip(6, index, encode) for index in (8, 9, 10)]
     for name, array in second.items():
-        np.testing.assert_array_equal(array, np.stack([clip[name] for clip in expected]), err_msg=name)
+        np.testing.assert_array_equal(
+            array, np.stack([clip[name] for clip in expected]), err_msg=name
+        )
 
 
 def test_saved_batches_resume_exactly():
@@ -162,15 +194,23 @@ def shown(guests, scenes):
 def test_what_is_called_back_is_told_apart_from_what_stays_or_is_new():
     called = data.called_back(shown([2, 5, 2, 2, -1], [0, 1, 1, 0, 1]))
     guest, scene = called[:, 0], called[:, 1]
-    assert [np.flatnonzero(row).tolist() for row in guest] == [[], [], [0], [], []]  # block 3 only keeps guest 2
+    assert [np.flatnonzero(row).tolist() for row in guest] == [
+        [],
+        [],
+        [0],
+        [],
+        [],
+    ]  # block 3 only keeps guest 2
     assert [np.flatnonzero(row).tolist() for row in scene] == [[], [], [], [0], [1, 2]]
 
 
 def test_a_call_back_weighs_more_and_a_first_appearance_less():
     weight = data.loss_weight(shown([2, 5, 2, -1, 5], [0, 0, 1, 1, 0]))
     assert weight.shape == (5, 4, 32, 32)
-    guest, poster = (weight[:, 0, *(span.start for span in world.cell(*place))]
-                     for place in (world.GUEST_CELL, world.POSTER_CELL))  # fmt: skip
+    guest, poster = (
+        weight[:, 0, *(span.start for span in world.cell(*place))]
+        for place in (world.GUEST_CELL, world.POSTER_CELL)
+    )
     np.testing.assert_array_equal(guest, [0.25, 0.25, 4, 1, 4])
     np.testing.assert_array_equal(poster, [0.25, 1, 0.25, 1, 4])
     assert (weight[:, :, 16:] == 1).all()

@@ -16,10 +16,24 @@ PROMPT = captions.Prompt(colour=3, shape=1, speed=1, backdrop=5, scene=2, guest=
 
 def script(frames: int, **changes) -> oracle.Reading:
     """A reading of a video that does what `PROMPT` asks, but for the given fields (numbers or arrays)."""
-    fields = {"column": WALK[np.arange(frames) % 6], "colour": 3, "shape": 1, "mark": 7, "hue": 4.0, "backdrop": 5,
-              "gain": 1.1, "scene": 2, "poster": 9, "guest": -1, "guest_mark": -1, "residual": 0.0}  # fmt: skip
+    fields = {
+        "column": WALK[np.arange(frames) % 6],
+        "colour": 3,
+        "shape": 1,
+        "mark": 7,
+        "hue": 4.0,
+        "backdrop": 5,
+        "gain": 1.1,
+        "scene": 2,
+        "poster": 9,
+        "guest": -1,
+        "guest_mark": -1,
+        "residual": 0.0,
+    }
     fields |= changes
-    return oracle.Reading(**{name: np.broadcast_to(value, (frames,)) for name, value in fields.items()})
+    return oracle.Reading(
+        **{name: np.broadcast_to(value, (frames,)) for name, value in fields.items()}
+    )
 
 
 def by_block(values) -> np.ndarray:
@@ -32,28 +46,42 @@ def whole(reading: oracle.Reading) -> slice:
 
 def rendered(seed: int, blocks: int) -> tuple[oracle.Reading, list[captions.Prompt]]:
     rng = np.random.default_rng((77, seed))
-    story = world.draw_story(rng, blocks, guests=rng.integers(-1, 8, blocks), scenes=rng.integers(4, size=blocks))
-    return oracle.read(world.render(story)), [captions.parse(captions.caption(story, b)) for b in range(blocks)]
+    story = world.draw_story(
+        rng, blocks, guests=rng.integers(-1, 8, blocks), scenes=rng.integers(4, size=blocks)
+    )
+    return oracle.read(world.render(story)), [
+        captions.parse(captions.caption(story, b)) for b in range(blocks)
+    ]
 
 
 @pytest.mark.parametrize(
     ("frames", "size", "expected"),
-    [(60, 20, [(0, 20), (20, 40), (40, 60)]), (50, 20, [(0, 20), (20, 40), (30, 50)]), (20, 20, [(0, 20)]),
-     (13, 20, [(0, 13)]), (21, 20, [(0, 20), (1, 21)]), (9, 3, [(0, 3), (3, 6), (6, 9)])],
-)  # fmt: skip
+    [
+        (60, 20, [(0, 20), (20, 40), (40, 60)]),
+        (50, 20, [(0, 20), (20, 40), (30, 50)]),
+        (20, 20, [(0, 20)]),
+        (13, 20, [(0, 13)]),
+        (21, 20, [(0, 20), (1, 21)]),
+        (9, 3, [(0, 3), (3, 6), (6, 9)]),
+    ],
+)
 def test_windows_follow_each_other_and_the_last_ends_with_the_video(frames, size, expected):
     assert [(span.start, span.stop) for span in metrics.windows(frames, size)] == expected
 
 
 def test_what_is_asked_is_spread_over_the_frames_of_its_block():
     prompts = [PROMPT, PROMPT._replace(guest=6), PROMPT._replace(colour=None)]
-    np.testing.assert_array_equal(metrics.asked(prompts, "guest", 10), [-1] * 4 + [6] * 4 + [-1] * 2)
+    np.testing.assert_array_equal(
+        metrics.asked(prompts, "guest", 10), [-1] * 4 + [6] * 4 + [-1] * 2
+    )
     np.testing.assert_array_equal(metrics.asked(prompts, "colour", 10), [3] * 8 + [-1] * 2)
     with pytest.raises(InputError, match="3 prompts do not cover 13 frames"):
         metrics.asked(prompts, "guest", 13)
 
 
-@pytest.mark.parametrize(("values", "expected"), [([3, 3, 5], 3), ([-1, -1, 2], -1), ([4, 2], 2), ([], -1)])
+@pytest.mark.parametrize(
+    ("values", "expected"), [([3, 3, 5], 3), ([-1, -1, 2], -1), ([4, 2], 2), ([], -1)]
+)
 def test_majority(values, expected):
     assert metrics.majority(np.array(values, int)) == expected
 
@@ -81,7 +109,9 @@ def test_valid_share_counts_frames_under_tau():
     ],
 )
 def test_speed_is_measured_over_the_steps_into_each_block(columns, expected):
-    np.testing.assert_array_equal(metrics.speed_seen(np.array(columns)), by_block(expected)[: len(columns)])
+    np.testing.assert_array_equal(
+        metrics.speed_seen(np.array(columns)), by_block(expected)[: len(columns)]
+    )
 
 
 @pytest.mark.parametrize("speed", [0, 1])
@@ -99,7 +129,15 @@ def test_text_alignment_of_a_video_that_obeys_is_one():
 def test_text_alignment_counts_the_share_of_wrong_frames_by_attribute():
     reading = script(20, colour=np.where(np.arange(20) < 5, 2, 3), column=1, shape=0)
     scores = metrics.text_alignment(reading, [PROMPT] * 5, whole(reading))
-    expected = {"colour": 0.75, "shape": 0, "speed": 0, "backdrop": 1, "scene": 1, "guest": 1, "mean": 3.75 / 6}
+    expected = {
+        "colour": 0.75,
+        "shape": 0,
+        "speed": 0,
+        "backdrop": 1,
+        "scene": 1,
+        "guest": 1,
+        "mean": 3.75 / 6,
+    }
     assert scores == pytest.approx(expected)
 
 
@@ -111,7 +149,12 @@ def test_an_uncalled_guest_and_a_missing_one_are_both_wrong():
 
 def test_what_the_text_leaves_open_is_not_judged():
     reading = script(8, colour=by_block([6, 6]))
-    assert metrics.text_alignment(reading, [PROMPT, PROMPT._replace(colour=6)], whole(reading))["colour"] == 0.5
+    assert (
+        metrics.text_alignment(reading, [PROMPT, PROMPT._replace(colour=6)], whole(reading))[
+            "colour"
+        ]
+        == 0.5
+    )
     silent = metrics.text_alignment(reading, [captions.Prompt()] * 2, whole(reading))
     assert math.isnan(silent["colour"])
     assert silent["mean"] == silent["guest"] == 1
@@ -135,9 +178,14 @@ def test_the_reference_mark_is_the_majority_of_the_first_eight_frames():
 def test_posters_are_compared_scene_by_scene():
     scene = by_block([0, 1, 0, 1, 3])
     poster = by_block([4, 8, 4, 8, 8])
-    assert metrics.mark_agreement(script(20, scene=scene, poster=poster), slice(0, 20))["poster"] == 1
+    assert (
+        metrics.mark_agreement(script(20, scene=scene, poster=poster), slice(0, 20))["poster"] == 1
+    )
     exchanged = by_block([4, 8, 4, 4, 8])
-    assert metrics.mark_agreement(script(20, scene=scene, poster=exchanged), slice(12, 20))["poster"] == 0.5
+    assert (
+        metrics.mark_agreement(script(20, scene=scene, poster=exchanged), slice(12, 20))["poster"]
+        == 0.5
+    )
 
 
 def test_a_linear_hue_ramp_drifts_by_its_closed_form():
@@ -160,14 +208,24 @@ def test_a_step_in_the_light_drifts_by_its_height_and_one_odd_frame_does_not_mov
 def test_uniform_redraws_drift_by_the_chance_level():
     rng = np.random.default_rng(3)
     pairs = rng.uniform(-world.HUE_SPREAD, world.HUE_SPREAD, (2, 200_000))
-    assert metrics.CHANCE["hue drift"] == pytest.approx(np.sqrt(np.mean((pairs[0] - pairs[1]) ** 2)), rel=0.01)
+    assert metrics.CHANCE["hue drift"] == pytest.approx(
+        np.sqrt(np.mean((pairs[0] - pairs[1]) ** 2)), rel=0.01
+    )
     pairs = rng.uniform(*world.GAIN_RANGE, (2, 200_000))
-    assert metrics.CHANCE["gain drift"] == pytest.approx(np.sqrt(np.mean((pairs[0] - pairs[1]) ** 2)), rel=0.01)
+    assert metrics.CHANCE["gain drift"] == pytest.approx(
+        np.sqrt(np.mean((pairs[0] - pairs[1]) ** 2)), rel=0.01
+    )
 
 
 @pytest.mark.parametrize(
     ("marks", "expected"),
-    [(np.arange(16), 1.0), (np.full(9, 5), 0.0), ([0, 0, 15, 15], 0.25), ([1, 2, 3, 4], 0.5), ([3, 3, 3, 8], 0.2028)],
+    [
+        (np.arange(16), 1.0),
+        (np.full(9, 5), 0.0),
+        ([0, 0, 15, 15], 0.25),
+        ([1, 2, 3, 4], 0.5),
+        ([3, 3, 3, 8], 0.2028),
+    ],
 )
 def test_diversity_is_the_entropy_of_first_marks(marks, expected):
     assert metrics.diversity(np.array(marks)) == pytest.approx(expected, abs=1e-4)
@@ -211,7 +269,9 @@ def test_the_first_visit_is_the_reference_for_every_later_one():
 
 @pytest.mark.parametrize("shown", [[-1, -1, 2], [2, -1, -1], [-1, -1, -1], [7, -1, 2], [2, -1, 7]])
 def test_a_guest_that_was_not_shown_is_not_recalled(shown):
-    reading = script(12, guest=by_block(shown), guest_mark=by_block([-1 if who < 0 else 5 for who in shown]))
+    reading = script(
+        12, guest=by_block(shown), guest_mark=by_block([-1 if who < 0 else 5 for who in shown])
+    )
     assert metrics.recall(reading, calls([2, -1, 2])) == [("guest", 2, False)]
 
 
@@ -245,7 +305,10 @@ def test_a_walk_at_the_commanded_speed_has_every_frame_in_pace():
     for speed in range(2):
         for seed in range(20):
             reading = script(36, column=world.walk(np.random.default_rng(seed), 36, speed))
-            assert metrics.motion(reading, [PROMPT._replace(speed=speed)] * 9, slice(16, 36)) == expected
+            assert (
+                metrics.motion(reading, [PROMPT._replace(speed=speed)] * 9, slice(16, 36))
+                == expected
+            )
 
 
 def test_a_frozen_video_has_no_motion():
@@ -286,9 +349,13 @@ def test_random_columns_reach_the_chance_levels_of_motion():
 
 @pytest.mark.parametrize(
     ("successes", "n", "expected"),
-    [(160, 200, (0.8, 0.7391, 0.8496)), (0, 10, (0, 0, 0.2775)), (10, 10, (1, 0.7225, 1)),
-     (1, 2, (0.5, 0.0945, 0.9055))],
-)  # fmt: skip
+    [
+        (160, 200, (0.8, 0.7391, 0.8496)),
+        (0, 10, (0, 0, 0.2775)),
+        (10, 10, (1, 0.7225, 1)),
+        (1, 2, (0.5, 0.0945, 0.9055)),
+    ],
+)
 def test_wilson_against_published_values(successes, n, expected):
     assert metrics.wilson(successes, n) == pytest.approx(expected, abs=2e-4)
 
@@ -303,7 +370,9 @@ def test_bootstrap_is_near_the_normal_interval_and_repeats_itself():
     values = np.random.default_rng(2).normal(3, 2, 400)
     mean, low, high = metrics.bootstrap(values.tolist(), seed=7)
     assert mean == pytest.approx(values.mean())
-    assert (low, high) == pytest.approx((mean - 1.96 * values.std() / 20, mean + 1.96 * values.std() / 20), abs=0.03)
+    assert (low, high) == pytest.approx(
+        (mean - 1.96 * values.std() / 20, mean + 1.96 * values.std() / 20), abs=0.03
+    )
     assert metrics.bootstrap(values.tolist(), seed=7) == (mean, low, high)
     assert metrics.bootstrap(values.tolist(), seed=8) != (mean, low, high)
 
@@ -330,7 +399,10 @@ def renders():
     return [rendered(seed, 24) for seed in range(24)]
 
 
-PERFECT = {name: 0.0 if name in ("motion jumps", "hue drift", "gain drift") else 1.0 for name in metrics.CHANCE}
+PERFECT = {
+    name: 0.0 if name in ("motion jumps", "hue drift", "gain drift") else 1.0
+    for name in metrics.CHANCE
+}
 
 
 def test_renders_score_perfectly_in_every_row(renders):
@@ -351,31 +423,46 @@ def test_shuffled_identities_fall_to_one_in_sixteen(renders):
     result = metrics.report(readings, [prompts for _, prompts in renders])
     assert result["windows"]["kept mark"]["last"][0] == pytest.approx(1 / 16, abs=0.05)
     assert result["windows"]["kept poster"]["last"][0] == pytest.approx(1 / 16, abs=0.05)
-    rows = [row for reading, (_, prompts) in zip(readings, renders, strict=True)
-            for row in metrics.recall(reading, prompts)]  # fmt: skip
+    rows = [
+        row
+        for reading, (_, prompts) in zip(readings, renders, strict=True)
+        for row in metrics.recall(reading, prompts)
+    ]
     share, low, high = metrics.wilson(sum(row.correct for row in rows), len(rows))
     assert len(rows) > 300
     assert low < 1 / 16 < high
     assert high - low < 0.06
-    assert result["windows"]["text mean"]["last"][0] == 1, "the control leaves alone what the text decides"
+    assert result["windows"]["text mean"]["last"][0] == 1, (
+        "the control leaves alone what the text decides"
+    )
 
 
 def test_uniform_readings_score_the_chance_level_of_every_text_row(renders):
     rng = np.random.default_rng(10)
     hits = []
     for _ in range(60):
-        guess = {name: rng.integers(count, size=96) for name, count in metrics.CHOICES.items() if name != "speed"}
+        guess = {
+            name: rng.integers(count, size=96)
+            for name, count in metrics.CHOICES.items()
+            if name != "speed"
+        }
         guess["guest"] -= 1
         hits.append(metrics.text_alignment(script(96, **guess), renders[0][1], slice(0, 96)))
     for name in guess:
-        assert np.mean([hit[name] for hit in hits]) == pytest.approx(metrics.CHANCE[f"text {name}"], abs=0.02), name
+        assert np.mean([hit[name] for hit in hits]) == pytest.approx(
+            metrics.CHANCE[f"text {name}"], abs=0.02
+        ), name
 
 
 @pytest.mark.parametrize(("sigma", "valid"), [(0.05, 1.0), (0.1, 0.0)])
 def test_noise_costs_validity_and_nothing_that_is_discrete(sigma, valid):
     rng = np.random.default_rng(1)
-    story = world.draw_story(rng, 6, guests=np.array([3, -1, 6, 3, -1, 6]), scenes=np.array([0, 1, 1, 0, 0, 1]))
-    reading = oracle.read(world.render(story) + sigma * rng.standard_normal((24, 32, 32, 3), np.float32))
+    story = world.draw_story(
+        rng, 6, guests=np.array([3, -1, 6, 3, -1, 6]), scenes=np.array([0, 1, 1, 0, 0, 1])
+    )
+    reading = oracle.read(
+        world.render(story) + sigma * rng.standard_normal((24, 32, 32, 3), np.float32)
+    )
     prompts = [captions.parse(captions.caption(story, block)) for block in range(6)]
     scores = metrics.window_scores(reading, prompts, slice(4, 24))
     expected = PERFECT | {"valid": valid}
@@ -390,7 +477,11 @@ def test_a_report_is_plain_json_with_an_interval_and_a_chance_level_in_every_row
     readings, prompts = zip(*renders[:5], strict=True)
     result = json.loads(json.dumps(metrics.report(readings, prompts), allow_nan=False))
     assert (result["videos"], result["frames"]) == (5, 96)
-    rows = [(row["chance"], row[part]) for row in result["windows"].values() for part in ("first", "last")]
+    rows = [
+        (row["chance"], row[part])
+        for row in result["windows"].values()
+        for part in ("first", "last")
+    ]
     rows += [(row["chance"], row["value"]) for row in result["whole"].values()]
     for chance, (value, low, high) in rows:
         assert chance >= 0
@@ -443,4 +534,6 @@ def test_shuffling_changes_marks_block_by_block_and_nothing_else():
     np.testing.assert_array_equal(control.guest_mark[reading.guest < 0], -1)
     for field in dataclasses.fields(reading):
         if "mark" not in field.name and field.name != "poster":
-            np.testing.assert_array_equal(getattr(control, field.name), getattr(reading, field.name))
+            np.testing.assert_array_equal(
+                getattr(control, field.name), getattr(reading, field.name)
+            )

@@ -14,16 +14,24 @@ from packforcing_jax.stage import oracle, world
 
 FROZEN = "6998c04088d8e3a93d1d9aed92e6b439df56fc7f7be1d1f70d25925db1a90a35"
 DISCRETE = {
-    "column": world.LANES, "colour": len(world.COLOURS), "shape": len(world.SHAPES), "mark": world.MARKS,
-    "backdrop": len(world.BACKDROPS), "scene": len(world.SCENES), "poster": world.MARKS,
-    "guest": len(world.GUESTS), "guest_mark": world.MARKS,
-}  # fmt: skip
+    "column": world.LANES,
+    "colour": len(world.COLOURS),
+    "shape": len(world.SHAPES),
+    "mark": world.MARKS,
+    "backdrop": len(world.BACKDROPS),
+    "scene": len(world.SCENES),
+    "poster": world.MARKS,
+    "guest": len(world.GUESTS),
+    "guest_mark": world.MARKS,
+}
 
 
 def digest() -> str:
     """sha256 of the oracle and of the world that it reads, comments and all."""
     stage = pathlib.Path(oracle.__file__).parent
-    return hashlib.sha256(b"".join((stage / name).read_bytes() for name in ("oracle.py", "world.py"))).hexdigest()
+    return hashlib.sha256(
+        b"".join((stage / name).read_bytes() for name in ("oracle.py", "world.py"))
+    ).hexdigest()
 
 
 def test_the_oracle_is_frozen():
@@ -33,17 +41,26 @@ def test_the_oracle_is_frozen():
 
 def draw(seed: int, blocks: int = 5) -> world.Story:
     rng = np.random.default_rng((31, seed))
-    return world.draw_story(rng, blocks, guests=rng.integers(-1, 8, blocks), scenes=rng.integers(4, size=blocks))
+    return world.draw_story(
+        rng, blocks, guests=rng.integers(-1, 8, blocks), scenes=rng.integers(4, size=blocks)
+    )
 
 
 def truth(story: world.Story) -> dict[str, np.ndarray]:
     """What a perfect reading of the story holds."""
     block = np.arange(len(story.columns)) // world.BLOCK
     guest, scene = story.guests[block], story.scenes[block]
-    still = {name: np.full(len(block), getattr(story, name))
-             for name in ("colour", "shape", "mark", "backdrop", "hue", "gain")}  # fmt: skip
-    return still | {"column": story.columns, "scene": scene, "poster": story.posters[scene], "guest": guest,
-                    "guest_mark": np.where(guest < 0, -1, story.guest_marks[guest])}  # fmt: skip
+    still = {
+        name: np.full(len(block), getattr(story, name))
+        for name in ("colour", "shape", "mark", "backdrop", "hue", "gain")
+    }
+    return still | {
+        "column": story.columns,
+        "scene": scene,
+        "poster": story.posters[scene],
+        "guest": guest,
+        "guest_mark": np.where(guest < 0, -1, story.guest_marks[guest]),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -75,22 +92,41 @@ def test_renders_are_read_exactly(shown):
 @pytest.mark.parametrize("gain", [0.75, 1.25])
 def test_every_subject_is_read_at_the_ends_and_bends_of_the_hidden_ranges(hue, gain):
     stories = [
-        dataclasses.replace(draw(seed, 1), colour=colour, shape=shape, backdrop=(colour + seed) % 8, hue=hue, gain=gain)
+        dataclasses.replace(
+            draw(seed, 1),
+            colour=colour,
+            shape=shape,
+            backdrop=(colour + seed) % 8,
+            hue=hue,
+            gain=gain,
+        )
         for seed, (colour, shape) in enumerate(itertools.product(range(8), range(4)))
     ]
     reading = oracle.read(np.concatenate([world.render(story) for story in stories]))
     truths = [truth(story) for story in stories]
-    assert_reads(reading, {name: np.concatenate([each[name] for each in truths]) for name in truths[0]})
+    assert_reads(
+        reading, {name: np.concatenate([each[name] for each in truths]) for name in truths[0]}
+    )
     np.testing.assert_allclose(reading.hue, hue, atol=0.01)
     np.testing.assert_allclose(reading.gain, gain, atol=1e-4)
 
 
 def test_every_mark_is_read_in_all_three_places():
-    stories = [dataclasses.replace(draw(mark, 1), mark=mark, guests=np.array([mark % 8]), guest_marks=np.full(8, mark),
-                                   posters=np.full(4, mark)) for mark in range(world.MARKS)]  # fmt: skip
+    stories = [
+        dataclasses.replace(
+            draw(mark, 1),
+            mark=mark,
+            guests=np.array([mark % 8]),
+            guest_marks=np.full(8, mark),
+            posters=np.full(4, mark),
+        )
+        for mark in range(world.MARKS)
+    ]
     reading = oracle.read(np.concatenate([world.render(story) for story in stories]))
     for name in ("mark", "poster", "guest_mark"):
-        np.testing.assert_array_equal(getattr(reading, name), np.repeat(np.arange(world.MARKS), world.BLOCK))
+        np.testing.assert_array_equal(
+            getattr(reading, name), np.repeat(np.arange(world.MARKS), world.BLOCK)
+        )
 
 
 @pytest.mark.parametrize(("sigma", "valid"), [(0.05, 1.0), (0.1, 0.0), (0.2, 0.0)])
@@ -153,9 +189,13 @@ def no_poster(cut, column):
 DAMAGE = {
     "torn across": lambda cut, column: torn(cut, column, slice(4), slice(8)),
     "torn down": lambda cut, column: torn(cut, column, slice(8), slice(4)),
-    "halved": halved, "doubled": doubled, "missing": missing, "buried": buried, "on the wall": on_the_wall,
+    "halved": halved,
+    "doubled": doubled,
+    "missing": missing,
+    "buried": buried,
+    "on the wall": on_the_wall,
     "no poster": no_poster,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -195,10 +235,15 @@ def test_a_mildly_wrong_frame_keeps_its_attributes(shown):
     assert_reads(oracle.read(smudged), state)
 
 
-def changed(reading: oracle.Reading, name: str, count: int, frame: int) -> list[dict[str, np.ndarray]]:
+def changed(
+    reading: oracle.Reading, name: str, count: int, frame: int
+) -> list[dict[str, np.ndarray]]:
     """The state read from one frame with every other value of one factor."""
-    state = {field.name: np.asarray(getattr(reading, field.name)[frame : frame + 1])
-             for field in dataclasses.fields(reading) if field.name not in ("gain", "residual")}  # fmt: skip
+    state = {
+        field.name: np.asarray(getattr(reading, field.name)[frame : frame + 1])
+        for field in dataclasses.fields(reading)
+        if field.name not in ("gain", "residual")
+    }
     return [state | {name: np.array([value])} for value in range(count) if value != state[name][0]]
 
 
@@ -226,11 +271,15 @@ def test_hidden_values_outside_their_range_are_read_as_its_end():
 
 def test_frames_are_read_one_by_one(shown):
     frames, _ = shown
-    part = frames[: oracle.CHUNK + 5] + 0.1 * np.random.default_rng(1).standard_normal((oracle.CHUNK + 5, 32, 32, 3))
+    part = frames[: oracle.CHUNK + 5] + 0.1 * np.random.default_rng(1).standard_normal(
+        (oracle.CHUNK + 5, 32, 32, 3)
+    )
     together, alone = oracle.read(part), oracle.read(part[oracle.CHUNK + 2 : oracle.CHUNK + 3])
     for field in dataclasses.fields(oracle.Reading):
         mine = getattr(together, field.name)[oracle.CHUNK + 2]
-        np.testing.assert_allclose(getattr(alone, field.name)[0], mine, rtol=1e-4, err_msg=field.name)
+        np.testing.assert_allclose(
+            getattr(alone, field.name)[0], mine, rtol=1e-4, err_msg=field.name
+        )
 
 
 def test_a_frame_that_is_not_finite_is_invalid_and_leaves_its_neighbours_alone(shown):

@@ -10,8 +10,15 @@ SEEDS = range(12)
 def columns(seed, blocks):
     """(guests, scenes) of a timeline, read from its sentences."""
     prompts = [captions.parse(sentence) for sentence in stories.default_timeline(seed, blocks)]
-    return tuple(np.array([-1 if value is None else value for value in (getattr(prompt, name) for prompt in prompts)])
-                 for name in ("guest", "scene"))  # fmt: skip
+    return tuple(
+        np.array(
+            [
+                -1 if value is None else value
+                for value in (getattr(prompt, name) for prompt in prompts)
+            ]
+        )
+        for name in ("guest", "scene")
+    )
 
 
 def test_a_timeline_is_a_function_of_the_seed():
@@ -26,7 +33,10 @@ def test_a_longer_timeline_begins_with_the_shorter_one(short, long):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_one_subject_throughout(seed):
-    said = {sentence.split(" with guest")[0].split(maxsplit=3)[-1] for sentence in stories.default_timeline(seed, 53)}
+    said = {
+        sentence.split(" with guest")[0].split(maxsplit=3)[-1]
+        for sentence in stories.default_timeline(seed, 53)
+    }
     assert len(said) == 1
 
 
@@ -45,7 +55,13 @@ def test_two_minutes_have_guests_in_about_two_fifths_of_the_blocks_at_every_gap(
     for seed in SEEDS:
         guests, _ = columns(seed, 120)
         share.append((guests >= 0).mean())
-        gaps.append([gap for guest in range(len(world.GUESTS)) for gap in np.diff(np.flatnonzero(guests == guest))])
+        gaps.append(
+            [
+                gap
+                for guest in range(len(world.GUESTS))
+                for gap in np.diff(np.flatnonzero(guests == guest))
+            ]
+        )
     assert 0.3 < np.mean(share) < 0.5
     for gap in stories.GAPS:
         assert sum(gap in video for video in gaps) >= len(SEEDS) / 2, gap

@@ -9,7 +9,12 @@ import pytest
 from packforcing_jax.errors import InputError
 from packforcing_jax.stage import world
 
-PROMPT = {"colour": world.COLOURS, "shape": world.SHAPES, "speed": world.SPEEDS, "backdrop": world.BACKDROPS}
+PROMPT = {
+    "colour": world.COLOURS,
+    "shape": world.SHAPES,
+    "speed": world.SPEEDS,
+    "backdrop": world.BACKDROPS,
+}
 
 
 def story(seed=3, blocks=3, **fixed):
@@ -52,8 +57,14 @@ def test_rendering_leaves_the_story_and_the_tables_alone():
 
 
 def test_tables_have_unique_words_and_matching_sizes():
-    for table, size in ((world.COLOURS, 8), (world.SHAPES, 4), (world.SPEEDS, 2), (world.BACKDROPS, 8),
-                        (world.GUESTS, 8), (world.SCENES, 4)):  # fmt: skip
+    for table, size in (
+        (world.COLOURS, 8),
+        (world.SHAPES, 4),
+        (world.SPEEDS, 2),
+        (world.BACKDROPS, 8),
+        (world.GUESTS, 8),
+        (world.SCENES, 4),
+    ):
         assert len(set(table)) == len(table) == size
     assert world.LANES * world.CELL == world.SIZE
     assert len(world.MARK_COLOURS) ** 2 == world.MARKS
@@ -74,14 +85,25 @@ def test_sprites_are_mirror_images_of_themselves():
 
 def test_hsv_matches_the_corners_of_the_colour_wheel():
     wheel = world.hsv(np.array([0, 60, 120, 180, 240, 300, 360, -60]), 1.0, 1.0)
-    corners = [[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1], [1, 0, 0], [1, 0, 1]]
+    corners = [
+        [1, 0, 0],
+        [1, 1, 0],
+        [0, 1, 0],
+        [0, 1, 1],
+        [0, 0, 1],
+        [1, 0, 1],
+        [1, 0, 0],
+        [1, 0, 1],
+    ]
     np.testing.assert_allclose(wheel, corners, atol=1e-6)
     np.testing.assert_allclose(world.hsv(200.0, 0.0, 0.3), [0.3, 0.3, 0.3], atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["colour", "shape", "backdrop"])
 def test_every_pair_of_prompt_values_looks_different(name):
-    assert_all_differ([changed(story(), **{name: value}) for value in range(len(PROMPT[name]))], pixels=8)
+    assert_all_differ(
+        [changed(story(), **{name: value}) for value in range(len(PROMPT[name]))], pixels=8
+    )
 
 
 def test_every_pair_of_subject_marks_looks_different_whatever_the_shape():
@@ -99,8 +121,12 @@ def test_every_pair_of_hidden_guest_and_poster_marks_looks_different(field, show
 def test_every_pair_of_guests_and_of_scenes_looks_different_even_with_equal_marks():
     same = {"guest_marks": np.full(8, 6), "posters": np.full(4, 9)}
     border = 28
-    assert_all_differ([changed(story(), **same, guests=np.array([g, 1, 1])) for g in range(-1, 8)], pixels=border)
-    assert_all_differ([changed(story(), **same, scenes=np.array([s, 1, 1])) for s in range(4)], pixels=border)
+    assert_all_differ(
+        [changed(story(), **same, guests=np.array([g, 1, 1])) for g in range(-1, 8)], pixels=border
+    )
+    assert_all_differ(
+        [changed(story(), **same, scenes=np.array([s, 1, 1])) for s in range(4)], pixels=border
+    )
 
 
 def test_borders_of_guests_and_posters_are_clearly_distinct():
@@ -109,14 +135,19 @@ def test_borders_of_guests_and_posters_are_clearly_distinct():
         assert np.linalg.norm(one - other) > 0.15
 
 
-@pytest.mark.parametrize(("field", "values"), [("hue", (-18.0, -17.0, 0.0, 17.0, 18.0)), ("gain", (0.75, 0.8, 1.25))])
+@pytest.mark.parametrize(
+    ("field", "values"), [("hue", (-18.0, -17.0, 0.0, 17.0, 18.0)), ("gain", (0.75, 0.8, 1.25))]
+)
 def test_continuous_factors_show(field, values):
     assert_all_differ([changed(story(), **{field: value}) for value in values])
 
 
 def test_neighbouring_colours_stay_apart_at_the_ends_of_the_hue_range():
     for colour in range(8):
-        nearest = world.body_colour(colour, world.HUE_SPREAD), world.body_colour(colour + 1, -world.HUE_SPREAD)
+        nearest = (
+            world.body_colour(colour, world.HUE_SPREAD),
+            world.body_colour(colour + 1, -world.HUE_SPREAD),
+        )
         assert abs(nearest[0] - nearest[1]).max() > 0.1
 
 
@@ -126,7 +157,9 @@ def test_gain_lights_the_scene_but_neither_guest_nor_subject():
     ratio = bright / dim
     same = np.isclose(ratio, 1, atol=1e-5).all(axis=-1)
     assert same[:4, 8:16, 16:24].all(), "the guest of block 0"
-    np.testing.assert_allclose(ratio[4:8, 8:16, 16:24], 5 / 3, rtol=1e-4, err_msg="nobody called in block 1")
+    np.testing.assert_allclose(
+        ratio[4:8, 8:16, 16:24], 5 / 3, rtol=1e-4, err_msg="nobody called in block 1"
+    )
     for row, column in ((0, 0), (0, 1), (1, 0), (3, 2)):
         np.testing.assert_allclose(cell(ratio, row, column), 5 / 3, rtol=1e-4)
     sprite = world.SPRITES[base.shape]
@@ -139,7 +172,11 @@ def test_nothing_clips():
         video = world.render(dataclasses.replace(story(seed), gain=gain, backdrop=backdrop))
         assert video.min() > -1
         assert video.max() <= 1
-    brightest = 1.25 * world.LIGHT * max(world.BACKGROUNDS.max(), world.SCENE_COLOURS.max(), world.MARK_COLOURS.max())
+    brightest = (
+        1.25
+        * world.LIGHT
+        * max(world.BACKGROUNDS.max(), world.SCENE_COLOURS.max(), world.MARK_COLOURS.max())
+    )
     assert brightest <= 0.95 + 1e-6
 
 
@@ -166,8 +203,12 @@ def test_guest_pixels_follow_the_tables():
     guest = light_levels(cell(world.render(base), *world.GUEST_CELL))[0]
     mark = base.guest_marks[4]
     np.testing.assert_allclose(guest[0], np.broadcast_to(world.GUEST_COLOURS[4], (8, 3)), atol=1e-6)
-    np.testing.assert_allclose(guest[1, 1:4], np.tile(world.MARK_COLOURS[mark // 4], (3, 1)), atol=1e-6)
-    np.testing.assert_allclose(guest[6, 4:7], np.tile(world.MARK_COLOURS[mark % 4], (3, 1)), atol=1e-6)
+    np.testing.assert_allclose(
+        guest[1, 1:4], np.tile(world.MARK_COLOURS[mark // 4], (3, 1)), atol=1e-6
+    )
+    np.testing.assert_allclose(
+        guest[6, 4:7], np.tile(world.MARK_COLOURS[mark % 4], (3, 1)), atol=1e-6
+    )
 
 
 def test_hidden_factors_do_not_depend_on_the_prompt():
@@ -215,7 +256,9 @@ def test_a_walk_starts_where_told_and_goes_either_way():
     assert set(second) == {1, 3}
     assert 140 < second.count(3) < 260
     assert all(world.walk(np.random.default_rng(seed), 5, 0, start=3)[0] == 3 for seed in range(9))
-    starts = np.bincount([world.walk(np.random.default_rng(seed), 1, 0)[0] for seed in range(800)], minlength=4)
+    starts = np.bincount(
+        [world.walk(np.random.default_rng(seed), 1, 0)[0] for seed in range(800)], minlength=4
+    )
     assert abs(starts - 200).max() < 65
 
 
@@ -235,8 +278,17 @@ def test_the_walk_is_not_periodic():
     assert (walks[:, 36:42] == walks[:, :6]).all(axis=1).mean() < 0.5
 
 
-@pytest.mark.parametrize("fixed", [{"colour": 8}, {"shape": -1}, {"guests": [0, 1]}, {"guests": [0, 8, 1]},
-                                   {"scenes": [-1, 0, 0]}, {"scenes": [0, 4, 0]}])  # fmt: skip
+@pytest.mark.parametrize(
+    "fixed",
+    [
+        {"colour": 8},
+        {"shape": -1},
+        {"guests": [0, 1]},
+        {"guests": [0, 8, 1]},
+        {"scenes": [-1, 0, 0]},
+        {"scenes": [0, 4, 0]},
+    ],
+)
 def test_what_is_not_on_the_stage_is_refused(fixed):
     with pytest.raises(InputError, match=f"{next(iter(fixed))}.*give"):
         story(**fixed)

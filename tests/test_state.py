@@ -19,11 +19,20 @@ from packforcing_jax.training.batches import Batch, Model, Words
 BLOCKS, KEY = 4, jax.random.key(4)
 RATES = {"generator": 2e-3, "compressor": 7e-3, "critic": 5e-4}
 BASE = dataclasses.replace(
-    tiny.EXP, sample=dataclasses.replace(tiny.EXP.sample, prediction="clean"), clip=3 * BLOCKS,
-    train=dataclasses.replace(tiny.EXP.train, steps=9, distil=DistilConfig(critic_updates=5), **{
-        group: OptimiserConfig(rate=rate, decay=0.0) for group, rate in RATES.items()}))  # fmt: skip
+    tiny.EXP,
+    sample=dataclasses.replace(tiny.EXP.sample, prediction="clean"),
+    clip=3 * BLOCKS,
+    train=dataclasses.replace(
+        tiny.EXP.train,
+        steps=9,
+        distil=DistilConfig(critic_updates=5),
+        **{group: OptimiserConfig(rate=rate, decay=0.0) for group, rate in RATES.items()},
+    ),
+)
 READER = tiny.filled(jax.eval_shape(lambda: text.UMT5(BASE.text, nnx.Rngs(0))))
-GENERATOR = pytrees.flatten(Model(dit=tiny.nets().dit, compressor=tiny.nets().compressor, text=READER))
+GENERATOR = pytrees.flatten(
+    Model(dit=tiny.nets().dit, compressor=tiny.nets().compressor, text=READER)
+)
 TEACHER = pytrees.flatten({"dit": tiny.filled(tiny.nets().dit, 3)})
 init = tiny.jit(state.init, static_argnames="exp")
 update = tiny.jit(state.update, static_argnames=("exp", "moves"))
@@ -36,9 +45,13 @@ def with_train(exp=BASE, **settings):
 def clips(batch=2):
     rng = np.random.default_rng(2)
     shape = (BLOCKS, batch, 7)
-    words = Words(ids=jnp.asarray(rng.integers(3, 46, shape), jnp.int32),
-                  mask=jnp.asarray(np.arange(7) < rng.integers(2, 8, (*shape[:2], 1)), jnp.int32))  # fmt: skip
-    return Batch(words=words, latent=tiny.latents(BLOCKS, batch=batch), low=tiny.lows(BLOCKS, batch=batch))
+    words = Words(
+        ids=jnp.asarray(rng.integers(3, 46, shape), jnp.int32),
+        mask=jnp.asarray(np.arange(7) < rng.integers(2, 8, (*shape[:2], 1)), jnp.int32),
+    )
+    return Batch(
+        words=words, latent=tiny.latents(BLOCKS, batch=batch), low=tiny.lows(BLOCKS, batch=batch)
+    )
 
 
 def part(flat, name):
@@ -51,7 +64,10 @@ def moves_of(before, after):
 
 
 def same(one, other):
-    return all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
+    return all(
+        (np.asarray(a) == np.asarray(b)).all()
+        for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True)
+    )
 
 
 # the beginning --------------------------------------------------------------------------------------------------------
@@ -79,17 +95,25 @@ def test_layers_start_different_and_the_average_starts_where_the_parameters_do(d
 
 
 def test_a_given_generator_is_taken_and_a_compressor_it_lacks_is_drawn(drawn):
-    half = {path: leaf.astype(jnp.bfloat16) for path, leaf in GENERATOR.items() if not path.startswith("compressor/")}
+    half = {
+        path: leaf.astype(jnp.bfloat16)
+        for path, leaf in GENERATOR.items()
+        if not path.startswith("compressor/")
+    }
     params = init(BASE, KEY, {"generator": half}).params["generator"]
     assert {leaf.dtype for leaf in params.values()} == {np.dtype(np.float32)}
     for path, leaf in params.items():
-        np.testing.assert_array_equal(leaf, half.get(path, drawn.params["generator"][path]), err_msg=path)
+        np.testing.assert_array_equal(
+            leaf, half.get(path, drawn.params["generator"][path]), err_msg=path
+        )
 
 
 def test_a_generator_without_its_other_parts_is_refused():
     exp = with_train(generator_from="models/half")
     for lacking in ("text", "dit"):
-        given = {path: leaf for path, leaf in GENERATOR.items() if not path.startswith(f"{lacking}/")}
+        given = {
+            path: leaf for path, leaf in GENERATOR.items() if not path.startswith(f"{lacking}/")
+        }
         with pytest.raises(InputError, match=f"train.generator_from=models/half lacks {lacking};"):
             jax.eval_shape(lambda given=given: state.init(exp, KEY, {"generator": given}))
 
@@ -103,12 +127,18 @@ def test_data_that_hold_states_need_no_reader():
 @pytest.mark.parametrize("given", ["critic", "teacher", "generator"])
 def test_a_critic_starts_as_what_is_given_for_it_else_as_the_teacher_else_as_the_generator(given):
     critic = pytrees.flatten({"dit": tiny.filled(tiny.nets().dit, 6)})
-    networks = {"critic": critic, "teacher": TEACHER | part(GENERATOR, "compressor"), "generator": GENERATOR}
+    networks = {
+        "critic": critic,
+        "teacher": TEACHER | part(GENERATOR, "compressor"),
+        "generator": GENERATOR,
+    }
     for name in ("critic", "teacher", "generator"):
         if name == given:
             break
         del networks[name]
-    began = init(with_train(objective="dmd", trained=("dit",)), KEY, networks | {"generator": GENERATOR})
+    began = init(
+        with_train(objective="dmd", trained=("dit",)), KEY, networks | {"generator": GENERATOR}
+    )
     assert same(began.params["critic"], part(networks[given], "dit"))
     assert same(began.params["generator"], GENERATOR)
     assert began.opt.keys() == {"generator", "critic"}
@@ -170,8 +200,13 @@ def test_the_average_is_a_copy_until_it_begins_and_bounded_later(objective, ever
     """The generator's own updates count, of which there is one in five where a critic takes part."""
     exp = with_train(objective=objective, ema=0.6, ema_from=3)
     for updates, keep in ((1, 0.0), (3, 0.0), (4, 0.1), (6, 0.25), (12, 0.5), (40, 0.6)):
-        began = state.TrainState(params={}, ema={"x": np.float32(2)}, opt={}, skipped=np.int32(0),
-                                 step=np.int32(every * (updates - 1)))  # fmt: skip
+        began = state.TrainState(
+            params={},
+            ema={"x": np.float32(2)},
+            opt={},
+            skipped=np.int32(0),
+            step=np.int32(every * (updates - 1)),
+        )
         ema = state.averaged(exp, began, {"x": jnp.float32(12)})
         np.testing.assert_allclose(ema["x"], 2 * keep + 12 * (1 - keep), rtol=1e-5)
 
@@ -182,10 +217,16 @@ def test_the_average_is_a_copy_until_it_begins_and_bounded_later(objective, ever
 def test_a_batch_in_parts_gives_the_mean_of_the_parts():
     """Six clips in three parts, each with its own words, latents and way; every clip is in one part."""
     exp = with_train(objective="trajectory", history="clean", batch=6)
-    way = jnp.stack([tiny.latents(BLOCKS, batch=6, seed=seed) for seed in range(1 + len(exp.sample.steps))])
+    way = jnp.stack(
+        [tiny.latents(BLOCKS, batch=6, seed=seed) for seed in range(1 + len(exp.sample.steps))]
+    )
     batch = dataclasses.replace(clips(6), trajectory=way)
-    now = state.TrainState(params={"generator": GENERATOR}, ema={}, opt={}, step=jnp.int32(0), skipped=jnp.int32(0))
-    moving = {"generator": {path: GENERATOR[path] for path in ("dit/patch/kernel", "dit/head/bias")}}
+    now = state.TrainState(
+        params={"generator": GENERATOR}, ema={}, opt={}, step=jnp.int32(0), skipped=jnp.int32(0)
+    )
+    moving = {
+        "generator": {path: GENERATOR[path] for path in ("dit/patch/kernel", "dit/head/bias")}
+    }
 
     def graded(batch, key, exp):
         return state.gradients(moving, now, {}, batch, key, exp, "generator")
@@ -193,11 +234,22 @@ def test_a_batch_in_parts_gives_the_mean_of_the_parts():
     compiled, keys = tiny.jit(graded, static_argnames="exp"), jax.random.split(KEY, 3)
     ours = compiled(batch, KEY, with_train(exp, accumulate=3))
     taken = [[at for at in range(6) if at % 3 == number] for number in range(3)]
-    each = [compiled(Batch(words=jax.tree.map(lambda x, at=at: x[:, jnp.asarray(at)], batch.words),
-                           latent=batch.latent[:, jnp.asarray(at)], low=batch.low[:, jnp.asarray(at)],
-                           trajectory=way[:, :, jnp.asarray(at)]), key, exp)
-            for at, key in zip(taken, keys, strict=True)]  # fmt: skip
-    expected = jax.tree.map(lambda *parts: sum(np.asarray(one, np.float64) for one in parts) / 3, *each)
+    each = [
+        compiled(
+            Batch(
+                words=jax.tree.map(lambda x, at=at: x[:, jnp.asarray(at)], batch.words),
+                latent=batch.latent[:, jnp.asarray(at)],
+                low=batch.low[:, jnp.asarray(at)],
+                trajectory=way[:, :, jnp.asarray(at)],
+            ),
+            key,
+            exp,
+        )
+        for at, key in zip(taken, keys, strict=True)
+    ]
+    expected = jax.tree.map(
+        lambda *parts: sum(np.asarray(one, np.float64) for one in parts) / 3, *each
+    )
     for one, other in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
@@ -208,8 +260,16 @@ def test_a_batch_in_parts_gives_the_mean_of_the_parts():
 def test_a_critic_moves_in_every_step_and_the_generator_in_one_of_five_the_first_included():
     exp = with_train(objective="dmd")
     both, alone = ("generator", "critic"), ("critic",)
-    assert [state.movers(exp, step) for step in range(11)] == [both, *[alone] * 4, both, *[alone] * 4, both]
-    assert state.movers(with_train(objective="sid", distil=DistilConfig(critic_updates=1)), 7) == both
+    assert [state.movers(exp, step) for step in range(11)] == [
+        both,
+        *[alone] * 4,
+        both,
+        *[alone] * 4,
+        both,
+    ]
+    assert (
+        state.movers(with_train(objective="sid", distil=DistilConfig(critic_updates=1)), 7) == both
+    )
     assert state.movers(BASE, 3) == ("generator",)
 
 
@@ -225,7 +285,9 @@ def networks_of(objective, frozen=None, **settings):
 def test_consistency_asks_the_average_and_a_whole_teacher():
     teacher = {path: leaf - 1 for path, leaf in GENERATOR.items()}
     networks = networks_of("consistency", {"teacher": teacher})
-    assert same(pytrees.flatten(networks.average), {path: leaf + 1 for path, leaf in GENERATOR.items()})
+    assert same(
+        pytrees.flatten(networks.average), {path: leaf + 1 for path, leaf in GENERATOR.items()}
+    )
     assert same(pytrees.flatten(networks.teacher), teacher)
     assert networks.critic is None
 
@@ -233,7 +295,10 @@ def test_consistency_asks_the_average_and_a_whole_teacher():
 def test_distillation_asks_the_transformers_of_critic_and_teacher():
     networks = networks_of("dmd", {"teacher": TEACHER, "hidden": jnp.ones((3, 10))})
     assert networks.average is None
-    assert same(pytrees.flatten(networks.critic), {path.removeprefix("dit/"): leaf for path, leaf in TEACHER.items()})
+    assert same(
+        pytrees.flatten(networks.critic),
+        {path.removeprefix("dit/"): leaf for path, leaf in TEACHER.items()},
+    )
     assert same(networks.teacher.dit, networks.critic)
     assert networks.hidden.shape == (3, 10)
     assert isinstance(networks.pixels, codec.SpaceToDepth)
@@ -271,17 +336,33 @@ def test_a_generator_step_moves_the_generator_alone(before):
     after, metrics = update(before, {"teacher": TEACHER}, WORDS, KEY, DMD, moves=("generator",))
     old, new = before.params["generator"], after.params["generator"]
     assert moves_of(old, new) == set(old)
-    assert same((before.params["critic"], before.opt["critic"]), (after.params["critic"], after.opt["critic"]))
+    assert same(
+        (before.params["critic"], before.opt["critic"]),
+        (after.params["critic"], after.opt["critic"]),
+    )
     assert not same(before.ema, after.ema)
-    groups = {f"generator/{what}/{group}" for what in ("gradient", "update") for group in ("generator", "compressor")}
-    told = {f"generator/{name}" for name in ("loss", "gradient", "pull", "packed_seen", "choices", "reach", "exit")}
+    groups = {
+        f"generator/{what}/{group}"
+        for what in ("gradient", "update")
+        for group in ("generator", "compressor")
+    }
+    told = {
+        f"generator/{name}"
+        for name in ("loss", "gradient", "pull", "packed_seen", "choices", "reach", "exit")
+    }
     assert metrics.keys() == groups | told
     each = [metrics[f"generator/gradient/{group}"] for group in ("generator", "compressor")]
     np.testing.assert_allclose(metrics["generator/gradient"], np.hypot(*each), rtol=1e-5)
     for name, group in (("dit", "generator"), ("compressor", "compressor")):
-        far = np.concatenate([np.ravel(new[path]) - np.ravel(old[path]) for path in part(old, name)])
-        assert np.abs(far).max() == pytest.approx(RATES[group], rel=1e-3)  # Adam's first update, at the group's rate
-        np.testing.assert_allclose(metrics[f"generator/update/{group}"], np.linalg.norm(far), rtol=1e-3)
+        far = np.concatenate(
+            [np.ravel(new[path]) - np.ravel(old[path]) for path in part(old, name)]
+        )
+        assert np.abs(far).max() == pytest.approx(
+            RATES[group], rel=1e-3
+        )  # Adam's first update, at the group's rate
+        np.testing.assert_allclose(
+            metrics[f"generator/update/{group}"], np.linalg.norm(far), rtol=1e-3
+        )
     assert (int(after.step), int(after.skipped)) == (1, 0)
 
 
@@ -291,7 +372,11 @@ def test_a_critic_step_moves_the_critic_alone(before):
     assert moved == set(TEACHER)
     assert same((before.params["generator"], before.ema), (after.params["generator"], after.ema))
     assert all(same(before.opt[group], after.opt[group]) for group in ("generator", "compressor"))
-    assert metrics.keys() == {f"critic/{name}" for name in ("loss", "gradient", "packed_seen", "choices", "reach",
-                                                            "exit")}  # fmt: skip
-    far = max(np.abs(after.params["critic"][path] - before.params["critic"][path]).max() for path in TEACHER)
+    assert metrics.keys() == {
+        f"critic/{name}" for name in ("loss", "gradient", "packed_seen", "choices", "reach", "exit")
+    }
+    far = max(
+        np.abs(after.params["critic"][path] - before.params["critic"][path]).max()
+        for path in TEACHER
+    )
     assert far == pytest.approx(RATES["critic"], rel=1e-3)

@@ -13,18 +13,31 @@ from hypothesis import strategies as st
 from packforcing_jax.errors import InputError
 from packforcing_jax.io import safetensors_io
 
-DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16, np.float64, np.int64, np.int32, np.uint8, np.bool_]
+DTYPES = [
+    np.float32,
+    ml_dtypes.bfloat16,
+    np.float16,
+    np.float64,
+    np.int64,
+    np.int32,
+    np.uint8,
+    np.bool_,
+]
 
 
 def values():
     rng = np.random.default_rng(3)
     shapes = [(3, 5), (7,), (), (2, 0, 3), (1, 4, 3), (11,), (5, 1), (3, 2, 2)]
-    return {f"t{i}.x": np.asarray(rng.normal(size=shape) * 3).astype(dtype)
-            for i, (shape, dtype) in enumerate(zip(shapes, DTYPES, strict=True))}  # fmt: skip
+    return {
+        f"t{i}.x": np.asarray(rng.normal(size=shape) * 3).astype(dtype)
+        for i, (shape, dtype) in enumerate(zip(shapes, DTYPES, strict=True))
+    }
 
 
 def written(path, given):
-    with safetensors_io.Writer(path, {name: (value.shape, value.dtype) for name, value in given.items()}, {"a": "b"}) as file:
+    with safetensors_io.Writer(
+        path, {name: (value.shape, value.dtype) for name, value in given.items()}, {"a": "b"}
+    ) as file:
         for name, value in reversed(given.items()):
             file.put(name, value)
     return path
@@ -45,7 +58,11 @@ def test_what_the_library_writes_is_what_is_read(tmp_path):
     found = safetensors_io.opened(tmp_path / "x")
     assert found.keys() == values().keys()
     for name, value in values().items():
-        assert (found[name].shape, found[name].dtype, found[name].nbytes) == (value.shape, value.dtype, value.nbytes)
+        assert (found[name].shape, found[name].dtype, found[name].nbytes) == (
+            value.shape,
+            value.dtype,
+            value.nbytes,
+        )
         np.testing.assert_array_equal(found[name].read(), value, strict=True)
         assert not found[name].read().flags.writeable or value.size == 0
 
@@ -60,7 +77,11 @@ def test_layers_are_put_in_any_order(tmp_path):
 
 def test_what_does_not_fit_its_place_is_a_mistake_of_the_caller(tmp_path):
     with safetensors_io.Writer(tmp_path / "x", {"w": ((3, 5), np.dtype(np.float32))}, {}) as file:
-        for wrong in (np.zeros((5, 3), np.float32), np.zeros((3, 5), np.float16), np.zeros(5, np.float32)):
+        for wrong in (
+            np.zeros((5, 3), np.float32),
+            np.zeros((3, 5), np.float16),
+            np.zeros(5, np.float32),
+        ):
             with pytest.raises(ValueError, match="does not fit"):
                 file.put("w", wrong)
         file.put("w", np.zeros(5, np.float32), layer=1)
@@ -94,16 +115,20 @@ BROKEN = {
     "offsets fall": header({"w": GOOD | {"data_offsets": [24, 0]}}, bytes(24)),
     "three offsets": header({"w": GOOD | {"data_offsets": [0, 24, 24]}}, bytes(24)),
     "shape and bytes differ": header({"w": GOOD | {"shape": [2, 2]}}, bytes(24)),
-    "named twice": header(b'{"w": ' + json.dumps(GOOD).encode() + b', "w": ' + json.dumps(GOOD).encode() + b"}",
-                          bytes(24)),
-}  # fmt: skip
+    "named twice": header(
+        b'{"w": ' + json.dumps(GOOD).encode() + b', "w": ' + json.dumps(GOOD).encode() + b"}",
+        bytes(24),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_files_are_refused_in_one_sentence(tmp_path, name):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(BROKEN[name])
-    with pytest.raises(InputError, match=r"weights\.safetensors.*(fetch it again|convert it to one of)") as raised:
+    with pytest.raises(
+        InputError, match=r"weights\.safetensors.*(fetch it again|convert it to one of)"
+    ) as raised:
         safetensors_io.opened(path)
     assert "\n" not in str(raised.value)
 

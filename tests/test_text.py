@@ -18,11 +18,17 @@ from packforcing_jax.networks import text
 
 PATH = pathlib.Path(__file__).parent / "golden" / "umt5_tiny.safetensors"
 GOLDEN = load_file(PATH)
-WEIGHTS = {name.removeprefix("weights/"): value for name, value in GOLDEN.items() if name.startswith("weights/")}
+WEIGHTS = {
+    name.removeprefix("weights/"): value
+    for name, value in GOLDEN.items()
+    if name.startswith("weights/")
+}
 with safe_open(PATH, "np") as file:
     META = json.loads(file.metadata()["meta"])
 CFG = umt5.config_from_original(META["config"])
-SMALL = TextConfig(vocab=213, dim=60, dim_attn=84, dim_ffn=100, heads=3, layers=2, buckets=8, max_distance=20)
+SMALL = TextConfig(
+    vocab=213, dim=60, dim_attn=84, dim_ffn=100, heads=3, layers=2, buckets=8, max_distance=20
+)
 
 encode = jax.jit(text.encode, static_argnames="zero_padding")
 
@@ -49,12 +55,21 @@ def small():
 
 def check(value, name):
     expected = GOLDEN[f"outputs/{name}"]
-    np.testing.assert_allclose(value, expected, rtol=0, atol=5e-5 * np.abs(expected).max(), err_msg=name)
+    np.testing.assert_allclose(
+        value, expected, rtol=0, atol=5e-5 * np.abs(expected).max(), err_msg=name
+    )
 
 
-@pytest.mark.parametrize(("name", "zero_padding"), [("hidden_padding_zeroed", True), ("hidden", False)])
+@pytest.mark.parametrize(
+    ("name", "zero_padding"), [("hidden_padding_zeroed", True), ("hidden", False)]
+)
 def test_states_match_the_original(golden_model, name, zero_padding):
-    check(encode(golden_model, GOLDEN["inputs/ids"], GOLDEN["inputs/mask"], zero_padding=zero_padding), name)
+    check(
+        encode(
+            golden_model, GOLDEN["inputs/ids"], GOLDEN["inputs/mask"], zero_padding=zero_padding
+        ),
+        name,
+    )
 
 
 def test_long_texts_match_the_original(golden_model):
@@ -107,7 +122,9 @@ def test_order_matters_only_through_the_position_bias(small):
     flat = pytrees.flatten(small)
     name = "blocks/position/embedding"
     blind = pytrees.fill(small, {**flat, name: jnp.zeros_like(flat[name])})
-    np.testing.assert_allclose(encode(blind, ids[:, ::-1], mask)[:, ::-1], encode(blind, ids, mask), atol=5e-6)
+    np.testing.assert_allclose(
+        encode(blind, ids[:, ::-1], mask)[:, ::-1], encode(blind, ids, mask), atol=5e-6
+    )
 
 
 def test_the_scan_over_layers_equals_a_python_loop(small):
@@ -140,9 +157,16 @@ def test_half_precision_weights_give_half_precision_states_close_to_exact_ones(s
 
 def test_initial_weights_have_the_spread_of_t5(small):
     flat = pytrees.flatten(small)
-    expected = {"embedding/embedding": 1.0, "blocks/attn/q/kernel": (60 * 28) ** -0.5, "blocks/attn/k/kernel": 60**-0.5,
-                "blocks/attn/v/kernel": 60**-0.5, "blocks/attn/o/kernel": 84**-0.5, "blocks/ffn/gate/kernel": 60**-0.5,
-                "blocks/ffn/fc1/kernel": 60**-0.5, "blocks/ffn/fc2/kernel": 100**-0.5}  # fmt: skip
+    expected = {
+        "embedding/embedding": 1.0,
+        "blocks/attn/q/kernel": (60 * 28) ** -0.5,
+        "blocks/attn/k/kernel": 60**-0.5,
+        "blocks/attn/v/kernel": 60**-0.5,
+        "blocks/attn/o/kernel": 84**-0.5,
+        "blocks/ffn/gate/kernel": 60**-0.5,
+        "blocks/ffn/fc1/kernel": 60**-0.5,
+        "blocks/ffn/fc2/kernel": 100**-0.5,
+    }
     for name, std in expected.items():
         assert np.std(flat[name]) == pytest.approx(std, rel=0.05), name
     layers = flat["blocks/attn/q/kernel"]
@@ -152,7 +176,9 @@ def test_initial_weights_have_the_spread_of_t5(small):
 
 def test_a_small_encoder_learns_to_tell_order(small):
     """Whether token 3 stands before token 4 cannot be read off the set of tokens."""
-    ids = jnp.array([[3, 4, 7, 1], [4, 3, 7, 1], [7, 3, 4, 1], [4, 7, 3, 1], [3, 7, 4, 1], [7, 4, 3, 1]])
+    ids = jnp.array(
+        [[3, 4, 7, 1], [4, 3, 7, 1], [7, 3, 4, 1], [4, 7, 3, 1], [3, 7, 4, 1], [7, 4, 3, 1]]
+    )
     labels = jnp.array([0, 1, 0, 1, 0, 1])
     mask = jnp.ones_like(ids)
     optimiser = optax.adam(1e-3)
@@ -212,8 +238,16 @@ def test_every_tensor_is_needed_and_nothing_else_is_taken():
 
 
 def test_both_configs_describe_the_published_encoder():
-    published = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64, "num_layers": 24,
-                 "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}  # fmt: skip
+    published = {
+        "vocab_size": 256384,
+        "d_model": 4096,
+        "d_kv": 64,
+        "d_ff": 10240,
+        "num_heads": 64,
+        "num_layers": 24,
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+    }
     assert umt5.config_from_transformers(published) == TextConfig()
     sizes = shapes(TextConfig())[1]
     assert sum(int(np.prod(shape)) for shape in sizes.values()) == 5_680_910_336

@@ -7,7 +7,9 @@ from packforcing_jax.sampling import timelines
 
 
 def test_each_prompt_holds_until_the_next_one_starts():
-    entries = timelines.parse(["# a story", "0: a red disc", "", "  3 :  a blue square  ", "5: guest : jade"], "here")
+    entries = timelines.parse(
+        ["# a story", "0: a red disc", "", "  3 :  a blue square  ", "5: guest : jade"], "here"
+    )
     assert entries == [(0, "a red disc"), (3, "a blue square"), (5, "guest : jade")]
     prompts = timelines.spread(entries, 7)
     assert prompts == ["a red disc"] * 3 + ["a blue square"] * 2 + ["guest : jade"] * 2

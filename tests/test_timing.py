@@ -73,7 +73,13 @@ def test_what_passes_is_shown():
 
     steps, _ = steps_of(Clock(), {"a": [1] * 4, "b": [1] * 4})
     timing.measure(steps, 0, warmup=1, repeats=2, show=show)
-    assert shown == [("compiled", "a"), ("compiled", "b"), ("rounds", 0), ("rounds", 1), ("rounds", 2)]
+    assert shown == [
+        ("compiled", "a"),
+        ("compiled", "b"),
+        ("rounds", 0),
+        ("rounds", 1),
+        ("rounds", 2),
+    ]
 
 
 def test_buffers_that_are_used_up_come_back():
@@ -141,6 +147,8 @@ def test_the_machine_is_described(tmp_path):
     assert (said["platform"], said["jax"]) == ("cpu", jax.__version__)
     assert len(said["date"]) == len("2026-11-20")
     info = tmp_path / "cpuinfo"
-    info.write_text("processor\t: 0\nmodel name\t: Some: Chip 7\nprocessor\t: 1\nmodel name\t: Some: Chip 7\n")
+    info.write_text(
+        "processor\t: 0\nmodel name\t: Some: Chip 7\nprocessor\t: 1\nmodel name\t: Some: Chip 7\n"
+    )
     assert timing.processor(info) == "Some: Chip 7"
     assert timing.processor(tmp_path / "none")

@@ -18,7 +18,15 @@ def closed():
 
 def subwords(path):
     """A saved Unigram tokenizer with the ids of UMT5's specials, and with padding and a cut set in its file."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁Fox", -1.0), ("▁fox", -1.0), ("es", -1.5)]
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("▁", -2.0),
+        ("▁Fox", -1.0),
+        ("▁fox", -1.0),
+        ("es", -1.5),
+    ]
     inner = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=2))
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
     inner.enable_padding(length=3)
@@ -27,16 +35,19 @@ def subwords(path):
     return path
 
 
-@pytest.mark.parametrize(("raw", "cleaned"), [
-    ("  A Fox\n\t enters \u3000 left ", "A Fox enters left"),
-    ("fox &amp; hound", "fox & hound"),
-    ("fox &amp;amp; hound", "fox & hound"),
-    ("schÃ¶n", "schön"),
-    ("&nbsp;A&nbsp;&nbsp;B ", "A B"),
-    ("tabs\u2028and\r\nlines", "tabs and lines"),
-    ("ÉCOLE stays Upper", "ÉCOLE stays Upper"),
-    (" &nbsp; \n", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("raw", "cleaned"),
+    [
+        ("  A Fox\n\t enters \u3000 left ", "A Fox enters left"),
+        ("fox &amp; hound", "fox & hound"),
+        ("fox &amp;amp; hound", "fox & hound"),
+        ("schÃ¶n", "schön"),
+        ("&nbsp;A&nbsp;&nbsp;B ", "A B"),
+        ("tabs\u2028and\r\nlines", "tabs and lines"),
+        ("ÉCOLE stays Upper", "ÉCOLE stays Upper"),
+        (" &nbsp; \n", ""),
+    ],
+)
 def test_cleaning_mends_text_and_keeps_case(raw, cleaned):
     assert tokenizer.clean(raw) == cleaned
     assert tokenizer.clean(cleaned) == cleaned
@@ -63,7 +74,9 @@ def test_a_full_row_is_not_cut(closed, caplog):
 
 def test_a_long_text_is_cut_before_the_end_token_with_one_warning(closed, caplog):
     with caplog.at_level(logging.WARNING):
-        ids, mask = closed.encode(["a red fox enters from left , a purple fox", "fox", "a a a a a a a a"])
+        ids, mask = closed.encode(
+            ["a red fox enters from left , a purple fox", "fox", "a a a a a a a a"]
+        )
     np.testing.assert_array_equal(ids[0], [3, 4, 6, 7, 8, 9, 1])
     np.testing.assert_array_equal(mask.sum(axis=1), [7, 2, 7])
     (record,) = caplog.records
@@ -96,7 +109,10 @@ def test_open_vocabularies_keep_case_and_ignore_the_widths_in_their_file(tmp_pat
 def test_an_unknown_word_is_named_as_written_with_its_nearest(closed):
     with pytest.raises(InputError) as caught:
         closed.encode(["a red fox", "a PurPel fox"])
-    assert str(caught.value) == "word 'PurPel' in prompt is not in this model's vocabulary; nearest: purple"
+    assert (
+        str(caught.value)
+        == "word 'PurPel' in prompt is not in this model's vocabulary; nearest: purple"
+    )
 
 
 def test_every_unknown_word_is_named_once(closed):
@@ -135,9 +151,17 @@ def test_one_text_instead_of_a_list_is_refused(closed):
         closed.encode("a fox")
 
 
-@pytest.mark.parametrize("words", [
-    ("fox", "fox"), ("fox", "</s>"), ("Fox",), ("blue-green",), ("two words",), ("",),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("fox", "fox"),
+        ("fox", "</s>"),
+        ("Fox",),
+        ("blue-green",),
+        ("two words",),
+        ("",),
+    ],
+)
 def test_words_that_could_never_be_read_are_refused(words):
     with pytest.raises(InputError, match="vocabulary"):
         tokenizer.word_tokenizer(words)
@@ -149,7 +173,9 @@ def test_files_that_are_no_tokenizers_are_refused(tmp_path):
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(InputError, match=r"broken\.json is not a tokenizer\.json"):
         tokenizer.Tokenizer.from_file(tmp_path / "broken.json", max_words=5)
-    tokenizers.Tokenizer(models.WordLevel({"fox": 0, "<unk>": 1}, unk_token="<unk>")).save(str(tmp_path / "bare.json"))
+    tokenizers.Tokenizer(models.WordLevel({"fox": 0, "<unk>": 1}, unk_token="<unk>")).save(
+        str(tmp_path / "bare.json")
+    )
     with pytest.raises(InputError, match=r"bare\.json has no token '<pad>'"):
         tokenizer.Tokenizer.from_file(tmp_path / "bare.json", max_words=5)
 

@@ -27,7 +27,11 @@ def test_what_comes_back_is_what_was_recalled(path):
     blocks = list(diaries.finished(blocks=12))
     assert [block.index for block in found.blocks] == list(range(12))
     for block, true in zip(found.blocks, blocks):
-        assert (block.prompt, block.sink_sum, block.layout) == (true.prompt, true.sink_sum, true.layout)
+        assert (block.prompt, block.sink_sum, block.layout) == (
+            true.prompt,
+            true.sink_sum,
+            true.layout,
+        )
         assert block.latent == hashlib.sha256(true.latent.tobytes()).hexdigest()
         for number, layer in enumerate(block.layers):
             valid = true.chosen[number] >= 0
@@ -35,16 +39,36 @@ def test_what_comes_back_is_what_was_recalled(path):
             np.testing.assert_array_equal(layer.scores.astype("f4"), true.scores[number][valid])
             np.testing.assert_array_equal(layer.at.astype("f4"), true.places[number][valid])
             np.testing.assert_array_equal(layer.ages, true.index - true.chosen[number][valid])
-    assert [len(block.layers[1].ids) for block in found.blocks] == [0, 0, 0, 0, 1, 2, 3, 4, 4, 4, 4, 4]
+    assert [len(block.layers[1].ids) for block in found.blocks] == [
+        0,
+        0,
+        0,
+        0,
+        1,
+        2,
+        3,
+        4,
+        4,
+        4,
+        4,
+        4,
+    ]
 
 
 def test_values_that_are_not_finite_never_reach_the_file(tmp_path):
     *_, block = diaries.finished(blocks=9)
-    block.scores[1, 2], block.scores[2, 0], block.places[0, 1], block.layout["step"] = np.nan, np.inf, -np.inf, np.nan
+    block.scores[1, 2], block.scores[2, 0], block.places[0, 1], block.layout["step"] = (
+        np.nan,
+        np.inf,
+        -np.inf,
+        np.nan,
+    )
     with trace.Writer(tmp_path / "a", diaries.head()) as writer:
         writer.write(block)
     text = (tmp_path / "a").read_text()
-    assert not {"NaN", "Infinity"} & set(text.replace(",", " ").replace("[", " ").replace("]", " ").split())
+    assert not {"NaN", "Infinity"} & set(
+        text.replace(",", " ").replace("[", " ").replace("]", " ").split()
+    )
     layers = trace.read(tmp_path / "a").blocks[0].layers
     assert [np.isnan(layers[row].scores).tolist() for row in (1, 2)] == [[0, 0, 1, 0], [1, 0, 0, 0]]
     assert np.isnan(layers[0].at).tolist() == [0, 1, 0, 0]
@@ -93,9 +117,14 @@ def test_a_run_that_goes_on_writes_the_file_of_an_unbroken_one(tmp_path, path, c
 def test_only_the_file_of_the_same_run_is_continued(tmp_path, path):
     size, before = path.stat().st_size, path.read_bytes()
     other = diaries.head(dataclasses.replace(diaries.SMALL, top=3))
-    cases = [(path, diaries.head(), size + 1, f"has {size} bytes"), (path, diaries.head(), size - 1, "no line that"),
-             (path, other, size, "cache="), (path, diaries.head() | {"seed": 6}, size, "seed=5, here 6"),
-             (path, diaries.head(), -1, "negative"), (tmp_path / "none", diaries.head(), 7, "has 0 bytes")]  # fmt: skip
+    cases = [
+        (path, diaries.head(), size + 1, f"has {size} bytes"),
+        (path, diaries.head(), size - 1, "no line that"),
+        (path, other, size, "cache="),
+        (path, diaries.head() | {"seed": 6}, size, "seed=5, here 6"),
+        (path, diaries.head(), -1, "negative"),
+        (tmp_path / "none", diaries.head(), 7, "has 0 bytes"),
+    ]
     for file, head, position, said in cases:
         with pytest.raises(InputError, match=said):
             trace.Writer(file, head, position=position)
@@ -105,7 +134,11 @@ def test_only_the_file_of_the_same_run_is_continued(tmp_path, path):
 
 def test_places_that_cannot_hold_a_trace_are_refused_before_the_run(tmp_path, path):
     assert trace.check_writable(tmp_path / "not" / "yet" / "a") is None
-    for file, said in ((tmp_path, "is a folder"), (path / "a", "which is a file"), ("/proc/a", "not writable")):
+    for file, said in (
+        (tmp_path, "is a folder"),
+        (path / "a", "which is a file"),
+        ("/proc/a", "not writable"),
+    ):
         with pytest.raises(InputError, match=said):
             trace.Writer(file, diaries.head())
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
@@ -132,7 +165,9 @@ def test_a_full_disk_keeps_the_lines_before(tmp_path, path):
     with room_for(room):
         for block in blocks[:8]:
             writer.write(block)
-        with pytest.raises(MachineError, match="full failed .File too large.; what it holds is kept"):
+        with pytest.raises(
+            MachineError, match="full failed .File too large.; what it holds is kept"
+        ):
             writer.write(blocks[8])
     assert file.read_bytes() == b"".join(lines[:9])
     writer.write(blocks[8])
@@ -157,7 +192,9 @@ def test_a_last_line_that_was_cut_off_is_left_out_with_a_note(path):
         path.write_bytes(data[:end])
         found = trace.read(path)
         assert len(found.blocks) == blocks
-        assert found.note == ("line 13 was cut off and is left out" if end in (len(data) - 2, last + 1) else "")
+        assert found.note == (
+            "line 13 was cut off and is left out" if end in (len(data) - 2, last + 1) else ""
+        )
 
 
 def edited(path, number, edit):
@@ -185,9 +222,17 @@ def edited(path, number, edit):
         (4, lambda line: line.update(block=-1), "is of block -1"),
         (4, lambda line: line["layers"].pop(), "has 2 layers instead of 3"),
         (4, lambda line: line["layout"].pop("recent_at"), "its layout has no recent_at"),
-        (4, lambda line: line["layout"].update(step="3"), "'step' holds something that is no number"),
+        (
+            4,
+            lambda line: line["layout"].update(step="3"),
+            "'step' holds something that is no number",
+        ),
         (9, lambda line: line["layers"][1]["ids"].pop(), "ids, scores, ages, at differ in length"),
-        (9, lambda line: line["layers"][1].update(ids=[1, 2, 3, 0.5]), "'ids' holds something that is no number"),
+        (
+            9,
+            lambda line: line["layers"][1].update(ids=[1, 2, 3, 0.5]),
+            "'ids' holds something that is no number",
+        ),
         (9, lambda line: line["layers"][1].update(ids=[1, 2, 3, 10**30]), "too large"),
         (9, lambda line: line["layers"][1].update(at=[1, 2, 3, float("nan")]), "holds NaN"),
         (9, lambda line: line.update(layers=[3, 4, 5]), "is no JSON object"),

@@ -26,15 +26,22 @@ class Net(nnx.Module):
 
 
 SHAPES = {
-    "layers/0/dense/bias": (3,), "layers/0/dense/kernel": (2, 3), "layers/0/scale": (2,),
-    "layers/1/dense/bias": (3,), "layers/1/dense/kernel": (5, 3), "layers/1/scale": (2,), "table": (4, 2),
-}  # fmt: skip
+    "layers/0/dense/bias": (3,),
+    "layers/0/dense/kernel": (2, 3),
+    "layers/0/scale": (2,),
+    "layers/1/dense/bias": (3,),
+    "layers/1/dense/kernel": (5, 3),
+    "layers/1/scale": (2,),
+    "table": (4, 2),
+}
 
 
 def numbered(module):
     """Other values for every leaf, each different."""
-    return {name: np.arange(leaf.size, dtype=np.float32).reshape(leaf.shape) + 10 * i
-            for i, (name, leaf) in enumerate(pytrees.flatten(module).items())}  # fmt: skip
+    return {
+        name: np.arange(leaf.size, dtype=np.float32).reshape(leaf.shape) + 10 * i
+        for i, (name, leaf) in enumerate(pytrees.flatten(module).items())
+    }
 
 
 def test_leaves_are_named_by_where_they_stand():
@@ -42,7 +49,9 @@ def test_leaves_are_named_by_where_they_stand():
 
 
 def test_shapes_have_the_names_of_arrays():
-    assert {name: leaf.shape for name, leaf in pytrees.flatten(jax.eval_shape(Net)).items()} == SHAPES
+    assert {
+        name: leaf.shape for name, leaf in pytrees.flatten(jax.eval_shape(Net)).items()
+    } == SHAPES
 
 
 def test_stacked_blocks_have_one_name_and_a_leading_axis():
@@ -82,7 +91,9 @@ def test_a_filled_module_computes_with_its_new_values():
     shapes = jax.eval_shape(lambda: compressor.Compressor(tiny.EXP, nnx.Rngs(0)))
     filled = pytrees.fill(shapes, pytrees.flatten(tiny.nets().compressor))
     latent = tiny.normal(0, 1, 4, 8, 4, 12)
-    np.testing.assert_array_equal(tiny.jit(filled)(latent), tiny.jit(tiny.nets().compressor)(latent))
+    np.testing.assert_array_equal(
+        tiny.jit(filled)(latent), tiny.jit(tiny.nets().compressor)(latent)
+    )
 
 
 # One entry per layer --------------------------------------------------------------------------------------------------
@@ -112,7 +123,9 @@ def test_stacking_and_taking_apart_undo_each_other():
 def test_a_function_is_asked_once_per_layer_and_answers_in_the_form_it_was_asked(form):
     layers, shifts = both_forms()[form], [jnp.arange(3.0)[i] for i in range(3)]
     shifts = shifts if form == 0 else pytrees.stack(shifts)
-    sums = pytrees.over(lambda layer, shift: layer["a"].sum() - layer["b"].sum() + shift, layers, shifts)
+    sums = pytrees.over(
+        lambda layer, shift: layer["a"].sum() - layer["b"].sum() + shift, layers, shifts
+    )
     assert isinstance(sums, list) == (form == 0)
     np.testing.assert_array_equal(pytrees.stack(sums), [6, 46 - 200 + 1, 86 - 400 + 2])
 
@@ -150,7 +163,11 @@ def test_every_mismatch_is_told_at_once():
         pytrees.fill(Net(), flat, "a.safetensors")
     said = str(caught.value)
     assert said.startswith("a.safetensors do not fit the model (3 tensors: ")
-    for part in ("layers/0/dense/bias: missing", "layers/1/scale: shape (7,), expected (2,)", "head: not part"):
+    for part in (
+        "layers/0/dense/bias: missing",
+        "layers/1/scale: shape (7,), expected (2,)",
+        "head: not part",
+    ):
         assert part in said
 
 

@@ -17,8 +17,10 @@ def free_port():
 def two(objective, steps, sizes, devices):
     """What process 0 of two, with so many devices each, and one process alone measured at every step."""
     there = {"coordinator": f"127.0.0.1:{free_port()}", "processes": 2}
-    pair = [meshed.child(devices, objective=objective, steps=steps, meshes=[sizes], process=i, **there)
-            for i in range(2)]  # fmt: skip
+    pair = [
+        meshed.child(devices, objective=objective, steps=steps, meshes=[sizes], process=i, **there)
+        for i in range(2)
+    ]
     try:
         together = [meshed.told(process)[sizes] for process in pair]
     finally:
@@ -36,6 +38,8 @@ def test_two_processes_of_four_devices_on_three_axes_learn_what_one_device_does(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("objective", "sizes", "devices"), [("forcing", (2, 1, 1, 1), 1), ("dmd", (1, 2, 2, 1), 2)])
+@pytest.mark.parametrize(
+    ("objective", "sizes", "devices"), [("forcing", (2, 1, 1, 1), 1), ("dmd", (1, 2, 2, 1), 2)]
+)
 def test_two_processes_learn_the_same_over_twenty_steps(objective, sizes, devices):
     assert meshed.apart(*two(objective, 20, sizes, devices)) < 1e-4

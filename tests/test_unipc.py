@@ -40,7 +40,9 @@ def test_every_step_matches_the_original(steps, shift):
     state = unipc.init(GOLDEN[f"inputs/{name}latent"])
     for index, expected in enumerate(GOLDEN[f"outputs/{name}latent_after_each_step"]):
         state = unipc.step(solver, state, velocities[index], index)
-        np.testing.assert_allclose(state.latent, expected, rtol=0, atol=5e-6 * np.abs(expected).max())
+        np.testing.assert_allclose(
+            state.latent, expected, rtol=0, atol=5e-6 * np.abs(expected).max()
+        )
 
 
 def test_a_scan_equals_a_python_loop():
@@ -51,7 +53,9 @@ def test_a_scan_equals_a_python_loop():
         state = unipc.step(solver, state, *inputs)
         return state, state.latent
 
-    scanned, trail = jax.jit(lambda state: jax.lax.scan(body, state, (velocities, jnp.arange(7))))(unipc.init(latent))
+    scanned, trail = jax.jit(lambda state: jax.lax.scan(body, state, (velocities, jnp.arange(7))))(
+        unipc.init(latent)
+    )
     looped = unipc.init(latent)
     for index in range(7):
         looped = unipc.step(solver, looped, velocities[index], index)
@@ -90,8 +94,12 @@ def test_twice_the_steps_leave_a_quarter_of_the_error():
             slope, index = inputs
             return unipc.step(solver, state, slope * state.latent, index), None
 
-        within = jnp.arange(steps - 1)  # the last step is of order 1: it jumps to the clean prediction
-        state, _ = jax.lax.scan(body, unipc.init(jnp.ones((1, 1))), (jnp.asarray(slopes[:-2]), within))
+        within = jnp.arange(
+            steps - 1
+        )  # the last step is of order 1: it jumps to the clean prediction
+        state, _ = jax.lax.scan(
+            body, unipc.init(jnp.ones((1, 1))), (jnp.asarray(slopes[:-2]), within)
+        )
         return abs(float(state.latent[0, 0]) - np.sqrt(variance(sigmas[-2]) / variance(sigmas[0])))
 
     assert error(40) < 2e-3
@@ -106,9 +114,13 @@ def test_weights_keep_the_sum_of_signal_and_noise(steps):
     alpha = 1 - sigma
     predictor, corrector = solver.predictor.astype(np.float64), solver.corrector.astype(np.float64)
     np.testing.assert_allclose(predictor[:, 0] * sigma[:-1], sigma[1:], atol=1e-6)
-    np.testing.assert_allclose(predictor[:, 0] * alpha[:-1] + predictor[:, 1:].sum(1), alpha[1:], atol=1e-6)
+    np.testing.assert_allclose(
+        predictor[:, 0] * alpha[:-1] + predictor[:, 1:].sum(1), alpha[1:], atol=1e-6
+    )
     np.testing.assert_allclose(corrector[1:, 0] * sigma[:-2], sigma[1:-1], atol=1e-6)
-    np.testing.assert_allclose(corrector[1:, 0] * alpha[:-2] + corrector[1:, 1:].sum(1), alpha[1:-1], atol=1e-6)
+    np.testing.assert_allclose(
+        corrector[1:, 0] * alpha[:-2] + corrector[1:, 1:].sum(1), alpha[1:-1], atol=1e-6
+    )
 
 
 def test_a_solver_is_a_value_that_jit_takes_as_static():

@@ -21,10 +21,19 @@ from packforcing_jax.networks import vae, vae_layers
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 TOLERANCE = 2e-5
-ODD = VAEConfig(dim=6, z_dim=3, dim_mult=(1, 2, 3), num_res_blocks=1, temporal_downsample=(True, False),
-                mean=(0.3, -0.2, 0.1), std=(1.5, 0.7, 2.0))  # fmt: skip
+ODD = VAEConfig(
+    dim=6,
+    z_dim=3,
+    dim_mult=(1, 2, 3),
+    num_res_blocks=1,
+    temporal_downsample=(True, False),
+    mean=(0.3, -0.2, 0.1),
+    std=(1.5, 0.7, 2.0),
+)
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles three times faster
+jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)  # compiles three times faster
 encode = jit(vae.encode)
 decode = jit(vae.decode)
 encode_both = jit(lambda net, video: (vae.encode(net, video), *vae.encode_moments(net, video)))
@@ -45,7 +54,11 @@ class Golden:
 
 
 def weights(arrays):
-    return {name.removeprefix("weights/"): a for name, a in arrays.items() if name.startswith("weights/")}
+    return {
+        name.removeprefix("weights/"): a
+        for name, a in arrays.items()
+        if name.startswith("weights/")
+    }
 
 
 def shapes_of(cfg):
@@ -66,15 +79,23 @@ def golden(name: str) -> Golden:
         cfg = wan_vae.unscaled(cfg)
         tensors = rules.rename(tensors, wan_vae.diffusers_names(cfg).items())
     flat = rules.convert(tensors, wan_vae.WAN_VAE, wanted(cfg))
-    return Golden(meta, arrays, pytrees.fill(shapes_of(cfg), {path: jnp.asarray(a) for path, a in flat.items()}))
+    return Golden(
+        meta,
+        arrays,
+        pytrees.fill(shapes_of(cfg), {path: jnp.asarray(a) for path, a in flat.items()}),
+    )
 
 
 def drawn(build):
     """The module with random weights that keep the size of features; NumPy draws, as JAX compiles once per shape."""
     shapes, rng = jax.eval_shape(build), np.random.default_rng(0)
-    draws = {path: rng.normal(size=leaf.shape) / math.sqrt(math.prod(leaf.shape[:-1]))
-             for path, leaf in pytrees.flatten(shapes).items()}  # fmt: skip
-    return pytrees.fill(shapes, {path: jnp.asarray(draw, jnp.float32) for path, draw in draws.items()})
+    draws = {
+        path: rng.normal(size=leaf.shape) / math.sqrt(math.prod(leaf.shape[:-1]))
+        for path, leaf in pytrees.flatten(shapes).items()
+    }
+    return pytrees.fill(
+        shapes, {path: jnp.asarray(draw, jnp.float32) for path, draw in draws.items()}
+    )
 
 
 @functools.cache
@@ -129,8 +150,12 @@ def test_the_originals_groups_give_its_frames_and_its_cache(name):
     file = golden(name)
     latent = file["inputs/latent"]
     state = vae.init_decoder(file.vae, 1, *latent.shape[2:4])
-    parts, state = stream(decode_chunk, file.vae, state, latent, file.meta["config"]["stream_groups"])
-    assert [part.shape[1] for part in parts] == file.arrays["aux/decode.stream_chunk_frames"].tolist()
+    parts, state = stream(
+        decode_chunk, file.vae, state, latent, file.meta["config"]["stream_groups"]
+    )
+    assert [part.shape[1] for part in parts] == file.arrays[
+        "aux/decode.stream_chunk_frames"
+    ].tolist()
     assert error(np.concatenate(parts, axis=1), file["outputs/decode.video"]) <= TOLERANCE
     assert error(state[0], file["aux/decode.feat_cache_final.0"]) <= TOLERANCE
 
@@ -170,11 +195,15 @@ def test_state_keeps_its_shapes_so_that_it_can_be_scanned():
 
     @jit
     def scan(net, state, rest):
-        return jax.lax.scan(lambda s, z: vae.decode_chunk(net, s, z, first=False)[::-1], state, rest)
+        return jax.lax.scan(
+            lambda s, z: vae.decode_chunk(net, s, z, first=False)[::-1], state, rest
+        )
 
     _, frames = scan(odd(), after, rest)
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, after)
-    np.testing.assert_allclose(np.concatenate([first, *frames], axis=1), decode(odd(), latent), atol=1e-5)
+    np.testing.assert_allclose(
+        np.concatenate([first, *frames], axis=1), decode(odd(), latent), atol=1e-5
+    )
 
 
 def test_frames_that_do_not_fill_a_group_are_ignored():
@@ -265,7 +294,9 @@ def test_halving_frames_spans_the_chunks(first):
     layer.conv.kernel[...] = jnp.pad(layer.conv.kernel[:1, :1], ((0, 2), (0, 2), (0, 0), (0, 0)))
     x = 10.0 ** jnp.arange(4 + first).reshape(1, -1, 1, 1, 1) * jnp.ones((1, 1, 2, 4, 1))
     y, past = step(layer, x, jnp.full((1, 1, 1, 2, 1), 0.5), first=first)
-    np.testing.assert_allclose(y[0, :, 0, 0, 0], [1, 111, 11100] if first else [11.5, 1110], rtol=1e-6)
+    np.testing.assert_allclose(
+        y[0, :, 0, 0, 0], [1, 111, 11100] if first else [11.5, 1110], rtol=1e-6
+    )
     np.testing.assert_array_equal(past, x[:, -1:, :1, :2])
 
 
@@ -289,7 +320,9 @@ def test_the_first_latent_enters_no_convolution_in_time():
     np.testing.assert_array_equal(untouched, jnp.zeros_like(past))
     np.testing.assert_array_equal(after, x[:, 1:])
     np.testing.assert_array_equal(whole[:, 1:], other[:, 1:])
-    np.testing.assert_allclose(step(layer, x[:, 1:2], past, first=False)[0], whole[:, 1:3], atol=1e-6)
+    np.testing.assert_allclose(
+        step(layer, x[:, 1:2], past, first=False)[0], whole[:, 1:3], atol=1e-6
+    )
 
 
 def test_attention_stays_within_a_frame_and_adds_to_it():
@@ -331,20 +364,29 @@ def test_full_size_has_the_originals_tensors():
     assert len(set(names)) == len(set(names.values())) == 194
     assert shapes["encoder/down/6/shortcut/kernel"] == (1, 1, 1, 192, 384)
     assert shapes["decoder/up/7/time_conv/kernel"] == (3, 1, 1, 384, 768)
-    assert names["decoder.upsamples.11.resample.1.weight"] == "decoder.up_blocks.2.upsamplers.0.resample.1.weight"
-    assert names["decoder.upsamples.14.residual.6.bias"] == "decoder.up_blocks.3.resnets.2.conv2.bias"
+    assert (
+        names["decoder.upsamples.11.resample.1.weight"]
+        == "decoder.up_blocks.2.upsamplers.0.resample.1.weight"
+    )
+    assert (
+        names["decoder.upsamples.14.residual.6.bias"] == "decoder.up_blocks.3.resnets.2.conv2.bias"
+    )
 
 
 def test_configs_are_read_from_both_sources():
     assert golden("vae_realflags").vae.cfg == VAEConfig(dim=6)
     diffusers = golden("diffusers_vae_tiny").meta["config"]
-    assert wan_vae.vae_config(diffusers).mean == (0.0,) * 4  # sixteen means are given for four channels
+    assert (
+        wan_vae.vae_config(diffusers).mean == (0.0,) * 4
+    )  # sixteen means are given for four channels
     real = wan_vae.vae_config(diffusers | {"z_dim": 16})
     assert real.mean == WAN_MEAN
     assert set(wan_vae.unscaled(real).std) == {1.0}
 
 
-@pytest.mark.parametrize("other", [{"is_residual": True}, {"patch_size": 2}, {"decoder_base_dim": 16}])
+@pytest.mark.parametrize(
+    "other", [{"is_residual": True}, {"patch_size": 2}, {"decoder_base_dim": 16}]
+)
 def test_other_architectures_are_refused(other):
     with pytest.raises(InputError, match=next(iter(other))):
         wan_vae.vae_config(golden("diffusers_vae_tiny").meta["config"] | other)

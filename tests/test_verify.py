@@ -22,7 +22,9 @@ from packforcing_jax.types import KV
 from packforcing_jax.verify import kinds, parts, transformer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-FILES = sorted(path for path in GOLDEN.glob("*.safetensors") if kinds.read(path).kind in kinds.CASES)
+FILES = sorted(
+    path for path in GOLDEN.glob("*.safetensors") if kinds.read(path).kind in kinds.CASES
+)
 ONE_PERCENT = np.float32(1.01)
 
 
@@ -74,7 +76,9 @@ def with_weight(path, name, factor):
 
 
 WEIGHED = [path for path in FILES if kinds.read(path).weights]
-NORMED = re.compile(r".*(self_attn\.|attn1\.to_)[qk]\.(weight|bias)")  # the norm behind these forgets their scale
+NORMED = re.compile(
+    r".*(self_attn\.|attn1\.to_)[qk]\.(weight|bias)"
+)  # the norm behind these forgets their scale
 
 
 @pytest.mark.parametrize("path", WEIGHED, ids=lambda path: path.stem)
@@ -90,7 +94,9 @@ def test_a_weight_before_a_norm_is_noticed_when_its_channels_change(path):
     for name in sorted(filter(NORMED.fullmatch, computed(path)[0].weights))[::3]:
         odd = np.arange(computed(path)[0].weights[name].shape[0], dtype=np.float32) % 2
         factor = 1 + 0.1 * odd.reshape(-1, *(1 for _ in computed(path)[0].weights[name].shape[1:]))
-        assert failed(with_weight(path, name, factor)), f"{name} with every other channel scaled by 1.1 went unnoticed"
+        assert failed(with_weight(path, name, factor)), (
+            f"{name} with every other channel scaled by 1.1 went unnoticed"
+        )
 
 
 def test_all_kinds_of_files_have_an_example():
@@ -118,27 +124,41 @@ def test_not_a_number_on_our_side_fails():
     assert failed(compared(small(), ours=ours)) == {name}
 
 
-@pytest.mark.parametrize(("ours", "theirs", "error"), [
-    ([1.0, 2.0], [1.0, 2.0], 0.0), ([1.0, 2.5], [1.0, 2.0], 0.25), ([1.5, -2.0], [1.0, -2.0], 0.25),
-    ([1.0], [1.0, 1.0], math.inf), ([[1.0]], [1.0], math.inf), ([0.0], [0.0], 0.0), ([1e-9], [0.0], math.inf),
-    ([np.inf], [np.inf], math.inf), ([np.nan], [np.nan], math.inf), ([1.0], [np.nan], math.inf), ([], [], 0.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ours", "theirs", "error"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], 0.0),
+        ([1.0, 2.5], [1.0, 2.0], 0.25),
+        ([1.5, -2.0], [1.0, -2.0], 0.25),
+        ([1.0], [1.0, 1.0], math.inf),
+        ([[1.0]], [1.0], math.inf),
+        ([0.0], [0.0], 0.0),
+        ([1e-9], [0.0], math.inf),
+        ([np.inf], [np.inf], math.inf),
+        ([np.nan], [np.nan], math.inf),
+        ([1.0], [np.nan], math.inf),
+        ([], [], 0.0),
+    ],
+)
 def test_error_is_the_largest_gap_over_the_largest_expected_value(ours, theirs, error):
     assert kinds.difference(np.array(ours), np.array(theirs)) == error
 
 
 def test_integers_must_agree_exactly_whatever_their_size():
     big = np.array([10**9], np.int64)
-    row, = kinds.compare("f", "scheduler", {"id": big + 1}, {"id": big})
+    (row,) = kinds.compare("f", "scheduler", {"id": big + 1}, {"id": big})
     assert not row.ok
     assert row.tolerance == 0
-    row, = kinds.compare("f", "scheduler", {"id": big.astype(np.int32)}, {"id": big})
+    (row,) = kinds.compare("f", "scheduler", {"id": big.astype(np.int32)}, {"id": big})
     assert row.ok
 
 
 @pytest.mark.parametrize("kind", ["dmd_math", "self_forcing_train_rollout"])
 def test_losses_and_gradients_may_be_further_off_than_what_they_are_made_of(kind):
-    allowed = {name: kinds.CASES[kind].allowed(name) for name in computed(GOLDEN / f"{kind}.safetensors")[2]}
+    allowed = {
+        name: kinds.CASES[kind].allowed(name)
+        for name in computed(GOLDEN / f"{kind}.safetensors")[2]
+    }
     derived = {name for name, tolerance in allowed.items() if tolerance == 2e-4}
     assert derived == {name for name in allowed if "loss" in name or "grad" in name}
     assert {allowed[name] for name in allowed.keys() - derived} == {5e-5}
@@ -147,7 +167,12 @@ def test_losses_and_gradients_may_be_further_off_than_what_they_are_made_of(kind
 def test_other_kinds_have_one_tolerance():
     for case in kinds.CASES.values():
         if case.derived is None:
-            assert case.allowed("grad_wrt_noise") == case.allowed("loss") == case.allowed("latents") == case.tolerance
+            assert (
+                case.allowed("grad_wrt_noise")
+                == case.allowed("loss")
+                == case.allowed("latents")
+                == case.tolerance
+            )
 
 
 def test_an_unknown_kind_fails_in_every_output(caplog):
@@ -178,18 +203,28 @@ def rewrite(source, path, *, change=None, **meta):
     with safetensors.safe_open(source, "np") as archive:
         told = json.loads(archive.metadata()["meta"]) | meta
     told = {key: value for key, value in told.items() if value is not None}
-    save_file(load_file(source) | (change or {}), path, metadata={"meta": json.dumps(told), "format": "pt"})
+    save_file(
+        load_file(source) | (change or {}),
+        path,
+        metadata={"meta": json.dumps(told), "format": "pt"},
+    )
     return path
 
 
 def test_the_computation_does_not_see_the_expected_values(tmp_path):
-    blank = {f"outputs/{name}": np.zeros_like(value) for name, value in computed(small())[2].items()}
-    hidden = kinds.compute(kinds.read(rewrite(small(), tmp_path / "blank.safetensors", change=blank)))
+    blank = {
+        f"outputs/{name}": np.zeros_like(value) for name, value in computed(small())[2].items()
+    }
+    hidden = kinds.compute(
+        kinds.read(rewrite(small(), tmp_path / "blank.safetensors", change=blank))
+    )
     for name, value in computed(small())[1].items():
         np.testing.assert_array_equal(hidden[name], value)
 
 
-@pytest.mark.parametrize("meta", [{"fixture": None}, {"config": None}, {"fixture": 7}, {"config": "large"}])
+@pytest.mark.parametrize(
+    "meta", [{"fixture": None}, {"config": None}, {"fixture": 7}, {"config": "large"}]
+)
 def test_a_file_that_does_not_say_what_it_is_about_is_refused(meta, tmp_path):
     with pytest.raises(InputError, match="does not say what it is about"):
         kinds.read(rewrite(small(), tmp_path / "mute.safetensors", **meta))
@@ -200,14 +235,25 @@ def test_files_without_metadata_or_outputs_are_refused(tmp_path):
     save_file({"outputs/x": np.ones(2)}, path)
     with pytest.raises(InputError, match="does not say what it is about"):
         kinds.read(path)
-    save_file({"inputs/x": np.ones(2)}, path, metadata={"meta": json.dumps({"fixture": "scheduler", "config": {}})})
+    save_file(
+        {"inputs/x": np.ones(2)},
+        path,
+        metadata={"meta": json.dumps({"fixture": "scheduler", "config": {}})},
+    )
     with pytest.raises(InputError, match="no tensor under outputs/"):
         kinds.read(path)
 
 
-@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_bytes(b""),
-                                  lambda path: path.write_text("not tensors at all"),
-                                  lambda path: path.write_bytes(small().read_bytes()[:-7])])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: None,
+        lambda path: path.mkdir(),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text("not tensors at all"),
+        lambda path: path.write_bytes(small().read_bytes()[:-7]),
+    ],
+)
 def test_an_unreadable_file_is_exit_code_2_and_stops_before_anything_runs(make, tmp_path, capsys):
     make(tmp_path / "x.safetensors")
     assert main.main(["verify", str(small()), str(tmp_path / "x.safetensors")]) == 2
@@ -231,10 +277,15 @@ def test_command_line_prints_one_line_per_output_and_a_count(capsys):
 
 def test_json_tells_the_same_and_failures_are_exit_code_1(tmp_path, capsys):
     name = "steps8_shift5.sigmas"
-    wrong = {f"outputs/{name}": computed(small())[2][name] * ONE_PERCENT, "outputs/novelty": np.ones(2, np.float32)}
+    wrong = {
+        f"outputs/{name}": computed(small())[2][name] * ONE_PERCENT,
+        "outputs/novelty": np.ones(2, np.float32),
+    }
     path = rewrite(small(), tmp_path / "wrong.safetensors", change=wrong)
     assert main.main(["verify", str(small()), str(path), "--json"]) == 1
-    out = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    out = json.loads(
+        capsys.readouterr().out, parse_constant=lambda word: pytest.fail(f"{word} is not JSON")
+    )
     assert out["failed"] == 2
     assert out["count"] == len(out["outputs"]) == 2 * len(computed(small())[2]) + 1
     assert all(set(row) == {"file", "output", "error", "tolerance", "ok"} for row in out["outputs"])
@@ -271,20 +322,35 @@ WINDOWS = [(3, 10, 1), (2, 5, 0), (4, 13, 6), (2, -1, 3)]
 @pytest.mark.parametrize(("block", "window", "sink"), WINDOWS)
 def test_cache_settings_see_and_hold_the_frames_of_the_rolling_cache(block, window, sink):
     blocks = 6
-    config = {"dim": 12, "num_heads": 2, "ffn_dim": 8, "num_layers": 1, "in_dim": 5, "out_dim": 5,
-              "frames_per_block": block, "local_attn_size": window, "sink_size": sink}  # fmt: skip
+    config = {
+        "dim": 12,
+        "num_heads": 2,
+        "ffn_dim": 8,
+        "num_layers": 1,
+        "in_dim": 5,
+        "out_dim": 5,
+        "frames_per_block": block,
+        "local_attn_size": window,
+        "sink_size": sink,
+    }
     exp = transformer.experiment(config, frames=blocks * block, latent=(2, 6))
     memory = cache.init(exp, 1)
     for number, (seen, held) in enumerate(rolling(blocks, block=block, window=window, sink=sink)):
         plan = cache.plan(exp.cache, memory.num_blocks)
         q, no_lots = np.zeros((1, block * 3, 2, 6), np.float32), np.zeros((1, 0), np.float32)
         recalled, _ = view.recall(exp, plan, memory.layers[0], q, no_lots)
-        np.testing.assert_array_equal(recalled.v[0, : int(cache.length(exp, plan)), 0, 0], np.repeat(seen, 3))
+        np.testing.assert_array_equal(
+            recalled.v[0, : int(cache.length(exp, plan)), 0, 0], np.repeat(seen, 3)
+        )
         frames = np.repeat(np.arange(block) + number * block, 3).astype(np.float32)
         values = jnp.broadcast_to(frames[None, :, None, None], (1, block * 3, 2, 6))
         memory = cache.commit(exp, memory, [KV(k=values, v=values)], None)
-        np.testing.assert_array_equal(cache.export(exp, memory).v[0, 0, :, 0, 0], np.repeat(held, 3))
-        np.testing.assert_array_equal(cache.end_indices(exp, memory), [(number + 1) * block * 3, len(held) * 3])
+        np.testing.assert_array_equal(
+            cache.export(exp, memory).v[0, 0, :, 0, 0], np.repeat(held, 3)
+        )
+        np.testing.assert_array_equal(
+            cache.end_indices(exp, memory), [(number + 1) * block * 3, len(held) * 3]
+        )
 
 
 def test_ragged_prompts_are_padded_in_order_of_number():
@@ -295,16 +361,30 @@ def test_ragged_prompts_are_padded_in_order_of_number():
     np.testing.assert_array_equal(padded.sum(axis=(1, 2)), [0, 4, 12, 40])
 
 
-@pytest.mark.parametrize(("frames", "size", "ends"), [(6, 2, (2, 4, 6)), (7, 3, (3, 6, 7)), (2, 5, (2,))])
+@pytest.mark.parametrize(
+    ("frames", "size", "ends"), [(6, 2, (2, 4, 6)), (7, 3, (3, 6, 7)), (2, 5, (2,))]
+)
 def test_the_last_block_may_be_shorter(frames, size, ends):
     assert transformer._block_ends(frames, size) == ends
 
 
 def test_step_counts_and_lists_are_read_from_names():
-    names = ("shift2.5.inference7.sigmas", "shift2.5.denoising_step_list_900_30_warped", "shift2.5.step_of_samples_0_2")
-    inputs = {name: np.ones((3, 2, 5), np.float32) for name in ("clean", "noise", "xt", "flow_pred", "x0_pred")}
-    inputs |= {"timestep": np.array([999.0, 40.0, 500.0], np.float32), "raw_timestep_int": np.array([3, 980])}
-    fixture = parts.Fixture(kind="scheduler", config={"shifts": [2.5]}, weights={}, inputs=inputs, wanted=names)
+    names = (
+        "shift2.5.inference7.sigmas",
+        "shift2.5.denoising_step_list_900_30_warped",
+        "shift2.5.step_of_samples_0_2",
+    )
+    inputs = {
+        name: np.ones((3, 2, 5), np.float32)
+        for name in ("clean", "noise", "xt", "flow_pred", "x0_pred")
+    }
+    inputs |= {
+        "timestep": np.array([999.0, 40.0, 500.0], np.float32),
+        "raw_timestep_int": np.array([3, 980]),
+    }
+    fixture = parts.Fixture(
+        kind="scheduler", config={"shifts": [2.5]}, weights={}, inputs=inputs, wanted=names
+    )
     out = kinds.compute(fixture)
     assert set(names) <= set(out)
     assert out[names[0]].shape == (7,)
@@ -312,21 +392,47 @@ def test_step_counts_and_lists_are_read_from_names():
     assert out[names[2]].shape == (2, 2, 5)
 
 
-ODD = {"dim": 36, "num_heads": 3, "ffn_dim": 20, "num_layers": 3, "text_dim": 10, "text_len": 7, "freq_dim": 14,
-       "in_dim": 5, "out_dim": 5, "frames_per_block": 2, "local_attn_size": -1, "sink_size": 0}  # fmt: skip
+ODD = {
+    "dim": 36,
+    "num_heads": 3,
+    "ffn_dim": 20,
+    "num_layers": 3,
+    "text_dim": 10,
+    "text_len": 7,
+    "freq_dim": 14,
+    "in_dim": 5,
+    "out_dim": 5,
+    "frames_per_block": 2,
+    "local_attn_size": -1,
+    "sink_size": 0,
+}
 
 
 def odd_weights(draw):
     """Random weights of the network `ODD` under original names, the shapes worked out from its sizes."""
     dim, ffn = ODD["dim"], ODD["ffn_dim"]
-    dense = {"text_embedding.0": (dim, ODD["text_dim"]), "text_embedding.2": (dim, dim), "head.head": (20, dim),
-             "time_embedding.0": (dim, ODD["freq_dim"]), "time_embedding.2": (dim, dim),
-             "time_projection.1": (6 * dim, dim)}  # fmt: skip
-    shapes = {"patch_embedding.weight": (dim, 5, 1, 2, 2), "patch_embedding.bias": (dim,),
-              "head.modulation": (1, 2, dim)}  # fmt: skip
+    dense = {
+        "text_embedding.0": (dim, ODD["text_dim"]),
+        "text_embedding.2": (dim, dim),
+        "head.head": (20, dim),
+        "time_embedding.0": (dim, ODD["freq_dim"]),
+        "time_embedding.2": (dim, dim),
+        "time_projection.1": (6 * dim, dim),
+    }
+    shapes = {
+        "patch_embedding.weight": (dim, 5, 1, 2, 2),
+        "patch_embedding.bias": (dim,),
+        "head.modulation": (1, 2, dim),
+    }
     for block in (f"blocks.{i}" for i in range(ODD["num_layers"])):
-        shapes |= {f"{block}.modulation": (1, 6, dim), f"{block}.norm3.weight": (dim,), f"{block}.norm3.bias": (dim,)}
-        shapes |= {f"{block}.{a}_attn.norm_{x}.weight": (dim,) for a in ("self", "cross") for x in "qk"}
+        shapes |= {
+            f"{block}.modulation": (1, 6, dim),
+            f"{block}.norm3.weight": (dim,),
+            f"{block}.norm3.bias": (dim,),
+        }
+        shapes |= {
+            f"{block}.{a}_attn.norm_{x}.weight": (dim,) for a in ("self", "cross") for x in "qk"
+        }
         dense |= {f"{block}.{a}_attn.{x}": (dim, dim) for a in ("self", "cross") for x in "qkvo"}
         dense |= {f"{block}.ffn.0": (ffn, dim), f"{block}.ffn.2": (dim, ffn)}
     for name, shape in dense.items():
@@ -336,14 +442,27 @@ def odd_weights(draw):
 
 def test_cached_blocks_equal_one_teacher_forced_pass_at_odd_sizes():
     draw = np.random.default_rng(5).standard_normal
-    clips = {name: draw((3, 2, 5, 2, 4, 6)).astype(np.float32) for name in ("noisy", "clean")}  # [block, b, c, t, y, x]
+    clips = {
+        name: draw((3, 2, 5, 2, 4, 6)).astype(np.float32) for name in ("noisy", "clean")
+    }  # [block, b, c, t, y, x]
     shared = {"context": draw((2, 7, 10)).astype(np.float32)}
     times = np.array([[990, 12.5], [625, 625], [3, 800]], np.float32)
-    cached = parts.Fixture(kind="causal_dit_kvcache", config=ODD, weights=odd_weights(draw),
-                                  inputs=clips | shared | {"t": times}, wanted=())  # fmt: skip
-    whole = {name: einops.rearrange(clip, "block b c t y x -> b c (block t) y x") for name, clip in clips.items()}
-    parallel = dataclasses.replace(cached, kind="causal_dit_blockmask",
-                                   inputs=whole | shared | {"t": np.tile(times.reshape(1, 6), (2, 1))})  # fmt: skip
+    cached = parts.Fixture(
+        kind="causal_dit_kvcache",
+        config=ODD,
+        weights=odd_weights(draw),
+        inputs=clips | shared | {"t": times},
+        wanted=(),
+    )
+    whole = {
+        name: einops.rearrange(clip, "block b c t y x -> b c (block t) y x")
+        for name, clip in clips.items()
+    }
+    parallel = dataclasses.replace(
+        cached,
+        kind="causal_dit_blockmask",
+        inputs=whole | shared | {"t": np.tile(times.reshape(1, 6), (2, 1))},
+    )
     ours, theirs = kinds.compute(cached), kinds.compute(parallel)
     flows = np.concatenate([ours[f"block{block}.flow_noisy"] for block in range(3)], axis=2)
     assert kinds.difference(flows, np.asarray(theirs["flow_teacher_forcing"])) < 1e-5

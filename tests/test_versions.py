@@ -19,7 +19,13 @@ def fake(**numbers):
 
 @pytest.mark.parametrize(
     ("jax", "flax"),
-    [("0.11.1", "0.12.8"), ("0.11.2", "0.12.8"), ("0.12.0.1", "0.12.8"), ("1.0", "0.12.8"), ("0.11.2", "0.12.9")],
+    [
+        ("0.11.1", "0.12.8"),
+        ("0.11.2", "0.12.8"),
+        ("0.12.0.1", "0.12.8"),
+        ("1.0", "0.12.8"),
+        ("0.11.2", "0.12.9"),
+    ],
 )
 def test_a_broken_pair_is_refused_with_both_versions_and_the_remedy(jax, flax):
     with pytest.raises(MachineError, match=r'pip install "flax>=') as raised:
@@ -53,7 +59,9 @@ def test_versions_compare_as_numbers_and_not_as_text():
 def test_a_missing_package_is_named(missing):
     present = {"jax": "0.10.2", "flax": "0.12.8"}
     del present[missing]
-    with pytest.raises(MachineError, match=f"{missing} is not installed; run: pip install {missing}"):
+    with pytest.raises(
+        MachineError, match=f"{missing} is not installed; run: pip install {missing}"
+    ):
         versions.check(fake(**present))
 
 

@@ -38,14 +38,18 @@ def bars(shown, scale=SCALE):
 
 
 def writer(path, **changes):
-    return video.Writer(path, **({"fps": 16, "size": (WIDTH, HEIGHT), "settings": {}, "scale": SCALE} | changes))
+    return video.Writer(
+        path, **({"fps": 16, "size": (WIDTH, HEIGHT), "settings": {}, "scale": SCALE} | changes)
+    )
 
 
 def timing(path):
     """(seconds, frames per second) that players see in the headers."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-i", str(path)]
     said = subprocess.run(command, capture_output=True, text=True).stderr
-    hours, minutes, seconds = map(float, re.search(r"Duration: (\d+):(\d+):([\d.]+)", said).groups())
+    hours, minutes, seconds = map(
+        float, re.search(r"Duration: (\d+):(\d+):([\d.]+)", said).groups()
+    )
     return 3600 * hours + 60 * minutes + seconds, float(re.search(r"([\d.]+) fps", said).group(1))
 
 
@@ -93,7 +97,9 @@ def test_continued_file_is_byte_for_byte_that_of_an_unbroken_run(tmp_path, fps, 
             out.write(block)
             assert out.sync() == out.position
             assert out.position.bytes == whole.stat().st_size
-        assert out.position == video.Position(bytes=whole.stat().st_size, frames=sum(counts), fragments=5)
+        assert out.position == video.Position(
+            bytes=whole.stat().st_size, frames=sum(counts), fragments=5
+        )
     with writer(broken, fps=fps, settings={"seed": 3}) as out:
         for block in blocks[:stopped]:
             out.write(block)
@@ -134,11 +140,17 @@ def test_files_of_other_runs_are_not_continued_and_left_alone(tmp_path):
         out.write(scene(30))
     other = (tmp_path / "other.mp4").read_bytes()
     assert len(other) > len(whole)
-    strangers = {b"": "has 0 bytes", whole[: kept.bytes - 1]: f"has {kept.bytes - 1} bytes, but {kept.bytes} were",
-                 other: "is not the file of the run", 9 * b"years of work" * len(whole): "is not the file"}  # fmt: skip
+    strangers = {
+        b"": "has 0 bytes",
+        whole[: kept.bytes - 1]: f"has {kept.bytes - 1} bytes, but {kept.bytes} were",
+        other: "is not the file of the run",
+        9 * b"years of work" * len(whole): "is not the file",
+    }
     for content, reason in strangers.items():
         path.write_bytes(content)
-        with pytest.raises(InputError, match=f"a.mp4 .*{reason}.* put that file back or start anew"):
+        with pytest.raises(
+            InputError, match=f"a.mp4 .*{reason}.* put that file back or start anew"
+        ):
             writer(path, resume=kept)
         assert path.read_bytes() == content
     path.write_bytes(whole)
@@ -184,7 +196,9 @@ def test_pixels_keep_their_colours(tmp_path):
     frames = np.random.default_rng(0).integers(16, 240, (3, HEIGHT, WIDTH, 3)).astype(np.uint8)
     with writer(tmp_path / "a.mp4") as out:
         out.write(frames)
-    centres = video.read(tmp_path / "a.mp4")[:, SCALE // 2 :: SCALE, SCALE // 2 :: SCALE].astype(int)
+    centres = video.read(tmp_path / "a.mp4")[:, SCALE // 2 :: SCALE, SCALE // 2 :: SCALE].astype(
+        int
+    )
     error = np.abs(centres - frames)
     assert error.mean() < 4
     assert np.quantile(error, 0.99) < 20
@@ -192,7 +206,11 @@ def test_pixels_keep_their_colours(tmp_path):
 
 
 def test_settings_come_back_however_long_and_odd(tmp_path):
-    wanted = {"prompts": ["a = b; # c\\ d\n\t'\"é漢"] * 4000, "seed": 7, "nested": {"sizes": [1, 2.5, None, True]}}
+    wanted = {
+        "prompts": ["a = b; # c\\ d\n\t'\"é漢"] * 4000,
+        "seed": 7,
+        "nested": {"sizes": [1, 2.5, None, True]},
+    }
     with writer(tmp_path / "a.mp4", settings=wanted) as out:
         out.write(scene(2))
         assert video.settings(tmp_path / "a.mp4") == wanted
@@ -215,9 +233,14 @@ def test_foreign_and_missing_videos_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("a.avi", "end in .mp4"), ("folder.mp4", "is a folder"), ("file.txt/b/a.mp4", "which is a file"),
-     ("/proc/1/a.mp4", "not writable"), ("/proc/new/a.mp4", "not writable")],
-)  # fmt: skip
+    [
+        ("a.avi", "end in .mp4"),
+        ("folder.mp4", "is a folder"),
+        ("file.txt/b/a.mp4", "which is a file"),
+        ("/proc/1/a.mp4", "not writable"),
+        ("/proc/new/a.mp4", "not writable"),
+    ],
+)
 def test_unwritable_path_is_refused_before_anything_happens(tmp_path, name, reason):
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "file.txt").touch()
@@ -243,7 +266,11 @@ def test_writable_path_is_left_alone_until_the_first_block(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"size": (21, 12), "scale": 3}, "odd side"), ({"fps": 0}, "fps=0"), ({"scale": 0}, "scale=0")],
+    [
+        ({"size": (21, 12), "scale": 3}, "odd side"),
+        ({"fps": 0}, "fps=0"),
+        ({"scale": 0}, "scale=0"),
+    ],
 )
 def test_impossible_videos_are_refused(tmp_path, changes, reason):
     with pytest.raises(InputError, match=reason):
@@ -260,7 +287,10 @@ def test_frames_of_another_size_are_refused_and_the_rest_kept(tmp_path):
 
 
 def test_full_disk_keeps_the_finished_part(tmp_path, monkeypatch):
-    path, noise = tmp_path / "a.mp4", np.random.default_rng(1).integers(0, 255, (4, HEIGHT, WIDTH, 3)).astype(np.uint8)
+    path, noise = (
+        tmp_path / "a.mp4",
+        np.random.default_rng(1).integers(0, 255, (4, HEIGHT, WIDTH, 3)).astype(np.uint8),
+    )
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with writer(path) as out:
         out.write(noise)
@@ -286,7 +316,10 @@ def test_first_block_that_fails_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(video, "encode", lambda *_: stream)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(stream) // 2, limits[1]))
-        with pytest.raises(MachineError, match="the first 0 frames are kept"), writer(tmp_path / "a.mp4") as out:
+        with (
+            pytest.raises(MachineError, match="the first 0 frames are kept"),
+            writer(tmp_path / "a.mp4") as out,
+        ):
             out.write(scene(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -335,8 +368,12 @@ except KeyboardInterrupt:
 
 def run_until(path, frames, how):
     """Exit status and last report of a process that wrote at least `frames` frames when its group was sent `how`."""
-    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(PROGRAM), str(path)],
-                             stdout=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     reported = 0
     while reported < frames:
         reported = int(child.stdout.readline())
@@ -346,7 +383,9 @@ def run_until(path, frames, how):
     return child.returncode, int((rest.split() or [reported])[-1])
 
 
-@pytest.mark.parametrize(("how", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("how", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)]
+)
 def test_stopped_process_leaves_a_video_of_every_finished_block(tmp_path, how, status):
     path = tmp_path / "a.mp4"
     code, reported = run_until(path, 15, how)
@@ -370,8 +409,12 @@ os._exit(0)
 
 
 def test_interrupt_does_not_reach_the_encoder_of_a_program_that_finishes_first(tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", PATIENT, str(tmp_path / "a.mp4")],
-                             stdout=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    child = subprocess.Popen(
+        [sys.executable, "-c", PATIENT, str(tmp_path / "a.mp4")],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     child.stdout.readline()
     while child.poll() is None:
         os.killpg(child.pid, signal.SIGINT)
@@ -401,7 +444,9 @@ def test_guard_passes_pictures_even_dark_ones():
     dark = np.full((3, 6, 10, 3), -1, np.float32)
     dark[:, 2:4, 3:5, 1] = -0.8
     video.guard(dark)
-    black_then_picture = np.concatenate([np.full((2, HEIGHT, WIDTH, 3), -1, np.float32), video.from_uint8(scene(1))])
+    black_then_picture = np.concatenate(
+        [np.full((2, HEIGHT, WIDTH, 3), -1, np.float32), video.from_uint8(scene(1))]
+    )
     video.guard(black_then_picture)
 
 
@@ -416,7 +461,10 @@ def test_guard_names_the_first_frame_that_is_not_finite(value):
 
 @pytest.mark.parametrize("colour", [(-1, -1, -1), (0.003, 0.003, 0.003), (0.9, -0.4, 0.1)])
 def test_guard_refuses_a_block_of_one_flat_colour(colour):
-    frames = np.broadcast_to(np.float32(colour), (4, 7, 9, 3)) + np.float32(1e-4) * np.indices((4, 7, 9, 3))[2] / 9
+    frames = (
+        np.broadcast_to(np.float32(colour), (4, 7, 9, 3))
+        + np.float32(1e-4) * np.indices((4, 7, 9, 3))[2] / 9
+    )
     with pytest.raises(MachineError, match="Frames 8 to 11 are one flat colour"):
         video.guard(frames, first=8)
 

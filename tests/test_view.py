@@ -40,14 +40,18 @@ def situation(rope_adjustment="sink", **changes):
     lots = jnp.asarray(rng.uniform(size=(tiny.BATCH, exp.cache.slots)), jnp.float32)
     draw = lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32)  # noqa: E731
     stores = [KV(k=draw(part.k), v=draw(part.v)) for part in (empty.sink, empty.mid, empty.recent)]
-    layer = cache.Layer(*stores, sink_at=jnp.float32(rope_adjustment == "incremental"), at=3 * draw(empty.at))
+    layer = cache.Layer(
+        *stores, sink_at=jnp.float32(rope_adjustment == "incremental"), at=3 * draw(empty.at)
+    )
     return types.SimpleNamespace(exp=exp, seen=plan(exp, NUMBER), layer=layer, lots=lots)
 
 
 def turned(x, time, row=0.0, column=0.0):
     """Tokens [..., h] rotated to one time and place, as complex numbers."""
     rates = [100.0 ** (-np.arange(3) / 3), 20.0 ** (-np.arange(2) / 2), np.ones(1)]
-    angles = np.concatenate([place * rate for place, rate in zip((time, row, column), rates, strict=True)])
+    angles = np.concatenate(
+        [place * rate for place, rate in zip((time, row, column), rates, strict=True)]
+    )
     pairs = np.asarray(x, np.float64).reshape(*np.shape(x)[:-1], 6, 2)
     spun = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angles)
     return np.stack([spun.real, spun.imag], axis=-1).reshape(np.shape(x))
@@ -55,7 +59,9 @@ def turned(x, time, row=0.0, column=0.0):
 
 def turned_each(x, times):
     """Tokens [..., k, n, h] rotated to their own times [k]."""
-    return np.stack([turned(np.asarray(x)[..., i, :, :], float(time)) for i, time in enumerate(times)], axis=-3)
+    return np.stack(
+        [turned(np.asarray(x)[..., i, :, :], float(time)) for i, time in enumerate(times)], axis=-3
+    )
 
 
 # asking
@@ -70,7 +76,10 @@ def test_a_block_asks_with_all_its_queries_and_with_their_averages_over_windows(
     for t, y, x in np.ndindex(3, 4, 2):
         total = total + turned(grid[:, t, y, x], t, y, x)
     np.testing.assert_allclose(asked.total, total, atol=1e-4)
-    now, windows = float(here.seen.current_at), []  # windows of 2 frames and 2 rows; the third frame fills none
+    now, windows = (
+        float(here.seen.current_at),
+        [],
+    )  # windows of 2 frames and 2 rows; the third frame fills none
     for y, x in np.ndindex(2, 2):
         centre = grid[:, :2, 2 * y : 2 * y + 2, x].mean(axis=(1, 2))
         windows.append(turned(centre, now + 0.5, 2 * y + 0.5, x))
@@ -111,12 +120,16 @@ def test_heads_that_are_scored_one_by_one_give_the_score_of_all(rope_adjustment)
     def both(seen, layer, asked, lots):
         exps = {name: tiny.with_cache(here.exp, selection=name) for name in selection.POLICIES}
         ours = {name: view.score(exp, seen, layer, asked, lots) for name, exp in exps.items()}
-        return ours, {name: policy(view.question(here.exp, seen, layer, asked, lots))
-                      for name, policy in selection.POLICIES.items()}  # fmt: skip
+        return ours, {
+            name: policy(view.question(here.exp, seen, layer, asked, lots))
+            for name, policy in selection.POLICIES.items()
+        }
 
     ours, whole = tiny.jit(both)(here.seen, here.layer, asked(here), here.lots)
     for name, scores in whole.items():
-        np.testing.assert_allclose(ours[name][:, visible], scores[:, visible], rtol=1e-5, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            ours[name][:, visible], scores[:, visible], rtol=1e-5, atol=1e-5, err_msg=name
+        )
 
 
 def test_scoring_at_full_size_makes_no_array_as_large_as_the_keys_of_the_sink():
@@ -128,7 +141,9 @@ def test_scoring_at_full_size_makes_no_array_as_large_as_the_keys_of_the_sink():
     layer, seen = shapes.layers[0], plan(exp, NUMBER)
     asked = jax.eval_shape(lambda seen, q: view.ask(exp, seen, q), seen, q)
     program = jaxpr_cost.trace(lambda *args: view.score(exp, *args), seen, layer, asked, lots)
-    largest = max(jaxpr_cost.nbytes(out.aval) for eqn, _ in jaxpr_cost.walk(program) for out in eqn.outvars)
+    largest = max(
+        jaxpr_cost.nbytes(out.aval) for eqn, _ in jaxpr_cost.walk(program) for out in eqn.outvars
+    )
     assert largest < jaxpr_cost.nbytes(layer.sink.k) < jaxpr_cost.nbytes(layer.mid.k)
 
 
@@ -144,9 +159,15 @@ def test_before_anything_is_asked_the_newest_blocks_are_looked_at():
     np.testing.assert_array_equal(early.ids, [[1, -1]] * 2)
 
 
-@pytest.mark.parametrize(("rope_adjustment", "places"), [
-    ("sink", [3, 6]), ("incremental", [12, 15]), ("sink_only", [6, 15]), ("none", [6, 15]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rope_adjustment", "places"),
+    [
+        ("sink", [3, 6]),
+        ("incremental", [12, 15]),
+        ("sink_only", [6, 15]),
+        ("none", [6, 15]),
+    ],
+)
 def test_chosen_blocks_stand_in_a_row_or_where_they_truly_were(rope_adjustment, places):
     """Blocks 2 and 5 before block 7, which lies at 12 behind sink 3, two packed blocks and recent 3, or truly at 21."""
     here = situation(rope_adjustment)
@@ -217,11 +238,15 @@ def test_keys_stand_at_their_places_and_values_as_they_were(rope_adjustment):
             slot = int(np.flatnonzero(np.asarray(seen.ids) == number)[0])
             k.append(layer.mid.k[video, slot])
             v.append(layer.mid.v[video, slot])
-            begin = {"sink": 3 + 3 * rank, "incremental": 12 + 3 * rank}.get(rope_adjustment, 3 * number)
+            begin = {"sink": 3 + 3 * rank, "incremental": 12 + 3 * rank}.get(
+                rope_adjustment, 3 * number
+            )
             by += list(begin + (-float(layer.at[video, slot]) if moves else offsets) + 0 * offsets)
         for frame in range(3):
             k.append(layer.recent.k[video, frame])
             v.append(layer.recent.v[video, frame])
             by += [0.0 if moves else (9 if rope_adjustment == "sink" else 18) + frame] * 8
-        np.testing.assert_allclose(whole.k[video, : len(by)], turned_each(np.concatenate(k), by), atol=1e-4)
+        np.testing.assert_allclose(
+            whole.k[video, : len(by)], turned_each(np.concatenate(k), by), atol=1e-4
+        )
         np.testing.assert_array_equal(whole.v[video, : len(by)], np.concatenate(v))

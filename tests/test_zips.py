@@ -49,27 +49,57 @@ ARCHIVES = {  # a change of a sound file's bytes, and what the refusal names
     "another magic": (lambda content: b"GGUF" + content[4:], "no checkpoint"),
     "empty": (lambda content: b"", "is empty"),
     "a web page": (lambda content: b"<!doctype html><title>Not found</title>", "web page"),
-    "a pointer": (lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git LFS"),
-    "safetensors": (lambda content: b"\x10\x00\x00\x00\x00\x00\x00\x00{}              ", "no checkpoint"),
-    "torch < 1.6": (lambda content: pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2), "torch < 1.6"),
+    "a pointer": (
+        lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "git LFS",
+    ),
+    "safetensors": (
+        lambda content: b"\x10\x00\x00\x00\x00\x00\x00\x00{}              ",
+        "no checkpoint",
+    ),
+    "torch < 1.6": (
+        lambda content: pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2),
+        "torch < 1.6",
+    ),
     "a bare pickle": (lambda content: pickle.dumps({"x": 3}, 2), "no checkpoint"),
     "an encrypted storage": (patched("data/0", central=(8, b"\x01\x08")), "encrypts data/0"),
     "a storage encrypted in secret": (patched("data/0", local=(6, b"\x41\x00")), "encrypts data/0"),
     "a compressed storage": (patched("data/0", central=(10, b"\x08\x00")), "compresses data/0"),
-    "a storage compressed in secret": (patched("data/0", local=(8, b"\x08\x00")), "compresses data/0"),
+    "a storage compressed in secret": (
+        patched("data/0", local=(8, b"\x08\x00")),
+        "compresses data/0",
+    ),
     "no local header": (patched("data/0", local=(0, b"PK\x01\x02")), "data/0 has no header"),
     "another local name": (patched("data/0", local=(30, b"archivf")), "not where it should be"),
-    "a local name that is too long": (patched("data/0", local=(26, b"\xff\xff")), "not where it should be"),
-    "local extras that are too long": (patched("data/0", local=(28, b"\xff\xff")), "not where it should be"),
-    "a storage that leaves the file": (patched("data/0", central=(20, b"\xff\xff\xff\x7f" * 2)), "not where"),
-    "a storage that starts elsewhere": (patched("data/0", central=(42, b"\x00\x00\x00\x00")), "not where it should"),
-    "a storage that starts outside": (patched("data/0", central=(42, b"\xff\xff\xff\x7f")), "damaged"),
-    "a storage of another size": (patched("data/0", central=(20, b"\x08\x00\x00\x00" * 2)), "60 bytes and has 8"),
+    "a local name that is too long": (
+        patched("data/0", local=(26, b"\xff\xff")),
+        "not where it should be",
+    ),
+    "local extras that are too long": (
+        patched("data/0", local=(28, b"\xff\xff")),
+        "not where it should be",
+    ),
+    "a storage that leaves the file": (
+        patched("data/0", central=(20, b"\xff\xff\xff\x7f" * 2)),
+        "not where",
+    ),
+    "a storage that starts elsewhere": (
+        patched("data/0", central=(42, b"\x00\x00\x00\x00")),
+        "not where it should",
+    ),
+    "a storage that starts outside": (
+        patched("data/0", central=(42, b"\xff\xff\xff\x7f")),
+        "damaged",
+    ),
+    "a storage of another size": (
+        patched("data/0", central=(20, b"\x08\x00\x00\x00" * 2)),
+        "60 bytes and has 8",
+    ),
     "an entry from the future": (patched("data/0", central=(6, b"\xff\x00")), "damaged"),
     "a directory outside": (claimed_directory(2**31, 0), "damaged"),
     "a directory of nothing": (claimed_directory(0, 0), "0 entries data.pkl"),
     "a directory elsewhere": (claimed_directory(100, 2**31), "damaged"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", ARCHIVES)
@@ -82,7 +112,9 @@ def test_damaged_archives_are_refused(tmp_path, case):
 def parts(**changes):
     """The entries of a sound checkpoint, some changed."""
     found = torchfiles.entries({"x": numbers(5, 3), "step": 3})
-    named = {name.replace("__", "/").replace("_pkl", ".pkl"): part for name, part in changes.items()}
+    named = {
+        name.replace("__", "/").replace("_pkl", ".pkl"): part for name, part in changes.items()
+    }
     return found | {f"archive/{name}": part for name, part in named.items()}
 
 
@@ -112,7 +144,9 @@ def test_archives_of_other_things_are_refused(tmp_path, case):
 
 
 def test_compressed_and_repeated_entries_are_refused(tmp_path):
-    assert "compresses" in complaint(torchfiles.write(tmp_path / "a.pt", parts(), zipfile.ZIP_DEFLATED))
+    assert "compresses" in complaint(
+        torchfiles.write(tmp_path / "a.pt", parts(), zipfile.ZIP_DEFLATED)
+    )
     repeated = [*parts().items(), ("archive/data/0", b"1234")]
     with pytest.warns(UserWarning, match="Duplicate name"):
         torchfiles.write(tmp_path / "b.pt", repeated)

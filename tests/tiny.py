@@ -16,21 +16,44 @@ from packforcing_jax.sampling import block_step
 EXP = config.Experiment(
     name="tiny",
     dit=config.DiTConfig(
-        dim=36, ffn_dim=20, heads=3, layers=2, text_dim=10, text_len=17, freq_dim=14, in_channels=12, out_channels=12,
-        rope_theta=(100.0, 20.0, 10.0), rope_pairs=(3, 2, 1),
+        dim=36,
+        ffn_dim=20,
+        heads=3,
+        layers=2,
+        text_dim=10,
+        text_len=17,
+        freq_dim=14,
+        in_channels=12,
+        out_channels=12,
+        rope_theta=(100.0, 20.0, 10.0),
+        rope_pairs=(3, 2, 1),
     ),
     codec=config.SpaceToDepthConfig(factor=2),
-    text=config.TextConfig(vocab=46, dim=10, dim_attn=6, dim_ffn=9, heads=2, layers=1, max_words=16),
-    cache=config.CacheConfig(block=3, sink=3, recent=3, top=2, capacity=4, trained=16, score_pool=(2, 2, 1),
-                             key_multiple=5),
-    compressor=config.CompressorConfig(channels=(5, 7, 6), strides=((2, 1, 1), (1, 2, 2), (1, 2, 1)), pool=(2, 2, 1)),
+    text=config.TextConfig(
+        vocab=46, dim=10, dim_attn=6, dim_ffn=9, heads=2, layers=1, max_words=16
+    ),
+    cache=config.CacheConfig(
+        block=3,
+        sink=3,
+        recent=3,
+        top=2,
+        capacity=4,
+        trained=16,
+        score_pool=(2, 2, 1),
+        key_multiple=5,
+    ),
+    compressor=config.CompressorConfig(
+        channels=(5, 7, 6), strides=((2, 1, 1), (1, 2, 2), (1, 2, 1)), pool=(2, 2, 1)
+    ),
     sample=config.SampleConfig(steps=(1000, 600, 250), shift=3.0),
     latent=(8, 4),  # 4 x 2 tokens a frame, packed to 2 x 2 x 2
     fps=5,
     clip=15,
-)  # fmt: skip
+)
 BATCH = 2
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is what takes time
+jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)  # compiling is what takes time
 
 
 def with_cache(exp=EXP, **changes):
@@ -43,7 +66,9 @@ def normal(seed, *shape):
 
 
 def _build(exp, key=0):
-    return block_step.Nets(dit=dit.WanDiT(exp.dit, nnx.Rngs(key)), compressor=compressor.Compressor(exp, nnx.Rngs(key)))
+    return block_step.Nets(
+        dit=dit.WanDiT(exp.dit, nnx.Rngs(key)), compressor=compressor.Compressor(exp, nnx.Rngs(key))
+    )
 
 
 def _trained(rng, name, shape):
@@ -56,8 +81,13 @@ def _trained(rng, name, shape):
 def filled(module, seed=0):
     """A module of the shapes of `module` in which no parameter has its starting value."""
     rng = np.random.default_rng(seed)
-    return pytrees.fill(module, {name: jnp.asarray(_trained(rng, name, leaf.shape), jnp.float32)
-                               for name, leaf in pytrees.flatten(module).items()})  # fmt: skip
+    return pytrees.fill(
+        module,
+        {
+            name: jnp.asarray(_trained(rng, name, leaf.shape), jnp.float32)
+            for name, leaf in pytrees.flatten(module).items()
+        },
+    )
 
 
 @functools.cache
@@ -75,7 +105,9 @@ def apart(exp=EXP):
 @functools.cache
 def fresh(exp=EXP):
     """The same transformer with a compressor as training starts it."""
-    return block_step.Nets(dit=nets(exp).dit, compressor=jit(lambda: compressor.Compressor(exp, nnx.Rngs(0)))())
+    return block_step.Nets(
+        dit=nets(exp).dit, compressor=jit(lambda: compressor.Compressor(exp, nnx.Rngs(0)))()
+    )
 
 
 def latents(blocks, exp=EXP, batch=BATCH, seed=5):
@@ -86,9 +118,15 @@ def latents(blocks, exp=EXP, batch=BATCH, seed=5):
 def lows(blocks, exp=EXP, batch=BATCH, seed=6):
     """Random low-resolution twins of blocks [block, b, t', y', x', c], of the shape the codec gives."""
     pixels, frames = codec.make(exp.codec, nnx.Rngs(0)), exp.cache.block
-    video = jax.ShapeDtypeStruct((batch, frames, *(n * exp.codec.space_factor for n in exp.latent), 3), jnp.float32)
-    shape = jax.eval_shape(lambda video: codec.low_resolution(
-        pixels, video, latents=exp.packed_grid[0], pool=exp.compressor.pool), video).shape  # fmt: skip
+    video = jax.ShapeDtypeStruct(
+        (batch, frames, *(n * exp.codec.space_factor for n in exp.latent), 3), jnp.float32
+    )
+    shape = jax.eval_shape(
+        lambda video: codec.low_resolution(
+            pixels, video, latents=exp.packed_grid[0], pool=exp.compressor.pool
+        ),
+        video,
+    ).shape
     return normal(seed, blocks, *shape)
 
 
@@ -121,7 +159,9 @@ def views(exp, block, drawn):
 def one_block(exp, memory, text, block, low):
     """A block drawn and remembered: what was drawn, and the memory after it."""
     drawn = draw(apart(), exp, memory, chance=chances(exp, block), text=text)
-    memory, *_ = remember(apart(), exp, memory, latent=drawn.latent, low=low, drawn=drawn, text=text)
+    memory, *_ = remember(
+        apart(), exp, memory, latent=drawn.latent, low=low, drawn=drawn, text=text
+    )
     return drawn, memory
 
 
@@ -137,4 +177,6 @@ def rollout(exp, blocks, text_of=lambda block: words()):
 def reaches(jacobian, blocks):
     """Whether outputs depend on blocks: jacobian [output, b, frames, ...], `blocks` the block of each frame."""
     per_frame = jnp.abs(jacobian).max(axis=(1, *range(3, jacobian.ndim)))
-    return jnp.stack([per_frame[:, blocks == block].max(axis=1) > 0 for block in range(max(blocks) + 1)], axis=1)
+    return jnp.stack(
+        [per_frame[:, blocks == block].max(axis=1) > 0 for block in range(max(blocks) + 1)], axis=1
+    )

@@ -16,10 +16,17 @@ from packforcing_jax.convert import pickles
 from packforcing_jax.errors import InputError
 
 KINDS = {
-    np.float64: "DoubleStorage", np.float32: "FloatStorage", np.float16: "HalfStorage",
-    ml_dtypes.bfloat16: "BFloat16Storage", np.int64: "LongStorage", np.int32: "IntStorage", np.int16: "ShortStorage",
-    np.int8: "CharStorage", np.uint8: "ByteStorage", np.bool_: "BoolStorage",
-}  # fmt: skip
+    np.float64: "DoubleStorage",
+    np.float32: "FloatStorage",
+    np.float16: "HalfStorage",
+    ml_dtypes.bfloat16: "BFloat16Storage",
+    np.int64: "LongStorage",
+    np.int32: "IntStorage",
+    np.int16: "ShortStorage",
+    np.int8: "CharStorage",
+    np.uint8: "ByteStorage",
+    np.bool_: "BoolStorage",
+}
 ALIGNMENT = 64
 NUMBERS = np.random.default_rng(0).integers(0, 100, 4096)
 
@@ -111,9 +118,19 @@ class Pickler(pickle._Pickler):
     def persistent_id(self, value):
         if not isinstance(value, Storage):
             return None
-        key = self.storages.setdefault(value, str(len(self.storages)) if value.key is None else value.key)
-        kind = torch_name("torch", KINDS[value.array.dtype.type]) if value.kind is None else value.kind
-        return value.what, kind, key, value.location, value.array.size if value.numel is None else value.numel
+        key = self.storages.setdefault(
+            value, str(len(self.storages)) if value.key is None else value.key
+        )
+        kind = (
+            torch_name("torch", KINDS[value.array.dtype.type]) if value.kind is None else value.kind
+        )
+        return (
+            value.what,
+            kind,
+            key,
+            value.location,
+            value.array.size if value.numel is None else value.numel,
+        )
 
     def reducer_override(self, value):
         if not isinstance(value, np.ndarray):
@@ -137,8 +154,15 @@ def entries(value, *, protocol=2, name="archive"):
     code = io.BytesIO()
     pickler = Pickler(code, protocol)
     pickler.dump(value)
-    held = {f"{name}/data/{key}": storage.array.tobytes() for storage, key in pickler.storages.items()}
-    return {f"{name}/data.pkl": code.getvalue(), f"{name}/byteorder": b"little", **held, f"{name}/version": b"3\n"}
+    held = {
+        f"{name}/data/{key}": storage.array.tobytes() for storage, key in pickler.storages.items()
+    }
+    return {
+        f"{name}/data.pkl": code.getvalue(),
+        f"{name}/byteorder": b"little",
+        **held,
+        f"{name}/version": b"3\n",
+    }
 
 
 class Stream:

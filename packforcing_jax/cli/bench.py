@@ -21,23 +21,45 @@ PARTS = ("forward", "block", "selection", "decode", "compression", "commit", "re
 BASELINE = overrides.CONFIGS.parent / "benchmarks" / "baseline.json"
 ALIKE = ("config", "set", "dtype", "device")  # what two runs must share to be compared
 LEAST, WIDE, SPREADS, ENOUGH = 0.15, 0.5, 4, 4
-RULE = (f"value: median over runs; tolerance: {SPREADS} times the interquartile range over runs, relative to the "
-        f"value, at least {LEAST}, and {WIDE} with fewer than {ENOUGH} runs; bench --write FILE adds a run")
+RULE = (
+    f"value: median over runs; tolerance: {SPREADS} times the interquartile range over runs, relative to the "
+    f"value, at least {LEAST}, and {WIDE} with fewer than {ENOUGH} runs; bench --write FILE adds a run"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `bench`."""
     common.add_experiment_arguments(parser)
-    parser.add_argument("--weights", metavar="DIR",
-                        help=f"model folder (default: the config {DEFAULT} with random weights)")  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="rounds that count (default: 20)")
-    parser.add_argument("--warmup", type=int, default=3, metavar="N", help="rounds before them (default: 3)")
-    parser.add_argument("--part", metavar="NAME", action="append", default=[], dest="parts",
-                        help=f"only this one of {', '.join(PARTS)}; may be repeated")  # fmt: skip
+    parser.add_argument(
+        "--weights",
+        metavar="DIR",
+        help=f"model folder (default: the config {DEFAULT} with random weights)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=20, metavar="N", help="rounds that count (default: 20)"
+    )
+    parser.add_argument(
+        "--warmup", type=int, default=3, metavar="N", help="rounds before them (default: 3)"
+    )
+    parser.add_argument(
+        "--part",
+        metavar="NAME",
+        action="append",
+        default=[],
+        dest="parts",
+        help=f"only this one of {', '.join(PARTS)}; may be repeated",
+    )
     after = parser.add_mutually_exclusive_group()
-    after.add_argument("--gate", metavar="FILE", nargs="?", const=str(BASELINE),
-                       help="compare with a baseline (default: benchmarks/baseline.json); exit code 1 if worse")
-    after.add_argument("--write", metavar="FILE", help="add this run to a baseline, which is made if there is none")
+    after.add_argument(
+        "--gate",
+        metavar="FILE",
+        nargs="?",
+        const=str(BASELINE),
+        help="compare with a baseline (default: benchmarks/baseline.json); exit code 1 if worse",
+    )
+    after.add_argument(
+        "--write", metavar="FILE", help="add this run to a baseline, which is made if there is none"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,26 +73,43 @@ def run(args: argparse.Namespace) -> int:
     pipe = _model(args)
     exp = pipe.experiment
     machine = timing.machine()
-    own = {"config": exp.name, "set": sorted(args.sets), "dtype": exp.dtypes.compute, "device": machine["device"],
-           "machine": machine}  # fmt: skip
+    own = {
+        "config": exp.name,
+        "set": sorted(args.sets),
+        "dtype": exp.dtypes.compute,
+        "device": machine["device"],
+        "machine": machine,
+    }
     before = _before(args, own)
     backend, why = attention.chosen(exp.attention, jnp.dtype(exp.dtypes.cache))
     common.start_line("bench", experiment=exp, dtype=exp.dtypes.compute, attention=backend, why=why)
-    found = bench.report(bench.measure(
-        pipe, args.parts, warmup=args.warmup, repeats=args.repeats,
-        show=lambda items, unit: common.progress(items, name="bench", unit=unit)))  # fmt: skip
+    found = bench.report(
+        bench.measure(
+            pipe,
+            args.parts,
+            warmup=args.warmup,
+            repeats=args.repeats,
+            show=lambda items, unit: common.progress(items, name="bench", unit=unit),
+        )
+    )
     found = own | found
     verdicts = compare(before, found["metrics"], args.gate) if args.gate and before else []
     if args.write:
         write(args.write, merged(before, found))
-    print(json.dumps(found | {"gate": [asdict(one) | {"ok": one.ok} for one in verdicts]}) if args.json else
-          "\n\n".join([table(found), *([gate_table(verdicts)] if args.gate else [])]))  # fmt: skip
+    print(
+        json.dumps(found | {"gate": [asdict(one) | {"ok": one.ok} for one in verdicts]})
+        if args.json
+        else "\n\n".join([table(found), *([gate_table(verdicts)] if args.gate else [])])
+    )
     return 1 if any(not one.ok for one in verdicts) else 0
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses what can be refused before anything is loaded."""
-    require(args.config is None or args.weights is None, "--config and --weights exclude each other; give one.")
+    require(
+        args.config is None or args.weights is None,
+        "--config and --weights exclude each other; give one.",
+    )
     require(args.repeats > 0, f"--repeats {args.repeats} measures nothing; give 1 or more.")
     require(args.warmup >= 0, f"--warmup {args.warmup} is negative; give 0 or more.")
     if args.write:
@@ -105,7 +144,9 @@ class Verdict:
 
     @property
     def worse(self) -> float:
-        return (self.now / self.baseline if self.direction == "lower" else self.baseline / self.now) - 1
+        return (
+            self.now / self.baseline if self.direction == "lower" else self.baseline / self.now
+        ) - 1
 
     @property
     def ok(self) -> bool:
@@ -119,54 +160,99 @@ def _before(args: argparse.Namespace, own: Mapping[str, Any]) -> dict[str, Any] 
         return None
     found = read(path)
     for key in ALIKE:
-        theirs, ours = (value if isinstance(value, str) else json.dumps(value) for value in (found[key], own[key]))
-        require(theirs == ours, f"{path} is a baseline of {key} {theirs}, this run of {ours}; give another file, or "
-                "--write a new one.")  # fmt: skip
+        theirs, ours = (
+            value if isinstance(value, str) else json.dumps(value)
+            for value in (found[key], own[key])
+        )
+        require(
+            theirs == ours,
+            f"{path} is a baseline of {key} {theirs}, this run of {ours}; give another file, or "
+            "--write a new one.",
+        )
     theirs, ours = found["machine"], own["machine"]
-    other = [f"{key} {theirs.get(key)}" for key in ours if key != "date" and theirs.get(key) != ours[key]]
-    require(not (args.write and other), f"{path} holds runs on another machine ({', '.join(other)}); name another.")
+    other = [
+        f"{key} {theirs.get(key)}" for key in ours if key != "date" and theirs.get(key) != ours[key]
+    ]
+    require(
+        not (args.write and other),
+        f"{path} holds runs on another machine ({', '.join(other)}); name another.",
+    )
     return found
 
 
 def read(path: Path) -> dict[str, Any]:
     """The baseline in a file; `InputError` unless it has all that a baseline has."""
-    require(path.is_file(), f"Baseline {path} does not exist; make it with packforcing bench --write {path}.")
+    require(
+        path.is_file(),
+        f"Baseline {path} does not exist; make it with packforcing bench --write {path}.",
+    )
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         for name, metric in found["metrics"].items():
             for number in (metric["value"], metric["tolerance"], *metric["runs"]):
-                require(float(number) >= 0, f"Baseline {path} has {number} in {name}; write it anew.")
-            require(metric["direction"] in ("lower", "higher") and metric["value"] > 0,
-                    f"Baseline {path} says of {name} neither what is better nor how much; write it anew.")  # fmt: skip
-        found |= {"device": found["machine"]["device"]} | {key: found[key] for key in ALIKE if key != "device"}
+                require(
+                    float(number) >= 0, f"Baseline {path} has {number} in {name}; write it anew."
+                )
+            require(
+                metric["direction"] in ("lower", "higher") and metric["value"] > 0,
+                f"Baseline {path} says of {name} neither what is better nor how much; write it anew.",
+            )
+        found |= {"device": found["machine"]["device"]} | {
+            key: found[key] for key in ALIKE if key != "device"
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"Baseline {path} cannot be read ({type(error).__name__}: {error}); write it anew.") from error
+        raise InputError(
+            f"Baseline {path} cannot be read ({type(error).__name__}: {error}); write it anew."
+        ) from error
     return found
 
 
 def compare(baseline: Mapping[str, Any], metrics: Mapping[str, Any], path: str) -> list[Verdict]:
     """Every metric beside the baseline; `InputError` if one side lacks any."""
     known = baseline["metrics"]
-    for where, missing in (("this run", known.keys() - metrics.keys()), (path, metrics.keys() - known.keys())):
-        require(not missing, f"{where} lacks {', '.join(sorted(missing))}; compare runs of the same parts, or --write "
-                "a new baseline.")  # fmt: skip
-    return [Verdict(name, metric["direction"], float(metric["value"]), metrics[name]["value"],
-                    float(metric["tolerance"])) for name, metric in known.items()]  # fmt: skip
+    for where, missing in (
+        ("this run", known.keys() - metrics.keys()),
+        (path, metrics.keys() - known.keys()),
+    ):
+        require(
+            not missing,
+            f"{where} lacks {', '.join(sorted(missing))}; compare runs of the same parts, or --write "
+            "a new baseline.",
+        )
+    return [
+        Verdict(
+            name,
+            metric["direction"],
+            float(metric["value"]),
+            metrics[name]["value"],
+            float(metric["tolerance"]),
+        )
+        for name, metric in known.items()
+    ]
 
 
 def merged(before: Mapping[str, Any] | None, found: Mapping[str, Any]) -> dict[str, Any]:
     """A baseline of one more run."""
+
     def metric(name: str, now: Mapping[str, Any]) -> dict[str, Any]:
         earlier = before["metrics"][name]["runs"] if before else []
         runs = [*earlier, float(f"{now['value']:.4g}")]
-        return {"value": statistics.median(runs), "direction": now["direction"], "tolerance": tolerance(runs),
-                "runs": runs}  # fmt: skip
+        return {
+            "value": statistics.median(runs),
+            "direction": now["direction"],
+            "tolerance": tolerance(runs),
+            "runs": runs,
+        }
 
     if before:
         compare(before, found["metrics"], "the baseline")
-    return {"rule": RULE, "machine": found["machine"], **{key: found[key] for key in ALIKE if key != "device"},
-            "rounds": found["rounds"],
-            "metrics": {name: metric(name, now) for name, now in found["metrics"].items()}}  # fmt: skip
+    return {
+        "rule": RULE,
+        "machine": found["machine"],
+        **{key: found[key] for key in ALIKE if key != "device"},
+        "rounds": found["rounds"],
+        "metrics": {name: metric(name, now) for name, now in found["metrics"].items()},
+    }
 
 
 def tolerance(runs: list[float]) -> float:
@@ -198,13 +284,18 @@ def table(found: Mapping[str, Any]) -> str:
     """All figures as aligned text."""
     machine, ceiling = found["machine"], found["ceiling"]
     where = f"{machine['device']} ({machine['processor']}, {machine['cores']} cores), jax {machine['jax']}"
-    lines = [f"{found['config']}, {found['dtype']}, on {where}: medians of {found['rounds']} rounds", "",
-             f"{'part':<13}{'first call':>11}{'median':>13}{'quartiles':>22}{'work':>17}{'rate':>17}{'of ceiling':>12}"]
+    lines = [
+        f"{found['config']}, {found['dtype']}, on {where}: medians of {found['rounds']} rounds",
+        "",
+        f"{'part':<13}{'first call':>11}{'median':>13}{'quartiles':>22}{'work':>17}{'rate':>17}{'of ceiling':>12}",
+    ]
     lines += [line(name, row) for name, row in found["parts"].items()]
     rate = plan.spell(ceiling["operations_per_second"], "operations")
     lines += ["", f"ceiling: {rate}/s, a product of {ceiling['product']} in {found['dtype']}"]
     if "frames_per_second" in found:
-        lines.append(f"second: {found['frames_per_second']:.1f} frames of video a second, which plays {found['fps']}")
+        lines.append(
+            f"second: {found['frames_per_second']:.1f} frames of video a second, which plays {found['fps']}"
+        )
     return "\n".join(lines)
 
 
@@ -214,13 +305,22 @@ def line(name: str, row: Mapping[str, float]) -> str:
     spread = f"{1e3 * row['low']:.3f} - {1e3 * row['high']:.3f}"
     share = f"{100 * row['share']:.1f} %" if "share" in row else "-"
     rate = f"{plan.spell(row[unit + '_per_second'], unit)}/s"
-    return (f"{name:<13}{row['first_call']:>9.2f} s{1e3 * row['median']:>10.3f} ms{spread:>22}"
-            f"{plan.spell(row[unit], unit):>17}{rate:>17}{share:>12}")  # fmt: skip
+    return (
+        f"{name:<13}{row['first_call']:>9.2f} s{1e3 * row['median']:>10.3f} ms{spread:>22}"
+        f"{plan.spell(row[unit], unit):>17}{rate:>17}{share:>12}"
+    )
 
 
 def gate_table(verdicts: list[Verdict]) -> str:
     """Every metric beside its baseline."""
-    lines = [f"{'metric':<28}{'better':>8}{'baseline':>12}{'now':>12}{'worse by':>11}{'allowed':>9}  verdict"]
-    lines += [f"{one.metric:<28}{one.direction:>8}{one.baseline:>12.4g}{one.now:>12.4g}{one.worse:>+11.1%}"
-              f"{one.tolerance:>9.0%}  {'ok' if one.ok else 'WORSE'}" for one in verdicts]  # fmt: skip
-    return "\n".join([*lines, f"{len(verdicts)} metrics, {sum(not one.ok for one in verdicts)} worse"])
+    lines = [
+        f"{'metric':<28}{'better':>8}{'baseline':>12}{'now':>12}{'worse by':>11}{'allowed':>9}  verdict"
+    ]
+    lines += [
+        f"{one.metric:<28}{one.direction:>8}{one.baseline:>12.4g}{one.now:>12.4g}{one.worse:>+11.1%}"
+        f"{one.tolerance:>9.0%}  {'ok' if one.ok else 'WORSE'}"
+        for one in verdicts
+    ]
+    return "\n".join(
+        [*lines, f"{len(verdicts)} metrics, {sum(not one.ok for one in verdicts)} worse"]
+    )

@@ -12,16 +12,28 @@ from packforcing_jax.config import Experiment, overrides
 Item = TypeVar("Item")
 load_experiment = overrides.load_experiment  # (config: path or name, sets) -> Experiment
 override = overrides.override  # (experiment that came with its weights, sets) -> Experiment
-SECONDS_BETWEEN_LINES = 2.0  # plain progress lines come at most this often, so that a log stays readable
+SECONDS_BETWEEN_LINES = (
+    2.0  # plain progress lines come at most this often, so that a log stays readable
+)
 
 
 def add_experiment_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """Adds `--config` and `--set`, read back as `args.config` and `args.sets`."""
     shown = f" (default: {default})" if default else ""
-    parser.add_argument("--config", metavar="FILE", default=default,
-                        help=f"experiment: a Python file or a name in configs/{shown}")  # fmt: skip
-    parser.add_argument("--set", metavar="A.B=VALUE", action="append", default=[], dest="sets",
-                        help="change one setting, such as cache.top=8; may be repeated")  # fmt: skip
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        default=default,
+        help=f"experiment: a Python file or a name in configs/{shown}",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="A.B=VALUE",
+        action="append",
+        default=[],
+        dest="sets",
+        help="change one setting, such as cache.top=8; may be repeated",
+    )
 
 
 def device_line() -> str:
@@ -33,12 +45,17 @@ def device_line() -> str:
     return f"{count}{devices[0].device_kind} ({devices[0].platform})"
 
 
-def start_line(verb: str, *, experiment: Experiment, dtype, attention: str, why: str, out: TextIO | None = None):
+def start_line(
+    verb: str, *, experiment: Experiment, dtype, attention: str, why: str, out: TextIO | None = None
+):
     """Prints on stderr what is about to run: experiment, device, dtype, attention backend really used and why."""
     import jax.numpy as jnp
 
-    print(f"{verb}: {experiment.name} on {device_line()}, {jnp.dtype(dtype).name}, attention {attention} ({why})",
-          file=out or sys.stderr, flush=True)  # fmt: skip
+    print(
+        f"{verb}: {experiment.name} on {device_line()}, {jnp.dtype(dtype).name}, attention {attention} ({why})",
+        file=out or sys.stderr,
+        flush=True,
+    )
 
 
 def duration(seconds: float) -> str:

@@ -29,8 +29,11 @@ def _gib(size: float) -> str:
 
 def python() -> Finding:
     """Whether this Python is one we are tested on."""
-    return Finding((3, 11) <= sys.version_info[:2] <= (3, 12), f"{platform.python_version()} on {platform.platform()}",
-                   "use Python 3.11 or 3.12 (make setup PYTHON=/path/to/it)")  # fmt: skip
+    return Finding(
+        (3, 11) <= sys.version_info[:2] <= (3, 12),
+        f"{platform.python_version()} on {platform.platform()}",
+        "use Python 3.11 or 3.12 (make setup PYTHON=/path/to/it)",
+    )
 
 
 def pair() -> Finding:
@@ -58,7 +61,9 @@ def ffmpeg() -> Finding:
     """Whether videos can be written."""
     import imageio_ffmpeg
 
-    return Finding(True, f"{imageio_ffmpeg.get_ffmpeg_version()} at {imageio_ffmpeg.get_ffmpeg_exe()}")
+    return Finding(
+        True, f"{imageio_ffmpeg.get_ffmpeg_version()} at {imageio_ffmpeg.get_ffmpeg_exe()}"
+    )
 
 
 def weights() -> Finding:
@@ -72,7 +77,9 @@ def weights() -> Finding:
 def disk() -> Finding:
     """Room in the current folder."""
     free = shutil.disk_usage(".").free
-    return Finding(free >= ENOUGH_DISK, f"{_gib(free)} free here", "free some space or work in another folder")
+    return Finding(
+        free >= ENOUGH_DISK, f"{_gib(free)} free here", "free some space or work in another folder"
+    )
 
 
 def attention() -> Finding:
@@ -82,13 +89,18 @@ def attention() -> Finding:
     name, why = lib.default_backend()
     working = lib.working_backends()
     shown = ", ".join(f"{each} {result.splitlines()[0]}" for each, result in working.items())
-    return Finding(working[name] == "ok", f"{name} is used ({why}); {shown}", "reinstall jax for this device")
+    return Finding(
+        working[name] == "ok", f"{name} is used ({why}); {shown}", "reinstall jax for this device"
+    )
 
 
 CHECKS: dict[str, tuple[Callable[[], Finding], str]] = {  # name: (check, remedy if it raises)
     "python": (python, ""),
     "jax and flax": (pair, "pip install jax flax"),
-    "devices": (devices, "reinstall jax for this device, for example: pip install 'packforcing-jax[cuda13]'"),
+    "devices": (
+        devices,
+        "reinstall jax for this device, for example: pip install 'packforcing-jax[cuda13]'",
+    ),
     "memory": (memory, "reinstall jax for this device"),
     "ffmpeg": (ffmpeg, "pip install 'imageio[ffmpeg]'"),
     "weights": (weights, "reinstall packforcing-jax"),

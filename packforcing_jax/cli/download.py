@@ -17,25 +17,41 @@ from packforcing_jax.io import hub
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `download`."""
-    parser.add_argument("name", nargs="?", metavar="NAME", help="which weights; without it, all are listed")
-    parser.add_argument("--list", action="store_true", help="list all: repository, size, licence, what for")
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="which weights; without it, all are listed"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="list all: repository, size, licence, what for"
+    )
     parser.add_argument("--out", metavar="DIR", help="folder for the files (default: weights/NAME)")
-    parser.add_argument("--part", metavar="PART", action="append", default=[], dest="parts",
-                        help="only this part: dit, codec or text; may be repeated")  # fmt: skip
+    parser.add_argument(
+        "--part",
+        metavar="PART",
+        action="append",
+        default=[],
+        dest="parts",
+        help="only this part: dit, codec or text; may be repeated",
+    )
     parser.add_argument("--yes", action="store_true", help="accept the licence without being asked")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table, or fetches what is missing and prints every file with its SHA-256."""
     if args.list or args.name is None:
-        print(json.dumps({"sources": [row(*each) for each in hub.SOURCES.items()]}) if args.json else table())
+        print(
+            json.dumps({"sources": [row(*each) for each in hub.SOURCES.items()]})
+            if args.json
+            else table()
+        )
         return 0
     source = hub.find(args.name)
     folder = Path(args.out or Path("weights", args.name))
     listed = hub.listing(source, args.parts)
     consent(source, listed.declared, args.yes)
     total = plan.spell(sum(file.size for file in listed.files), "bytes")
-    print(f"download: {len(listed.files)} files of {total} into {folder}", file=sys.stderr, flush=True)
+    print(
+        f"download: {len(listed.files)} files of {total} into {folder}", file=sys.stderr, flush=True
+    )
     hub.require_room(listed.files, folder)
     received = []
     for file in listed.files:
@@ -43,8 +59,11 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             print(line(received[-1]), flush=True)
     command = following(args.name, folder)
-    print(json.dumps(report(args.name, listed, received, folder) | {"next": command}) if args.json
-          else f"{len(received)} files in {folder}\nnext: {command}")  # fmt: skip
+    print(
+        json.dumps(report(args.name, listed, received, folder) | {"next": command})
+        if args.json
+        else f"{len(received)} files in {folder}\nnext: {command}"
+    )
     return 0
 
 
@@ -56,7 +75,10 @@ def consent(source: hub.Source, declared: str | None, yes: bool) -> None:
         return
     require(sys.stdin.isatty(), f"{terms}; give --yes if you accept its licence.")
     print("Do you accept that licence? [y/N] ", end="", file=sys.stderr, flush=True)
-    require(sys.stdin.readline().strip().lower() in ("y", "yes"), "nothing was fetched: the licence was not accepted.")
+    require(
+        sys.stdin.readline().strip().lower() in ("y", "yes"),
+        "nothing was fetched: the licence was not accepted.",
+    )
 
 
 def watch(pieces: Iterable[bytes], what: str, size: int) -> Iterable[bytes]:
@@ -86,18 +108,32 @@ def entry(name: str, source: hub.Source) -> str:
     """One source: its name; where it is, how large and under which licence; what it is."""
     size = "size not recorded" if source.size is None else f"about {source.size / 1e9:.1f} GB"
     licence = source.licence or "licence not recorded here; read the model card"
-    return (f"{name}\n    {source.repository}, {size}, {licence}\n"
-            f"    {source.what} ({', '.join(source.parts)})")  # fmt: skip
+    return (
+        f"{name}\n    {source.repository}, {size}, {licence}\n"
+        f"    {source.what} ({', '.join(source.parts)})"
+    )
 
 
 def row(name: str, source: hub.Source) -> dict:
     """The same as data."""
-    return {"name": name, "repository": source.repository, "what": source.what, "licence": source.licence,
-            "bytes": source.size, "parts": source.parts}  # fmt: skip
+    return {
+        "name": name,
+        "repository": source.repository,
+        "what": source.what,
+        "licence": source.licence,
+        "bytes": source.size,
+        "parts": source.parts,
+    }
 
 
 def report(name: str, listed: hub.Listing, received: list[hub.Received], folder: Path) -> dict:
     """What was fetched, from where and under which licence."""
-    return {"name": name, "repository": listed.repository, "commit": listed.commit,
-            "licence": hub.SOURCES[name].licence, "declared_licence": listed.declared, "folder": str(folder),
-            "files": [dataclasses.asdict(each) for each in received]}  # fmt: skip
+    return {
+        "name": name,
+        "repository": listed.repository,
+        "commit": listed.commit,
+        "licence": hub.SOURCES[name].licence,
+        "declared_licence": listed.declared,
+        "folder": str(folder),
+        "files": [dataclasses.asdict(each) for each in received],
+    }

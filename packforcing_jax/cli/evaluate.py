@@ -21,21 +21,44 @@ VIDEOS = {"teacher": 48, "rollout": 64, "forced": 32}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `evaluate`."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--weights", metavar="DIR", help="model folder (default: the Stage model that ships)")
-    source.add_argument("--run", metavar="DIR", help="averaged weights of a training run's newest checkpoint")
+    source.add_argument(
+        "--weights", metavar="DIR", help="model folder (default: the Stage model that ships)"
+    )
+    source.add_argument(
+        "--run", metavar="DIR", help="averaged weights of a training run's newest checkpoint"
+    )
     common.add_experiment_arguments(parser)
     said = "; ".join(f"{name}: {what}" for name, what in MODES.items())
-    parser.add_argument("--mode", choices=MODES, default="rollout", help=f"{said} (default: rollout)")
+    parser.add_argument(
+        "--mode", choices=MODES, default="rollout", help=f"{said} (default: rollout)"
+    )
     parser.add_argument("--videos", type=int, metavar="N", help=f"how many (default: {VIDEOS})")
-    parser.add_argument("--blocks", type=int, default=120, metavar="N", help="length of a rollout (default: 120)")
-    parser.add_argument("--seed", type=int, metavar="S", help="of stories and noise (default: one not trained on)")
-    parser.add_argument("--memory", metavar="PROFILE", help="another memory than the model's own, such as no-mid")
-    parser.add_argument("--gaps", type=gaps, metavar="A,B,...", default=(8, 32, 64, 110),
-                        help="blocks between two visits in mode forced, at most four (default: 8,32,64,110)")
-    parser.add_argument("--ways", metavar="A,B,...", default="affinity,paper_sum,recency",
-                        help="how packed blocks are chosen in mode forced: settings of cache.selection and more, or "
-                             "every (default: affinity,paper_sum,recency)")  # fmt: skip
-    parser.add_argument("--batch", type=int, default=16, metavar="N", help="videos drawn together (default: 16)")
+    parser.add_argument(
+        "--blocks", type=int, default=120, metavar="N", help="length of a rollout (default: 120)"
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="S", help="of stories and noise (default: one not trained on)"
+    )
+    parser.add_argument(
+        "--memory", metavar="PROFILE", help="another memory than the model's own, such as no-mid"
+    )
+    parser.add_argument(
+        "--gaps",
+        type=gaps,
+        metavar="A,B,...",
+        default=(8, 32, 64, 110),
+        help="blocks between two visits in mode forced, at most four (default: 8,32,64,110)",
+    )
+    parser.add_argument(
+        "--ways",
+        metavar="A,B,...",
+        default="affinity,paper_sum,recency",
+        help="how packed blocks are chosen in mode forced: settings of cache.selection and more, or "
+        "every (default: affinity,paper_sum,recency)",
+    )
+    parser.add_argument(
+        "--batch", type=int, default=16, metavar="N", help="videos drawn together (default: 16)"
+    )
 
 
 def gaps(words: str) -> tuple[int, ...]:
@@ -43,26 +66,41 @@ def gaps(words: str) -> tuple[int, ...]:
     try:
         return tuple(int(word) for word in words.split(","))
     except ValueError as error:
-        raise InputError(f"--gaps {words} is not a list of whole numbers; write it as 2,8,64.") from error
+        raise InputError(
+            f"--gaps {words} is not a list of whole numbers; write it as 2,8,64."
+        ) from error
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the figures of one mode."""
-    require(args.config is None or args.run is not None, "--config goes with --run; a model folder has its own config.")
-    require(args.memory in (None, *PROFILES),
-            f"--memory {args.memory} is unknown; choose one of {', '.join(PROFILES)}.")  # fmt: skip
-    require(args.seed is None or 0 <= args.seed < 2**31, f"--seed {args.seed} is out of range; give 0 to {2**31 - 1}.")
+    require(
+        args.config is None or args.run is not None,
+        "--config goes with --run; a model folder has its own config.",
+    )
+    require(
+        args.memory in (None, *PROFILES),
+        f"--memory {args.memory} is unknown; choose one of {', '.join(PROFILES)}.",
+    )
+    require(
+        args.seed is None or 0 <= args.seed < 2**31,
+        f"--seed {args.seed} is out of range; give 0 to {2**31 - 1}.",
+    )
     from packforcing_jax.evaluation import recall, stage_figures
     from packforcing_jax.policies import attention
 
     ways = recall.ways_of(args.ways)
     model = _model(args)
     backend, why = attention.chosen(model.experiment.attention)
-    common.start_line("evaluate", experiment=model.experiment, dtype="float32", attention=backend, why=why)
+    common.start_line(
+        "evaluate", experiment=model.experiment, dtype="float32", attention=backend, why=why
+    )
     count = VIDEOS[args.mode] if args.videos is None else args.videos
     seed = stage_figures.HELD_OUT if args.seed is None else args.seed
-    shared: dict[str, Any] = {"seed": seed, "batch": args.batch,
-                              "watch": functools.partial(common.progress, name="evaluate", unit="batches")}  # fmt: skip
+    shared: dict[str, Any] = {
+        "seed": seed,
+        "batch": args.batch,
+        "watch": functools.partial(common.progress, name="evaluate", unit="batches"),
+    }
     result = {
         "teacher": lambda: stage_figures.teacher_forced(model, clips=count, **shared),
         "rollout": lambda: stage_figures.rollout(model, videos=count, blocks=args.blocks, **shared),

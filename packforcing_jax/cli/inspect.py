@@ -14,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `inspect`."""
     parser.add_argument("file", metavar="FILE", help="trace written by sample --trace")
     picture = parser.add_mutually_exclusive_group()
-    picture.add_argument("--map", metavar="PNG", help="where the map goes (default: FILE with the suffix .png)")
+    picture.add_argument(
+        "--map", metavar="PNG", help="where the map goes (default: FILE with the suffix .png)"
+    )
     picture.add_argument("--no-map", action="store_true", help="write no map")
 
 
@@ -28,12 +30,23 @@ def run(args: argparse.Namespace) -> int:
     if target is not None:
         _write(inspect_trace.heat_map(found), target)
     if args.json:
-        print(json.dumps({"blocks": len(found.blocks), "problems": wrong, "layers": inspect_trace.rows(found),
-                          "map": target and str(target), "note": found.note}))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "blocks": len(found.blocks),
+                    "problems": wrong,
+                    "layers": inspect_trace.rows(found),
+                    "map": target and str(target),
+                    "note": found.note,
+                }
+            )
+        )
         return 1 if wrong else 0
     print(inspect_trace.table(found))
     if target is not None:
-        print(f"\nmap: {target} (row: block; column: packed block; bright: recalled by many layers)")
+        print(
+            f"\nmap: {target} (row: block; column: packed block; bright: recalled by many layers)"
+        )
     print(f"\n{_verdict(wrong, len(found.blocks))}")
     if found.note:
         print(f"inspect: {found.note}.", file=sys.stderr)
@@ -46,10 +59,14 @@ def _target(args: argparse.Namespace) -> Path | None:
     if args.no_map:
         return None
     target = Path(args.map or Path(args.file).with_suffix(".png"))
-    require(target.suffix.lower() == ".png", f"Map {target} does not end in .png; give it that suffix.")
+    require(
+        target.suffix.lower() == ".png", f"Map {target} does not end in .png; give it that suffix."
+    )
     require(not target.is_dir(), f"Map {target} is a folder; name a file inside it.")
-    require(target.resolve() != Path(args.file).resolve(),
-            f"Map {target} would replace the trace; give --map another name or --no-map.")  # fmt: skip
+    require(
+        target.resolve() != Path(args.file).resolve(),
+        f"Map {target} would replace the trace; give --map another name or --no-map.",
+    )
     return target
 
 
@@ -70,7 +87,9 @@ def _write(image, target: Path) -> None:
 def _verdict(wrong: list[str], blocks: int) -> str:
     """What was found wrong, or that all holds."""
     if not wrong:
-        return (f"{blocks} blocks checked: positions contiguous, sink untouched, nothing twice, "
-                "every choice visible and complete")  # fmt: skip
+        return (
+            f"{blocks} blocks checked: positions contiguous, sink untouched, nothing twice, "
+            "every choice visible and complete"
+        )
     left = [f"... and {len(wrong) - SHOWN} more; --json lists all"] if len(wrong) > SHOWN else []
     return "\n".join([*wrong[:SHOWN], *left, f"{blocks} blocks checked, {len(wrong)} problems"])

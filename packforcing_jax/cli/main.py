@@ -25,28 +25,62 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "sample": Verb("sample", "make a video; with no arguments, with the small model that ships",
-                   "packforcing sample --out out/demo.mp4"),
-    "verify": Verb("verify", "compare every part with recorded numbers of the original code",
-                   "packforcing verify tests/golden/wan_dit_tiny.safetensors"),
-    "train": Verb("train", "train the small model on clips drawn by the Stage world",
-                  "packforcing train --config stage --set cache.top=8"),
-    "evaluate": Verb("evaluate", "read a model's videos with the Stage world's oracle",
-                     "packforcing evaluate --mode forced --gaps 8,64"),
-    "convert": Verb("convert", "make a model folder of public weights, or one file for torch of a model folder",
-                    "packforcing convert weights/wan2.1-t2v-1.3b --out models/wan2.1-t2v-1.3b"),
-    "download": Verb("download", "fetch public weights", "packforcing download --list", checked=False),
-    "prepare": Verb("prepare", "encode videos, prompts or LMDB folders once, as data for training",
-                    "packforcing prepare videos --weights models/self-forcing --out data/videos"),
-    "plan": Verb("plan", "say what a video costs in keys, bytes and operations, allocating nothing",
-                 "packforcing plan --config wan_t2v_1_3b_paper --seconds 120"),
-    "bench": Verb("bench", "time every part of a block against this machine's own ceiling, and against a baseline",
-                  "packforcing bench --gate"),
-    "inspect": Verb("inspect", "show what a traced run looked back at, and check what must hold",
-                    "packforcing inspect out/video.trace.jsonl", checked=False),
-    "doctor": Verb("doctor", "say what works on this machine, and the remedy for what does not",
-                   "packforcing doctor --json", checked=False),
-}  # fmt: skip
+    "sample": Verb(
+        "sample",
+        "make a video; with no arguments, with the small model that ships",
+        "packforcing sample --out out/demo.mp4",
+    ),
+    "verify": Verb(
+        "verify",
+        "compare every part with recorded numbers of the original code",
+        "packforcing verify tests/golden/wan_dit_tiny.safetensors",
+    ),
+    "train": Verb(
+        "train",
+        "train the small model on clips drawn by the Stage world",
+        "packforcing train --config stage --set cache.top=8",
+    ),
+    "evaluate": Verb(
+        "evaluate",
+        "read a model's videos with the Stage world's oracle",
+        "packforcing evaluate --mode forced --gaps 8,64",
+    ),
+    "convert": Verb(
+        "convert",
+        "make a model folder of public weights, or one file for torch of a model folder",
+        "packforcing convert weights/wan2.1-t2v-1.3b --out models/wan2.1-t2v-1.3b",
+    ),
+    "download": Verb(
+        "download", "fetch public weights", "packforcing download --list", checked=False
+    ),
+    "prepare": Verb(
+        "prepare",
+        "encode videos, prompts or LMDB folders once, as data for training",
+        "packforcing prepare videos --weights models/self-forcing --out data/videos",
+    ),
+    "plan": Verb(
+        "plan",
+        "say what a video costs in keys, bytes and operations, allocating nothing",
+        "packforcing plan --config wan_t2v_1_3b_paper --seconds 120",
+    ),
+    "bench": Verb(
+        "bench",
+        "time every part of a block against this machine's own ceiling, and against a baseline",
+        "packforcing bench --gate",
+    ),
+    "inspect": Verb(
+        "inspect",
+        "show what a traced run looked back at, and check what must hold",
+        "packforcing inspect out/video.trace.jsonl",
+        checked=False,
+    ),
+    "doctor": Verb(
+        "doctor",
+        "say what works on this machine, and the remedy for what does not",
+        "packforcing doctor --json",
+        checked=False,
+    ),
+}
 
 INTERRUPTED = 130
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
@@ -103,7 +137,9 @@ def parser_of(name: str) -> tuple[Parser, object]:
     )
     module.add_arguments(parser)
     if "--json" not in parser._option_string_actions:
-        parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+        parser.add_argument(
+            "--json", action="store_true", help="print the result as JSON on stdout"
+        )
     return parser, module
 
 
@@ -137,10 +173,16 @@ def outcome(error: BaseException) -> tuple[int, str] | None:
         case KeyboardInterrupt():
             return INTERRUPTED, "interrupted; what was finished is kept."
         case MemoryError():
-            return MachineError.exit_code, "the machine is out of memory; choose a smaller config or free memory."
+            return (
+                MachineError.exit_code,
+                "the machine is out of memory; choose a smaller config or free memory.",
+            )
         case OSError() if error.errno in DISK:
             where = f" ({error.filename})" if error.filename else ""
-            return MachineError.exit_code, f"cannot write{where}: {error.strerror}; free space or choose another --out."
+            return (
+                MachineError.exit_code,
+                f"cannot write{where}: {error.strerror}; free space or choose another --out.",
+            )
         case OSError() if isinstance(error, PATHS) and error.filename:
             return InputError.exit_code, f"{error.filename}: {error.strerror}; check the path."
         case BrokenPipeError():

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 DEFAULT = "wan_t2v_1_3b_paper"
 CARDS = ("24GB", "141GB")
-SHARE = 0.75  # of a GPU's memory is what jax takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+SHARE = (
+    0.75  # of a GPU's memory is what jax takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+)
 WIDTH = 120
 TITLES = {
     "keys": "keys that a layer attends to, one video",
@@ -39,15 +41,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `plan`."""
     common.add_experiment_arguments(parser, default=DEFAULT)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--seconds", type=float, default=120.0, metavar="S", help="length (default: 120)")
+    length.add_argument(
+        "--seconds", type=float, default=120.0, metavar="S", help="length (default: 120)"
+    )
     length.add_argument("--blocks", type=int, metavar="N", help="length in blocks")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="videos drawn together (default: 1)")
-    parser.add_argument("--dtype", choices=DTYPES, help="instead of every one of the experiment's own dtypes.*")
-    parser.add_argument("--memory", metavar="PROFILE", help=f"another memory: {', '.join(PROFILES)}")
-    parser.add_argument("--device-memory", metavar="SIZE", action="append", dest="rooms",
-                        help=f"to fit into, such as 24GB or 22.5GiB; may be repeated (default: {', '.join(CARDS)})")
-    parser.add_argument("--compile", action="store_true",
-                        help="also ask the compiler of this machine what each program takes; minutes at full size")
+    parser.add_argument(
+        "--batch", type=int, default=1, metavar="N", help="videos drawn together (default: 1)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="instead of every one of the experiment's own dtypes.*"
+    )
+    parser.add_argument(
+        "--memory", metavar="PROFILE", help=f"another memory: {', '.join(PROFILES)}"
+    )
+    parser.add_argument(
+        "--device-memory",
+        metavar="SIZE",
+        action="append",
+        dest="rooms",
+        help=f"to fit into, such as 24GB or 22.5GiB; may be repeated (default: {', '.join(CARDS)})",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="also ask the compiler of this machine what each program takes; minutes at full size",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     if not args.compile:
-        jax.config.update("jax_platforms", "cpu")  # shapes need no accelerator, which another program may be using
+        jax.config.update(
+            "jax_platforms", "cpu"
+        )  # shapes need no accelerator, which another program may be using
     from packforcing_jax.plan import budget, memory_fit
     from packforcing_jax.sampling import pipeline
 
@@ -97,16 +117,35 @@ def table(found: Budget, verdicts: Sequence[Verdict]) -> str:
         lines += [line(row) for row in found.rows.values() if row.name.partition("/")[0] == part]
         if part == "workspace":
             lines += compiled(found)
-    sizes = {"B": exp.cache.block, "s": exp.tokens_per_frame, "p": exp.tokens_per_packed_block, "L": exp.dit.layers,
-             "d": exp.dit.dim, "f": exp.dit.ffn_dim, "W": exp.dit.text_len, "q": exp.cache.block * exp.tokens_per_frame,
-             "S": len(exp.sample.steps), "b": found.batch}  # fmt: skip
+    sizes = {
+        "B": exp.cache.block,
+        "s": exp.tokens_per_frame,
+        "p": exp.tokens_per_packed_block,
+        "L": exp.dit.layers,
+        "d": exp.dit.dim,
+        "f": exp.dit.ffn_dim,
+        "W": exp.dit.text_len,
+        "q": exp.cache.block * exp.tokens_per_frame,
+        "S": len(exp.sample.steps),
+        "b": found.batch,
+    }
     checked = [row for row in found.rows.values() if row.formula is not None]
-    lines += ["", "what it fits into, on a GPU", *(said for verdict in verdicts for said in fit(verdict))]
-    return "\n".join([
-        f"{exp.name}: {found.blocks} blocks of {exp.cache.block} latent frames, {dtypes(found)}",
-        "with " + ", ".join(f"{letter} = {size:,}" for letter, size in sizes.items()) + ", V = room", *lines, "",
-        f"{len(found.rows)} figures, {len(checked)} have a formula, {len(found.wrong)} differ from it",
-    ])  # fmt: skip
+    lines += [
+        "",
+        "what it fits into, on a GPU",
+        *(said for verdict in verdicts for said in fit(verdict)),
+    ]
+    return "\n".join(
+        [
+            f"{exp.name}: {found.blocks} blocks of {exp.cache.block} latent frames, {dtypes(found)}",
+            "with "
+            + ", ".join(f"{letter} = {size:,}" for letter, size in sizes.items())
+            + ", V = room",
+            *lines,
+            "",
+            f"{len(found.rows)} figures, {len(checked)} have a formula, {len(found.wrong)} differ from it",
+        ]
+    )
 
 
 def of_what(part: str, found: Budget) -> str:
@@ -114,29 +153,43 @@ def of_what(part: str, found: Budget) -> str:
     from packforcing_jax.plan import memory_fit, programs
 
     kind = programs.FUSED if memory_fit.fused(found.experiment, "gpu") else programs.WRITTEN
-    sources = {"workspace": ", estimated before fusion",
-               "peak": ", as compiled here" if found.compiled else f" on a GPU, {kind}"}  # fmt: skip
+    sources = {
+        "workspace": ", estimated before fusion",
+        "peak": ", as compiled here" if found.compiled else f" on a GPU, {kind}",
+    }
     return sources.get(part, "")
 
 
 def dtypes(found: Budget) -> str:
     """`bfloat16`, or every use with its own."""
     each = vars(found.experiment.dtypes)
-    return ", ".join(sorted(set(each.values()))) if len(set(each.values())) == 1 else \
-        ", ".join(f"{name} {dtype}" for name, dtype in each.items())  # fmt: skip
+    return (
+        ", ".join(sorted(set(each.values())))
+        if len(set(each.values())) == 1
+        else ", ".join(f"{name} {dtype}" for name, dtype in each.items())
+    )
 
 
 def compiled(found: Budget) -> Iterator[str]:
     """What the compiler said of each program, one line each."""
-    rows = {name.partition("/")[2]: row for name, row in found.rows.items() if name.startswith("compiled/")}
+    rows = {
+        name.partition("/")[2]: row
+        for name, row in found.rows.items()
+        if name.startswith("compiled/")
+    }
     if not rows:
         yield f"  {'compiled here':<35}{'not compiled':>14}{'':>14}  --compile asks this machine's compiler"
         return
     columns = list(dict.fromkeys(name.rpartition(", ")[2] for name in rows))
-    yield from ("", f"{'programs, compiled here':<37}" + "".join(f"{column:>20}" for column in columns))
+    yield from (
+        "",
+        f"{'programs, compiled here':<37}" + "".join(f"{column:>20}" for column in columns),
+    )
     for program in dict.fromkeys(name.rpartition(", ")[0] for name in rows):
         cells = (rows[f"{program}, {column}"] for column in columns)
-        yield f"  {program:<35}" + "".join(f"{spell(cell.counted, cell.unit):>20}" for cell in cells)
+        yield f"  {program:<35}" + "".join(
+            f"{spell(cell.counted, cell.unit):>20}" for cell in cells
+        )
 
 
 def fit(verdict: Verdict) -> Iterator[str]:
@@ -148,10 +201,14 @@ def fit(verdict: Verdict) -> Iterator[str]:
         yield f"  {room.name:<10}fits, {spell(-verdict.lacks, 'bytes')} are left"
     else:
         yield f"  {room.name:<10}does not fit, {spell(verdict.lacks, 'bytes')} are missing"
-        most = f"no setting helps enough: {spell(then, 'bytes')} at best" if verdict.sets is None else \
-            f"needs {spell(then, 'bytes')} with {memory_fit.flags(verdict.sets)}"  # fmt: skip
-        yield from textwrap.wrap(most, WIDTH, initial_indent=" " * 12, subsequent_indent=" " * 12,
-                                 break_on_hyphens=False)  # fmt: skip
+        most = (
+            f"no setting helps enough: {spell(then, 'bytes')} at best"
+            if verdict.sets is None
+            else f"needs {spell(then, 'bytes')} with {memory_fit.flags(verdict.sets)}"
+        )
+        yield from textwrap.wrap(
+            most, WIDTH, initial_indent=" " * 12, subsequent_indent=" " * 12, break_on_hyphens=False
+        )
     if SHARE * room.device < then <= room.device:
         share = -(-100 * then // room.device) / 100
         yield f"{'':12}jax takes {SHARE:.0%} of a GPU: set XLA_PYTHON_CLIENT_MEM_FRACTION={share:.2f} or more"
@@ -159,11 +216,34 @@ def fit(verdict: Verdict) -> Iterator[str]:
 
 def report(found: Budget, verdicts: Sequence[Verdict]) -> dict:
     """All figures as counted, with their formulas and units, by name, and what they fit into."""
-    rows = {name: {"counted": row.counted, "formula": row.formula, "unit": row.unit, "ok": row.ok, "terms": row.terms}
-            for name, row in found.rows.items()}  # fmt: skip
-    fits = [{"memory": one.room.name, "bytes": one.room.device, "needs": one.need.on_device, "fits": one.lacks <= 0,
-             "set": None if one.sets is None else list(one.sets), "then_needs": one.then.on_device}
-            for one in verdicts]  # fmt: skip
-    return {"experiment": found.experiment.name, "blocks": found.blocks, "batch": found.batch,
-            "dtypes": vars(found.experiment.dtypes), "compiled": found.compiled,
-            "differ": [row.name for row in found.wrong], "figures": rows, "fits": fits}  # fmt: skip
+    rows = {
+        name: {
+            "counted": row.counted,
+            "formula": row.formula,
+            "unit": row.unit,
+            "ok": row.ok,
+            "terms": row.terms,
+        }
+        for name, row in found.rows.items()
+    }
+    fits = [
+        {
+            "memory": one.room.name,
+            "bytes": one.room.device,
+            "needs": one.need.on_device,
+            "fits": one.lacks <= 0,
+            "set": None if one.sets is None else list(one.sets),
+            "then_needs": one.then.on_device,
+        }
+        for one in verdicts
+    ]
+    return {
+        "experiment": found.experiment.name,
+        "blocks": found.blocks,
+        "batch": found.batch,
+        "dtypes": vars(found.experiment.dtypes),
+        "compiled": found.compiled,
+        "differ": [row.name for row in found.wrong],
+        "figures": rows,
+        "fits": fits,
+    }

@@ -27,22 +27,37 @@ NEEDED = {"pixels": "a codec", "text": "a text encoder", "teacher": "a transform
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `prepare`."""
-    parser.add_argument("source", metavar="SRC",
-                        help="a folder of videos with a .txt beside each, JSONL with file and prompt, a file of "
-                             "prompts, or an LMDB folder")  # fmt: skip
-    parser.add_argument("--out", metavar="DIR", required=True,
-                        help="data set to write; continued if an earlier run did not finish it")
-    parser.add_argument("--weights", metavar="DIR", help="model folder whose codec and text encoder are used")
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        help="a folder of videos with a .txt beside each, JSONL with file and prompt, a file of "
+        "prompts, or an LMDB folder",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        required=True,
+        help="data set to write; continued if an earlier run did not finish it",
+    )
+    parser.add_argument(
+        "--weights", metavar="DIR", help="model folder whose codec and text encoder are used"
+    )
     parser.add_argument("--kind", choices=KINDS, help="what SRC is, where that is not plain")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N items")
-    parser.add_argument("--timesteps", metavar="A,B,...",
-                        help="of the states of each clip in an LMDB folder, from noise to 0")  # fmt: skip
+    parser.add_argument(
+        "--timesteps",
+        metavar="A,B,...",
+        help="of the states of each clip in an LMDB folder, from noise to 0",
+    )
     common.add_experiment_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints what the data set holds; exit code 0. Items that were left out are named on stderr."""
-    require(args.limit is None or args.limit > 0, f"--limit {args.limit} leaves nothing; give 1 or more.")
+    require(
+        args.limit is None or args.limit > 0,
+        f"--limit {args.limit} leaves nothing; give 1 or more.",
+    )
     times = timesteps(args.timesteps)
     from packforcing_jax.data import records
     from packforcing_jax.io import append_file
@@ -59,15 +74,21 @@ def run(args: argparse.Namespace) -> int:
     if kind == "trajectories":
         times = paths.timesteps(exp)
     for need in importing.KINDS[kind].needs:
-        require(getattr(parts, need) is not None, f"preparing {kind} needs {NEEDED[need]}; "
-                "give a model folder that has one with --weights.")  # fmt: skip
+        require(
+            getattr(parts, need) is not None,
+            f"preparing {kind} needs {NEEDED[need]}; "
+            "give a model folder that has one with --weights.",
+        )
     about = made_with(parts, model) | {"source": importing.digest(items), "timesteps": times}
     backend, why = attention.chosen(exp.attention)
     common.start_line("prepare", experiment=exp, dtype=exp.dtypes.vae, attention=backend, why=why)
     with records.Writer(out, kind=kind, about=about) as writer:
         left_out = [] if writer.complete else _write(writer, items, parts, times)
-        require(writer.complete or writer.examples > 0, f"none of the {len(items)} items of {source} could be "
-                f"prepared ({left_out[0] if left_out else ''}); give another source.")  # fmt: skip
+        require(
+            writer.complete or writer.examples > 0,
+            f"none of the {len(items)} items of {source} could be "
+            f"prepared ({left_out[0] if left_out else ''}); give another source.",
+        )
     return _tell(args, writer.notes, left_out)
 
 
@@ -78,7 +99,9 @@ def timesteps(words: str | None) -> list[float] | None:
     try:
         found = [float(word) for word in words.split(",")]
     except ValueError as error:
-        raise InputError(f"--timesteps {words} is not a list of numbers; write it as 1000,937.5,0.") from error
+        raise InputError(
+            f"--timesteps {words} is not a list of numbers; write it as 1000,937.5,0."
+        ) from error
     falling = all(1000 >= a >= b >= 0 for a, b in itertools.pairwise([1000.0, *found]))
     require(falling, f"--timesteps {words} must fall from at most 1000 to 0; correct them.")
     return found
@@ -88,8 +111,10 @@ def _model(args: argparse.Namespace) -> tuple[Experiment, model_folder.Opened | 
     """The sizes that are asked for, and the model folder that is given."""
     from packforcing_jax.io import model_folder
 
-    require(args.weights is not None or args.config is not None, "give --weights MODEL, or --config for the sizes "
-            "alone (as for an LMDB folder).")  # fmt: skip
+    require(
+        args.weights is not None or args.config is not None,
+        "give --weights MODEL, or --config for the sizes alone (as for an LMDB folder).",
+    )
     model = model_folder.opened(args.weights) if args.weights is not None else None
     exp = common.load_experiment(args.config) if args.config is not None else model.experiment  # type: ignore[union-attr]
     return common.override(exp, args.sets), model
@@ -108,21 +133,33 @@ def made_with(parts: importing.Parts, model: model_folder.Opened | None) -> dict
         with path.open("rb") as file:
             weights = hashlib.file_digest(file, "sha256").hexdigest()[:32]
     return {
-        "config": exp.name, "clip": exp.clip, "latent": exp.latent, "fps": exp.fps, "block": exp.cache.block,
-        "pool": exp.compressor.pool, "codec": dataclasses.asdict(exp.codec), "codec_weights": weights,
+        "config": exp.name,
+        "clip": exp.clip,
+        "latent": exp.latent,
+        "fps": exp.fps,
+        "block": exp.cache.block,
+        "pool": exp.compressor.pool,
+        "codec": dataclasses.asdict(exp.codec),
+        "codec_weights": weights,
         "text_encoder": None if parts.text is None else text_encoder.identity(parts.text),
         "words": exp.text.max_words,
-    }  # fmt: skip
+    }
 
 
-def _write(writer: records.Writer, items: Sequence[importing.Item], parts: importing.Parts,
-           times: Sequence[float] | None) -> list[str]:  # fmt: skip
+def _write(
+    writer: records.Writer,
+    items: Sequence[importing.Item],
+    parts: importing.Parts,
+    times: Sequence[float] | None,
+) -> list[str]:
     """Puts all items behind those that the writer has; says why some were left out."""
     left = items[writer.taken :]
     if len(left) < len(items):
         print(f"prepare: {writer.taken} of {len(items)} items are done already", file=sys.stderr)
     left_out = []
-    for example in common.progress(examples(left, parts, times), name="prepare", unit="items", total=len(left)):
+    for example in common.progress(
+        examples(left, parts, times), name="prepare", unit="items", total=len(left)
+    ):
         if isinstance(example, str):
             print(f"prepare: left out: {example}.", file=sys.stderr)
             left_out.append(example)
@@ -130,12 +167,15 @@ def _write(writer: records.Writer, items: Sequence[importing.Item], parts: impor
     return left_out
 
 
-def examples(items: Sequence[importing.Item], parts: importing.Parts,
-             times: Sequence[float] | None) -> Iterator[dict | str]:  # fmt: skip
+def examples(
+    items: Sequence[importing.Item], parts: importing.Parts, times: Sequence[float] | None
+) -> Iterator[dict | str]:
     """The example of each item, or why it has none."""
     from packforcing_jax.training import importing
 
-    read = importing.Texts(parts, [item.prompt for item in items]) if parts.text is not None else None
+    read = (
+        importing.Texts(parts, [item.prompt for item in items]) if parts.text is not None else None
+    )
     for group in _groups(items):
         states = read([item.prompt for item in group]) if read else itertools.repeat(None)
         for item, said in zip(group, states):
@@ -145,7 +185,11 @@ def examples(items: Sequence[importing.Item], parts: importing.Parts,
                 yield str(why)
                 continue
             check_timesteps(item, made, times)
-            yield made | {"prompt": importing.as_bytes(item.prompt)} | ({} if said is None else {"states": said})
+            yield (
+                made
+                | {"prompt": importing.as_bytes(item.prompt)}
+                | ({} if said is None else {"states": said})
+            )
 
 
 def _groups(items: Sequence) -> Iterable[Sequence]:
@@ -156,8 +200,11 @@ def check_timesteps(item: importing.Item, made: dict, times: Sequence[float] | N
     """Raises `InputError` unless there is one timestep for each state on the way from noise."""
     states = len(made.get("trajectory", ()))
     given = "are not given" if times is None else f"are {len(times)}"
-    require(states == len(times or ()), f"{item.name} has {states} states from noise to clean, whose timesteps {given}"
-            "; say them with --timesteps, as in 1000,937.5,833.3,625,0.")  # fmt: skip
+    require(
+        states == len(times or ()),
+        f"{item.name} has {states} states from noise to clean, whose timesteps {given}"
+        "; say them with --timesteps, as in 1000,937.5,833.3,625,0.",
+    )
 
 
 def _tell(args: argparse.Namespace, notes: records.Notes, left_out: Sequence[str]) -> int:
@@ -167,9 +214,22 @@ def _tell(args: argparse.Namespace, notes: records.Notes, left_out: Sequence[str
     size = sum(shard.bytes for shard in notes.shards)
     if args.json:
         fields = {name: dataclasses.asdict(field) for name, field in notes.fields.items()}
-        print(json.dumps({"out": args.out, "kind": notes.kind, "examples": notes.examples, "bytes": size,
-                          "files": len(notes.shards), "left_out": list(left_out), "fields": fields}))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "out": args.out,
+                    "kind": notes.kind,
+                    "examples": notes.examples,
+                    "bytes": size,
+                    "files": len(notes.shards),
+                    "left_out": list(left_out),
+                    "fields": fields,
+                }
+            )
+        )
     else:
-        print(f"{notes.examples} examples of {records.spell(notes.fields)}\n"
-              f"{len(notes.shards)} files, {plan.spell(size, 'bytes')}\n{args.out}")  # fmt: skip
+        print(
+            f"{notes.examples} examples of {records.spell(notes.fields)}\n"
+            f"{len(notes.shards)} files, {plan.spell(size, 'bytes')}\n{args.out}"
+        )
     return 0

@@ -22,24 +22,55 @@ SHEET_FRAMES, SHEET_BLOCKS = 40, 20  # at most about so many frames, from so man
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `sample`."""
     parser.add_argument("--prompt", metavar="TEXT", help="one prompt for the whole video")
-    parser.add_argument("--timeline", metavar="FILE", help="prompts by block, lines `BLOCK: prompt`")
-    parser.add_argument("--prompts", metavar="FILE",
-                        help="many videos: a prompt per line, or JSON lines with settings; finished ones are skipped")
-    parser.add_argument("--seconds", type=float, metavar="S", help="length; default 24 training clips")
+    parser.add_argument(
+        "--timeline", metavar="FILE", help="prompts by block, lines `BLOCK: prompt`"
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="many videos: a prompt per line, or JSON lines with settings; finished ones are skipped",
+    )
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="length; default 24 training clips"
+    )
     parser.add_argument("--blocks", type=int, metavar="N", help="length in blocks")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    parser.add_argument("--memory", metavar="PROFILE", help="another memory than the model's own, such as no-mid")
-    parser.add_argument("--out", metavar="PATH",
-                        help="video file (default: out/video.mp4); with --prompts a folder (default: out/videos)")
+    parser.add_argument(
+        "--memory", metavar="PROFILE", help="another memory than the model's own, such as no-mid"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="PATH",
+        help="video file (default: out/video.mp4); with --prompts a folder (default: out/videos)",
+    )
     parser.add_argument("--sheet", metavar="FILE", help="also write a contact sheet, a PNG")
-    parser.add_argument("--trace", metavar="FILE", help="also record what each layer looked back at, for `inspect`")
-    parser.add_argument("--state", metavar="DIR",
-                        help="keep the sampler's state here; the same command goes on from it, even after a kill")
-    parser.add_argument("--every", type=int, metavar="N", default=8, help="blocks between two saves (default: 8)")
-    parser.add_argument("--anyway", action="store_true", help="try even what seems to need more memory than there is")
-    parser.add_argument("--weights", metavar="DIR", help="model folder (default: the Stage model that ships)")
-    parser.add_argument("--set", metavar="A.B=VALUE", action="append", default=[], dest="sets",
-                        help="change one setting of the model's config, such as cache.top=8; may be repeated")
+    parser.add_argument(
+        "--trace", metavar="FILE", help="also record what each layer looked back at, for `inspect`"
+    )
+    parser.add_argument(
+        "--state",
+        metavar="DIR",
+        help="keep the sampler's state here; the same command goes on from it, even after a kill",
+    )
+    parser.add_argument(
+        "--every", type=int, metavar="N", default=8, help="blocks between two saves (default: 8)"
+    )
+    parser.add_argument(
+        "--anyway",
+        action="store_true",
+        help="try even what seems to need more memory than there is",
+    )
+    parser.add_argument(
+        "--weights", metavar="DIR", help="model folder (default: the Stage model that ships)"
+    )
+    parser.add_argument(
+        "--set",
+        metavar="A.B=VALUE",
+        action="append",
+        default=[],
+        dest="sets",
+        help="change one setting of the model's config, such as cache.top=8; may be repeated",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,7 +85,9 @@ def run(args: argparse.Namespace) -> int:
     pipeline = Pipeline.from_pretrained(args.weights, memory=args.memory, sets=args.sets)
     exp = pipeline.experiment
     if not wanted:
-        return _make(_film(args, pipeline, _prompts(args, _blocks(args, exp), stage=captions.tells(exp))))
+        return _make(
+            _film(args, pipeline, _prompts(args, _blocks(args, exp), stage=captions.tells(exp)))
+        )
     return _make_all([(job, _of_job(args, pipeline, job)) for job in wanted], Path(args.out))
 
 
@@ -83,9 +116,15 @@ class Film:
     def settings(self) -> dict:
         """What stands inside the video file."""
         args = self.args
-        return {"experiment": self.pipeline.experiment.name, "seed": self.seed, "memory": args.memory,
-                "blocks": self.blocks, "set": args.sets, "weights": args.weights,
-                "prompts": _runs(self.prompts)}  # fmt: skip
+        return {
+            "experiment": self.pipeline.experiment.name,
+            "seed": self.seed,
+            "memory": args.memory,
+            "blocks": self.blocks,
+            "set": args.sets,
+            "weights": args.weights,
+            "prompts": _runs(self.prompts),
+        }
 
 
 def _film(args: argparse.Namespace, pipeline, prompts: list[str]) -> Film:
@@ -95,10 +134,16 @@ def _film(args: argparse.Namespace, pipeline, prompts: list[str]) -> Film:
 
 def _of_job(args: argparse.Namespace, pipeline, job: prompt_files.Job) -> Film:
     """The film of one line of --prompts: what it does not say comes from the flags."""
-    own = argparse.Namespace(**vars(args) | {
-        "out": str(Path(args.out, f"{job.name}.mp4")), "seed": args.seed if job.seed is None else job.seed,
-        "state": args.state and str(Path(args.state, str(job.name))), "sets": [*args.sets, *job.sets],
-        "memory": job.memory or args.memory})  # fmt: skip
+    own = argparse.Namespace(
+        **vars(args)
+        | {
+            "out": str(Path(args.out, f"{job.name}.mp4")),
+            "seed": args.seed if job.seed is None else job.seed,
+            "state": args.state and str(Path(args.state, str(job.name))),
+            "sets": [*args.sets, *job.sets],
+            "memory": job.memory or args.memory,
+        }
+    )
     if job.blocks or job.seconds:
         own.blocks, own.seconds = job.blocks, job.seconds
     try:
@@ -106,7 +151,9 @@ def _of_job(args: argparse.Namespace, pipeline, job: prompt_files.Job) -> Film:
             pipeline = pipeline.with_memory(job.memory).with_settings(args.sets)
         if job.sets:
             pipeline = pipeline.with_settings(job.sets)
-        return _film(own, pipeline, timelines.spread(list(job.entries), _blocks(own, pipeline.experiment)))
+        return _film(
+            own, pipeline, timelines.spread(list(job.entries), _blocks(own, pipeline.experiment))
+        )
     except InputError as error:
         raise InputError(f"{job.source}: {error}") from error
 
@@ -118,9 +165,14 @@ def _make_all(films: list[tuple[prompt_files.Job, Film]], folder: Path) -> int:
 
     ledger = prompt_files.Ledger(folder)
     for number, (job, film) in enumerate(films, start=1):
-        key = prompt_files.key(experiment=model_folder.experiment_to_json(film.pipeline.experiment), seed=film.seed,
-                       weights=resume.digest(film.pipeline), prompts=_runs(film.prompts), blocks=film.blocks,
-                       name=job.name)  # fmt: skip
+        key = prompt_files.key(
+            experiment=model_folder.experiment_to_json(film.pipeline.experiment),
+            seed=film.seed,
+            weights=resume.digest(film.pipeline),
+            prompts=_runs(film.prompts),
+            blocks=film.blocks,
+            name=job.name,
+        )
         if ledger.holds(key):
             print(f"sample: {number} of {len(films)}, {film.args.out} is finished", file=sys.stderr)
             continue
@@ -141,18 +193,33 @@ def _make(film: Film) -> int:
     began = time.monotonic()
     keeper, at = _kept(args, pipeline, film.prompts)
     backend, why = attention.chosen(exp.attention, exp.dtypes.cache)
-    common.start_line("sample", experiment=exp, dtype=exp.dtypes.compute, attention=backend, why=why)
+    common.start_line(
+        "sample", experiment=exp, dtype=exp.dtypes.compute, attention=backend, why=why
+    )
     size = (exp.latent[1] * exp.codec.space_factor, exp.latent[0] * exp.codec.space_factor)
     seen = _Seen(all=captions.tells(exp), total=film.blocks if args.sheet else 0)
     with contextlib.ExitStack() as files:
-        writer = files.enter_context(video.Writer(args.out, fps=exp.fps, size=size, settings=film.settings,
-                                                  scale=max(1, SHOWN_HEIGHT // size[1]),
-                                                  resume=at.written))  # fmt: skip
+        writer = files.enter_context(
+            video.Writer(
+                args.out,
+                fps=exp.fps,
+                size=size,
+                settings=film.settings,
+                scale=max(1, SHOWN_HEIGHT // size[1]),
+                resume=at.written,
+            )
+        )
         header = trace.header(exp, seed=film.seed, prompts=_runs(film.prompts))
-        tracer = files.enter_context(trace.Writer(args.trace, header, position=at.traced)) if args.trace else None
+        tracer = (
+            files.enter_context(trace.Writer(args.trace, header, position=at.traced))
+            if args.trace
+            else None
+        )
         stream = pipeline.stream(film.prompts, seed=film.seed, state=at.state)
         first = 0 if at.state is None else int(at.state.memory.num_blocks)
-        for block in common.progress(stream, name="sample", unit="blocks", total=film.blocks - first):
+        for block in common.progress(
+            stream, name="sample", unit="blocks", total=film.blocks - first
+        ):
             writer.write(block.frames)
             if tracer is not None:
                 tracer.write(block)
@@ -180,7 +247,9 @@ class _Seen:
         if self.all:
             self.frames.append(block.frames)
         if self.total and block.index % max(1, self.total // SHEET_BLOCKS) == 0:
-            self.sheet.append(block.frames[:: max(1, len(block.frames) * SHEET_BLOCKS // SHEET_FRAMES)])
+            self.sheet.append(
+                block.frames[:: max(1, len(block.frames) * SHEET_BLOCKS // SHEET_FRAMES)]
+            )
 
 
 def _kept(args: argparse.Namespace, pipeline, prompts: list[str]):
@@ -191,11 +260,15 @@ def _kept(args: argparse.Namespace, pipeline, prompts: list[str]):
         return None, resume.Resumed()
     keeper = resume.Keeper(args.state, pipeline, prompts=prompts, every=args.every, seed=args.seed)
     at = keeper.resume()
-    require(args.trace is None or at.state is None or at.traced > 0,
-            f"--trace {args.trace}: the run kept in {args.state} was not traced from its start; leave --trace out.")
+    require(
+        args.trace is None or at.state is None or at.traced > 0,
+        f"--trace {args.trace}: the run kept in {args.state} was not traced from its start; leave --trace out.",
+    )
     if at.state is not None:
-        print(f"sample: goes on behind block {int(at.state.memory.num_blocks)}, as kept in {args.state}",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"sample: goes on behind block {int(at.state.memory.num_blocks)}, as kept in {args.state}",
+            file=sys.stderr,
+        )
     return keeper, at
 
 
@@ -213,25 +286,46 @@ def _sheet(frames: list, path: str) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses what can be refused before anything is loaded."""
-    given = [flag for flag, value in (("--prompt", args.prompt), ("--timeline", args.timeline),
-                                      ("--prompts", args.prompts)) if value is not None]  # fmt: skip
+    given = [
+        flag
+        for flag, value in (
+            ("--prompt", args.prompt),
+            ("--timeline", args.timeline),
+            ("--prompts", args.prompts),
+        )
+        if value is not None
+    ]
     require(len(given) < 2, f"{' and '.join(given)} exclude each other; give one.")
     for flag, value in (("--trace", args.trace), ("--sheet", args.sheet)):
-        require(args.prompts is None or value is None, f"{flag} {value} is of one video, but --prompts may make many; "
-                "leave it out.")  # fmt: skip
+        require(
+            args.prompts is None or value is None,
+            f"{flag} {value} is of one video, but --prompts may make many; leave it out.",
+        )
     args.out = args.out or ("out/videos" if args.prompts else "out/video.mp4")
-    require(args.seconds is None or args.blocks is None, "--seconds and --blocks exclude each other; give one.")
-    require(args.blocks is None or args.blocks > 0, f"--blocks {args.blocks} is not a length; give 1 or more.")
-    require(args.seconds is None or 0 < args.seconds < float("inf"),
-            f"--seconds {args.seconds} is not a length; give a number above 0.")  # fmt: skip
+    require(
+        args.seconds is None or args.blocks is None,
+        "--seconds and --blocks exclude each other; give one.",
+    )
+    require(
+        args.blocks is None or args.blocks > 0,
+        f"--blocks {args.blocks} is not a length; give 1 or more.",
+    )
+    require(
+        args.seconds is None or 0 < args.seconds < float("inf"),
+        f"--seconds {args.seconds} is not a length; give a number above 0.",
+    )
     require(0 <= args.seed < 2**32, f"--seed {args.seed} is out of range; give 0 to {2**32 - 1}.")
     require(args.every > 0, f"--every {args.every} must be at least 1.")
     place = lambda path: path and Path(path).resolve()  # noqa: E731
     for flag, file in (("--out", args.out), ("--sheet", args.sheet), ("--trace", args.trace)):
-        require(None in (args.state, file) or place(args.state) != place(file).parent,
-                f"{flag} {file} lies in --state {args.state}, which is for saves alone; choose another folder.")
-    require(place(args.trace) != place(args.out),
-            f"--trace {args.trace} is also the video (--out {args.out}); give them two names.")  # fmt: skip
+        require(
+            None in (args.state, file) or place(args.state) != place(file).parent,
+            f"{flag} {file} lies in --state {args.state}, which is for saves alone; choose another folder.",
+        )
+    require(
+        place(args.trace) != place(args.out),
+        f"--trace {args.trace} is also the video (--out {args.out}); give them two names.",
+    )
     if args.prompt is not None and not args.prompt.strip():
         raise InputError("--prompt is empty; say what the video should show.")
 
@@ -275,21 +369,33 @@ def _runs(prompts: list[str]) -> list[tuple[int, str]]:
 def _report(film: Film, first: int, seen: _Seen, seconds: float) -> None:
     """What was made; in the Stage world with the oracle's reading beside chance, if all was drawn in this run."""
     args, exp, prompts = film.args, film.pipeline.experiment, film.prompts
-    made = {"out": str(Path(args.out)), "blocks": len(prompts), "frames": seen.count or None,
-            "seconds": round(seconds, 1)}  # fmt: skip
+    made = {
+        "out": str(Path(args.out)),
+        "blocks": len(prompts),
+        "frames": seen.count or None,
+        "seconds": round(seconds, 1),
+    }
     if first:
         made |= {"resumed_at": first}
     if not seen.all or first:
-        print(json.dumps(made) if args.json else f"{made['out']}: {made['blocks']} blocks in {made['seconds']} s")
+        print(
+            json.dumps(made)
+            if args.json
+            else f"{made['out']}: {made['blocks']} blocks in {made['seconds']} s"
+        )
         return
     import numpy as np
 
     from packforcing_jax.stage import captions, metrics, oracle
 
-    read = metrics.report([oracle.read(np.concatenate(seen.frames))], [[captions.parse(prompt) for prompt in prompts]])
+    read = metrics.report(
+        [oracle.read(np.concatenate(seen.frames))], [[captions.parse(prompt) for prompt in prompts]]
+    )
     if args.json:
         print(json.dumps(made | {"oracle": read}))
         return
-    print(f"{made['out']}: {made['frames']} frames, {made['frames'] / exp.clip:.0f} times the training clip, "
-          f"in {made['seconds']} s")  # fmt: skip
+    print(
+        f"{made['out']}: {made['frames']} frames, {made['frames'] / exp.clip:.0f} times the training clip, "
+        f"in {made['seconds']} s"
+    )
     print(f"what the oracle reads in it:\n{metrics.table(read)}", file=sys.stdout)

@@ -16,23 +16,42 @@ from packforcing_jax.errors import MachineError, brief, require
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `train`."""
     common.add_experiment_arguments(parser, default="stage")
-    parser.add_argument("--out", metavar="DIR", default="runs/stage",
-                        help="run folder, continued if it holds a run; a folder per stage of a recipe")  # fmt: skip
-    parser.add_argument("--stage", metavar="NAME",
-                        help="only this stage of a recipe (--set NAME:A.B=VALUE changes one stage)")  # fmt: skip
-    parser.add_argument("--steps", type=int, metavar="N", help="train for N steps instead of the config's")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, data and noise (default: 0)")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        default="runs/stage",
+        help="run folder, continued if it holds a run; a folder per stage of a recipe",
+    )
+    parser.add_argument(
+        "--stage",
+        metavar="NAME",
+        help="only this stage of a recipe (--set NAME:A.B=VALUE changes one stage)",
+    )
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="train for N steps instead of the config's"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights, data and noise (default: 0)"
+    )
     several = parser.add_argument_group("several processes, each started with the same command")
-    several.add_argument("--distributed", action="store_true",
-                         help="find the others by what SLURM, Kubernetes, Open MPI or a TPU pod says")  # fmt: skip
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where nothing says it")
+    several.add_argument(
+        "--distributed",
+        action="store_true",
+        help="find the others by what SLURM, Kubernetes, Open MPI or a TPU pod says",
+    )
+    several.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="address of process 0, where nothing says it"
+    )
     several.add_argument("--processes", type=int, metavar="N", help="how many there are")
     several.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains or continues stage by stage, and exports the averaged weights of each to the folder `model` in its own."""
-    require(0 <= args.seed < 2**32, f"--seed {args.seed} does not fit into 32 bits; give 0 to {2**32 - 1}.")
+    require(
+        0 <= args.seed < 2**32,
+        f"--seed {args.seed} does not fit into 32 bits; give 0 to {2**32 - 1}.",
+    )
     sets = args.sets + ([f"train.steps={args.steps}"] if args.steps is not None else [])
     recipe = overrides.load_recipe(args.config, sets)
     join(args)
@@ -45,17 +64,29 @@ def run(args: argparse.Namespace) -> int:
             if told["stopped"]:
                 break
     if first():
-        print(json.dumps(told) if args.json else f"model written to {told['model']}" if told["model"] else
-              f"stopped behind step {told['step']}; the same command goes on from there")  # fmt: skip
+        print(
+            json.dumps(told)
+            if args.json
+            else f"model written to {told['model']}"
+            if told["model"]
+            else f"stopped behind step {told['step']}; the same command goes on from there"
+        )
     return 0
 
 
 def join(args: argparse.Namespace) -> None:
     """Makes this process one of several, if it was started so."""
-    given = {"--coordinator": args.coordinator, "--processes": args.processes, "--process": args.process}
+    given = {
+        "--coordinator": args.coordinator,
+        "--processes": args.processes,
+        "--process": args.process,
+    }
     missing = [flag for flag, value in given.items() if value is None]
-    require(len(missing) in (0, 3), f"several processes need --coordinator, --processes and --process; "
-            f"{', '.join(missing)} is missing, or use --distributed alone.")  # fmt: skip
+    require(
+        len(missing) in (0, 3),
+        f"several processes need --coordinator, --processes and --process; "
+        f"{', '.join(missing)} is missing, or use --distributed alone.",
+    )
     if missing and not args.distributed:
         return
     import jax
@@ -63,8 +94,10 @@ def join(args: argparse.Namespace) -> None:
     try:
         jax.distributed.initialize(*given.values())
     except (RuntimeError, ValueError) as error:
-        raise MachineError(f"Joining the other processes failed ({brief(error)}); "
-                           "give --coordinator, --processes and --process to each of them.") from error  # fmt: skip
+        raise MachineError(
+            f"Joining the other processes failed ({brief(error)}); "
+            "give --coordinator, --processes and --process to each of them."
+        ) from error
 
 
 def first() -> bool:
@@ -79,24 +112,34 @@ def train(exp: Experiment, folder: Path, seed: int, asked: Callable[[], bool]) -
     from packforcing_jax.policies import attention
     from packforcing_jax.training import logs, runs
 
-    told: dict[str, Any] = {"step": exp.train.steps, "model": str(folder / runs.MODEL), "stopped": False}
+    told: dict[str, Any] = {
+        "step": exp.train.steps,
+        "model": str(folder / runs.MODEL),
+        "stopped": False,
+    }
     if runs.finished(exp, folder, seed=seed):
         say(f"train: {told['model']} is there already")
         return told
     backend, why = attention.chosen(exp.attention)
     if first():
-        common.start_line("train", experiment=exp, dtype=exp.dtypes.compute, attention=backend, why=why)
+        common.start_line(
+            "train", experiment=exp, dtype=exp.dtypes.compute, attention=backend, why=why
+        )
     job = runs.start(exp, folder, seed=seed)
     if job.step:
         say(f"train: goes on behind step {job.step} in {folder}")
     made, metrics = runs.steps(job, asked), {}
     if first():
-        made = common.progress(made, name=folder.name, unit="steps", total=exp.train.steps - job.step)
+        made = common.progress(
+            made, name=folder.name, unit="steps", total=exp.train.steps - job.step
+        )
     for each in made:
         metrics = each
     runs.finish(job)
     told |= {"step": job.step, "model": told["model"] if job.done else None, "stopped": job.stopped}
-    return {name: logs.plain(value) if name not in told else value for name, value in metrics.items()} | told
+    return {
+        name: logs.plain(value) if name not in told else value for name, value in metrics.items()
+    } | told
 
 
 def say(sentence: str) -> None:

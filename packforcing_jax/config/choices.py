@@ -8,8 +8,18 @@ DTYPES = ("float32", "bfloat16", "float16")
 CHOICES = {
     "cache.rope_adjustment": ("sink", "incremental", "sink_only", "none"),
     "cache.span": ("true", "fit"),
-    "cache.selection": ("affinity", "mass_sum", "mass_max", "logit_max", "centred_logit_max", "log_sum_exp",
-                        "paper_sum", "recency", "random", "all"),
+    "cache.selection": (
+        "affinity",
+        "mass_sum",
+        "mass_max",
+        "logit_max",
+        "centred_logit_max",
+        "log_sum_exp",
+        "paper_sum",
+        "recency",
+        "random",
+        "all",
+    ),
     "cache.scope": ("layer", "shared"),
     "cache.timing": ("first", "late"),
     "cache.archive": ("device", "host"),
@@ -18,7 +28,7 @@ CHOICES = {
     "compressor.keys": ("blocks", "projected"),
     "sample.prediction": ("velocity", "clean"),
     **{f"dtypes.{name}": DTYPES for name in ("params", "compute", "cache", "vae", "text")},
-}  # fmt: skip
+}
 
 
 def require_choices(group: str, settings: Any) -> None:
@@ -27,4 +37,6 @@ def require_choices(group: str, settings: Any) -> None:
         owner, name = key.split(".")
         if owner == group:
             value = getattr(settings, name)
-            require(value in allowed, f"{key}={value!r} is unknown; choose one of {', '.join(allowed)}.")
+            require(
+                value in allowed, f"{key}={value!r} is unknown; choose one of {', '.join(allowed)}."
+            )

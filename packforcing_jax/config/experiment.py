@@ -36,19 +36,27 @@ class Experiment:
 
     def __post_init__(self):
         for axis, size in zip((1, 2), self.latent):
-            require(size % self.dit.patch[axis] == 0,
-                    f"latent={self.latent} is not a multiple of dit.patch={self.dit.patch}; change one.")  # fmt: skip
+            require(
+                size % self.dit.patch[axis] == 0,
+                f"latent={self.latent} is not a multiple of dit.patch={self.dit.patch}; change one.",
+            )
         pool, frame = self.cache.score_pool, (self.cache.block, *self.grid)
-        require(self.cache.top == 0 or all(0 < window <= size for window, size in zip(pool, frame)),
-                f"cache.score_pool={pool} does not fit into a block of {frame} tokens; make it smaller.")  # fmt: skip
-        require(self.codec.z_dim == self.dit.in_channels,
-                f"codec.z_dim={self.codec.z_dim} differs from dit.in_channels={self.dit.in_channels}; change one.")
+        require(
+            self.cache.top == 0 or all(0 < window <= size for window, size in zip(pool, frame)),
+            f"cache.score_pool={pool} does not fit into a block of {frame} tokens; make it smaller.",
+        )
+        require(
+            self.codec.z_dim == self.dit.in_channels,
+            f"codec.z_dim={self.codec.z_dim} differs from dit.in_channels={self.dit.in_channels}; change one.",
+        )
 
     @property
     def blocks(self) -> int:
         """Blocks of a training clip."""
-        require(self.clip % self.cache.block == 0,
-                f"clip={self.clip} is not a whole number of blocks of {self.cache.block}; change one.")  # fmt: skip
+        require(
+            self.clip % self.cache.block == 0,
+            f"clip={self.clip} is not a whole number of blocks of {self.cache.block}; change one.",
+        )
         return self.clip // self.cache.block
 
     @property
@@ -64,7 +72,11 @@ class Experiment:
     def packed_grid(self) -> tuple[int, int, int]:
         """Tokens of one packed block as (time slots, rows, columns)."""
         stride = self.compressor.stride
-        return self.compressor.frames // stride(0), self.latent[0] // stride(1), self.latent[1] // stride(2)
+        return (
+            self.compressor.frames // stride(0),
+            self.latent[0] // stride(1),
+            self.latent[1] // stride(2),
+        )
 
     @property
     def tokens_per_packed_block(self) -> int:

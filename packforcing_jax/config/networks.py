@@ -31,12 +31,20 @@ class DiTConfig:
     rope_pairs: tuple[int, int, int] | None = None  # None: Wan's split of the head
 
     def __post_init__(self):
-        require(self.dim % self.heads == 0, f"dit.dim={self.dim} is not divisible by heads={self.heads}; change one.")
-        require(self.head_dim % 2 == 0, f"dit.dim/heads={self.head_dim} must be even for rotary pairs; change heads.")
+        require(
+            self.dim % self.heads == 0,
+            f"dit.dim={self.dim} is not divisible by heads={self.heads}; change one.",
+        )
+        require(
+            self.head_dim % 2 == 0,
+            f"dit.dim/heads={self.head_dim} must be even for rotary pairs; change heads.",
+        )
         require(self.patch[0] == 1, f"dit.patch={self.patch} must be 1 in time, as in Wan2.1.")
         if self.rope_pairs is not None:
-            require(sum(self.rope_pairs) == self.head_dim // 2,
-                    f"dit.rope_pairs={self.rope_pairs} must add up to {self.head_dim // 2} pairs.")  # fmt: skip
+            require(
+                sum(self.rope_pairs) == self.head_dim // 2,
+                f"dit.rope_pairs={self.rope_pairs} must add up to {self.head_dim // 2} pairs.",
+            )
 
     @property
     def head_dim(self) -> int:
@@ -64,10 +72,14 @@ class VAEConfig:
     std: tuple[float, ...] = WAN_STD
 
     def __post_init__(self):
-        require(len(self.temporal_downsample) == len(self.dim_mult) - 1,
-                f"vae.temporal_downsample={self.temporal_downsample} needs {len(self.dim_mult) - 1} entries.")
-        require(len(self.mean) == len(self.std) == self.z_dim,
-                f"vae.mean and vae.std need z_dim={self.z_dim} entries each.")  # fmt: skip
+        require(
+            len(self.temporal_downsample) == len(self.dim_mult) - 1,
+            f"vae.temporal_downsample={self.temporal_downsample} needs {len(self.dim_mult) - 1} entries.",
+        )
+        require(
+            len(self.mean) == len(self.std) == self.z_dim,
+            f"vae.mean and vae.std need z_dim={self.z_dim} entries each.",
+        )
 
     @property
     def time_factor(self) -> int:
@@ -112,8 +124,10 @@ class TextConfig:
     max_words: int = 512
 
     def __post_init__(self):
-        require(self.dim_attn % self.heads == 0,
-                f"text.dim_attn={self.dim_attn} is not divisible by heads={self.heads}; change one.")  # fmt: skip
+        require(
+            self.dim_attn % self.heads == 0,
+            f"text.dim_attn={self.dim_attn} is not divisible by heads={self.heads}; change one.",
+        )
 
 
 @dataclass(frozen=True)
@@ -135,7 +149,10 @@ class CompressorConfig:
     keys: str = "blocks"
 
     def __post_init__(self):
-        require(len(self.channels) == len(self.strides), "compressor.channels and strides need the same length.")
+        require(
+            len(self.channels) == len(self.strides),
+            "compressor.channels and strides need the same length.",
+        )
         require_choices("compressor", self)
 
     def stride(self, axis: int) -> int:

@@ -34,7 +34,9 @@ def find(config: str | pathlib.Path) -> pathlib.Path:
     if path.name == str(config) and path.stem in names():
         return CONFIGS / f"{path.stem}.py"
     hint = nearest(path.stem, names())
-    raise InputError(f"no experiment {str(config)!r}: neither a file nor a name in configs/; {hint}")
+    raise InputError(
+        f"no experiment {str(config)!r}: neither a file nor a name in configs/; {hint}"
+    )
 
 
 def _names_of(path: pathlib.Path) -> dict[str, Any]:
@@ -44,13 +46,17 @@ def _names_of(path: pathlib.Path) -> dict[str, Any]:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"config {path} does not run ({type(error).__name__}: {error}); correct that file.") from error
+        raise InputError(
+            f"config {path} does not run ({type(error).__name__}: {error}); correct that file."
+        ) from error
 
 
 def _experiment_in(found: dict[str, Any], path: pathlib.Path) -> Experiment:
     experiment = found.get("experiment")
     if not isinstance(experiment, Experiment):
-        raise InputError(f"config {path} defines no `experiment = Experiment(...)` at module level; add it.")
+        raise InputError(
+            f"config {path} defines no `experiment = Experiment(...)` at module level; add it."
+        )
     return experiment
 
 
@@ -66,8 +72,10 @@ def read_recipe(path: pathlib.Path) -> Recipe:
         return (("", _experiment_in(found, path)),)
     recipe, hint = found["recipe"], tuple[tuple[str, Experiment], ...]
     if not recipe or not fits(recipe, hint) or not all(STAGE.fullmatch(name) for name, _ in recipe):
-        raise InputError(f"config {path}: `recipe` must be a tuple of (name, Experiment), each name a word of "
-                         "letters, digits, - and _; correct that file.")  # fmt: skip
+        raise InputError(
+            f"config {path}: `recipe` must be a tuple of (name, Experiment), each name a word of "
+            "letters, digits, - and _; correct that file."
+        )
     if len(dict(recipe)) < len(recipe):
         raise InputError(f"config {path}: two stages of `recipe` have the same name; rename one.")
     return recipe
@@ -79,7 +87,11 @@ def fits(value: Any, hint: Any) -> bool:
     if isinstance(hint, types.UnionType):
         return any(fits(value, each) for each in arguments)
     if typing.get_origin(hint) is tuple:
-        each = arguments[:1] * len(value) if isinstance(value, tuple) and arguments[-1] is ... else arguments
+        each = (
+            arguments[:1] * len(value)
+            if isinstance(value, tuple) and arguments[-1] is ...
+            else arguments
+        )
         return isinstance(value, tuple) and len(value) == len(each) and all(map(fits, value, each))
     if isinstance(value, bool):
         return hint is bool
@@ -123,7 +135,9 @@ def _owner(experiment: Experiment, key: str) -> Any:
     for name in outer:
         group, prefix = _step(group, prefix, name), f"{prefix}{name}."
         if not dataclasses.is_dataclass(group):
-            raise InputError(f"--set {key}: {prefix[:-1]} is a single value, not a group; set {prefix[:-1]} itself.")
+            raise InputError(
+                f"--set {key}: {prefix[:-1]} is a single value, not a group; set {prefix[:-1]} itself."
+            )
     value = _step(group, prefix, last)
     if dataclasses.is_dataclass(value):
         inside = ", ".join(f"{key}.{field.name}" for field in dataclasses.fields(value))
@@ -136,7 +150,11 @@ def _rebuild(template: Any, values: Any) -> Any:
     changes = {}
     for field in dataclasses.fields(template):
         old = getattr(template, field.name)
-        changes[field.name] = _rebuild(old, values[field.name]) if dataclasses.is_dataclass(old) else values[field.name]
+        changes[field.name] = (
+            _rebuild(old, values[field.name])
+            if dataclasses.is_dataclass(old)
+            else values[field.name]
+        )
     return dataclasses.replace(template, **changes)
 
 
@@ -161,8 +179,15 @@ def load_recipe(config: str | pathlib.Path, sets: Sequence[str] = ()) -> Recipe:
     """The stages of a file or a name in `configs/`; `a.b=value` changes every stage, `STAGE:a.b=value` only one."""
     recipe = read_recipe(find(config))
     addressed = [_address(each, [name for name, _ in recipe]) for each in sets]
-    return tuple((name, override(experiment, [setting for stage, setting in addressed if stage in (None, name)]))
-                 for name, experiment in recipe)  # fmt: skip
+    return tuple(
+        (
+            name,
+            override(
+                experiment, [setting for stage, setting in addressed if stage in (None, name)]
+            ),
+        )
+        for name, experiment in recipe
+    )
 
 
 def _address(setting: str, stages: Sequence[str]) -> tuple[str | None, str]:
@@ -172,6 +197,8 @@ def _address(setting: str, stages: Sequence[str]) -> tuple[str | None, str]:
     if not colon:
         return None, setting
     if stage.strip() not in stages or not stage.strip():
-        raise InputError(f"--set {setting}: no stage {stage.strip()!r} in this recipe; "
-                         f"{nearest(stage.strip(), filter(None, stages))}")  # fmt: skip
+        raise InputError(
+            f"--set {setting}: no stage {stage.strip()!r} in this recipe; "
+            f"{nearest(stage.strip(), filter(None, stages))}"
+        )
     return stage.strip(), f"{key}{equals}{text}"

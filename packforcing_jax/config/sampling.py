@@ -15,9 +15,12 @@ class SampleConfig:
     prediction: str = "velocity"  # what the network returns: velocity or clean
 
     def __post_init__(self):
-        require(len(self.steps) > 0 and all(0 < s <= 1000 for s in self.steps)
-                and all(a > b for a, b in zip(self.steps, self.steps[1:])),
-                f"sample.steps={self.steps} must fall strictly within 1000..1.")  # fmt: skip
+        require(
+            len(self.steps) > 0
+            and all(0 < s <= 1000 for s in self.steps)
+            and all(a > b for a, b in zip(self.steps, self.steps[1:])),
+            f"sample.steps={self.steps} must fall strictly within 1000..1.",
+        )
         require_choices("sample", self)
 
 

@@ -24,8 +24,14 @@ class OptimiserConfig:
     delay: int = 0  # updates of the run before this group begins to move
 
     def __post_init__(self):
-        require(self.kind in ("adamw", "muon"), f"optimiser kind={self.kind!r} is unknown; choose adamw or muon.")
-        require(self.rate >= 0 and self.matrix_rate >= 0, f"optimiser rate={self.rate} is negative; give 0 or more.")
+        require(
+            self.kind in ("adamw", "muon"),
+            f"optimiser kind={self.kind!r} is unknown; choose adamw or muon.",
+        )
+        require(
+            self.rate >= 0 and self.matrix_rate >= 0,
+            f"optimiser rate={self.rate} is negative; give 0 or more.",
+        )
 
 
 @dataclass(frozen=True)
@@ -94,10 +100,18 @@ class DistilConfig:
     alpha: float = 1.0  # SiD
 
     def __post_init__(self):
-        require(self.form in ("extra", "plain"), f"train.distil.form={self.form!r} is unknown; choose extra or plain.")
-        require(self.gradient in ("packed", "none", "leak"),
-                f"train.distil.gradient={self.gradient!r} is unknown; choose packed, none or leak.")  # fmt: skip
-        require(self.critic_updates > 0, f"train.distil.critic_updates={self.critic_updates} must be at least 1.")
+        require(
+            self.form in ("extra", "plain"),
+            f"train.distil.form={self.form!r} is unknown; choose extra or plain.",
+        )
+        require(
+            self.gradient in ("packed", "none", "leak"),
+            f"train.distil.gradient={self.gradient!r} is unknown; choose packed, none or leak.",
+        )
+        require(
+            self.critic_updates > 0,
+            f"train.distil.critic_updates={self.critic_updates} must be at least 1.",
+        )
 
 
 OBJECTIVES = ("flow_matching", "forcing", "trajectory", "consistency", "dmd", "sid")
@@ -153,22 +167,42 @@ class TrainConfig:
     profile: tuple[int, int] = (0, 0)  # first and last step of the profiler's window
 
     def __post_init__(self):
-        for name in ("steps", "batch", "accumulate", "grid", "save_every", "keep", "log_every", "patience"):
+        for name in (
+            "steps",
+            "batch",
+            "accumulate",
+            "grid",
+            "save_every",
+            "keep",
+            "log_every",
+            "patience",
+        ):
             value = getattr(self, name)
             require(value > 0, f"train.{name}={value} must be at least 1.")
         for name, allowed in (("objective", OBJECTIVES), ("history", HISTORIES), ("remat", REMATS)):
             value = getattr(self, name)
-            require(value in allowed, f"train.{name}={value!r} is unknown; choose one of {', '.join(allowed)}.")
-        require(self.source.kind in SOURCES,
-                f"train.source.kind={self.source.kind!r} is unknown; choose one of {', '.join(SOURCES)}.")  # fmt: skip
+            require(
+                value in allowed,
+                f"train.{name}={value!r} is unknown; choose one of {', '.join(allowed)}.",
+            )
+        require(
+            self.source.kind in SOURCES,
+            f"train.source.kind={self.source.kind!r} is unknown; choose one of {', '.join(SOURCES)}.",
+        )
         strangers = sorted({*self.log} - {*LOGS})
         require(not strangers, f"train.log={strangers} is unknown; choose from {', '.join(LOGS)}.")
-        require(self.batch % self.accumulate == 0,
-                f"train.batch={self.batch} is not a multiple of accumulate={self.accumulate}; change one.")  # fmt: skip
-        require(0 <= self.drop_text <= 1, f"train.drop_text={self.drop_text} is no chance; give 0 to 1.")
+        require(
+            self.batch % self.accumulate == 0,
+            f"train.batch={self.batch} is not a multiple of accumulate={self.accumulate}; change one.",
+        )
+        require(
+            0 <= self.drop_text <= 1, f"train.drop_text={self.drop_text} is no chance; give 0 to 1."
+        )
         require(0 <= self.blend <= 1, f"train.blend={self.blend} is no share; give 0 to 1.")
-        require(bool(self.blend_from) or not self.blend,
-                f"train.blend={self.blend} needs a model to go towards; name it in train.blend_from.")  # fmt: skip
+        require(
+            bool(self.blend_from) or not self.blend,
+            f"train.blend={self.blend} needs a model to go towards; name it in train.blend_from.",
+        )
 
     @property
     def distils(self) -> bool:

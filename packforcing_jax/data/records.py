@@ -66,43 +66,65 @@ class Notes:
 
 def to_json(notes: Notes) -> str:
     """`notes` as the text of a file."""
-    return json.dumps({"format": FORMAT, "examples": notes.examples} | dataclasses.asdict(notes), indent=1) + "\n"
+    return (
+        json.dumps(
+            {"format": FORMAT, "examples": notes.examples} | dataclasses.asdict(notes), indent=1
+        )
+        + "\n"
+    )
 
 
 def read_notes(source: Path) -> Notes:
     """The notes in a file of `to_json`."""
     try:
         table = json.loads(source.read_text(encoding="utf-8"))
-        require(table["format"] == FORMAT, f"{source} is of format {table['format']!r}, not {FORMAT!r}; "
-                "prepare the data again.")  # fmt: skip
-        fields = {name: Field(one["dtype"], tuple(one["shape"])) for name, one in table["fields"].items()}
+        require(
+            table["format"] == FORMAT,
+            f"{source} is of format {table['format']!r}, not {FORMAT!r}; prepare the data again.",
+        )
+        fields = {
+            name: Field(one["dtype"], tuple(one["shape"])) for name, one in table["fields"].items()
+        }
         shards = tuple(Shard(**one) for one in table["shards"])
         return Notes(str(table["kind"]), dict(table["about"]), fields, shards, int(table["taken"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{source} is damaged ({brief(error)}); prepare the data again in another folder.") from error
+        raise InputError(
+            f"{source} is damaged ({brief(error)}); prepare the data again in another folder."
+        ) from error
 
 
 def packed(example: Mapping[str, np.ndarray]) -> bytes:
     """An example as the bytes of a safetensors file."""
-    return safetensors.numpy.save({name: np.asarray(value, order="C") for name, value in example.items()})
+    return safetensors.numpy.save(
+        {name: np.asarray(value, order="C") for name, value in example.items()}
+    )
 
 
 def unpacked(record: bytes) -> Example:
     """The arrays of `packed`."""
     held = safetensors.deserialize(record)
-    return {name: np.frombuffer(one["data"], safetensors_io.DTYPES[one["dtype"]]).reshape(one["shape"]) for name, one in held}
+    return {
+        name: np.frombuffer(one["data"], safetensors_io.DTYPES[one["dtype"]]).reshape(one["shape"])
+        for name, one in held
+    }
 
 
 def fields_of(example: Mapping[str, np.ndarray]) -> dict[str, Field]:
     """The form that all examples share with this one."""
-    return {name: Field(value.dtype.name, (None, *value.shape[1:]) if name in LENGTHS_DIFFER else value.shape)
-            for name, value in sorted(example.items())}  # fmt: skip
+    return {
+        name: Field(
+            value.dtype.name, (None, *value.shape[1:]) if name in LENGTHS_DIFFER else value.shape
+        )
+        for name, value in sorted(example.items())
+    }
 
 
 def spell(fields: Mapping[str, Field]) -> str:
     """`latent float16[20, 60, 104, 16], prompt uint8[*]`."""
-    return ", ".join(f"{name} {one.dtype}[{', '.join('*' if n is None else str(n) for n in one.shape)}]"
-                     for name, one in fields.items())  # fmt: skip
+    return ", ".join(
+        f"{name} {one.dtype}[{', '.join('*' if n is None else str(n) for n in one.shape)}]"
+        for name, one in fields.items()
+    )
 
 
 # Writing
@@ -126,8 +148,15 @@ class Writer:
     `taken` says how many items of the source need not be read again. The folder can be read once the block ended well.
     """
 
-    def __init__(self, folder: str | Path, *, kind: str, about: Mapping[str, Any], examples: int = EXAMPLES,
-                 size: int = SIZE):  # fmt: skip
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        kind: str,
+        about: Mapping[str, Any],
+        examples: int = EXAMPLES,
+        size: int = SIZE,
+    ):
         self.folder, self._examples, self._size = Path(folder), examples, size
         append_file.check_writable(self.folder / COMPLETE, "Data set")
         self._at = _At(_continued(self.folder, Notes(kind, json.loads(json.dumps(about)))))
@@ -166,16 +195,23 @@ class Writer:
         record = packed(example)
         self._append(record)
         at = self._at
-        self._at = dataclasses.replace(at, items=at.items + 1, examples=at.examples + 1, size=at.size + len(record))
+        self._at = dataclasses.replace(
+            at, items=at.items + 1, examples=at.examples + 1, size=at.size + len(record)
+        )
         if self._at.examples >= self._examples or self._at.size >= self._size:
             self._finish_shard()
 
     def _check(self, example: Mapping[str, np.ndarray]) -> None:
         found, known = fields_of(example), self.notes.fields
         if not known:
-            self._at = dataclasses.replace(self._at, notes=dataclasses.replace(self.notes, fields=found))
-        require(not known or found == known, f"item {self.taken + 1} gives {spell(found)}, but those before it "
-                f"{spell(known)}; prepare them apart.")  # fmt: skip
+            self._at = dataclasses.replace(
+                self._at, notes=dataclasses.replace(self.notes, fields=found)
+            )
+        require(
+            not known or found == known,
+            f"item {self.taken + 1} gives {spell(found)}, but those before it "
+            f"{spell(known)}; prepare them apart.",
+        )
 
     @property
     def _path(self) -> Path:
@@ -207,8 +243,10 @@ class Writer:
             self._at = _At(self.notes)
             with contextlib.suppress(OSError):
                 self._path.unlink(missing_ok=True)
-            raise MachineError(f"Writing {self._path} failed ({brief(error)}); {self.notes.examples} examples in other "
-                               "files are kept: free space and run the same command again.") from error  # fmt: skip
+            raise MachineError(
+                f"Writing {self._path} failed ({brief(error)}); {self.notes.examples} examples in other "
+                "files are kept: free space and run the same command again."
+            ) from error
 
     def _note(self, notes: Notes) -> None:
         """Writes down what is finished, whole or not at all."""
@@ -224,8 +262,12 @@ class Writer:
             self._finish_shard()
         self._note(dataclasses.replace(self.notes, taken=self.taken))
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:  # fmt: skip
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         try:
             if not self.complete:
                 self._keep()
@@ -242,18 +284,28 @@ def _continued(folder: Path, wanted: Notes) -> Notes:
         if path.exists():
             found = read_notes(path)
             differs = _differences(found, wanted)
-            require(not (differs and found.shards), f"{folder} holds data made otherwise ({'; '.join(differs[:2])}); "
-                    "choose another folder, or delete that one.")  # fmt: skip
+            require(
+                not (differs and found.shards),
+                f"{folder} holds data made otherwise ({'; '.join(differs[:2])}); "
+                "choose another folder, or delete that one.",
+            )
             return found if found.shards else wanted
     strangers = {path.name for path in folder.iterdir()} - {FRESH} if folder.exists() else set()
-    require(not strangers, f"{folder} holds other files ({', '.join(sorted(strangers)[:3])}); choose another folder.")
+    require(
+        not strangers,
+        f"{folder} holds other files ({', '.join(sorted(strangers)[:3])}); choose another folder.",
+    )
     return wanted
 
 
 def _differences(found: Notes, wanted: Notes) -> list[str]:
     """In what two data sets differ."""
     old, new = ({"kind": notes.kind, **notes.about} for notes in (found, wanted))
-    return [f"{name}={old.get(name)}, not {new.get(name)}" for name in {**old, **new} if old.get(name) != new.get(name)]
+    return [
+        f"{name}={old.get(name)}, not {new.get(name)}"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
+    ]
 
 
 def _locked(folder: Path) -> int:
@@ -263,7 +315,9 @@ def _locked(folder: Path) -> int:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(handle)
-        raise InputError(f"{folder} is being written by another process; wait for it or choose another.") from error
+        raise InputError(
+            f"{folder} is being written by another process; wait for it or choose another."
+        ) from error
     except OSError:  # a file system without locks
         pass
     return handle
@@ -286,7 +340,8 @@ class Records:
         self.folder, self.notes = folder, notes
         self.starts = [0, *itertools.accumulate(shard.examples for shard in notes.shards)]
         self._source = grain.sources.ArrayRecordDataSource(
-            [f"{folder / shard.file}[0:{shard.examples}]" for shard in notes.shards])  # fmt: skip
+            [f"{folder / shard.file}[0:{shard.examples}]" for shard in notes.shards]
+        )
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -297,24 +352,36 @@ class Records:
         try:
             example = unpacked(self._source[index])
         except (RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
-            raise InputError(f"{self._where(index)} is damaged ({brief(error)}); prepare the data again.") from error
+            raise InputError(
+                f"{self._where(index)} is damaged ({brief(error)}); prepare the data again."
+            ) from error
         found = fields_of(example)
-        require(found == self.notes.fields, f"{self._where(index)} holds {spell(found)}, but {COMPLETE} says "
-                f"{spell(self.notes.fields)}; prepare the data again.")  # fmt: skip
+        require(
+            found == self.notes.fields,
+            f"{self._where(index)} holds {spell(found)}, but {COMPLETE} says "
+            f"{spell(self.notes.fields)}; prepare the data again.",
+        )
         return example
 
     def _where(self, index: int) -> str:
         shard = bisect.bisect_right(self.starts, index) - 1
-        return f"{self.folder / self.notes.shards[shard].file}, record {index - self.starts[shard]},"
+        return (
+            f"{self.folder / self.notes.shards[shard].file}, record {index - self.starts[shard]},"
+        )
 
 
 def opened(folder: str | Path) -> Records:
     """The data set in `folder`, once every file is there and whole and its first record can be read."""
     folder = Path(folder)
     if (folder / UNFINISHED).exists():
-        raise InputError(f"{folder} is unfinished; run the `prepare` command that began it once more.")
-    require((folder / COMPLETE).is_file(), f"{folder} is no prepared data set (it has no {COMPLETE}); "
-            "give the folder that `packforcing prepare --out` wrote.")  # fmt: skip
+        raise InputError(
+            f"{folder} is unfinished; run the `prepare` command that began it once more."
+        )
+    require(
+        (folder / COMPLETE).is_file(),
+        f"{folder} is no prepared data set (it has no {COMPLETE}); "
+        "give the folder that `packforcing prepare --out` wrote.",
+    )
     notes = read_notes(folder / COMPLETE)
     require(notes.examples > 0, f"{folder} holds no example; prepare the data again.")
     for shard in notes.shards:
@@ -328,14 +395,22 @@ def opened(folder: str | Path) -> Records:
 def _check_shard(path: Path, shard: Shard) -> None:
     require(path.is_file(), f"{path} is missing; put it back or prepare the data again.")
     size = path.stat().st_size
-    require(size == shard.bytes, f"{path} has {size} bytes instead of {shard.bytes}; copy it again or prepare the "
-            "data again.")  # fmt: skip
+    require(
+        size == shard.bytes,
+        f"{path} has {size} bytes instead of {shard.bytes}; copy it again or prepare the "
+        "data again.",
+    )
     try:
         count = _count(path)
     except RuntimeError as error:
-        raise InputError(f"{path} is damaged ({brief(error)}); copy it again or prepare the data again.") from error
-    require(count == shard.examples, f"{path} holds {count} examples instead of {shard.examples}; copy it again or "
-            "prepare the data again.")  # fmt: skip
+        raise InputError(
+            f"{path} is damaged ({brief(error)}); copy it again or prepare the data again."
+        ) from error
+    require(
+        count == shard.examples,
+        f"{path} holds {count} examples instead of {shard.examples}; copy it again or "
+        "prepare the data again.",
+    )
 
 
 def _count(path: Path) -> int:

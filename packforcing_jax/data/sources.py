@@ -19,9 +19,17 @@ from packforcing_jax.stage import data, world
 
 Example: TypeAlias = dict[str, np.ndarray]
 Raw: TypeAlias = dict[str, np.ndarray]  # a batch: what examples hold, the batch in front
-Encode: TypeAlias = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]  # prompts -> ids and mask, [prompts, words]
+Encode: TypeAlias = Callable[
+    [list[str]], tuple[np.ndarray, np.ndarray]
+]  # prompts -> ids and mask, [prompts, words]
 ENDLESS = 2**40  # more batches than any run reads
-STAGE = ("video", "ids", "mask", "weight", "called")  # of what the Stage world tells, what training reads
+STAGE = (
+    "video",
+    "ids",
+    "mask",
+    "weight",
+    "called",
+)  # of what the Stage world tells, what training reads
 FROM_VIDEO = ("latent", "low")  # what the codec makes of pixels on the way
 ARRAYS = ("latent", "low", "trajectory", "states")  # of what records hold, what training reads
 
@@ -39,20 +47,34 @@ class Source:
     endless: bool = False
 
 
-def batches(exp: Experiment, *, seed: int, batch: int, process: int = 0, processes: int = 1,
-            encode: Encode | None = None, needs: Sequence[str] = ()) -> grain.DatasetIterator:  # fmt: skip
+def batches(
+    exp: Experiment,
+    *,
+    seed: int,
+    batch: int,
+    process: int = 0,
+    processes: int = 1,
+    encode: Encode | None = None,
+    needs: Sequence[str] = (),
+) -> grain.DatasetIterator:
     """This process's rows of endless batches of `batch` examples; raises `InputError` for what is known to be wrong.
 
     Batch i is a function of (seed, i), whatever the number of processes; process p reads rows p b/P to (p + 1) b/P.
     The iterator's state counts batches, so that it can be set by any number of processes.
     """
     kind, rows = exp.train.source.kind, batch // processes
-    require(batch % processes == 0 and batch > 0, f"a batch of {batch} examples cannot be divided among {processes} "
-            "processes; change train.batch.")  # fmt: skip
+    require(
+        batch % processes == 0 and batch > 0,
+        f"a batch of {batch} examples cannot be divided among {processes} "
+        "processes; change train.batch.",
+    )
     source = KINDS[kind].opened(exp, seed, encode)
     missing = [name for name in needs if name not in source.offers]
-    require(not missing, f"{source.called} holds {', '.join(source.offers)}, but this objective needs "
-            f"{', '.join(missing)}; prepare such data or choose another objective.")  # fmt: skip
+    require(
+        not missing,
+        f"{source.called} holds {', '.join(source.offers)}, but this objective needs "
+        f"{', '.join(missing)}; prepare such data or choose another objective.",
+    )
     examples = endless(source, seed=seed, limit=exp.train.source.limit)
 
     def row(index: int) -> Example | None:
@@ -61,14 +83,21 @@ def batches(exp: Experiment, *, seed: int, batch: int, process: int = 0, process
 
     local = grain.MapDataset.range(ENDLESS * rows).map(row).batch(rows, drop_remainder=True)
     threads = KINDS[kind].threads
-    return iter(local.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=1 + threads)))
+    return iter(
+        local.to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=1 + threads)
+        )
+    )
 
 
 def endless(source: Source, *, seed: int, limit: int = 0) -> grain.MapDataset:
     """The first `limit` examples of `source` (0: all) again and again, each time in another order."""
     require(limit >= 0, f"train.source.limit={limit} is negative; give 0 for all examples.")
-    require(source.endless or limit <= len(source.examples), f"train.source.limit={limit} exceeds the "
-            f"{len(source.examples)} examples of {source.called}; lower it.")  # fmt: skip
+    require(
+        source.endless or limit <= len(source.examples),
+        f"train.source.limit={limit} exceeds the "
+        f"{len(source.examples)} examples of {source.called}; lower it.",
+    )
     if source.endless and limit == 0:
         return source.examples
     some = source.examples[:limit] if limit else source.examples
@@ -88,11 +117,22 @@ def _stage(exp: Experiment, seed: int, encode: Encode | None) -> Source:
 
     frames, factor = codec.frames_of(exp.codec, exp.clip), exp.codec.space_factor
     drawn, wanted = clip(0)["video"].shape, (frames, *(side * factor for side in exp.latent), 3)
-    require(drawn == wanted, f"the Stage world draws clips of {list(drawn)}, but clip={exp.clip} and "
-            f"latent={exp.latent} of this config are {list(wanted)}; use the config `stage`.")  # fmt: skip
-    require(exp.cache.block == world.BLOCK, f"the Stage world has a prompt every {world.BLOCK} frames, but "
-            f"cache.block={exp.cache.block}; set it to {world.BLOCK}.")  # fmt: skip
-    return Source(grain.MapDataset.range(data.CLIPS).map(clip), (*STAGE, *FROM_VIDEO), "the Stage world", endless=True)
+    require(
+        drawn == wanted,
+        f"the Stage world draws clips of {list(drawn)}, but clip={exp.clip} and "
+        f"latent={exp.latent} of this config are {list(wanted)}; use the config `stage`.",
+    )
+    require(
+        exp.cache.block == world.BLOCK,
+        f"the Stage world has a prompt every {world.BLOCK} frames, but "
+        f"cache.block={exp.cache.block}; set it to {world.BLOCK}.",
+    )
+    return Source(
+        grain.MapDataset.range(data.CLIPS).map(clip),
+        (*STAGE, *FROM_VIDEO),
+        "the Stage world",
+        endless=True,
+    )
 
 
 def _records(exp: Experiment, seed: int, encode: Encode | None) -> Source:
@@ -123,7 +163,9 @@ def _prompts(exp: Experiment, seed: int, encode: Encode | None) -> Source:
         return _tokenised(known, timelines.spread(list(job.entries), exp.blocks))
 
     example(said[0])
-    return Source(grain.MapDataset.source(said).map(example), ("ids", "mask"), f"prompt file {path}")
+    return Source(
+        grain.MapDataset.source(said).map(example), ("ids", "mask"), f"prompt file {path}"
+    )
 
 
 @dataclass(frozen=True)
@@ -143,13 +185,19 @@ KINDS = {
 
 def _path(exp: Experiment, what: str) -> Path:
     source = exp.train.source
-    require(source.path != "", f"train.source.kind={source.kind!r} reads a {what}; name it in train.source.path.")
+    require(
+        source.path != "",
+        f"train.source.kind={source.kind!r} reads a {what}; name it in train.source.path.",
+    )
     return Path(source.path)
 
 
 def _given(encode: Encode | None, what: str) -> Encode:
-    require(encode is not None, f"the prompts of {what} have to be tokenised; name a model with a tokenizer in "
-            "train.generator_from, or prepare their text states.")  # fmt: skip
+    require(
+        encode is not None,
+        f"the prompts of {what} have to be tokenised; name a model with a tokenizer in "
+        "train.generator_from, or prepare their text states.",
+    )
     return encode  # type: ignore[return-value]
 
 
@@ -159,8 +207,11 @@ def _tokenised(encode: Encode, prompts: list[str]) -> Example:
 
 
 def _padded(states: np.ndarray, words: int, called: str) -> np.ndarray:
-    require(len(states) <= words, f"{called} holds text states of {len(states)} words, but text.max_words={words}; "
-            "prepare it with this config.")  # fmt: skip
+    require(
+        len(states) <= words,
+        f"{called} holds text states of {len(states)} words, but text.max_words={words}; "
+        "prepare it with this config.",
+    )
     return np.concatenate([states, np.zeros((words - len(states), states.shape[1]), states.dtype)])
 
 
@@ -168,9 +219,14 @@ def low_form(exp: Experiment) -> tuple[int, ...]:
     """The shape [t', y', x', c] of a block's low-resolution latents."""
 
     def low() -> Any:
-        pixels, sides = codec.make(exp.codec, nnx.Rngs(0)), (side * exp.codec.space_factor for side in exp.latent)
+        pixels, sides = (
+            codec.make(exp.codec, nnx.Rngs(0)),
+            (side * exp.codec.space_factor for side in exp.latent),
+        )
         video = jax.numpy.zeros((1, exp.cache.block * exp.codec.time_factor, *sides, 3))
-        return codec.low_resolution(pixels, video, latents=exp.packed_grid[0], pool=exp.compressor.pool)
+        return codec.low_resolution(
+            pixels, video, latents=exp.packed_grid[0], pool=exp.compressor.pool
+        )
 
     return jax.eval_shape(low).shape[1:]
 
@@ -184,9 +240,12 @@ def check_forms(exp: Experiment, fields: Mapping[str, records.Field], called: st
     for name in fields.keys() & wanted.keys():
         shape, form = fields[name].shape, wanted[name]
         fits = len(shape) == len(form) and all(b in (None, a) for a, b in zip(shape, form))
-        require(fits, f"{called} holds {records.spell({name: fields[name]})}, but clip={exp.clip}, "
-                f"latent={exp.latent}, dit.in_channels={exp.dit.in_channels}, cache.block={exp.cache.block} and "
-                f"text.dim={exp.text.dim} need {_spell(form)}; prepare it with this config.")  # fmt: skip
+        require(
+            fits,
+            f"{called} holds {records.spell({name: fields[name]})}, but clip={exp.clip}, "
+            f"latent={exp.latent}, dit.in_channels={exp.dit.in_channels}, cache.block={exp.cache.block} and "
+            f"text.dim={exp.text.dim} need {_spell(form)}; prepare it with this config.",
+        )
 
 
 def _spell(form: Sequence[int | None]) -> str:
@@ -196,4 +255,6 @@ def _spell(form: Sequence[int | None]) -> str:
 def global_batch(over: jax.sharding.Mesh, raw: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """A batch over all processes out of each one's rows, its first axis divided over `data` and `fsdp`."""
     place = mesh.batch_sharding(over)
-    return {name: jax.make_array_from_process_local_data(place, value) for name, value in raw.items()}
+    return {
+        name: jax.make_array_from_process_local_data(place, value) for name, value in raw.items()
+    }

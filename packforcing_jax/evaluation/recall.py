@@ -29,7 +29,10 @@ OPENING = 2  # blocks before the first guest: the shipped sink
 CALLED = 4  # guests that are called back; the others pass by
 WAYS: dict[str, dict] = {
     **{name: {"selection": name} for name in CHOICES["cache.selection"] if name != "all"},
-    **{f"{name}-shared": {"selection": name, "scope": "shared"} for name in ("affinity", "paper_sum")},
+    **{
+        f"{name}-shared": {"selection": name, "scope": "shared"}
+        for name in ("affinity", "paper_sum")
+    },
     "affinity-late": {"selection": "affinity", "timing": "late"},
     "affinity-shared-late": {"selection": "affinity", "scope": "shared", "timing": "late"},
     "all-true": {"selection": "all", "span": "true"},
@@ -41,7 +44,9 @@ def ways_of(words: str) -> dict[str, dict]:
     """The rows of `WAYS` that `A,B` names, or every one."""
     names = list(WAYS) if words == "every" else words.split(",")
     for name in names:
-        require(name in WAYS, f"--ways {name}: no such way to choose; {nearest(name, [*WAYS, 'every'])}")
+        require(
+            name in WAYS, f"--ways {name}: no such way to choose; {nearest(name, [*WAYS, 'every'])}"
+        )
     return {name: WAYS[name] for name in names}
 
 
@@ -52,15 +57,25 @@ def changed(exp: Experiment, way: dict) -> Experiment:
     return dataclasses.replace(exp, cache=dataclasses.replace(cfg, **({"trained": held} | way)))
 
 
-def forced(model: Pipeline, ways: dict[str, dict], *, gaps: Sequence[int] = (8, 32, 64, 110), videos: int = 96,
-           seed: int = HELD_OUT, batch: int = 32, watch: Watch = iter) -> dict:  # fmt: skip
+def forced(
+    model: Pipeline,
+    ways: dict[str, dict],
+    *,
+    gaps: Sequence[int] = (8, 32, 64, 110),
+    videos: int = 96,
+    seed: int = HELD_OUT,
+    batch: int = 32,
+    watch: Watch = iter,
+) -> dict:
     """For each gap and way: is the called guest's block among the chosen ones, and is its mark back?
 
     The history is committed behind the newest blocks, so that no way has a hand in it.
     """
     stage_figures.require_stage(model.experiment)
-    require(0 < len(set(gaps)) == len(gaps) <= CALLED and min(gaps) > 1,
-            f"gaps={tuple(gaps)} must be one to {CALLED} different numbers above 1.")  # fmt: skip
+    require(
+        0 < len(set(gaps)) == len(gaps) <= CALLED and min(gaps) > 1,
+        f"gaps={tuple(gaps)} must be one to {CALLED} different numbers above 1.",
+    )
     told = [forced_story(np.random.default_rng((seed, i)), gaps) for i in range(videos)]
     found = {(gap, way): [] for gap in gaps for way in ways}
     for part in watch(stage_figures.chunks(videos, batch)):
@@ -71,10 +86,16 @@ def forced(model: Pipeline, ways: dict[str, dict], *, gaps: Sequence[int] = (8, 
             found[gap, way].append(answers(model, ways[way], memory, stories, identity, gap))
     last = len(told[0].guests) - 1
     held = int(np.count_nonzero(cache.plan(model.experiment.cache, jnp.int32(last)).ids >= 0))
-    sections = {f"gap of {gap} blocks, {held} in the archive":
-                {f"{way}: {what}": row for way in ways
-                 for what, row in figures(changed(model.experiment, ways[way]), held, found[gap, way]).items()}
-                for gap in gaps}  # fmt: skip
+    sections = {
+        f"gap of {gap} blocks, {held} in the archive": {
+            f"{way}: {what}": row
+            for way in ways
+            for what, row in figures(
+                changed(model.experiment, ways[way]), held, found[gap, way]
+            ).items()
+        }
+        for gap in gaps
+    }
     return {"mode": "forced", "videos": videos, "seed": seed, "sections": sections}
 
 
@@ -89,31 +110,53 @@ def forced_story(rng: np.random.Generator, gaps: Sequence[int]) -> world.Story:
     shown[:OPENING] = -1
     for guest, gap in zip(order, gaps):
         shown[blocks - 1 - gap] = guest
-    return world.draw_story(rng, blocks, guests=shown, scenes=np.full(blocks, rng.integers(len(world.SCENES))))
+    return world.draw_story(
+        rng, blocks, guests=shown, scenes=np.full(blocks, rng.integers(len(world.SCENES)))
+    )
 
 
-def history(model: Pipeline, told: Sequence[world.Story], identity: tuple[Array, Array]) -> cache.Memory:
+def history(
+    model: Pipeline, told: Sequence[world.Story], identity: tuple[Array, Array]
+) -> cache.Memory:
     """The memory before the last block, filled with the stories' own frames."""
     exp = changed(model.experiment, WAYS["recency"])
-    exp = dataclasses.replace(exp, sample=dataclasses.replace(exp.sample, steps=exp.sample.steps[:1]))
-    prompts = [[captions.caption(story, block) for block in range(len(story.guests) - 1)] for story in told]
+    exp = dataclasses.replace(
+        exp, sample=dataclasses.replace(exp.sample, steps=exp.sample.steps[:1])
+    )
+    prompts = [
+        [captions.caption(story, block) for block in range(len(story.guests) - 1)] for story in told
+    ]
     words, which = stage_figures.spoken(model, prompts)
     truth = np.stack([world.render(story) for story in told])
     memory, views = cache.init(exp, len(told)), view.scratch(exp, len(told))
     for block, sentences in enumerate(which.T):
         true = truth[:, block * world.BLOCK : (block + 1) * world.BLOCK]
         said = jax.tree.map(lambda leaf, who=sentences: leaf[who], words)
-        memory, views, *_ = stage_figures.one_block(model.nets, model.pixels, exp, memory, views, said, *identity, true)
+        memory, views, *_ = stage_figures.one_block(
+            model.nets, model.pixels, exp, memory, views, said, *identity, true
+        )
     return memory
 
 
-def answers(model: Pipeline, way: dict, memory: cache.Memory, told: Sequence[world.Story],
-            identity: tuple[Array, Array], gap: int) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+def answers(
+    model: Pipeline,
+    way: dict,
+    memory: cache.Memory,
+    told: Sequence[world.Story],
+    identity: tuple[Array, Array],
+    gap: int,
+) -> tuple[np.ndarray, np.ndarray]:
     """(whether its block was looked up [layer, video], whether the called guest wears its mark [video])."""
     exp, last = changed(model.experiment, way), len(told[0].guests) - 1
     called = [int(story.guests[last - gap]) for story in told]
-    asked = [[captions.caption(dataclasses.replace(story, guests=np.full_like(story.guests, guest)), last)]
-             for story, guest in zip(told, called, strict=True)]  # fmt: skip
+    asked = [
+        [
+            captions.caption(
+                dataclasses.replace(story, guests=np.full_like(story.guests, guest)), last
+            )
+        ]
+        for story, guest in zip(told, called, strict=True)
+    ]
     words, which = stage_figures.spoken(model, asked)
     said = jax.tree.map(lambda leaf: leaf[which[:, 0]], words)
     frames, ids = _last_block(model.nets, model.pixels, exp, memory, said, *identity)
@@ -121,23 +164,42 @@ def answers(model: Pipeline, way: dict, memory: cache.Memory, told: Sequence[wor
     for video, guest in zip(np.asarray(frames), called, strict=True):
         reading = oracle.read(video)
         marks.append(metrics.majority(np.where(reading.guest == guest, reading.guest_mark, -1)))
-    right = [mark == story.guest_marks[guest] for mark, story, guest in zip(marks, told, called, strict=True)]
+    right = [
+        mark == story.guest_marks[guest]
+        for mark, story, guest in zip(marks, told, called, strict=True)
+    ]
     return (np.asarray(ids) == last - gap).any(axis=-1), np.asarray(right)
 
 
 @functools.partial(jax.jit, static_argnames="exp")
-def _last_block(nets: block_step.Nets, pixels: codec.Codec, exp: Experiment, memory: cache.Memory, words: list[KV],
-                seeds: Int[Array, " b"], videos: Int[Array, " b"]) -> tuple[Video, Array]:  # fmt: skip
+def _last_block(
+    nets: block_step.Nets,
+    pixels: codec.Codec,
+    exp: Experiment,
+    memory: cache.Memory,
+    words: list[KV],
+    seeds: Int[Array, " b"],
+    videos: Int[Array, " b"],
+) -> tuple[Video, Array]:
     """Frames of the next block and the packed blocks each layer chose; the memory is only read."""
     chance = stage_figures.chances(exp, seeds, videos, memory.num_blocks)
     drawn = block_step.draw(nets, exp, memory, chance=chance, text=words)
     return codec.decode(pixels, drawn.latent), jnp.stack([one.ids for one in drawn.looked])
 
 
-def figures(exp: Experiment, held: int, found: Sequence[tuple[Bool[np.ndarray, "layer video"], Float[np.ndarray, "v"]]],
-            ) -> dict[str, Row]:  # fmt: skip
+def figures(
+    exp: Experiment,
+    held: int,
+    found: Sequence[tuple[Bool[np.ndarray, "layer video"], Float[np.ndarray, "v"]]],
+) -> dict[str, Row]:
     """Shares of videos, beside what a blind choice among `held` blocks and a blind mark would reach."""
     looked, right = (np.concatenate(parts, axis=-1) for parts in zip(*found, strict=True))
     level = min(1.0, exp.cache.attended / held)
-    rows = {"block found, last layer": (level, looked[-1]), "mark recalled": (1 / world.MARKS, right)}
-    return {name: stage_figures.share(chance, int(hit.sum()), hit.size) for name, (chance, hit) in rows.items()}
+    rows = {
+        "block found, last layer": (level, looked[-1]),
+        "mark recalled": (1 / world.MARKS, right),
+    }
+    return {
+        name: stage_figures.share(chance, int(hit.sum()), hit.size)
+        for name, (chance, hit) in rows.items()
+    }

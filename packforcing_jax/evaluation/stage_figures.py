@@ -59,60 +59,104 @@ def of_checkpoint(exp: Experiment, checkpoint: Path) -> Pipeline:
 def with_cache(model: Pipeline, **changes) -> Pipeline:
     """The same model with fields of its memory changed."""
     exp = model.experiment
-    return dataclasses.replace(model, experiment=dataclasses.replace(
-        exp, cache=dataclasses.replace(exp.cache, **changes)))  # fmt: skip
+    return dataclasses.replace(
+        model, experiment=dataclasses.replace(exp, cache=dataclasses.replace(exp.cache, **changes))
+    )
 
 
 def require_stage(exp: Experiment) -> None:
     """Raises `InputError` unless the oracle can read the videos of `exp`."""
-    require(captions.tells(exp), f"experiment {exp.name!r} draws no stage videos, which the oracle reads; "
-            "evaluate a stage model.")  # fmt: skip
+    require(
+        captions.tells(exp),
+        f"experiment {exp.name!r} draws no stage videos, which the oracle reads; "
+        "evaluate a stage model.",
+    )
 
 
 # The player
 
 
 @functools.partial(jax.jit, static_argnames="exp", donate_argnames=("memory", "views"))
-def one_block(nets: block_step.Nets, pixels: codec.Codec, exp: Experiment, memory: cache.Memory, views: list[KV],
-              words: list[KV], seeds: Int[Array, " b"], videos: Int[Array, " b"],
-              truth: Video | None) -> tuple[cache.Memory, list[KV], Video, Array]:  # fmt: skip
+def one_block(
+    nets: block_step.Nets,
+    pixels: codec.Codec,
+    exp: Experiment,
+    memory: cache.Memory,
+    views: list[KV],
+    words: list[KV],
+    seeds: Int[Array, " b"],
+    videos: Int[Array, " b"],
+    truth: Video | None,
+) -> tuple[cache.Memory, list[KV], Video, Array]:
     """The next block of each (seed, video): the memory after it, scratch, its frames, and the packed blocks it chose.
 
     With `truth`, frames in [-1, 1], that is what is remembered instead.
     """
-    drawn = block_step.draw(nets, exp, memory, chance=chances(exp, seeds, videos, memory.num_blocks), text=words,
-                         views=views)  # fmt: skip
+    drawn = block_step.draw(
+        nets,
+        exp,
+        memory,
+        chance=chances(exp, seeds, videos, memory.num_blocks),
+        text=words,
+        views=views,
+    )
     frames = codec.decode(pixels, drawn.latent)
     latent = drawn.latent if truth is None else codec.encode(pixels, truth)
-    low = codec.low_resolution(pixels, frames if truth is None else truth, latents=exp.packed_grid[0],
-                               pool=exp.compressor.pool)  # fmt: skip
-    memory, _, views = block_step.remember(nets, exp, memory, latent=latent, low=low, drawn=drawn, text=words)
+    low = codec.low_resolution(
+        pixels,
+        frames if truth is None else truth,
+        latents=exp.packed_grid[0],
+        pool=exp.compressor.pool,
+    )
+    memory, _, views = block_step.remember(
+        nets, exp, memory, latent=latent, low=low, drawn=drawn, text=words
+    )
     return memory, views, frames, jnp.stack([one.ids for one in drawn.looked])
 
 
-def chances(exp: Experiment, seeds: Int[Array, " b"], videos: Int[Array, " b"], block: Array) -> block_step.Chance:
+def chances(
+    exp: Experiment, seeds: Int[Array, " b"], videos: Int[Array, " b"], block: Array
+) -> block_step.Chance:
     """What is random about the next block of each (seed, video)."""
-    one = jax.vmap(lambda seed, video: block_step.chances(exp, seed, video[None], block))(seeds, videos)
-    return block_step.Chance(noise=one.noise[:, 0], renoise=jnp.moveaxis(one.renoise[:, :, 0], 0, 1),
-                          lots=jnp.moveaxis(one.lots[:, :, 0], 0, 1))  # fmt: skip
+    one = jax.vmap(lambda seed, video: block_step.chances(exp, seed, video[None], block))(
+        seeds, videos
+    )
+    return block_step.Chance(
+        noise=one.noise[:, 0],
+        renoise=jnp.moveaxis(one.renoise[:, :, 0], 0, 1),
+        lots=jnp.moveaxis(one.lots[:, :, 0], 0, 1),
+    )
 
 
-def spoken(model: Pipeline, prompts: Sequence[Sequence[str]]) -> tuple[list[KV], Int[np.ndarray, "video block"]]:
+def spoken(
+    model: Pipeline, prompts: Sequence[Sequence[str]]
+) -> tuple[list[KV], Int[np.ndarray, "video block"]]:
     """Text keys and values per layer, [sentence, words, n, h], of the different sentences, and which one is whose."""
     different, which = np.unique(np.array(prompts), return_inverse=True)
-    padded = [*different, *[different[0]] * (-len(different) % SENTENCES)]  # few widths to compile for
+    padded = [
+        *different,
+        *[different[0]] * (-len(different) % SENTENCES),
+    ]  # few widths to compile for
     return model.words(padded), which.reshape(np.shape(prompts))
 
 
-def play(model: Pipeline, prompts: Sequence[Sequence[str]], *, seeds: Sequence[int], videos: Sequence[int],
-         truth: Float[np.ndarray, "video frames 32 32 3"] | None = None,
-         first: int = 0) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+def play(
+    model: Pipeline,
+    prompts: Sequence[Sequence[str]],
+    *,
+    seeds: Sequence[int],
+    videos: Sequence[int],
+    truth: Float[np.ndarray, "video frames 32 32 3"] | None = None,
+    first: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
     """Frames [video, t, 32, 32, 3] and chosen blocks [block, layer, video, top], from block `first` on.
 
     With `truth` every block lies behind the true ones; one before `first` only looks back, which takes one step.
     """
     exp = model.experiment
-    glance = dataclasses.replace(exp, sample=dataclasses.replace(exp.sample, steps=exp.sample.steps[:1]))
+    glance = dataclasses.replace(
+        exp, sample=dataclasses.replace(exp.sample, steps=exp.sample.steps[:1])
+    )
     words, which = spoken(model, prompts)
     memory, views = cache.init(exp, len(prompts)), view.scratch(exp, len(prompts))
     identity = jnp.asarray(seeds, jnp.uint32), jnp.asarray(videos, jnp.uint32)
@@ -121,19 +165,30 @@ def play(model: Pipeline, prompts: Sequence[Sequence[str]], *, seeds: Sequence[i
         true = None if truth is None else truth[:, block * world.BLOCK : (block + 1) * world.BLOCK]
         said = jax.tree.map(lambda leaf, who=sentences: leaf[who], words)
         how = exp if block >= first else glance
-        memory, views, shown, ids = one_block(model.nets, model.pixels, how, memory, views, said, *identity, true)
+        memory, views, shown, ids = one_block(
+            model.nets, model.pixels, how, memory, views, said, *identity, true
+        )
         if block >= first:
             frames.append(np.asarray(shown))
             chosen.append(np.asarray(ids))
     return np.concatenate(frames, axis=1), np.stack(chosen)
 
 
-def behind_truth(model: Pipeline, told: Sequence[world.Story], *, seed: int, start: int,
-                 first: int = 0) -> tuple[list[oracle.Reading], np.ndarray]:  # fmt: skip
+def behind_truth(
+    model: Pipeline, told: Sequence[world.Story], *, seed: int, start: int, first: int = 0
+) -> tuple[list[oracle.Reading], np.ndarray]:
     """Readings of the blocks drawn behind the stories' own frames, and what they chose; ids count from `start`."""
-    prompts = [[captions.caption(story, block) for block in range(len(story.guests))] for story in told]
-    frames, chosen = play(model, prompts, seeds=[seed] * len(told), videos=range(start, start + len(told)),
-                          truth=np.stack([world.render(story) for story in told]), first=first)  # fmt: skip
+    prompts = [
+        [captions.caption(story, block) for block in range(len(story.guests))] for story in told
+    ]
+    frames, chosen = play(
+        model,
+        prompts,
+        seeds=[seed] * len(told),
+        videos=range(start, start + len(told)),
+        truth=np.stack([world.render(story) for story in told]),
+        first=first,
+    )
     return [oracle.read(video) for video in frames], chosen
 
 
@@ -149,19 +204,27 @@ def true_reading(story: world.Story) -> oracle.Reading:
     frames = len(story.columns)
     block = np.arange(frames) // world.BLOCK
     guest, scene = story.guests[block], story.scenes[block]
-    constant = {name: np.full(frames, getattr(story, name))
-                for name in ("colour", "shape", "mark", "hue", "backdrop", "gain")}  # fmt: skip
+    constant = {
+        name: np.full(frames, getattr(story, name))
+        for name in ("colour", "shape", "mark", "hue", "backdrop", "gain")
+    }
     return oracle.Reading(
-        **constant, column=story.columns, scene=scene, poster=story.posters[scene], guest=guest,
-        guest_mark=np.where(guest < 0, -1, story.guest_marks[guest]), residual=np.zeros(frames),
-    )  # fmt: skip
+        **constant,
+        column=story.columns,
+        scene=scene,
+        poster=story.posters[scene],
+        guest=guest,
+        guest_mark=np.where(guest < 0, -1, story.guest_marks[guest]),
+        residual=np.zeros(frames),
+    )
 
 
 # Teacher-forced figures
 
 
-def teacher_forced(model: Pipeline, *, clips: int = 48, seed: int = HELD_OUT, batch: int = 24,
-                   watch: Watch = iter) -> dict:  # fmt: skip
+def teacher_forced(
+    model: Pipeline, *, clips: int = 48, seed: int = HELD_OUT, batch: int = 24, watch: Watch = iter
+) -> dict:
     """Each block of held-out clips sampled behind the true blocks before it, with the model's own sink and with none.
 
     Without a sink three packed blocks compete, so that a guest has to be found by what it looks like.
@@ -173,33 +236,47 @@ def teacher_forced(model: Pipeline, *, clips: int = 48, seed: int = HELD_OUT, ba
         changed = with_cache(model, sink=sink)
         readings = []
         for part in watch(chunks(clips, batch)):
-            readings += behind_truth(changed, [told[i] for i in part], seed=seed, start=part.start)[0]
+            readings += behind_truth(changed, [told[i] for i in part], seed=seed, start=part.start)[
+                0
+            ]
         sections[f"sink of {sink} frames"] = teacher_figures(changed.experiment, readings, told)
     return {"mode": "teacher", "videos": clips, "seed": seed, "sections": sections}
 
 
-def teacher_figures(exp: Experiment, readings: Sequence[oracle.Reading], told: Sequence[world.Story]) -> dict[str, Row]:
+def teacher_figures(
+    exp: Experiment, readings: Sequence[oracle.Reading], told: Sequence[world.Story]
+) -> dict[str, Row]:
     """Shares of frames that are right, by attribute, in every block but the first; intervals count clips."""
     truth = [true_reading(story) for story in told]
     seen, true = _by_block(readings), _by_block(truth)
     right = {name: seen[name] == true[name] for name in true}
-    guests, scenes = (np.stack([getattr(story, name) for story in told]) for name in ("guests", "scenes"))
+    guests, scenes = (
+        np.stack([getattr(story, name) for story in told]) for name in ("guests", "scenes")
+    )
     later = np.broadcast_to(np.arange(guests.shape[1]) > 0, guests.shape)
     known = np.stack([data.seen_before(story.scenes) for story in told])
     chance = {name: 1 / metrics.CHOICES[name] for name in ("colour", "shape", "backdrop", "scene")}
     rows = {"valid frames": _row(0.0, seen["residual"] < oracle.TAU, later)}
     rows |= {name: _row(level, right[name], later) for name, level in chance.items()}
     rows["guest there or not"] = _row(1 / 2, (seen["guest"] >= 0) == (true["guest"] >= 0), later)
-    rows["guest identity"] = _row(1 / metrics.CHOICES["guest"], right["guest"], later & (guests >= 0))
+    rows["guest identity"] = _row(
+        1 / metrics.CHOICES["guest"], right["guest"], later & (guests >= 0)
+    )
     rows["position"] = _row(1 / world.LANES, right["column"], later)
     rows["subject's mark"] = _row(1 / world.MARKS, right["mark"], later)
-    rows["poster, scene seen before"] = _row(1 / world.MARKS, right["poster"] & right["scene"], known)
+    rows["poster, scene seen before"] = _row(
+        1 / world.MARKS, right["poster"] & right["scene"], known
+    )
     for name in ("hue", "gain"):
-        rows[f"{name} RMS error"] = _rms(metrics.CHANCE[f"{name} drift"], (seen[name] - true[name])[:, 1:])
+        rows[f"{name} RMS error"] = _rms(
+            metrics.CHANCE[f"{name} drift"], (seen[name] - true[name])[:, 1:]
+        )
     return rows | _called_back(exp, guests, right["guest"] & right["guest_mark"])
 
 
-def _called_back(exp: Experiment, guests: Int[np.ndarray, "clip block"], right: Bool[np.ndarray, "clip block t"]):
+def _called_back(
+    exp: Experiment, guests: Int[np.ndarray, "clip block"], right: Bool[np.ndarray, "clip block t"]
+):
     """Rows for the guest of the last block: where only packed blocks show it, and by the block of its last visit."""
     last, chance = guests.shape[1] - 1, 1 / world.MARKS
     visits = (guests[:, :last] == guests[:, last:]) & (guests[:, last:] >= 0)
@@ -219,10 +296,15 @@ def _called_back(exp: Experiment, guests: Int[np.ndarray, "clip block"], right: 
 def _by_block(readings: Sequence[oracle.Reading]) -> dict[str, np.ndarray]:
     """Every field of the readings as [clip, block, t]."""
     names = [field.name for field in dataclasses.fields(oracle.Reading)]
-    return {name: np.stack([getattr(reading, name).reshape(-1, world.BLOCK) for reading in readings]) for name in names}
+    return {
+        name: np.stack([getattr(reading, name).reshape(-1, world.BLOCK) for reading in readings])
+        for name in names
+    }
 
 
-def _row(chance: float, right: Bool[np.ndarray, "clip block t"], where: Bool[np.ndarray, "clip block"]) -> Row:
+def _row(
+    chance: float, right: Bool[np.ndarray, "clip block t"], where: Bool[np.ndarray, "clip block"]
+) -> Row:
     """The share of frames right `where` it applies, averaged over clips; blocks of one clip are not independent."""
     of_clip = [float(right[i][where[i]].mean()) for i in range(len(right)) if where[i].any()]
     return share(chance, sum(of_clip), len(of_clip))
@@ -234,7 +316,11 @@ def share(chance: float, right: float, n: int) -> Row:
 
 def _rms(chance: float, error: Float[np.ndarray, "clip block t"]) -> Row:
     squares = metrics.bootstrap(np.square(error).mean(axis=(1, 2)).tolist())
-    return {"chance": chance, "value": _plain([math.sqrt(square) for square in squares]), "n": len(error)}
+    return {
+        "chance": chance,
+        "value": _plain([math.sqrt(square) for square in squares]),
+        "n": len(error),
+    }
 
 
 def _plain(values: Sequence[float]) -> list[float | None]:
@@ -244,8 +330,15 @@ def _plain(values: Sequence[float]) -> list[float | None]:
 # Long videos
 
 
-def rollout(model: Pipeline, *, videos: int = 64, blocks: int = 120, seed: int = HELD_OUT, batch: int = 16,
-            watch: Watch = iter) -> dict:  # fmt: skip
+def rollout(
+    model: Pipeline,
+    *,
+    videos: int = 64,
+    blocks: int = 120,
+    seed: int = HELD_OUT,
+    batch: int = 16,
+    watch: Watch = iter,
+) -> dict:
     """`metrics.report` of free-running videos; video i is the one that `sample --seed SEED+i --blocks N` makes."""
     require_stage(model.experiment)
     readings, prompts = [], []
@@ -269,8 +362,10 @@ def table(result: dict) -> str:
     wide = 2 + max(len(name) for rows in result["sections"].values() for name in rows)
     for title, rows in result["sections"].items():
         lines += ["", f"{title:<{wide}}{'chance':>8}{'value':>24}{'n':>6}"]
-        lines += [f"{name:<{wide}}{row['chance']:>8.3f}{_spell(row['value']):>24}{row['n']:>6}"
-                  for name, row in rows.items()]  # fmt: skip
+        lines += [
+            f"{name:<{wide}}{row['chance']:>8.3f}{_spell(row['value']):>24}{row['n']:>6}"
+            for name, row in rows.items()
+        ]
     return "\n".join(lines)
 
 

@@ -13,14 +13,19 @@ def check_writable(path, what: str) -> None:
     path = Path(path)
     require(not path.is_dir(), f"{what} {path} is a folder; name a file inside it.")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
-    require(folder.is_dir(), f"{what} {path} lies below {folder}, which is a file; choose another folder.")
+    require(
+        folder.is_dir(),
+        f"{what} {path} lies below {folder}, which is a file; choose another folder.",
+    )
     try:
         if path.exists():
             path.open("ab").close()
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"{what} {path} is not writable ({error.strerror}); choose another folder.") from error
+        raise InputError(
+            f"{what} {path} is not writable ({error.strerror}); choose another folder."
+        ) from error
 
 
 class File:

@@ -29,8 +29,10 @@ def _is_key(leaf) -> bool:
 
 def _named(state) -> dict[str, Any]:
     """Every leaf of any pytree under its path."""
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(state)}  # fmt: skip
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
 
 
 def _plain(leaf):
@@ -57,8 +59,10 @@ def _restored(leaf, stored, kind: str | None):
 
 def _described(state) -> dict[str, str]:
     """What identifies each leaf: its dtype and shape, as text."""
-    return {name: f"{np.result_type(leaf) if not hasattr(leaf, 'dtype') else leaf.dtype}{list(np.shape(leaf))}"
-            for name, leaf in _named(state).items()}  # fmt: skip
+    return {
+        name: f"{np.result_type(leaf) if not hasattr(leaf, 'dtype') else leaf.dtype}{list(np.shape(leaf))}"
+        for name, leaf in _named(state).items()
+    }
 
 
 # The position of the data, which every process has its own of
@@ -66,7 +70,11 @@ def _described(state) -> dict[str, str]:
 
 def _everyones(position: bytes | dict | None) -> list[str]:
     """The positions of all processes as JSON text, in their order."""
-    table = {"base64": base64.b64encode(position).decode()} if isinstance(position, bytes) else {"json": position}
+    table = (
+        {"base64": base64.b64encode(position).decode()}
+        if isinstance(position, bytes)
+        else {"json": position}
+    )
     text = json.dumps(table).encode()
     if jax.process_count() == 1:
         return [text.decode()]
@@ -78,8 +86,11 @@ def _everyones(position: bytes | dict | None) -> list[str]:
 def _own(positions: Sequence[str], place: str) -> bytes | dict | None:
     """The position of this process; with another number of processes than saved it, all must have been at one place."""
     same, now = len(set(positions)) == 1, jax.process_count()
-    require(same or len(positions) == now, f"{place} was saved by {len(positions)} processes that stood at different "
-            f"places in their data; resume with {len(positions)} processes instead of {now}.")  # fmt: skip
+    require(
+        same or len(positions) == now,
+        f"{place} was saved by {len(positions)} processes that stood at different "
+        f"places in their data; resume with {len(positions)} processes instead of {now}.",
+    )
     table = json.loads(positions[0 if same else jax.process_index()])
     return base64.b64decode(table["base64"]) if "base64" in table else table["json"]
 
@@ -95,11 +106,16 @@ def settings(value: Any, name: str = "") -> dict[str, str]:
     return {path: text for table in inner for path, text in table.items()}
 
 
-def differences(saved: Mapping[str, str], wanted: Mapping[str, str], free: Sequence[str] = ()) -> list[str]:
+def differences(
+    saved: Mapping[str, str], wanted: Mapping[str, str], free: Sequence[str] = ()
+) -> list[str]:
     """Sentences about the entries that differ, but for those in or below the names in `free`."""
-    return [f"{name}: {saved.get(name, 'absent')} saved, {wanted.get(name, 'absent')} wanted"
-            for name in sorted({**saved, **wanted}) if saved.get(name) != wanted.get(name)
-            and not any(f"{name}.".startswith(f"{each}.") for each in free)]  # fmt: skip
+    return [
+        f"{name}: {saved.get(name, 'absent')} saved, {wanted.get(name, 'absent')} wanted"
+        for name in sorted({**saved, **wanted})
+        if saved.get(name) != wanted.get(name)
+        and not any(f"{name}.".startswith(f"{each}.") for each in free)
+    ]
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
@@ -118,7 +134,14 @@ class Checkpoints:
     differences in the settings named in `free`.
     """
 
-    def __init__(self, folder, keep: int = 2, *, about: Mapping[str, Any] | None = None, free: Sequence[str] = ()):
+    def __init__(
+        self,
+        folder,
+        keep: int = 2,
+        *,
+        about: Mapping[str, Any] | None = None,
+        free: Sequence[str] = (),
+    ):
         import orbax.checkpoint as orbax  # slow to import, and only training needs it
 
         logging.getLogger("absl").addFilter(_not_orbax)
@@ -135,19 +158,28 @@ class Checkpoints:
             ) from error
 
     def _opened(self):
-        options = self._orbax.CheckpointManagerOptions(max_to_keep=self.keep, enable_async_checkpointing=True,
-                                                       cleanup_tmp_directories=True)  # fmt: skip
+        options = self._orbax.CheckpointManagerOptions(
+            max_to_keep=self.keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
         return self._orbax.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, state, data_state: bytes | dict | None = None) -> None:
         """Begins to store `state` and the position of the data; `state` may be used up when this returns."""
         self.wait()
         named = _named(state)
-        keys = {name: str(jax.random.key_impl(leaf)) for name, leaf in named.items() if _is_key(leaf)}
-        notes = {"leaves": _described(state), "keys": keys, "data": _everyones(data_state), "about": self.about}
+        keys = {
+            name: str(jax.random.key_impl(leaf)) for name, leaf in named.items() if _is_key(leaf)
+        }
+        notes = {
+            "leaves": _described(state),
+            "keys": keys,
+            "data": _everyones(data_state),
+            "about": self.about,
+        }
         arrays = {name: _plain(leaf) for name, leaf in named.items()}
-        arguments = self._orbax.args.Composite(state=self._orbax.args.StandardSave(arrays),
-                                               notes=self._orbax.args.JsonSave(notes))  # fmt: skip
+        arguments = self._orbax.args.Composite(
+            state=self._orbax.args.StandardSave(arrays), notes=self._orbax.args.JsonSave(notes)
+        )
         self._saving = step
         try:
             self._manager.save(step, args=arguments, force=True)
@@ -164,8 +196,10 @@ class Checkpoints:
     def _failed(self, error: Exception) -> MachineError:
         """The sentence about the save that failed; its leftovers are cleared and the next one may be tried."""
         self._manager = self._opened()
-        return MachineError(f"Saving step {self._saving} below {self.folder} failed ({brief(error)}); "
-                            "earlier steps are kept.")  # fmt: skip
+        return MachineError(
+            f"Saving step {self._saving} below {self.folder} failed ({brief(error)}); "
+            "earlier steps are kept."
+        )
 
     def latest(self) -> int | None:
         """The newest complete step."""
@@ -177,17 +211,26 @@ class Checkpoints:
         newest = self.latest()
         step = newest if step is None else step
         if step is None:
-            raise InputError(f"Checkpoint folder {self.folder} holds no complete step; start training anew.")
+            raise InputError(
+                f"Checkpoint folder {self.folder} holds no complete step; start training anew."
+            )
         place = f"Checkpoint {self.folder / str(step)}"
         notes = self._notes(step, place)
         wrong = differences(notes["leaves"], _described(abstract_state))
-        require(not wrong, f"{place} does not fit this training ({len(wrong)} leaves: {_few(wrong)}); "
-                "resume with the config it was saved with.")  # fmt: skip
+        require(
+            not wrong,
+            f"{place} does not fit this training ({len(wrong)} leaves: {_few(wrong)}); "
+            "resume with the config it was saved with.",
+        )
         named = _named(abstract_state)
         wanted = {name: _wanted(leaf) for name, leaf in named.items()}
         stored = self._read(step, place, state=self._orbax.args.StandardRestore(wanted))["state"]
-        leaves = [_restored(leaf, stored[name], notes["keys"].get(name)) for name, leaf in named.items()]
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), _own(notes["data"], place)
+        leaves = [
+            _restored(leaf, stored[name], notes["keys"].get(name)) for name, leaf in named.items()
+        ]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), _own(
+            notes["data"], place
+        )
 
     def check(self) -> None:
         """Raises `InputError` if the newest step, where there is one, belongs to another training."""
@@ -198,9 +241,16 @@ class Checkpoints:
     def _notes(self, step: int, place: str) -> dict[str, Any]:
         """What was noted of a step of this training."""
         notes = self._read(step, place, notes=self._orbax.args.JsonRestore())["notes"]
-        wrong = differences(settings(notes.get("about", {})), settings(self.about), self.free) if self.about else []
-        require(not wrong, f"{place} belongs to another training ({_few(wrong)}); "
-                "resume with the settings it was saved with or choose another folder.")  # fmt: skip
+        wrong = (
+            differences(settings(notes.get("about", {})), settings(self.about), self.free)
+            if self.about
+            else []
+        )
+        require(
+            not wrong,
+            f"{place} belongs to another training ({_few(wrong)}); "
+            "resume with the settings it was saved with or choose another folder.",
+        )
         return notes
 
     def _read(self, step: int, place: str, **items):

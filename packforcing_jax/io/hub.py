@@ -23,7 +23,9 @@ TRIES = 5  # attempts in a row that bring nothing
 PAUSE = 2.0  # seconds between attempts
 AGENT = f"packforcing-jax/{packforcing_jax.__version__}"
 
-Watch: TypeAlias = Callable[[Iterable[bytes], str, int], Iterable[bytes]]  # (pieces, what they are, bytes) -> pieces
+Watch: TypeAlias = Callable[
+    [Iterable[bytes], str, int], Iterable[bytes]
+]  # (pieces, what they are, bytes) -> pieces
 
 
 # Where the weights lie
@@ -71,33 +73,74 @@ def _dit(*names: str, size: float | None = None) -> tuple[Files, ...]:
 
 SOURCES = {
     "wan2.1-t2v-1.3b": Source(
-        "Wan-AI/Wan2.1-T2V-1.3B", "Wan2.1 1.3B as published: all parts, bidirectional", "apache-2.0",
-        (*_dit("config.json", "diffusion_pytorch_model.safetensors", size=5.68e9), WAN_CODEC, WAN_TEXT), WHOLE),
-    "wan2.1-t2v-1.3b-diffusers": Source(
-        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "the same weights in the layout of diffusers, text encoder in float32",
+        "Wan-AI/Wan2.1-T2V-1.3B",
+        "Wan2.1 1.3B as published: all parts, bidirectional",
         "apache-2.0",
-        (*_dit("transformer/*.json", "transformer/*.safetensors", size=5.68e9),
-         Files("codec", ("vae/*.json", "vae/*.safetensors"), 0.508e9),
-         Files("text", ("text_encoder/*.json", "text_encoder/*.safetensors", "tokenizer/*"), 22.73e9)), WHOLE),
+        (
+            *_dit("config.json", "diffusion_pytorch_model.safetensors", size=5.68e9),
+            WAN_CODEC,
+            WAN_TEXT,
+        ),
+        WHOLE,
+    ),
+    "wan2.1-t2v-1.3b-diffusers": Source(
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        "the same weights in the layout of diffusers, text encoder in float32",
+        "apache-2.0",
+        (
+            *_dit("transformer/*.json", "transformer/*.safetensors", size=5.68e9),
+            Files("codec", ("vae/*.json", "vae/*.safetensors"), 0.508e9),
+            Files(
+                "text",
+                ("text_encoder/*.json", "text_encoder/*.safetensors", "tokenizer/*"),
+                22.73e9,
+            ),
+        ),
+        WHOLE,
+    ),
     "wan2.1-t2v-14b": Source(
-        "Wan-AI/Wan2.1-T2V-14B", "Wan2.1 14B as published: all parts, bidirectional", "apache-2.0",
-        (*_dit("config.json", "diffusion_pytorch_model*", size=57.15e9), WAN_CODEC, WAN_TEXT), WHOLE),
+        "Wan-AI/Wan2.1-T2V-14B",
+        "Wan2.1 14B as published: all parts, bidirectional",
+        "apache-2.0",
+        (*_dit("config.json", "diffusion_pytorch_model*", size=57.15e9), WAN_CODEC, WAN_TEXT),
+        WHOLE,
+    ),
     "self-forcing": Source(
-        "gdhe17/Self-Forcing", "causal 1.3B in four steps (DMD); a transformer for Wan2.1's other parts",
-        "cc-by-nc-sa-4.0", _dit("checkpoints/self_forcing_dmd.pt", size=5.68e9), ALONE),
+        "gdhe17/Self-Forcing",
+        "causal 1.3B in four steps (DMD); a transformer for Wan2.1's other parts",
+        "cc-by-nc-sa-4.0",
+        _dit("checkpoints/self_forcing_dmd.pt", size=5.68e9),
+        ALONE,
+    ),
     "causal-forcing": Source(
-        "zhuhz22/Causal-Forcing", "causal 1.3B in four steps, drawn in chunks; a transformer for Wan2.1's other parts",
-        "apache-2.0", _dit("chunkwise/causal_forcing.pt"), ALONE),
+        "zhuhz22/Causal-Forcing",
+        "causal 1.3B in four steps, drawn in chunks; a transformer for Wan2.1's other parts",
+        "apache-2.0",
+        _dit("chunkwise/causal_forcing.pt"),
+        ALONE,
+    ),
     "longlive": Source(
-        "Efficient-Large-Model/LongLive-1.3B", "causal 1.3B for long videos, with its LoRA; a transformer only",
-        None, _dit("models/longlive_base.pt", "models/lora.pt"), ALONE),
+        "Efficient-Large-Model/LongLive-1.3B",
+        "causal 1.3B for long videos, with its LoRA; a transformer only",
+        None,
+        _dit("models/longlive_base.pt", "models/lora.pt"),
+        ALONE,
+    ),
     "causvid": Source(
-        "tianweiy/CausVid", "causal 1.3B in three steps, the first of its kind; a transformer only",
-        "cc-by-nc-4.0", _dit("autoregressive_checkpoint/model.pt"), ALONE),
+        "tianweiy/CausVid",
+        "causal 1.3B in three steps, the first of its kind; a transformer only",
+        "cc-by-nc-4.0",
+        _dit("autoregressive_checkpoint/model.pt"),
+        ALONE,
+    ),
     "rolling-forcing": Source(
-        "TencentARC/RollingForcing", "causal 1.3B that denoises a rolling window; a transformer only",
-        "academic use only (licence of its code)", _dit("checkpoints/rolling_forcing_dmd.pt"), ALONE),
-}  # fmt: skip
+        "TencentARC/RollingForcing",
+        "causal 1.3B that denoises a rolling window; a transformer only",
+        "academic use only (licence of its code)",
+        _dit("checkpoints/rolling_forcing_dmd.pt"),
+        ALONE,
+    ),
+}
 
 
 def find(name: str) -> Source:
@@ -136,12 +179,20 @@ def listing(source: Source, parts: Sequence[str] = (), endpoint: str | None = No
     from huggingface_hub import HfApi
 
     for part in parts:
-        require(part in source.parts, f"{source.repository} has no part {part!r}; it has {', '.join(source.parts)}.")
+        require(
+            part in source.parts,
+            f"{source.repository} has no part {part!r}; it has {', '.join(source.parts)}.",
+        )
     api = HfApi(endpoint=endpoint, user_agent=AGENT)
     with failures(source.repository):
         info = _info(api, source.repository)
     wanted = [files for files in source.files if not parts or files.part in parts]
-    found = tuple(each for files in wanted for name in files.names for each in _matches(source, files.part, name, info))
+    found = tuple(
+        each
+        for files in wanted
+        for name in files.names
+        for each in _matches(source, files.part, name, info)
+    )
     declared = getattr(info.card_data, "license", None)
     return Listing(source.repository, str(info.sha), declared, found, api.endpoint)
 
@@ -150,8 +201,14 @@ def _info(api, repository: str):
     """The hub's record of a repository: commit, card, files with sizes and hashes."""
     try:
         return api.model_info(repository, files_metadata=True, timeout=PATIENCE)
-    except (json.JSONDecodeError, TypeError, KeyError) as error:  # an answer, but of another program
-        raise InputError(f"what answers for {repository} is not a hub; check HF_ENDPOINT.") from error
+    except (
+        json.JSONDecodeError,
+        TypeError,
+        KeyError,
+    ) as error:  # an answer, but of another program
+        raise InputError(
+            f"what answers for {repository} is not a hub; check HF_ENDPOINT."
+        ) from error
 
 
 def _matches(source: Source, part: str, name: str, info) -> list[Remote]:
@@ -160,11 +217,18 @@ def _matches(source: Source, part: str, name: str, info) -> list[Remote]:
     found = [each for each in info.siblings or () if pattern.fullmatch(each.rfilename)]
     near = difflib.get_close_matches(name, [each.rfilename for each in info.siblings or ()], n=1)
     hint = f"the nearest is {near[0]}" if near else "nothing there has such a name"
-    require(len(found) > 0, f"{source.repository} no longer holds {name}; {hint}; fetch it by hand.")
+    require(
+        len(found) > 0, f"{source.repository} no longer holds {name}; {hint}; fetch it by hand."
+    )
     for each in found:
         checkable = each.size is not None and bool(each.lfs or each.blob_id)
-        require(checkable, f"the hub records no size or hash of {each.rfilename}; point HF_ENDPOINT to one that does.")
-    return [Remote(x.rfilename, part, int(x.size), x.lfs and x.lfs.sha256, x.blob_id) for x in found]
+        require(
+            checkable,
+            f"the hub records no size or hash of {each.rfilename}; point HF_ENDPOINT to one that does.",
+        )
+    return [
+        Remote(x.rfilename, part, int(x.size), x.lfs and x.lfs.sha256, x.blob_id) for x in found
+    ]
 
 
 def terms(source: Source, declared: str | None) -> str:
@@ -191,13 +255,17 @@ def failures(repository: str) -> Iterator[None]:
     except errors.OfflineModeIsEnabled as error:
         raise InputError("HF_HUB_OFFLINE is set, so nothing can be fetched; unset it.") from error
     except errors.GatedRepoError as error:
-        raise InputError(f"{repository} is gated; accept its terms on its page, then run `hf auth login`.") from error
+        raise InputError(
+            f"{repository} is gated; accept its terms on its page, then run `hf auth login`."
+        ) from error
     except errors.HfHubHTTPError as error:
         raise _refusal(repository, error.response.status_code) from error
     except errors.HTTPError as error:  # pyright: ignore[reportPrivateImportUsage]  its HTTP client's, httpx or httpx2
         reason = f"{type(error).__name__}: {brief(error)}"
-        raise MachineError(f"no connection to the hub for {repository} ({reason}); check the network and HF_ENDPOINT. "
-                           "The same command goes on where it stopped.") from error  # fmt: skip
+        raise MachineError(
+            f"no connection to the hub for {repository} ({reason}); check the network and HF_ENDPOINT. "
+            "The same command goes on where it stopped."
+        ) from error
 
 
 REFUSALS = {
@@ -210,8 +278,10 @@ REFUSALS = {
 def _refusal(repository: str, status: int) -> InputError | MachineError:
     if status in REFUSALS:
         return InputError(f"{repository} {REFUSALS[status]}")
-    return MachineError(f"the hub answers {status} for {repository}; try again later. "
-                        "The same command goes on where it stopped.")  # fmt: skip
+    return MachineError(
+        f"the hub answers {status} for {repository}; try again later. "
+        "The same command goes on where it stopped."
+    )
 
 
 # Fetching
@@ -235,12 +305,18 @@ def unwatched(pieces: Iterable[bytes], what: str, size: int) -> Iterable[bytes]:
 
 def require_room(files: Iterable[Remote], folder: Path) -> None:
     """Raises `MachineError` unless what is missing of `files` fits on the disk of `folder`."""
-    missing = sum(file.size - _size(partial(folder, file)) for file in files if not (folder / file.name).exists())
+    missing = sum(
+        file.size - _size(partial(folder, file))
+        for file in files
+        if not (folder / file.name).exists()
+    )
     there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     free = shutil.disk_usage(there).free
     if missing > free:
-        raise MachineError(f"{folder} needs {missing:,} bytes and its disk has {free:,} free; free space, "
-                           "choose fewer with --part or another --out.")  # fmt: skip
+        raise MachineError(
+            f"{folder} needs {missing:,} bytes and its disk has {free:,} free; free space, "
+            "choose fewer with --part or another --out."
+        )
 
 
 def partial(folder: Path, file: Remote) -> Path:
@@ -248,13 +324,23 @@ def partial(folder: Path, file: Remote) -> Path:
     return folder / f"{file.name}.{(file.sha256 or file.git or '')[:12]}.part"
 
 
-def fetch(listed: Listing, file: Remote, folder: Path, *, watch: Watch = unwatched, tries: int = TRIES,
-          pause: float = PAUSE) -> Received:  # fmt: skip
+def fetch(
+    listed: Listing,
+    file: Remote,
+    folder: Path,
+    *,
+    watch: Watch = unwatched,
+    tries: int = TRIES,
+    pause: float = PAUSE,
+) -> Received:
     """The file in `folder`, whole and checked; what is already there is checked too, or continued if it is partial."""
     target, growing = folder / file.name, partial(folder, file)
     if target.exists():
         sha256, fault = _examined(target, file, watch)
-        require(fault is None, f"{target} {fault}, as {listed.repository} has it; remove it or choose another --out.")
+        require(
+            fault is None,
+            f"{target} {fault}, as {listed.repository} has it; remove it or choose another --out.",
+        )
         return Received(file.name, file.part, file.size, sha256, fetched=False)
     growing.parent.mkdir(parents=True, exist_ok=True)
     before = _size(growing)
@@ -262,8 +348,10 @@ def fetch(listed: Listing, file: Remote, folder: Path, *, watch: Watch = unwatch
     sha256, fault = _examined(growing, file, watch)
     if fault is not None:
         growing.unlink()
-        raise MachineError(f"{file.name} arrived damaged: it {fault}, as {listed.repository} has it. It was removed; "
-                           "run the same command again.")  # fmt: skip
+        raise MachineError(
+            f"{file.name} arrived damaged: it {fault}, as {listed.repository} has it. It was removed; "
+            "run the same command again."
+        )
     os.replace(growing, target)
     return Received(file.name, file.part, file.size, sha256, fetched=before < file.size)
 
@@ -272,11 +360,15 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _complete(listed: Listing, file: Remote, growing: Path, *, watch: Watch, tries: int, pause: float) -> None:
+def _complete(
+    listed: Listing, file: Remote, growing: Path, *, watch: Watch, tries: int, pause: float
+) -> None:
     """Returns when `growing` has all bytes; gives up after `tries` attempts in a row that brought none."""
     idle = 0
     while (before := _size(growing)) < file.size:
-        failure = MachineError(f"the hub sends only {before:,} of {file.size:,} bytes of {file.name}; try again later.")
+        failure = MachineError(
+            f"the hub sends only {before:,} of {file.size:,} bytes of {file.name}; try again later."
+        )
         try:
             with failures(listed.repository):
                 _continue(listed, file, growing, watch)
@@ -293,7 +385,9 @@ def _continue(listed: Listing, file: Remote, growing: Path, watch: Watch) -> Non
     """Appends to `growing` what one request brings; the library itself would begin anew (since its version 1.18)."""
     start = _size(growing)
     with _answer(listed, file, start) as response, growing.open("ab") as out:
-        start = start if response.status_code == 206 else 0  # a server that knows no ranges sends all of it
+        start = (
+            start if response.status_code == 206 else 0
+        )  # a server that knows no ranges sends all of it
         out.truncate(start)
         for piece in watch(response.iter_bytes(PIECE), file.name, file.size - start):
             out.write(piece)
@@ -321,7 +415,9 @@ def _examined(path: Path, file: Remote, watch: Watch) -> tuple[str, str | None]:
     """(SHA-256 of what is on the disk, what is wrong with it or None)."""
     sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
     with path.open("rb") as stream:
-        for piece in watch(iter(lambda: stream.read(PIECE), b""), f"checking {file.name}", _size(path)):
+        for piece in watch(
+            iter(lambda: stream.read(PIECE), b""), f"checking {file.name}", _size(path)
+        ):
             sha256.update(piece)
             if not file.sha256:
                 git.update(piece)
@@ -329,4 +425,7 @@ def _examined(path: Path, file: Remote, watch: Watch) -> tuple[str, str | None]:
     if _size(path) != file.size:
         return sha256.hexdigest(), f"has {_size(path):,} bytes, not {file.size:,}"
     wrong = got.hexdigest() != wanted
-    return sha256.hexdigest(), f"has {got.name.upper()} {got.hexdigest()}, not {wanted}" if wrong else None
+    return (
+        sha256.hexdigest(),
+        f"has {got.name.upper()} {got.hexdigest()}, not {wanted}" if wrong else None,
+    )

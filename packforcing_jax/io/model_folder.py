@@ -26,7 +26,10 @@ from packforcing_jax.io.safetensors_io import Tensor
 CONFIG, TOKENIZER, CARD, MANIFEST = "config.json", "tokenizer.json", "README.md", "manifest.json"
 FORMAT = "packforcing-jax 2"
 PARTS = ("dit", "compressor", "codec", "text")
-KINDS = {"vae": config.VAEConfig, "space_to_depth": config.SpaceToDepthConfig}  # members of the codec union
+KINDS = {
+    "vae": config.VAEConfig,
+    "space_to_depth": config.SpaceToDepthConfig,
+}  # members of the codec union
 LAYER = re.compile(r"(.+?)/(\d+)/(.+)")  # a path inside one of the layers that files stack
 Module = TypeVar("Module")
 
@@ -43,7 +46,9 @@ def _encoded(value):
     if not dataclasses.is_dataclass(value):
         return value
     tags = [{"kind": kind} for kind, member in KINDS.items() if type(value) is member]
-    return (tags or [{}])[0] | {field.name: _encoded(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return (tags or [{}])[0] | {
+        field.name: _encoded(getattr(value, field.name)) for field in dataclasses.fields(value)
+    }
 
 
 def experiment_from_json(text: str, source: str = CONFIG) -> config.Experiment:
@@ -51,7 +56,9 @@ def experiment_from_json(text: str, source: str = CONFIG) -> config.Experiment:
     try:
         return _decoded(config.Experiment, json.loads(text), "")
     except json.JSONDecodeError as error:
-        raise InputError(f"{source} is not JSON (line {error.lineno}: {error.msg}); fetch the file again.") from error
+        raise InputError(
+            f"{source} is not JSON (line {error.lineno}: {error.msg}); fetch the file again."
+        ) from error
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
 
@@ -72,10 +79,18 @@ def _decoded(hint: Any, value: Any, where: str) -> Any:
 
 def _member(hints: tuple, value: Any, where: str) -> Any:
     if type(None) in hints:
-        return None if value is None else _decoded(next(h for h in hints if h is not type(None)), value, where)
+        return (
+            None
+            if value is None
+            else _decoded(next(h for h in hints if h is not type(None)), value, where)
+        )
     kind = value.get("kind") if isinstance(value, dict) else value
-    require(str(kind) in KINDS, f"{where}.kind={kind!r} is unknown; choose one of {', '.join(KINDS)}.")
-    return _decoded(KINDS[str(kind)], {key: item for key, item in value.items() if key != "kind"}, where)
+    require(
+        str(kind) in KINDS, f"{where}.kind={kind!r} is unknown; choose one of {', '.join(KINDS)}."
+    )
+    return _decoded(
+        KINDS[str(kind)], {key: item for key, item in value.items() if key != "kind"}, where
+    )
 
 
 def _tuple(hints: tuple, value, where: str) -> tuple:
@@ -83,18 +98,33 @@ def _tuple(hints: tuple, value, where: str) -> tuple:
     if hints[-1] is Ellipsis:
         hints = hints[:1] * len(value)
     require(len(hints) == len(value), f"{where}={value!r} needs {len(hints)} entries; correct it.")
-    return tuple(_decoded(hint, item, f"{where}[{i}]") for i, (hint, item) in enumerate(zip(hints, value, strict=True)))
+    return tuple(
+        _decoded(hint, item, f"{where}[{i}]")
+        for i, (hint, item) in enumerate(zip(hints, value, strict=True))
+    )
 
 
 def _dataclass(kind: Any, value: Any, where: str) -> Any:
     hints = typing.get_type_hints(kind)
-    require(isinstance(value, dict), f"{where or 'the file'}={value!r} is not a table of settings; correct it.")
+    require(
+        isinstance(value, dict),
+        f"{where or 'the file'}={value!r} is not a table of settings; correct it.",
+    )
     for key in value:
         near = difflib.get_close_matches(key, hints, n=1, cutoff=0)
-        require(key in hints, f"{_dotted(where, key)} is unknown; did you mean {near[0] if near else None}?")
-    needed = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING and f.name not in value]
+        require(
+            key in hints,
+            f"{_dotted(where, key)} is unknown; did you mean {near[0] if near else None}?",
+        )
+    needed = [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is dataclasses.MISSING and f.name not in value
+    ]
     require(not needed, f"{_dotted(where, ', '.join(needed))} is missing; add it.")
-    return kind(**{key: _decoded(hints[key], item, _dotted(where, key)) for key, item in value.items()})
+    return kind(
+        **{key: _decoded(hints[key], item, _dotted(where, key)) for key, item in value.items()}
+    )
 
 
 def _dotted(where: str, key: str) -> str:
@@ -109,17 +139,28 @@ def weights_file(part: str) -> str:
     return f"{part}.safetensors"
 
 
-def save(folder: str | Path, experiment: config.Experiment, parts: Mapping[str, Any], *, dtype: str = "bfloat16",
-         texts: Mapping[str, str | None] | None = None) -> None:  # fmt: skip
+def save(
+    folder: str | Path,
+    experiment: config.Experiment,
+    parts: Mapping[str, Any],
+    *,
+    dtype: str = "bfloat16",
+    texts: Mapping[str, str | None] | None = None,
+) -> None:
     """Writes a model folder, complete or not at all: modules by part, floating ones as `dtype`, and files of text."""
-    require(dtype in config.DTYPES, f"dtype={dtype!r} is unknown; choose one of {', '.join(config.DTYPES)}.")
+    require(
+        dtype in config.DTYPES,
+        f"dtype={dtype!r} is unknown; choose one of {', '.join(config.DTYPES)}.",
+    )
     strangers = sorted(set(parts) - set(PARTS))
     require(not strangers, f"{strangers} are no parts of a model; choose from {', '.join(PARTS)}.")
     with replacing(folder) as fresh:
         for part, module in parts.items():
             flat = pytrees.flatten(module)
             forms = {path: (leaf.shape, _stored(leaf.dtype, dtype)) for path, leaf in flat.items()}
-            with safetensors_io.Writer(fresh / weights_file(part), forms, {"format": FORMAT}) as file:
+            with safetensors_io.Writer(
+                fresh / weights_file(part), forms, {"format": FORMAT}
+            ) as file:
                 for path, leaf in flat.items():
                     file.put(path, np.asarray(leaf).astype(forms[path][1]))
         for name, content in {CONFIG: experiment_to_json(experiment), **(texts or {})}.items():
@@ -135,7 +176,9 @@ def _stored(dtype: Any, floating: str) -> np.dtype:
 def replacing(folder: str | Path) -> Iterator[Path]:
     """An empty sibling that takes the place of `folder` when the body succeeds, and vanishes when it fails."""
     folder = Path(folder)
-    ours = not folder.exists() or (folder.is_dir() and ((folder / CONFIG).exists() or not any(folder.iterdir())))
+    ours = not folder.exists() or (
+        folder.is_dir() and ((folder / CONFIG).exists() or not any(folder.iterdir()))
+    )
     require(ours, f"{folder} exists and is not a model folder; choose another one.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -176,30 +219,53 @@ class Opened:
 
     def part(self, name: str) -> Mapping[str, Tensor]:
         """The tensors of a part; raises `InputError` if the folder lacks it."""
-        require(name in self.parts, f"Model folder {self.folder} has no {weights_file(name)}; fetch the model again, "
-                f"or convert that part into it.")  # fmt: skip
+        require(
+            name in self.parts,
+            f"Model folder {self.folder} has no {weights_file(name)}; fetch the model again, "
+            f"or convert that part into it.",
+        )
         return self.parts[name]
 
 
 def opened(folder: str | Path) -> Opened:
     """The model in `folder`."""
     folder = Path(folder)
-    require(folder.is_dir(), f"Model folder {folder} does not exist; check the path or convert a checkpoint into it.")
-    require((folder / CONFIG).is_file(), f"Model folder {folder} has no {CONFIG}; fetch or convert the model again.")
+    require(
+        folder.is_dir(),
+        f"Model folder {folder} does not exist; check the path or convert a checkpoint into it.",
+    )
+    require(
+        (folder / CONFIG).is_file(),
+        f"Model folder {folder} has no {CONFIG}; fetch or convert the model again.",
+    )
     text = (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
     files = {part: folder / weights_file(part) for part in PARTS}
-    return Opened(folder, experiment_from_json(text, str(folder / CONFIG)),
-                  {part: safetensors_io.opened(path) for part, path in files.items() if path.is_file()})  # fmt: skip
+    return Opened(
+        folder,
+        experiment_from_json(text, str(folder / CONFIG)),
+        {part: safetensors_io.opened(path) for part, path in files.items() if path.is_file()},
+    )
 
 
 def in_memory(module: Any) -> dict[str, Tensor]:
     """The leaves of a module as tensors like those of a file."""
-    return {path: Tensor(path, leaf.shape, np.dtype(leaf.dtype), lambda leaf=leaf: np.asarray(leaf), "memory")
-            for path, leaf in pytrees.flatten(module).items()}  # fmt: skip
+    return {
+        path: Tensor(
+            path, leaf.shape, np.dtype(leaf.dtype), lambda leaf=leaf: np.asarray(leaf), "memory"
+        )
+        for path, leaf in pytrees.flatten(module).items()
+    }
 
 
-def fill(shapes: Module, held: Mapping[str, Tensor], *, dtype: str, source: str, inside: str = "",
-         shardings: Mapping[str, jax.sharding.Sharding] | None = None) -> Module:  # fmt: skip
+def fill(
+    shapes: Module,
+    held: Mapping[str, Tensor],
+    *,
+    dtype: str,
+    source: str,
+    inside: str = "",
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+) -> Module:
     """The module of `shapes` with its leaves from `held`, floating ones as `dtype`, each read straight into its place.
 
     A module with its layers apart takes each layer's slice of what files stack; `inside` is where in the held paths
@@ -210,8 +276,15 @@ def fill(shapes: Module, held: Mapping[str, Tensor], *, dtype: str, source: str,
     return filled
 
 
-def placed(shapes: Module, held: Mapping[str, Tensor], *, dtype: str, source: str, inside: str = "",
-           shardings: Mapping[str, jax.sharding.Sharding] | None = None) -> Module:  # fmt: skip
+def placed(
+    shapes: Module,
+    held: Mapping[str, Tensor],
+    *,
+    dtype: str,
+    source: str,
+    inside: str = "",
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+) -> Module:
     """`fill` without a look at the values."""
     found = {path: _found(held, inside + path) for path in pytrees.flatten(shapes)}
     flat = {path: value for path, (_, value) in found.items() if value is not None}
@@ -222,7 +295,9 @@ def placed(shapes: Module, held: Mapping[str, Tensor], *, dtype: str, source: st
 
     def put(path: str, value: np.ndarray) -> jax.Array:
         form = jnp.dtype(dtype) if safetensors_io.floating(value.dtype) else value.dtype
-        return jax.make_array_from_callback(value.shape, place.get(path, _here()), lambda at: value[at].astype(form))
+        return jax.make_array_from_callback(
+            value.shape, place.get(path, _here()), lambda at: value[at].astype(form)
+        )
 
     return pytrees.fill(shapes, flat, source, put)
 
@@ -249,5 +324,8 @@ def _finite(leaf: jax.Array) -> jax.Array:
 
 def _require_finite(flat: Mapping[str, jax.Array], source: str) -> None:
     broken = [path for path, leaf in flat.items() if not _finite(leaf)]
-    require(not broken, f"{source} hold values that are not finite in {len(broken)} tensors ({', '.join(broken[:3])}); "
-            "fetch or convert the model again.")  # fmt: skip
+    require(
+        not broken,
+        f"{source} hold values that are not finite in {len(broken)} tensors ({', '.join(broken[:3])}); "
+        "fetch or convert the model again.",
+    )

@@ -15,10 +15,20 @@ import numpy as np
 from packforcing_jax.errors import InputError, require
 
 DTYPES = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "U16": np.uint16,
-    "U32": np.uint32, "U64": np.uint64, "BOOL": np.bool_,
-}  # fmt: skip
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "U16": np.uint16,
+    "U32": np.uint32,
+    "U64": np.uint64,
+    "BOOL": np.bool_,
+}
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000  # bytes, as the format's own library allows
 ALIGNMENT = 64  # bytes; the header is padded so that every memory map starts on a whole vector
@@ -62,16 +72,26 @@ def opened(path: str | Path) -> dict[str, Tensor]:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            require(8 <= length + 8 <= size and length <= LONGEST_HEADER, f"{path} is damaged or no safetensors file "
-                    f"({size} bytes cannot hold a header of {length}); fetch it again.")  # fmt: skip
+            require(
+                8 <= length + 8 <= size and length <= LONGEST_HEADER,
+                f"{path} is damaged or no safetensors file "
+                f"({size} bytes cannot hold a header of {length}); fetch it again.",
+            )
             header = json.loads(file.read(length), object_pairs_hook=_each_once)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); check the path.") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged or no safetensors file ({error}); fetch it again.") from error
-    require(isinstance(header, dict), f"{path} is damaged (its header is no table); fetch it again.")
-    return {name: _tensor(path, name, entry, 8 + length, size) for name, entry in header.items()
-            if name != "__metadata__"}  # fmt: skip
+        raise InputError(
+            f"{path} is damaged or no safetensors file ({error}); fetch it again."
+        ) from error
+    require(
+        isinstance(header, dict), f"{path} is damaged (its header is no table); fetch it again."
+    )
+    return {
+        name: _tensor(path, name, entry, 8 + length, size)
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -87,13 +107,21 @@ def _tensor(path: Path, name: str, entry: object, start: int, size: int) -> Tens
     broken = f"{path} is damaged (tensor {name}: {entry}); fetch it again."
     fields: dict[str, Any] = dict(entry) if isinstance(entry, dict) else {}
     require(isinstance(fields.get("dtype"), str), broken)
-    require(fields["dtype"] in DTYPES, f"{path}: tensor {name} is of {fields['dtype']}; convert it to one of "
-            f"{', '.join(DTYPES)} first.")  # fmt: skip
-    shape, offsets = _counts(fields.get("shape"), broken), _counts(fields.get("data_offsets"), broken)
+    require(
+        fields["dtype"] in DTYPES,
+        f"{path}: tensor {name} is of {fields['dtype']}; convert it to one of "
+        f"{', '.join(DTYPES)} first.",
+    )
+    shape, offsets = (
+        _counts(fields.get("shape"), broken),
+        _counts(fields.get("data_offsets"), broken),
+    )
     dtype, last = np.dtype(DTYPES[fields["dtype"]]), size - start
     require(len(offsets) == 2 and offsets[0] <= offsets[1] <= last, broken)
     require(math.prod(shape) * dtype.itemsize == offsets[1] - offsets[0], broken)
-    return Tensor(name, shape, dtype, lambda: mapped(path, (shape, dtype), start + offsets[0]), str(path))
+    return Tensor(
+        name, shape, dtype, lambda: mapped(path, (shape, dtype), start + offsets[0]), str(path)
+    )
 
 
 def _counts(value: object, broken: str) -> tuple[int, ...]:
@@ -109,9 +137,15 @@ class Writer:
         entries: dict[str, object] = {"__metadata__": dict(metadata)}
         self._places: dict[str, tuple[int, Form]] = {}
         end = 0
-        for name, (shape, dtype) in sorted(forms.items(), key=lambda item: -item[1][1].itemsize):  # keeps alignment
+        for name, (shape, dtype) in sorted(
+            forms.items(), key=lambda item: -item[1][1].itemsize
+        ):  # keeps alignment
             nbytes = math.prod(shape) * dtype.itemsize
-            entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + nbytes]}
+            entries[name] = {
+                "dtype": NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [end, end + nbytes],
+            }
             self._places[name] = end, (tuple(shape), dtype)
             end += nbytes
         header = json.dumps(entries).encode()
@@ -139,13 +173,20 @@ class Writer:
         if value.shape != wanted or value.dtype != dtype:
             raise ValueError(f"{name}: {value.dtype}{value.shape} does not fit {dtype}{wanted}")
         solid = np.ascontiguousarray(value)
-        self._write(self._start + offset + (layer or 0) * solid.nbytes, solid.reshape(-1).view(np.uint8).data)
+        self._write(
+            self._start + offset + (layer or 0) * solid.nbytes,
+            solid.reshape(-1).view(np.uint8).data,
+        )
 
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:  # fmt: skip
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if kind is None:
             os.fsync(self._file.fileno())
         self._file.close()

@@ -22,7 +22,9 @@ from packforcing_jax.networks import layers, text
 from packforcing_jax.types import TextStates
 
 EMBEDDING, LAYERS, NORM = "embedding/embedding", "blocks/", "norm/"
-WORTH = 10**9  # bytes of an encoder below which encoding a prompt again is quicker than asking the disk
+WORTH = (
+    10**9
+)  # bytes of an encoder below which encoding a prompt again is quicker than asking the disk
 SAMPLE = 4096  # bytes of each tensor that tell one encoder from another
 
 
@@ -51,7 +53,9 @@ class Encoder:
 
     def _path(self, ids: np.ndarray, mask: np.ndarray) -> Path | None:
         words = ids[mask.astype(bool)].astype("<i4").tobytes()
-        name = hashlib.sha256(b"\0".join([words, str(len(ids)).encode(), self.dtype.encode()])).hexdigest()
+        name = hashlib.sha256(
+            b"\0".join([words, str(len(ids)).encode(), self.dtype.encode()])
+        ).hexdigest()
         return self.store and self.store / identity(self) / f"{name[:32]}.safetensors"
 
     def _kept(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray | None:
@@ -72,12 +76,16 @@ class Encoder:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as room:
                 fresh = Path(room, path.name)
-                with safetensors_io.Writer(fresh, {"states": (value.shape, value.dtype)}, {}) as file:
+                with safetensors_io.Writer(
+                    fresh, {"states": (value.shape, value.dtype)}, {}
+                ) as file:
                     file.put("states", value)
                 os.replace(fresh, path)
         except OSError as error:
-            raise MachineError(f"Keeping text states in {path.parent} failed ({error.strerror}); free some space "
-                               "or choose another folder with XDG_CACHE_HOME.") from error  # fmt: skip
+            raise MachineError(
+                f"Keeping text states in {path.parent} failed ({error.strerror}); free some space "
+                "or choose another folder with XDG_CACHE_HOME."
+            ) from error
 
 
 def of_folder(model: model_folder.Opened, dtypes: DtypeConfig) -> Encoder:
@@ -113,7 +121,9 @@ def encode(encoder: Encoder, ids: np.ndarray, mask: np.ndarray) -> list[Array]:
     states = [_rows(encoder, one)[None] for one in ids]
     for number in range(encoder.cfg.layers if len(ids) else 0):
         block = _module(encoder, text.Block, f"{LAYERS}{number}/")
-        states = [_layer(block, x, valid, cfg=encoder.cfg) for x, valid in zip(states, real, strict=True)]
+        states = [
+            _layer(block, x, valid, cfg=encoder.cfg) for x, valid in zip(states, real, strict=True)
+        ]
     norm = _module(encoder, lambda cfg, _: layers.RMSNorm(cfg.dim, text.EPS), NORM)
     return [_finish(norm, x, valid)[0] for x, valid in zip(states, real, strict=True)]
 
@@ -126,7 +136,9 @@ def _rows(encoder: Encoder, ids: np.ndarray) -> Array:
 
 def _module(encoder: Encoder, build, inside: str):
     shapes = _shapes(build, encoder.cfg)
-    return model_folder.fill(shapes, encoder.tensors, dtype=encoder.dtype, source="text encoder weights", inside=inside)
+    return model_folder.fill(
+        shapes, encoder.tensors, dtype=encoder.dtype, source="text encoder weights", inside=inside
+    )
 
 
 def _shapes(build, cfg: TextConfig):

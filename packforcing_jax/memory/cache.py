@@ -84,11 +84,19 @@ def init(exp: Experiment, batch: int, dtype=jnp.float32, *, stacked: bool = Fals
             shape = (batch, slots, tokens, dit.heads, dit.head_dim)
             return KV(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
-        return Layer(sink=store(cfg.sink, exp.tokens_per_frame), recent=store(cfg.ring, exp.tokens_per_frame),
-                     mid=store(kept, exp.tokens_per_packed_block), sink_at=jnp.zeros(()),
-                     at=jnp.zeros((batch, turned)))  # fmt: skip
+        return Layer(
+            sink=store(cfg.sink, exp.tokens_per_frame),
+            recent=store(cfg.ring, exp.tokens_per_frame),
+            mid=store(kept, exp.tokens_per_packed_block),
+            sink_at=jnp.zeros(()),
+            at=jnp.zeros((batch, turned)),
+        )
 
-    layers = jax.vmap(layer)(jnp.arange(dit.layers)) if stacked else [layer(i) for i in range(dit.layers)]
+    layers = (
+        jax.vmap(layer)(jnp.arange(dit.layers))
+        if stacked
+        else [layer(i) for i in range(dit.layers)]
+    )
     return Memory(layers=layers, num_blocks=jnp.int32(0))
 
 
@@ -112,20 +120,37 @@ def plan(cfg: CacheConfig, num_blocks: Array, gap: Array | float = 0.0) -> Plan:
     ids = ring_ids(cfg.slots, newest - cfg.capacity, newest, num_blocks - sink_blocks)
     chosen = jnp.clip(newest, 0, min(cfg.capacity, cfg.attended))
     room = float(max(cfg.trained - cfg.sink - cfg.recent - cfg.block, 1))
-    step = jnp.minimum(cfg.block, room / jnp.maximum(chosen, 1)) if cfg.span == "fit" else jnp.float32(cfg.block)
+    step = (
+        jnp.minimum(cfg.block, room / jnp.maximum(chosen, 1))
+        if cfg.span == "fit"
+        else jnp.float32(cfg.block)
+    )
     packed = chosen * step
     moved = 0.0 if cfg.rope_adjustment == "sink" else start - (sink + packed + gap + recent)
     current_at = moved + sink + packed + gap + recent
-    places = {"sink_at": 0.0 if cfg.rope_adjustment == "none" else moved, "mid_at": moved + sink,
-              "recent_at": current_at - recent, "current_at": current_at}  # fmt: skip
-    return Plan(num_blocks=num_blocks, start=start, sink=sink, recent=recent, chosen=chosen, step=step,
-                ids=jnp.where(ids >= 0, ids + sink_blocks, -1),
-                **{name: jnp.asarray(place, jnp.float32) for name, place in places.items()})  # fmt: skip
+    places = {
+        "sink_at": 0.0 if cfg.rope_adjustment == "none" else moved,
+        "mid_at": moved + sink,
+        "recent_at": current_at - recent,
+        "current_at": current_at,
+    }
+    return Plan(
+        num_blocks=num_blocks,
+        start=start,
+        sink=sink,
+        recent=recent,
+        chosen=chosen,
+        step=step,
+        ids=jnp.where(ids >= 0, ids + sink_blocks, -1),
+        **{name: jnp.asarray(place, jnp.float32) for name, place in places.items()},
+    )
 
 
 def length(exp: Experiment, seen: Plan) -> Length:
     """Valid keys in front of the current block's own."""
-    return (seen.sink + seen.recent) * exp.tokens_per_frame + seen.chosen * exp.tokens_per_packed_block
+    return (
+        seen.sink + seen.recent
+    ) * exp.tokens_per_frame + seen.chosen * exp.tokens_per_packed_block
 
 
 def room(exp: Experiment) -> int:
@@ -144,11 +169,15 @@ def packed_places(exp: Experiment) -> tuple[np.ndarray, np.ndarray]:
     slots, rows, columns = exp.packed_grid
     stride, patch = exp.compressor.stride, exp.dit.patch
     frames = np.minimum(np.arange(slots * stride(0)), exp.compressor.frames - 1).reshape(slots, -1)
-    frames = np.ma.masked_greater_equal(frames, exp.cache.block).mean(axis=1).filled(exp.cache.block - 1)
+    frames = (
+        np.ma.masked_greater_equal(frames, exp.cache.block).mean(axis=1).filled(exp.cache.block - 1)
+    )
     down, across = np.arange(rows), np.arange(columns)
     if exp.compressor.places == "stretched":
-        down, across = ((np.arange(size) + 0.5) * stride(axis) / patch[axis] - 0.5
-                        for axis, size in ((1, rows), (2, columns)))  # fmt: skip
+        down, across = (
+            (np.arange(size) + 0.5) * stride(axis) / patch[axis] - 0.5
+            for axis, size in ((1, rows), (2, columns))
+        )
     return np.repeat(frames, rows * columns).astype(np.float32), rope.grid(down, across, slots)
 
 
@@ -171,8 +200,13 @@ def visible_recent(cfg: CacheConfig, seen: Plan, ring: Array) -> Array:
     return jnp.take(ring, (first + jnp.arange(cfg.recent)) % max(cfg.ring, 1), axis=1)
 
 
-def commit(exp: Experiment, memory: Memory, full: list[KV] | KV, packed: list[KV] | KV | None,
-           looked: list[Looked] | Looked | None = None) -> Memory:  # fmt: skip
+def commit(
+    exp: Experiment,
+    memory: Memory,
+    full: list[KV] | KV,
+    packed: list[KV] | KV | None,
+    looked: list[Looked] | Looked | None = None,
+) -> Memory:
     """The memory after one more finished block; shapes never change. The only writer.
 
     Per layer, `full` holds [b, block*s, n, h], `packed` [b, p, n, h] (None when none is kept here), keys rotated in
@@ -185,7 +219,9 @@ def commit(exp: Experiment, memory: Memory, full: list[KV] | KV, packed: list[KV
     return Memory(layers=layers, num_blocks=n + 1)
 
 
-def commit_sharp(exp: Experiment, n: Array, layer: Layer, full: KV, looked: Looked | None = None) -> Layer:
+def commit_sharp(
+    exp: Experiment, n: Array, layer: Layer, full: KV, looked: Looked | None = None
+) -> Layer:
     """One layer with block `n` at full size in its places."""
     cfg = exp.cache
     if cfg.rope_adjustment == "incremental":
@@ -198,7 +234,9 @@ def commit_sharp(exp: Experiment, n: Array, layer: Layer, full: KV, looked: Look
         frame = n * cfg.block + f
         new = KV(*(x[:, f : f + chunk] for x in (frames.k, frames.v)))
         sink = _put(sink, new, slot=frame, when=frame < cfg.sink)
-        recent = _put(recent, new, slot=(frame - cfg.sink) % max(cfg.ring, 1), when=frame >= cfg.sink)
+        recent = _put(
+            recent, new, slot=(frame - cfg.sink) % max(cfg.ring, 1), when=frame >= cfg.sink
+        )
     return dataclasses.replace(layer, sink=sink, recent=recent)
 
 
@@ -218,27 +256,36 @@ def commit_packed(exp: Experiment, n: Array, layer: Layer, packed: KV) -> Layer:
 
 def _put(store: KV, new: KV, *, slot: Array, when: Array) -> KV:
     """`store` with `new` at `slot` if `when`; otherwise what was there is written back, in place."""
-    return KV(k=_overwrite(store.k, new.k, slot=slot, when=when), v=_overwrite(store.v, new.v, slot=slot, when=when))
+    return KV(
+        k=_overwrite(store.k, new.k, slot=slot, when=when),
+        v=_overwrite(store.v, new.v, slot=slot, when=when),
+    )
 
 
 def _overwrite(x: Array, values: Array, *, slot: Array, when: Array) -> Array:
     if x.shape[1] == 0:
         return x
     old = jax.lax.dynamic_slice_in_dim(x, slot, values.shape[1], axis=1)
-    return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(when, values.astype(x.dtype), old), slot, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(
+        x, jnp.where(when, values.astype(x.dtype), old), slot, axis=1
+    )
 
 
 def _settle(exp: Experiment, layer: Layer, looked: Any) -> Layer:
     """`layer` with every key that was looked at left where it was turned to."""
     b, slots, p, n, h = layer.mid.k.shape
-    valid = (looked.ids >= 0)[..., None] & (looked.slots[..., None] == jnp.arange(slots)[None, None])
+    valid = (looked.ids >= 0)[..., None] & (
+        looked.slots[..., None] == jnp.arange(slots)[None, None]
+    )
     target = jnp.where(valid, looked.at[..., None], 0.0).sum(axis=1)
     at = jnp.where(valid.any(axis=1), target, layer.at)
     turn = rope.time_angles(jnp.repeat(at - layer.at, p, axis=1), exp.dit)
     mid = rope.rotate(layer.mid.k.reshape(b, slots * p, n, h), turn).reshape(layer.mid.k.shape)
     frames = layer.sink.k.shape
     moved = jnp.full((frames[1] * frames[2],), looked.sink_at - layer.sink_at)
-    sink = rope.rotate(layer.sink.k.reshape(b, -1, n, h), rope.time_angles(moved, exp.dit)).reshape(frames)
+    sink = rope.rotate(layer.sink.k.reshape(b, -1, n, h), rope.time_angles(moved, exp.dit)).reshape(
+        frames
+    )
     turned = {"sink": KV(k=sink, v=layer.sink.v), "mid": KV(k=mid, v=layer.mid.v)}
     return dataclasses.replace(layer, **turned, at=at, sink_at=looked.sink_at)
 
@@ -264,8 +311,10 @@ def export(exp: Experiment, memory: Memory) -> KV:
         turned = np.zeros_like(true)
         if cfg.rope_adjustment == "incremental":
             turned = jnp.where(np.arange(len(true)) < kept, layer.sink_at + true, true)
-        both = [jnp.concatenate([sink[:, :kept], ring[:, slots]], axis=1) for sink, ring in
-                ((layer.sink.k, layer.recent.k), (layer.sink.v, layer.recent.v))]  # fmt: skip
+        both = [
+            jnp.concatenate([sink[:, :kept], ring[:, slots]], axis=1)
+            for sink, ring in ((layer.sink.k, layer.recent.k), (layer.sink.v, layer.recent.v))
+        ]
         flat = KV(*(x.reshape(x.shape[0], -1, *x.shape[3:]) for x in both))
         return _turned(exp, flat, jnp.repeat(jnp.asarray(true - turned), exp.tokens_per_frame))
 

@@ -32,13 +32,19 @@ Codec: TypeAlias = vae.WanVAE | SpaceToDepth
 def _fold(codec: SpaceToDepth, video: Video) -> Latent:
     """Cells of pixels as channels, (row, column, colour) with colour fastest."""
     size = codec.cfg.factor
-    return rearrange(video, "b t (y row) (x column) c -> b t y x (row column c)", row=size, column=size)
+    return rearrange(
+        video, "b t (y row) (x column) c -> b t y x (row column c)", row=size, column=size
+    )
 
 
-def _unfold_chunk(codec: SpaceToDepth, state: tuple[()], latents: Latent, *, first: bool) -> tuple[Video, tuple[()]]:
+def _unfold_chunk(
+    codec: SpaceToDepth, state: tuple[()], latents: Latent, *, first: bool
+) -> tuple[Video, tuple[()]]:
     """Channels as cells of pixels; nothing is remembered and no frame is special."""
     size = codec.cfg.factor
-    return rearrange(latents, "b t y x (row column c) -> b t (y row) (x column) c", row=size, column=size), state
+    return rearrange(
+        latents, "b t y x (row column c) -> b t (y row) (x column) c", row=size, column=size
+    ), state
 
 
 def _remember_nothing(codec: SpaceToDepth, batch: int, rows: int, columns: int) -> tuple[()]:
@@ -75,8 +81,10 @@ def shapes(cfg: Config) -> Codec:
 def encode(codec: Codec, video: Video) -> Latent:
     """The latents of a whole video; rows and columns must be multiples of the space factor."""
     height, width, factor = *video.shape[2:4], codec.cfg.space_factor
-    require(height % factor == 0 and width % factor == 0,
-            f"a video of {height}x{width} pixels does not fill cells of {factor}x{factor}; crop it.")  # fmt: skip
+    require(
+        height % factor == 0 and width % factor == 0,
+        f"a video of {height}x{width} pixels does not fill cells of {factor}x{factor}; crop it.",
+    )
     return KINDS[type(codec.cfg)].encode(codec, video)
 
 
@@ -107,7 +115,9 @@ def latents_of(cfg: Config, frames: int) -> int:
     return 1 + (frames - 1) // cfg.time_factor if frames else 0
 
 
-def low_resolution(codec: Codec, video: Video, *, latents: int, pool: tuple[int, int, int] = (2, 4, 4)) -> Latent:
+def low_resolution(
+    codec: Codec, video: Video, *, latents: int, pool: tuple[int, int, int] = (2, 4, 4)
+) -> Latent:
     """`latents` latents of a block's pixels averaged over `pool` (t, y, x), seen through the frozen codec.
 
     Missing frames are filled on the left with the first one. A codec that groups frames encodes one latent more,
@@ -116,14 +126,18 @@ def low_resolution(codec: Codec, video: Video, *, latents: int, pool: tuple[int,
     group = codec.cfg.time_factor
     needed = latents if group == 1 else 1 + group * latents
     small = pooled(video, pool)
-    require(small.shape[1] <= needed,
-            f"{video.shape[1]} frames pooled by {pool[0]} exceed the {needed} that {latents} latents hold; "
-            "pack fewer frames or raise the pool.")  # fmt: skip
+    require(
+        small.shape[1] <= needed,
+        f"{video.shape[1]} frames pooled by {pool[0]} exceed the {needed} that {latents} latents hold; "
+        "pack fewer frames or raise the pool.",
+    )
     factor = codec.cfg.space_factor
     height, width = (size - size % factor for size in small.shape[2:4])
-    require(height > 0 and width > 0,
-            f"{video.shape[2]}x{video.shape[3]} pixels pooled by {pool[1]}x{pool[2]} do not fill one cell of "
-            f"{factor}x{factor}; use a smaller pool.")  # fmt: skip
+    require(
+        height > 0 and width > 0,
+        f"{video.shape[2]}x{video.shape[3]} pixels pooled by {pool[1]}x{pool[2]} do not fill one cell of "
+        f"{factor}x{factor}; use a smaller pool.",
+    )
     small = _fill_left(small[:, :, :height, :width], needed)
     return encode(jax.lax.stop_gradient(codec), small)[:, -latents:]
 
@@ -131,8 +145,12 @@ def low_resolution(codec: Codec, video: Video, *, latents: int, pool: tuple[int,
 def pooled(video: Video, pool: tuple[int, int, int]) -> Video:
     """Averages over `pool` (t, y, x): rows and columns that do not fill a pool are cut off, every frame counts."""
     frames, height, width = video.shape[1:4]
-    whole = _fill_left(video, frames + -frames % pool[0])[:, :, : height - height % pool[1], : width - width % pool[2]]
-    return reduce(whole, "b (t i) (y j) (x k) c -> b t y x c", "mean", i=pool[0], j=pool[1], k=pool[2])
+    whole = _fill_left(video, frames + -frames % pool[0])[
+        :, :, : height - height % pool[1], : width - width % pool[2]
+    ]
+    return reduce(
+        whole, "b (t i) (y j) (x k) c -> b t y x c", "mean", i=pool[0], j=pool[1], k=pool[2]
+    )
 
 
 def _fill_left(video: Array, frames: int) -> Array:

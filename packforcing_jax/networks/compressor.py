@@ -24,10 +24,15 @@ class Compressor(nnx.Module):
         cfg, channels = exp.compressor, (exp.dit.in_channels, *exp.compressor.channels)
         if cfg.branches == "lr":
             return
-        self.convs = nnx.List([
-            _conv(inner, outer, stride, rngs)
-            for inner, outer, stride in zip(channels, channels[1:], cfg.strides, strict=False)])  # fmt: skip
-        self.out = nnx.Linear(channels[-1], exp.dit.dim, kernel_init=nnx.initializers.zeros, rngs=rngs)
+        self.convs = nnx.List(
+            [
+                _conv(inner, outer, stride, rngs)
+                for inner, outer, stride in zip(channels, channels[1:], cfg.strides, strict=False)
+            ]
+        )
+        self.out = nnx.Linear(
+            channels[-1], exp.dit.dim, kernel_init=nnx.initializers.zeros, rngs=rngs
+        )
 
     def __call__(self, latent: Latent) -> Tokens:
         x = latent.astype(self.out.kernel.dtype)
@@ -39,11 +44,19 @@ class Compressor(nnx.Module):
 def _conv(inner: int, outer: int, stride: tuple[int, int, int], rngs: nnx.Rngs) -> nnx.Conv:
     """Kernel 4, padding 1 where space is halved (30x52 -> 15x26 -> 7x13), else kernel 3; in time only where strided."""
     kernel = (3 if stride[0] > 1 else 1, *(4 if step > 1 else 3 for step in stride[1:]))
-    return nnx.Conv(inner, outer, kernel, strides=stride, padding=[(size > 1, size > 1) for size in kernel],
-                    rngs=rngs)  # fmt: skip
+    return nnx.Conv(
+        inner,
+        outer,
+        kernel,
+        strides=stride,
+        padding=[(size > 1, size > 1) for size in kernel],
+        rngs=rngs,
+    )
 
 
-def pack(compressor: Compressor, model: dit.WanDiT, exp: Experiment, latent: Latent, low: Latent) -> Tokens:
+def pack(
+    compressor: Compressor, model: dit.WanDiT, exp: Experiment, latent: Latent, low: Latent
+) -> Tokens:
     """Packed tokens [b, p, d] of one clean block `latent` and its low-resolution twin `low`."""
     slots, rows, columns = exp.packed_grid
     missing = exp.compressor.frames - latent.shape[1]

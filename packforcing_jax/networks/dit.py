@@ -32,7 +32,10 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: DiTConfig, rngs: nnx.Rngs):
         self.q, self.k, self.v, self.o = (nnx.Linear(cfg.dim, cfg.dim, rngs=rngs) for _ in range(4))
-        self.norm_q, self.norm_k = layers.RMSNorm(cfg.dim, cfg.eps), layers.RMSNorm(cfg.dim, cfg.eps)
+        self.norm_q, self.norm_k = (
+            layers.RMSNorm(cfg.dim, cfg.eps),
+            layers.RMSNorm(cfg.dim, cfg.eps),
+        )
         self.heads = cfg.heads
 
     def split(self, x: Tokens) -> Heads:
@@ -68,8 +71,15 @@ class Block(nnx.Module):
         shift, scale, *_ = self.rows(time)
         return self.attn.keys_values(layers.modulate(layers.standardize(x, self.eps), shift, scale))
 
-    def __call__(self, x: Tokens, time: Float[Array, "b t 6 d"], text: KV, past: Any, mix: Mix,
-                 attend: Attend) -> tuple[Tokens, Any]:  # fmt: skip
+    def __call__(
+        self,
+        x: Tokens,
+        time: Float[Array, "b t 6 d"],
+        text: KV,
+        past: Any,
+        mix: Mix,
+        attend: Attend,
+    ) -> tuple[Tokens, Any]:
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.rows(time)
         y = layers.modulate(layers.standardize(x, self.eps), shift, scale)
         own = self.attn.keys_values(y)
@@ -78,7 +88,9 @@ class Block(nnx.Module):
         words = attend(self.cross.queries(self.norm3(x)), text.k, text.v)
         x = x + self.cross.merge(words)
         y = layers.modulate(layers.standardize(x, self.eps), shift_mlp, scale_mlp)
-        return x + self.ffn_out(jax.nn.gelu(self.ffn_in(y), approximate=True)) * layers.per_frame(x, gate_mlp), kept
+        return x + self.ffn_out(jax.nn.gelu(self.ffn_in(y), approximate=True)) * layers.per_frame(
+            x, gate_mlp
+        ), kept
 
 
 class WanDiT(nnx.Module):
@@ -93,8 +105,12 @@ class WanDiT(nnx.Module):
         self.time_in = nnx.Linear(cfg.freq_dim, cfg.dim, rngs=rngs)
         self.time_out = nnx.Linear(cfg.dim, cfg.dim, rngs=rngs)
         self.time_proj = nnx.Linear(cfg.dim, 6 * cfg.dim, rngs=rngs)
-        self.blocks = nnx.vmap(lambda key: Block(cfg, nnx.Rngs(key)))(jax.random.split(rngs.params(), cfg.layers))
-        self.head_modulation = nnx.Param(jax.random.normal(rngs.params(), (2, cfg.dim)) * cfg.dim**-0.5)
+        self.blocks = nnx.vmap(lambda key: Block(cfg, nnx.Rngs(key)))(
+            jax.random.split(rngs.params(), cfg.layers)
+        )
+        self.head_modulation = nnx.Param(
+            jax.random.normal(rngs.params(), (2, cfg.dim)) * cfg.dim**-0.5
+        )
         self.head = nnx.Linear(cfg.dim, cfg.out_channels * cells, rngs=rngs)
 
 
@@ -148,21 +164,40 @@ def embed_latent(model: WanDiT, latent: Latent) -> Tokens:
     They have the weights' dtype, which all that follows then has.
     """
     pt, py, px = model.cfg.patch
-    cells = einops.rearrange(latent, "b (t pt) (y py) (x px) c -> b (t y x) (c pt py px)", pt=pt, py=py, px=px)
+    cells = einops.rearrange(
+        latent, "b (t pt) (y py) (x px) c -> b (t y x) (c pt py px)", pt=pt, py=py, px=px
+    )
     return model.patch(cells.astype(model.patch.kernel.dtype))
 
 
 def head(model: WanDiT, x: Tokens, e: Float[Array, "b t d"], grid: tuple[int, int]) -> Latent:
     """The network's output as a latent; inside a patch the channel is fastest."""
     rows = model.head_modulation[...].astype(e.dtype)[None, None] + e[:, :, None]
-    y = model.head(layers.modulate(layers.standardize(x, model.cfg.eps), rows[:, :, 0], rows[:, :, 1]))
+    y = model.head(
+        layers.modulate(layers.standardize(x, model.cfg.eps), rows[:, :, 0], rows[:, :, 1])
+    )
     pt, py, px = model.cfg.patch
-    return einops.rearrange(y, "b (t y x) (pt py px c) -> b (t pt) (y py) (x px) c",
-                            y=grid[0], x=grid[1], pt=pt, py=py, px=px)  # fmt: skip
+    return einops.rearrange(
+        y,
+        "b (t y x) (pt py px c) -> b (t pt) (y py) (x px) c",
+        y=grid[0],
+        x=grid[1],
+        pt=pt,
+        py=py,
+        px=px,
+    )
 
 
-def run(model: WanDiT, x: Tokens, time: TimeStates, text: Any, *, past: Any, mix: Mix,
-        attend: Attend = attention.reference) -> tuple[Tokens, Any]:  # fmt: skip
+def run(
+    model: WanDiT,
+    x: Tokens,
+    time: TimeStates,
+    text: Any,
+    *,
+    past: Any,
+    mix: Mix,
+    attend: Attend = attention.reference,
+) -> tuple[Tokens, Any]:
     """Tokens after all blocks, and what each layer's `mix` kept. `text` and `past` hold one entry per layer.
 
     `mix` is self-attention with all that belongs to it, `attend` what reads the text.
@@ -171,7 +206,9 @@ def run(model: WanDiT, x: Tokens, time: TimeStates, text: Any, *, past: Any, mix
     """
     if isinstance(model.blocks, nnx.List):
         kept = []
-        for block, words, before in zip(model.blocks, text, past or [None] * len(model.blocks), strict=True):
+        for block, words, before in zip(
+            model.blocks, text, past or [None] * len(model.blocks), strict=True
+        ):
             x, one = block(x, time.rows, words, before, mix, attend)
             kept.append(one)
         return x, kept
@@ -196,15 +233,23 @@ def frame_places(cfg: DiTConfig, latent: Latent) -> np.ndarray:
     return rope.grid(np.arange(rows), np.arange(columns), latent.shape[1])
 
 
-def _whole(model: WanDiT, latent: Latent, timesteps: Array, context: Array, frames: np.ndarray, mask: Array | None,
-           attend: Attend) -> Latent:  # fmt: skip
+def _whole(
+    model: WanDiT,
+    latent: Latent,
+    timesteps: Array,
+    context: Array,
+    frames: np.ndarray,
+    mask: Array | None,
+    attend: Attend,
+) -> Latent:
     """One pass over all frames with rotary time positions `frames` and an optional dense mask over tokens.
 
     `context` [b, words, text] is read by all frames, [b, block, words, text] by as many equal blocks of them.
     """
     cfg, size = model.cfg, np.prod(token_grid(model.cfg, latent))
-    angles = rope.time_angles(jnp.asarray(np.repeat(frames, size), jnp.float32), cfg) \
-        + rope.space_angles(jnp.asarray(frame_places(cfg, latent)), cfg)  # fmt: skip
+    angles = rope.time_angles(
+        jnp.asarray(np.repeat(frames, size), jnp.float32), cfg
+    ) + rope.space_angles(jnp.asarray(frame_places(cfg, latent)), cfg)
     texts = context if context.ndim == 4 else context[:, None]
     blocks = texts.shape[1]
 
@@ -214,15 +259,26 @@ def _whole(model: WanDiT, latent: Latent, timesteps: Array, context: Array, fram
 
     def read(q, k, v):
         by_block = einops.rearrange(q, "b (block q) n h -> (b block) q n h", block=blocks)
-        return einops.rearrange(attend(by_block, k, v), "(b block) q n h -> b (block q) n h", block=blocks)
+        return einops.rearrange(
+            attend(by_block, k, v), "(b block) q n h -> b (block q) n h", block=blocks
+        )
 
-    time, words = embed_time(model, timesteps), text_kv(model, einops.rearrange(texts, "b block w d -> (b block) w d"))
+    time, words = (
+        embed_time(model, timesteps),
+        text_kv(model, einops.rearrange(texts, "b block w d -> (b block) w d")),
+    )
     x, _ = run(model, embed_latent(model, latent), time, words, past=None, mix=mix, attend=read)
     return head(model, x, time.e, token_grid(cfg, latent)).astype(latent.dtype)
 
 
-def bidirectional(model: WanDiT, latent: Latent, timesteps: Float[Array, "b t"], context: Array, *,
-                  attend: Attend = attention.reference) -> Latent:  # fmt: skip
+def bidirectional(
+    model: WanDiT,
+    latent: Latent,
+    timesteps: Float[Array, "b t"],
+    context: Array,
+    *,
+    attend: Attend = attention.reference,
+) -> Latent:
     """The network's output when every frame sees every frame (the original Wan2.1; teacher and critic).
 
     `context` holds one prompt's states per clip [b, words, text], or per block of the clip [b, block, words, text].
@@ -235,8 +291,15 @@ def block_of_frame(block_ends: tuple[int, ...]) -> np.ndarray:
     return np.repeat(np.arange(len(block_ends)), np.diff((0, *block_ends)))
 
 
-def parallel(model: WanDiT, latent: Latent, timesteps: Float[Array, "b t"], context: Array, *,
-             block_ends: tuple[int, ...], clean: Latent | None = None) -> Latent:  # fmt: skip
+def parallel(
+    model: WanDiT,
+    latent: Latent,
+    timesteps: Float[Array, "b t"],
+    context: Array,
+    *,
+    block_ends: tuple[int, ...],
+    clean: Latent | None = None,
+) -> Latent:
     """The causal network's output for all blocks at once (Self-Forcing `causal_model.py`).
 
     Without `clean`, a block sees itself and everything before it. With `clean` (teacher forcing), noisy frames see
@@ -249,7 +312,10 @@ def parallel(model: WanDiT, latent: Latent, timesteps: Float[Array, "b t"], cont
         return _whole(model, latent, timesteps, context, frames, visible, attention.reference)
     past, now = owner[:, None] > owner[None], owner[:, None] == owner[None]
     visible = _mask(np.block([[past | now, np.zeros_like(now)], [past, now]]), size)
-    both, times = (jnp.concatenate(pair, axis=1) for pair in ((clean, latent), (jnp.zeros_like(timesteps), timesteps)))
+    both, times = (
+        jnp.concatenate(pair, axis=1)
+        for pair in ((clean, latent), (jnp.zeros_like(timesteps), timesteps))
+    )
     texts = jnp.tile(context, (1, 2, 1, 1)) if context.ndim == 4 else context
     whole = _whole(model, both, times, texts, np.tile(frames, 2), visible, attention.reference)
     return whole[:, latent.shape[1] :]

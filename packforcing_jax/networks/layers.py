@@ -68,8 +68,14 @@ def sinusoid(timestep: Float[Array, "b t"], dim: int) -> Float[Array, "b t dim"]
     """
     turns = 10000.0 ** (-np.arange(dim // 2) / (dim // 2)) / (2 * np.pi)
     fixed = np.round(turns * 2.0**32)
-    units, rounded, exact = (jnp.asarray(x).reshape(1, 1, -1) for x in (
-        fixed.astype(np.uint32), (turns - fixed / 2.0**32).astype(np.float32), turns.astype(np.float32)))  # fmt: skip
+    units, rounded, exact = (
+        jnp.asarray(x).reshape(1, 1, -1)
+        for x in (
+            fixed.astype(np.uint32),
+            (turns - fixed / 2.0**32).astype(np.float32),
+            turns.astype(np.float32),
+        )
+    )
     whole = jnp.floor(timestep)[..., None]
     wrapped = (whole.astype(jnp.uint32) * units).astype(jnp.int32).astype(jnp.float32) * 2.0**-32
     angle = 2 * np.pi * (wrapped + (timestep[..., None] - whole) * exact + whole * rounded)

@@ -53,7 +53,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"text/(blocks/norm[12]|norm)/scale", P()),
     # The codec is frozen and small.
     (r"codec/.+", P()),
-)  # fmt: skip
+)
 _PATTERNS = [(re.compile(pattern), spec) for pattern, spec in RULES]
 
 
@@ -61,7 +61,9 @@ def make(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over all devices, or over those given; `data` = 0 takes what the other axes leave."""
     count = len(jax.devices() if devices is None else devices)
     # Auto: the compiler lays out what lies between parameters, batch and `placement.constrain`.
-    return jax.make_mesh(sizes(cfg, count), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return jax.make_mesh(
+        sizes(cfg, count), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
 
 
 def sizes(cfg: MeshConfig, count: int) -> tuple[int, ...]:
@@ -71,9 +73,11 @@ def sizes(cfg: MeshConfig, count: int) -> tuple[int, ...]:
         require(size >= least, f"train.mesh.{name}={size} is no size; give {least} or more.")
     rest = math.prod(given[1:])
     found = (given[0] or max(count // rest, 1), *given[1:])
-    require(math.prod(found) == count,
-            f"train.mesh {_named(given)} takes {math.prod(found)} devices, but there are {count}; "
-            f"{_named(_near(given, count))} would fit.")  # fmt: skip
+    require(
+        math.prod(found) == count,
+        f"train.mesh {_named(given)} takes {math.prod(found)} devices, but there are {count}; "
+        f"{_named(_near(given, count))} would fit.",
+    )
     return found
 
 
@@ -95,8 +99,11 @@ def _named(sizes: Sequence[int]) -> str:
 def rule(path: str) -> P:
     """The one rule of a parameter."""
     found = [spec for pattern, spec in _PATTERNS if pattern.fullmatch(path)]
-    require(len(found) == 1, f"{path} is matched by {len(found)} sharding rules and needs exactly one; "
-            "correct RULES in packforcing_jax/training/mesh.py.")  # fmt: skip
+    require(
+        len(found) == 1,
+        f"{path} is matched by {len(found)} sharding rules and needs exactly one; "
+        "correct RULES in packforcing_jax/training/mesh.py.",
+    )
     return found[0]
 
 
@@ -133,21 +140,31 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def check(exp: Experiment, mesh: Mesh) -> None:
     """Raises `InputError` for heads, batch or tokens that the mesh does not divide; allocates nothing."""
     heads, parts = exp.dit.heads, divisor(HEADS, mesh.shape)
-    require(heads % parts == 0, f"{exp.name} has {heads} heads, which train.mesh tensor x context = "
-            f"{mesh.shape['tensor']} x {mesh.shape['context']} = {parts} does not divide; "
-            f"sizes that work: {_divisors(heads)}.")  # fmt: skip
+    require(
+        heads % parts == 0,
+        f"{exp.name} has {heads} heads, which train.mesh tensor x context = "
+        f"{mesh.shape['tensor']} x {mesh.shape['context']} = {parts} does not divide; "
+        f"sizes that work: {_divisors(heads)}.",
+    )
     parts, processes = divisor(BATCH, mesh.shape), jax.process_count()
     whole = parts * exp.train.accumulate
-    require(exp.train.batch % whole == 0,
-            f"train.batch={exp.train.batch} is not divisible by data x fsdp x accumulate = {mesh.shape['data']} x "
-            f"{mesh.shape['fsdp']} x {exp.train.accumulate} = {whole}; "
-            f"make it {-(-exp.train.batch // whole) * whole}.")  # fmt: skip
-    require(parts % processes == 0, f"train.mesh data x fsdp = {parts} is not divisible by {processes} processes; "
-            "make tensor and context smaller, so that each process has videos of its own.")  # fmt: skip
+    require(
+        exp.train.batch % whole == 0,
+        f"train.batch={exp.train.batch} is not divisible by data x fsdp x accumulate = {mesh.shape['data']} x "
+        f"{mesh.shape['fsdp']} x {exp.train.accumulate} = {whole}; "
+        f"make it {-(-exp.train.batch // whole) * whole}.",
+    )
+    require(
+        parts % processes == 0,
+        f"train.mesh data x fsdp = {parts} is not divisible by {processes} processes; "
+        "make tensor and context smaller, so that each process has videos of its own.",
+    )
     tokens, context = exp.cache.block * exp.tokens_per_frame, mesh.shape["context"]
-    require(tokens % context == 0,
-            f"{exp.name} has {tokens} tokens in a block, which train.mesh.context={context} does not divide; "
-            f"sizes that work: {_divisors(tokens)}.")  # fmt: skip
+    require(
+        tokens % context == 0,
+        f"{exp.name} has {tokens} tokens in a block, which train.mesh.context={context} does not divide; "
+        f"sizes that work: {_divisors(tokens)}.",
+    )
 
 
 def _divisors(number: int) -> str:

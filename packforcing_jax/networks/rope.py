@@ -22,7 +22,12 @@ def frequencies(pairs: int, theta: float) -> np.ndarray:
 def time_angles(frames: Float[Array, "*b k"], cfg: DiTConfig) -> Float[Array, "*b k pairs"]:
     """Angles of the time pairs at (possibly fractional) frame positions; zero for the spatial pairs."""
     time, rows, columns = cfg.pairs
-    turned = jnp.einsum("...k,p->...kp", frames, jnp.asarray(frequencies(time, cfg.rope_theta[0])), precision="highest")
+    turned = jnp.einsum(
+        "...k,p->...kp",
+        frames,
+        jnp.asarray(frequencies(time, cfg.rope_theta[0])),
+        precision="highest",
+    )
     return jnp.pad(turned, ((0, 0),) * frames.ndim + ((0, rows + columns),))
 
 
@@ -34,9 +39,13 @@ def space_angles(places: Float[Array, "k 2"], cfg: DiTConfig) -> Float[Array, "k
     return jnp.pad(jnp.concatenate([along_rows, along_columns], axis=-1), ((0, 0), (time, 0)))
 
 
-def rotate(x: Float[Array, "b k n h"], angles: Float[Array, "*b k pairs"]) -> Float[Array, "b k n h"]:
+def rotate(
+    x: Float[Array, "b k n h"], angles: Float[Array, "*b k pairs"]
+) -> Float[Array, "b k n h"]:
     """`x` with channel pairs (2j, 2j+1) of token i turned by angles[i, j]; float32 inside, the input's dtype out."""
-    turn = jnp.expand_dims(angles, range(4 - angles.ndim - 1))[..., None, :]  # [1 or b, k, 1, pairs]
+    turn = jnp.expand_dims(angles, range(4 - angles.ndim - 1))[
+        ..., None, :
+    ]  # [1 or b, k, 1, pairs]
     cos, sin = jnp.repeat(jnp.cos(turn), 2, axis=-1), jnp.sin(turn)
     signed = jnp.stack([-sin, sin], axis=-1).reshape(cos.shape)
     exact = x.astype(jnp.float32)
@@ -44,7 +53,9 @@ def rotate(x: Float[Array, "b k n h"], angles: Float[Array, "*b k pairs"]) -> Fl
     return (exact * cos + partner * signed).astype(x.dtype)
 
 
-def grid(rows: Sequence[float] | np.ndarray, columns: Sequence[float] | np.ndarray, frames: int) -> np.ndarray:
+def grid(
+    rows: Sequence[float] | np.ndarray, columns: Sequence[float] | np.ndarray, frames: int
+) -> np.ndarray:
     """Grid places [frames*rows*columns, 2] of a clip's tokens in their order: frame, then row, then column."""
     one = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
     return np.tile(one, (frames, 1)).astype(np.float32)

@@ -27,7 +27,9 @@ def buckets(words: int, count: int, max_distance: int) -> Int[np.ndarray, "q k"]
 
 
 def _dense(inputs: int, outputs: int, std: float, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, use_bias=False, kernel_init=nnx.initializers.normal(std), rngs=rngs)
+    return nnx.Linear(
+        inputs, outputs, use_bias=False, kernel_init=nnx.initializers.normal(std), rngs=rngs
+    )
 
 
 def _rows(table: nnx.Embed, ids: Array) -> Array:
@@ -90,8 +92,12 @@ class UMT5(nnx.Module):
 
     def __init__(self, cfg: TextConfig, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.embedding = nnx.Embed(cfg.vocab, cfg.dim, embedding_init=nnx.initializers.normal(1.0), rngs=rngs)
-        self.blocks = nnx.vmap(lambda key: Block(cfg, nnx.Rngs(key)))(jax.random.split(rngs.params(), cfg.layers))
+        self.embedding = nnx.Embed(
+            cfg.vocab, cfg.dim, embedding_init=nnx.initializers.normal(1.0), rngs=rngs
+        )
+        self.blocks = nnx.vmap(lambda key: Block(cfg, nnx.Rngs(key)))(
+            jax.random.split(rngs.params(), cfg.layers)
+        )
         self.norm = layers.RMSNorm(cfg.dim, EPS)
 
 
@@ -101,16 +107,26 @@ def layer(block: Block, x: TextStates, mask: Mask, cfg: TextConfig) -> TextState
     return block(x, bucket, mask)
 
 
-def finish(norm: layers.RMSNorm, x: TextStates, mask: Mask, *, zero_padding: bool = True) -> TextStates:
+def finish(
+    norm: layers.RMSNorm, x: TextStates, mask: Mask, *, zero_padding: bool = True
+) -> TextStates:
     """States behind the last layer; those of padding are zero, as the DiT expects, or left as they are."""
     states = norm(x)
     return jnp.where(mask[..., None], states, 0) if zero_padding else states
 
 
-def encode(model: UMT5, ids: TokenIds, mask: Int[Array, "b words"] | Mask, *, zero_padding: bool = True) -> TextStates:
+def encode(
+    model: UMT5, ids: TokenIds, mask: Int[Array, "b words"] | Mask, *, zero_padding: bool = True
+) -> TextStates:
     """Text states of every token; those of padding are zero, or left as the encoder made them."""
-    require(ids.shape == mask.shape, f"text ids {ids.shape} and mask {mask.shape} differ in shape; give one per token.")
+    require(
+        ids.shape == mask.shape,
+        f"text ids {ids.shape} and mask {mask.shape} differ in shape; give one per token.",
+    )
     real = jnp.asarray(mask).astype(bool)
-    x, _ = jax.lax.scan(lambda x, block: (layer(block, x, real, model.cfg), None),
-                        _rows(model.embedding, jnp.asarray(ids)), model.blocks)  # fmt: skip
+    x, _ = jax.lax.scan(
+        lambda x, block: (layer(block, x, real, model.cfg), None),
+        _rows(model.embedding, jnp.asarray(ids)),
+        model.blocks,
+    )
     return finish(model.norm, x, real, zero_padding=zero_padding)

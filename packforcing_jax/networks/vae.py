@@ -32,7 +32,11 @@ class Encoder(nnx.Module):
             for (narrow, wide), temporal in stages
             for layer in (
                 *_blocks(narrow, wide, cfg.num_res_blocks, rngs),
-                *([] if temporal is None else [layers.Downsample(wide, temporal=temporal, rngs=rngs)]),
+                *(
+                    []
+                    if temporal is None
+                    else [layers.Downsample(wide, temporal=temporal, rngs=rngs)]
+                ),
             )
         )
         self.middle = _middle(widths[-1], rngs)
@@ -57,7 +61,11 @@ class Decoder(nnx.Module):
             for incoming, width, temporal in stages
             for layer in (
                 *_blocks(incoming, width, cfg.num_res_blocks + 1, rngs),
-                *([] if temporal is None else [layers.Upsample(width, temporal=temporal, rngs=rngs)]),
+                *(
+                    []
+                    if temporal is None
+                    else [layers.Upsample(width, temporal=temporal, rngs=rngs)]
+                ),
             )
         )
         self.head = layers.Head(widths[-1], 3, rngs)
@@ -69,7 +77,10 @@ class Decoder(nnx.Module):
 
 def _blocks(incoming: int, width: int, count: int, rngs: nnx.Rngs) -> list[layers.ResidualBlock]:
     """`count` residual blocks, the first of which changes the width."""
-    return [layers.ResidualBlock(incoming if number == 0 else width, width, rngs) for number in range(count)]
+    return [
+        layers.ResidualBlock(incoming if number == 0 else width, width, rngs)
+        for number in range(count)
+    ]
 
 
 def _middle(width: int, rngs: nnx.Rngs) -> layers.Chain:
@@ -146,14 +157,20 @@ def decode(vae: WanVAE, latent: Latent) -> Video:
 def _opened(vae: WanVAE, video: Video) -> tuple[State, Video]:
     """A fresh state for a whole video, and its frames that make whole latents."""
     batch, count, height, width, _ = video.shape
-    return init_encoder(vae, batch, height, width), video[:, : count - (count - 1) % vae.cfg.time_factor]
+    return init_encoder(vae, batch, height, width), video[
+        :, : count - (count - 1) % vae.cfg.time_factor
+    ]
 
 
-def _moments_chunk(vae: WanVAE, state: State, frames: Video, *, first: bool) -> tuple[tuple[Latent, Latent], State]:
+def _moments_chunk(
+    vae: WanVAE, state: State, frames: Video, *, first: bool
+) -> tuple[tuple[Latent, Latent], State]:
     """Mean and log-variance of the next frames, not normalised, in float32."""
     count, group = frames.shape[1], vae.cfg.time_factor
-    require(count > 0 and count % group == first % group,
-            f"{count} frames do not make whole latents; give {'1 + ' * first}a multiple of {group}.")  # fmt: skip
+    require(
+        count > 0 and count % group == first % group,
+        f"{count} frames do not make whole latents; give {'1 + ' * first}a multiple of {group}.",
+    )
     features, state = layers.run(vae.encoder.parts, frames.astype(vae.dtype), state, first=first)
     mu, logvar = jnp.split(vae.quant(features).astype(jnp.float32), 2, axis=-1)
     return (mu, logvar), state

@@ -15,7 +15,9 @@ from jax import Array
 from jaxtyping import Float
 
 Frames: TypeAlias = Float[Array, "b t y x c"]
-Past: TypeAlias = Any  # arrays in nested tuples, one entry per layer; () for a layer that remembers nothing
+Past: TypeAlias = (
+    Any  # arrays in nested tuples, one entry per layer; () for a layer that remembers nothing
+)
 Size: TypeAlias = tuple[int, int, int]  # batch, rows, columns of the frames that enter a layer
 
 HISTORY = 2  # input frames a causal convolution remembers (Wan2.1: CACHE_T)
@@ -39,7 +41,9 @@ def start(layers: Iterable[Layer], size: Size) -> tuple[tuple[Past, ...], Size]:
     return tuple(memory), size
 
 
-def run(layers: Iterable[Layer], x: Frames, memory: Past, *, first: bool) -> tuple[Frames, tuple[Past, ...]]:
+def run(
+    layers: Iterable[Layer], x: Frames, memory: Past, *, first: bool
+) -> tuple[Frames, tuple[Past, ...]]:
     """`x` through `layers` in turn, and what each remembers afterwards."""
     after = []
     for layer, past in zip(layers, memory, strict=True):
@@ -84,7 +88,9 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Frames) -> Frames:
         wide = x.astype(jnp.float32)
         squares = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
-        length = jnp.sqrt(jnp.maximum(squares, TINY**2))  # inside the root, so that the slope at zero is finite
+        length = jnp.sqrt(
+            jnp.maximum(squares, TINY**2)
+        )  # inside the root, so that the slope at zero is finite
         gamma = self.gamma[...].astype(jnp.float32) * x.shape[-1] ** 0.5
         return (wide / length * per_channel(gamma, x.ndim)).astype(x.dtype)
 
@@ -149,14 +155,18 @@ class Attention(nnx.Module):
     def __call__(self, x: Frames, past: Past, *, first: bool) -> tuple[Frames, Past]:
         rows = x.shape[2]
         qkv = rearrange(self.to_qkv(self.norm(x)), "b t y x (part c) -> t part b (y x) c", part=3)
-        mixed = jax.lax.map(_mix_places, qkv)  # frame by frame, to hold one frame's weights at a time
+        mixed = jax.lax.map(
+            _mix_places, qkv
+        )  # frame by frame, to hold one frame's weights at a time
         return x + self.proj(rearrange(mixed, "t b (y x) c -> b t y x c", y=rows)), ()
 
 
 def _mix_places(qkv: Float[Array, "3 b places c"]) -> Float[Array, "b places c"]:
     """The attention of one frame; softmax in float32."""
     q, k, v = qkv
-    affinity = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    affinity = (
+        jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    )
     return jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(affinity, axis=-1).astype(v.dtype), v)
 
 
@@ -164,7 +174,9 @@ class Downsample(nnx.Module):
     """Half the rows and columns (padded right and bottom), then, if `temporal`, half the frames after the first."""
 
     def __init__(self, channels: int, *, temporal: bool, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(channels, channels, (3, 3), strides=2, padding=((0, 1), (0, 1)), rngs=rngs)
+        self.conv = nnx.Conv(
+            channels, channels, (3, 3), strides=2, padding=((0, 1), (0, 1)), rngs=rngs
+        )
         self.time_conv = _time_conv(channels, channels, stride=2, rngs=rngs) if temporal else None
 
     def start(self, size: Size) -> tuple[Past, Size]:
@@ -185,12 +197,18 @@ class Upsample(nnx.Module):
     """Twice the frames after the first, if `temporal`, then twice the rows and columns at half the channels."""
 
     def __init__(self, channels: int, *, temporal: bool, rngs: nnx.Rngs):
-        self.time_conv = _time_conv(channels, 2 * channels, stride=1, rngs=rngs) if temporal else None
+        self.time_conv = (
+            _time_conv(channels, 2 * channels, stride=1, rngs=rngs) if temporal else None
+        )
         self.conv = nnx.Conv(channels, channels // 2, (3, 3), padding=1, rngs=rngs)
 
     def start(self, size: Size) -> tuple[Past, Size]:
         batch, rows, columns = size
-        return () if self.time_conv is None else blank(self.time_conv, size), (batch, 2 * rows, 2 * columns)
+        return () if self.time_conv is None else blank(self.time_conv, size), (
+            batch,
+            2 * rows,
+            2 * columns,
+        )
 
     def __call__(self, x: Frames, past: Past, *, first: bool) -> tuple[Frames, Past]:
         x, past = self.lengthen(x, past, first=first)

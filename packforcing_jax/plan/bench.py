@@ -30,7 +30,14 @@ Given = dict[str, Any]  # what a block is given besides the state, by name
 
 
 @functools.partial(jax.jit, static_argnames="exp", donate_argnames="views")
-def guess(nets: block_step.Nets, exp: Experiment, num_blocks: Array, views: list[KV], noisy: Latent, words: Any):
+def guess(
+    nets: block_step.Nets,
+    exp: Experiment,
+    num_blocks: Array,
+    views: list[KV],
+    noisy: Latent,
+    words: Any,
+):
     """The first denoising step, its views in place."""
     times, sigmas = (jnp.asarray(x) for x in block_step.step_table(exp.sample))
     nets, seen = pytrees.cast(nets, exp.dtypes.compute), cache.plan(exp.cache, num_blocks)
@@ -42,11 +49,17 @@ def choose(exp: Experiment, memory: cache.Memory, queries: list[Array], lots: li
     """What every layer looks back at, asked by `queries`."""
     seen = cache.plan(exp.cache, memory.num_blocks)
     asked = pytrees.over(lambda q: view.ask(exp, seen, q), queries)
-    return block_step.decide(exp, seen, pytrees.over(lambda *one: view.score(exp, seen, *one), memory.layers, asked, lots))
+    return block_step.decide(
+        exp,
+        seen,
+        pytrees.over(lambda *one: view.score(exp, seen, *one), memory.layers, asked, lots),
+    )
 
 
 @functools.partial(jax.jit, static_argnames="exp")
-def pack(nets: block_step.Nets, pixels: codec.Codec, exp: Experiment, latent: Latent, frames: Array) -> Array:
+def pack(
+    nets: block_step.Nets, pixels: codec.Codec, exp: Experiment, latent: Latent, frames: Array
+) -> Array:
     """The packed tokens of a block, from its latent and its frames."""
     low = codec.low_resolution(pixels, frames, latents=exp.packed_grid[0], pool=exp.compressor.pool)
     nets = pytrees.cast(nets, exp.dtypes.compute)
@@ -58,8 +71,14 @@ decode = jax.jit(codec.decode_chunk, static_argnames="first")
 
 
 def _forward(pipe: Pipeline, state: State, given: Given) -> tuple[State, Any]:
-    clean, views = guess(pipe.nets, pipe.experiment, state.memory.num_blocks, state.views, given["latent"],
-                         given["words"])  # fmt: skip
+    clean, views = guess(
+        pipe.nets,
+        pipe.experiment,
+        state.memory.num_blocks,
+        state.views,
+        given["latent"],
+        given["words"],
+    )
     return dataclasses.replace(state, views=views), clean
 
 
@@ -88,8 +107,15 @@ def _decode(pipe: Pipeline, state: State, given: Given) -> tuple[State, Any]:
 
 def _remember(pipe: Pipeline, state: State, given: Given) -> tuple[State, Any]:
     memory, packed, views = pipeline.remember_block(
-        pipe.nets, pipe.experiment, state.memory, state.views, given["latent"], given["low"], given["looked"],
-        given["words"])  # fmt: skip
+        pipe.nets,
+        pipe.experiment,
+        state.memory,
+        state.views,
+        given["latent"],
+        given["low"],
+        given["looked"],
+        given["words"],
+    )
     return dataclasses.replace(state, memory=memory, views=views), packed
 
 
@@ -123,10 +149,15 @@ def parts_of(exp: Experiment, names: Collection[str]) -> dict[str, Part]:
     """The parts called `names`, by default all that `exp` has."""
     for name in names:
         require(name in PARTS, f"--part {name} is unknown; {nearest(name, PARTS)}")
-        require(exp.cache.top > 0 or not PARTS[name].packs,
-                f"--part {name}: cache.top=0 leaves nothing packed to measure; set cache.top or leave it out.")
-    return {name: part for name, part in PARTS.items()
-            if name in names or not (names or (part.packs and exp.cache.top == 0))}  # fmt: skip
+        require(
+            exp.cache.top > 0 or not PARTS[name].packs,
+            f"--part {name}: cache.top=0 leaves nothing packed to measure; set cache.top or leave it out.",
+        )
+    return {
+        name: part
+        for name, part in PARTS.items()
+        if name in names or not (names or (part.packs and exp.cache.top == 0))
+    }
 
 
 # A model in the middle of a long video
@@ -158,8 +189,11 @@ def attended(exp: Experiment) -> int:
 
 def shapes(exp: Experiment) -> Scene:
     """The shapes of a scene; its model has no text encoder. Nothing runs."""
-    require(exp.cache.archive == "device", "cache.archive='host' draws a block in parts; bench measures whole ones, "
-            "set cache.archive=device.")  # fmt: skip
+    require(
+        exp.cache.archive == "device",
+        "cache.archive='host' draws a block in parts; bench measures whole ones, "
+        "set cache.archive=device.",
+    )
     held, layers = programs.shapes_of(exp), range(exp.dit.layers)
 
     def form(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -170,22 +204,41 @@ def shapes(exp: Experiment) -> Scene:
         return [KV(k=one, v=one) for _ in layers]
 
     full = tokens(exp.cache.block * exp.tokens_per_frame)
-    given = {"words": held.words, "latent": held.latent, "frames": held.frames, "low": held.low, "full": full,
-             "packed": tokens(exp.tokens_per_packed_block) if exp.cache.top else None,
-             "queries": [kv.k for kv in full], "looked": [held.looked for _ in layers],
-             "lots": [form(held.chance.lots.shape[1:], held.chance.lots.dtype) for _ in layers]}  # fmt: skip
-    state = State(memory=held.memory, archive=[], views=held.views, decoder=held.decoder,
-                  seed=form((), jnp.uint32), videos=form((1,), jnp.uint32))  # fmt: skip
+    given = {
+        "words": held.words,
+        "latent": held.latent,
+        "frames": held.frames,
+        "low": held.low,
+        "full": full,
+        "packed": tokens(exp.tokens_per_packed_block) if exp.cache.top else None,
+        "queries": [kv.k for kv in full],
+        "looked": [held.looked for _ in layers],
+        "lots": [form(held.chance.lots.shape[1:], held.chance.lots.dtype) for _ in layers],
+    }
+    state = State(
+        memory=held.memory,
+        archive=[],
+        views=held.views,
+        decoder=held.decoder,
+        seed=form((), jnp.uint32),
+        videos=form((1,), jnp.uint32),
+    )
     nothing: Any = None
-    pipe = Pipeline(experiment=exp, nets=held.nets, text=nothing, pixels=held.pixels, tokenizer=nothing)
+    pipe = Pipeline(
+        experiment=exp, nets=held.nets, text=nothing, pixels=held.pixels, tokenizer=nothing
+    )
     return Scene(pipe, state, given)
 
 
 def filled(forms: Any, scale: Callable[[tuple[int, ...]], float] = lambda shape: 1.0) -> Any:
     """Random numbers in place of shapes; those that are no floats become zero."""
     leaves, tree = jax.tree.flatten(forms)
-    made = [timing.normal(seed, x.shape, x.dtype, scale(x.shape)) if jnp.issubdtype(x.dtype, jnp.floating)
-            else jnp.zeros(x.shape, x.dtype) for seed, x in enumerate(leaves)]  # fmt: skip
+    made = [
+        timing.normal(seed, x.shape, x.dtype, scale(x.shape))
+        if jnp.issubdtype(x.dtype, jnp.floating)
+        else jnp.zeros(x.shape, x.dtype)
+        for seed, x in enumerate(leaves)
+    ]
     return jax.tree.unflatten(tree, made)
 
 
@@ -207,7 +260,9 @@ def scene(pipe: Pipeline, names: Collection[str]) -> Scene:
     memory = dataclasses.replace(state.memory, num_blocks=jnp.int32(full_at(exp)))
     given = {name: filled(held.given[name]) for part in names for name in PARTS[part].takes}
     if "looked" in given:
-        given["looked"] = [view.newest(exp, cache.plan(exp.cache, memory.num_blocks), 1)] * exp.dit.layers
+        given["looked"] = [
+            view.newest(exp, cache.plan(exp.cache, memory.num_blocks), 1)
+        ] * exp.dit.layers
     return Scene(pipe, dataclasses.replace(state, memory=memory), given)
 
 
@@ -220,8 +275,12 @@ def operations(exp: Experiment, names: Collection[str]) -> dict[str, int]:
     whole = held.state.views[0].k.shape
 
     def count(part: Part) -> int:
-        traced = jaxpr_cost.trace(lambda own, *rest: part.run(_with(held.pipe, own), *rest),
-                                (held.pipe.nets, held.pipe.pixels), held.state, held.given)  # fmt: skip
+        traced = jaxpr_cost.trace(
+            lambda own, *rest: part.run(_with(held.pipe, own), *rest),
+            (held.pipe.nets, held.pipe.pixels),
+            held.state,
+            held.given,
+        )
         attending = jaxpr_cost.operations(traced, on=whole)
         return jaxpr_cost.operations(traced) - attending + attending // whole[1] * keys
 
@@ -246,18 +305,36 @@ class Found:
     @property
     def ceiling(self) -> timing.Product:
         """The product that reached most operations per second."""
-        return max(self.products, key=lambda product: product.operations / self.times[product.name].median)
+        return max(
+            self.products, key=lambda product: product.operations / self.times[product.name].median
+        )
 
 
-def measure(pipe: Pipeline, names: Collection[str] = (), *, warmup: int = 3, repeats: int = 20,
-            show: timing.Show = timing.unshown, clock: Callable[[], float] = time.perf_counter) -> Found:  # fmt: skip
+def measure(
+    pipe: Pipeline,
+    names: Collection[str] = (),
+    *,
+    warmup: int = 3,
+    repeats: int = 20,
+    show: timing.Show = timing.unshown,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Found:
     """The parts `names` of a model (by default all), in rounds with the products that show the device's ceiling."""
     exp, parts = pipe.experiment, parts_of(pipe.experiment, names)
     held, products = scene(pipe, parts), timing.products(exp.dtypes.compute)
-    steps = {product.name: product.step() for product in products} | {name: held.run(name) for name in parts}
-    times = timing.measure(steps, held.state, warmup=warmup, repeats=repeats, show=show, clock=clock)
-    return Found(experiment=exp, times=times, products=products, operations=operations(exp, parts),
-                 moved={name: moved(held, name) for name in parts})  # fmt: skip
+    steps = {product.name: product.step() for product in products} | {
+        name: held.run(name) for name in parts
+    }
+    times = timing.measure(
+        steps, held.state, warmup=warmup, repeats=repeats, show=show, clock=clock
+    )
+    return Found(
+        experiment=exp,
+        times=times,
+        products=products,
+        operations=operations(exp, parts),
+        moved={name: moved(held, name) for name in parts},
+    )
 
 
 def blocks_a_second(exp: Experiment) -> float:
@@ -271,34 +348,62 @@ def report(found: Found) -> dict[str, Any]:
     backend, why = attention.chosen(exp.attention, jnp.dtype(exp.dtypes.cache))
     ceiling = best.operations / found.times[best.name].median
     rows = {name: _row(found, name, ceiling) for name in found.operations}
-    speed = {"frames_per_second": exp.fps / rows["second"]["median"], "fps": exp.fps} if "second" in rows else {}
-    return {"config": exp.name, "dtype": exp.dtypes.compute, "attention": backend, "why": why,
-            "machine": timing.machine(), "rounds": len(found.times[best.name].runs),
-            "ceiling": {"product": best.name, "operations_per_second": ceiling}, "parts": rows, **speed,
-            "metrics": metrics(found)}  # fmt: skip
+    speed = (
+        {"frames_per_second": exp.fps / rows["second"]["median"], "fps": exp.fps}
+        if "second" in rows
+        else {}
+    )
+    return {
+        "config": exp.name,
+        "dtype": exp.dtypes.compute,
+        "attention": backend,
+        "why": why,
+        "machine": timing.machine(),
+        "rounds": len(found.times[best.name].runs),
+        "ceiling": {"product": best.name, "operations_per_second": ceiling},
+        "parts": rows,
+        **speed,
+        "metrics": metrics(found),
+    }
 
 
 def _row(found: Found, name: str, ceiling: float) -> dict[str, float]:
-    times, times_as_much = found.times[name], blocks_a_second(found.experiment) if name == "second" else 1
+    times, times_as_much = (
+        found.times[name],
+        blocks_a_second(found.experiment) if name == "second" else 1,
+    )
     done, bytes_moved = found.operations[name] * times_as_much, found.moved[name] * times_as_much
     low, high = times.quartiles
     seconds = {"median": times.median, "low": low, "high": high, "best": times.best}
     seconds = {key: value * times_as_much for key, value in seconds.items()}
-    work = {"operations": done, "operations_per_second": done / seconds["median"],
-            "share": done / seconds["median"] / ceiling} if done else \
-        {"bytes": bytes_moved, "bytes_per_second": bytes_moved / seconds["median"]}  # fmt: skip
+    work = (
+        {
+            "operations": done,
+            "operations_per_second": done / seconds["median"],
+            "share": done / seconds["median"] / ceiling,
+        }
+        if done
+        else {"bytes": bytes_moved, "bytes_per_second": bytes_moved / seconds["median"]}
+    )
     return {"first_call": times.first, **seconds, **work}
 
 
 def metrics(found: Found) -> dict[str, dict[str, Any]]:
     """What can be compared between runs on a machine that others use too: ratios of times of the same rounds."""
+
     def metric(value: float, direction: str) -> dict[str, Any]:
         return {"value": value, "direction": direction}
 
     times, best = found.times, found.ceiling
     if "forward" not in found.operations:
         return {}
-    share = timing.ratio(times[best.name], times["forward"]) * found.operations["forward"] / best.operations
+    share = (
+        timing.ratio(times[best.name], times["forward"])
+        * found.operations["forward"]
+        / best.operations
+    )
     return {"forward, share of ceiling": metric(share, "higher")} | {
         f"{name}/forward": metric(timing.ratio(times[name], times["forward"]), "lower")
-        for name in found.operations if name != "forward"}  # fmt: skip
+        for name in found.operations
+        if name != "forward"
+    }

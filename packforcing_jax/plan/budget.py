@@ -16,10 +16,25 @@ from packforcing_jax.networks import text
 from packforcing_jax.plan import formulas, jaxpr_cost, memory_fit, programs
 from packforcing_jax.plan.programs import Shapes, Traced
 
-UNITS = {"keys": "keys", "last block": "count", "bytes": "bytes", "held": "bytes", "weights": "bytes",
-         "workspace": "bytes", "compiled": "bytes", "peak": "bytes", "parameters": "numbers",
-         "operations": "operations", "share": "share"}  # fmt: skip
-USES = {"temporary": "temporary", "results": "results", "arguments": "arguments", "reused": "laid into arguments"}
+UNITS = {
+    "keys": "keys",
+    "last block": "count",
+    "bytes": "bytes",
+    "held": "bytes",
+    "weights": "bytes",
+    "workspace": "bytes",
+    "compiled": "bytes",
+    "peak": "bytes",
+    "parameters": "numbers",
+    "operations": "operations",
+    "share": "share",
+}
+USES = {
+    "temporary": "temporary",
+    "results": "results",
+    "arguments": "arguments",
+    "reused": "laid into arguments",
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +69,14 @@ class Budget:
         return [row for row in self.rows.values() if not row.ok]
 
 
-def of(exp: Experiment, blocks: int, *, batch: int = 1, dtype: str | None = None, compiled: bool = False) -> Budget:
+def of(
+    exp: Experiment,
+    blocks: int,
+    *,
+    batch: int = 1,
+    dtype: str | None = None,
+    compiled: bool = False,
+) -> Budget:
     """The budget of a video of `blocks` blocks; `dtype` stands for all of the experiment's.
 
     `compiled`: the peaks are those of programs compiled here, not estimated from traced ones for a GPU.
@@ -62,17 +84,30 @@ def of(exp: Experiment, blocks: int, *, batch: int = 1, dtype: str | None = None
     require(blocks > 0, f"blocks={blocks} is no video; give at least 1.")
     require(batch > 0, f"batch={batch} is no video; give at least 1.")
     if dtype is not None:
-        exp = dataclasses.replace(exp, dtypes=DtypeConfig(*[dtype] * len(dataclasses.fields(DtypeConfig))))
+        exp = dataclasses.replace(
+            exp, dtypes=DtypeConfig(*[dtype] * len(dataclasses.fields(DtypeConfig)))
+        )
     shapes = programs.shapes_of(exp, batch)
     uses = programs.compiled(exp, batch) if compiled else memory_fit.estimated(exp, batch)
     peaks = memory_fit.peaks(exp, batch, uses)
     counted = count(exp, shapes, programs.trace(exp, shapes), blocks) | _peaks(peaks)
     if compiled:
-        counted |= {f"compiled/{name}, {said}": getattr(use, field) for name, use in uses.items()
-                    for field, said in USES.items()}  # fmt: skip
+        counted |= {
+            f"compiled/{name}, {said}": getattr(use, field)
+            for name, use in uses.items()
+            for field, said in USES.items()
+        }
     want = formulas.closed(exp, blocks=blocks, batch=batch)
-    rows = {name: Row(name, figure, want.get(name), UNITS[name.partition("/")[0]], formulas.TERMS.get(name, ""))
-            for name, figure in counted.items()}  # fmt: skip
+    rows = {
+        name: Row(
+            name,
+            figure,
+            want.get(name),
+            UNITS[name.partition("/")[0]],
+            formulas.TERMS.get(name, ""),
+        )
+        for name, figure in counted.items()
+    }
     return Budget(exp, blocks, batch, compiled, rows, peaks)
 
 
@@ -82,37 +117,66 @@ def of(exp: Experiment, blocks: int, *, batch: int = 1, dtype: str | None = None
 def count(exp: Experiment, shapes: Shapes, traced: Traced, blocks: int) -> dict[str, float]:
     """Every figure by name, read off the shapes and the programs."""
     keys, seen = _keys(exp, shapes, traced), cache.plan(exp.cache, jnp.int32(blocks - 1))
-    last = {"last block/packed blocks it chooses from": int((seen.ids >= 0).sum()),
-            "last block/packed blocks it attends": int(seen.chosen),
-            "last block/keys it attends": int(cache.length(exp, seen)) + keys["keys/current"]}  # fmt: skip
+    last = {
+        "last block/packed blocks it chooses from": int((seen.ids >= 0).sum()),
+        "last block/packed blocks it attends": int(seen.chosen),
+        "last block/keys it attends": int(cache.length(exp, seen)) + keys["keys/current"],
+    }
     each = jaxpr_cost.nbytes(shapes.views) // keys["keys/room"]
     one = jaxpr_cost.nbytes([layer.mid for layer in shapes.layers]) // max(exp.cache.slots, 1)
-    stored = {"bytes/cached": keys["keys/cached"] * each, "bytes/attended": keys["keys/attended"] * each,
-              "bytes/one packed block": one,
-              "bytes/archive of the last block": one * last["last block/packed blocks it chooses from"],
-              "bytes/every block at full size": keys["keys/current"] * each * blocks}  # fmt: skip
-    return keys | last | stored | held(exp, shapes) | _weights(exp, shapes) | _workspace(exp, shapes) \
-        | _operations(exp, shapes, traced, keys)  # fmt: skip
+    stored = {
+        "bytes/cached": keys["keys/cached"] * each,
+        "bytes/attended": keys["keys/attended"] * each,
+        "bytes/one packed block": one,
+        "bytes/archive of the last block": one * last["last block/packed blocks it chooses from"],
+        "bytes/every block at full size": keys["keys/current"] * each * blocks,
+    }
+    return (
+        keys
+        | last
+        | stored
+        | held(exp, shapes)
+        | _weights(exp, shapes)
+        | _workspace(exp, shapes)
+        | _operations(exp, shapes, traced, keys)
+    )
 
 
 def _keys(exp: Experiment, shapes: Shapes, traced: Traced) -> dict[str, int]:
     """Keys that one layer of one video attends to, by partition, as they are laid into its view."""
-    whole, names = shapes.views[0].k.shape, ("sink", "packed", "recent") if exp.cache.attended else ("sink", "recent")
-    laid = dict(zip(names, jaxpr_cost.writes(traced.lay, whole)[::2], strict=True))  # a part's keys, then its values
+    whole, names = (
+        shapes.views[0].k.shape,
+        ("sink", "packed", "recent") if exp.cache.attended else ("sink", "recent"),
+    )
+    laid = dict(
+        zip(names, jaxpr_cost.writes(traced.lay, whole)[::2], strict=True)
+    )  # a part's keys, then its values
     parts = {f"keys/{name}": laid.get(name, 0) for name in ("sink", "packed", "recent")}
     current = sum(jaxpr_cost.writes(traced.step, whole)) // (2 * exp.dit.layers)
     cached = sum(parts.values())
     twin = traced.packed.out_avals[0].shape[1] if traced.packed else 0
-    return parts | {"keys/cached": cached, "keys/current": current, "keys/attended": cached + current,
-                    "keys/packed twin": twin, "keys/room": whole[1]}  # fmt: skip
+    return parts | {
+        "keys/cached": cached,
+        "keys/current": current,
+        "keys/attended": cached + current,
+        "keys/packed twin": twin,
+        "keys/room": whole[1],
+    }
 
 
 def held(exp: Experiment, shapes: Shapes) -> dict[str, int]:
     """Bytes that lie there from the first block to the last, however long the video is."""
     layers, nets = shapes.layers, (shapes.nets, shapes.pixels)
     packed = [layer.mid for layer in layers]
-    trees = {"weights": nets, "sink": [layer.sink for layer in layers], "recent": [layer.recent for layer in layers],
-             "packed blocks": packed, "views": shapes.views, "words": shapes.words, "decoder": shapes.decoder}
+    trees = {
+        "weights": nets,
+        "sink": [layer.sink for layer in layers],
+        "recent": [layer.recent for layer in layers],
+        "packed blocks": packed,
+        "views": shapes.views,
+        "words": shapes.words,
+        "decoder": shapes.decoder,
+    }
     host = jaxpr_cost.nbytes(packed) if exp.cache.archive == "host" else 0
     every = jaxpr_cost.nbytes((nets, shapes.memory, shapes.views, shapes.words, shapes.decoder))
     totals = {"held/on the device": every - host, "held/on the host": host}
@@ -123,29 +187,47 @@ def _weights(exp: Experiment, shapes: Shapes) -> dict[str, int]:
     """Numbers in every network, and their bytes; the text encoder is read layer by layer and forgotten."""
     encoder = programs.forms(lambda: text.UMT5(exp.text, nnx.Rngs(0)), exp.dtypes.text)
     layer = programs.encoder_layer(exp.text, exp.dtypes.text)
-    modules = {"transformer": shapes.nets.dit, "compressor": shapes.nets.compressor, "codec": shapes.pixels}
+    modules = {
+        "transformer": shapes.nets.dit,
+        "compressor": shapes.nets.compressor,
+        "codec": shapes.pixels,
+    }
     found = {f"parameters/{name}": jaxpr_cost.count(module) for name, module in modules.items()}
     found["parameters/text encoder"] = jaxpr_cost.count(encoder)
-    return found | {f"weights/{name}": jaxpr_cost.nbytes(module) for name, module in modules.items()} | {
-        "weights/text encoder, on disk alone": jaxpr_cost.nbytes(encoder),
-        "weights/of it while prompts are read": 2 * jaxpr_cost.nbytes(layer),
-        "weights/text states of one prompt": jaxpr_cost.nbytes(programs.states_of(exp.text, exp.dtypes.text)[0]),
-    }  # fmt: skip
+    return (
+        found
+        | {f"weights/{name}": jaxpr_cost.nbytes(module) for name, module in modules.items()}
+        | {
+            "weights/text encoder, on disk alone": jaxpr_cost.nbytes(encoder),
+            "weights/of it while prompts are read": 2 * jaxpr_cost.nbytes(layer),
+            "weights/text states of one prompt": jaxpr_cost.nbytes(
+                programs.states_of(exp.text, exp.dtypes.text)[0]
+            ),
+        }
+    )
 
 
 def _workspace(exp: Experiment, shapes: Shapes) -> dict[str, int]:
     """Bytes that each program takes beside its arguments and results, as estimated from its trace."""
-    return {f"workspace/{name}": size for name, size in programs.workspace(exp, shapes.latent.shape[0]).items()}
+    return {
+        f"workspace/{name}": size
+        for name, size in programs.workspace(exp, shapes.latent.shape[0]).items()
+    }
 
 
 def _peaks(found: memory_fit.Peaks) -> dict[str, int]:
     """Most bytes of each phase, and of all."""
     device = {f"peak/{phase}": size for phase, size in found.device.items()}
-    return device | {"peak/on the device": found.on_device, "peak/on the host": found.on_host,
-                     "peak/both, in one memory": found.together}  # fmt: skip
+    return device | {
+        "peak/on the device": found.on_device,
+        "peak/on the host": found.on_host,
+        "peak/both, in one memory": found.together,
+    }
 
 
-def _operations(exp: Experiment, shapes: Shapes, traced: Traced, keys: dict[str, int]) -> dict[str, float]:
+def _operations(
+    exp: Experiment, shapes: Shapes, traced: Traced, keys: dict[str, int]
+) -> dict[str, float]:
     """Operations of one block, and what share of them the choice of packed blocks takes."""
     step, steps = jaxpr_cost.operations(traced.step), len(exp.sample.steps)
     attending = jaxpr_cost.operations(traced.step, on=shapes.views[0].k.shape)
@@ -153,11 +235,19 @@ def _operations(exp: Experiment, shapes: Shapes, traced: Traced, keys: dict[str,
     packing = jaxpr_cost.operations(traced.packed) if traced.packed else 0
     selecting, whole = drawing - steps * step, drawing + clean + packing
     return {
-        "operations/one step": step, "operations/of it self-attention": attending,
-        "operations/one step, keys attended": step - attending + attending // keys["keys/room"] * keys["keys/attended"],
-        "operations/denoising": steps * step, "operations/selection": selecting, "operations/clean pass": clean,
-        "operations/packing pass": packing, "operations/whole block": whole,
+        "operations/one step": step,
+        "operations/of it self-attention": attending,
+        "operations/one step, keys attended": step
+        - attending
+        + attending // keys["keys/room"] * keys["keys/attended"],
+        "operations/denoising": steps * step,
+        "operations/selection": selecting,
+        "operations/clean pass": clean,
+        "operations/packing pass": packing,
+        "operations/whole block": whole,
         "operations/decoding": jaxpr_cost.operations(traced.decode),
-        "operations/low resolution for packing": jaxpr_cost.operations(traced.shrink) if traced.packed else 0,
+        "operations/low resolution for packing": jaxpr_cost.operations(traced.shrink)
+        if traced.packed
+        else 0,
         "share/selection": selecting / whole,
-    }  # fmt: skip
+    }

@@ -71,8 +71,15 @@ TERMS = {
 def closed(exp: Experiment, *, blocks: int, batch: int) -> Figures:
     """Every figure that has a closed formula, by name."""
     keys = keys_of(exp)
-    return keys | last_block(exp, blocks) | bytes_of(exp, blocks, batch) | held(exp, batch) | parameters(exp) \
-        | weights(exp) | operations(exp, keys, batch)  # fmt: skip
+    return (
+        keys
+        | last_block(exp, blocks)
+        | bytes_of(exp, blocks, batch)
+        | held(exp, batch)
+        | parameters(exp)
+        | weights(exp)
+        | operations(exp, keys, batch)
+    )
 
 
 def keys_of(exp: Experiment) -> Figures:
@@ -81,9 +88,16 @@ def keys_of(exp: Experiment) -> Figures:
     sink, packed, recent, current = cfg.sink * s, cfg.attended * p, cfg.recent * s, cfg.block * s
     cached, twin = sink + packed + recent, p if cfg.top else 0
     room = math.ceil((cached + current + twin) / cfg.key_multiple) * cfg.key_multiple
-    return {"keys/sink": sink, "keys/packed": packed, "keys/recent": recent, "keys/cached": cached,
-            "keys/current": current, "keys/attended": cached + current, "keys/packed twin": twin,
-            "keys/room": room}  # fmt: skip
+    return {
+        "keys/sink": sink,
+        "keys/packed": packed,
+        "keys/recent": recent,
+        "keys/cached": cached,
+        "keys/current": current,
+        "keys/attended": cached + current,
+        "keys/packed twin": twin,
+        "keys/room": room,
+    }
 
 
 def last_block(exp: Experiment, blocks: int) -> Figures:
@@ -93,9 +107,14 @@ def last_block(exp: Experiment, blocks: int) -> Figures:
     recent = min(frames - sink, cfg.recent)
     archived = min((frames - sink - recent) // cfg.block, cfg.capacity)
     attended = min(archived, cfg.attended)
-    keys = (sink + recent + cfg.block) * exp.tokens_per_frame + attended * exp.tokens_per_packed_block
-    return {"last block/packed blocks it chooses from": archived, "last block/packed blocks it attends": attended,
-            "last block/keys it attends": keys}  # fmt: skip
+    keys = (
+        sink + recent + cfg.block
+    ) * exp.tokens_per_frame + attended * exp.tokens_per_packed_block
+    return {
+        "last block/packed blocks it chooses from": archived,
+        "last block/packed blocks it attends": attended,
+        "last block/keys it attends": keys,
+    }
 
 
 def _each(exp: Experiment, batch: int, dtype: str) -> int:
@@ -107,20 +126,25 @@ def bytes_of(exp: Experiment, blocks: int, batch: int) -> Figures:
     """Bytes of stored keys and values."""
     keys, last, each = keys_of(exp), last_block(exp, blocks), _each(exp, batch, exp.dtypes.cache)
     counts = {
-        "bytes/cached": keys["keys/cached"], "bytes/attended": keys["keys/attended"],
+        "bytes/cached": keys["keys/cached"],
+        "bytes/attended": keys["keys/attended"],
         "bytes/one packed block": keys["keys/packed twin"],
-        "bytes/archive of the last block": exp.tokens_per_packed_block * last[
-            "last block/packed blocks it chooses from"],
+        "bytes/archive of the last block": exp.tokens_per_packed_block
+        * last["last block/packed blocks it chooses from"],
         "bytes/every block at full size": blocks * exp.cache.block * exp.tokens_per_frame,
-    }  # fmt: skip
+    }
     return {name: count * each for name, count in counts.items()}
 
 
 def held(exp: Experiment, batch: int) -> Figures:
     """Bytes that lie there from the first block to the last beside weights and the codec's state."""
     cfg, s, p = exp.cache, exp.tokens_per_frame, exp.tokens_per_packed_block
-    counts = {"held/sink": cfg.sink * s, "held/recent": cfg.ring * s, "held/packed blocks": cfg.slots * p,
-              "held/views": keys_of(exp)["keys/room"]}  # fmt: skip
+    counts = {
+        "held/sink": cfg.sink * s,
+        "held/recent": cfg.ring * s,
+        "held/packed blocks": cfg.slots * p,
+        "held/views": keys_of(exp)["keys/room"],
+    }
     each = _each(exp, batch, exp.dtypes.cache)
     found: Figures = {name: count * each for name, count in counts.items()}
     found["held/words"] = exp.dit.text_len * _each(exp, batch, exp.dtypes.compute)
@@ -140,9 +164,16 @@ def largest(exp: Experiment, batch: int) -> int:
     q, packed = keys["keys/current"], cfg.slots * exp.tokens_per_packed_block
     sharp = (cfg.sink + cfg.recent) * exp.tokens_per_frame
     width = exp.codec.dim * max(exp.codec.dim_mult[:2]) if isinstance(exp.codec, VAEConfig) else 3
-    cells = (cfg.block + 1) * math.prod(exp.latent) * exp.codec.time_factor * exp.codec.space_factor**2
-    each = {"mlp": q * max(model.ffn_dim, 6 * model.dim), "scores": model.heads * _windows(exp) * (packed + sharp),
-            "archive": packed * model.dim, "view": keys["keys/room"] * model.dim, "frames": cells * width}  # fmt: skip
+    cells = (
+        (cfg.block + 1) * math.prod(exp.latent) * exp.codec.time_factor * exp.codec.space_factor**2
+    )
+    each = {
+        "mlp": q * max(model.ffn_dim, 6 * model.dim),
+        "scores": model.heads * _windows(exp) * (packed + sharp),
+        "archive": packed * model.dim,
+        "view": keys["keys/room"] * model.dim,
+        "frames": cells * width,
+    }
     text = words * max(exp.text.dim_ffn, exp.text.heads * words, exp.text.dim)
     return max(logits(exp, batch), 4 * int(max(batch * max(each.values()), text)))
 
@@ -152,8 +183,11 @@ def largest(exp: Experiment, batch: int) -> int:
 
 def parameters(exp: Experiment) -> Figures:
     """Numbers in the weights; the video autoencoder's have no short formula."""
-    found: Figures = {"parameters/transformer": _transformer(exp.dit), "parameters/compressor": _compressor(exp)[0],
-                      "parameters/text encoder": _text_encoder(exp.text)}  # fmt: skip
+    found: Figures = {
+        "parameters/transformer": _transformer(exp.dit),
+        "parameters/compressor": _compressor(exp)[0],
+        "parameters/text encoder": _text_encoder(exp.text),
+    }
     return found | {"parameters/codec": 0} if isinstance(exp.codec, SpaceToDepthConfig) else found
 
 
@@ -161,10 +195,14 @@ def weights(exp: Experiment) -> Figures:
     """Bytes of the weights of every network that has a formula for them."""
     dtypes, numbers = exp.dtypes, parameters(exp)
     stored = {"transformer": dtypes.params, "compressor": dtypes.params, "codec": dtypes.vae}
-    found = {f"weights/{name}": numbers[f"parameters/{name}"] * BYTES[dtype] for name, dtype in stored.items()
-             if f"parameters/{name}" in numbers}  # fmt: skip
+    found = {
+        f"weights/{name}": numbers[f"parameters/{name}"] * BYTES[dtype]
+        for name, dtype in stored.items()
+        if f"parameters/{name}" in numbers
+    }
     return found | {
-        "weights/text encoder, on disk alone": numbers["parameters/text encoder"] * BYTES[dtypes.text],
+        "weights/text encoder, on disk alone": numbers["parameters/text encoder"]
+        * BYTES[dtypes.text],
         "weights/of it while prompts are read": 2 * _text_layer(exp.text) * BYTES[dtypes.text],
         "weights/text states of one prompt": exp.text.max_words * exp.text.dim * BYTES[dtypes.text],
     }
@@ -172,14 +210,28 @@ def weights(exp: Experiment) -> Figures:
 
 def _transformer(cfg: DiTConfig) -> int:
     d, cells = cfg.dim, math.prod(cfg.patch)
-    layer = 8 * (d * d + d) + 2 * d * cfg.ffn_dim + cfg.ffn_dim + d + 12 * d  # norms 6 d, modulation 6 d
-    ends = [(cfg.in_channels * cells, d), (cfg.text_dim, d), (d, d), (cfg.freq_dim, d), (d, d), (d, 6 * d),
-            (d, cfg.out_channels * cells)]  # fmt: skip
+    layer = (
+        8 * (d * d + d) + 2 * d * cfg.ffn_dim + cfg.ffn_dim + d + 12 * d
+    )  # norms 6 d, modulation 6 d
+    ends = [
+        (cfg.in_channels * cells, d),
+        (cfg.text_dim, d),
+        (d, d),
+        (cfg.freq_dim, d),
+        (d, d),
+        (d, 6 * d),
+        (d, cfg.out_channels * cells),
+    ]
     return cfg.layers * layer + sum((inner + 1) * outer for inner, outer in ends) + 2 * d
 
 
 def _text_layer(cfg: TextConfig) -> int:
-    return 4 * cfg.dim * cfg.dim_attn + 3 * cfg.dim * cfg.dim_ffn + cfg.buckets * cfg.heads + 2 * cfg.dim
+    return (
+        4 * cfg.dim * cfg.dim_attn
+        + 3 * cfg.dim * cfg.dim_ffn
+        + cfg.buckets * cfg.heads
+        + 2 * cfg.dim
+    )
 
 
 def _text_encoder(cfg: TextConfig) -> int:
@@ -194,7 +246,10 @@ def _compressor(exp: Experiment) -> tuple[int, int]:
     channels = (exp.dit.in_channels, *exp.compressor.channels)
     for inner, outer, stride in zip(channels, channels[1:], exp.compressor.strides, strict=False):
         kernel = (3 if stride[0] > 1 else 1, *(4 if step > 1 else 3 for step in stride[1:]))
-        size = tuple((n + 2 * (k > 1) - k) // step + 1 for n, k, step in zip(size, kernel, stride, strict=True))
+        size = tuple(
+            (n + 2 * (k > 1) - k) // step + 1
+            for n, k, step in zip(size, kernel, stride, strict=True)
+        )
         parameters += (math.prod(kernel) * inner + 1) * outer
         operations += 2 * math.prod(size) * math.prod(kernel) * inner * outer
     last = channels[-1] * exp.dit.dim
@@ -223,8 +278,16 @@ def operations(exp: Experiment, keys: Figures, batch: int) -> Figures:
     return {name: batch * count for name, count in once.items()} | share
 
 
-def _pass(exp: Experiment, q: float, frames: int, keys: float, *, ends: bool = True, asks: bool = False,
-          embeds: bool = True) -> float:  # fmt: skip
+def _pass(
+    exp: Experiment,
+    q: float,
+    frames: int,
+    keys: float,
+    *,
+    ends: bool = True,
+    asks: bool = False,
+    embeds: bool = True,
+) -> float:
     """One pass of `q` tokens. Without its `ends` it is over once the last layer has its keys, or its queries too."""
     cfg = exp.dit
     d, cells = cfg.dim, math.prod(cfg.patch)
@@ -251,8 +314,15 @@ def _windows(exp: Experiment) -> int:
     return math.prod(size // step for size, step in sizes)
 
 
-SCORED = {"affinity": "all", "mass_sum": "all", "mass_max": "all", "logit_max": "packed", "centred_logit_max": "packed",
-          "log_sum_exp": "packed", "paper_sum": "sums"}  # fmt: skip
+SCORED = {
+    "affinity": "all",
+    "mass_sum": "all",
+    "mass_max": "all",
+    "logit_max": "packed",
+    "centred_logit_max": "packed",
+    "log_sum_exp": "packed",
+    "paper_sum": "sums",
+}
 
 
 def _selection(exp: Experiment, q: float, room: float) -> float:
@@ -262,8 +332,16 @@ def _selection(exp: Experiment, q: float, room: float) -> float:
     """
     cfg = exp.cache
     windows = _windows(exp)
-    packed, sharp = cfg.slots * exp.tokens_per_packed_block, (cfg.sink + cfg.recent) * exp.tokens_per_frame
-    pairs = {"all": windows * (packed + sharp), "packed": windows * packed, "sums": cfg.slots, None: 0}
+    packed, sharp = (
+        cfg.slots * exp.tokens_per_packed_block,
+        (cfg.sink + cfg.recent) * exp.tokens_per_frame,
+    )
+    pairs = {
+        "all": windows * (packed + sharp),
+        "packed": windows * packed,
+        "sums": cfg.slots,
+        None: 0,
+    }
     scored = SCORED.get(cfg.selection) if cfg.attended else None
     asked = (cfg.scope, cfg.timing) == ("shared", "first")
     glance = _pass(exp, q, cfg.block, room, ends=False, asks=scored is not None) if asked else 0

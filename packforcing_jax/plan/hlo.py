@@ -6,12 +6,43 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import prod
 
-ITEM = {"pred": 1, "s8": 1, "u8": 1, "f16": 2, "bf16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4,
-        "f64": 8, "s64": 8, "u64": 8, "c64": 8}  # fmt: skip
-MOVES = ("broadcast", "concatenate", "copy", "copy-done", "dynamic-slice", "gather", "pad", "parameter", "reverse",
-         "slice", "transpose")  # fmt: skip
+ITEM = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "f16": 2,
+    "bf16": 2,
+    "s16": 2,
+    "u16": 2,
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "f64": 8,
+    "s64": 8,
+    "u64": 8,
+    "c64": 8,
+}
+MOVES = (
+    "broadcast",
+    "concatenate",
+    "copy",
+    "copy-done",
+    "dynamic-slice",
+    "gather",
+    "pad",
+    "parameter",
+    "reverse",
+    "slice",
+    "transpose",
+)
 RENAMES = ("bitcast", "convert", "reshape", "get-tuple-element", "optimization-barrier")
-MIXES = ("convolution", "custom-call", "dot", "reduce", "sort")  # what comes out is no longer what went in
+MIXES = (
+    "convolution",
+    "custom-call",
+    "dot",
+    "reduce",
+    "sort",
+)  # what comes out is no longer what went in
 HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)$")
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
@@ -65,7 +96,9 @@ class Program:
 
     def mixes(self, op: Op) -> bool:
         """Whether `op` adds up over its operands, alone or inside its fusion."""
-        return any(one.opcode in MIXES for one in (op, *self.computations.get(op.calls, {}).values()))
+        return any(
+            one.opcode in MIXES for one in (op, *self.computations.get(op.calls, {}).values())
+        )
 
     def multiplies(self, op: Op) -> bool:
         """Whether `op` multiplies inside its fusion, as what turns keys does: it is no mere copy then."""
@@ -92,8 +125,15 @@ def _op(found: re.Match, line: str) -> Op:
     root, name, kind, opcode, rest = found.groups()
     calls = re.search(r", calls=%?([\w.\-]+)", rest) if opcode.startswith("fusion") else None
     operands = tuple(re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))
-    return Op(name=name, shape=_shape(kind), opcode=opcode, operands=operands, text=line, root=root is not None,
-              calls=calls[1] if calls else "")  # fmt: skip
+    return Op(
+        name=name,
+        shape=_shape(kind),
+        opcode=opcode,
+        operands=operands,
+        text=line,
+        root=root is not None,
+        calls=calls[1] if calls else "",
+    )
 
 
 def _shape(kind: str) -> Shape:
@@ -105,19 +145,29 @@ def _joined(ops: dict[str, Op]) -> dict[str, Op]:
     """`ops`, in which one result of a fusion of several, or of one that ran beside others, is a fusion itself."""
     joined = {}
     for op in ops.values():
-        made = ops.get(op.operands[0]) if op.opcode in ("fusion-done", "get-tuple-element") else None
+        made = (
+            ops.get(op.operands[0]) if op.opcode in ("fusion-done", "get-tuple-element") else None
+        )
         if made is not None and made.calls:
             index = re.search(r", index=(\d+)", op.text)
-            op = dataclasses.replace(op, opcode="fusion", operands=made.operands, calls=made.calls,
-                                     element=int(index[1]) if index else 0)  # fmt: skip
+            op = dataclasses.replace(
+                op,
+                opcode="fusion",
+                operands=made.operands,
+                calls=made.calls,
+                element=int(index[1]) if index else 0,
+            )
         joined[op.name] = op
     return joined
 
 
 def moved(program: Program, shapes: Collection[Shape]) -> list[Op]:
     """Operations with a result of one of `shapes` that only move data: copies by whatever name."""
-    return [op for _, op in program.kernels()
-            if op.shape in shapes and op.opcode != "parameter" and program.ends_in(op) in MOVES]  # fmt: skip
+    return [
+        op
+        for _, op in program.kernels()
+        if op.shape in shapes and op.opcode != "parameter" and program.ends_in(op) in MOVES
+    ]
 
 
 def remade(program: Program, stores: Collection[Shape], at_least: int) -> list[Op]:
@@ -129,7 +179,11 @@ def remade(program: Program, stores: Collection[Shape], at_least: int) -> list[O
     for computation, op in program.kernels():
         if op.shape in stores:
             held.add((computation, op.name))
-        elif op.bytes >= at_least and not program.mixes(op) and held & {(computation, name) for name in op.operands}:
+        elif (
+            op.bytes >= at_least
+            and not program.mixes(op)
+            and held & {(computation, name) for name in op.operands}
+        ):
             held.add((computation, op.name))
             found += [op] * (op.opcode not in RENAMES)
     return found
@@ -137,8 +191,11 @@ def remade(program: Program, stores: Collection[Shape], at_least: int) -> list[O
 
 def written(program: Program, shapes: Collection[Shape]) -> list[Op]:
     """Operations with a result of one of `shapes` that overwrite a part of an operand of that shape."""
-    return [op for _, op in program.kernels()
-            if op.shape in shapes and program.ends_in(op) == "dynamic-update-slice"]  # fmt: skip
+    return [
+        op
+        for _, op in program.kernels()
+        if op.shape in shapes and program.ends_in(op) == "dynamic-update-slice"
+    ]
 
 
 def astray(assignment: str, shapes: Collection[Shape]) -> list[str]:
@@ -147,6 +204,10 @@ def astray(assignment: str, shapes: Collection[Shape]) -> list[str]:
     for line in assignment.splitlines():
         if line.startswith("allocation "):
             given = ", parameter " in line
-        elif not given and (value := PLACE.match(line)) and _shape(f"{value[2]}[{value[3]}]") in shapes:
+        elif (
+            not given
+            and (value := PLACE.match(line))
+            and _shape(f"{value[2]}[{value[3]}]") in shapes
+        ):
             found.append(value[1])
     return found

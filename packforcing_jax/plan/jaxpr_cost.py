@@ -13,7 +13,9 @@ def trace(f: Callable, *args: Any) -> core.ClosedJaxpr:
     return jax.make_jaxpr(f)(*args)
 
 
-def walk(program: core.Jaxpr | core.ClosedJaxpr, times: int = 1) -> Iterator[tuple[core.JaxprEqn, int]]:
+def walk(
+    program: core.Jaxpr | core.ClosedJaxpr, times: int = 1
+) -> Iterator[tuple[core.JaxprEqn, int]]:
     """Every innermost equation with how often one run executes it: a scan's body `length` times, else once.
 
     What no result needs is left out, as compilers do. Of a `cond` the branch with most operations counts. A `while`
@@ -41,14 +43,21 @@ def _inside(eqn: core.JaxprEqn) -> list[Any]:
     """The programs that an equation runs: the body of a loop, a call, a checkpoint, a custom derivative."""
     if eqn.primitive.name == "cond":
         return [max(eqn.params["branches"], key=operations)]
-    return [value for value in eqn.params.values() if isinstance(value, core.Jaxpr | core.ClosedJaxpr)]
+    return [
+        value for value in eqn.params.values() if isinstance(value, core.Jaxpr | core.ClosedJaxpr)
+    ]
 
 
 def _product(eqn: core.JaxprEqn) -> int:
     """Operations of a matrix product: every output element sums over the contracted axes; an outer product has none."""
     (contracted, _), _ = eqn.params["dimension_numbers"]
     left = _shape(eqn.invars[0])
-    return bool(contracted) * 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(left[axis] for axis in contracted)
+    return (
+        bool(contracted)
+        * 2
+        * math.prod(_shape(eqn.outvars[0]))
+        * math.prod(left[axis] for axis in contracted)
+    )
 
 
 def _convolution(eqn: core.JaxprEqn) -> int:
@@ -61,7 +70,10 @@ def _shape(variable: Any) -> tuple[int, ...]:
     return variable.aval.shape
 
 
-COSTS: dict[str, Callable[[core.JaxprEqn], int]] = {"dot_general": _product, "conv_general_dilated": _convolution}
+COSTS: dict[str, Callable[[core.JaxprEqn], int]] = {
+    "dot_general": _product,
+    "conv_general_dilated": _convolution,
+}
 
 
 def operations(program: core.Jaxpr | core.ClosedJaxpr, on: tuple[int, ...] | None = None) -> int:
@@ -69,11 +81,16 @@ def operations(program: core.Jaxpr | core.ClosedJaxpr, on: tuple[int, ...] | Non
 
     `on`: only of those with an operand of that shape.
     """
-    return sum(times * COSTS[eqn.primitive.name](eqn) for eqn, times in walk(program)
-               if eqn.primitive.name in COSTS and (on is None or on in map(_shape, eqn.invars)))  # fmt: skip
+    return sum(
+        times * COSTS[eqn.primitive.name](eqn)
+        for eqn, times in walk(program)
+        if eqn.primitive.name in COSTS and (on is None or on in map(_shape, eqn.invars))
+    )
 
 
-def writes(program: core.Jaxpr | core.ClosedJaxpr, shape: tuple[int, ...], axis: int = 1) -> list[int]:
+def writes(
+    program: core.Jaxpr | core.ClosedJaxpr, shape: tuple[int, ...], axis: int = 1
+) -> list[int]:
     """Lengths along `axis` of the pieces laid into arrays of `shape`, in the order of one run."""
     found = []
     for eqn, times in walk(program):
@@ -83,8 +100,12 @@ def writes(program: core.Jaxpr | core.ClosedJaxpr, shape: tuple[int, ...], axis:
     return found
 
 
-def peak(program: core.Jaxpr | core.ClosedJaxpr, besides: Collection[tuple[int, ...]] = (), *,
-         results: bool = True) -> int:  # fmt: skip
+def peak(
+    program: core.Jaxpr | core.ClosedJaxpr,
+    besides: Collection[tuple[int, ...]] = (),
+    *,
+    results: bool = True,
+) -> int:
     """Most bytes of intermediate values alive at once, before compilers fuse anything; arguments are not among them.
 
     `besides`: arrays of these shapes are not counted, such as those that are updated in place. Without `results`
@@ -102,12 +123,17 @@ def _peak(jaxpr: Any, besides: Collection[tuple[int, ...]], elsewhere: set[core.
     own = {variable for eqn in eqns for variable in eqn.outvars} - elsewhere
 
     def weigh(variables: Iterable[Any]) -> int:
-        return sum(nbytes(one.aval) for one in variables
-                   if one in last and one not in elsewhere and _shape(one) not in besides)  # fmt: skip
+        return sum(
+            nbytes(one.aval)
+            for one in variables
+            if one in last and one not in elsewhere and _shape(one) not in besides
+        )
 
     def inside(body: Any, eqn: core.JaxprEqn) -> int:
         inner = getattr(body, "jaxpr", body)
-        placed = (one for one, out in zip(inner.outvars, eqn.outvars, strict=False) if out in elsewhere)
+        placed = (
+            one for one, out in zip(inner.outvars, eqn.outvars, strict=False) if out in elsewhere
+        )
         return _peak(inner, besides, _variables(placed))
 
     for at, eqn in enumerate(eqns):

@@ -34,7 +34,16 @@ CHANGES: tuple[Setting, ...] = (
 )
 SMALLER = (3 / 4, 1 / 2)  # of each side of the picture, the last resort
 GENEROUS = 10  # arrays as large as the largest: more than any program of a block has alive at once
-UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+UNITS = {
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
 
 
 # Peaks
@@ -58,7 +67,9 @@ class Peaks:
     @property
     def together(self) -> int:
         """Where the device's memory is the host's."""
-        return max(size + self.host.get(phase, self.host[SAMPLING]) for phase, size in self.device.items())
+        return max(
+            size + self.host.get(phase, self.host[SAMPLING]) for phase, size in self.device.items()
+        )
 
 
 def fused(exp: Experiment, platform: str) -> bool:
@@ -71,8 +82,10 @@ def estimated(exp: Experiment, batch: int = 1, platform: str = "gpu") -> Uses:
     """What each program of sampling takes, from its traced form. A CPU computes in float32 whatever it is told."""
     space = programs.workspace(_widened(exp) if platform == "cpu" else exp, batch)
     kind = programs.FUSED if fused(exp, platform) else programs.WRITTEN
-    return {name: Use(space.get(name, space.get(f"{name}, {kind}", 0)), size, 0, 0)
-            for name, size in _results(exp, batch).items()}  # fmt: skip
+    return {
+        name: Use(space.get(name, space.get(f"{name}, {kind}", 0)), size, 0, 0)
+        for name, size in _results(exp, batch).items()
+    }
 
 
 def bounded(exp: Experiment, batch: int = 1) -> Uses:
@@ -84,15 +97,28 @@ def bounded(exp: Experiment, batch: int = 1) -> Uses:
 def _results(exp: Experiment, batch: int) -> dict[str, int]:
     """Bytes of what each program hands back in room of its own."""
     words = resting(exp, batch)["words"]
-    states, latent = programs.states_of(exp.text, exp.dtypes.text)[0], programs.latent_of(exp, batch)
-    shown = programs.shown_of(exp, batch), programs.codec_of(exp.codec, exp.latent, batch, exp.dtypes.vae)[1]
+    states, latent = (
+        programs.states_of(exp.text, exp.dtypes.text)[0],
+        programs.latent_of(exp, batch),
+    )
+    shown = (
+        programs.shown_of(exp, batch),
+        programs.codec_of(exp.codec, exp.latent, batch, exp.dtypes.vae)[1],
+    )
     twin = bool(exp.cache.top) * exp.tokens_per_packed_block * words // exp.dit.text_len
-    return {ENCODING: jaxpr_cost.nbytes(states), PROMPT: words, DRAWING: jaxpr_cost.nbytes(latent),
-            SHOWING: jaxpr_cost.nbytes(shown), REMEMBERING: twin}  # fmt: skip
+    return {
+        ENCODING: jaxpr_cost.nbytes(states),
+        PROMPT: words,
+        DRAWING: jaxpr_cost.nbytes(latent),
+        SHOWING: jaxpr_cost.nbytes(shown),
+        REMEMBERING: twin,
+    }
 
 
 def _widened(exp: Experiment) -> Experiment:
-    dtypes = dataclasses.replace(exp.dtypes, compute="float32", cache="float32", vae="float32", text="float32")
+    dtypes = dataclasses.replace(
+        exp.dtypes, compute="float32", cache="float32", vae="float32", text="float32"
+    )
     if exp.dtypes.params == exp.dtypes.compute:
         dtypes = dataclasses.replace(dtypes, params="float32")
     return dataclasses.replace(exp, dtypes=dtypes)
@@ -102,10 +128,17 @@ def resting(exp: Experiment, batch: int = 1) -> dict[str, int]:
     """Bytes on the device between two blocks, by part."""
     pixels, decoder = programs.codec_of(exp.codec, exp.latent, batch, exp.dtypes.vae)
     found = formulas.weights(exp) | formulas.held(exp, batch)
-    named = {name: found[f"held/{name}"] for name in ("sink", "recent", "packed blocks", "views", "words")}
+    named = {
+        name: found[f"held/{name}"]
+        for name in ("sink", "recent", "packed blocks", "views", "words")
+    }
     named["packed blocks"] -= found["held/on the host"]
-    named |= {"transformer": found["weights/transformer"], "compressor": found["weights/compressor"],
-              "codec": jaxpr_cost.nbytes(pixels), "decoder": jaxpr_cost.nbytes(decoder)}  # fmt: skip
+    named |= {
+        "transformer": found["weights/transformer"],
+        "compressor": found["weights/compressor"],
+        "codec": jaxpr_cost.nbytes(pixels),
+        "decoder": jaxpr_cost.nbytes(decoder),
+    }
     return {name: int(size) for name, size in named.items()}
 
 
@@ -117,14 +150,22 @@ def peaks(exp: Experiment, batch: int, uses: Uses) -> Peaks:
     """
     held, text = resting(exp, batch), formulas.weights(exp)
     whole, state = sum(held.values()), int(text["weights/text states of one prompt"])
-    frames, low, latent = map(jaxpr_cost.nbytes, (*programs.shown_of(exp, batch), programs.latent_of(exp, batch)))
+    frames, low, latent = map(
+        jaxpr_cost.nbytes, (*programs.shown_of(exp, batch), programs.latent_of(exp, batch))
+    )
     layers = int(text["weights/of it while prompts are read"])
-    reading = max(layers + (2 * batch - 1) * state + taken(uses, ENCODING), batch * state + taken(uses, PROMPT))
+    reading = max(
+        layers + (2 * batch - 1) * state + taken(uses, ENCODING),
+        batch * state + taken(uses, PROMPT),
+    )
     fetched, archived = _fetched(exp, batch), int(formulas.held(exp, batch)["held/on the host"])
-    device = {LOADING: sum(held[name] for name in NETS), READING: whole + frames + reading,
-              DRAWING: whole + frames + fetched + taken(uses, DRAWING),
-              SHOWING: whole + frames + latent + taken(uses, SHOWING),
-              REMEMBERING: whole + 2 * frames + latent + low + held["decoder"] + taken(uses, REMEMBERING)}  # fmt: skip
+    device = {
+        LOADING: sum(held[name] for name in NETS),
+        READING: whole + frames + reading,
+        DRAWING: whole + frames + fetched + taken(uses, DRAWING),
+        SHOWING: whole + frames + latent + taken(uses, SHOWING),
+        REMEMBERING: whole + 2 * frames + latent + low + held["decoder"] + taken(uses, REMEMBERING),
+    }
     models, encoder = _largest_tensors(exp)
     kept = archived + 2 * frames // batch
     return Peaks(device, {LOADING: models, READING: kept + encoder, SAMPLING: kept + fetched})
@@ -132,7 +173,11 @@ def peaks(exp: Experiment, batch: int, uses: Uses) -> Peaks:
 
 def taken(uses: Uses, name: str) -> int:
     """Most that one of the programs called `name...` takes beside its arguments."""
-    return max(use.temporary + use.results - use.reused for own, use in uses.items() if own.startswith(name))
+    return max(
+        use.temporary + use.results - use.reused
+        for own, use in uses.items()
+        if own.startswith(name)
+    )
 
 
 def _fetched(exp: Experiment, batch: int) -> int:
@@ -148,7 +193,9 @@ def _largest_tensors(exp: Experiment) -> tuple[int, int]:
     nets = programs.nets_of(programs.visible(exp), 1, exp.dtypes.params)
     pixels = programs.codec_of(exp.codec, exp.latent, 1, exp.dtypes.vae)[0]
     layer = programs.encoder_layer(exp.text, exp.dtypes.text)
-    of_nets, of_text = (max(map(jaxpr_cost.nbytes, jax.tree.leaves(tree))) for tree in ((nets, pixels), layer))
+    of_nets, of_text = (
+        max(map(jaxpr_cost.nbytes, jax.tree.leaves(tree))) for tree in ((nets, pixels), layer)
+    )
     return of_nets, of_text
 
 
@@ -168,7 +215,10 @@ class Room:
         """Bytes that are missing for `need`; below zero they are left."""
         if self.platform == "cpu":
             return need.together - self.device
-        return max(need.on_device - self.device, need.on_host - self.host if self.host is not None else -self.device)
+        return max(
+            need.on_device - self.device,
+            need.on_host - self.host if self.host is not None else -self.device,
+        )
 
 
 def parse(text: str) -> Room:
@@ -192,7 +242,9 @@ def available(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup"))
     """Bytes that a process can still take here: what the system says, or less where its control group has a limit."""
     try:
         lines = (proc / "meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        free = next(
+            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")
+        )
     except (OSError, StopIteration):
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([free, *_left_in_groups(proc, groups)])
@@ -208,8 +260,11 @@ def _left_in_groups(proc: Path, groups: Path) -> Iterator[int]:
         if number != "0" and kind != "memory":
             continue
         top = groups if number == "0" else groups / "memory"
-        limit, used = ("memory.max", "memory.current") if number == "0" else \
-            ("memory.limit_in_bytes", "memory.usage_in_bytes")  # fmt: skip
+        limit, used = (
+            ("memory.max", "memory.current")
+            if number == "0"
+            else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        )
         inside = Path(path.lstrip("/"))
         for folder in (top / each for each in (inside, *inside.parents)):
             yield from _left(folder / limit, folder / used, folder / "memory.stat")
@@ -261,7 +316,10 @@ def attempts(exp: Experiment) -> Iterator[tuple[Setting, ...]]:
     yield from ((change,) for change in known)
     yield from (tuple(known[:count]) for count in range(2, len(known) + 1))
     for share in SMALLER:
-        sides = (int(size * share) // step * step for size, step in zip(exp.latent, exp.dit.patch[1:], strict=True))
+        sides = (
+            int(size * share) // step * step
+            for size, step in zip(exp.latent, exp.dit.patch[1:], strict=True)
+        )
         size = (f"latent={','.join(map(str, sides))}",)
         if _possible(exp, size):
             yield from ((size,), (*known, size))
@@ -290,15 +348,19 @@ def _enough(exp: Experiment, changed: tuple[Setting, ...], room: Room, batch: in
 def _floor(exp: Experiment, batch: int, platform: str) -> Uses:
     """Less than each program takes, without tracing any: two arrays of logits where attention is written out."""
     logits = 0 if fused(exp, platform) else 2 * formulas.logits(exp, batch)
-    return {name: Use(logits * (name == DRAWING), size, 0, 0)
-            for name, size in _results(exp, batch).items()}  # fmt: skip
+    return {
+        name: Use(logits * (name == DRAWING), size, 0, 0)
+        for name, size in _results(exp, batch).items()
+    }
 
 
 def _need(exp: Experiment, room: Room, batch: int) -> Peaks:
     return peaks(exp, batch, estimated(exp, batch, room.platform))
 
 
-def _pruned(exp: Experiment, changed: tuple[Setting, ...], room: Room, batch: int) -> tuple[Setting, ...]:
+def _pruned(
+    exp: Experiment, changed: tuple[Setting, ...], room: Room, batch: int
+) -> tuple[Setting, ...]:
     """As few of the changes as are enough, without the least harmless where there is a choice."""
     for one in reversed(changed):
         fewer = tuple(each for each in changed if each != one)

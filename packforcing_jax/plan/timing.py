@@ -18,7 +18,9 @@ import numpy as np
 
 # From a state to the next one and a result. Buffers of the state may be used up: the next call gets what came back.
 Step = Callable[[Any], tuple[Any, Any]]
-Show = Callable[[Sequence[Any], str], Iterable[Any]]  # (items, unit) -> the same items, shown as they pass
+Show = Callable[
+    [Sequence[Any], str], Iterable[Any]
+]  # (items, unit) -> the same items, shown as they pass
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,15 @@ def unshown(items: Sequence[Any], unit: str) -> Iterable[Any]:
     return items
 
 
-def measure(steps: Mapping[str, Step], state: Any, *, warmup: int = 3, repeats: int = 20, show: Show = unshown,
-            clock: Callable[[], float] = time.perf_counter) -> dict[str, Times]:  # fmt: skip
+def measure(
+    steps: Mapping[str, Step],
+    state: Any,
+    *,
+    warmup: int = 3,
+    repeats: int = 20,
+    show: Show = unshown,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Times]:
     """The times of `steps`, which hand one state on.
 
     A round runs every step once, so that a machine that grows slower does so for all, each in another order, since
@@ -67,7 +76,10 @@ def measure(steps: Mapping[str, Step], state: Any, *, warmup: int = 3, repeats: 
     for _ in show(range(warmup + repeats), "rounds"):
         for name in shuffle.sample(list(steps), len(steps)):
             run(name)
-    return {name: Times(first=all_runs[0], runs=tuple(all_runs[1 + warmup :])) for name, all_runs in took.items()}
+    return {
+        name: Times(first=all_runs[0], runs=tuple(all_runs[1 + warmup :]))
+        for name, all_runs in took.items()
+    }
 
 
 def ratio(these: Times, those: Times) -> float:
@@ -108,7 +120,10 @@ class Product:
 
 def products(dtype: str) -> list[Product]:
     """Square products large enough to show what this device can do at most."""
-    return [Product(side, side, side, dtype) for side in PRODUCTS.get(jax.default_backend(), LARGE_PRODUCTS)]
+    return [
+        Product(side, side, side, dtype)
+        for side in PRODUCTS.get(jax.default_backend(), LARGE_PRODUCTS)
+    ]
 
 
 POOL = 1_000_003  # random numbers dealt out again and again; a prime, so that no two rows of a matrix are alike
@@ -125,7 +140,9 @@ def _pool() -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def _dealt(pool: jax.Array, first: int, scale: float, shape: tuple[int, ...], dtype: str) -> jax.Array:
+def _dealt(
+    pool: jax.Array, first: int, scale: float, shape: tuple[int, ...], dtype: str
+) -> jax.Array:
     numbers = pool[(jnp.arange(math.prod(shape)) + first) % POOL] * scale
     return numbers.reshape(shape).astype(dtype)
 
@@ -136,9 +153,16 @@ def _dealt(pool: jax.Array, first: int, scale: float, shape: tuple[int, ...], dt
 def machine() -> dict[str, Any]:
     """What figures depend on beside the program: devices, processor, versions, the day."""
     devices = jax.devices()
-    return {"device": devices[0].device_kind, "platform": devices[0].platform, "devices": len(devices),
-            "processor": processor(), "cores": os.cpu_count(), "jax": jax.__version__,
-            "python": platform.python_version(), "date": datetime.date.today().isoformat()}  # fmt: skip
+    return {
+        "device": devices[0].device_kind,
+        "platform": devices[0].platform,
+        "devices": len(devices),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

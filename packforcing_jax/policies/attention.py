@@ -14,10 +14,14 @@ from packforcing_jax.errors import InputError
 from packforcing_jax.types import Heads, Length
 
 
-def reference(q: Heads, k: Heads, v: Heads, length: Length | None = None, mask: Array | None = None) -> Heads:
+def reference(
+    q: Heads, k: Heads, v: Heads, length: Length | None = None, mask: Array | None = None
+) -> Heads:
     """softmax(q k^T / sqrt(h)) v over the first `length` keys, or where `mask` [q, k] is true; float32 softmax."""
     q, k, v = sharding.by_heads(q, k, v)
-    logits = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    logits = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(
+        q.shape[-1]
+    )
     if length is not None:
         mask = (jnp.arange(k.shape[1]) < length)[None]
     if mask is not None:
@@ -25,13 +29,21 @@ def reference(q: Heads, k: Heads, v: Heads, length: Length | None = None, mask: 
     return jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
 
 
-def _fused(q: Heads, k: Heads, v: Heads, length: Length | None = None, mask: Array | None = None, *,
-           implementation: Literal["xla", "cudnn"]) -> Heads:  # fmt: skip
+def _fused(
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    length: Length | None = None,
+    mask: Array | None = None,
+    *,
+    implementation: Literal["xla", "cudnn"],
+) -> Heads:
     q, k, v = sharding.by_heads(q, k, v)
     lengths = None if length is None else jnp.full(q.shape[0], length, jnp.int32)
     visible = None if mask is None else mask[None, None]
     return jax.nn.dot_product_attention(  # type: ignore[no-matching-overload]
-        q, k, v, mask=visible, key_value_seq_lengths=lengths, implementation=implementation)  # fmt: skip
+        q, k, v, mask=visible, key_value_seq_lengths=lengths, implementation=implementation
+    )
 
 
 Attend = Callable[..., Heads]
@@ -44,9 +56,15 @@ BACKENDS: dict[str, Attend] = {
 
 def default_backend(dtype=jnp.float32) -> tuple[str, str]:
     """(name, reason) of the backend used unless one is asked for."""
-    if jax.default_backend() == "gpu" and jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
+    if jax.default_backend() == "gpu" and jnp.dtype(dtype) in (
+        jnp.dtype(jnp.bfloat16),
+        jnp.dtype(jnp.float16),
+    ):
         return "cudnn", "fused attention for half precision on this GPU"
-    return "reference", f"float32 softmax on {jax.default_backend()}; cudnn needs a GPU and half precision"
+    return (
+        "reference",
+        f"float32 softmax on {jax.default_backend()}; cudnn needs a GPU and half precision",
+    )
 
 
 def chosen(name: str, dtype=jnp.float32) -> tuple[str, str]:
@@ -58,7 +76,9 @@ def backend(name: str, dtype=jnp.float32) -> Attend:
     """The attention function called `name`; an unknown name is an `InputError`, never replaced silently."""
     name = chosen(name, dtype)[0]
     if name not in BACKENDS:
-        raise InputError(f"attention backend {name!r} is unknown; choose one of auto, {', '.join(BACKENDS)}.")
+        raise InputError(
+            f"attention backend {name!r} is unknown; choose one of auto, {', '.join(BACKENDS)}."
+        )
     return BACKENDS[name]
 
 

@@ -56,8 +56,10 @@ def mass(asked: Question) -> Float[Array, "b n q slot"]:
 def _masses(asked: Question) -> Float[Array, "b n q slot"]:
     lowest = jnp.finfo(jnp.float32).min
     packed = jnp.where((asked.ids >= 0)[None, None, None, :, None], logits(asked), lowest)
-    others = [jnp.where(valid[None, None, None], _agreement(asked.pooled, keys), lowest)
-              for keys, valid in zip(asked.sharp, asked.sharp_valid, strict=True)]  # fmt: skip
+    others = [
+        jnp.where(valid[None, None, None], _agreement(asked.pooled, keys), lowest)
+        for keys, valid in zip(asked.sharp, asked.sharp_valid, strict=True)
+    ]
     highest = packed.max((-2, -1), initial=lowest)
     for sharp in others:
         highest = jnp.maximum(highest, sharp.max(-1, initial=lowest))
@@ -102,14 +104,21 @@ def log_sum_exp(asked: Question) -> Float[Array, "b slot"]:
 def paper_sum(asked: Question) -> Float[Array, "b slot"]:
     """The paper's score: all products of queries and keys, summed over heads; no softmax, so the sums' product."""
     exact = jax.lax.Precision.HIGHEST  # blocks differ by little of what they have in common
-    products = jnp.einsum("bnh,bmnh->bm", asked.query_sum, asked.key_sum, precision=exact,
-                          preferred_element_type=jnp.float32)  # fmt: skip
+    products = jnp.einsum(
+        "bnh,bmnh->bm",
+        asked.query_sum,
+        asked.key_sum,
+        precision=exact,
+        preferred_element_type=jnp.float32,
+    )
     return products * asked.query_sum.shape[-1] ** -0.5
 
 
 def recency(asked: Question) -> Float[Array, "b slot"]:
     """The block's age alone: newer is better (first in, first out)."""
-    return jnp.broadcast_to(asked.ids.astype(jnp.float32)[None], (asked.pooled.shape[0], asked.ids.shape[0]))
+    return jnp.broadcast_to(
+        asked.ids.astype(jnp.float32)[None], (asked.pooled.shape[0], asked.ids.shape[0])
+    )
 
 
 def lottery(asked: Question) -> Float[Array, "b slot"]:
@@ -142,7 +151,9 @@ ACROSS_HEADS: dict[str, Callable[..., Array]] = {
 }
 
 
-def choose(scores: Float[Array, "b slot"], ids: Int[Array, " slot"], keep: int) -> tuple[Array, Array, Array]:
+def choose(
+    scores: Float[Array, "b slot"], ids: Int[Array, " slot"], keep: int
+) -> tuple[Array, Array, Array]:
     """The best `keep` blocks per video in time order: (slots, ids, scores), each [b, keep].
 
     Behind the last visible one ids are -1 and scores -inf.
@@ -161,5 +172,11 @@ def pool(q: Heads, grid: tuple[int, int], window: tuple[int, int, int]) -> Heads
     rows, columns = grid
     by_place = einops.rearrange(q, "b (t y x) n h -> b t y x n h", y=rows, x=columns)
     t, y, x = (size // step * step for size, step in zip(by_place.shape[1:4], window, strict=True))
-    return einops.reduce(by_place[:, :t, :y, :x], "b (t pt) (y py) (x px) n h -> b (t y x) n h", "mean",
-                         pt=window[0], py=window[1], px=window[2])  # fmt: skip
+    return einops.reduce(
+        by_place[:, :t, :y, :x],
+        "b (t pt) (y py) (x px) n h -> b (t y x) n h",
+        "mean",
+        pt=window[0],
+        py=window[1],
+        px=window[2],
+    )

@@ -55,7 +55,15 @@ class Drawn:
     looked: Any
 
 
-def draw(nets: Nets, exp: Experiment, memory: cache.Memory, *, chance: Chance, text: Any, views: Any = None) -> Drawn:
+def draw(
+    nets: Nets,
+    exp: Experiment,
+    memory: cache.Memory,
+    *,
+    chance: Chance,
+    text: Any,
+    views: Any = None,
+) -> Drawn:
     """The next block, drawn from noise in a few steps that only read the memory; `views` is scratch.
 
     The queries of the first step choose the packed blocks; the views they fix serve the later steps, the clean pass
@@ -65,24 +73,48 @@ def draw(nets: Nets, exp: Experiment, memory: cache.Memory, *, chance: Chance, t
     seen = cache.plan(exp.cache, memory.num_blocks)
     lots = chance.lots if isinstance(memory.layers, cache.Layer) else list(chance.lots)
     if exp.cache.top == 0 or (exp.cache.scope, exp.cache.timing) == ("layer", "first"):
-        past = pytrees.zipped(memory.layers, lots, views) if views is not None else pytrees.zipped(memory.layers, lots)
+        past = (
+            pytrees.zipped(memory.layers, lots, views)
+            if views is not None
+            else pytrees.zipped(memory.layers, lots)
+        )
         clean, kept = first_step(nets, exp, seen, chance, text, past, look=first_look)
         views, looked = pytrees.unzip(kept)
         return Drawn(*later_steps(nets, exp, seen, chance, text, views, clean), looked)
-    newest = pytrees.over(lambda layer: view.newest(exp, seen, chance.noise.shape[0]), memory.layers)
-    clean, views, asked = glance(nets, exp, memory, chance, text, views, pytrees.over(view.take, memory.layers, newest),
-                                 newest)  # fmt: skip
+    newest = pytrees.over(
+        lambda layer: view.newest(exp, seen, chance.noise.shape[0]), memory.layers
+    )
+    clean, views, asked = glance(
+        nets,
+        exp,
+        memory,
+        chance,
+        text,
+        views,
+        pytrees.over(view.take, memory.layers, newest),
+        newest,
+    )
     scores = pytrees.over(lambda *one: view.score(exp, seen, *one), memory.layers, asked, lots)
     looked = decide(exp, seen, scores)
     picked = pytrees.over(view.take, memory.layers, looked)
     return conclude(nets, exp, memory, chance, text, views, clean, picked, looked)
 
 
-def glance(nets: Nets, exp: Experiment, memory: cache.Memory, chance: Chance, text: Any, views: Any, picked: Any,
-           looked: Any) -> tuple[Latent, Any, Any]:  # fmt: skip
+def glance(
+    nets: Nets,
+    exp: Experiment,
+    memory: cache.Memory,
+    chance: Chance,
+    text: Any,
+    views: Any,
+    picked: Any,
+    looked: Any,
+) -> tuple[Latent, Any, Any]:
     """A first step behind given packed blocks: (the clean guess, the views, what each layer asked)."""
     seen = cache.plan(exp.cache, memory.num_blocks)
-    views = pytrees.over(lambda *one: view.lay(exp, seen, *one), memory.layers, picked, looked, views)
+    views = pytrees.over(
+        lambda *one: view.lay(exp, seen, *one), memory.layers, picked, looked, views
+    )
     clean, kept = first_step(nets, exp, seen, chance, text, views, look=asking_look)
     return clean, *pytrees.unzip(kept)
 
@@ -95,25 +127,51 @@ def decide(exp: Experiment, seen: cache.Plan, scores: Any) -> Any:
     return pytrees.over(lambda _: view.look(exp, seen, total), scores)
 
 
-def conclude(nets: Nets, exp: Experiment, memory: cache.Memory, chance: Chance, text: Any, views: Any, clean: Latent,
-             picked: Any, looked: Any) -> Drawn:  # fmt: skip
+def conclude(
+    nets: Nets,
+    exp: Experiment,
+    memory: cache.Memory,
+    chance: Chance,
+    text: Any,
+    views: Any,
+    clean: Latent,
+    picked: Any,
+    looked: Any,
+) -> Drawn:
     """The block, given the packed blocks that were chosen after a first step gave `clean`."""
     seen = cache.plan(exp.cache, memory.num_blocks)
-    views = pytrees.over(lambda *one: view.lay(exp, seen, *one), memory.layers, picked, looked, views)
+    views = pytrees.over(
+        lambda *one: view.lay(exp, seen, *one), memory.layers, picked, looked, views
+    )
     if exp.cache.timing == "first":
         clean, views = first_step(nets, exp, seen, chance, text, views)
     return Drawn(*later_steps(nets, exp, seen, chance, text, views, clean), looked)
 
 
-def first_step(nets: Nets, exp: Experiment, seen: cache.Plan, chance: Chance, text: Any, past: Any, *,
-               look: Callable | None = None) -> tuple[Latent, Any]:  # fmt: skip
+def first_step(
+    nets: Nets,
+    exp: Experiment,
+    seen: cache.Plan,
+    chance: Chance,
+    text: Any,
+    past: Any,
+    *,
+    look: Callable | None = None,
+) -> tuple[Latent, Any]:
     """The clean guess out of pure noise, and what each layer kept."""
     times, sigmas = (jnp.asarray(x) for x in step_table(exp.sample))
     return guess(nets, exp, seen, chance.noise, times[0], sigmas[0], text, past, look=look)
 
 
-def later_steps(nets: Nets, exp: Experiment, seen: cache.Plan, chance: Chance, text: Any, views: Any,
-                clean: Latent) -> tuple[Latent, Any]:  # fmt: skip
+def later_steps(
+    nets: Nets,
+    exp: Experiment,
+    seen: cache.Plan,
+    chance: Chance,
+    text: Any,
+    views: Any,
+    clean: Latent,
+) -> tuple[Latent, Any]:
     """The block after the remaining steps, each from the clean guess before it plus noise, and the views."""
     times, sigmas = (jnp.asarray(x) for x in step_table(exp.sample))
 
@@ -125,16 +183,31 @@ def later_steps(nets: Nets, exp: Experiment, seen: cache.Plan, chance: Chance, t
     return jax.lax.scan(step, (clean, views), (times[1:], sigmas[1:], chance.renoise))[0]
 
 
-def remember(nets: Nets, exp: Experiment, memory: cache.Memory, *, latent: Latent, low: Latent, drawn: Drawn,
-             text: Any) -> tuple[cache.Memory, Any, Any]:  # fmt: skip
+def remember(
+    nets: Nets,
+    exp: Experiment,
+    memory: cache.Memory,
+    *,
+    latent: Latent,
+    low: Latent,
+    drawn: Drawn,
+    text: Any,
+) -> tuple[cache.Memory, Any, Any]:
     """(the memory after `latent`, its packed keys and values per layer, the views as scratch).
 
     One clean pass at timestep 0 for the block's own keys, one more for its packed twin's. The twin sees what the
     clean pass saw, the block at full size, and itself; the block never sees its twin.
     """
     seen, n = cache.plan(exp.cache, memory.num_blocks), memory.num_blocks
-    layers, views = read_clean(nets, exp, seen, latent, text, pytrees.zipped(drawn.views, memory.layers, drawn.looked),
-                               keep=functools.partial(_committed, exp, n))  # fmt: skip
+    layers, views = read_clean(
+        nets,
+        exp,
+        seen,
+        latent,
+        text,
+        pytrees.zipped(drawn.views, memory.layers, drawn.looked),
+        keep=functools.partial(_committed, exp, n),
+    )
     packed = None
     if exp.cache.top:
         # Without the barrier a layer's view may be wanted before and after the twin is laid into it: two copies of it.
@@ -145,22 +218,53 @@ def remember(nets: Nets, exp: Experiment, memory: cache.Memory, *, latent: Laten
     return cache.Memory(layers=layers, num_blocks=n + 1), packed, views
 
 
-def read_clean(nets: Nets, exp: Experiment, seen: cache.Plan, latent: Latent, text: Any, past: Any, *,
-               keep: Callable | None = None, behind: Callable | None = None) -> tuple[Any, Any]:  # fmt: skip
+def read_clean(
+    nets: Nets,
+    exp: Experiment,
+    seen: cache.Plan,
+    latent: Latent,
+    text: Any,
+    past: Any,
+    *,
+    keep: Callable | None = None,
+    behind: Callable | None = None,
+) -> tuple[Any, Any]:
     """What `keep` makes of a clean block's keys and values in every layer, by default themselves, and the views.
 
     `past` holds the views, which afterwards hold that block too, or tuples of a view and what else `keep` takes;
     `behind` makes a view of what stands in its place.
     """
     time = dit.embed_time(nets.dit, jnp.zeros(latent.shape[:2]))
-    _, kept = dit.run(nets.dit, dit.embed_latent(nets.dit, latent), time, text, past=past, attend=_reader(exp, text),
-                      mix=_mix(exp, *_own_places(exp, seen, latent), cache.length(exp, seen), keep=keep or _both,
-                               behind=behind))  # fmt: skip
+    _, kept = dit.run(
+        nets.dit,
+        dit.embed_latent(nets.dit, latent),
+        time,
+        text,
+        past=past,
+        attend=_reader(exp, text),
+        mix=_mix(
+            exp,
+            *_own_places(exp, seen, latent),
+            cache.length(exp, seen),
+            keep=keep or _both,
+            behind=behind,
+        ),
+    )
     return pytrees.unzip(kept)
 
 
-def read_packed(nets: Nets, exp: Experiment, seen: cache.Plan, latent: Latent, low: Latent, text: Any, views: Any, *,
-                keep: Callable | None = None, behind: Callable | None = None) -> tuple[Any, Any]:  # fmt: skip
+def read_packed(
+    nets: Nets,
+    exp: Experiment,
+    seen: cache.Plan,
+    latent: Latent,
+    low: Latent,
+    text: Any,
+    views: Any,
+    *,
+    keep: Callable | None = None,
+    behind: Callable | None = None,
+) -> tuple[Any, Any]:
     """Keys and values in every layer of a clean block's packed twin, and the views, which also hold the block.
 
     The twin passes through all layers, or (`projected`) each layer projects the packed tokens themselves. `keep` and
@@ -171,17 +275,35 @@ def read_packed(nets: Nets, exp: Experiment, seen: cache.Plan, latent: Latent, l
     places = jnp.asarray(cache.packed_places(exp)[1])
     if exp.compressor.keys == "projected":
         turned = rope.space_angles(places, exp.dit)
-        return pytrees.over(lambda own: KV(k=rope.rotate(own.k, turned), v=own.v),
-                          dit.projections(nets.dit, tokens, time)), views  # fmt: skip
+        return pytrees.over(
+            lambda own: KV(k=rope.rotate(own.k, turned), v=own.v),
+            dit.projections(nets.dit, tokens, time),
+        ), views
     at = cache.length(exp, seen) + exp.cache.block * exp.tokens_per_frame
-    _, kept = dit.run(nets.dit, tokens, time, text, past=views, attend=_reader(exp, text),
-                      mix=_mix(exp, cache.packed_times(exp, seen), places, at, keep=keep or _both,
-                               behind=behind))  # fmt: skip
+    _, kept = dit.run(
+        nets.dit,
+        tokens,
+        time,
+        text,
+        past=views,
+        attend=_reader(exp, text),
+        mix=_mix(exp, cache.packed_times(exp, seen), places, at, keep=keep or _both, behind=behind),
+    )
     return pytrees.unzip(kept)
 
 
-def guess(nets: Nets, exp: Experiment, seen: cache.Plan, noisy: Latent, timestep: Array, sigma: Array, text: Any,
-          past: Any, *, look: Callable | None = None) -> tuple[Latent, Any]:  # fmt: skip
+def guess(
+    nets: Nets,
+    exp: Experiment,
+    seen: cache.Plan,
+    noisy: Latent,
+    timestep: Array,
+    sigma: Array,
+    text: Any,
+    past: Any,
+    *,
+    look: Callable | None = None,
+) -> tuple[Latent, Any]:
     """The clean block the network sees behind `noisy`, and what each layer kept: its view, unless `look` says else.
 
     `past` holds views, or what `look` takes. `timestep` and `sigma` are scalars, one value per video [b] or one per
@@ -192,8 +314,15 @@ def guess(nets: Nets, exp: Experiment, seen: cache.Plan, noisy: Latent, timestep
     mix = _mix(exp, *_own_places(exp, seen, noisy), cache.length(exp, seen), keep=_whole)
     if look is not None:
         mix = look(exp, seen, mix)
-    x, kept = dit.run(nets.dit, dit.embed_latent(nets.dit, noisy), time, text, past=past, mix=mix,
-                      attend=_reader(exp, text))  # fmt: skip
+    x, kept = dit.run(
+        nets.dit,
+        dit.embed_latent(nets.dit, noisy),
+        time,
+        text,
+        past=past,
+        mix=mix,
+        attend=_reader(exp, text),
+    )
     output = dit.head(nets.dit, x, time.e, exp.grid).astype(noisy.dtype)
     if exp.sample.prediction == "clean":
         return output, kept
@@ -227,8 +356,14 @@ def watching_look(exp: Experiment, seen: cache.Plan, mix: dit.Mix) -> dit.Mix:
 
     def look(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, Any]:
         mixed, (whole, looked) = first_look(exp, seen, mix)(q, k, v, past)
-        wanted = dataclasses.replace(exp, cache=dataclasses.replace(exp.cache, selection="affinity"))
-        return mixed, (whole, looked, view.score(wanted, seen, past[0], view.ask(exp, seen, q), past[1]))
+        wanted = dataclasses.replace(
+            exp, cache=dataclasses.replace(exp.cache, selection="affinity")
+        )
+        return mixed, (
+            whole,
+            looked,
+            view.score(wanted, seen, past[0], view.ask(exp, seen, q), past[1]),
+        )
 
     return look
 
@@ -241,12 +376,21 @@ def _both(own: KV, whole: KV) -> tuple[KV, KV]:
     return own, whole
 
 
-def _committed(exp: Experiment, n: Array, own: KV, whole: KV, layer: cache.Layer, looked: Any) -> tuple[Any, KV]:
+def _committed(
+    exp: Experiment, n: Array, own: KV, whole: KV, layer: cache.Layer, looked: Any
+) -> tuple[Any, KV]:
     return cache.commit_sharp(exp, n, layer, own, looked), whole
 
 
-def _mix(exp: Experiment, times: Float[Array, " q"], places: Float[Array, "q 2"], at: Array, *,
-         keep: Callable, behind: Callable | None = None) -> dit.Mix:  # fmt: skip
+def _mix(
+    exp: Experiment,
+    times: Float[Array, " q"],
+    places: Float[Array, "q 2"],
+    at: Array,
+    *,
+    keep: Callable,
+    behind: Callable | None = None,
+) -> dit.Mix:
     """Attention of tokens at (times, places) to the first `at` keys of a view and to themselves."""
     in_time, in_space = rope.time_angles(times, exp.dit), rope.space_angles(places, exp.dit)
 
@@ -286,12 +430,20 @@ def chances(exp: Experiment, seed: int | Array, videos: Array, block: Array) -> 
     shape = (exp.cache.block, *exp.latent, exp.dit.in_channels)
 
     def key(video: Array, step: Array | int) -> Array:
-        return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), video), block), step)
+        return jax.random.fold_in(
+            jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), video), block), step
+        )
 
     def every(one: Callable, count: int) -> Array:
         return jax.vmap(lambda i: jax.vmap(lambda video: one(video, i))(videos))(jnp.arange(count))
 
-    noise = every(lambda video, step: jax.random.normal(key(video, step), shape), len(exp.sample.steps))
-    lots = every(lambda video, layer: jax.random.uniform(jax.random.fold_in(key(video, jnp.uint32(LOTS)), layer),
-                                                         (exp.cache.slots,)), exp.dit.layers)  # fmt: skip
+    noise = every(
+        lambda video, step: jax.random.normal(key(video, step), shape), len(exp.sample.steps)
+    )
+    lots = every(
+        lambda video, layer: jax.random.uniform(
+            jax.random.fold_in(key(video, jnp.uint32(LOTS)), layer), (exp.cache.slots,)
+        ),
+        exp.dit.layers,
+    )
     return Chance(noise=noise[0], renoise=noise[1:], lots=lots)

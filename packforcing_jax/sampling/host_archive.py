@@ -36,25 +36,47 @@ def put(exp: Experiment, archive: Archive, block: int, packed: list[KV]) -> None
     if past < 0:
         return
     for store, new in zip(archive, packed, strict=True):
-        store.k[:, past % exp.cache.slots], store.v[:, past % exp.cache.slots] = np.asarray(new.k), np.asarray(new.v)
+        store.k[:, past % exp.cache.slots], store.v[:, past % exp.cache.slots] = (
+            np.asarray(new.k),
+            np.asarray(new.v),
+        )
 
 
 def take(archive: Archive, looked: cache.Looked) -> list[view.Picked]:
     """The chosen packed blocks of every layer, on the device."""
     slots = np.asarray(looked.slots)[:, :, None, None, None]
     fetch = lambda x: jnp.asarray(np.take_along_axis(x, slots, axis=1))  # noqa: E731
-    return [view.Picked(kv=KV(k=fetch(store.k), v=fetch(store.v)), at=jnp.zeros(looked.ids.shape)) for store in archive]
+    return [
+        view.Picked(kv=KV(k=fetch(store.k), v=fetch(store.v)), at=jnp.zeros(looked.ids.shape))
+        for store in archive
+    ]
 
 
-def draw(nets: block_step.Nets, exp: Experiment, memory: cache.Memory, archive: Archive, *, chance: block_step.Chance,
-         text: Any, views: list[KV]) -> block_step.Drawn:  # fmt: skip
+def draw(
+    nets: block_step.Nets,
+    exp: Experiment,
+    memory: cache.Memory,
+    archive: Archive,
+    *,
+    chance: block_step.Chance,
+    text: Any,
+    views: list[KV],
+) -> block_step.Drawn:
     """`sampler.draw` with the packed blocks fetched from the host between its parts."""
     newest = _newest(exp, memory, batch=chance.noise.shape[0])
-    clean, views, asked = _glance(nets, exp, memory, chance, text, views, take(archive, newest), newest)
+    clean, views, asked = _glance(
+        nets, exp, memory, chance, text, views, take(archive, newest), newest
+    )
     scores = jnp.zeros(())
     for layer, store in enumerate(archive):
-        scores = scores + _score(exp, memory.num_blocks, memory.layers[layer], jnp.asarray(store.k), asked[layer],
-                                 chance.lots[layer])  # fmt: skip
+        scores = scores + _score(
+            exp,
+            memory.num_blocks,
+            memory.layers[layer],
+            jnp.asarray(store.k),
+            asked[layer],
+            chance.lots[layer],
+        )
     looked = _decide(exp, memory, scores)
     return _conclude(nets, exp, memory, chance, text, views, clean, take(archive, looked), looked)
 
@@ -65,15 +87,31 @@ def _newest(exp: Experiment, memory: cache.Memory, batch: int) -> cache.Looked:
 
 
 @functools.partial(jax.jit, static_argnames="exp", donate_argnames="views")
-def _glance(nets: block_step.Nets, exp: Experiment, memory: cache.Memory, chance: block_step.Chance, text: Any,
-            views: list[KV], picked: list[view.Picked], looked: cache.Looked):  # fmt: skip
+def _glance(
+    nets: block_step.Nets,
+    exp: Experiment,
+    memory: cache.Memory,
+    chance: block_step.Chance,
+    text: Any,
+    views: list[KV],
+    picked: list[view.Picked],
+    looked: cache.Looked,
+):
     nets = pytrees.cast(nets, exp.dtypes.compute)
-    return block_step.glance(nets, exp, memory, chance, text, views, picked, [looked] * exp.dit.layers)
+    return block_step.glance(
+        nets, exp, memory, chance, text, views, picked, [looked] * exp.dit.layers
+    )
 
 
 @functools.partial(jax.jit, static_argnames="exp")
-def _score(exp: Experiment, num_blocks: Array, layer: cache.Layer, keys: Array, asked: view.Asked,
-           lots: Array) -> Array:  # fmt: skip
+def _score(
+    exp: Experiment,
+    num_blocks: Array,
+    layer: cache.Layer,
+    keys: Array,
+    asked: view.Asked,
+    lots: Array,
+) -> Array:
     held = dataclasses.replace(layer, mid=dataclasses.replace(layer.mid, k=keys))
     return view.score(exp, cache.plan(exp.cache, num_blocks), held, asked, lots)
 
@@ -84,8 +122,18 @@ def _decide(exp: Experiment, memory: cache.Memory, scores: Array) -> cache.Looke
 
 
 @functools.partial(jax.jit, static_argnames="exp", donate_argnames=("views",))
-def _conclude(nets: block_step.Nets, exp: Experiment, memory: cache.Memory, chance: block_step.Chance, text: Any,
-              views: list[KV], clean: Latent, picked: list[view.Picked],
-              looked: cache.Looked) -> block_step.Drawn:  # fmt: skip
+def _conclude(
+    nets: block_step.Nets,
+    exp: Experiment,
+    memory: cache.Memory,
+    chance: block_step.Chance,
+    text: Any,
+    views: list[KV],
+    clean: Latent,
+    picked: list[view.Picked],
+    looked: cache.Looked,
+) -> block_step.Drawn:
     nets = pytrees.cast(nets, exp.dtypes.compute)
-    return block_step.conclude(nets, exp, memory, chance, text, views, clean, picked, [looked] * exp.dit.layers)
+    return block_step.conclude(
+        nets, exp, memory, chance, text, views, clean, picked, [looked] * exp.dit.layers
+    )

@@ -11,19 +11,33 @@ import numpy as np
 from packforcing_jax.config import CacheConfig
 from packforcing_jax.sampling.trace import Block, Trace
 
-IN_ROW = ("sink", "incremental")  # rules that lay packed blocks in one row; others leave them at their true frames
+IN_ROW = (
+    "sink",
+    "incremental",
+)  # rules that lay packed blocks in one row; others leave them at their true frames
 EPS = 2.0**-23  # of float32
 AGES = (4, 8, 16, 32, 64, 128)  # upper ends of the table's ranges of ages, in blocks
 OLD, RANGES = 16, 6
 SIDE, MOST = 720, 2048  # pixels: a map is enlarged to about SIDE and never exceeds MOST
-RAMP = ((16, 18, 36), (92, 32, 104), (226, 92, 60), (255, 240, 160))  # recalled by no layer ... by all
+RAMP = (
+    (16, 18, 36),
+    (92, 32, 104),
+    (226, 92, 60),
+    (255, 240, 160),
+)  # recalled by no layer ... by all
 GONE, SHARP, NOW = (0, 0, 0), (44, 72, 66), (255, 255, 255)
 COLUMNS = (  # of the table: figure, title, width, form
-    ("layer", "layer", 6, "d"), ("recalled", "recalled", 9, ".1f"), ("mean_age", "mean age", 9, ".1f"),
-    ("median_age", "median", 7, ".0f"), ("oldest", "oldest", 7, ".0f"), ("old_share", f">{OLD}", 6, ".2f"),
-    ("change", "change", 7, ".2f"), ("distinct", "distinct", 9, "d"), ("best", "best", 9, ".2g"),
+    ("layer", "layer", 6, "d"),
+    ("recalled", "recalled", 9, ".1f"),
+    ("mean_age", "mean age", 9, ".1f"),
+    ("median_age", "median", 7, ".0f"),
+    ("oldest", "oldest", 7, ".0f"),
+    ("old_share", f">{OLD}", 6, ".2f"),
+    ("change", "change", 7, ".2f"),
+    ("distinct", "distinct", 9, "d"),
+    ("best", "best", 9, ".2g"),
     ("last", "last", 9, ".2g"),
-)  # fmt: skip
+)
 
 
 def visible(cfg: CacheConfig, block: int) -> range:
@@ -61,14 +75,24 @@ def _layout(cfg: CacheConfig, before: Block | None, block: Block) -> Iterator[st
     """Sink, packed row, recent frames and the block itself stand one behind the other, each of its size."""
     has, start, rule = block.layout, block.index * cfg.block, cfg.rope_adjustment
     sink, count = min(start, cfg.sink), due(cfg, block.index)
-    left = max(cfg.trained - cfg.sink - cfg.recent - cfg.block, 1)  # trained frames for the packed row
+    left = max(
+        cfg.trained - cfg.sink - cfg.recent - cfg.block, 1
+    )  # trained frames for the packed row
     wanted = [
         ("number of frames of the sink", "sink", sink),
         ("number of frames of the recent blocks", "recent", min(start - sink, cfg.recent)),
         ("number of frames of the block", "block", cfg.block),
         ("number of packed blocks", "chosen", count),
-        ("span of a packed block", "step", min(cfg.block, left / max(count, 1)) if cfg.span == "fit" else cfg.block),
-        ("place of the block, behind the recent frames,", "current_at", has["recent_at"] + has["recent"]),
+        (
+            "span of a packed block",
+            "step",
+            min(cfg.block, left / max(count, 1)) if cfg.span == "fit" else cfg.block,
+        ),
+        (
+            "place of the block, behind the recent frames,",
+            "current_at",
+            has["recent_at"] + has["recent"],
+        ),
     ]
     if rule in ("sink", "none"):
         wanted.append(("place of the sink", "sink_at", 0))
@@ -94,7 +118,9 @@ def _recalled(cfg: CacheConfig, before: Block | None, block: Block) -> Iterator[
             yield f"{where}: packed block {id} was recalled, but {may}."
         for one, other in zip(ids, ids[1:]):
             if one >= other:
-                yield f"{where}: packed block {other} " + ("came twice." if one == other else f"came behind {one}.")
+                yield f"{where}: packed block {other} " + (
+                    "came twice." if one == other else f"came behind {one}."
+                )
 
 
 def _places(cfg: CacheConfig, before: Block | None, block: Block) -> Iterator[str]:
@@ -103,7 +129,9 @@ def _places(cfg: CacheConfig, before: Block | None, block: Block) -> Iterator[st
     in_row = cfg.rope_adjustment in IN_ROW
     for number, layer in enumerate(block.layers):
         where = f"Block {block.index}, layer {number}: packed block"
-        for rank, (id, score, age, at) in enumerate(zip(layer.ids, layer.scores, layer.ages, layer.at)):
+        for rank, (id, score, age, at) in enumerate(
+            zip(layer.ids, layer.scores, layer.ages, layer.at)
+        ):
             wanted = row + rank * step if in_row else id * cfg.block
             if not _same(at, wanted):
                 yield f"{where} {id} begins at {at:.9g}, but {wanted:.9g} was due."
@@ -127,7 +155,12 @@ INVARIANTS = (_order, _sink, _layout, _recalled, _places, _shared)
 def problems(trace: Trace) -> list[str]:
     """One sentence for everything in the trace that must not be; none if all holds."""
     pairs = list(zip((None, *trace.blocks), trace.blocks))
-    return [found for before, block in pairs for check in INVARIANTS for found in check(trace.cache, before, block)]
+    return [
+        found
+        for before, block in pairs
+        for check in INVARIANTS
+        for found in check(trace.cache, before, block)
+    ]
 
 
 def _mean(values: Iterable[float]) -> float | None:
@@ -142,8 +175,12 @@ def _ages(ages: np.ndarray, weights: np.ndarray) -> dict[str, float | None]:
         return dict.fromkeys(("mean_age", "median_age", "oldest", "old_share"))
     order = np.argsort(ages, kind="stable")
     half = np.searchsorted(weights[order].cumsum(), weights.sum() / 2)
-    return {"mean_age": float(np.average(ages, weights=weights)), "median_age": float(ages[order][half]),
-            "oldest": float(ages.max()), "old_share": float(weights[ages > OLD].sum() / weights.sum())}  # fmt: skip
+    return {
+        "mean_age": float(np.average(ages, weights=weights)),
+        "median_age": float(ages[order][half]),
+        "oldest": float(ages.max()),
+        "old_share": float(weights[ages > OLD].sum() / weights.sum()),
+    }
 
 
 def _change(one: np.ndarray, other: np.ndarray) -> float:
@@ -153,42 +190,74 @@ def _change(one: np.ndarray, other: np.ndarray) -> float:
 
 def _change_at_random(cfg: CacheConfig, one: Block, other: Block) -> float:
     """The change that choices at random have, from the mean of what they have in common."""
-    (seen, count), (later, wanted) = ((visible(cfg, block.index), due(cfg, block.index)) for block in (one, other))
+    (seen, count), (later, wanted) = (
+        (visible(cfg, block.index), due(cfg, block.index)) for block in (one, other)
+    )
     common = len(set(seen) & set(later)) * count / len(seen) * wanted / len(later)
     return 1 - common / (count + wanted - common)
 
 
 def _free(trace: Trace) -> list[tuple[Block, Block]]:
     """Consecutive blocks that both saw more packed blocks than they may recall, and so had a choice."""
-    free = [len(visible(trace.cache, block.index)) > due(trace.cache, block.index) > 0 for block in trace.blocks]
-    return [pair for pair, both in zip(itertools.pairwise(trace.blocks), itertools.pairwise(free)) if all(both)]
+    free = [
+        len(visible(trace.cache, block.index)) > due(trace.cache, block.index) > 0
+        for block in trace.blocks
+    ]
+    return [
+        pair
+        for pair, both in zip(itertools.pairwise(trace.blocks), itertools.pairwise(free))
+        if all(both)
+    ]
 
 
 def _of_layer(trace: Trace, number: int) -> dict[str, Any]:
     """The figures of one layer's choices."""
     held = [block.layers[number] for block in trace.blocks if len(block.layers[number].ids)]
     ages = np.concatenate([layer.ages for layer in held] or [np.zeros(0)])
-    changes = [_change(one.layers[number].ids, other.layers[number].ids) for one, other in _free(trace)]
-    return {"layer": number, "recalled": _mean(len(layer.ids) for layer in held)} | _ages(ages, np.ones(len(ages))) \
-        | {"change": _mean(changes), "distinct": len({id for layer in held for id in layer.ids.tolist()}),
-           "best": _mean(np.fmax.reduce(layer.scores) for layer in held),
-           "last": _mean(np.fmin.reduce(layer.scores) for layer in held)}  # fmt: skip
+    changes = [
+        _change(one.layers[number].ids, other.layers[number].ids) for one, other in _free(trace)
+    ]
+    return (
+        {"layer": number, "recalled": _mean(len(layer.ids) for layer in held)}
+        | _ages(ages, np.ones(len(ages)))
+        | {
+            "change": _mean(changes),
+            "distinct": len({id for layer in held for id in layer.ids.tolist()}),
+            "best": _mean(np.fmax.reduce(layer.scores) for layer in held),
+            "last": _mean(np.fmin.reduce(layer.scores) for layer in held),
+        }
+    )
 
 
 def _at_random(trace: Trace) -> dict[str, Any]:
     """The same figures if every block chose at random among what it could see."""
-    seen = [(block.index, visible(trace.cache, block.index), due(trace.cache, block.index)) for block in trace.blocks]
+    seen = [
+        (block.index, visible(trace.cache, block.index), due(trace.cache, block.index))
+        for block in trace.blocks
+    ]
     seen = [(index, np.array(ids), count) for index, ids, count in seen if count]
     ages = np.concatenate([index - ids for index, ids, _ in seen] or [np.zeros(0)])
-    weights = np.concatenate([np.full(len(ids), count / len(ids)) for _, ids, count in seen] or [np.zeros(0)])
-    return {"layer": "random", "recalled": _mean(count for *_, count in seen)} | _ages(ages, weights) \
-        | {"change": _mean(_change_at_random(trace.cache, *pair) for pair in _free(trace)),
-           "distinct": None, "best": None, "last": None}  # fmt: skip
+    weights = np.concatenate(
+        [np.full(len(ids), count / len(ids)) for _, ids, count in seen] or [np.zeros(0)]
+    )
+    return (
+        {"layer": "random", "recalled": _mean(count for *_, count in seen)}
+        | _ages(ages, weights)
+        | {
+            "change": _mean(_change_at_random(trace.cache, *pair) for pair in _free(trace)),
+            "distinct": None,
+            "best": None,
+            "last": None,
+        }
+    )
 
 
 def rows(trace: Trace) -> list[dict[str, Any]]:
     """The figures of every layer, then those of choices at random; None where nothing was recalled."""
-    return [*(_of_layer(trace, number) for number in range(len(trace.blocks[0].layers))), _at_random(trace)]
+    return [
+        *(_of_layer(trace, number) for number in range(len(trace.blocks[0].layers))),
+        _at_random(trace),
+    ]
 
 
 def _cell(value: Any, form: str) -> str:
@@ -212,19 +281,33 @@ def table(trace: Trace) -> str:
     """The whole run in at most 80 columns: a summary, a row per layer, and the ages of what was recalled."""
     cfg, blocks = trace.cache, trace.blocks
     ever = {id for block in blocks for id in visible(cfg, block.index)}
-    lines = [f"{trace.header['experiment']}: {len(blocks)} blocks, {len(blocks[0].layers)} layers, {len(ever)} packed "
-             f"blocks, at most {cfg.attended if cfg.top else 0} recalled at once",
-             f"selection {cfg.selection}, scope {cfg.scope}, timing {cfg.timing}",
-             f"rope_adjustment {cfg.rope_adjustment}, span {cfg.span}", ""]  # fmt: skip
+    lines = [
+        f"{trace.header['experiment']}: {len(blocks)} blocks, {len(blocks[0].layers)} layers, {len(ever)} packed "
+        f"blocks, at most {cfg.attended if cfg.top else 0} recalled at once",
+        f"selection {cfg.selection}, scope {cfg.scope}, timing {cfg.timing}",
+        f"rope_adjustment {cfg.rope_adjustment}, span {cfg.span}",
+        "",
+    ]
     lines.append("".join(f"{title:>{width}}" for _, title, width, _ in COLUMNS))
-    lines += ["".join(f"{_cell(row[name], form):>{width}}" for name, _, width, form in COLUMNS) for row in rows(trace)]
-    lines += ["ages in blocks; best, last: mean of each block's highest and lowest score",
-              "change: Jaccard distance of consecutive choices, where there was more to choose", "",
-              "share of choices by age"]  # fmt: skip
-    names = [f"{one + 1}-{other}" for one, other in itertools.pairwise((0, *AGES))] + [f">{AGES[-1]}"]
+    lines += [
+        "".join(f"{_cell(row[name], form):>{width}}" for name, _, width, form in COLUMNS)
+        for row in rows(trace)
+    ]
+    lines += [
+        "ages in blocks; best, last: mean of each block's highest and lowest score",
+        "change: Jaccard distance of consecutive choices, where there was more to choose",
+        "",
+        "share of choices by age",
+    ]
+    names = [f"{one + 1}-{other}" for one, other in itertools.pairwise((0, *AGES))] + [
+        f">{AGES[-1]}"
+    ]
     lines.append(f"{'blocks':>12}" + "".join(f"{name:>8}" for name in names))
-    lines += [f"{name:>12}" + "".join(f"{_cell(share, '.2f'):>8}" for share in shares or [None] * len(names))
-              for name, shares in by_age(trace)]  # fmt: skip
+    lines += [
+        f"{name:>12}"
+        + "".join(f"{_cell(share, '.2f'):>8}" for share in shares or [None] * len(names))
+        for name, shares in by_age(trace)
+    ]
     return "\n".join(lines)
 
 
@@ -251,11 +334,19 @@ def heat_map(trace: Trace) -> np.ndarray:
     size = -(-count // step)
     share, may = _shares(trace, size, step)
     row, column = np.ogrid[:size, :size]
-    kept = (column * step < cfg.sink // cfg.block) | ((row - column) * step <= cfg.recent // cfg.block)
+    kept = (column * step < cfg.sink // cfg.block) | (
+        (row - column) * step <= cfg.recent // cfg.block
+    )
     stops = np.linspace(0, 1, len(RAMP))
     shown = np.stack([np.interp(share, stops, level) for level in np.transpose(RAMP)], axis=-1)
     other = ~may & (share == 0)
-    for where, colour in ((other, GONE), (other & kept & (column < row), SHARP), (row == column, NOW)):
+    for where, colour in (
+        (other, GONE),
+        (other & kept & (column < row), SHARP),
+        (row == column, NOW),
+    ):
         shown[where] = colour
     scale = max(1, SIDE // size)
-    return einops.repeat(np.rint(shown).astype(np.uint8), "h w c -> (h a) (w b) c", a=scale, b=scale)
+    return einops.repeat(
+        np.rint(shown).astype(np.uint8), "h w c -> (h a) (w b) c", a=scale, b=scale
+    )

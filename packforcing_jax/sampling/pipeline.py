@@ -57,19 +57,33 @@ class Finished:
     prompt: str
     frames: np.ndarray  # [t, height, width, 3] in [-1, 1]
     latent: np.ndarray  # [t, y, x, c]
-    chosen: np.ndarray  # [layer, top] packed blocks each layer recalled, in time order, -1 where fewer exist
+    chosen: (
+        np.ndarray
+    )  # [layer, top] packed blocks each layer recalled, in time order, -1 where fewer exist
     scores: np.ndarray  # [layer, top] by which it chose them
     places: np.ndarray  # [layer, top] place in time of the first frame of each
-    layout: Mapping[str, float]  # counts and places of the other partitions: fields of `cache.Plan`, and `block`
+    layout: Mapping[
+        str, float
+    ]  # counts and places of the other partitions: fields of `cache.Plan`, and `block`
     sink_sum: int  # checksum of the sink; its keys do not count when they move
     state: State  # after this block; used up when the next one is drawn
 
 
 @functools.partial(jax.jit, static_argnames="exp", donate_argnames="views")
-def draw_block(nets: block_step.Nets, exp: Experiment, memory: cache.Memory, views: list[KV], seed: Array, videos: Array,
-               words: Any) -> block_step.Drawn:  # fmt: skip
+def draw_block(
+    nets: block_step.Nets,
+    exp: Experiment,
+    memory: cache.Memory,
+    views: list[KV],
+    seed: Array,
+    videos: Array,
+    words: Any,
+) -> block_step.Drawn:
     """`sampler.draw` with the noise of (seed, video, block), its views in place."""
-    chance, nets = block_step.chances(exp, seed, videos, memory.num_blocks), pytrees.cast(nets, exp.dtypes.compute)
+    chance, nets = (
+        block_step.chances(exp, seed, videos, memory.num_blocks),
+        pytrees.cast(nets, exp.dtypes.compute),
+    )
     return block_step.draw(nets, exp, memory, chance=chance, text=words, views=views)
 
 
@@ -82,10 +96,21 @@ def show_block(pixels: codec.Codec, exp: Experiment, decoder: Any, latent: Laten
 
 
 @functools.partial(jax.jit, static_argnames="exp", donate_argnames=("memory", "views"))
-def remember_block(nets: block_step.Nets, exp: Experiment, memory: cache.Memory, views: list[KV], latent: Latent,
-                   low: Latent, looked: Any, words: Any) -> tuple[cache.Memory, Any, list[KV]]:  # fmt: skip
+def remember_block(
+    nets: block_step.Nets,
+    exp: Experiment,
+    memory: cache.Memory,
+    views: list[KV],
+    latent: Latent,
+    low: Latent,
+    looked: Any,
+    words: Any,
+) -> tuple[cache.Memory, Any, list[KV]]:
     """`sampler.remember`, in place."""
-    drawn, nets = block_step.Drawn(latent=latent, views=views, looked=looked), pytrees.cast(nets, exp.dtypes.compute)
+    drawn, nets = (
+        block_step.Drawn(latent=latent, views=views, looked=looked),
+        pytrees.cast(nets, exp.dtypes.compute),
+    )
     return block_step.remember(nets, exp, memory, latent=latent, low=low, drawn=drawn, text=words)
 
 
@@ -95,7 +120,10 @@ chances = jax.jit(block_step.chances, static_argnames="exp")
 @functools.partial(jax.jit, static_argnames="exp")
 def sink_sum(exp: Experiment, memory: cache.Memory) -> Array:
     """The bits of all stored sink values, and of the keys where they stay, added up as one unsigned number."""
-    kept = [layer.sink.v if exp.cache.rope_adjustment == "incremental" else layer.sink for layer in memory.layers]
+    kept = [
+        layer.sink.v if exp.cache.rope_adjustment == "incremental" else layer.sink
+        for layer in memory.layers
+    ]
     sizes = {2: jnp.uint16, 4: jnp.uint32}
     bits = [jax.lax.bitcast_convert_type(x, sizes[x.dtype.itemsize]) for x in jax.tree.leaves(kept)]
     return sum((x.sum(dtype=jnp.uint32) for x in bits), jnp.uint32(0))
@@ -114,23 +142,32 @@ def video_id(prompt: str) -> int:
 
 def blocks_of(exp: Experiment, seconds: float) -> int:
     """Blocks that make a video of `seconds`; frames that do not fill a last latent are not asked for."""
-    require(np.isfinite(seconds) and seconds > 0, f"seconds={seconds} is not a length; give a number above 0.")
+    require(
+        np.isfinite(seconds) and seconds > 0,
+        f"seconds={seconds} is not a length; give a number above 0.",
+    )
     latents = codec.latents_of(exp.codec, int(np.ceil(seconds * exp.fps)))
     return max(1, -(-latents // exp.cache.block))
 
 
 def asked_for(exp: Experiment, memory: str | None, sets: Sequence[str]) -> Experiment:
     """`exp` with a memory profile by name and then single settings changed."""
-    require(memory in (None, *PROFILES), f"memory profile {memory!r} is unknown; "
-            f"{nearest(str(memory), PROFILES)}")  # fmt: skip
-    return overrides.override(dataclasses.replace(exp, cache=PROFILES[memory]) if memory else exp, list(sets))
+    require(
+        memory in (None, *PROFILES),
+        f"memory profile {memory!r} is unknown; {nearest(str(memory), PROFILES)}",
+    )
+    return overrides.override(
+        dataclasses.replace(exp, cache=PROFILES[memory]) if memory else exp, list(sets)
+    )
 
 
 def _read(model: model_folder.Opened, part: str, build: Callable[[], Any], dtype: str) -> Any:
     """A part of a model folder as the module that `build` makes; one without parameters needs no file."""
     shapes = jax.eval_shape(build)
     held = model.part(part) if pytrees.flatten(shapes) else {}
-    return model_folder.fill(shapes, held, dtype=dtype, source=f"the {part} weights of {model.folder}")
+    return model_folder.fill(
+        shapes, held, dtype=dtype, source=f"the {part} weights of {model.folder}"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,8 +181,13 @@ class Pipeline:
     tokenizer: tokenizer.Tokenizer
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path | None = None, *, memory: str | None = None,
-                        sets: Sequence[str] = ()) -> "Pipeline":  # fmt: skip
+    def from_pretrained(
+        cls,
+        folder: str | Path | None = None,
+        *,
+        memory: str | None = None,
+        sets: Sequence[str] = (),
+    ) -> "Pipeline":
         """The model of a folder, by default the one that ships, with another memory profile or settings if asked for.
 
         Weights are read tensor by tensor into their places; the text encoder stays on disk.
@@ -153,18 +195,45 @@ class Pipeline:
         model = model_folder.opened(folder or SHIPPED)
         exp = asked_for(model.experiment, memory, sets)
         nets = block_step.Nets(
-            dit=_read(model, "dit", lambda: dit.unrolled(dit.WanDiT(exp.dit, nnx.Rngs(0))), exp.dtypes.params),
-            compressor=_read(model, "compressor", lambda: compressor.Compressor(exp, nnx.Rngs(0)), exp.dtypes.params))
-        words = tokenizer.Tokenizer.from_file(model.folder / model_folder.TOKENIZER, exp.text.max_words)
-        return cls(experiment=exp, nets=nets, text=text_encoder.of_folder(model, exp.dtypes), tokenizer=words,
-                   pixels=_read(model, "codec", lambda: codec.make(exp.codec, nnx.Rngs(0)), exp.dtypes.vae))
+            dit=_read(
+                model,
+                "dit",
+                lambda: dit.unrolled(dit.WanDiT(exp.dit, nnx.Rngs(0))),
+                exp.dtypes.params,
+            ),
+            compressor=_read(
+                model,
+                "compressor",
+                lambda: compressor.Compressor(exp, nnx.Rngs(0)),
+                exp.dtypes.params,
+            ),
+        )
+        words = tokenizer.Tokenizer.from_file(
+            model.folder / model_folder.TOKENIZER, exp.text.max_words
+        )
+        return cls(
+            experiment=exp,
+            nets=nets,
+            text=text_encoder.of_folder(model, exp.dtypes),
+            tokenizer=words,
+            pixels=_read(
+                model, "codec", lambda: codec.make(exp.codec, nnx.Rngs(0)), exp.dtypes.vae
+            ),
+        )
 
     @classmethod
-    def of(cls, exp: Experiment, nets: block_step.Nets, encoder: TextEncoder, words: Words) -> "Pipeline":
+    def of(
+        cls, exp: Experiment, nets: block_step.Nets, encoder: TextEncoder, words: Words
+    ) -> "Pipeline":
         """Networks in memory, layers stacked as in training, ready to sample."""
         apart = dataclasses.replace(nets, dit=dit.unrolled(nets.dit))
-        return cls(experiment=exp, nets=pytrees.cast(apart, exp.dtypes.params), tokenizer=words,
-                   text=text_encoder.of_module(encoder, exp.dtypes), pixels=codec.make(exp.codec, nnx.Rngs(0)))  # fmt: skip
+        return cls(
+            experiment=exp,
+            nets=pytrees.cast(apart, exp.dtypes.params),
+            tokenizer=words,
+            text=text_encoder.of_module(encoder, exp.dtypes),
+            pixels=codec.make(exp.codec, nnx.Rngs(0)),
+        )
 
     def with_memory(self, profile: str) -> "Pipeline":
         """The same model with another memory: a name in `config.PROFILES`."""
@@ -175,17 +244,25 @@ class Pipeline:
         return self._with(asked_for(self.experiment, None, sets))
 
     def _with(self, exp: Experiment) -> "Pipeline":
-        return dataclasses.replace(self, experiment=exp, nets=pytrees.cast(self.nets, exp.dtypes.params),
-                                   pixels=pytrees.cast(self.pixels, exp.dtypes.vae),
-                                   text=dataclasses.replace(self.text, dtype=exp.dtypes.text))  # fmt: skip
+        return dataclasses.replace(
+            self,
+            experiment=exp,
+            nets=pytrees.cast(self.nets, exp.dtypes.params),
+            pixels=pytrees.cast(self.pixels, exp.dtypes.vae),
+            text=dataclasses.replace(self.text, dtype=exp.dtypes.text),
+        )
 
     def start(self, *, seed: int, videos: Sequence[int]) -> State:
         """The state before the first block of `videos`."""
         exp, batch, kept = self.experiment, len(videos), jnp.dtype(self.experiment.dtypes.cache)
-        return State(memory=cache.init(exp, batch, kept), archive=host_archive.init(exp, batch, kept),
-                     views=view.scratch(exp, batch, kept),
-                     decoder=codec.init_decoder(self.pixels, batch, *exp.latent),
-                     seed=jnp.uint32(seed), videos=jnp.asarray(videos, jnp.uint32))  # fmt: skip
+        return State(
+            memory=cache.init(exp, batch, kept),
+            archive=host_archive.init(exp, batch, kept),
+            views=view.scratch(exp, batch, kept),
+            decoder=codec.init_decoder(self.pixels, batch, *exp.latent),
+            seed=jnp.uint32(seed),
+            videos=jnp.asarray(videos, jnp.uint32),
+        )
 
     def kept_form(self, videos: int = 1) -> State:
         """Shapes and dtypes of what `put_away` keeps; packed blocks in host memory stand there as themselves."""
@@ -196,11 +273,15 @@ class Pipeline:
     def taken_up(self, kept: State) -> State:
         """A state that was put away, with new scratch."""
         exp = self.experiment
-        return dataclasses.replace(kept, views=view.scratch(exp, len(kept.videos), jnp.dtype(exp.dtypes.cache)))
+        return dataclasses.replace(
+            kept, views=view.scratch(exp, len(kept.videos), jnp.dtype(exp.dtypes.cache))
+        )
 
     def words(self, prompts: Sequence[str]) -> Any:
         """Text keys and values per layer of one prompt per video."""
-        return read_prompt(self.nets.dit, self.experiment, self.text(*self.tokenizer.encode(prompts)))
+        return read_prompt(
+            self.nets.dit, self.experiment, self.text(*self.tokenizer.encode(prompts))
+        )
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raises `InputError` unless there are prompts and every word of them is known."""
@@ -213,24 +294,41 @@ class Pipeline:
         if exp.cache.archive == "device":
             return draw_block(self.nets, exp, memory, state.views, state.seed, state.videos, words)
         chance = chances(exp, state.seed, state.videos, memory.num_blocks)
-        return host_archive.draw(self.nets, exp, memory, state.archive, chance=chance, text=words, views=state.views)
+        return host_archive.draw(
+            self.nets, exp, memory, state.archive, chance=chance, text=words, views=state.views
+        )
 
-    def step(self, state: State, words: Any, *, first: bool) -> tuple[State, Array, block_step.Drawn]:
+    def step(
+        self, state: State, words: Any, *, first: bool
+    ) -> tuple[State, Array, block_step.Drawn]:
         """One block of every video: the state after it, its frames [b, t, height, width, 3], and how it was drawn.
 
         `state` is used up, and with it the views that `Drawn` names.
         """
         exp, block = self.experiment, int(state.memory.num_blocks) if state.archive else 0
         drawn = self.draw(state, words)
-        frames, low, decoder = show_block(self.pixels, exp, state.decoder, drawn.latent, first=first)
-        memory, packed, views = remember_block(self.nets, exp, state.memory, drawn.views, drawn.latent, low,
-                                               drawn.looked, words)  # fmt: skip
+        frames, low, decoder = show_block(
+            self.pixels, exp, state.decoder, drawn.latent, first=first
+        )
+        memory, packed, views = remember_block(
+            self.nets, exp, state.memory, drawn.views, drawn.latent, low, drawn.looked, words
+        )
         if state.archive:
             host_archive.put(exp, state.archive, block, packed)
-        return dataclasses.replace(state, memory=memory, views=views, decoder=decoder), frames, drawn
+        return (
+            dataclasses.replace(state, memory=memory, views=views, decoder=decoder),
+            frames,
+            drawn,
+        )
 
-    def stream(self, prompts: Sequence[str], *, seed: int = 0, identity: int | None = None,
-               state: State | None = None) -> Iterator[Finished]:  # fmt: skip
+    def stream(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        identity: int | None = None,
+        state: State | None = None,
+    ) -> Iterator[Finished]:
         """Finished blocks of one video, one prompt per block; all are checked before the first is drawn.
 
         A longer run begins with the shorter one, bit for bit; a changed later prompt leaves earlier blocks alone.
@@ -238,7 +336,9 @@ class Pipeline:
         """
         self.check(prompts)
         if state is None:
-            state = self.start(seed=seed, videos=[video_id(prompts[0]) if identity is None else identity])
+            state = self.start(
+                seed=seed, videos=[video_id(prompts[0]) if identity is None else identity]
+            )
         return self._stream(prompts, state)
 
     def _stream(self, prompts: Sequence[str], state: State) -> Iterator[Finished]:
@@ -253,18 +353,34 @@ class Pipeline:
             video.guard(shown, first=index * len(shown))
             yield self._finished(index, prompts[index], shown, drawn, state)
 
-    def _finished(self, index: int, prompt: str, shown: np.ndarray, drawn: block_step.Drawn, state: State) -> Finished:
+    def _finished(
+        self, index: int, prompt: str, shown: np.ndarray, drawn: block_step.Drawn, state: State
+    ) -> Finished:
         exp = self.experiment
         seen = cache.plan(exp.cache, jnp.int32(index))
         names = ("sink", "recent", "chosen", "step", "sink_at", "mid_at", "recent_at", "current_at")
-        per_layer = {name: np.stack([np.asarray(getattr(one, name)[0]) for one in drawn.looked])
-                     for name in ("ids", "scores", "at")}  # fmt: skip
+        per_layer = {
+            name: np.stack([np.asarray(getattr(one, name)[0]) for one in drawn.looked])
+            for name in ("ids", "scores", "at")
+        }
         return Finished(
-            index=index, prompt=prompt, frames=shown, latent=np.asarray(drawn.latent[0]), chosen=per_layer["ids"],
-            scores=per_layer["scores"], places=per_layer["at"], state=state,
-            layout={"block": exp.cache.block} | {name: np.asarray(getattr(seen, name)).item() for name in names},
-            sink_sum=int(sink_sum(exp, state.memory)))  # fmt: skip
+            index=index,
+            prompt=prompt,
+            frames=shown,
+            latent=np.asarray(drawn.latent[0]),
+            chosen=per_layer["ids"],
+            scores=per_layer["scores"],
+            places=per_layer["at"],
+            state=state,
+            layout={"block": exp.cache.block}
+            | {name: np.asarray(getattr(seen, name)).item() for name in names},
+            sink_sum=int(sink_sum(exp, state.memory)),
+        )
 
-    def generate(self, prompts: Sequence[str], *, seed: int = 0, identity: int | None = None) -> np.ndarray:
+    def generate(
+        self, prompts: Sequence[str], *, seed: int = 0, identity: int | None = None
+    ) -> np.ndarray:
         """The whole video [frames, height, width, 3] in [-1, 1]; `stream` keeps less in memory."""
-        return np.concatenate([block.frames for block in self.stream(prompts, seed=seed, identity=identity)])
+        return np.concatenate(
+            [block.frames for block in self.stream(prompts, seed=seed, identity=identity)]
+        )

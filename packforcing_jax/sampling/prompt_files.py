@@ -33,19 +33,42 @@ class Job:
 
     def __post_init__(self):
         at = self.source
-        require(self.blocks is None or self.seconds is None, f"{at}: blocks and seconds exclude each other; give one.")
-        require(self.blocks is None or self.blocks > 0, f"{at}: blocks={self.blocks} is not a length; give 1 or more.")
-        require(self.seconds is None or 0 < self.seconds < float("inf"),
-                f"{at}: seconds={self.seconds} is not a length; give a number above 0.")  # fmt: skip
-        require(self.seed is None or 0 <= self.seed < 2**32, f"{at}: seed={self.seed} is not in 0 to {2**32 - 1}.")
-        require(self.memory in (None, *PROFILES), f"{at}: memory={self.memory!r} is unknown; "
-                f"choose one of {', '.join(PROFILES)}.")  # fmt: skip
-        require(self.name is None or re.fullmatch(r"[\w][\w. -]*", self.name) is not None,
-                f"{at}: name={self.name!r} is no file name; use letters, digits, spaces, dots and dashes.")  # fmt: skip
+        require(
+            self.blocks is None or self.seconds is None,
+            f"{at}: blocks and seconds exclude each other; give one.",
+        )
+        require(
+            self.blocks is None or self.blocks > 0,
+            f"{at}: blocks={self.blocks} is not a length; give 1 or more.",
+        )
+        require(
+            self.seconds is None or 0 < self.seconds < float("inf"),
+            f"{at}: seconds={self.seconds} is not a length; give a number above 0.",
+        )
+        require(
+            self.seed is None or 0 <= self.seed < 2**32,
+            f"{at}: seed={self.seed} is not in 0 to {2**32 - 1}.",
+        )
+        require(
+            self.memory in (None, *PROFILES),
+            f"{at}: memory={self.memory!r} is unknown; choose one of {', '.join(PROFILES)}.",
+        )
+        require(
+            self.name is None or re.fullmatch(r"[\w][\w. -]*", self.name) is not None,
+            f"{at}: name={self.name!r} is no file name; use letters, digits, spaces, dots and dashes.",
+        )
 
 
-KINDS: dict[str, type | tuple] = {"prompt": str, "timeline": list, "name": str, "blocks": int, "seconds": (int, float),
-                                  "seed": int, "memory": str, "set": list}  # fmt: skip
+KINDS: dict[str, type | tuple] = {
+    "prompt": str,
+    "timeline": list,
+    "name": str,
+    "blocks": int,
+    "seconds": (int, float),
+    "seed": int,
+    "memory": str,
+    "set": list,
+}
 
 
 def read(path: str | Path) -> list[Job]:
@@ -54,10 +77,15 @@ def read(path: str | Path) -> list[Job]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {path} cannot be read ({error}); give a text or JSONL file.") from error
+        raise InputError(
+            f"--prompts {path} cannot be read ({error}); give a text or JSONL file."
+        ) from error
     parse = _from_json if path.suffix == ".jsonl" else _from_text
-    found = [parse(line.strip(), f"{path}, line {number}") for number, line in enumerate(lines, start=1)
-             if line.strip() and (path.suffix == ".jsonl" or not line.lstrip().startswith("#"))]  # fmt: skip
+    found = [
+        parse(line.strip(), f"{path}, line {number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip() and (path.suffix == ".jsonl" or not line.lstrip().startswith("#"))
+    ]
     require(len(found) > 0, f"{path} holds no prompt; write one per line.")
     return found
 
@@ -71,26 +99,41 @@ def _from_json(line: str, source: str) -> Job:
         table = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{source} is not JSON ({error}); write one table per line.") from error
-    require(isinstance(table, dict), f"{source} is not a table; write it as {{\"prompt\": \"...\"}}.")
+    require(isinstance(table, dict), f'{source} is not a table; write it as {{"prompt": "..."}}.')
     for key, value in table.items():
         require(key in KINDS, f"{source}: {key!r} is unknown; {nearest(key, KINDS)}")
         fits = isinstance(value, KINDS[key]) and not isinstance(value, bool)
         require(fits, f"{source}: {key}={value!r} is of the wrong kind; correct it.")
-    told = {key: table[key] for key in ("name", "blocks", "seconds", "seed", "memory") if key in table}
+    told = {
+        key: table[key] for key in ("name", "blocks", "seconds", "seed", "memory") if key in table
+    }
     sets = table.get("set", [])
-    require(all(isinstance(each, str) for each in sets), f"{source}: set={sets!r} must be a list of \"a.b=value\".")
+    require(
+        all(isinstance(each, str) for each in sets),
+        f'{source}: set={sets!r} must be a list of "a.b=value".',
+    )
     return Job(entries=_entries(table, source), sets=tuple(sets), source=source, **told)
 
 
 def _entries(table: dict[str, Any], source: str) -> Entries:
     """The prompt, or the timeline's [block, prompt] pairs."""
-    require(("prompt" in table) != ("timeline" in table), f"{source}: give either prompt or timeline.")
+    require(
+        ("prompt" in table) != ("timeline" in table), f"{source}: give either prompt or timeline."
+    )
     if "prompt" in table:
-        require(bool(table["prompt"].strip()), f"{source}: prompt is empty; say what the video should show.")
+        require(
+            bool(table["prompt"].strip()),
+            f"{source}: prompt is empty; say what the video should show.",
+        )
         return ((0, table["prompt"]),)
     pairs = table["timeline"]
-    fits = all(isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is int and isinstance(pair[1], str)
-               for pair in pairs)  # fmt: skip
+    fits = all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and type(pair[0]) is int
+        and isinstance(pair[1], str)
+        for pair in pairs
+    )
     require(fits, f"{source}: timeline={pairs!r} must be a list of [block, prompt].")
     return tuple(timelines.parse([f"{block}: {prompt}" for block, prompt in pairs], source))
 
@@ -100,7 +143,11 @@ def named(jobs: Sequence[Job]) -> list[Job]:
     taken: dict[str, int] = {}
     out = []
     for job in jobs:
-        stem = job.name or re.sub(r"\W+", "-", job.entries[0][1].lower()).strip("-")[:LONGEST].strip("-") or "video"
+        stem = (
+            job.name
+            or re.sub(r"\W+", "-", job.entries[0][1].lower()).strip("-")[:LONGEST].strip("-")
+            or "video"
+        )
         taken[stem] = taken.get(stem, 0) + 1
         repeated = job.name is not None and taken[stem] > 1
         require(not repeated, f"{job.source}: name={job.name!r} was used above; choose another.")
@@ -134,12 +181,16 @@ class Ledger:
         entry = {"key": key, "file": file.name, "bytes": file.stat().st_size}
         try:
             with self.path.open("ab") as out:
-                out.write(f"\n{json.dumps(entry)}\n".encode())  # the line before may have been cut off
+                out.write(
+                    f"\n{json.dumps(entry)}\n".encode()
+                )  # the line before may have been cut off
                 out.flush()
                 os.fsync(out.fileno())
         except OSError as error:
-            raise MachineError(f"{self.path} cannot be written ({error.strerror}); free space. "
-                               "The video itself is finished.") from error  # fmt: skip
+            raise MachineError(
+                f"{self.path} cannot be written ({error.strerror}); free space. "
+                "The video itself is finished."
+            ) from error
         self._done[key] = entry["file"], entry["bytes"]
 
 

@@ -27,11 +27,20 @@ class Resumed:
 class Keeper:
     """Saves a run's state below `folder` after every `every` blocks and behind the last one."""
 
-    def __init__(self, folder, model: Pipeline, *, prompts: Sequence[str], every: int = 8, **same: Any):
+    def __init__(
+        self, folder, model: Pipeline, *, prompts: Sequence[str], every: int = 8, **same: Any
+    ):
         require(every > 0, f"every={every} must be at least 1.")
-        self.saves, self.model, self.prompts, self.every = sampler_checkpoints.Saves(folder), model, list(prompts), every
-        self.same = {"experiment": json.loads(model_folder.experiment_to_json(model.experiment)),
-                     "weights": digest(model)} | same  # fmt: skip
+        self.saves, self.model, self.prompts, self.every = (
+            sampler_checkpoints.Saves(folder),
+            model,
+            list(prompts),
+            every,
+        )
+        self.same = {
+            "experiment": json.loads(model_folder.experiment_to_json(model.experiment)),
+            "weights": digest(model),
+        } | same
 
     def resume(self) -> Resumed:
         """The newest save, which must be of this very run up to its block; from the start if there is none."""
@@ -40,10 +49,15 @@ class Keeper:
         kept, about = self.saves.restore(_form(self.model), self.same)
         block = int(kept["sampler"].memory.num_blocks)
         told = about["prompts"][:block]
-        require(told == self.prompts[:block], f"Save folder {self.saves.folder} tells another story in its first "
-                f"{block} blocks; give the same prompts up to there or choose another folder.")  # fmt: skip
+        require(
+            told == self.prompts[:block],
+            f"Save folder {self.saves.folder} tells another story in its first "
+            f"{block} blocks; give the same prompts up to there or choose another folder.",
+        )
         at = {name: int(value) for name, value in kept["video"].items()}
-        return Resumed(self.model.taken_up(kept["sampler"]), video.Position(**at), int(kept["trace"]))
+        return Resumed(
+            self.model.taken_up(kept["sampler"]), video.Position(**at), int(kept["trace"])
+        )
 
     def keep(self, block: Finished, written: video.Writer, traced: trace.Writer | None) -> None:
         """Saves the state behind `block` if it is time to."""
@@ -51,8 +65,11 @@ class Keeper:
         if done % self.every and done != len(self.prompts):
             return
         at = {name: np.int64(value) for name, value in dataclasses.asdict(written.sync()).items()}
-        state = {"sampler": pipeline.put_away(block.state), "video": at,
-                 "trace": np.int64(traced.sync() if traced else 0)}  # fmt: skip
+        state = {
+            "sampler": pipeline.put_away(block.state),
+            "video": at,
+            "trace": np.int64(traced.sync() if traced else 0),
+        }
         self.saves.save(done, state, self.same | {"prompts": self.prompts})
 
 

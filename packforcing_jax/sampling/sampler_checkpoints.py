@@ -38,7 +38,9 @@ def _digests(folder: Path) -> dict[str, str]:
     digests = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
-            digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+            digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(
+                file, "sha256"
+            ).hexdigest()
     return digests
 
 
@@ -46,14 +48,23 @@ def _store(path: Path, flat: Mapping[str, np.ndarray]) -> None:
     """Writes arrays with Orbax, which refuses empty ones: those are left to their description."""
     orbax = _orbax()
     with orbax.Checkpointer(orbax.StandardCheckpointHandler()) as disk:
-        disk.save(path, args=orbax.args.StandardSave({name: leaf for name, leaf in flat.items() if leaf.size}))
+        disk.save(
+            path,
+            args=orbax.args.StandardSave({name: leaf for name, leaf in flat.items() if leaf.size}),
+        )
 
 
 def _fetch(path: Path, wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The arrays of `_store`, given anything with their dtypes and shapes."""
     orbax = _orbax()
-    empty = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in wanted.items() if leaf.size == 0}
-    full = {name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for name, leaf in wanted.items() if leaf.size}
+    empty = {
+        name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in wanted.items() if leaf.size == 0
+    }
+    full = {
+        name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+        for name, leaf in wanted.items()
+        if leaf.size
+    }
     with orbax.Checkpointer(orbax.StandardCheckpointHandler()) as disk:
         return empty | disk.restore(path, args=orbax.args.StandardRestore(full))
 
@@ -62,7 +73,9 @@ def _like(leaf, stored: np.ndarray):
     """The stored array as the kind of array that `leaf` is, in the place where `leaf` is or shall be."""
     if isinstance(leaf, np.ndarray | np.generic):
         return stored if isinstance(leaf, np.ndarray) else stored[()]
-    return jax.device_put(stored, leaf.sharding if getattr(leaf, "committed", True) else None, may_alias=False)
+    return jax.device_put(
+        stored, leaf.sharding if getattr(leaf, "committed", True) else None, may_alias=False
+    )
 
 
 def _settings(value, name: str = "") -> dict[str, str]:
@@ -75,10 +88,16 @@ def _settings(value, name: str = "") -> dict[str, str]:
 
 def _require_same(saved: dict[str, str], wanted: dict[str, str], place: Path) -> None:
     """Raises `InputError` naming the first entries in which what was saved is not what is wanted."""
-    wrong = [f"{name}: {saved.get(name, 'absent')} saved, {wanted.get(name, 'absent')} wanted"
-             for name in sorted(saved | wanted) if saved.get(name) != wanted.get(name)]  # fmt: skip
-    require(not wrong, f"Save {place} does not fit this run ({'; '.join(wrong[:4])}{'; ...' * (len(wrong) > 4)}); "
-            "continue with the settings it was saved with.")  # fmt: skip
+    wrong = [
+        f"{name}: {saved.get(name, 'absent')} saved, {wanted.get(name, 'absent')} wanted"
+        for name in sorted(saved | wanted)
+        if saved.get(name) != wanted.get(name)
+    ]
+    require(
+        not wrong,
+        f"Save {place} does not fit this run ({'; '.join(wrong[:4])}{'; ...' * (len(wrong) > 4)}); "
+        "continue with the settings it was saved with.",
+    )
 
 
 class Saves:
@@ -86,8 +105,13 @@ class Saves:
 
     def __init__(self, folder):
         self.folder = Path(folder).absolute()
-        strangers = sorted(name for name in self._names() if not NAME.fullmatch(name) and not name.startswith("."))
-        require(not strangers, f"Save folder {folder} holds {strangers[:3]}, which no run saved; choose another one.")
+        strangers = sorted(
+            name for name in self._names() if not NAME.fullmatch(name) and not name.startswith(".")
+        )
+        require(
+            not strangers,
+            f"Save folder {folder} holds {strangers[:3]}, which no run saved; choose another one.",
+        )
 
     def _names(self) -> list[str]:
         """What the folder holds."""
@@ -96,7 +120,9 @@ class Saves:
         except FileNotFoundError:
             return []
         except OSError as error:
-            sentence = f"Save folder {self.folder} is not usable ({error.strerror}); choose another one."
+            sentence = (
+                f"Save folder {self.folder} is not usable ({error.strerror}); choose another one."
+            )
             raise InputError(sentence) from error
 
     def _blocks(self) -> list[int]:
@@ -113,8 +139,11 @@ class Saves:
     def save(self, block: int, state, about: Mapping[str, Any]) -> None:
         """Stores the state after `block` blocks, a pytree of arrays, and notes for JSON; it is there on return."""
         newest = self.latest()
-        require(newest is None or newest < block, f"Save folder {self.folder} holds block {newest}, so block {block} "
-                "cannot follow; continue that run, delete the folder or choose another one.")  # fmt: skip
+        require(
+            newest is None or newest < block,
+            f"Save folder {self.folder} holds block {newest}, so block {block} "
+            "cannot follow; continue that run, delete the folder or choose another one.",
+        )
         flat = jax.device_get(pytrees.flatten(state))
         notes = json.dumps({"leaves": _described(flat), "about": about})
         try:
@@ -149,7 +178,9 @@ class Saves:
         """The notes of the newest complete save, as JSON gives them back."""
         return self._notes()[1]["about"]
 
-    def restore(self, abstract_state: State, same: Mapping[str, Any] | None = None) -> tuple[State, dict[str, Any]]:
+    def restore(
+        self, abstract_state: State, same: Mapping[str, Any] | None = None
+    ) -> tuple[State, dict[str, Any]]:
         """The newest complete state and its notes; notes named in `same` must be as they are there.
 
         A leaf comes back as a NumPy array where that of `abstract_state` is one, else as a JAX array in its place.
@@ -167,14 +198,22 @@ class Saves:
     def _notes(self) -> tuple[Path, dict[str, Any]]:
         """Where the newest complete save is and all its notes, once each of its files is found to be whole."""
         blocks = self._blocks()
-        require(blocks != [], f"Save folder {self.folder} holds no complete save; check the path or start anew.")
+        require(
+            blocks != [],
+            f"Save folder {self.folder} holds no complete save; check the path or start anew.",
+        )
         place = self._place(blocks[-1])
         remedy = "continue from the one before" if len(blocks) > 1 else "start anew"
         try:
             wanted, found = json.loads((place / FILES).read_text(encoding="utf-8")), _digests(place)
         except (OSError, ValueError) as error:
-            raise InputError(f"Save {place} is damaged ({FILES} is unreadable); delete it to {remedy}.") from error
+            raise InputError(
+                f"Save {place} is damaged ({FILES} is unreadable); delete it to {remedy}."
+            ) from error
         wrong = [name for name in wanted if found.get(name) != wanted[name]]
-        require(not wrong, f"Save {place} is damaged ({', '.join(wrong[:2])} missing or changed); "
-                f"delete it to {remedy}.")  # fmt: skip
+        require(
+            not wrong,
+            f"Save {place} is damaged ({', '.join(wrong[:2])} missing or changed); "
+            f"delete it to {remedy}.",
+        )
         return place, json.loads((place / NOTES).read_text(encoding="utf-8"))

@@ -63,7 +63,10 @@ def falls(table: Table) -> np.ndarray:
 @functools.cache
 def warped(steps: tuple[int, ...], shift: float) -> np.ndarray:
     """The timesteps a step list stands for, float32 [len(steps)]: listed n is grid entry 1000 - n, listed 0 is 0."""
-    require(all(0 <= step <= TIMESTEPS for step in steps), f"steps={steps} must lie within {TIMESTEPS}..0.")
+    require(
+        all(0 <= step <= TIMESTEPS for step in steps),
+        f"steps={steps} must lie within {TIMESTEPS}..0.",
+    )
     grid = np.append(table(shift).timesteps, np.float32(0))
     return _frozen(grid[TIMESTEPS - np.asarray(steps, dtype=int)])
 
@@ -88,7 +91,9 @@ def over(sigma: ArrayLike, sample: Array) -> Array:
 def add_noise(clean: Array, noise: Array, sigma: ArrayLike) -> Array:
     """The sample at noise level `sigma` (of the leading axes), mixed in float32, of the noise's dtype."""
     sigma = over(sigma, noise)
-    return ((1 - sigma) * clean.astype(jnp.float32) + sigma * noise.astype(jnp.float32)).astype(noise.dtype)
+    return ((1 - sigma) * clean.astype(jnp.float32) + sigma * noise.astype(jnp.float32)).astype(
+        noise.dtype
+    )
 
 
 def clean_from_velocity(noisy: Array, velocity: Array, sigma: ArrayLike) -> Array:
@@ -99,7 +104,9 @@ def clean_from_velocity(noisy: Array, velocity: Array, sigma: ArrayLike) -> Arra
 
 def velocity_from_clean(noisy: Array, clean: Array, sigma: ArrayLike) -> Array:
     """The velocity that points at `clean`: (noisy - clean) / sigma, in float32, of the clean dtype."""
-    return ((noisy.astype(jnp.float32) - clean.astype(jnp.float32)) / over(sigma, clean)).astype(clean.dtype)
+    return ((noisy.astype(jnp.float32) - clean.astype(jnp.float32)) / over(sigma, clean)).astype(
+        clean.dtype
+    )
 
 
 def training_target(clean: Array, noise: Array) -> Array:
@@ -115,7 +122,9 @@ def training_weights(table: Table) -> np.ndarray:
     return _frozen(raised / raised.mean())
 
 
-def euler_step(table: Table, velocity: Array, timestep: ArrayLike, sample: Array, *, to_final: bool = False) -> Array:
+def euler_step(
+    table: Table, velocity: Array, timestep: ArrayLike, sample: Array, *, to_final: bool = False
+) -> Array:
     """`sample` moved along `velocity` to the next entry of the table; from the last one, or `to_final`, to sigma 0."""
     here = nearest_id(table, timestep)
     below = jnp.asarray(falls(table)[1:])[here]

@@ -13,7 +13,9 @@ def read(path: str | Path) -> list[tuple[int, str]]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"timeline {path} cannot be read ({error}); give lines `BLOCK: prompt`.") from error
+        raise InputError(
+            f"timeline {path} cannot be read ({error}); give lines `BLOCK: prompt`."
+        ) from error
     return parse(lines, str(path))
 
 
@@ -25,13 +27,21 @@ def parse(lines: list[str], source: str) -> list[tuple[int, str]]:
             continue
         found = LINE.fullmatch(line)
         if found is None:
-            raise InputError(f"{source}, line {number}: {line.strip()!r} is not `BLOCK: prompt`, as in `12: a disc`.")
+            raise InputError(
+                f"{source}, line {number}: {line.strip()!r} is not `BLOCK: prompt`, as in `12: a disc`."
+            )
         entries.append((int(found[1]), found[2]))
-    require(len(entries) > 0, f"{source} names no prompt; add a line such as `0: a red disc walks`.")
+    require(
+        len(entries) > 0, f"{source} names no prompt; add a line such as `0: a red disc walks`."
+    )
     starts = [start for start, _ in entries]
-    require(starts[0] == 0, f"{source} starts at block {starts[0]}; its first line must be for block 0.")
-    require(all(a < b for a, b in zip(starts, starts[1:], strict=False)),
-            f"{source} has starts {starts} that do not rise; sort its lines and keep one per block.")  # fmt: skip
+    require(
+        starts[0] == 0, f"{source} starts at block {starts[0]}; its first line must be for block 0."
+    )
+    require(
+        all(a < b for a, b in zip(starts, starts[1:], strict=False)),
+        f"{source} has starts {starts} that do not rise; sort its lines and keep one per block.",
+    )
     return entries
 
 

@@ -17,9 +17,22 @@ from packforcing_jax.io import append_file
 
 VERSION = 1
 LAYOUT = ("sink_at", "sink", "recent_at", "recent", "current_at", "block", "step", "chosen")
-BLOCK = {"block": int, "prompt": str, "latent": str, "sink_sum": int, "layout": dict, "layers": list}
+BLOCK = {
+    "block": int,
+    "prompt": str,
+    "latent": str,
+    "sink_sum": int,
+    "layout": dict,
+    "layers": list,
+}
 LAYER = ("ids", "scores", "ages", "at")
-SAME_RUN = ("trace", "experiment", "cache", "layers", "seed")  # of the header, when a run is continued
+SAME_RUN = (
+    "trace",
+    "experiment",
+    "cache",
+    "layers",
+    "seed",
+)  # of the header, when a run is continued
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +69,12 @@ class Trace:
 
 def header(exp: Experiment, **settings: Any) -> dict[str, Any]:
     """The first line of a trace: the experiment, its memory, and the run's own `settings` (seed, prompts)."""
-    return {"trace": VERSION, "experiment": exp.name, "cache": dataclasses.asdict(exp.cache),
-            "layers": exp.dit.layers} | settings  # fmt: skip
+    return {
+        "trace": VERSION,
+        "experiment": exp.name,
+        "cache": dataclasses.asdict(exp.cache),
+        "layers": exp.dit.layers,
+    } | settings
 
 
 def _number(value: float) -> float | None:
@@ -73,13 +90,22 @@ def line(finished: Any) -> dict[str, Any]:
     for ids, scores, places in zip(finished.chosen, finished.scores, finished.places, strict=True):
         valid = np.asarray(ids) >= 0
         kept = np.asarray(ids)[valid].tolist()
-        layers.append({"ids": kept, "scores": list(map(_number, np.asarray(scores)[valid].tolist())),
-                       "ages": [finished.index - id for id in kept],
-                       "at": list(map(_number, np.asarray(places)[valid].tolist()))})  # fmt: skip
-    return {"block": int(finished.index), "prompt": finished.prompt,
-            "latent": hashlib.sha256(np.ascontiguousarray(finished.latent).tobytes()).hexdigest(),
-            "sink_sum": int(finished.sink_sum), "layout": {name: _number(finished.layout[name]) for name in LAYOUT},
-            "layers": layers}  # fmt: skip
+        layers.append(
+            {
+                "ids": kept,
+                "scores": list(map(_number, np.asarray(scores)[valid].tolist())),
+                "ages": [finished.index - id for id in kept],
+                "at": list(map(_number, np.asarray(places)[valid].tolist())),
+            }
+        )
+    return {
+        "block": int(finished.index),
+        "prompt": finished.prompt,
+        "latent": hashlib.sha256(np.ascontiguousarray(finished.latent).tobytes()).hexdigest(),
+        "sink_sum": int(finished.sink_sum),
+        "layout": {name: _number(finished.layout[name]) for name in LAYOUT},
+        "layers": layers,
+    }
 
 
 def check_writable(path) -> None:
@@ -91,16 +117,24 @@ def _check_same_run(path: Path, head: dict[str, Any], position: int) -> None:
     """Raises `InputError` unless the file holds `position` bytes of whole lines that a run like this one wrote."""
     remedy = "put that file back or start anew"
     size = path.stat().st_size if path.is_file() else 0
-    require(size >= position, f"Trace {path} has {size} bytes, but {position} were written by the run to continue; "
-            f"{remedy}.")  # fmt: skip
+    require(
+        size >= position,
+        f"Trace {path} has {size} bytes, but {position} were written by the run to continue; "
+        f"{remedy}.",
+    )
     with path.open("rb") as file:
         first = file.readline()
         file.seek(position - 1)
-        require(file.read(1) == b"\n", f"Trace {path} has no line that ends at byte {position}; {remedy}.")
+        require(
+            file.read(1) == b"\n",
+            f"Trace {path} has no line that ends at byte {position}; {remedy}.",
+        )
     found, _ = _parsed(path, 1, first, _header)
     for name, value in json.loads(json.dumps(head)).items():
-        require(name not in SAME_RUN or found.get(name) == value,
-                f"Trace {path} is of another run ({name}={found.get(name)}, here {value}); {remedy}.")  # fmt: skip
+        require(
+            name not in SAME_RUN or found.get(name) == value,
+            f"Trace {path} is of another run ({name}={found.get(name)}, here {value}); {remedy}.",
+        )
 
 
 class Writer:
@@ -146,7 +180,9 @@ class Writer:
         return self.position
 
     def _failed(self, error: OSError) -> MachineError:
-        return MachineError(f"Writing trace {self.path} failed ({error.strerror}); what it holds is kept.")
+        return MachineError(
+            f"Writing trace {self.path} failed ({error.strerror}); what it holds is kept."
+        )
 
     def close(self) -> None:
         """Ends the file; without a single line written there is none."""
@@ -166,8 +202,10 @@ def _parsed(path, number: int, text: bytes, make: Callable[[Any], Any]) -> Any:
             raise ValueError("is not JSON") from error
         return make(found)
     except (ValueError, OverflowError, InputError) as error:
-        raise InputError(f"Trace {path}, line {number}: {str(error).rstrip('.')}; "
-                         "give a file written by sample --trace.") from error  # fmt: skip
+        raise InputError(
+            f"Trace {path}, line {number}: {str(error).rstrip('.')}; "
+            "give a file written by sample --trace."
+        ) from error
 
 
 def _take(found: Any, name: str, kind: type) -> Any:
@@ -180,12 +218,17 @@ def _take(found: Any, name: str, kind: type) -> Any:
 
 def _header(found: Any) -> tuple[dict[str, Any], CacheConfig]:
     """A header and the memory's settings in it."""
-    require(_take(found, "trace", int) == VERSION, f"is version {found['trace']}, but {VERSION} is read here")
+    require(
+        _take(found, "trace", int) == VERSION,
+        f"is version {found['trace']}, but {VERSION} is read here",
+    )
     _take(found, "experiment", str)
     require(_take(found, "layers", int) > 0, f"has {found['layers']} layers")
     held, fields = _take(found, "cache", dict), dataclasses.fields(CacheConfig)
     other = set(held) ^ {field.name for field in fields}
-    require(not other, f"its cache settings differ from this version's in {', '.join(sorted(other))}")
+    require(
+        not other, f"its cache settings differ from this version's in {', '.join(sorted(other))}"
+    )
     kinds = {field.name: field.type if isinstance(field.type, type) else list for field in fields}
     values: dict[str, Any] = {}
     for name, kind in kinds.items():
@@ -198,13 +241,21 @@ def _numbers(found: Any, name: str, kind: type) -> np.ndarray:
     """The list `name` as an array; a null, where numbers may have been infinite, is nan."""
     values = _take(found, name, list)
     allowed = (int,) if kind is int else (int, float, type(None))
-    require(all(type(value) in allowed for value in values), f"{name!r} holds something that is no number")
-    return np.array([np.nan if value is None else value for value in values], np.int64 if kind is int else np.float64)
+    require(
+        all(type(value) in allowed for value in values),
+        f"{name!r} holds something that is no number",
+    )
+    return np.array(
+        [np.nan if value is None else value for value in values],
+        np.int64 if kind is int else np.float64,
+    )
 
 
 def _block(found: Any, layers: int) -> Block:
     """The finished block in one line."""
-    index, prompt, latent, total, layout, rows = (_take(found, name, kind) for name, kind in BLOCK.items())
+    index, prompt, latent, total, layout, rows = (
+        _take(found, name, kind) for name, kind in BLOCK.items()
+    )
     require(0 <= index < 2**31, f"is of block {index}, which no run reaches")
     require(len(rows) == layers, f"has {len(rows)} layers instead of {layers}")
     held = []
@@ -215,7 +266,9 @@ def _block(found: Any, layers: int) -> Block:
     missing = [name for name in LAYOUT if name not in layout]
     require(not missing, f"its layout has no {', '.join(missing)}")
     places = {name: _numbers({name: [layout[name]]}, name, float).item() for name in LAYOUT}
-    return Block(index=index, prompt=prompt, latent=latent, sink_sum=total, layout=places, layers=tuple(held))
+    return Block(
+        index=index, prompt=prompt, latent=latent, sink_sum=total, layout=places, layers=tuple(held)
+    )
 
 
 def _whole(data: bytes) -> tuple[list[bytes], str]:
@@ -237,9 +290,16 @@ def read(path) -> Trace:
     try:
         lines, note = _whole(path.read_bytes())
     except OSError as error:
-        raise InputError(f"Trace {path} cannot be read ({error.strerror}); check the path.") from error
+        raise InputError(
+            f"Trace {path} cannot be read ({error.strerror}); check the path."
+        ) from error
     head, cache = _parsed(path, 1, lines[0] if lines else b"", _header)
-    blocks = tuple(_parsed(path, number, text, lambda found: _block(found, head["layers"]))
-                   for number, text in enumerate(lines[1:], start=2))  # fmt: skip
-    require(len(blocks) > 0, f"Trace {path} holds no finished block; give one of a run that finished some.")
+    blocks = tuple(
+        _parsed(path, number, text, lambda found: _block(found, head["layers"]))
+        for number, text in enumerate(lines[1:], start=2)
+    )
+    require(
+        len(blocks) > 0,
+        f"Trace {path} holds no finished block; give one of a run that finished some.",
+    )
     return Trace(header=head, cache=cache, blocks=blocks, note=note)

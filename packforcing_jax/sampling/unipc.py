@@ -16,7 +16,9 @@ from jax.typing import ArrayLike
 from packforcing_jax.errors import require
 from packforcing_jax.sampling import schedules
 
-SIGMA_MAX = float(np.float32(0.999))  # Wan's training grid starts below pure noise and is held in float32
+SIGMA_MAX = float(
+    np.float32(0.999)
+)  # Wan's training grid starts below pure noise and is held in float32
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,10 @@ class UniPC:
 
     def __post_init__(self):
         require(self.steps > 0, f"steps={self.steps} must be at least 1.")
-        require(self.shift > 0, f"shift={self.shift} must be positive; 1 leaves the noise levels as they are.")
+        require(
+            self.shift > 0,
+            f"shift={self.shift} must be positive; 1 leaves the noise levels as they are.",
+        )
 
     @functools.cached_property
     def _levels(self) -> np.ndarray:
@@ -69,19 +74,28 @@ class State:
 def init(latent: Array) -> State:
     """The state before the first step, in float32; the tables give the empty predictions no weight."""
     latent = jnp.asarray(latent, jnp.float32)
-    return State(latent, corrected=jnp.copy(latent), clean=jnp.zeros_like(latent), older=jnp.zeros_like(latent))
+    return State(
+        latent,
+        corrected=jnp.copy(latent),
+        clean=jnp.zeros_like(latent),
+        older=jnp.zeros_like(latent),
+    )
 
 
 def step(solver: UniPC, state: State, velocity: Array, index: ArrayLike) -> State:
     """The state after step `index`, whose network returned `velocity` for `state.latent`."""
     clean = state.latent - jnp.asarray(solver.sigmas)[index] * velocity
-    corrected = _mix(jnp.asarray(solver.corrector)[index], state.corrected, state.older, state.clean, clean)
+    corrected = _mix(
+        jnp.asarray(solver.corrector)[index], state.corrected, state.older, state.clean, clean
+    )
     latent = _mix(jnp.asarray(solver.predictor)[index], corrected, state.clean, clean)
     return State(latent=latent, corrected=corrected, clean=clean, older=state.clean)
 
 
 def _mix(weights: Array, *samples: Array) -> Array:
-    return functools.reduce(jnp.add, (weight * sample for weight, sample in zip(weights, samples, strict=True)))
+    return functools.reduce(
+        jnp.add, (weight * sample for weight, sample in zip(weights, samples, strict=True))
+    )
 
 
 def _order(solver: UniPC, index: int) -> int:
@@ -107,7 +121,9 @@ def _corrector(solver: UniPC, index: int) -> np.ndarray:
         r = (_log_ratio(solver, index - 2) - _log_ratio(solver, index - 1)) / h
         rho, now = _second_order(h, r)
         slope = rho / r
-    return np.array([sigma[index] / sigma[index - 1], gain * slope, gain * (1 - slope - now), gain * now])
+    return np.array(
+        [sigma[index] / sigma[index - 1], gain * slope, gain * (1 - slope - now), gain * now]
+    )
 
 
 def _second_order(h: float, r: float) -> np.ndarray:

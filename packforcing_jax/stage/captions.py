@@ -31,7 +31,10 @@ def reader() -> tokenizer.Tokenizer:
 def tells(exp: Experiment) -> bool:
     """Whether a model of `exp` draws this world: its frames and blocks, told in this vocabulary."""
     pixels = tuple(size * exp.codec.space_factor for size in exp.latent)
-    exact = isinstance(exp.codec, SpaceToDepthConfig) and exp.text.vocab == reader().inner.get_vocab_size()
+    exact = (
+        isinstance(exp.codec, SpaceToDepthConfig)
+        and exp.text.vocab == reader().inner.get_vocab_size()
+    )
     return exact and pixels == (world.SIZE,) * 2 and exp.cache.block == world.BLOCK
 
 
@@ -49,25 +52,46 @@ class Prompt(NamedTuple):
 def caption(story: world.Story, block: int) -> str:
     """The sentence of one block; without a guest it is shorter."""
     guest = story.guests[block]
-    return write(Prompt(story.colour, story.shape, story.speed, story.backdrop, story.scenes[block],
-                        None if guest < 0 else guest))  # fmt: skip
+    return write(
+        Prompt(
+            story.colour,
+            story.shape,
+            story.speed,
+            story.backdrop,
+            story.scenes[block],
+            None if guest < 0 else guest,
+        )
+    )
 
 
 def write(prompt: Prompt) -> str:
     """The sentence for a prompt in which only the guest may be missing."""
     said = {name: words[prompt._asdict()[name]] for name, words in WORDS.items() if name != "guest"}
-    sentence = "in scene {scene} a {colour} {shape} walks {speed} before the {backdrop} curtain".format(**said)
-    return sentence if prompt.guest is None else f"{sentence} with guest {world.GUESTS[prompt.guest]}"
+    sentence = (
+        "in scene {scene} a {colour} {shape} walks {speed} before the {backdrop} curtain".format(
+            **said
+        )
+    )
+    return (
+        sentence if prompt.guest is None else f"{sentence} with guest {world.GUESTS[prompt.guest]}"
+    )
 
 
 def parse(text: str) -> Prompt:
     """What `text` says, whatever the order of its words; other words are ignored."""
     heard = set(re.findall(r"[a-z]+", text.lower()))
-    return Prompt(**{name: _only(name, [word for word in words if word in heard], words)
-                     for name, words in WORDS.items()})  # fmt: skip
+    return Prompt(
+        **{
+            name: _only(name, [word for word in words if word in heard], words)
+            for name, words in WORDS.items()
+        }
+    )
 
 
 def _only(name: str, found: list[str], words: tuple[str, ...]) -> int | None:
     """The number of the one word found, if any."""
-    require(len(found) < 2, f"The text names more than one {name} ({', '.join(found)}); keep one of them.")
+    require(
+        len(found) < 2,
+        f"The text names more than one {name} ({', '.join(found)}); keep one of them.",
+    )
     return words.index(found[0]) if found else None

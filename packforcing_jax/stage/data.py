@@ -12,13 +12,19 @@ from packforcing_jax.stage import captions, world
 CLIPS = 2**40  # more than any training run reads
 QUIET = 0.4  # chance that a block without a planned call-back has no guest
 
-Encode = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]  # sentences -> ids and mask, [sentences, MAX_WORDS]
+Encode = Callable[
+    [list[str]], tuple[np.ndarray, np.ndarray]
+]  # sentences -> ids and mask, [sentences, MAX_WORDS]
 
 
 def draw_clip(
-    rng: np.random.Generator, *, blocks: int = 5, callback: float = 0.87, distractor: float = 0.8,
+    rng: np.random.Generator,
+    *,
+    blocks: int = 5,
+    callback: float = 0.87,
+    distractor: float = 0.8,
     scene_change: float = 0.85,
-) -> world.Story:  # fmt: skip
+) -> world.Story:
     """A story whose last block mostly calls back a guest, and often a scene, that other blocks have since hidden."""
     require(blocks >= 3, f"blocks={blocks} leaves no room for a call-back; use 3 or more.")
     called = rng.random() < callback
@@ -26,12 +32,16 @@ def draw_clip(
     return world.draw_story(
         rng,
         blocks,
-        guests=_call_back(rng, blocks, len(world.GUESTS), distractor) if called else _passers_by(rng, blocks),
+        guests=_call_back(rng, blocks, len(world.GUESTS), distractor)
+        if called
+        else _passers_by(rng, blocks),
         scenes=_call_back(rng, blocks, len(world.SCENES)) if changed else _constant(rng, blocks),
     )
 
 
-def _call_back(rng: np.random.Generator, blocks: int, kinds: int, others: float = 1.0) -> Int[np.ndarray, " blocks"]:
+def _call_back(
+    rng: np.random.Generator, blocks: int, kinds: int, others: float = 1.0
+) -> Int[np.ndarray, " blocks"]:
     """One kind early and again in the last block; in between another kind with chance `others`, else -1."""
     kind = rng.integers(kinds)
     another = (kind + rng.integers(1, kinds, size=blocks)) % kinds
@@ -76,7 +86,10 @@ def loss_weight(story: world.Story) -> Float[np.ndarray, "blocks block 32 32"]:
 def called_back(story: world.Story) -> Bool[np.ndarray, "blocks 2 blocks"]:
     """For each block, the earlier ones that show the guest (kind 0) or scene (kind 1) it calls onto the stage again."""
     kinds = (story.guests, story.scenes)
-    return np.stack([np.tril(shown[:, None] == shown, k=-1) & entering(shown)[:, None] for shown in kinds], axis=1)
+    return np.stack(
+        [np.tril(shown[:, None] == shown, k=-1) & entering(shown)[:, None] for shown in kinds],
+        axis=1,
+    )
 
 
 def clip(seed: int, index: int, encode: Encode) -> dict[str, np.ndarray]:

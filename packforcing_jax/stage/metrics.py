@@ -15,7 +15,9 @@ WINDOW = 20  # frames: the length of a training clip
 REFERENCE = 8  # frames whose majority fixes the subject's mark
 ASKED = ("colour", "shape", "speed", "backdrop", "scene", "guest")
 CELLS_PER_FRAME = 1 / np.array(world.STEP_FRAMES)  # by speed
-SPEED_TOLERANCE = 0.25  # half the way between two legal paces (0, 1/2, 1); a block on the border has no pace
+SPEED_TOLERANCE = (
+    0.25  # half the way between two legal paces (0, 1/2, 1); a block on the border has no pace
+)
 Interval = tuple[float, float, float]  # value, and its 95 % interval
 Prompts = Sequence[captions.Prompt]  # one per block
 
@@ -28,8 +30,10 @@ def windows(frames: int, size: int = WINDOW) -> tuple[slice, ...]:
 
 def asked(prompts: Prompts, name: str, frames: int) -> Int[np.ndarray, " t"]:
     """What the text of each frame asks for; -1 where it asks for nothing."""
-    require(len(prompts) * world.BLOCK >= frames,
-            f"{len(prompts)} prompts do not cover {frames} frames; give one for every {world.BLOCK}.")  # fmt: skip
+    require(
+        len(prompts) * world.BLOCK >= frames,
+        f"{len(prompts)} prompts do not cover {frames} frames; give one for every {world.BLOCK}.",
+    )
     values = [getattr(prompt, name) for prompt in prompts]
     return np.repeat([-1 if value is None else value for value in values], world.BLOCK)[:frames]
 
@@ -72,7 +76,9 @@ def text_alignment(reading: oracle.Reading, prompts: Prompts, window: slice) -> 
         want = asked(prompts, name, len(reading))[window]
         seen = (speed_seen(reading.column) if name == "speed" else getattr(reading, name))[window]
         hits[name] = (seen == want)[(want >= 0) | (name == "guest")]
-    return {name: _share(hit) for name, hit in hits.items()} | {"mean": _share(np.concatenate([*hits.values()]))}
+    return {name: _share(hit) for name, hit in hits.items()} | {
+        "mean": _share(np.concatenate([*hits.values()]))
+    }
 
 
 # What must stay as it first appeared
@@ -81,8 +87,14 @@ def text_alignment(reading: oracle.Reading, prompts: Prompts, window: slice) -> 
 def mark_agreement(reading: oracle.Reading, window: slice) -> dict[str, float]:
     """Share of frames with the mark of the first `REFERENCE` frames, and the poster of their scene's first block."""
     kept = reading.mark == majority(reading.mark[:REFERENCE])
-    first = [majority(reading.poster[reading.scene == scene][: world.BLOCK]) for scene in range(len(world.SCENES))]
-    return {"mark": _share(kept[window]), "poster": _share((reading.poster == np.array(first)[reading.scene])[window])}
+    first = [
+        majority(reading.poster[reading.scene == scene][: world.BLOCK])
+        for scene in range(len(world.SCENES))
+    ]
+    return {
+        "mark": _share(kept[window]),
+        "poster": _share((reading.poster == np.array(first)[reading.scene])[window]),
+    }
 
 
 def hue_drift(reading: oracle.Reading, window: slice) -> float:
@@ -103,7 +115,9 @@ def _drift(values: Float[np.ndarray, " t"], window: slice) -> float:
 def diversity(marks: Int[np.ndarray, " videos"]) -> float:
     """Entropy of first-appearance marks over videos, as a share of its maximum; 0 for a model that draws one mark."""
     share = np.bincount(marks, minlength=world.MARKS) / len(marks)
-    return float(-(share * np.log(np.where(share > 0, share, 1))).sum() / math.log(world.MARKS)) + 0.0
+    return (
+        float(-(share * np.log(np.where(share > 0, share, 1))).sum() / math.log(world.MARKS)) + 0.0
+    )
 
 
 def fair_diversity(videos: int) -> float:
@@ -128,7 +142,9 @@ class Revisit(NamedTuple):
 
 def visits(reading: oracle.Reading, prompts: Prompts, kind: str) -> list[list[tuple[int, int]]]:
     """For each guest or scene called: (gap, majority mark) of its visits; a first visit has gap 0, not shown is -1."""
-    seen, marks = (reading.guest, reading.guest_mark) if kind == "guest" else (reading.scene, reading.poster)
+    seen, marks = (
+        (reading.guest, reading.guest_mark) if kind == "guest" else (reading.scene, reading.poster)
+    )
     called = asked(prompts, kind, len(reading))
     block = np.arange(len(reading)) // world.BLOCK
     found = []
@@ -137,15 +153,26 @@ def visits(reading: oracle.Reading, prompts: Prompts, kind: str) -> list[list[tu
         runs = np.split(blocks, np.flatnonzero(np.diff(blocks) > 1) + 1)
         gaps = [0] + [int(run[0] - before[-1]) for before, run in zip(runs, runs[1:], strict=False)]
         shown = np.where(seen == who, marks, -1)
-        judged = [runs[0]] + [run[:1] for run in runs[1:]]  # the whole first visit, the first block of a revisit
-        found.append([(gap, majority(shown[np.isin(block, span)])) for gap, span in zip(gaps, judged, strict=True)])
+        judged = [runs[0]] + [
+            run[:1] for run in runs[1:]
+        ]  # the whole first visit, the first block of a revisit
+        found.append(
+            [
+                (gap, majority(shown[np.isin(block, span)]))
+                for gap, span in zip(gaps, judged, strict=True)
+            ]
+        )
     return found
 
 
 def recall(reading: oracle.Reading, prompts: Prompts) -> list[Revisit]:
     """Every call-back of a guest or scene; one that was not shown, then or now, counts as wrong."""
-    return [Revisit(kind, gap, mark == first >= 0) for kind in ("guest", "scene")
-            for (_, first), *again in visits(reading, prompts, kind) for gap, mark in again]  # fmt: skip
+    return [
+        Revisit(kind, gap, mark == first >= 0)
+        for kind in ("guest", "scene")
+        for (_, first), *again in visits(reading, prompts, kind)
+        for gap, mark in again
+    ]
 
 
 def distinct_marks(reading: oracle.Reading, prompts: Prompts) -> tuple[int, float]:
@@ -182,7 +209,9 @@ def motion(reading: oracle.Reading, prompts: Prompts, window: slice) -> dict[str
     return {
         "pace": _share((pairs == due)[judged]),
         "speed": float(pairs[judged].sum() / due[judged].sum()) if judged.any() else math.nan,
-        "dynamic": float(_share((steps >= wanted / 2)[wanted > 0]) >= 0.25) if (wanted > 0).any() else math.nan,
+        "dynamic": float(_share((steps >= wanted / 2)[wanted > 0]) >= 0.25)
+        if (wanted > 0).any()
+        else math.nan,
         "jumps": _share(steps > 1),
     }
 
@@ -208,7 +237,9 @@ def bootstrap(values: Sequence[float], seed: int = 0, repeats: int = 2000) -> In
     known = known[~np.isnan(known)]
     if not len(known):
         return math.nan, math.nan, math.nan
-    means = known[np.random.default_rng(seed).integers(len(known), size=(repeats, len(known)))].mean(axis=1)
+    means = known[
+        np.random.default_rng(seed).integers(len(known), size=(repeats, len(known)))
+    ].mean(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
     return float(known.mean()), float(low), float(high)
 
@@ -231,19 +262,32 @@ def _random_columns() -> dict[str, float]:
     before, now, after = np.indices((world.LANES,) * 3).reshape(3, -1)
     steps = abs(now - before)
     pairs, due = steps + abs(after - now), 2 * CELLS_PER_FRAME[:, None]
-    return {"pace": float((pairs == due).mean()), "speed": float((pairs / due).mean()),
-            "dynamic": 1.0, "jumps": float((steps > 1).mean())}  # fmt: skip
+    return {
+        "pace": float((pairs == due).mean()),
+        "speed": float((pairs / due).mean()),
+        "dynamic": 1.0,
+        "jumps": float((steps > 1).mean()),
+    }
 
 
-CHOICES = {"colour": len(world.COLOURS), "shape": len(world.SHAPES), "speed": len(world.SPEEDS),
-           "backdrop": len(world.BACKDROPS), "scene": len(world.SCENES), "guest": len(world.GUESTS) + 1}  # fmt: skip
+CHOICES = {
+    "colour": len(world.COLOURS),
+    "shape": len(world.SHAPES),
+    "speed": len(world.SPEEDS),
+    "backdrop": len(world.BACKDROPS),
+    "scene": len(world.SCENES),
+    "guest": len(world.GUESTS) + 1,
+}
 CHANCE = (
     {"valid": 0.0}
     | {f"text {name}": 1 / count for name, count in CHOICES.items()}
     | {"text mean": sum(1 / count for count in CHOICES.values()) / len(CHOICES)}
     | {"kept mark": 1 / world.MARKS, "kept poster": 1 / world.MARKS}
     | {f"motion {name}": value for name, value in _random_columns().items()}
-    | {"hue drift": 2 * world.HUE_SPREAD / math.sqrt(6), "gain drift": float(np.ptp(world.GAIN_RANGE)) / math.sqrt(6)}
+    | {
+        "hue drift": 2 * world.HUE_SPREAD / math.sqrt(6),
+        "gain drift": float(np.ptp(world.GAIN_RANGE)) / math.sqrt(6),
+    }
 )
 """Each score when attributes are drawn uniformly; two draws from a range of width w differ by w / sqrt(6) RMS."""
 
@@ -260,20 +304,38 @@ def window_scores(reading: oracle.Reading, prompts: Prompts, window: slice) -> d
         "hue": {"drift": hue_drift(reading, window)},
         "gain": {"drift": gain_drift(reading, window)},
     }
-    named = {f"{group} {name}": value for group, scores in groups.items() for name, value in scores.items()}
+    named = {
+        f"{group} {name}": value
+        for group, scores in groups.items()
+        for name, value in scores.items()
+    }
     return {"valid": valid_share(reading, window)} | named
 
 
 def report(readings: Sequence[oracle.Reading], prompts: Sequence[Prompts]) -> dict:
     """Every score over videos, ready for JSON: value, low and high of the 95 % interval, beside the chance level."""
-    require(len(readings) == len(prompts) > 0,
-            f"{len(readings)} readings and {len(prompts)} lists of prompts: give one of each per video.")  # fmt: skip
+    require(
+        len(readings) == len(prompts) > 0,
+        f"{len(readings)} readings and {len(prompts)} lists of prompts: give one of each per video.",
+    )
     videos = list(zip(readings, prompts, strict=True))
-    ends = {part: [window_scores(reading, texts, windows(len(reading))[index]) for reading, texts in videos]
-            for part, index in (("first", 0), ("last", -1))}  # fmt: skip
-    rows = {name: {"chance": chance} | {part: _pooled(name, [score[name] for score in scores])
-            for part, scores in ends.items()} for name, chance in CHANCE.items()}  # fmt: skip
-    return {"videos": len(readings), "frames": max(map(len, readings)), "windows": rows, "whole": _whole(videos)}
+    ends = {
+        part: [
+            window_scores(reading, texts, windows(len(reading))[index]) for reading, texts in videos
+        ]
+        for part, index in (("first", 0), ("last", -1))
+    }
+    rows = {
+        name: {"chance": chance}
+        | {part: _pooled(name, [score[name] for score in scores]) for part, scores in ends.items()}
+        for name, chance in CHANCE.items()
+    }
+    return {
+        "videos": len(readings),
+        "frames": max(map(len, readings)),
+        "windows": rows,
+        "whole": _whole(videos),
+    }
 
 
 def _pooled(name: str, values: list[float]) -> list[float | None]:
@@ -297,7 +359,11 @@ def _whole(videos: list[tuple[oracle.Reading, Prompts]]) -> dict[str, dict]:
     revisits = [revisit for video in videos for revisit in recall(*video)]
     for kind in ("guest", "scene"):
         for low, high in zip(GAPS, (*GAPS[1:], math.inf), strict=True):
-            hits = [revisit.correct for revisit in revisits if revisit.kind == kind and low <= revisit.gap < high]
+            hits = [
+                revisit.correct
+                for revisit in revisits
+                if revisit.kind == kind and low <= revisit.gap < high
+            ]
             if hits:
                 name = f"recall {kind}, gap {low}" + (f"-{high - 1}" if high < math.inf else "+")
                 rows[name] = _row(1 / world.MARKS, wilson(sum(hits), len(hits)), len(hits))
@@ -312,13 +378,19 @@ def table(result: dict) -> str:
     """A report as aligned text."""
     several = result["videos"] > 1  # one video says nothing of the spread over videos
     window = _interval if several else lambda interval: _number(interval[0])
-    lines = [f"{result['videos']} video{'s' * several} of {result['frames']} frames; brackets hold 95 % intervals",
-             _line("", "chance", "first window", "last window")]  # fmt: skip
-    lines += [_line(name, _number(row["chance"]), window(row["first"]), window(row["last"]))
-              for name, row in result["windows"].items()]  # fmt: skip
+    lines = [
+        f"{result['videos']} video{'s' * several} of {result['frames']} frames; brackets hold 95 % intervals",
+        _line("", "chance", "first window", "last window"),
+    ]
+    lines += [
+        _line(name, _number(row["chance"]), window(row["first"]), window(row["last"]))
+        for name, row in result["windows"].items()
+    ]
     lines += ["", _line("", "chance", "whole video", "counted")]
-    lines += [_line(name, _number(row["chance"]), _interval(row["value"]), str(row["n"]))
-              for name, row in result["whole"].items()]  # fmt: skip
+    lines += [
+        _line(name, _number(row["chance"]), _interval(row["value"]), str(row["n"]))
+        for name, row in result["whole"].items()
+    ]
     return "\n".join(lines)
 
 

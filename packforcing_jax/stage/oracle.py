@@ -28,8 +28,13 @@ and .2 leaves .01 and .04: invalid. It cannot see one wall cell drawn as floor, 
 
 CHUNK = 512  # frames searched at a time, to bound memory
 HALF = world.MARK_COLOURS.shape[0]  # colours of one half of a mark
-LIT_CELLS = [[(row, column) not in (world.POSTER_CELL, world.GUEST_CELL) and row != world.SUBJECT_ROW
-              for column in range(world.LANES)] for row in range(world.SIZE // world.CELL)]  # fmt: skip
+LIT_CELLS = [
+    [
+        (row, column) not in (world.POSTER_CELL, world.GUEST_CELL) and row != world.SUBJECT_ROW
+        for column in range(world.LANES)
+    ]
+    for row in range(world.SIZE // world.CELL)
+]
 
 Numbers: TypeAlias = Int[np.ndarray, " t"]
 Values: TypeAlias = Float[np.ndarray, " t"]
@@ -64,11 +69,18 @@ class Reading:
 def read(frames: Float[np.ndarray, "t 32 32 3"]) -> Reading:
     """The nearest legal state of each frame in [-1, 1]; frames that are not finite are invalid."""
     shape = np.shape(frames)
-    require(shape[1:] == (world.SIZE, world.SIZE, 3),
-            f"frames of shape {shape} are not of the stage; give [frames, {world.SIZE}, {world.SIZE}, 3].")  # fmt: skip
-    chunks = [_read(np.asarray(frames[start : start + CHUNK])) for start in range(0, max(len(frames), 1), CHUNK)]
+    require(
+        shape[1:] == (world.SIZE, world.SIZE, 3),
+        f"frames of shape {shape} are not of the stage; give [frames, {world.SIZE}, {world.SIZE}, 3].",
+    )
+    chunks = [
+        _read(np.asarray(frames[start : start + CHUNK]))
+        for start in range(0, max(len(frames), 1), CHUNK)
+    ]
     fields = [field.name for field in dataclasses.fields(Reading)]
-    return Reading(**{name: np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in fields})
+    return Reading(
+        **{name: np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in fields}
+    )
 
 
 def _read(frames: Float[np.ndarray, "t 32 32 3"]) -> Reading:
@@ -103,7 +115,9 @@ def _given(cells: Cells, backdrop: Numbers, light: Values) -> dict[str, np.ndarr
 
 
 def _cells(frames: Float[np.ndarray, "t 32 32 3"]) -> Cells:
-    return rearrange(frames, "t (row y) (column x) rgb -> t row column y x rgb", y=world.CELL, x=world.CELL)
+    return rearrange(
+        frames, "t (row y) (column x) rgb -> t row column y x rgb", y=world.CELL, x=world.CELL
+    )
 
 
 def cells_of_backdrops() -> Float[np.ndarray, "backdrop row column y x 3"]:
@@ -111,19 +125,27 @@ def cells_of_backdrops() -> Float[np.ndarray, "backdrop row column y x 3"]:
     return _cells(world.BACKGROUNDS)
 
 
-def _errors(pixels: Float[np.ndarray, "*t n 3"], palette: Float[np.ndarray, "*t k 3"]) -> Float[np.ndarray, "*t k"]:
+def _errors(
+    pixels: Float[np.ndarray, "*t n 3"], palette: Float[np.ndarray, "*t k 3"]
+) -> Float[np.ndarray, "*t k"]:
     """Squared error of painting all `pixels` in each colour of the palette."""
     mean = pixels.mean(axis=-2, keepdims=True)
     spread = np.square(pixels - mean).sum(axis=(-2, -1))
     return spread[..., None] + pixels.shape[-2] * np.square(mean - palette).sum(axis=-1)
 
 
-def _mark(pixels: Float[np.ndarray, "*t y x 3"], palette: Float[np.ndarray, "*t half 3"]) -> tuple[np.ndarray, ...]:
+def _mark(
+    pixels: Float[np.ndarray, "*t y x 3"], palette: Float[np.ndarray, "*t half 3"]
+) -> tuple[np.ndarray, ...]:
     """The nearest mark and its squared error; its halves are independent."""
     middle = pixels.shape[-2] // 2
     halves = pixels[..., :middle, :], pixels[..., middle:, :]
-    left, right = (_errors(rearrange(half, "... y x rgb -> ... (y x) rgb"), palette) for half in halves)
-    return left.argmin(axis=-1) * HALF + right.argmin(axis=-1), left.min(axis=-1) + right.min(axis=-1)
+    left, right = (
+        _errors(rearrange(half, "... y x rgb -> ... (y x) rgb"), palette) for half in halves
+    )
+    return left.argmin(axis=-1) * HALF + right.argmin(axis=-1), left.min(axis=-1) + right.min(
+        axis=-1
+    )
 
 
 def _border(tile: Float[np.ndarray, "t y x 3"]) -> Float[np.ndarray, "t n 3"]:
@@ -132,15 +154,20 @@ def _border(tile: Float[np.ndarray, "t y x 3"]) -> Float[np.ndarray, "t n 3"]:
     return tile[:, edge]
 
 
-def _tile(tile: Float[np.ndarray, "t y x 3"], borders: Float[np.ndarray, "*t k 3"],
-          halves: Float[np.ndarray, "*t half 3"]) -> tuple[np.ndarray, ...]:  # fmt: skip
+def _tile(
+    tile: Float[np.ndarray, "t y x 3"],
+    borders: Float[np.ndarray, "*t k 3"],
+    halves: Float[np.ndarray, "*t half 3"],
+) -> tuple[np.ndarray, ...]:
     """The nearest poster or guest: which, its mark, its squared error."""
     which = _errors(_border(tile), borders)
     mark, error = _mark(tile[:, world.INNER_SPAN, world.INNER_SPAN], halves)
     return which.argmin(axis=-1), mark, which.min(axis=-1) + error
 
 
-def _backdrops(cells: Cells) -> tuple[Float[np.ndarray, "t backdrop"], Float[np.ndarray, "t backdrop"]]:
+def _backdrops(
+    cells: Cells,
+) -> tuple[Float[np.ndarray, "t backdrop"], Float[np.ndarray, "t backdrop"]]:
     """For each backdrop, from the cells that nothing else ever covers: a bound below its residual, and its light."""
     seen = rearrange(cells[:, LIT_CELLS], "t cell y x rgb -> t (cell y x rgb)")
     known = rearrange(cells_of_backdrops()[:, LIT_CELLS], "k cell y x rgb -> k (cell y x rgb)")
@@ -162,7 +189,9 @@ def _poster(tile: Float[np.ndarray, "t y x 3"], light: Values) -> dict[str, Numb
     return {"scene": scene, "poster": poster}
 
 
-def _guest(tile: Float[np.ndarray, "t y x 3"], curtain: Float[np.ndarray, "t y x 3"]) -> dict[str, Numbers]:
+def _guest(
+    tile: Float[np.ndarray, "t y x 3"], curtain: Float[np.ndarray, "t y x 3"]
+) -> dict[str, Numbers]:
     """The guest and its mark, both -1 where the empty curtain is nearer."""
     guest, mark, error = _tile(tile, world.GUEST_COLOURS, world.MARK_COLOURS)
     absent = np.square(tile - curtain).sum(axis=(1, 2, 3)) < error
@@ -173,12 +202,18 @@ def body_segments() -> tuple[Int[np.ndarray, " k"], Float[np.ndarray, "k 2"]]:
     """The legal hues as pieces on which the body's colour is a straight line: colour number, first and last offset."""
     bends = [60 * np.arange(-1, 8) - 45 * colour for colour in range(len(world.COLOURS))]
     ends = [np.unique(np.clip(bend, -world.HUE_SPREAD, world.HUE_SPREAD)) for bend in bends]
-    pieces = [(colour, pair) for colour, knots in enumerate(ends) for pair in zip(knots, knots[1:], strict=False)]
+    pieces = [
+        (colour, pair)
+        for colour, knots in enumerate(ends)
+        for pair in zip(knots, knots[1:], strict=False)
+    ]
     colours, offsets = zip(*pieces, strict=True)
     return np.array(colours), np.array(offsets, np.float32)
 
 
-def _body(mean: Float[np.ndarray, "*t 3"]) -> tuple[Float[np.ndarray, "*t k"], Float[np.ndarray, "*t k"]]:
+def _body(
+    mean: Float[np.ndarray, "*t 3"],
+) -> tuple[Float[np.ndarray, "*t k"], Float[np.ndarray, "*t k"]]:
     """Squared distance to the point of each segment nearest to a mean colour, and that point's hue."""
     colours, offsets = body_segments()
     start, stop = world.body_colour(colours[:, None], offsets).swapaxes(0, 1)
@@ -188,7 +223,9 @@ def _body(mean: Float[np.ndarray, "*t 3"]) -> tuple[Float[np.ndarray, "*t k"], F
     return distance, offsets[:, 0] + share * (offsets[:, 1] - offsets[:, 0])
 
 
-def _subject(row: Float[np.ndarray, "t lane y x 3"], curtain: Float[np.ndarray, "t lane y x 3"]) -> dict:
+def _subject(
+    row: Float[np.ndarray, "t lane y x 3"], curtain: Float[np.ndarray, "t lane y x 3"]
+) -> dict:
     """Where the subject stands and what it is: every lane, shape, colour and mark against the bare curtain."""
     bare = np.square(row - curtain).sum(axis=-1)
     mark, mark_error = _mark(row[..., world.MARK_SPAN, world.MARK_SPAN, :], world.MARK_COLOURS)
@@ -204,18 +241,27 @@ def _subject(row: Float[np.ndarray, "t lane y x 3"], curtain: Float[np.ndarray, 
     best = rearrange(error, "t lane shape piece -> t (lane shape piece)").argmin(axis=1)
     lane, shape, segment = np.unravel_index(best, error.shape[1:])
     frame = np.arange(len(row))
-    return {"column": lane, "shape": shape, "colour": body_segments()[0][segment],
-            "hue": hue[frame, lane, shape, segment], "mark": mark[frame, lane]}  # fmt: skip
+    return {
+        "column": lane,
+        "shape": shape,
+        "colour": body_segments()[0][segment],
+        "hue": hue[frame, lane, shape, segment],
+        "mark": mark[frame, lane],
+    }
 
 
-def compose(*, column, colour, shape, mark, hue, backdrop, scene, poster, guest, guest_mark) -> tuple[Cells, Cells]:
+def compose(
+    *, column, colour, shape, mark, hue, backdrop, scene, poster, guest, guest_mark
+) -> tuple[Cells, Cells]:
     """The cells of legal frames in two parts: what the light multiplies, at light 1, and what it leaves alone."""
     lit = cells_of_backdrops()[backdrop]
     plain = np.zeros_like(lit)
     lit[:, *world.POSTER_CELL] = world.tiles(world.SCENE_COLOURS[scene], poster)
     there = np.flatnonzero(guest >= 0)
     lit[there, *world.GUEST_CELL] = 0
-    plain[there, *world.GUEST_CELL] = world.tiles(world.GUEST_COLOURS[guest[there]], guest_mark[there])
+    plain[there, *world.GUEST_CELL] = world.tiles(
+        world.GUEST_COLOURS[guest[there]], guest_mark[there]
+    )
     subject = np.tile(world.body_colour(colour, hue)[:, None, None], (1, world.CELL, world.CELL, 1))
     subject[:, world.MARK_SPAN, world.MARK_SPAN] = world.two_tone(mark, 4)[:, None]
     sprite = world.SPRITES[shape][..., None]

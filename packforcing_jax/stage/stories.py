@@ -6,7 +6,15 @@ from jaxtyping import Int
 from packforcing_jax.errors import require
 from packforcing_jax.stage import captions, world
 
-GAPS = (100, 64, 32, 16, 8, 4, 2)  # blocks between two visits of a guest; each leads the visits of one guest
+GAPS = (
+    100,
+    64,
+    32,
+    16,
+    8,
+    4,
+    2,
+)  # blocks between two visits of a guest; each leads the visits of one guest
 OPENING = 2  # blocks before the first guest, so that a memory's first frames show none
 CHAPTER = 120  # blocks planned together, so that what follows never changes what was
 SCENE_BLOCKS = (6, 13)  # a scene lasts from 6 to 12 blocks
@@ -16,8 +24,10 @@ def default_timeline(seed: int, blocks: int) -> list[str]:
     """One caption per block: a longer story begins with the shorter one; about 40 % of blocks have a guest."""
     require(blocks > 0, f"blocks={blocks} is not a length; give 1 or more.")
     chapters = [np.random.default_rng((seed, chapter)) for chapter in range(-(-blocks // CHAPTER))]
-    cast = {"guests": np.concatenate([guests(rng, CHAPTER) for rng in chapters])[:blocks],
-            "scenes": np.concatenate([scenes(rng, CHAPTER) for rng in chapters])[:blocks]}  # fmt: skip
+    cast = {
+        "guests": np.concatenate([guests(rng, CHAPTER) for rng in chapters])[:blocks],
+        "scenes": np.concatenate([scenes(rng, CHAPTER) for rng in chapters])[:blocks],
+    }
     story = world.draw_story(np.random.default_rng(seed), blocks, **cast)
     return [captions.caption(story, block) for block in range(blocks)]
 
@@ -26,7 +36,9 @@ def guests(rng: np.random.Generator, blocks: int) -> Int[np.ndarray, " blocks"]:
     """Who visits each block, -1 for nobody: every guest comes back after a mix of gaps, one of them its leading gap."""
     shown = np.full(blocks, -1)
     for guest, lead in zip(rng.permutation(len(world.GUESTS)), (*GAPS, GAPS[1]), strict=True):
-        start = _free(shown, OPENING + int(rng.integers(max(1, min(blocks // 6, blocks - lead - OPENING)))))
+        start = _free(
+            shown, OPENING + int(rng.integers(max(1, min(blocks // 6, blocks - lead - OPENING))))
+        )
         others = rng.permutation([gap for gap in GAPS if gap != lead])
         visits = [start, *_returns(shown, start, [lead, *others])]
         if len(visits) > 1:

@@ -20,7 +20,9 @@ BACKDROPS = ("brick", "straw", "moss", "pine", "water", "night", "velvet", "wine
 GUESTS = ("coral", "lemon", "fern", "jade", "sky", "indigo", "plum", "rose")
 SCENES = ("one", "two", "three", "four")
 MARKS = 16  # mark m: left half m // 4, right half m % 4
-MARK_COLOURS = np.array([[1, 1, 1], [0.05, 0.05, 0.05], [0.15, 0.25, 1], [1, 0.85, 0.1]], np.float32)
+MARK_COLOURS = np.array(
+    [[1, 1, 1], [0.05, 0.05, 0.05], [0.15, 0.25, 1], [1, 0.85, 0.1]], np.float32
+)
 
 HUE_SPREAD = 18.0  # degrees either way, so that neighbouring colours, 45 degrees apart, never meet
 GAIN_RANGE = (0.75, 1.25)
@@ -64,7 +66,9 @@ def _backgrounds() -> Float[np.ndarray, "backdrop 32 32 3"]:
     waves = np.concatenate([1 + contrast * patterns for contrast in (0.15, 0.4)])
     curtains = waves * hsv(45 * np.arange(8) + 10, 0.55, 0.30)[:, None, None]
     planks = 1 - 0.35 * ((2 * y + x // 2 * 4) % 8 == 0)
-    curtains[:, FLOOR_ROW * CELL :] = (planks[..., None] * np.array([0.42, 0.27, 0.14]))[FLOOR_ROW * CELL :]
+    curtains[:, FLOOR_ROW * CELL :] = (planks[..., None] * np.array([0.42, 0.27, 0.14]))[
+        FLOOR_ROW * CELL :
+    ]
     return curtains.astype(np.float32)
 
 
@@ -92,7 +96,9 @@ class Story:
     columns: Int[np.ndarray, " frames"]
 
 
-def walk(rng: np.random.Generator, frames: int, speed: int, start: int | None = None) -> Int[np.ndarray, " frames"]:
+def walk(
+    rng: np.random.Generator, frames: int, speed: int, start: int | None = None
+) -> Int[np.ndarray, " frames"]:
     """Columns of a walk that reflects at the walls and turns round at some block starts; its direction is hidden."""
     column = rng.integers(LANES) if start is None else start
     ahead = rng.choice((-1, 1))
@@ -105,14 +111,30 @@ def walk(rng: np.random.Generator, frames: int, speed: int, start: int | None = 
 
 
 def draw_story(
-    rng: np.random.Generator, blocks: int, *, guests=None, scenes=None, colour=None, shape=None, speed=None,
+    rng: np.random.Generator,
+    blocks: int,
+    *,
+    guests=None,
+    scenes=None,
+    colour=None,
+    shape=None,
+    speed=None,
     backdrop=None,
-) -> Story:  # fmt: skip
+) -> Story:
     """A story of `blocks` blocks: what is not given is drawn, but guests stay away and the scene stays the first."""
     given = {"colour": colour, "shape": shape, "speed": speed, "backdrop": backdrop}
-    sizes = {"colour": len(COLOURS), "shape": len(SHAPES), "speed": len(SPEEDS), "backdrop": len(BACKDROPS)}
-    drawn = {name: int(rng.integers(size)) for name, size in sizes.items()}  # always, so the hidden draws stay the same
-    prompt = drawn | {name: _index(name, value, sizes[name]) for name, value in given.items() if value is not None}
+    sizes = {
+        "colour": len(COLOURS),
+        "shape": len(SHAPES),
+        "speed": len(SPEEDS),
+        "backdrop": len(BACKDROPS),
+    }
+    drawn = {
+        name: int(rng.integers(size)) for name, size in sizes.items()
+    }  # always, so the hidden draws stay the same
+    prompt = drawn | {
+        name: _index(name, value, sizes[name]) for name, value in given.items() if value is not None
+    }
     hidden = {
         "mark": int(rng.integers(MARKS)),
         "hue": float(rng.uniform(-HUE_SPREAD, HUE_SPREAD)),
@@ -130,16 +152,26 @@ def draw_story(
 
 
 def _index(name: str, value: int, size: int) -> int:
-    require(0 <= value < size, f"{name}={value} is not on the stage; give a number from 0 to {size - 1}.")
+    require(
+        0 <= value < size,
+        f"{name}={value} is not on the stage; give a number from 0 to {size - 1}.",
+    )
     return int(value)
 
 
-def _per_block(name: str, values, blocks: int, *, lowest: int, highest: int) -> Int[np.ndarray, " blocks"]:
+def _per_block(
+    name: str, values, blocks: int, *, lowest: int, highest: int
+) -> Int[np.ndarray, " blocks"]:
     """`values` as an array, or the lowest one throughout."""
     found = np.full(blocks, lowest) if values is None else np.asarray(values)
-    require(found.shape == (blocks,), f"{name} has shape {found.shape}; give one number for each of {blocks} blocks.")
-    require(blocks == 0 or lowest <= found.min() <= found.max() <= highest,
-            f"{name}={found.tolist()} is not on the stage; give numbers from {lowest} to {highest}.")  # fmt: skip
+    require(
+        found.shape == (blocks,),
+        f"{name} has shape {found.shape}; give one number for each of {blocks} blocks.",
+    )
+    require(
+        blocks == 0 or lowest <= found.min() <= found.max() <= highest,
+        f"{name}={found.tolist()} is not on the stage; give numbers from {lowest} to {highest}.",
+    )
     return found
 
 
@@ -149,7 +181,9 @@ def two_tone(marks, width: int) -> Float[np.ndarray, "*n width 3"]:
     return MARK_COLOURS[np.where(np.arange(width) < width // 2, marks // 4, marks % 4)]
 
 
-def tiles(borders: Float[np.ndarray, "n 3"], marks: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n 8 8 3"]:
+def tiles(
+    borders: Float[np.ndarray, "n 3"], marks: Int[np.ndarray, " n"]
+) -> Float[np.ndarray, "n 8 8 3"]:
     """Posters or guests: a one-pixel border that says which, around a mark."""
     pixels = np.broadcast_to(borders[:, None, None], (len(marks), CELL, CELL, 3)).copy()
     pixels[:, INNER_SPAN, INNER_SPAN] = two_tone(marks, CELL - 2)[:, None]
@@ -173,6 +207,10 @@ def render(story: Story) -> Float[np.ndarray, "frames 32 32 3"]:
     frames = lanes[story.columns]
     blocks = np.arange(len(frames)) // BLOCK
     called = story.guests[blocks] >= 0
-    frames[:, *cell(*POSTER_CELL)] = (tiles(SCENE_COLOURS, story.posters) * light)[story.scenes[blocks]]
-    frames[called, *cell(*GUEST_CELL)] = tiles(GUEST_COLOURS, story.guest_marks)[story.guests[blocks][called]]
+    frames[:, *cell(*POSTER_CELL)] = (tiles(SCENE_COLOURS, story.posters) * light)[
+        story.scenes[blocks]
+    ]
+    frames[called, *cell(*GUEST_CELL)] = tiles(GUEST_COLOURS, story.guest_marks)[
+        story.guests[blocks][called]
+    ]
     return 2 * frames - 1

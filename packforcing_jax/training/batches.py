@@ -36,7 +36,9 @@ class Batch:
     low: Any = None  # [block, b, t', y', x', c]  low-resolution latents of the same frames
     trajectory: Any = None  # [k, block, b, t, y, x, c]  a teacher's way from noise to its clip
     weight: Any = None  # [block, b, t, y, x, 1]  scales the loss of each latent cell
-    called: Any = None  # [block, b, kind, block]  earlier blocks that show what this one calls back, by kind
+    called: Any = (
+        None  # [block, b, kind, block]  earlier blocks that show what this one calls back, by kind
+    )
 
 
 @struct.dataclass
@@ -70,9 +72,11 @@ def new_model(exp: Experiment, key: Array, *, reads: bool = True) -> Model:
     Keys start equal to queries: matching by content is then there to be refined.
     """
     keys = jax.random.split(key, 3)
-    model = Model(dit=dit.WanDiT(exp.dit, nnx.Rngs(keys[0])),
-                  compressor=compressor.Compressor(exp, nnx.Rngs(keys[1])),
-                  text=text.UMT5(exp.text, nnx.Rngs(keys[2])) if reads else None)  # fmt: skip
+    model = Model(
+        dit=dit.WanDiT(exp.dit, nnx.Rngs(keys[0])),
+        compressor=compressor.Compressor(exp, nnx.Rngs(keys[1])),
+        text=text.UMT5(exp.text, nnx.Rngs(keys[2])) if reads else None,
+    )
     attn = model.dit.blocks.attn
     attn.k.kernel = nnx.Param(jnp.copy(attn.q.kernel[...]))
     return model
@@ -87,7 +91,11 @@ def as_model(exp: Experiment, params: Mapping[str, Array]) -> Model:
 
 def part(params: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What lies below `name` in flat parameters."""
-    return {path.removeprefix(f"{name}/"): leaf for path, leaf in params.items() if path.startswith(f"{name}/")}
+    return {
+        path.removeprefix(f"{name}/"): leaf
+        for path, leaf in params.items()
+        if path.startswith(f"{name}/")
+    }
 
 
 def as_transformer(exp: Experiment, params: Mapping[str, Array]) -> dit.WanDiT:
@@ -111,17 +119,25 @@ def encode(exp: Experiment, pixels: codec.Codec, raw: Mapping[str, Array]) -> Ba
     if "video" in raw:
         blocked |= seen_pixels(exp, pixels, raw["video"])
     if "trajectory" in raw:
-        blocked["trajectory"] = einops.rearrange(raw["trajectory"], "b k (block t) y x c -> k block b t y x c",
-                                                 t=exp.cache.block)  # fmt: skip
+        blocked["trajectory"] = einops.rearrange(
+            raw["trajectory"], "b k (block t) y x c -> k block b t y x c", t=exp.cache.block
+        )
     if "weight" in raw:
-        blocked["weight"] = einops.reduce(raw["weight"], "b block t (y i) (x j) -> block b t y x 1", "mean",
-                                          i=exp.codec.space_factor, j=exp.codec.space_factor)  # fmt: skip
+        blocked["weight"] = einops.reduce(
+            raw["weight"],
+            "b block t (y i) (x j) -> block b t y x 1",
+            "mean",
+            i=exp.codec.space_factor,
+            j=exp.codec.space_factor,
+        )
     if "states" in raw:
         words: Any = raw["states"].astype(jnp.float32)[None]
     else:
         words = Words(*(jnp.moveaxis(raw[name], 1, 0) for name in ("ids", "mask")))
-    floats = {name: leaf.astype(jnp.float32) if leaf.dtype != bool else leaf for name, leaf in
-              {**blocked, **swapped}.items()}  # fmt: skip
+    floats = {
+        name: leaf.astype(jnp.float32) if leaf.dtype != bool else leaf
+        for name, leaf in {**blocked, **swapped}.items()
+    }
     return Batch(words=words, **floats)
 
 
@@ -129,15 +145,19 @@ def seen_pixels(exp: Experiment, pixels: codec.Codec, video: Array) -> dict[str,
     """The latents of whole clips [b, frames, height, width, 3], block by block, and of each block in low resolution."""
     blocks = einops.rearrange(video, "b (block t) y x c -> (block b) t y x c", t=exp.cache.block)
     low = codec.low_resolution(pixels, blocks, latents=exp.packed_grid[0], pool=exp.compressor.pool)
-    return {"latent": by_block(codec.encode(pixels, video), exp.cache.block),
-            "low": einops.rearrange(low, "(block b) t y x c -> block b t y x c", b=video.shape[0])}  # fmt: skip
+    return {
+        "latent": by_block(codec.encode(pixels, video), exp.cache.block),
+        "low": einops.rearrange(low, "(block b) t y x c -> block b t y x c", b=video.shape[0]),
+    }
 
 
 def text_states(model: Model, words: Any) -> Array:
     """Encoder states [block or 1, b, words, d] of every block's prompt."""
     if not isinstance(words, Words):
         return words
-    flat = [einops.rearrange(x, "block b words -> (block b) words") for x in (words.ids, words.mask)]
+    flat = [
+        einops.rearrange(x, "block b words -> (block b) words") for x in (words.ids, words.mask)
+    ]
     states = text.encode(model.text, *flat)
     return einops.rearrange(states, "(block b) words d -> block b words d", b=words.ids.shape[1])
 
@@ -147,8 +167,11 @@ def hide(states: Array, hidden: Array | None, chosen: Array | bool = True) -> Ar
     nothing = jnp.zeros_like(states)
     if hidden is not None:
         short = states.shape[2] - hidden.shape[0]
-        require(short >= 0, f"train.negative has {hidden.shape[0]} words, but the data's text holds {states.shape[2]}; "
-                "shorten it or prepare the data with longer text.")  # fmt: skip
+        require(
+            short >= 0,
+            f"train.negative has {hidden.shape[0]} words, but the data's text holds {states.shape[2]}; "
+            "shorten it or prepare the data with longer text.",
+        )
         nothing = nothing + jnp.pad(hidden, ((0, short), (0, 0)))[None, None].astype(states.dtype)
     return jnp.where(jnp.reshape(chosen, (1, -1, 1, 1)), nothing, states)
 
@@ -156,8 +179,14 @@ def hide(states: Array, hidden: Array | None, chosen: Array | bool = True) -> Ar
 def text_kv(transformer: dit.WanDiT, states: Array) -> KV:
     """Cross-attention keys and values [block or 1, layer, b, words, n, h] of such states."""
     kv = dit.text_kv(transformer, einops.rearrange(states, "block b words d -> (block b) words d"))
-    return KV(*(einops.rearrange(x, "layer (block b) words n h -> block layer b words n h", b=states.shape[1])
-                for x in (kv.k, kv.v)))  # fmt: skip
+    return KV(
+        *(
+            einops.rearrange(
+                x, "layer (block b) words n h -> block layer b words n h", b=states.shape[1]
+            )
+            for x in (kv.k, kv.v)
+        )
+    )
 
 
 def of_block(per_block: Any, block: Array) -> Any:

@@ -23,13 +23,18 @@ from packforcing_jax.types import Latent
 Metrics = dict[str, Array]
 
 
-def score(model: dit.WanDiT, exp: Experiment, noisy: Latent, timestep: Float[Array, " b"], states: Array) -> Latent:
+def score(
+    model: dit.WanDiT, exp: Experiment, noisy: Latent, timestep: Float[Array, " b"], states: Array
+) -> Latent:
     """The clean clip that a bidirectional network sees in `noisy` [b, frames, y, x, c] at one timestep per clip.
 
     `states` [block or 1, b, words, d]. With `train.distil.score_shift` velocities are read by that table's sigmas.
     """
     times = jnp.broadcast_to(timestep[:, None], noisy.shape[:2])
-    context, backend = jnp.moveaxis(states, 0, 1), attention.backend(exp.attention, model.patch.kernel.dtype)
+    context, backend = (
+        jnp.moveaxis(states, 0, 1),
+        attention.backend(exp.attention, model.patch.kernel.dtype),
+    )
     output = dit.bidirectional(model, noisy, times, context, attend=backend)
     if exp.sample.prediction == "clean":
         return output
@@ -39,7 +44,11 @@ def score(model: dit.WanDiT, exp: Experiment, noisy: Latent, timestep: Float[Arr
 def score_sigma(exp: Experiment, timestep: Array) -> Array:
     """The noise level by which a score network's velocity is read."""
     shift = exp.train.distil.score_shift
-    return schedules.sigma_at(schedules.table(shift), timestep) if shift else timestep / schedules.TIMESTEPS
+    return (
+        schedules.sigma_at(schedules.table(shift), timestep)
+        if shift
+        else timestep / schedules.TIMESTEPS
+    )
 
 
 def guided(conditional: Latent, unconditional: Latent, exp: Experiment) -> Latent:
@@ -66,7 +75,9 @@ def timesteps(key: Array, exp: Experiment, batch: int) -> Float[Array, " b"]:
 
 def noised(exp: Experiment, clean: Latent, noise: Latent, timestep: Float[Array, " b"]) -> Latent:
     """`clean` at a timestep, by the table of `train.shift`."""
-    return schedules.add_noise(clean, noise, schedules.sigma_at(schedules.table(exp.train.shift), timestep))
+    return schedules.add_noise(
+        clean, noise, schedules.sigma_at(schedules.table(exp.train.shift), timestep)
+    )
 
 
 def distance(x: Latent, real: Latent) -> Array:
@@ -91,20 +102,28 @@ def matching_loss(x: Latent, gradient: Latent, mask: Array | None = None) -> Arr
 
 def identity_loss(x: Latent, fake: Latent, real: Latent, alpha: float) -> Array:
     """SiD's loss, whose gradient also flows through both scores: (r - f)((r - x) - alpha (r - f)) / mean|x - r|."""
-    terms = (real - fake) * ((real - x) - alpha * (real - fake)) / jax.lax.stop_gradient(distance(x, real))
+    terms = (
+        (real - fake)
+        * ((real - x) - alpha * (real - fake))
+        / jax.lax.stop_gradient(distance(x, real))
+    )
     return jnp.nan_to_num(terms).mean()
 
 
 def flow_loss(x: Latent, fake: Latent, noise: Latent, noisy: Latent, sigma: Array) -> Array:
     """The critic's: mean ((x_t - fake) / sigma - (noise - x))^2."""
-    return jnp.mean((schedules.velocity_from_clean(noisy, fake, sigma) - schedules.training_target(x, noise)) ** 2)
+    return jnp.mean(
+        (schedules.velocity_from_clean(noisy, fake, sigma) - schedules.training_target(x, noise))
+        ** 2
+    )
 
 
 # Objectives
 
 
-def clip_again(nets: Networks, batch: Batch, key: Array, exp: Experiment, *,
-               graded: bool = True) -> tuple[Latent, Array, Metrics]:  # fmt: skip
+def clip_again(
+    nets: Networks, batch: Batch, key: Array, exp: Experiment, *, graded: bool = True
+) -> tuple[Latent, Array, Metrics]:
     """The student's clip [b, frames, y, x, c], its text, and what the rollout covered.
 
     The clip is what its history remembers. Where it is `graded`, every block has the gradient of its exit step, drawn
@@ -122,7 +141,9 @@ def clip_again(nets: Networks, batch: Batch, key: Array, exp: Experiment, *,
     return batches.by_clip(latent), states[-latent.shape[0] :], rollout.covered(exp, clip, drawn)
 
 
-def generator_loss(nets: Networks, batch: Batch, key: Array, exp: Experiment) -> tuple[Array, Metrics]:
+def generator_loss(
+    nets: Networks, batch: Batch, key: Array, exp: Experiment
+) -> tuple[Array, Metrics]:
     """Distribution matching of the student's own clips (`dmd`), or the score identity's (`sid`)."""
     keys = jax.random.split(key, 3)
     x, states, metrics = clip_again(nets, batch, keys[0], exp)
@@ -132,11 +153,20 @@ def generator_loss(nets: Networks, batch: Batch, key: Array, exp: Experiment) ->
     noisy = noised(exp, x if through else jax.lax.stop_gradient(x), noise, timestep)
     teacher, critic = jax.lax.stop_gradient((nets.teacher.dit, nets.critic))
     real = score(teacher, exp, noisy, timestep, states)
-    if (exp.train.distil.form, exp.train.distil.guidance) != ("extra", 0):  # else the unconditional guess has no weight
-        real = guided(real, score(teacher, exp, noisy, timestep, batches.hide(states, nets.hidden)), exp)
+    if (exp.train.distil.form, exp.train.distil.guidance) != (
+        "extra",
+        0,
+    ):  # else the unconditional guess has no weight
+        real = guided(
+            real, score(teacher, exp, noisy, timestep, batches.hide(states, nets.hidden)), exp
+        )
     fake = score(critic, exp, noisy, timestep, states)
     gradient = pull(x, fake, real)
-    loss = identity_loss(x, fake, real, exp.train.distil.alpha) if through else matching_loss(x, gradient)
+    loss = (
+        identity_loss(x, fake, real, exp.train.distil.alpha)
+        if through
+        else matching_loss(x, gradient)
+    )
     return loss, metrics | {"pull": jnp.abs(gradient).mean()}
 
 
@@ -148,6 +178,8 @@ def critic_loss(nets: Networks, batch: Batch, key: Array, exp: Experiment) -> tu
     noisy = noised(exp, x, noise, timestep)
     fake = score(nets.critic, exp, noisy, timestep, states)
     sigma = schedules.sigma_at(schedules.table(exp.train.shift), timestep)
-    if exp.sample.prediction == "clean":  # a network that names the clean clip learns it as such, at every level alike
+    if (
+        exp.sample.prediction == "clean"
+    ):  # a network that names the clean clip learns it as such, at every level alike
         return jnp.mean((fake - x) ** 2), metrics
     return flow_loss(x, fake, noise, noisy, sigma), metrics

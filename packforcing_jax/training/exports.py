@@ -40,7 +40,10 @@ def beginnings(exp: Experiment) -> dict[str, str]:
 
 def holding(exp: Experiment, file: str) -> Path | None:
     """The first of those folders that holds a file of this name."""
-    return next((Path(folder) for folder in beginnings(exp).values() if (Path(folder) / file).is_file()), None)
+    return next(
+        (Path(folder) for folder in beginnings(exp).values() if (Path(folder) / file).is_file()),
+        None,
+    )
 
 
 def words(exp: Experiment) -> tokenizer.Tokenizer:
@@ -58,11 +61,20 @@ def network(folder: str, shapes: Flat, grid: Mesh, dtype: str = "float32") -> Fl
     """
     model = model_folder.opened(folder)
     model.part("dit")
-    wanted = {path: shape for path, shape in shapes.items() if path.partition("/")[0] in model.parts}
+    wanted = {
+        path: shape for path, shape in shapes.items() if path.partition("/")[0] in model.parts
+    }
     parts = {path.partition("/")[0] for path in wanted}
-    held = {f"{part}/{path}": tensor for part in parts for path, tensor in model.parts[part].items()}
-    return model_folder.fill(wanted, held, dtype=dtype, source=f"the weights of {folder}",
-                       shardings=mesh.shardings(wanted, grid))  # fmt: skip
+    held = {
+        f"{part}/{path}": tensor for part in parts for path, tensor in model.parts[part].items()
+    }
+    return model_folder.fill(
+        wanted,
+        held,
+        dtype=dtype,
+        source=f"the weights of {folder}",
+        shardings=mesh.shardings(wanted, grid),
+    )
 
 
 def codec_weights(exp: Experiment, grid: Mesh) -> Flat | None:
@@ -72,8 +84,13 @@ def codec_weights(exp: Experiment, grid: Mesh) -> Flat | None:
     if not shapes or folder is None:
         return None if shapes else {}
     everywhere = dict.fromkeys(shapes, NamedSharding(grid, PartitionSpec()))
-    return model_folder.fill(shapes, model_folder.opened(folder).part("codec"), dtype=exp.dtypes.vae,
-                       source=f"the codec weights of {folder}", shardings=everywhere)  # fmt: skip
+    return model_folder.fill(
+        shapes,
+        model_folder.opened(folder).part("codec"),
+        dtype=exp.dtypes.vae,
+        source=f"the codec weights of {folder}",
+        shardings=everywhere,
+    )
 
 
 def hidden(exp: Experiment) -> np.ndarray | None:
@@ -81,8 +98,11 @@ def hidden(exp: Experiment) -> np.ndarray | None:
     if not exp.train.negative:
         return None
     folder = holding(exp, model_folder.weights_file("text"))
-    require(folder is not None, f"train.negative={exp.train.negative!r} needs a text encoder to read it; begin from a "
-            "model folder with one, or leave it empty.")  # fmt: skip
+    require(
+        folder is not None,
+        f"train.negative={exp.train.negative!r} needs a text encoder to read it; begin from a "
+        "model folder with one, or leave it empty.",
+    )
     ids, mask = words(exp).encode([exp.train.negative])
     states = text_encoder.of_folder(model_folder.opened(Path(folder or "")), exp.dtypes)(ids, mask)
     return np.asarray(states[0, : int(mask.sum())])
@@ -111,7 +131,9 @@ def whole(flat: Mapping[str, Any]) -> Flat:
     return found
 
 
-def save(folder: Path, exp: Experiment, flat: Mapping[str, Any], *, card: str | None = None) -> None:
+def save(
+    folder: Path, exp: Experiment, flat: Mapping[str, Any], *, card: str | None = None
+) -> None:
     """A model folder of a generator's parameters, complete or absent, that `sample --weights` takes.
 
     Parts that were not trained come from the model that training began from. All processes have to ask.
@@ -120,8 +142,15 @@ def save(folder: Path, exp: Experiment, flat: Mapping[str, Any], *, card: str | 
     if jax.process_index() == 0:
         parts = {name: batches.part(host, name) for name in model_folder.PARTS}
         with model_folder.replacing(folder) as fresh:
-            model_folder.save(fresh, exp, {name: held for name, held in parts.items() if held},
-                        texts={model_folder.TOKENIZER: words(exp).inner.to_str(pretty=True), model_folder.CARD: card})  # fmt: skip
+            model_folder.save(
+                fresh,
+                exp,
+                {name: held for name, held in parts.items() if held},
+                texts={
+                    model_folder.TOKENIZER: words(exp).inner.to_str(pretty=True),
+                    model_folder.CARD: card,
+                },
+            )
             for name in model_folder.PARTS:
                 _borrow(exp, model_folder.weights_file(name), fresh)
     if jax.process_count() > 1:
@@ -139,7 +168,9 @@ def _borrow(exp: Experiment, file: str, fresh: Path) -> None:
         shutil.copyfile(source / file, fresh / file)
 
 
-def preview(path: Path, exp: Experiment, flat: Mapping[str, Any], *, raw: Mapping[str, Any], seed: int) -> None:
+def preview(
+    path: Path, exp: Experiment, flat: Mapping[str, Any], *, raw: Mapping[str, Any], seed: int
+) -> None:
     """A video at `path` of a generator's parameters, drawn block by block for the text of the first clip in `raw`.
 
     Whatever goes wrong is one line of warning. All processes have to ask; the first one draws.
@@ -149,21 +180,31 @@ def preview(path: Path, exp: Experiment, flat: Mapping[str, Any], *, raw: Mappin
         try:
             _draw(path, exp, host, raw, seed)
         except Exception as error:
-            log.warning("no preview %s: %s: %s", path.name, type(error).__name__, " ".join(str(error).split())[:300])
+            log.warning(
+                "no preview %s: %s: %s",
+                path.name,
+                type(error).__name__,
+                " ".join(str(error).split())[:300],
+            )
 
 
 def _draw(path: Path, exp: Experiment, flat: Flat, raw: Mapping[str, Any], seed: int) -> None:
-    here = jax.make_mesh((1,), ("data",), devices=jax.local_devices()[:1], axis_types=(jax.sharding.AxisType.Auto,))
+    here = jax.make_mesh(
+        (1,), ("data",), devices=jax.local_devices()[:1], axis_types=(jax.sharding.AxisType.Auto,)
+    )
     model = batches.as_model(exp, jax.tree.map(jnp.asarray, flat))
     pixels, nothing = batches.as_codec(exp, codec_weights(exp, here)), cast(Any, None)
     if pixels is None:
-        raise InputError("the codec's weights are in none of the model folders that training began from.")
+        raise InputError(
+            "the codec's weights are in none of the model folders that training began from."
+        )
     told = {name: jnp.asarray(raw[name][:1]) for name in ("ids", "mask", "states") if name in raw}
     states = batches.text_states(model, batches.encode(exp, pixels, told).words)
     apart = pytrees.cast(dit.unrolled(model.dit), exp.dtypes.params)
     nets = pytrees.cast(model.nets, exp.dtypes.params)
-    shown = pipeline.Pipeline(experiment=exp, nets=nets.replace(dit=apart), pixels=pixels, text=nothing,
-                              tokenizer=nothing)  # fmt: skip
+    shown = pipeline.Pipeline(
+        experiment=exp, nets=nets.replace(dit=apart), pixels=pixels, text=nothing, tokenizer=nothing
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh, rows = path.with_name(f".{path.name}"), exp.latent[0] * exp.codec.space_factor
     size, scale = (exp.latent[1] * exp.codec.space_factor, rows), max(1, PREVIEW_ROWS // rows)

@@ -70,7 +70,10 @@ class Kind:
 
 def recognised(path: Path) -> str:
     """The kind of source that `path` is."""
-    require(path.exists(), f"{path} does not exist; give a folder of videos, a file of prompts or an LMDB folder.")
+    require(
+        path.exists(),
+        f"{path} does not exist; give a folder of videos, a file of prompts or an LMDB folder.",
+    )
     found = [name for name, kind in KINDS.items() if kind.sees(path)]
     known = "; ".join(f"{name}: {kind.called}" for name, kind in KINDS.items())
     require(len(found) > 0, f"{path} is nothing that can be prepared ({known}); give one of these.")
@@ -96,8 +99,14 @@ def _holds_videos(path: Path) -> bool:
 
 def _videos(path: Path) -> list[Item]:
     """The videos of a folder with a text file beside each, or of a file with a line of JSON for each."""
-    return [Item(f"{file.relative_to(base)} {file.stat().st_size}", prompt, functools.partial(_of_video, file))
-            for base, file, prompt in (_beside(path) if path.is_dir() else _listed(path))]  # fmt: skip
+    return [
+        Item(
+            f"{file.relative_to(base)} {file.stat().st_size}",
+            prompt,
+            functools.partial(_of_video, file),
+        )
+        for base, file, prompt in (_beside(path) if path.is_dir() else _listed(path))
+    ]
 
 
 def _beside(folder: Path) -> Iterable[tuple[Path, Path, str]]:
@@ -111,35 +120,73 @@ def _beside(folder: Path) -> Iterable[tuple[Path, Path, str]]:
 
 def _listed(path: Path) -> Iterable[tuple[Path, Path, str]]:
     for number, table in enumerate(_tables(path), start=1):
-        said = {"file", "prompt"} == table.keys() and all(isinstance(each, str) for each in table.values())
-        require(said, f"{path}, video {number}: {json.dumps(table)[:80]} is not "
-                "{\"file\": \"...\", \"prompt\": \"...\"}; write it so.")  # fmt: skip
+        said = {"file", "prompt"} == table.keys() and all(
+            isinstance(each, str) for each in table.values()
+        )
+        require(
+            said,
+            f"{path}, video {number}: {json.dumps(table)[:80]} is not "
+            '{"file": "...", "prompt": "..."}; write it so.',
+        )
         file, prompt = path.parent / table["file"], tokenizer.clean(table["prompt"])
         require(file.is_file(), f"{path}, video {number}: {file} does not exist; correct it.")
-        require(prompt != "", f"{path}, video {number}: prompt is empty; say what {file.name} shows.")
+        require(
+            prompt != "", f"{path}, video {number}: prompt is empty; say what {file.name} shows."
+        )
         yield path.parent, file.absolute() if ".." in table["file"] else file, prompt
 
 
 def _tables(path: Path) -> list[dict[str, Any]]:
     """The tables of a file of JSON lines."""
     try:
-        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = [
+            json.loads(line)
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({error}); write one JSON table per line.") from error
-    require(all(isinstance(table, dict) for table in found), f"{path} holds more than tables; write one per line.")
+        raise InputError(
+            f"{path} cannot be read ({error}); write one JSON table per line."
+        ) from error
+    require(
+        all(isinstance(table, dict) for table in found),
+        f"{path} holds more than tables; write one per line.",
+    )
     return found
 
 
 def frames_of(path: Path, *, count: int, fps: int, size: tuple[int, int]) -> np.ndarray:
     """The first `count` frames at `fps` a second, scaled to fill (height, width) and cropped: uint8 [t, h, w, 3]."""
     height, width = size
-    seen = (f"fps={fps},scale={width}:{height}:force_original_aspect_ratio=increase"
-            f":flags=bicubic+accurate_rnd+full_chroma_int,crop={width}:{height}")  # fmt: skip
-    command = [video.encoder(), "-nostdin", "-hide_banner", "-v", "error", "-i", f"file:{path}", "-vf", seen,
-               "-frames:v", str(count), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, process_group=0)  # Ctrl-C is for us, not for ffmpeg
+    seen = (
+        f"fps={fps},scale={width}:{height}:force_original_aspect_ratio=increase"
+        f":flags=bicubic+accurate_rnd+full_chroma_int,crop={width}:{height}"
+    )
+    command = [
+        video.encoder(),
+        "-nostdin",
+        "-hide_banner",
+        "-v",
+        "error",
+        "-i",
+        f"file:{path}",
+        "-vf",
+        seen,
+        "-frames:v",
+        str(count),
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "rgb24",
+        "-",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, process_group=0
+    )  # Ctrl-C is for us, not for ffmpeg
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {done.returncode}"]
+        said = done.stderr.decode(errors="replace").strip().splitlines() or [
+            f"exit status {done.returncode}"
+        ]
         raise LeftOut(f"{path} cannot be decoded ({said[-1]})")
     return np.frombuffer(done.stdout, np.uint8).reshape(-1, height, width, 3)
 
@@ -147,9 +194,11 @@ def frames_of(path: Path, *, count: int, fps: int, size: tuple[int, int]) -> np.
 # A codec as a stream: the state before the first frame, and the latents of the next frames
 STREAMS: Mapping[type, tuple[Callable, Callable]] = {
     vae.WanVAE: (vae.init_encoder, vae.encode_chunk),
-    codec.SpaceToDepth: (lambda pixels, batch, height, width: (),
-                         lambda pixels, state, frames, first: (codec.encode(pixels, frames), state)),
-}  # fmt: skip
+    codec.SpaceToDepth: (
+        lambda pixels, batch, height, width: (),
+        lambda pixels, state, frames, first: (codec.encode(pixels, frames), state),
+    ),
+}
 
 
 @functools.partial(jax.jit, static_argnames=("exp", "first"))
@@ -157,7 +206,11 @@ def _encode_block(pixels: codec.Codec, exp: Experiment, state: Any, frames: Arra
     """(latents, low-resolution latents, the codec's state) of the frames of one block, uint8 [1, t, h, w, 3]."""
     seen = frames.astype(jnp.float32) / 127.5 - 1
     latent, state = STREAMS[type(pixels)][1](pixels, state, seen, first=first)
-    return latent, codec.low_resolution(pixels, seen, latents=exp.packed_grid[0], pool=exp.compressor.pool), state
+    return (
+        latent,
+        codec.low_resolution(pixels, seen, latents=exp.packed_grid[0], pool=exp.compressor.pool),
+        state,
+    )
 
 
 def _of_video(path: Path, parts: Parts, said: np.ndarray | None = None) -> Example:
@@ -171,7 +224,9 @@ def _of_video(path: Path, parts: Parts, said: np.ndarray | None = None) -> Examp
     starts = [codec.frames_of(exp.codec, at) for at in range(0, exp.clip, exp.cache.block)]
     state, blocks = STREAMS[type(pixels)][0](pixels, 1, *size), []
     for start, end in zip(starts, [*starts[1:], count], strict=True):
-        latent, low, state = _encode_block(pixels, exp, state, frames[None, start:end], first=start == 0)
+        latent, low, state = _encode_block(
+            pixels, exp, state, frames[None, start:end], first=start == 0
+        )
         blocks.append((latent[0], low[0]))
     latents, lows = zip(*jax.device_get(blocks), strict=True)
     return {"latent": np.concatenate(latents).astype(STORED), "low": np.stack(lows).astype(STORED)}
@@ -188,9 +243,15 @@ def _prompts(path: Path) -> list[Item]:
     """The prompts of a file, one per line as text or JSON."""
     said = prompt_files.read(path)
     several = [job.source for job in said if len(job.entries) > 1]
-    require(not several, f"{several[0] if several else ''} is a timeline, but text states are those of one prompt; "
-            "train on the file itself (train.source.kind=prompts).")  # fmt: skip
-    return [Item(str(number), job.entries[0][1], lambda parts, said: {}) for number, job in enumerate(said)]
+    require(
+        not several,
+        f"{several[0] if several else ''} is a timeline, but text states are those of one prompt; "
+        "train on the file itself (train.source.kind=prompts).",
+    )
+    return [
+        Item(str(number), job.entries[0][1], lambda parts, said: {})
+        for number, job in enumerate(said)
+    ]
 
 
 # The public LMDB layout: `latents_shape`, `prompts_shape`, and `latents_N_data`, `prompts_N_data` for each clip
@@ -198,7 +259,11 @@ def _prompts(path: Path) -> list[Item]:
 
 def _databases(path: Path) -> list[Path]:
     """The LMDB folders that `path` is or holds."""
-    return [path] if (path / "data.mdb").is_file() else sorted(file.parent for file in path.glob("*/data.mdb"))
+    return (
+        [path]
+        if (path / "data.mdb").is_file()
+        else sorted(file.parent for file in path.glob("*/data.mdb"))
+    )
 
 
 def _clips(path: Path) -> list[Item]:
@@ -209,20 +274,28 @@ def _clips(path: Path) -> list[Item]:
 def _clips_of(path: Path) -> Iterable[Item]:
     database = _opened(path)
     shape = _read(database, path, "latents_shape").split()
-    require(len(shape) in (5, 6) and all(n.isdigit() for n in shape), f"{path}: latents_shape={shape} is not "
-            "N [states] frames channels rows columns; fetch the data again.")  # fmt: skip
+    require(
+        len(shape) in (5, 6) and all(n.isdigit() for n in shape),
+        f"{path}: latents_shape={shape} is not "
+        "N [states] frames channels rows columns; fetch the data again.",
+    )
     count, *form = map(int, shape)
     for index in range(count):
         prompt = _read(database, path, f"prompts_{index}_data").decode("utf-8", errors="replace")
-        yield Item(f"{path.name} {index} {form}", prompt,
-                   functools.partial(_of_clip, database, path, index, (1, *form)[-5:]))  # fmt: skip
+        yield Item(
+            f"{path.name} {index} {form}",
+            prompt,
+            functools.partial(_of_clip, database, path, index, (1, *form)[-5:]),
+        )
 
 
 def _opened(path: Path) -> Any:
     try:
         import lmdb  # type: ignore[import-not-found]
     except ImportError as error:
-        raise InputError(f"{path} is an LMDB folder, but lmdb is missing; install packforcing-jax[lmdb].") from error
+        raise InputError(
+            f"{path} is an LMDB folder, but lmdb is missing; install packforcing-jax[lmdb]."
+        ) from error
     try:
         return lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False)
     except lmdb.Error as error:
@@ -236,16 +309,27 @@ def _read(database: Any, path: Path, key: str) -> bytes:
     return value
 
 
-def _of_clip(database: Any, path: Path, index: int, form: tuple[int, ...], parts: Parts,
-             said: np.ndarray | None = None) -> Example:  # fmt: skip
+def _of_clip(
+    database: Any,
+    path: Path,
+    index: int,
+    form: tuple[int, ...],
+    parts: Parts,
+    said: np.ndarray | None = None,
+) -> Example:
     """The clean latents of a clip, the states on the way there if it has some, what a codec makes of its blocks."""
     exp, raw, size = parts.exp, _read(database, path, f"latents_{index}_data"), 2 * math.prod(form)
-    require(len(raw) == size, f"{path}: latents_{index}_data has {len(raw)} bytes, but float16{list(form)} has {size}; "
-            "fetch it again.")  # fmt: skip
+    require(
+        len(raw) == size,
+        f"{path}: latents_{index}_data has {len(raw)} bytes, but float16{list(form)} has {size}; "
+        "fetch it again.",
+    )
     states = einops.rearrange(np.frombuffer(raw, "<f2").reshape(form), "k t c y x -> k t y x c")
-    require(states.shape[1] >= exp.clip and states.shape[2:] == (*exp.latent, exp.dit.in_channels),
-            f"{path} holds {states.shape[1]} frames of {list(states.shape[2:])}, but clip={exp.clip}, "
-            f"latent={exp.latent} and dit.in_channels={exp.dit.in_channels}; give another --config.")  # fmt: skip
+    require(
+        states.shape[1] >= exp.clip and states.shape[2:] == (*exp.latent, exp.dit.in_channels),
+        f"{path} holds {states.shape[1]} frames of {list(states.shape[2:])}, but clip={exp.clip}, "
+        f"latent={exp.latent} and dit.in_channels={exp.dit.in_channels}; give another --config.",
+    )
     states = states[:, : exp.clip]
     low = {} if parts.pixels is None else {"low": _lows(parts.pixels, exp, states[-1])}
     return {"latent": states[-1]} | ({"trajectory": states} if len(states) > 1 else {}) | low
@@ -266,12 +350,18 @@ def _lows(pixels: codec.Codec, exp: Experiment, latent: np.ndarray) -> np.ndarra
 
 def _to_draw(path: Path) -> list[Item]:
     """The prompts of a file, each to be drawn by a teacher from a noise of its own."""
-    return [replace(item, made=functools.partial(_of_teacher, number)) for number, item in enumerate(_prompts(path))]
+    return [
+        replace(item, made=functools.partial(_of_teacher, number))
+        for number, item in enumerate(_prompts(path))
+    ]
 
 
 def _of_teacher(number: int, parts: Parts, said: np.ndarray | None = None) -> Example:
     """The states on a teacher's way to a clip, and the clip."""
-    exp, read = parts.exp, np.zeros((1, 1, parts.exp.text.max_words, parts.exp.text.dim), np.float32)
+    exp, read = (
+        parts.exp,
+        np.zeros((1, 1, parts.exp.text.max_words, parts.exp.text.dim), np.float32),
+    )
     read[0, 0, : len(said)] = said  # type: ignore[arg-type]
     states = np.asarray(paths.drawn(parts.teacher, exp, jnp.uint32(number), read))
     clip = einops.rearrange(states, "k block 1 t y x c -> k (block t) y x c").astype(STORED)
@@ -280,34 +370,63 @@ def _of_teacher(number: int, parts: Parts, said: np.ndarray | None = None) -> Ex
 
 
 KINDS = {
-    "lmdb": Kind(lambda path: bool(_databases(path)), _clips, (), "a folder with data.mdb, or of such folders"),
-    "videos": Kind(_holds_videos, _videos, ("pixels",), "a folder of videos, each with a .txt, or JSONL with file"),
+    "lmdb": Kind(
+        lambda path: bool(_databases(path)),
+        _clips,
+        (),
+        "a folder with data.mdb, or of such folders",
+    ),
+    "videos": Kind(
+        _holds_videos,
+        _videos,
+        ("pixels",),
+        "a folder of videos, each with a .txt, or JSONL with file",
+    ),
     "prompts": Kind(_holds_prompts, _prompts, ("text",), "a text or JSONL file of prompts"),
-    "trajectories": Kind(lambda path: False, _to_draw, ("text", "teacher"), "the same, drawn by a teacher (--kind)"),
+    "trajectories": Kind(
+        lambda path: False, _to_draw, ("text", "teacher"), "the same, drawn by a teacher (--kind)"
+    ),
 }
 
 
 # What a model adds
 
 
-def parts_of(exp: Experiment, model: model_folder.Opened | None, needs: Sequence[str] = ()) -> Parts:
-    """What a model folder has of a codec and a text encoder, and the teacher if it `needs` one, for the sizes of `exp`.
-    """
+def parts_of(
+    exp: Experiment, model: model_folder.Opened | None, needs: Sequence[str] = ()
+) -> Parts:
+    """The codec and the text encoder of a model folder, and the teacher if it `needs` one, sized as `exp`."""
     shapes = codec.shapes(exp.codec)
     parts = Parts(exp, codec.make(exp.codec, nnx.Rngs(0)) if not pytrees.flatten(shapes) else None)
     if model is None:
         return parts
-    require((exp.codec, exp.text) == (model.experiment.codec, model.experiment.text),
-            f"the codec or the text encoder of {model.folder} has other sizes than --config asks for; leave it out.")
+    require(
+        (exp.codec, exp.text) == (model.experiment.codec, model.experiment.text),
+        f"the codec or the text encoder of {model.folder} has other sizes than --config asks for; leave it out.",
+    )
     if "codec" in model.parts and parts.pixels is None:
         source = f"the codec weights of {model.folder}"
-        parts = replace(parts, pixels=model_folder.fill(shapes, model.part("codec"), dtype=exp.dtypes.vae, source=source))
+        parts = replace(
+            parts,
+            pixels=model_folder.fill(
+                shapes, model.part("codec"), dtype=exp.dtypes.vae, source=source
+            ),
+        )
     if "text" in model.parts:
-        read = tokenizer.Tokenizer.from_file(model.folder / model_folder.TOKENIZER, exp.text.max_words)
-        parts = replace(parts, text=replace(text_encoder.of_folder(model, exp.dtypes), store=None), words=read)
+        read = tokenizer.Tokenizer.from_file(
+            model.folder / model_folder.TOKENIZER, exp.text.max_words
+        )
+        parts = replace(
+            parts, text=replace(text_encoder.of_folder(model, exp.dtypes), store=None), words=read
+        )
     if "teacher" in needs:
         form = jax.eval_shape(lambda: dit.WanDiT(exp.dit, nnx.Rngs(0)))
-        held = model_folder.fill(form, model.part("dit"), dtype=exp.dtypes.compute, source=f"the teacher of {model.folder}")
+        held = model_folder.fill(
+            form,
+            model.part("dit"),
+            dtype=exp.dtypes.compute,
+            source=f"the teacher of {model.folder}",
+        )
         parts = replace(parts, teacher=batches.Model(dit=held, compressor=cast(Any, None)))
     return parts
 
@@ -326,7 +445,9 @@ class Texts:
             self._known |= zip(new, self._walk(new), strict=True)
         found = [self._known[prompt] for prompt in prompts]
         self._left.subtract(prompts)
-        self._known = {prompt: states for prompt, states in self._known.items() if self._left[prompt] > 0}
+        self._known = {
+            prompt: states for prompt, states in self._known.items() if self._left[prompt] > 0
+        }
         return found
 
     def _walk(self, prompts: list[str]) -> list[np.ndarray]:

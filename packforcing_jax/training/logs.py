@@ -15,7 +15,10 @@ from packforcing_jax.errors import require
 from packforcing_jax.io import append_file
 
 LINES = "metrics.jsonl"
-LIBRARIES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # the extra that brings each has the name of the log
+LIBRARIES = {
+    "tensorboard": "tensorboardX",
+    "wandb": "wandb",
+}  # the extra that brings each has the name of the log
 
 
 class Sink(Protocol):
@@ -44,7 +47,10 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
     for name, value in metrics.items():
         flat = np.asarray(value).reshape(-1)
         if jnp.issubdtype(flat.dtype, jnp.number) or flat.dtype == bool:
-            found |= {f"{name}/{i}" if np.ndim(value) else name: float(each) for i, each in enumerate(flat)}
+            found |= {
+                f"{name}/{i}" if np.ndim(value) else name: float(each)
+                for i, each in enumerate(flat)
+            }
     return found
 
 
@@ -79,8 +85,10 @@ class Lines:
         self.file = append_file.File(folder / LINES, whole(folder / LINES, after))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        told = {"step": step} | {name: value if isinstance(value, str) else plain(value)
-                                 for name, value in metrics.items()}  # fmt: skip
+        told = {"step": step} | {
+            name: value if isinstance(value, str) else plain(value)
+            for name, value in metrics.items()
+        }
         self.file.append(json.dumps(told).encode() + b"\n")
 
     def close(self) -> None:
@@ -96,8 +104,9 @@ class TensorBoard:
     def __init__(self, folder: Path, after: int, about: Mapping[str, Any]):
         import tensorboardX  # pyright: ignore[reportMissingImports]
 
-        self.writer = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1,
-                                                 filename_suffix=f".{after}")  # fmt: skip
+        self.writer = tensorboardX.SummaryWriter(
+            str(folder / "tensorboard"), purge_step=after + 1, filename_suffix=f".{after}"
+        )
         self.writer.add_text("experiment", f"```\n{json.dumps(about, indent=2)}\n```", after)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -118,8 +127,14 @@ class WeightsAndBiases:
         identity = folder / "wandb.id"
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex[:12])
-        self.run = wandb.init(project="packforcing", name=folder.name, id=identity.read_text(), resume="allow",
-                              dir=str(folder), config=dict(about))  # fmt: skip
+        self.run = wandb.init(
+            project="packforcing",
+            name=folder.name,
+            id=identity.read_text(),
+            resume="allow",
+            dir=str(folder),
+            config=dict(about),
+        )
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         self.run.log(scalars(metrics), step=step)
@@ -137,9 +152,11 @@ SINKS = {"jsonl": Lines, "tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 def require_installed(names: Sequence[str]) -> None:
     """Raises `InputError` naming the extra, if the library of one of the logs is missing."""
     for name, library in LIBRARIES.items():
-        require(name not in names or importlib.util.find_spec(library) is not None,
-                f"train.log names {name!r}, but {library} is not installed; "
-                f"install packforcing-jax[{name}] or leave it out.")  # fmt: skip
+        require(
+            name not in names or importlib.util.find_spec(library) is not None,
+            f"train.log names {name!r}, but {library} is not installed; "
+            f"install packforcing-jax[{name}] or leave it out.",
+        )
 
 
 class Log:

@@ -40,12 +40,16 @@ def noise_levels(key: Array, shape: tuple[int, ...], shift: float) -> Float[Arra
     return shift * u / (1 + (shift - 1) * u)
 
 
-def denoising_loss(exp: Experiment, guess: Array, clean: Array, sigma: Array, weight: Any) -> Float[Array, " block"]:
+def denoising_loss(
+    exp: Experiment, guess: Array, clean: Array, sigma: Array, weight: Any
+) -> Float[Array, " block"]:
     """The error of each block [block, b, t, ...]: of the clean sample, or of the velocity with Wan's weights."""
     error = (guess - clean) ** 2
     if exp.sample.prediction == "velocity":
         grid = schedules.table(exp.train.shift)
-        bell = jnp.asarray(schedules.training_weights(grid))[schedules.nearest_id(grid, schedules.TIMESTEPS * sigma)]
+        bell = jnp.asarray(schedules.training_weights(grid))[
+            schedules.nearest_id(grid, schedules.TIMESTEPS * sigma)
+        ]
         error = error * schedules.over(bell / jnp.maximum(sigma, 1e-6) ** 2, error)
     return jnp.mean(error if weight is None else weight * error, axis=range(1, error.ndim))
 
@@ -55,30 +59,52 @@ def _text(nets: Model, batch: Batch, key: Array, exp: Experiment, hidden: Any) -
     states = batches.text_states(nets, batch.words)
     if exp.train.drop_text == 0:
         return states
-    return batches.hide(states, hidden, jax.random.bernoulli(key, exp.train.drop_text, (states.shape[1],)))
+    return batches.hide(
+        states, hidden, jax.random.bernoulli(key, exp.train.drop_text, (states.shape[1],))
+    )
 
 
 # Causal networks over known clips
 
 
-def causal(model: Model, exp: Experiment, batch: Batch, noisy: Array, sigma: Float[Array, "block b"], states: Array,
-           gap: Array | float = 0.0) -> Guess:  # fmt: skip
+def causal(
+    model: Model,
+    exp: Experiment,
+    batch: Batch,
+    noisy: Array,
+    sigma: Float[Array, "block b"],
+    states: Array,
+    gap: Array | float = 0.0,
+) -> Guess:
     """The guess of every noisy block behind the history that `train.history` names."""
     if exp.train.history == "memory":
         return behind_memory(model, exp, batch, noisy, sigma, states, gap)
     blocks, size = noisy.shape[0], exp.cache.block
     times = jnp.repeat(schedules.TIMESTEPS * sigma.T, size, axis=1)
     clean = batches.by_clip(batch.latent) if exp.train.history == "clean" else None
-    output = dit.parallel(model.dit, batches.by_clip(noisy), times, jnp.moveaxis(states, 0, 1), clean=clean,
-                          block_ends=tuple(range(size, size * blocks + 1, size)))  # fmt: skip
+    output = dit.parallel(
+        model.dit,
+        batches.by_clip(noisy),
+        times,
+        jnp.moveaxis(states, 0, 1),
+        clean=clean,
+        block_ends=tuple(range(size, size * blocks + 1, size)),
+    )
     output = batches.by_block(output, size)
     if exp.sample.prediction == "velocity":
         output = schedules.clean_from_velocity(noisy, output, sigma)
     return Guess(clean=output)
 
 
-def behind_memory(model: Model, exp: Experiment, batch: Batch, noisy: Array, sigma: Float[Array, "block b"],
-                  states: Array, gap: Array | float) -> Guess:  # fmt: skip
+def behind_memory(
+    model: Model,
+    exp: Experiment,
+    batch: Batch,
+    noisy: Array,
+    sigma: Float[Array, "block b"],
+    states: Array,
+    gap: Array | float,
+) -> Guess:
     """The guess of every noisy block behind a memory of the true ones.
 
     The memory is filled as sampling fills it: a clean pass and a packing pass per block, then `commit`. Gradients
@@ -91,20 +117,44 @@ def behind_memory(model: Model, exp: Experiment, batch: Batch, noisy: Array, sig
 
     def one_block(memory: cache.Memory, inputs):
         latent, low, noised, level = inputs
-        seen, words = cache.plan(exp.cache, memory.num_blocks, gap), batches.of_block(text, memory.num_blocks)
+        seen, words = (
+            cache.plan(exp.cache, memory.num_blocks, gap),
+            batches.of_block(text, memory.num_blocks),
+        )
         clean, (views, looked, *scores) = block_step.guess(
-            nets, exp, seen, noised, schedules.TIMESTEPS * level, level, words, (memory.layers, lots), look=look)
+            nets,
+            exp,
+            seen,
+            noised,
+            schedules.TIMESTEPS * level,
+            level,
+            words,
+            (memory.layers, lots),
+            look=look,
+        )
         full, views = block_step.read_clean(nets, exp, seen, latent, words, views)
-        packed = block_step.read_packed(nets, exp, seen, latent, low, words, views)[0] if exp.cache.top else None
-        return cache.commit(exp, memory, full, packed, looked), (clean, scores[0][-1] if asks else None, seen.ids)
+        packed = (
+            block_step.read_packed(nets, exp, seen, latent, low, words, views)[0]
+            if exp.cache.top
+            else None
+        )
+        return cache.commit(exp, memory, full, packed, looked), (
+            clean,
+            scores[0][-1] if asks else None,
+            seen.ids,
+        )
 
     low = batch.latent[:, :, :0] if batch.low is None else batch.low
-    require(batch.low is not None or not rollout.sees_pixels(exp),
-            "the data hold no low-resolution latents, which packing reads; prepare them again with the VAE, or set "
-            "compressor.branches=hr.")  # fmt: skip
+    require(
+        batch.low is not None or not rollout.sees_pixels(exp),
+        "the data hold no low-resolution latents, which packing reads; prepare them again with the VAE, or set "
+        "compressor.branches=hr.",
+    )
     body = jax.checkpoint(one_block) if exp.train.remat == "blocks" else one_block
     xs = (batch.latent, low, noisy, sigma)
-    _, (clean, scores, ids) = jax.lax.scan(body, cache.init(exp, count, noisy.dtype, stacked=True), xs)
+    _, (clean, scores, ids) = jax.lax.scan(
+        body, cache.init(exp, count, noisy.dtype, stacked=True), xs
+    )
     return Guess(clean=clean, scores=scores, ids=ids)
 
 
@@ -114,11 +164,21 @@ def forcing(nets: Networks, batch: Batch, key: Array, exp: Experiment) -> tuple[
     sigma = noise_levels(keys[0], batch.latent.shape[:2], exp.train.shift)
     noise = jax.random.normal(keys[1], batch.latent.shape)
     states = _text(nets.generator, batch, keys[2], exp, nets.hidden)
-    guess = causal(nets.generator, exp, batch, schedules.add_noise(batch.latent, noise, sigma), sigma, states,
-                   rollout.gap(exp, keys[3]))  # fmt: skip
+    guess = causal(
+        nets.generator,
+        exp,
+        batch,
+        schedules.add_noise(batch.latent, noise, sigma),
+        sigma,
+        states,
+        rollout.gap(exp, keys[3]),
+    )
     by_block = denoising_loss(exp, guess.clean, batch.latent, sigma, batch.weight)
     missed = _missed(exp, guess, batch)
-    return by_block.mean() + exp.train.cover.matching * missed, {"loss_by_block": by_block, "matching": missed}
+    return by_block.mean() + exp.train.cover.matching * missed, {
+        "loss_by_block": by_block,
+        "matching": missed,
+    }
 
 
 def _missed(exp: Experiment, guess: Guess, batch: Batch) -> Array:
@@ -128,8 +188,9 @@ def _missed(exp: Experiment, guess: Guess, batch: Batch) -> Array:
     return jax.vmap(matching)(guess.scores, guess.ids, batch.called).mean()
 
 
-def matching(scores: Float[Array, "b slot"], ids: Int[Array, " slot"],
-             called: Bool[Array, "b kind block"]) -> Array:  # fmt: skip
+def matching(
+    scores: Float[Array, "b slot"], ids: Int[Array, " slot"], called: Bool[Array, "b kind block"]
+) -> Array:
     """-log(share of the affinity that the called-back blocks get), 0 where none is packed: mean over videos and kinds.
 
     Hard selection gives a score no gradient; this does. `ids` says which block is in which slot.
@@ -139,14 +200,18 @@ def matching(scores: Float[Array, "b slot"], ids: Int[Array, " slot"],
     share = jnp.where(there[None], scores, 0.0) + 1e-12
     found = jnp.where(right, share[:, None], 0.0).sum(-1)
     asked = right.any(-1)
-    surprise = -jnp.log(jnp.where(asked, found, 1.0) / jnp.where(asked, share.sum(-1)[:, None], 1.0))
+    surprise = -jnp.log(
+        jnp.where(asked, found, 1.0) / jnp.where(asked, share.sum(-1)[:, None], 1.0)
+    )
     return surprise.mean()
 
 
 # The bidirectional teacher
 
 
-def flow_matching(nets: Networks, batch: Batch, key: Array, exp: Experiment) -> tuple[Array, Metrics]:
+def flow_matching(
+    nets: Networks, batch: Batch, key: Array, exp: Experiment
+) -> tuple[Array, Metrics]:
     """Whole clips are guessed from noise, one level per clip: the bidirectional teacher."""
     keys = jax.random.split(key, 3)
     sigma = noise_levels(keys[0], batch.latent.shape[1:2], exp.train.shift)
@@ -154,8 +219,12 @@ def flow_matching(nets: Networks, batch: Batch, key: Array, exp: Experiment) -> 
     states = _text(nets.generator, batch, keys[2], exp, nets.hidden)
     levels = jnp.broadcast_to(sigma, batch.latent.shape[:2])
     noisy = schedules.add_noise(batch.latent, noise, levels)
-    guess = distillation.score(nets.generator.dit, exp, batches.by_clip(noisy), schedules.TIMESTEPS * sigma, states)
-    by_block = denoising_loss(exp, batches.by_block(guess, exp.cache.block), batch.latent, levels, batch.weight)
+    guess = distillation.score(
+        nets.generator.dit, exp, batches.by_clip(noisy), schedules.TIMESTEPS * sigma, states
+    )
+    by_block = denoising_loss(
+        exp, batches.by_block(guess, exp.cache.block), batch.latent, levels, batch.weight
+    )
     return by_block.mean(), {"loss_by_block": by_block}
 
 
@@ -166,15 +235,21 @@ def trajectory(nets: Networks, batch: Batch, key: Array, exp: Experiment) -> tup
     """From a state on a teacher's way, at a step of its own for each block, to where that way ends (CausVid)."""
     keys = jax.random.split(key, 3)
     times, sigmas = (jnp.asarray(x) for x in block_step.step_table(exp.sample))
-    require(batch.trajectory.shape[0] == len(times) + 1,
-            f"the data hold {batch.trajectory.shape[0]} states a clip, but sample.steps={exp.sample.steps} needs "
-            f"{len(times) + 1}, the last one clean; prepare trajectories with these steps.")  # fmt: skip
+    require(
+        batch.trajectory.shape[0] == len(times) + 1,
+        f"the data hold {batch.trajectory.shape[0]} states a clip, but sample.steps={exp.sample.steps} needs "
+        f"{len(times) + 1}, the last one clean; prepare trajectories with these steps.",
+    )
     states = _text(nets.generator, batch, keys[0], exp, nets.hidden)
     index = jax.random.randint(keys[1], batch.trajectory.shape[1:3], 0, len(times))
-    noisy = jnp.take_along_axis(batch.trajectory, jnp.expand_dims(index, (0, *range(3, 7))), axis=0)[0]
+    noisy = jnp.take_along_axis(
+        batch.trajectory, jnp.expand_dims(index, (0, *range(3, 7))), axis=0
+    )[0]
     target = batch.trajectory[-1]
     true = batch if batch.latent is not None else dataclasses.replace(batch, latent=target)
-    guess = causal(nets.generator, exp, true, noisy, sigmas[index], states, rollout.gap(exp, keys[2]))
+    guess = causal(
+        nets.generator, exp, true, noisy, sigmas[index], states, rollout.gap(exp, keys[2])
+    )
     by_block = jnp.mean((guess.clean - target) ** 2, axis=range(1, target.ndim))
     return by_block.mean(), {"loss_by_block": by_block}
 
@@ -196,10 +271,18 @@ def consistency(nets: Networks, batch: Batch, key: Array, exp: Experiment) -> tu
         return causal(model, exp, batch, sample, sigma, text, gap).clean
 
     teacher, average = jax.lax.stop_gradient((nets.teacher, nets.average))
-    clean = distillation.steered(lambda text: guess(teacher, noisy, here, text), states, nets.hidden,
-                                 exp.train.distil.guidance)  # fmt: skip
-    nearer = noisy + schedules.over(there - here, noisy) * schedules.velocity_from_clean(noisy, clean, here)
-    target = jnp.where(schedules.over(there, noisy) == 0, nearer, guess(average, nearer, there, states))
+    clean = distillation.steered(
+        lambda text: guess(teacher, noisy, here, text),
+        states,
+        nets.hidden,
+        exp.train.distil.guidance,
+    )
+    nearer = noisy + schedules.over(there - here, noisy) * schedules.velocity_from_clean(
+        noisy, clean, here
+    )
+    target = jnp.where(
+        schedules.over(there, noisy) == 0, nearer, guess(average, nearer, there, states)
+    )
     error = (guess(nets.generator, noisy, here, states) - jax.lax.stop_gradient(target)) ** 2
     by_block = error.mean(axis=range(1, error.ndim))
     return by_block.mean(), {"loss_by_block": by_block}

@@ -18,9 +18,14 @@ def rates(cfg: OptimiserConfig, peak: float, updates: int) -> optax.Schedule:
     """Nothing for `delay` updates, warm-up, constant, then a straight line to 2 % over the last `cooldown` of them."""
     last, start = round(updates * cfg.cooldown), cfg.delay + cfg.warmup
     return optax.join_schedules(
-        [optax.constant_schedule(0.0), optax.linear_schedule(0.0 if cfg.warmup else peak, peak, max(cfg.warmup, 1)),
-         optax.constant_schedule(peak), optax.linear_schedule(peak, 0.02 * peak, max(last, 1))],
-        [cfg.delay, start, max(updates - last, start) if last else updates + start + 1])  # fmt: skip
+        [
+            optax.constant_schedule(0.0),
+            optax.linear_schedule(0.0 if cfg.warmup else peak, peak, max(cfg.warmup, 1)),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, 0.02 * peak, max(last, 1)),
+        ],
+        [cfg.delay, start, max(updates - last, start) if last else updates + start + 1],
+    )
 
 
 def matrix_axes(path: str, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
@@ -39,11 +44,19 @@ def optimiser(cfg: OptimiserConfig, updates: int) -> optax.GradientTransformatio
         return {path: matrix_axes(path, leaf) for path, leaf in params.items()}
 
     moves = {
-        "adamw": lambda: optax.adamw(rates(cfg, cfg.rate, updates), b1=beta1, b2=beta2, weight_decay=cfg.decay),
+        "adamw": lambda: optax.adamw(
+            rates(cfg, cfg.rate, updates), b1=beta1, b2=beta2, weight_decay=cfg.decay
+        ),
         "muon": lambda: optax.contrib.muon(
-            rates(cfg, cfg.matrix_rate, updates), consistent_rms=0.2, weight_decay=cfg.decay, adam_b1=beta1,
-            adam_b2=beta2, adam_learning_rate=rates(cfg, cfg.rate, updates), muon_weight_dimension_numbers=axes),
-    }[cfg.kind]()  # fmt: skip
+            rates(cfg, cfg.matrix_rate, updates),
+            consistent_rms=0.2,
+            weight_decay=cfg.decay,
+            adam_b1=beta1,
+            adam_b2=beta2,
+            adam_learning_rate=rates(cfg, cfg.rate, updates),
+            muon_weight_dimension_numbers=axes,
+        ),
+    }[cfg.kind]()
     return optax.chain(optax.clip_by_global_norm(cfg.clip), moves) if cfg.clip else moves
 
 
@@ -60,10 +73,18 @@ def of_group(cfg: TrainConfig, group: str) -> optax.GradientTransformation:
 
 def groups(cfg: TrainConfig, params: Mapping[str, Flat]) -> dict[str, Flat]:
     """The parameters that move, by optimiser; `params` by network."""
-    own = {path: leaf for path, leaf in params["generator"].items() if path.split("/")[0] in cfg.trained}
-    split = {"generator": {path: leaf for path, leaf in own.items() if not path.startswith("compressor/")},
-             "compressor": {path: leaf for path, leaf in own.items() if path.startswith("compressor/")},
-             "critic": params.get("critic", {})}  # fmt: skip
+    own = {
+        path: leaf
+        for path, leaf in params["generator"].items()
+        if path.split("/")[0] in cfg.trained
+    }
+    split = {
+        "generator": {
+            path: leaf for path, leaf in own.items() if not path.startswith("compressor/")
+        },
+        "compressor": {path: leaf for path, leaf in own.items() if path.startswith("compressor/")},
+        "critic": params.get("critic", {}),
+    }
     return {group: leaves for group, leaves in split.items() if leaves}
 
 

@@ -18,15 +18,29 @@ from packforcing_jax.training.batches import Batch, Model
 def kept(exp: Experiment) -> tuple[int, ...]:
     """The entries of the teacher's grid at which the student's steps stand, and the end."""
     grid = exp.train.grid
-    entries = [grid * (schedules.TIMESTEPS - step) / schedules.TIMESTEPS for step in exp.sample.steps]
-    least = np.lcm.reduce([schedules.TIMESTEPS // np.gcd(step, schedules.TIMESTEPS) for step in exp.sample.steps])
-    require(all(entry == int(entry) for entry in entries), f"train.grid={grid} steps do not pass through "
-            f"sample.steps={exp.sample.steps}; choose a multiple of {least}.")  # fmt: skip
+    entries = [
+        grid * (schedules.TIMESTEPS - step) / schedules.TIMESTEPS for step in exp.sample.steps
+    ]
+    least = np.lcm.reduce(
+        [schedules.TIMESTEPS // np.gcd(step, schedules.TIMESTEPS) for step in exp.sample.steps]
+    )
+    require(
+        all(entry == int(entry) for entry in entries),
+        f"train.grid={grid} steps do not pass through "
+        f"sample.steps={exp.sample.steps}; choose a multiple of {least}.",
+    )
     return (*map(int, entries), grid)
 
 
-def way(teacher: Model, exp: Experiment, noise: Array, states: Array, hidden: Any = None, *,
-        behind: Batch | None = None) -> Array:  # fmt: skip
+def way(
+    teacher: Model,
+    exp: Experiment,
+    noise: Array,
+    states: Array,
+    hidden: Any = None,
+    *,
+    behind: Batch | None = None,
+) -> Array:
     """The teacher's states [k, block, b, t, y, x, c] at the student's noise levels, the last one clean.
 
     Euler steps on the table of `sample.shift`, guided in the usual form by `train.distil.guidance`. A bidirectional
@@ -36,13 +50,21 @@ def way(teacher: Model, exp: Experiment, noise: Array, states: Array, hidden: An
 
     def guess(noisy: Array, sigma: Array, text: Array) -> Array:
         if behind is not None:
-            return objectives.causal(teacher, exp, behind, noisy, jnp.broadcast_to(sigma, noisy.shape[:2]), text).clean
-        clip, times = batches.by_clip(noisy), jnp.broadcast_to(schedules.TIMESTEPS * sigma, noisy.shape[1:2])
-        return batches.by_block(distillation.score(teacher.dit, exp, clip, times, text), exp.cache.block)
+            return objectives.causal(
+                teacher, exp, behind, noisy, jnp.broadcast_to(sigma, noisy.shape[:2]), text
+            ).clean
+        clip, times = (
+            batches.by_clip(noisy),
+            jnp.broadcast_to(schedules.TIMESTEPS * sigma, noisy.shape[1:2]),
+        )
+        return batches.by_block(
+            distillation.score(teacher.dit, exp, clip, times, text), exp.cache.block
+        )
 
     def step(noisy: Array, i: Array) -> tuple[Array, Array]:
-        clean = distillation.steered(lambda text: guess(noisy, falls[i], text), states, hidden,
-                                     exp.train.distil.guidance)  # fmt: skip
+        clean = distillation.steered(
+            lambda text: guess(noisy, falls[i], text), states, hidden, exp.train.distil.guidance
+        )
         velocity = schedules.velocity_from_clean(noisy, clean, falls[i])
         return noisy + (falls[i + 1] - falls[i]) * velocity, noisy
 

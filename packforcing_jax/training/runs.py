@@ -24,14 +24,49 @@ from packforcing_jax.io import append_file, checkpoints, model_folder
 from packforcing_jax.networks import mesh
 from packforcing_jax.training import batches, exports, logs, rollout, state
 
-FREE = ("name", "attention", "fps", *(f"train.{name}" for name in (
-    "steps", "save_every", "keep", "log_every", "log", "preview_every", "patience", "profile", "mesh", "accumulate",
-    "remat", "source.path", "blend", *exports.BEGINNINGS)))  # fmt: skip
+FREE = (
+    "name",
+    "attention",
+    "fps",
+    *(
+        f"train.{name}"
+        for name in (
+            "steps",
+            "save_every",
+            "keep",
+            "log_every",
+            "log",
+            "preview_every",
+            "patience",
+            "profile",
+            "mesh",
+            "accumulate",
+            "remat",
+            "source.path",
+            "blend",
+            *exports.BEGINNINGS,
+        )
+    ),
+)
 WRITTEN = ("train.steps", "train.blend")  # free too, but the model that is written depends on them
-NEEDS = {"flow_matching": ("latent",), "forcing": ("latent",), "consistency": ("latent",),
-         "trajectory": ("trajectory",)}  # of the data, besides text
-TIMES = ("seconds", "waited", "clips_per_second", "tokens_per_second")  # metrics that no two runs have in common
-MODEL, CHECKPOINTS, PREVIEWS, PROFILE = "model", "checkpoints", "previews", "profile"  # inside the folder of a run
+NEEDS = {
+    "flow_matching": ("latent",),
+    "forcing": ("latent",),
+    "consistency": ("latent",),
+    "trajectory": ("trajectory",),
+}  # of the data, besides text
+TIMES = (
+    "seconds",
+    "waited",
+    "clips_per_second",
+    "tokens_per_second",
+)  # metrics that no two runs have in common
+MODEL, CHECKPOINTS, PREVIEWS, PROFILE = (
+    "model",
+    "checkpoints",
+    "previews",
+    "profile",
+)  # inside the folder of a run
 
 
 @dataclass(frozen=True)
@@ -78,16 +113,26 @@ def about(exp: Experiment, seed: int) -> dict[str, Any]:
 
 def store(exp: Experiment, folder: Path, seed: int) -> checkpoints.Checkpoints:
     """The checkpoints of a run."""
-    return checkpoints.Checkpoints(folder / CHECKPOINTS, keep=exp.train.keep, about=about(exp, seed),
-                                   free=[f"experiment.{name}" for name in FREE])  # fmt: skip
+    return checkpoints.Checkpoints(
+        folder / CHECKPOINTS,
+        keep=exp.train.keep,
+        about=about(exp, seed),
+        free=[f"experiment.{name}" for name in FREE],
+    )
 
 
 def check_folder(folder: Path) -> None:
     """Raises `InputError` unless a run can be begun or continued in `folder`; leaves nothing behind."""
     append_file.check_writable(folder / logs.LINES, "Run file")
-    require(not (folder / model_folder.CONFIG).exists(), f"Run folder {folder} is a model folder; choose another one.")
-    require((folder / CHECKPOINTS).is_dir() or not (folder / MODEL).exists(), f"Run folder {folder} holds a finished "
-            "model, but no checkpoints to go on from; choose another folder or delete the model.")  # fmt: skip
+    require(
+        not (folder / model_folder.CONFIG).exists(),
+        f"Run folder {folder} is a model folder; choose another one.",
+    )
+    require(
+        (folder / CHECKPOINTS).is_dir() or not (folder / MODEL).exists(),
+        f"Run folder {folder} holds a finished "
+        "model, but no checkpoints to go on from; choose another folder or delete the model.",
+    )
 
 
 def start(exp: Experiment, folder: Path, *, seed: int = 0, program: Program = Program()) -> Run:
@@ -109,35 +154,62 @@ def start(exp: Experiment, folder: Path, *, seed: int = 0, program: Program = Pr
         else:
             now, position = saved.restore(form)
             read.set_state(position)
-    return Run(exp=exp, folder=folder, seed=seed, mesh=grid, state=now, frozen=frozen, batches=read,
-               update=compiled(exp, program, form, grid), program=program, saved=saved or store(exp, folder, seed),
-               step=int(now.step))  # fmt: skip
+    return Run(
+        exp=exp,
+        folder=folder,
+        seed=seed,
+        mesh=grid,
+        state=now,
+        frozen=frozen,
+        batches=read,
+        update=compiled(exp, program, form, grid),
+        program=program,
+        saved=saved or store(exp, folder, seed),
+        step=int(now.step),
+    )
 
 
 def check_taught(exp: Experiment) -> None:
     """Raises `InputError` if there is no teacher and the objective asks one."""
-    require(bool(exp.train.teacher_from) or not exp.train.taught, f"train.objective="
-            f"{exp.train.objective!r} asks a teacher; name a model folder in train.teacher_from.")  # fmt: skip
+    require(
+        bool(exp.train.teacher_from) or not exp.train.taught,
+        f"train.objective="
+        f"{exp.train.objective!r} asks a teacher; name a model folder in train.teacher_from.",
+    )
 
 
 def needs(exp: Experiment) -> tuple[str, ...]:
     """What the objective reads of the data besides text."""
     found = NEEDS.get(exp.train.objective, ())
-    packs = exp.train.objective != "flow_matching" and exp.train.history == "memory" and rollout.sees_pixels(exp)
+    packs = (
+        exp.train.objective != "flow_matching"
+        and exp.train.history == "memory"
+        and rollout.sees_pixels(exp)
+    )
     return (*found, "low") if found and packs else found
 
 
 def data(exp: Experiment, seed: int, program: Program) -> Any:
     """This process's rows of endless batches, from the first one on."""
-    return program.batches(exp, seed=seed, batch=exp.train.batch, process=jax.process_index(), needs=needs(exp),
-                           processes=jax.process_count(), encode=exports.words(exp).encode)  # fmt: skip
+    return program.batches(
+        exp,
+        seed=seed,
+        batch=exp.train.batch,
+        process=jax.process_index(),
+        needs=needs(exp),
+        processes=jax.process_count(),
+        encode=exports.words(exp).encode,
+    )
 
 
 def abstract(exp: Experiment, program: Program, seed: int, grid: Mesh) -> Any:
     """Shapes and places of everything a run carries."""
     shapes = jax.eval_shape(lambda: program.init(exp, jax.random.key(seed), {}))
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-                        shapes, mesh.shardings(shapes, grid))  # fmt: skip
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        mesh.shardings(shapes, grid),
+    )
 
 
 def places(form: Any) -> Any:
@@ -149,8 +221,11 @@ def born(exp: Experiment, program: Program, seed: int, form: Any, grid: Mesh) ->
     """The state before the first step, made where it lies: networks of model folders are read, others drawn."""
     cfg = exp.train
     folders = {"generator": cfg.generator_from, "critic": cfg.critic_from or cfg.teacher_from}
-    given = {name: exports.network(folder, form.params[name], grid)
-             for name, folder in folders.items() if folder and name in form.params}  # fmt: skip
+    given = {
+        name: exports.network(folder, form.params[name], grid)
+        for name, folder in folders.items()
+        if folder and name in form.params
+    }
 
     def make(given: Mapping[str, Any]) -> Any:
         return program.init(exp, jax.random.key(seed), given)
@@ -163,7 +238,9 @@ def others(exp: Experiment, form: Any, grid: Mesh) -> dict[str, Any]:
     found = {"codec": exports.codec_weights(exp, grid), "hidden": exports.hidden(exp)}
     if exp.train.taught:
         parts = ("dit/", "compressor/") if exp.train.objective == "consistency" else ("dit/",)
-        shapes = {path: leaf for path, leaf in form.params["generator"].items() if path.startswith(parts)}
+        shapes = {
+            path: leaf for path, leaf in form.params["generator"].items() if path.startswith(parts)
+        }
         found["teacher"] = exports.network(exp.train.teacher_from, shapes, grid, exp.dtypes.compute)
     return {name: each for name, each in found.items() if each is not None}
 
@@ -174,14 +251,25 @@ def compiled(exp: Experiment, program: Program, form: Any, grid: Mesh) -> Callab
     `drawn` is the experiment of the step: `exp` with sizes that may differ from step to step.
     """
 
-    def step(now: Any, frozen: Mapping[str, Any], raw: Mapping[str, Any], seed: Any, moves: tuple[str, ...],
-             drawn: Experiment) -> Any:  # fmt: skip
+    def step(
+        now: Any,
+        frozen: Mapping[str, Any],
+        raw: Mapping[str, Any],
+        seed: Any,
+        moves: tuple[str, ...],
+        drawn: Experiment,
+    ) -> Any:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), now.step)
         batch = program.encode(exp, batches.as_codec(exp, frozen.get("codec")), raw)
         return program.update(now, frozen, batch, key, drawn, moves=moves)
 
     everywhere = NamedSharding(grid, PartitionSpec())
-    return jax.jit(step, static_argnames=("moves", "drawn"), donate_argnums=0, out_shardings=(places(form), everywhere))
+    return jax.jit(
+        step,
+        static_argnames=("moves", "drawn"),
+        donate_argnums=0,
+        out_shardings=(places(form), everywhere),
+    )
 
 
 # Step by step
@@ -223,17 +311,33 @@ def advance(run: Run) -> dict[str, Any]:
     began = time.monotonic()
     raw = next(run.batches)
     waited = time.monotonic() - began
-    moves, drawn = run.program.movers(run.exp, run.step), run.program.variant(run.exp, run.seed, run.step)
+    moves, drawn = (
+        run.program.movers(run.exp, run.step),
+        run.program.variant(run.exp, run.seed, run.step),
+    )
     with jax.set_mesh(run.mesh):
-        run.state, metrics = run.update(run.state, run.frozen, sources.global_batch(run.mesh, raw),
-                                        np.uint32(run.seed), moves, drawn)  # fmt: skip
+        run.state, metrics = run.update(
+            run.state,
+            run.frozen,
+            sources.global_batch(run.mesh, raw),
+            np.uint32(run.seed),
+            moves,
+            drawn,
+        )
     told = {name: np.asarray(value) for name, value in metrics.items()}  # waits for the step
     run.step = int(run.state.step)
     seconds, clips = time.monotonic() - began, run.exp.train.batch
-    return {"moves": "+".join(moves), "sink": drawn.cache.sink, "recent": drawn.cache.recent, **told,
-            "skipped": int(run.state.skipped), "seconds": seconds, "waited": waited,
-            "clips_per_second": clips / seconds,
-            "tokens_per_second": clips * drawn.clip * drawn.tokens_per_frame / seconds}  # fmt: skip
+    return {
+        "moves": "+".join(moves),
+        "sink": drawn.cache.sink,
+        "recent": drawn.cache.recent,
+        **told,
+        "skipped": int(run.state.skipped),
+        "seconds": seconds,
+        "waited": waited,
+        "clips_per_second": clips / seconds,
+        "tokens_per_second": clips * drawn.clip * drawn.tokens_per_frame / seconds,
+    }
 
 
 def require_finite(run: Run, metrics: Mapping[str, Any]) -> None:
@@ -242,14 +346,20 @@ def require_finite(run: Run, metrics: Mapping[str, Any]) -> None:
         return
     broken = [name for name, value in logs.scalars(metrics).items() if not np.isfinite(value)]
     save(run)
-    raise MachineError(f"Step {run.step} was number {metrics['skipped']} in a row whose update was not finite (not "
-                       f"finite: {', '.join(broken) or 'the gradient'}); the networks as they were before are saved in "
-                       f"{run.folder / CHECKPOINTS}; lower the rates or look at the data.")  # fmt: skip
+    raise MachineError(
+        f"Step {run.step} was number {metrics['skipped']} in a row whose update was not finite (not "
+        f"finite: {', '.join(broken) or 'the gradient'}); the networks as they were before are saved in "
+        f"{run.folder / CHECKPOINTS}; lower the rates or look at the data."
+    )
 
 
 def agreed(asked: bool) -> bool:
     """Whether any process was asked to stop: all of them stop behind the same step."""
-    return asked if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.bool_(asked))))
+    return (
+        asked
+        if jax.process_count() == 1
+        else bool(np.any(multihost_utils.process_allgather(np.bool_(asked))))
+    )
 
 
 def save(run: Run) -> None:
@@ -261,7 +371,13 @@ def save(run: Run) -> None:
 def preview(run: Run) -> None:
     """A video of the averaged weights for the first clip that the run ever read."""
     first = next(data(run.exp, run.seed, run.program))
-    exports.preview(run.folder / PREVIEWS / f"step-{run.step}.mp4", run.exp, run.state.ema, raw=first, seed=run.seed)
+    exports.preview(
+        run.folder / PREVIEWS / f"step-{run.step}.mp4",
+        run.exp,
+        run.state.ema,
+        raw=first,
+        seed=run.seed,
+    )
 
 
 class Window:
@@ -295,7 +411,12 @@ def finish(run: Run, *, card: str | None = None) -> None:
     """Waits for the last checkpoint; what is done is exported as a model folder."""
     run.saved.close()
     if run.done:
-        exports.save(run.folder / MODEL, run.exp, exports.blended(run.exp, run.state.ema, run.mesh), card=card)
+        exports.save(
+            run.folder / MODEL,
+            run.exp,
+            exports.blended(run.exp, run.state.ema, run.mesh),
+            card=card,
+        )
 
 
 def finished(exp: Experiment, folder: Path, *, seed: int = 0) -> bool:
@@ -317,25 +438,37 @@ def finished(exp: Experiment, folder: Path, *, seed: int = 0) -> bool:
 # Stage after stage
 
 
-def planned(recipe: overrides.Recipe, folder: Path, only: str | None = None) -> list[tuple[Path, Experiment]]:
+def planned(
+    recipe: overrides.Recipe, folder: Path, only: str | None = None
+) -> list[tuple[Path, Experiment]]:
     """The folder of each stage, and its experiment with the models of earlier stages in place of their names.
 
     Raises `InputError` for a beginning that is neither an earlier stage nor a model folder.
     """
     names = [name for name, _ in recipe]
-    require(only is None or only in names, f"no stage {only!r} in this recipe; "
-            f"{nearest(str(only), filter(None, names))}")  # fmt: skip
-    plan = [(name, _resolved(exp, name, names[:at], folder)) for at, (name, exp) in enumerate(recipe)]
+    require(
+        only is None or only in names,
+        f"no stage {only!r} in this recipe; {nearest(str(only), filter(None, names))}",
+    )
+    plan = [
+        (name, _resolved(exp, name, names[:at], folder)) for at, (name, exp) in enumerate(recipe)
+    ]
     chosen = [(folder / name, exp) for name, exp in plan if only in (None, name)]
     coming = {str(place / MODEL) for place, _ in chosen}
     for place, exp in chosen:
         for setting, beginning in exports.beginnings(exp).items():
-            require(beginning in coming or Path(beginning).is_dir(), f"{place}: train.{setting} is {beginning}, which "
-                    "is not there; run the stage that makes it, or name a model folder.")  # fmt: skip
+            require(
+                beginning in coming or Path(beginning).is_dir(),
+                f"{place}: train.{setting} is {beginning}, which "
+                "is not there; run the stage that makes it, or name a model folder.",
+            )
     return chosen
 
 
 def _resolved(exp: Experiment, name: str, earlier: Sequence[str], folder: Path) -> Experiment:
-    models_of = {setting: str(folder / stage / MODEL)
-                 for setting, stage in exports.beginnings(exp).items() if stage in earlier}  # fmt: skip
+    models_of = {
+        setting: str(folder / stage / MODEL)
+        for setting, stage in exports.beginnings(exp).items()
+        if stage in earlier
+    }
     return dataclasses.replace(exp, train=dataclasses.replace(exp.train, **models_of))

@@ -53,24 +53,43 @@ def init(exp: Experiment, key: Array, given: Mapping[str, Flat]) -> TrainState:
     params = {"generator": completed(exp, given.get("generator", {}), drawn)}
     if exp.train.distils:
         own = given.get("critic", given.get("teacher", params["generator"]))
-        params["critic"] = {path: jnp.copy(leaf) for path, leaf in own.items() if path.startswith("dit/")}
+        params["critic"] = {
+            path: jnp.copy(leaf) for path, leaf in own.items() if path.startswith("dit/")
+        }
     params = pytrees.cast(params, "float32")
-    opt = {group: optimisers.of_group(exp.train, group).init(leaves)
-           for group, leaves in optimisers.groups(exp.train, params).items()}  # fmt: skip
-    return TrainState(params=params, ema=jax.tree.map(jnp.copy, params["generator"]), opt=opt, step=jnp.int32(0),
-                      skipped=jnp.int32(0))  # fmt: skip
+    opt = {
+        group: optimisers.of_group(exp.train, group).init(leaves)
+        for group, leaves in optimisers.groups(exp.train, params).items()
+    }
+    return TrainState(
+        params=params,
+        ema=jax.tree.map(jnp.copy, params["generator"]),
+        opt=opt,
+        step=jnp.int32(0),
+        skipped=jnp.int32(0),
+    )
 
 
 def completed(exp: Experiment, given: Flat, drawn: Flat) -> Flat:
     """The generator: `given` leaves where there are some, a new compressor where only that is missing."""
     missing = sorted({path.split("/")[0] for path in drawn if path not in given} - {"compressor"})
-    require(not given or not missing, f"train.generator_from={exp.train.generator_from} lacks {', '.join(missing)}; "
-            "give a model folder that holds them.")  # fmt: skip
+    require(
+        not given or not missing,
+        f"train.generator_from={exp.train.generator_from} lacks {', '.join(missing)}; "
+        "give a model folder that holds them.",
+    )
     return {path: jnp.copy(given[path]) if path in given else leaf for path, leaf in drawn.items()}
 
 
-def update(state: TrainState, frozen: Mapping[str, Any], batch: Batch, key: Array, exp: Experiment, *,
-           moves: tuple[str, ...]) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+def update(
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    batch: Batch,
+    key: Array,
+    exp: Experiment,
+    *,
+    moves: tuple[str, ...],
+) -> tuple[TrainState, dict[str, Array]]:
     """The state after one step in which the networks `moves` are updated, one after the other, and what to log.
 
     An update that is not finite is left out: everything stays as it was but the count of such in a row.
@@ -78,33 +97,67 @@ def update(state: TrainState, frozen: Mapping[str, Any], batch: Batch, key: Arra
     new, metrics = state, {}
     for network, own in zip(moves, jax.random.split(key, len(moves))):
         new, told = _updated(new, frozen, batch, own, exp, network)
-        metrics |= {f"{network}/{name}": value for name, value in told.items()} if len(networks(exp)) > 1 else told
-    fine = jnp.stack([jnp.isfinite(value).all() for name, value in metrics.items()
-                      if name.rsplit("/", 1)[-1] in ("loss", "gradient")]).all()  # fmt: skip
+        metrics |= (
+            {f"{network}/{name}": value for name, value in told.items()}
+            if len(networks(exp)) > 1
+            else told
+        )
+    fine = jnp.stack(
+        [
+            jnp.isfinite(value).all()
+            for name, value in metrics.items()
+            if name.rsplit("/", 1)[-1] in ("loss", "gradient")
+        ]
+    ).all()
     kept = jax.tree.map(lambda after, before: jnp.where(fine, after, before), new, state)
-    return dataclasses.replace(kept, step=state.step + 1, skipped=jnp.where(fine, 0, state.skipped + 1)), metrics
+    return dataclasses.replace(
+        kept, step=state.step + 1, skipped=jnp.where(fine, 0, state.skipped + 1)
+    ), metrics
 
 
-def _updated(state: TrainState, frozen: Mapping[str, Any], batch: Batch, key: Array, exp: Experiment,
-             network: str) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+def _updated(
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    batch: Batch,
+    key: Array,
+    exp: Experiment,
+    network: str,
+) -> tuple[TrainState, dict[str, Array]]:
     """One network's update."""
-    moving = {group: leaves for group, leaves in optimisers.groups(exp.train, state.params).items()
-              if (group == "critic") == (network == "critic")}  # fmt: skip
+    moving = {
+        group: leaves
+        for group, leaves in optimisers.groups(exp.train, state.params).items()
+        if (group == "critic") == (network == "critic")
+    }
     (loss, metrics), grads = gradients(moving, state, frozen, batch, key, exp, network)
     metrics |= {"loss": loss, "gradient": optimisers.norm(grads)}
     opt, params = dict(state.opt), dict(state.params[network])
     for group, leaves in moving.items():
-        updates, opt[group] = optimisers.of_group(exp.train, group).update(grads[group], state.opt[group], leaves)
+        updates, opt[group] = optimisers.of_group(exp.train, group).update(
+            grads[group], state.opt[group], leaves
+        )
         moved: Any = optax.apply_updates(leaves, updates)
         params |= moved
         if len(moving) > 1:
-            metrics |= {f"gradient/{group}": optimisers.norm(grads[group]), f"update/{group}": optimisers.norm(updates)}
+            metrics |= {
+                f"gradient/{group}": optimisers.norm(grads[group]),
+                f"update/{group}": optimisers.norm(updates),
+            }
     ema = state.ema if network == "critic" else averaged(exp, state, params)
-    return dataclasses.replace(state, params={**state.params, network: params}, opt=opt, ema=ema), metrics
+    return dataclasses.replace(
+        state, params={**state.params, network: params}, opt=opt, ema=ema
+    ), metrics
 
 
-def gradients(moving: dict[str, Flat], state: TrainState, frozen: Mapping[str, Any], batch: Batch, key: Array,
-              exp: Experiment, network: str) -> Any:  # fmt: skip
+def gradients(
+    moving: dict[str, Flat],
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    batch: Batch,
+    key: Array,
+    exp: Experiment,
+    network: str,
+) -> Any:
     """((loss, metrics), gradients) of the whole batch, computed in `train.accumulate` parts and averaged."""
     objective = objectives.OBJECTIVES[exp.train.objective][network]
 
@@ -115,17 +168,26 @@ def gradients(moving: dict[str, Flat], state: TrainState, frozen: Mapping[str, A
     parts = exp.train.accumulate
     if parts == 1:
         return graded(moving, batch, key)
-    each = jax.tree.map(lambda x: einops.rearrange(x, "n (b part) ... -> part n b ...", part=parts),
-                        dataclasses.replace(batch, trajectory=None))  # fmt: skip
+    each = jax.tree.map(
+        lambda x: einops.rearrange(x, "n (b part) ... -> part n b ...", part=parts),
+        dataclasses.replace(batch, trajectory=None),
+    )
     if batch.trajectory is not None:
         ways = einops.rearrange(batch.trajectory, "k n (b part) ... -> part k n b ...", part=parts)
         each = dataclasses.replace(each, trajectory=ways)
-    (value, grads) = jax.lax.map(lambda one: graded(moving, *one), (each, jax.random.split(key, parts)))
+    (value, grads) = jax.lax.map(
+        lambda one: graded(moving, *one), (each, jax.random.split(key, parts))
+    )
     return jax.tree.map(lambda x: x.mean(axis=0), (value, grads))
 
 
-def assembled(exp: Experiment, state: TrainState, frozen: Mapping[str, Any], moving: Mapping[str, Flat],
-              network: str) -> Networks:  # fmt: skip
+def assembled(
+    exp: Experiment,
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    moving: Mapping[str, Flat],
+    network: str,
+) -> Networks:
     """The modules that take part, in the dtype of computing; `moving` replaces the parameters under the gradient."""
     flat = {name: dict(leaves) for name, leaves in state.params.items()}
     for leaves in moving.values():
@@ -138,10 +200,13 @@ def assembled(exp: Experiment, state: TrainState, frozen: Mapping[str, Any], mov
     teacher = frozen.get("teacher")
     asks = exp.train.objective == "consistency"
     return Networks(
-        generator=model(flat["generator"]), teacher=None if teacher is None else _teacher(exp, teacher, half),
+        generator=model(flat["generator"]),
+        teacher=None if teacher is None else _teacher(exp, teacher, half),
         critic=_transformer(exp, flat["critic"], half) if "critic" in flat else None,
-        average=model(state.ema) if asks else None, hidden=frozen.get("hidden"),
-        pixels=batches.as_codec(exp, frozen.get("codec")))  # fmt: skip
+        average=model(state.ema) if asks else None,
+        hidden=frozen.get("hidden"),
+        pixels=batches.as_codec(exp, frozen.get("codec")),
+    )
 
 
 def _transformer(exp: Experiment, leaves: Flat, dtype: str) -> dit.WanDiT:

@@ -36,7 +36,11 @@ class Case:
 
     def allowed(self, output: str) -> float:
         """The tolerance of an output by its name."""
-        return self.tolerance if self.derived is None or not re.search("grad|loss", output) else self.derived
+        return (
+            self.tolerance
+            if self.derived is None or not re.search("grad|loss", output)
+            else self.derived
+        )
 
 
 CASES = {
@@ -87,7 +91,9 @@ def _open(path: str | PathLike[str]) -> Any:
     try:
         return safetensors.safe_open(str(path), framework="np")
     except (SafetensorError, OSError) as reason:
-        raise InputError(f"{path} is not a readable safetensors file ({reason}); get it again.") from reason
+        raise InputError(
+            f"{path} is not a readable safetensors file ({reason}); get it again."
+        ) from reason
 
 
 def _meta(path: str | PathLike[str], archive: Any) -> dict[str, Any]:
@@ -97,8 +103,10 @@ def _meta(path: str | PathLike[str], archive: Any) -> dict[str, Any]:
         if not (isinstance(meta["fixture"], str) and isinstance(meta["config"], dict)):
             raise TypeError("fixture is a name and config a mapping")
     except (KeyError, TypeError, ValueError) as reason:
-        raise InputError(f"{path} does not say what it is about: its metadata needs `meta`, JSON with `fixture` and "
-                         "`config`.") from reason  # fmt: skip
+        raise InputError(
+            f"{path} does not say what it is about: its metadata needs `meta`, JSON with `fixture` and "
+            "`config`."
+        ) from reason
     return meta
 
 
@@ -110,11 +118,17 @@ def read(path: str | PathLike[str]) -> Fixture:
         if not wanted:
             raise InputError(f"{path} has no tensor under outputs/; there is nothing to verify.")
         try:
-            weights = _under(archive, "weights/") | _under(archive, "weights.")  # weights.real/x is named real/x
+            weights = _under(archive, "weights/") | _under(
+                archive, "weights."
+            )  # weights.real/x is named real/x
             inputs = _under(archive, "inputs/")
         except (SafetensorError, TypeError) as reason:
-            raise InputError(f"{path} has tensors that cannot be read ({reason}); store them as float32.") from reason
-    return Fixture(kind=meta["fixture"], config=meta["config"], weights=weights, inputs=inputs, wanted=wanted)
+            raise InputError(
+                f"{path} has tensors that cannot be read ({reason}); store them as float32."
+            ) from reason
+    return Fixture(
+        kind=meta["fixture"], config=meta["config"], weights=weights, inputs=inputs, wanted=wanted
+    )
 
 
 def expected(path: str | PathLike[str]) -> Expected:
@@ -126,7 +140,9 @@ def expected(path: str | PathLike[str]) -> Expected:
 def compute(fixture: Fixture) -> Outputs:
     """Our outputs by name, in float32; none if the kind is unknown or the computation fails, with the reason logged."""
     if fixture.kind not in CASES:
-        logging.error("nothing is known of files of kind %r; known kinds: %s", fixture.kind, ", ".join(CASES))
+        logging.error(
+            "nothing is known of files of kind %r; known kinds: %s", fixture.kind, ", ".join(CASES)
+        )
     try:
         with jax.default_matmul_precision("highest"):
             return jax.block_until_ready(CASES.get(fixture.kind, UNKNOWN).run(fixture))
@@ -153,7 +169,9 @@ def compare(file: str, kind: str, ours: Mapping[str, Any], theirs: Expected) -> 
         exact = np.issubdtype(value.dtype, np.integer)
         tolerance = 0.0 if exact else CASES.get(kind, UNKNOWN).allowed(name)
         error = difference(np.asarray(ours[name]), value) if name in ours else math.inf
-        rows.append(Row(file=file, output=name, error=error, tolerance=tolerance, ok=error <= tolerance))
+        rows.append(
+            Row(file=file, output=name, error=error, tolerance=tolerance, ok=error <= tolerance)
+        )
     return rows
 
 

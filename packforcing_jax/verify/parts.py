@@ -38,12 +38,18 @@ def _shapes(network: Callable[[Any, nnx.Rngs], Module], cfg: Hashable) -> Module
     return jax.eval_shape(lambda: network(cfg, nnx.Rngs(0)))
 
 
-def load(network: Callable[[Any, nnx.Rngs], Module], cfg: Hashable, tensors: Mapping[str, np.ndarray],
-         table: Sequence[rules.Rule]) -> Module:  # fmt: skip
+def load(
+    network: Callable[[Any, nnx.Rngs], Module],
+    cfg: Hashable,
+    tensors: Mapping[str, np.ndarray],
+    table: Sequence[rules.Rule],
+) -> Module:
     """The network of config `cfg` with its parameters taken from checkpoint `tensors` through `table`."""
     shapes = _shapes(network, cfg)
     wanted = {path: leaf.shape for path, leaf in pytrees.flatten(shapes).items()}
-    flat = {path: jnp.asarray(value) for path, value in rules.convert(tensors, table, wanted).items()}
+    flat = {
+        path: jnp.asarray(value) for path, value in rules.convert(tensors, table, wanted).items()
+    }
     return pytrees.fill(shapes, flat)
 
 
@@ -62,11 +68,16 @@ def theirs(latent: jax.Array) -> jax.Array:
 
 def scheduler(fixture: Fixture) -> Outputs:
     """Noise tables and the conversions between noisy, clean, noise and velocity, for each shift."""
-    out = _grid("defaults100", schedules.table(3.0, steps=100, sigma_min=0.003 / 1.002, extra_one_step=False))
+    out = _grid(
+        "defaults100",
+        schedules.table(3.0, steps=100, sigma_min=0.003 / 1.002, extra_one_step=False),
+    )
     for shift in fixture.config["shifts"]:
         prefix = f"shift{shift:g}."
         table = schedules.table(float(shift))
-        for name, value in (_tables(fixture, prefix, shift) | _conversions(fixture, prefix, table)).items():
+        for name, value in (
+            _tables(fixture, prefix, shift) | _conversions(fixture, prefix, table)
+        ).items():
             out[prefix + name] = value
     return out
 
@@ -78,7 +89,11 @@ def _grid(name: str, table: schedules.Table | unipc.UniPC) -> Outputs:
 def _named(fixture: Fixture, pattern: str) -> list[tuple[str, tuple[int, ...]]]:
     """The wanted outputs that `pattern` matches, as (what the name adds to the prefix, the numbers in group 1)."""
     found = [re.fullmatch(pattern, name) for name in fixture.wanted]
-    return [(hit.group("name"), tuple(int(n) for n in hit.group("numbers").split("_"))) for hit in found if hit]
+    return [
+        (hit.group("name"), tuple(int(n) for n in hit.group("numbers").split("_")))
+        for hit in found
+        if hit
+    ]
 
 
 def _tables(fixture: Fixture, prefix: str, shift: float) -> Outputs:
@@ -88,11 +103,17 @@ def _tables(fixture: Fixture, prefix: str, shift: float) -> Outputs:
         "sigmas": table.sigmas,
         "timesteps": table.timesteps,
         "linear_timesteps_weights": schedules.training_weights(table),
-        "raw_timestep_warped_clamped": schedules.warp_uniform(fixture.inputs["raw_timestep_int"], shift),
+        "raw_timestep_warped_clamped": schedules.warp_uniform(
+            fixture.inputs["raw_timestep_int"], shift
+        ),
     }
-    for name, (steps,) in _named(fixture, re.escape(prefix) + r"(?P<name>inference(?P<numbers>\d+))\.sigmas"):
+    for name, (steps,) in _named(
+        fixture, re.escape(prefix) + r"(?P<name>inference(?P<numbers>\d+))\.sigmas"
+    ):
         out |= _grid(name, schedules.table(float(shift), steps=steps))
-    for name, steps in _named(fixture, re.escape(prefix) + r"(?P<name>denoising_step_list_(?P<numbers>[\d_]+)_warped)"):
+    for name, steps in _named(
+        fixture, re.escape(prefix) + r"(?P<name>denoising_step_list_(?P<numbers>[\d_]+)_warped)"
+    ):
         out[name] = schedules.warped(steps, float(shift))
     return out
 
@@ -100,7 +121,10 @@ def _tables(fixture: Fixture, prefix: str, shift: float) -> Outputs:
 def _conversions(fixture: Fixture, prefix: str, table: schedules.Table) -> Outputs:
     """What depends on samples at the given timesteps."""
     x = {name: jnp.asarray(value) for name, value in fixture.inputs.items()}
-    sigma, ids = schedules.sigma_at(table, x["timestep"]), schedules.nearest_id(table, x["timestep"])
+    sigma, ids = (
+        schedules.sigma_at(table, x["timestep"]),
+        schedules.nearest_id(table, x["timestep"]),
+    )
     out = {
         "nearest_id": ids,
         "add_noise": schedules.add_noise(x["clean"], x["noise"], sigma),
@@ -124,7 +148,10 @@ def unipc_solver(fixture: Fixture) -> Outputs:
         solver = unipc.UniPC(steps=int(steps), shift=float(shift))
         out |= _grid(f"steps{steps}_shift{shift:g}", solver)
     for steps, shift in config["runs"]:
-        name, solver = f"steps{steps}_shift{shift:g}", unipc.UniPC(steps=int(steps), shift=float(shift))
+        name, solver = (
+            f"steps{steps}_shift{shift:g}",
+            unipc.UniPC(steps=int(steps), shift=float(shift)),
+        )
         state, latents = unipc.init(jnp.asarray(fixture.inputs[f"{name}.latent"])), []
         for index, velocity in enumerate(fixture.inputs[f"{name}.velocity_per_step"]):
             state = unipc.step(solver, state, jnp.asarray(velocity), index)
@@ -141,7 +168,9 @@ def umt5_tiny(fixture: Fixture) -> Outputs:
     cfg = umt5.config_from_original(fixture.config)
     model = load(text.UMT5, cfg, fixture.weights, umt5.UMT5)
     encode = jax.jit(text.encode, static_argnames="zero_padding")
-    ids, mask, long_ids = (jnp.asarray(fixture.inputs[name]) for name in ("ids", "mask", "long_ids"))
+    ids, mask, long_ids = (
+        jnp.asarray(fixture.inputs[name]) for name in ("ids", "mask", "long_ids")
+    )
     return {
         "hidden": encode(model, ids, mask, zero_padding=False),
         "hidden_padding_zeroed": encode(model, ids, mask, zero_padding=True),
@@ -198,4 +227,7 @@ def vae_diffusers(fixture: Fixture) -> Outputs:
     model = load(vae.WanVAE, cfg, tensors, wan_vae.WAN_VAE)
     mu, logvar = jax.jit(vae.encode_moments)(model, ours(fixture.inputs["video"]))
     decoded = jnp.clip(jax.jit(vae.decode)(model, ours(fixture.inputs["latent"])), -1, 1)
-    return {name: theirs(value) for name, value in (("mu", mu), ("logvar", logvar), ("decode_clamped", decoded))}
+    return {
+        name: theirs(value)
+        for name, value in (("mu", mu), ("logvar", logvar), ("decode_clamped", decoded))
+    }

@@ -19,7 +19,10 @@ from packforcing_jax.types import Latent
 from packforcing_jax.verify import transformer
 from packforcing_jax.verify.parts import Fixture, Outputs
 
-TIMESTEP_BOUNDS = 0.02, 0.98  # of the shifted timestep, in parts of all (Self-Forcing `model/dmd.py`)
+TIMESTEP_BOUNDS = (
+    0.02,
+    0.98,
+)  # of the shifted timestep, in parts of all (Self-Forcing `model/dmd.py`)
 
 
 def _ours(latent: np.ndarray) -> jax.Array:
@@ -33,16 +36,24 @@ def _theirs(latent: jax.Array) -> jax.Array:
 
 def _distilling(exp: Experiment, shift: float, **distil: Any) -> Experiment:
     """`exp` with settings of distillation."""
-    return dataclasses.replace(exp, train=dataclasses.replace(exp.train, shift=shift, distil=DistilConfig(**distil)))
+    return dataclasses.replace(
+        exp, train=dataclasses.replace(exp.train, shift=shift, distil=DistilConfig(**distil))
+    )
 
 
-def _named(prefix: str, fixture: Fixture, weights: Mapping[str, np.ndarray], grads: dit.WanDiT) -> Outputs:
+def _named(
+    prefix: str, fixture: Fixture, weights: Mapping[str, np.ndarray], grads: dit.WanDiT
+) -> Outputs:
     """Gradients under the names of the checkpoint's weights, those of them that the file holds."""
     shapes = {name: value.shape for name, value in weights.items()}
     flat = {path: np.asarray(leaf) for path, leaf in pytrees.flatten(grads).items()}
-    found = {f"{prefix}.grad.{name}": value for name, value in rules.invert(flat, wan_dit.WAN_DIT, shapes).items()}
-    return {name: value for name, value in found.items() if name in fixture.wanted} \
-        | {f"{prefix}.grad_global_norm": optimisers.norm(grads)}  # fmt: skip
+    found = {
+        f"{prefix}.grad.{name}": value
+        for name, value in rules.invert(flat, wan_dit.WAN_DIT, shapes).items()
+    }
+    return {name: value for name, value in found.items() if name in fixture.wanted} | {
+        f"{prefix}.grad_global_norm": optimisers.norm(grads)
+    }
 
 
 # distribution matching ------------------------------------------------------------------------------------------------
@@ -51,21 +62,41 @@ def _named(prefix: str, fixture: Fixture, weights: Mapping[str, np.ndarray], gra
 def dmd_math(fixture: Fixture) -> Outputs:
     """The pull on given clips, its loss and gradient, and the critic's loss with the gradients of its weights."""
     config, x = fixture.config, _ours(fixture.inputs["fake_latent"])
-    require(config.get("denoising_loss_type", "flow") == "flow", "denoising_loss_type must be flow.")
-    require(not config.get("ts_schedule", False), "ts_schedule must be False: timesteps come from the whole range.")
+    require(
+        config.get("denoising_loss_type", "flow") == "flow", "denoising_loss_type must be flow."
+    )
+    require(
+        not config.get("ts_schedule", False),
+        "ts_schedule must be False: timesteps come from the whole range.",
+    )
     count = config.get("num_train_timestep", schedules.TIMESTEPS)
     low, high = (count * bound for bound in TIMESTEP_BOUNDS)
-    exp = _distilling(transformer.experiment(config, frames=x.shape[1], latent=(x.shape[2], x.shape[3])),
-                      float(config["generator_timestep_shift"]), guidance=float(config["guidance_scale"]),
-                      score_shift=float(config["score_timestep_shift"]), low=low, high=high)  # fmt: skip
-    weights = {net: {name.removeprefix(f"{net}/"): value for name, value in fixture.weights.items()
-                     if name.startswith(f"{net}/")} for net in ("real", "fake")}  # fmt: skip
+    exp = _distilling(
+        transformer.experiment(config, frames=x.shape[1], latent=(x.shape[2], x.shape[3])),
+        float(config["generator_timestep_shift"]),
+        guidance=float(config["guidance_scale"]),
+        score_shift=float(config["score_timestep_shift"]),
+        low=low,
+        high=high,
+    )
+    weights = {
+        net: {
+            name.removeprefix(f"{net}/"): value
+            for name, value in fixture.weights.items()
+            if name.startswith(f"{net}/")
+        }
+        for net in ("real", "fake")
+    }
     real, fake = (transformer.transformer(exp.dit, weights[net]) for net in ("real", "fake"))
     given = (x, *(_ours(fixture.inputs[name]) for name in ("dmd_noise", "critic_noise")))
     texts = [jnp.asarray(fixture.inputs[name])[None] for name in ("context", "context_uncond")]
     raw = [jnp.asarray(config[name]) for name in ("raw_timestep", "critic_raw_timestep")]
-    out = jax.jit(_pulled, static_argnames="exp")(exp, real, fake, given[0], given[1], raw[0], texts)
-    told, grads = jax.jit(_criticised, static_argnames="exp")(exp, fake, given[0], given[2], raw[1], texts[0])
+    out = jax.jit(_pulled, static_argnames="exp")(
+        exp, real, fake, given[0], given[1], raw[0], texts
+    )
+    told, grads = jax.jit(_criticised, static_argnames="exp")(
+        exp, fake, given[0], given[2], raw[1], texts[0]
+    )
     return out | told | _named("critic", fixture, weights["fake"], grads)
 
 
@@ -73,28 +104,44 @@ def _timestep(exp: Experiment, raw: jax.Array) -> jax.Array:
     return schedules.warp_uniform(raw, exp.train.shift, exp.train.distil.low, exp.train.distil.high)
 
 
-def _pulled(exp: Experiment, real: dit.WanDiT, fake: dit.WanDiT, x: Latent, noise: Latent, raw: jax.Array,
-            texts: list[jax.Array]) -> Outputs:  # fmt: skip
+def _pulled(
+    exp: Experiment,
+    real: dit.WanDiT,
+    fake: dit.WanDiT,
+    x: Latent,
+    noise: Latent,
+    raw: jax.Array,
+    texts: list[jax.Array],
+) -> Outputs:
     """What both scores see, and the loss they make, over all frames and without the first block."""
     timestep = _timestep(exp, raw)
     noisy = distillation.noised(exp, x, noise, timestep)
-    seen = {"real_cond": distillation.score(real, exp, noisy, timestep, texts[0]),
-            "real_uncond": distillation.score(real, exp, noisy, timestep, texts[1]),
-            "fake": distillation.score(fake, exp, noisy, timestep, texts[0])}  # fmt: skip
-    pull = distillation.pull(x, seen["fake"], distillation.guided(seen["real_cond"], seen["real_uncond"], exp))
+    seen = {
+        "real_cond": distillation.score(real, exp, noisy, timestep, texts[0]),
+        "real_uncond": distillation.score(real, exp, noisy, timestep, texts[1]),
+        "fake": distillation.score(fake, exp, noisy, timestep, texts[0]),
+    }
+    pull = distillation.pull(
+        x, seen["fake"], distillation.guided(seen["real_cond"], seen["real_uncond"], exp)
+    )
     counts = jnp.broadcast_to(jnp.arange(x.shape[1]) >= exp.cache.block, x.shape[:2])
     graded = jax.value_and_grad(distillation.matching_loss)
     loss, gradient = graded(x, pull)
     loss_without, gradient_without = graded(x, pull, counts)
     return {f"dmd.pred_x0_{name}": _theirs(value) for name, value in seen.items()} | {
         "dmd.timestep_warped_clamped": jnp.broadcast_to(timestep[:, None], x.shape[:2]),
-        "dmd.noisy_latent": _theirs(noisy), "dmd.loss": loss, "dmd.grad_wrt_fake_latent": _theirs(gradient),
-        "dmd.log_gradient_norm": jnp.abs(pull).mean(), "dmd_masked_first_block.loss": loss_without,
-        "dmd_masked_first_block.grad_wrt_fake_latent": _theirs(gradient_without)}  # fmt: skip
+        "dmd.noisy_latent": _theirs(noisy),
+        "dmd.loss": loss,
+        "dmd.grad_wrt_fake_latent": _theirs(gradient),
+        "dmd.log_gradient_norm": jnp.abs(pull).mean(),
+        "dmd_masked_first_block.loss": loss_without,
+        "dmd_masked_first_block.grad_wrt_fake_latent": _theirs(gradient_without),
+    }
 
 
-def _criticised(exp: Experiment, fake: dit.WanDiT, x: Latent, noise: Latent, raw: jax.Array,
-                text: jax.Array) -> tuple[Outputs, dit.WanDiT]:  # fmt: skip
+def _criticised(
+    exp: Experiment, fake: dit.WanDiT, x: Latent, noise: Latent, raw: jax.Array, text: jax.Array
+) -> tuple[Outputs, dit.WanDiT]:
     """What the critic is told of the clip, and the gradients of its weights."""
     timestep = _timestep(exp, raw)
     noisy = distillation.noised(exp, x, noise, timestep)
@@ -105,43 +152,66 @@ def _criticised(exp: Experiment, fake: dit.WanDiT, x: Latent, noise: Latent, raw
         return distillation.flow_loss(x, clean, noise, noisy, sigma), clean
 
     (value, clean), grads = jax.value_and_grad(loss, has_aux=True)(fake)
-    return {"critic.timestep_warped_clamped": jnp.broadcast_to(timestep[:, None], x.shape[:2]), "critic.loss": value,
-            "critic.noisy_latent": _theirs(noisy), "critic.pred_x0": _theirs(clean)}, grads  # fmt: skip
+    return {
+        "critic.timestep_warped_clamped": jnp.broadcast_to(timestep[:, None], x.shape[:2]),
+        "critic.loss": value,
+        "critic.noisy_latent": _theirs(noisy),
+        "critic.pred_x0": _theirs(clean),
+    }, grads
 
 
 # rollouts with a gradient ---------------------------------------------------------------------------------------------
 
-GRADIENTS = {"as_released": "leak", "kv_cache_detached": "none"}  # the file's names for `train.distil.gradient`
+GRADIENTS = {
+    "as_released": "leak",
+    "kv_cache_detached": "none",
+}  # the file's names for `train.distil.gradient`
 
 
 def self_forcing_train_rollout(fixture: Fixture) -> Outputs:
     """A clip drawn up to one step of each block, and the gradients of its weighted sum, by both semantics."""
     config, inputs = fixture.config, fixture.inputs
-    require(config.get("context_noise", 0) == 0, "context_noise must be 0: blocks are stored at timestep 0.")
-    sample = SampleConfig(steps=tuple(config["denoising_step_list"]), shift=float(config["timestep_shift"]))
+    require(
+        config.get("context_noise", 0) == 0,
+        "context_noise must be 0: blocks are stored at timestep 0.",
+    )
+    sample = SampleConfig(
+        steps=tuple(config["denoising_step_list"]), shift=float(config["timestep_shift"])
+    )
     noise = _ours(inputs["noise"])
-    exp = transformer.experiment(config, frames=noise.shape[1], latent=(noise.shape[2], noise.shape[3]), sample=sample)
+    exp = transformer.experiment(
+        config, frames=noise.shape[1], latent=(noise.shape[2], noise.shape[3]), sample=sample
+    )
     model, size = transformer.transformer(exp.dit, fixture.weights), exp.cache.block
     blocks = batches.by_block(noise, size)
     drawn = rollout.Draws(
-        noise=blocks, renoise=_ours(inputs["renoise"]), context=_ours(inputs["context_pass_noise"]),
-        lots=jnp.zeros((blocks.shape[0], exp.dit.layers, blocks.shape[1], 0)), gap=jnp.float32(0),
-        exit=jnp.int32(config["exit_index"]))  # fmt: skip
+        noise=blocks,
+        renoise=_ours(inputs["renoise"]),
+        context=_ours(inputs["context_pass_noise"]),
+        lots=jnp.zeros((blocks.shape[0], exp.dit.layers, blocks.shape[1], 0)),
+        gap=jnp.float32(0),
+        exit=jnp.int32(config["exit_index"]),
+    )
     context, weights = jnp.asarray(inputs["context"])[None], _ours(inputs["loss_weights"])
     graded = jax.jit(_graded, static_argnames="exp")
     out: Outputs = {"denoised_timestep_from_to": _bounds(sample, config["exit_index"])}
     for name, gradient in GRADIENTS.items():
-        settings = _distilling(exp, sample.shift, gradient=gradient, noised_context=True, finished=False)
+        settings = _distilling(
+            exp, sample.shift, gradient=gradient, noised_context=True, finished=False
+        )
         loss, latents, (grads, _) = graded(settings, model, drawn, context, weights)
-        out |= {"loss": loss, "latents": _theirs(latents)} | _named(name, fixture, fixture.weights, grads)
+        out |= {"loss": loss, "latents": _theirs(latents)} | _named(
+            name, fixture, fixture.weights, grads
+        )
         first = dataclasses.replace(drawn, exit=jnp.int32(0))
         by_noise = graded(settings, model, first, context, weights)[2][1]
         out[f"exit0_{name}.grad_wrt_noise"] = _theirs(batches.by_clip(by_noise))
     return out
 
 
-def _graded(exp: Experiment, model: dit.WanDiT, drawn: rollout.Draws, context: jax.Array,
-            weights: Latent) -> tuple[jax.Array, Latent, tuple[dit.WanDiT, jax.Array]]:  # fmt: skip
+def _graded(
+    exp: Experiment, model: dit.WanDiT, drawn: rollout.Draws, context: jax.Array, weights: Latent
+) -> tuple[jax.Array, Latent, tuple[dit.WanDiT, jax.Array]]:
     """(the weighted sum of a clip, the clip, the sum's gradients in the weights and in what the exit steps read)."""
     packs_nothing: Any = None
 
@@ -155,7 +225,9 @@ def _graded(exp: Experiment, model: dit.WanDiT, drawn: rollout.Draws, context: j
         again = rollout.again(nets(model), exp, dataclasses.replace(clip, noisy=noisy), drawn, text)
         return (batches.by_clip(again) * weights).sum(), batches.by_clip(again)
 
-    (loss, latents), grads = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(model, clip.noisy)
+    (loss, latents), grads = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(
+        model, clip.noisy
+    )
     return loss, latents, grads
 
 

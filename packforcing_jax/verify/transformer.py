@@ -22,7 +22,9 @@ from packforcing_jax.types import KV, Latent
 from packforcing_jax.verify import parts
 from packforcing_jax.verify.parts import Fixture, Outputs
 
-FIRST_FRAME_TIMESTEP = 250.0  # of the lone first frame in the block-mask files, whose metadata leave it out
+FIRST_FRAME_TIMESTEP = (
+    250.0  # of the lone first frame in the block-mask files, whose metadata leave it out
+)
 
 
 def transformer(cfg: DiTConfig, tensors: Mapping[str, np.ndarray]) -> dit.WanDiT:
@@ -31,8 +33,11 @@ def transformer(cfg: DiTConfig, tensors: Mapping[str, np.ndarray]) -> dit.WanDiT
 
 def _context(fixture: Fixture, cfg: DiTConfig) -> jax.Array:
     """Text states [b, text_len, text_dim], given in one tensor or ragged as context_0, context_1, ..."""
-    ragged = sorted((int(name.split("_")[1]), value) for name, value in fixture.inputs.items()
-                    if re.fullmatch(r"context_\d+", name))  # fmt: skip
+    ragged = sorted(
+        (int(name.split("_")[1]), value)
+        for name, value in fixture.inputs.items()
+        if re.fullmatch(r"context_\d+", name)
+    )
     if not ragged:
         return jnp.asarray(fixture.inputs.get("context", fixture.inputs.get("context_padded")))
     rows = [np.pad(value, ((0, cfg.text_len - len(value)), (0, 0))) for _, value in ragged]
@@ -42,7 +47,11 @@ def _context(fixture: Fixture, cfg: DiTConfig) -> jax.Array:
 def _bidirectional(fixture: Fixture, cfg: DiTConfig, tensors: Mapping[str, np.ndarray]) -> Outputs:
     model, latent = transformer(cfg, tensors), parts.ours(fixture.inputs["x"])
     times = einops.repeat(jnp.asarray(fixture.inputs["t"]), "b -> b t", t=latent.shape[1])
-    return {"flow": parts.theirs(jax.jit(dit.bidirectional)(model, latent, times, _context(fixture, cfg)))}
+    return {
+        "flow": parts.theirs(
+            jax.jit(dit.bidirectional)(model, latent, times, _context(fixture, cfg))
+        )
+    }
 
 
 def wan_dit_original(fixture: Fixture) -> Outputs:
@@ -52,7 +61,9 @@ def wan_dit_original(fixture: Fixture) -> Outputs:
 
 def wan_dit_diffusers(fixture: Fixture) -> Outputs:
     """The same network, weights and config in diffusers' names."""
-    cfg = wan_dit.config_from_diffusers(fixture.config, text_len=fixture.inputs["context_padded"].shape[1])
+    cfg = wan_dit.config_from_diffusers(
+        fixture.config, text_len=fixture.inputs["context_padded"].shape[1]
+    )
     return _bidirectional(fixture, cfg, rules.rename(fixture.weights, wan_dit.DIFFUSERS))
 
 
@@ -66,13 +77,19 @@ def causal_dit_blockmask(fixture: Fixture) -> Outputs:
     ends = _block_ends(noisy.shape[1], size)
     out = {
         "flow_block_causal": parallel(model, noisy, times, context, block_ends=ends),
-        "flow_teacher_forcing": parallel(model, noisy, times, context, block_ends=ends, clean=clean),
+        "flow_teacher_forcing": parallel(
+            model, noisy, times, context, block_ends=ends, clean=clean
+        ),
     }
     if fixture.config.get("independent_first_frame_case"):
         first = jnp.full_like(times[:, :1], FIRST_FRAME_TIMESTEP)
         out["flow_block_causal_independent_first_frame"] = parallel(
-            model, jnp.concatenate([clean[:, :1], noisy], axis=1), jnp.concatenate([first, times], axis=1), context,
-            block_ends=(1, *(1 + end for end in ends)))  # fmt: skip
+            model,
+            jnp.concatenate([clean[:, :1], noisy], axis=1),
+            jnp.concatenate([first, times], axis=1),
+            context,
+            block_ends=(1, *(1 + end for end in ends)),
+        )
     return {name: parts.theirs(flow) for name, flow in out.items()}
 
 
@@ -91,48 +108,95 @@ def _cache_config(config: Mapping[str, Any], frames: int) -> CacheConfig:
     one block longer (`spare`) than they are seen.
     """
     block, window = config["frames_per_block"], config.get("local_attn_size", -1)
-    plain = CacheConfig(block=block, sink=0, recent=frames, top=0, capacity=0, rope_adjustment="none", key_multiple=1)
+    plain = CacheConfig(
+        block=block,
+        sink=0,
+        recent=frames,
+        top=0,
+        capacity=0,
+        rope_adjustment="none",
+        key_multiple=1,
+    )
     if window == -1:
         return plain
     sink = config["sink_size"]
     return dataclasses.replace(plain, sink=sink, recent=window - sink - block, spare=block)
 
 
-def experiment(config: Mapping[str, Any], *, frames: int, latent: tuple[int, int],
-                sample: SampleConfig = SampleConfig()) -> Experiment:  # fmt: skip
+def experiment(
+    config: Mapping[str, Any],
+    *,
+    frames: int,
+    latent: tuple[int, int],
+    sample: SampleConfig = SampleConfig(),
+) -> Experiment:
     """The causal network with Self-Forcing's cache, on latents of (rows, columns)."""
     cfg = wan_dit.config_from_original(config)
-    plain = VAEConfig(z_dim=cfg.in_channels, mean=(0.0,) * cfg.in_channels, std=(1.0,) * cfg.in_channels)
-    return Experiment(name="reference", dit=cfg, codec=plain, cache=_cache_config(config, frames), sample=sample,
-                      latent=latent)  # fmt: skip
+    plain = VAEConfig(
+        z_dim=cfg.in_channels, mean=(0.0,) * cfg.in_channels, std=(1.0,) * cfg.in_channels
+    )
+    return Experiment(
+        name="reference",
+        dit=cfg,
+        codec=plain,
+        cache=_cache_config(config, frames),
+        sample=sample,
+        latent=latent,
+    )
 
 
 def _nets(fixture: Fixture, exp: Experiment) -> block_step.Nets:
     packs_nothing: Any = None
-    return block_step.Nets(dit=dit.unrolled(transformer(exp.dit, fixture.weights)), compressor=packs_nothing)
+    return block_step.Nets(
+        dit=dit.unrolled(transformer(exp.dit, fixture.weights)), compressor=packs_nothing
+    )
 
 
 def _by_layer(prefix: str, kept: list[KV]) -> Outputs:
     """Keys and values of each layer under the reference's names."""
-    return {f"{prefix}.{layer}.{name}": getattr(kv, name) for name in "kv" for layer, kv in enumerate(kept)}
+    return {
+        f"{prefix}.{layer}.{name}": getattr(kv, name)
+        for name in "kv"
+        for layer, kv in enumerate(kept)
+    }
 
 
 @partial(jax.jit, static_argnames="exp")
-def _noisy_then_clean(nets: block_step.Nets, exp: Experiment, memory: cache.Memory, noisy: Latent, times: jax.Array,
-                      clean: Latent, text: list[KV]) -> tuple[Latent, Latent, cache.Memory]:  # fmt: skip
+def _noisy_then_clean(
+    nets: block_step.Nets,
+    exp: Experiment,
+    memory: cache.Memory,
+    noisy: Latent,
+    times: jax.Array,
+    clean: Latent,
+    text: list[KV],
+) -> tuple[Latent, Latent, cache.Memory]:
     """The network's output for a noisy block and for the clean one at timestep 0, and the memory after the latter."""
     flow, _ = _flow(nets, exp, memory, noisy, times, text)
     flow_clean, drawn = _flow(nets, exp, memory, clean, jnp.zeros_like(times), text)
-    memory, *_ = block_step.remember(nets, exp, memory, latent=clean, low=clean, drawn=drawn, text=text)
+    memory, *_ = block_step.remember(
+        nets, exp, memory, latent=clean, low=clean, drawn=drawn, text=text
+    )
     return flow, flow_clean, memory
 
 
-def _flow(nets: block_step.Nets, exp: Experiment, memory: cache.Memory, latent: Latent, times: jax.Array,
-          text: list[KV]) -> tuple[Latent, block_step.Drawn]:  # fmt: skip
+def _flow(
+    nets: block_step.Nets,
+    exp: Experiment,
+    memory: cache.Memory,
+    latent: Latent,
+    times: jax.Array,
+    text: list[KV],
+) -> tuple[Latent, block_step.Drawn]:
     """The network's output for the next block at a timestep per frame [b, t], and what each layer looked back on."""
-    seen, no_lots = cache.plan(exp.cache, memory.num_blocks), [jnp.zeros((len(latent), 0))] * exp.dit.layers
+    seen, no_lots = (
+        cache.plan(exp.cache, memory.num_blocks),
+        [jnp.zeros((len(latent), 0))] * exp.dit.layers,
+    )
     past = pytrees.zipped(memory.layers, no_lots)
-    flow, kept = block_step.guess(nets, exp, seen, latent, times, times / 1000, text, past, look=block_step.first_look)
+    flow, kept = block_step.guess(
+        nets, exp, seen, latent, times, times / 1000, text, past, look=block_step.first_look
+    )
     return flow, block_step.Drawn(flow, *pytrees.unzip(kept))
 
 
@@ -147,40 +211,74 @@ def causal_dit_kvcache(fixture: Fixture) -> Outputs:
     memory, out = cache.init(exp, batch), _by_layer("crossattn", text)
     for block, times in enumerate(fixture.inputs["t"]):
         flow, flow_clean, memory = _noisy_then_clean(
-            nets, exp, memory, parts.ours(noisy[block]), jnp.asarray(np.tile(times, (batch, 1))),
-            parts.ours(clean[block]), text)  # fmt: skip
+            nets,
+            exp,
+            memory,
+            parts.ours(noisy[block]),
+            jnp.asarray(np.tile(times, (batch, 1))),
+            parts.ours(clean[block]),
+            text,
+        )
         out[f"block{block}.flow_noisy"] = parts.theirs(flow)
         out[f"block{block}.flow_clean_t0"] = parts.theirs(flow_clean)
-        out |= _by_layer(f"block{block}.after_clean.kv", pytrees.unstack(cache.export(exp, memory), exp.dit.layers))
+        out |= _by_layer(
+            f"block{block}.after_clean.kv",
+            pytrees.unstack(cache.export(exp, memory), exp.dit.layers),
+        )
         ends = cache.end_indices(exp, memory)
-        out |= {f"block{block}.after_clean.kv.{layer}.end_index_global_local": ends for layer in range(exp.dit.layers)}
+        out |= {
+            f"block{block}.after_clean.kv.{layer}.end_index_global_local": ends
+            for layer in range(exp.dit.layers)
+        }
     return out
 
 
 @partial(jax.jit, static_argnames="exp")
-def _draw_and_remember(nets: block_step.Nets, exp: Experiment, memory: cache.Memory, noise: Latent, renoise: jax.Array,
-                       text: list[KV]) -> tuple[Latent, cache.Memory]:  # fmt: skip
+def _draw_and_remember(
+    nets: block_step.Nets,
+    exp: Experiment,
+    memory: cache.Memory,
+    noise: Latent,
+    renoise: jax.Array,
+    text: list[KV],
+) -> tuple[Latent, cache.Memory]:
     """The next block and the memory that holds it."""
-    chance = block_step.Chance(noise=noise, renoise=renoise, lots=jnp.zeros((exp.dit.layers, len(noise), 0)))
+    chance = block_step.Chance(
+        noise=noise, renoise=renoise, lots=jnp.zeros((exp.dit.layers, len(noise), 0))
+    )
     drawn = block_step.draw(nets, exp, memory, chance=chance, text=text)
-    memory, *_ = block_step.remember(nets, exp, memory, latent=drawn.latent, low=drawn.latent, drawn=drawn, text=text)
+    memory, *_ = block_step.remember(
+        nets, exp, memory, latent=drawn.latent, low=drawn.latent, drawn=drawn, text=text
+    )
     return drawn.latent, memory
 
 
 def causal_rollout(fixture: Fixture) -> Outputs:
     """A clip drawn block after block in a few steps from given noise, and what the memory holds at its end."""
     config, renoise = fixture.config, fixture.inputs["renoise"]
-    require(config.get("warp_denoising_step", True), "warp_denoising_step=False is not built; its step list is warped.")
-    require(config.get("context_noise", 0) == 0, "context_noise must be 0: the memory is written at timestep 0.")
-    sample = SampleConfig(steps=tuple(config["denoising_step_list"]), shift=float(config["timestep_shift"]))
+    require(
+        config.get("warp_denoising_step", True),
+        "warp_denoising_step=False is not built; its step list is warped.",
+    )
+    require(
+        config.get("context_noise", 0) == 0,
+        "context_noise must be 0: the memory is written at timestep 0.",
+    )
+    sample = SampleConfig(
+        steps=tuple(config["denoising_step_list"]), shift=float(config["timestep_shift"])
+    )
     noise = jnp.asarray(einops.rearrange(fixture.inputs["noise"], "b t c y x -> b t y x c"))
     renoise = jnp.asarray(einops.rearrange(renoise, "block step b t c y x -> block step b t y x c"))
-    exp = experiment(config, frames=noise.shape[1], latent=(noise.shape[2], noise.shape[3]), sample=sample)
+    exp = experiment(
+        config, frames=noise.shape[1], latent=(noise.shape[2], noise.shape[3]), sample=sample
+    )
     nets, memory, latents = _nets(fixture, exp), cache.init(exp, len(noise)), []
     text = jax.jit(dit.text_kv)(nets.dit, _context(fixture, exp.dit))
     for block, fresh in enumerate(renoise):
         start = block * exp.cache.block
-        latent, memory = _draw_and_remember(nets, exp, memory, noise[:, start : start + exp.cache.block], fresh, text)
+        latent, memory = _draw_and_remember(
+            nets, exp, memory, noise[:, start : start + exp.cache.block], fresh, text
+        )
         latents.append(latent)
     return {
         "denoising_step_list_warped": block_step.step_table(sample)[0],

@@ -21,13 +21,48 @@ TEXT_LEN, WORDS = 11, 7  # the network's text length, and how many of them the p
 BIDIRECTIONAL = twins.jit(dit.bidirectional)
 
 SIZES = {  # arguments of diffusers' network; latent as batch, frames, rows, columns
-    "odd grid": (dict(num_attention_heads=3, attention_head_dim=22, ffn_dim=94, num_layers=3, text_dim=38, freq_dim=42,
-                      in_channels=5, out_channels=7), (2, 3, 10, 6)),
-    "heads of 128": (dict(num_attention_heads=3, attention_head_dim=128, ffn_dim=500, num_layers=2, text_dim=38,
-                          freq_dim=256, in_channels=16, out_channels=16), (1, 5, 14, 6)),
-    "one head": (dict(num_attention_heads=1, attention_head_dim=40, ffn_dim=70, num_layers=4, text_dim=20, freq_dim=30,
-                      in_channels=4, out_channels=4, patch_size=(1, 3, 1), eps=1e-5), (3, 4, 9, 5)),
-}  # fmt: skip
+    "odd grid": (
+        dict(
+            num_attention_heads=3,
+            attention_head_dim=22,
+            ffn_dim=94,
+            num_layers=3,
+            text_dim=38,
+            freq_dim=42,
+            in_channels=5,
+            out_channels=7,
+        ),
+        (2, 3, 10, 6),
+    ),
+    "heads of 128": (
+        dict(
+            num_attention_heads=3,
+            attention_head_dim=128,
+            ffn_dim=500,
+            num_layers=2,
+            text_dim=38,
+            freq_dim=256,
+            in_channels=16,
+            out_channels=16,
+        ),
+        (1, 5, 14, 6),
+    ),
+    "one head": (
+        dict(
+            num_attention_heads=1,
+            attention_head_dim=40,
+            ffn_dim=70,
+            num_layers=4,
+            text_dim=20,
+            freq_dim=30,
+            in_channels=4,
+            out_channels=4,
+            patch_size=(1, 3, 1),
+            eps=1e-5,
+        ),
+        (3, 4, 9, 5),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -46,8 +81,12 @@ class Twins:
 
     def computed(self, timesteps, model=None):
         """Our output for timesteps [b, t]."""
-        flow = BIDIRECTIONAL(model or self.ours, parts.ours(self.latent), jnp.asarray(timesteps),
-                             jnp.asarray(self.text))  # fmt: skip
+        flow = BIDIRECTIONAL(
+            model or self.ours,
+            parts.ours(self.latent),
+            jnp.asarray(timesteps),
+            jnp.asarray(self.text),
+        )
         return parts.theirs(flow)
 
 
@@ -58,10 +97,14 @@ def twin(name, seed, **gains):
     arguments, (batch, *cells) = SIZES[name]
     theirs = twins.randomized(WanTransformer3DModel(**arguments), seed, **gains)
     cfg = wan_dit.config_from_diffusers(theirs.config, text_len=TEXT_LEN)
-    ours = parts.load(dit.WanDiT, cfg, rules.rename(twins.arrays(theirs), wan_dit.DIFFUSERS), wan_dit.WAN_DIT)
+    ours = parts.load(
+        dit.WanDiT, cfg, rules.rename(twins.arrays(theirs), wan_dit.DIFFUSERS), wan_dit.WAN_DIT
+    )
     rng = np.random.default_rng(seed)
     latent = rng.standard_normal((batch, cfg.in_channels, *cells), np.float32)
-    return Twins(theirs, ours, latent, rng.standard_normal((batch, WORDS, cfg.text_dim), np.float32))
+    return Twins(
+        theirs, ours, latent, rng.standard_normal((batch, WORDS, cfg.text_dim), np.float32)
+    )
 
 
 def one_per_sample(pair):
@@ -112,6 +155,10 @@ def test_every_tensor_counts():
     """The comparison can fail: it notices a change of 2 % in any one tensor."""
     pair = twin("odd grid", 1)
     times = one_per_sample(pair)
-    passed = twins.unnoticed(pair.ours, lambda model: pair.computed(each_frame(pair, times), model),
-                             pair.expected(times), tolerance=TOLERANCE)  # fmt: skip
+    passed = twins.unnoticed(
+        pair.ours,
+        lambda model: pair.computed(each_frame(pair, times), model),
+        pair.expected(times),
+        tolerance=TOLERANCE,
+    )
     assert passed == []

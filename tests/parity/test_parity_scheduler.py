@@ -34,8 +34,9 @@ def multistep(steps, shift, **options):
     """The solver as Wan's pipelines set it up, over the noise levels of Wan's own code, which start below 1."""
     from diffusers import UniPCMultistepScheduler
 
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift,
-                                        **options)  # fmt: skip
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, **options
+    )
     scheduler.set_timesteps(sigmas=np.linspace(unipc.SIGMA_MAX, 0, steps + 1)[:-1])
     return scheduler
 
@@ -44,7 +45,9 @@ def run(scheduler, latent, velocities):
     """The latent after each step of a scheduler of diffusers."""
     latents = []
     for timestep, velocity in zip(scheduler.timesteps, velocities, strict=True):
-        latent = twins.called(lambda v, x, t=timestep: scheduler.step(v, t, x).prev_sample, velocity, latent)
+        latent = twins.called(
+            lambda v, x, t=timestep: scheduler.step(v, t, x).prev_sample, velocity, latent
+        )
         latents.append(latent)
     return np.stack(latents)
 
@@ -77,7 +80,10 @@ def test_a_shorter_grid_agrees(steps, shift):
 
 
 def test_a_step_list_means_the_same_timesteps():
-    assert twins.error(schedules.warped((1000, 750, 500, 250), 5.0), flow_matching(5.0, 4).timesteps) <= TOLERANCE
+    assert (
+        twins.error(schedules.warped((1000, 750, 500, 250), 5.0), flow_matching(5.0, 4).timesteps)
+        <= TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
@@ -108,11 +114,22 @@ def test_unipc_agrees(steps, shift):
     np.testing.assert_array_equal(solver.timesteps, theirs.timesteps.numpy())
     assert twins.error(solver.sigmas, theirs.sigmas) <= TOLERANCE
     latent, *velocities = drawn(1 + steps, seed=steps)
-    assert twins.error(solved(solver, latent, velocities), run(theirs, latent, velocities)) <= SOLVER_TOLERANCE
+    assert (
+        twins.error(solved(solver, latent, velocities), run(theirs, latent, velocities))
+        <= SOLVER_TOLERANCE
+    )
 
 
-@pytest.mark.parametrize("other", [{"solver_order": 1}, {"solver_order": 3}, {"solver_type": "bh1"},
-                                   {"disable_corrector": [3]}, {"lower_order_final": False}])  # fmt: skip
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"solver_order": 1},
+        {"solver_order": 3},
+        {"solver_type": "bh1"},
+        {"disable_corrector": [3]},
+        {"lower_order_final": False},
+    ],
+)
 def test_another_solver_is_noticed(other):
     latent, *velocities = drawn(1 + 7)
     ours = solved(unipc.UniPC(7, 3.0), latent, velocities)

@@ -43,7 +43,9 @@ def twin(name, seed, **gains):
 
     theirs = twins.randomized(UMT5EncoderModel(UMT5Config(**SIZES[name])), seed, **gains)
     cfg = umt5.config_from_transformers(theirs.config.to_dict())
-    return Twins(theirs, parts.load(text.UMT5, cfg, umt5.original_names(twins.arrays(theirs)), umt5.UMT5))
+    return Twins(
+        theirs, parts.load(text.UMT5, cfg, umt5.original_names(twins.arrays(theirs)), umt5.UMT5)
+    )
 
 
 def prompts(name, lengths, words, seed=0):
@@ -71,8 +73,14 @@ def test_long_prompts_agree(name):
 
 def test_faint_activations_agree():
     """Words so small that the norms' epsilon counts."""
-    pair, (ids, mask) = twin("narrow", 3, shared=2e-3, embed_tokens=2e-3), prompts("narrow", LENGTHS, PADDED)
-    assert twins.error(ENCODE(pair.ours, ids, mask, zero_padding=False), pair.expected(ids, mask)) <= TOLERANCE
+    pair, (ids, mask) = (
+        twin("narrow", 3, shared=2e-3, embed_tokens=2e-3),
+        prompts("narrow", LENGTHS, PADDED),
+    )
+    assert (
+        twins.error(ENCODE(pair.ours, ids, mask, zero_padding=False), pair.expected(ids, mask))
+        <= TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -81,12 +89,18 @@ def test_the_same_distances_share_a_bias(name):
     theirs = pair.theirs.encoder.block[0].layer[0].SelfAttention._relative_position_bucket
     relative = np.arange(600)[None, :] - np.arange(600)[:, None]
     cfg = pair.ours.cfg
-    np.testing.assert_array_equal(text.buckets(600, cfg.buckets, cfg.max_distance), twins.called(theirs, relative))
+    np.testing.assert_array_equal(
+        text.buckets(600, cfg.buckets, cfg.max_distance), twins.called(theirs, relative)
+    )
 
 
 def test_every_tensor_counts():
     """The comparison can fail: it notices a change of 2 % in any one tensor."""
     pair, (ids, mask) = twin("as in Wan", 1), prompts("as in Wan", LENGTHS, PADDED)
-    passed = twins.unnoticed(pair.ours, lambda model: ENCODE(model, jnp.asarray(ids), jnp.asarray(mask)),
-                             pair.expected(ids, mask) * mask[..., None], tolerance=TOLERANCE)  # fmt: skip
+    passed = twins.unnoticed(
+        pair.ours,
+        lambda model: ENCODE(model, jnp.asarray(ids), jnp.asarray(mask)),
+        pair.expected(ids, mask) * mask[..., None],
+        tolerance=TOLERANCE,
+    )
     assert passed == []

@@ -15,17 +15,45 @@ from packforcing_jax.verify import parts
 pytestmark = pytest.mark.parity
 
 TOLERANCE = 2e-5
-ENCODE, MOMENTS, DECODE = (twins.jit(function) for function in (vae.encode, vae.encode_moments, vae.decode))
+ENCODE, MOMENTS, DECODE = (
+    twins.jit(function) for function in (vae.encode, vae.encode_moments, vae.decode)
+)
 UNCLAMPED = {"decoder__conv_out": 0.2}  # keeps pixels within -1..1, where diffusers cuts them off
 
 SIZES = {  # arguments of diffusers' network; video as batch, frames, rows, columns
-    "as in Wan": (dict(base_dim=10, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2,
-                       temperal_downsample=[False, True, True]), (1, 9, 24, 16)),
-    "three stages": (dict(base_dim=6, z_dim=3, dim_mult=[1, 2, 3], num_res_blocks=1, temperal_downsample=[True, True],
-                          latents_mean=[0.3, -0.2, 0.1], latents_std=[1.5, 0.7, 2.0]), (2, 13, 12, 20)),
-    "time first": (dict(base_dim=4, z_dim=5, dim_mult=[2, 1, 3, 5], num_res_blocks=3,
-                        temperal_downsample=[True, True, False]), (1, 5, 8, 24)),
-}  # fmt: skip
+    "as in Wan": (
+        dict(
+            base_dim=10,
+            z_dim=16,
+            dim_mult=[1, 2, 4, 4],
+            num_res_blocks=2,
+            temperal_downsample=[False, True, True],
+        ),
+        (1, 9, 24, 16),
+    ),
+    "three stages": (
+        dict(
+            base_dim=6,
+            z_dim=3,
+            dim_mult=[1, 2, 3],
+            num_res_blocks=1,
+            temperal_downsample=[True, True],
+            latents_mean=[0.3, -0.2, 0.1],
+            latents_std=[1.5, 0.7, 2.0],
+        ),
+        (2, 13, 12, 20),
+    ),
+    "time first": (
+        dict(
+            base_dim=4,
+            z_dim=5,
+            dim_mult=[2, 1, 3, 5],
+            num_res_blocks=3,
+            temperal_downsample=[True, True, False],
+        ),
+        (1, 5, 8, 24),
+    ),
+}
 
 
 class Twins(NamedTuple):
@@ -40,7 +68,11 @@ class Twins(NamedTuple):
         """A random latent of the video's size."""
         batch, _, frames, height, width = self.video.shape
         cfg = self.ours.cfg
-        cells = 1 + (frames - 1) // cfg.time_factor, height // cfg.space_factor, width // cfg.space_factor
+        cells = (
+            1 + (frames - 1) // cfg.time_factor,
+            height // cfg.space_factor,
+            width // cfg.space_factor,
+        )
         return np.random.default_rng(1).standard_normal((batch, cfg.z_dim, *cells), np.float32)
 
     def moments(self, video):
@@ -77,14 +109,18 @@ def computed(function, model, value):
 @pytest.mark.parametrize("name", SIZES)
 def test_moments_of_a_video_agree(name, seed):
     pair = twin(name, seed)
-    assert twins.error(computed(MOMENTS, pair.ours, pair.video), pair.moments(pair.video)) <= TOLERANCE
+    assert (
+        twins.error(computed(MOMENTS, pair.ours, pair.video), pair.moments(pair.video)) <= TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", SIZES)
 def test_pixels_of_latents_agree(name, seed):
     pair = twin(name, seed)
-    assert twins.error(computed(DECODE, pair.ours, pair.latent), pair.pixels(pair.latent)) <= TOLERANCE
+    assert (
+        twins.error(computed(DECODE, pair.ours, pair.latent), pair.pixels(pair.latent)) <= TOLERANCE
+    )
 
 
 def test_the_first_frame_alone_agrees():
@@ -104,7 +140,10 @@ def test_frames_that_do_not_fill_a_group_are_ignored_by_both():
 def test_latents_are_normalised_as_the_configuration_says(name):
     """There the pipeline does it, with the lists that the codec's configuration holds."""
     pair = twin(name, 0, normalised=True)
-    mean, std = (np.reshape(pair.theirs.config[key], (1, -1, 1, 1, 1)) for key in ("latents_mean", "latents_std"))
+    mean, std = (
+        np.reshape(pair.theirs.config[key], (1, -1, 1, 1, 1))
+        for key in ("latents_mean", "latents_std")
+    )
     mu = np.split(pair.moments(pair.video), 2, axis=1)[0]
     assert twins.error(computed(ENCODE, pair.ours, pair.video), (mu - mean) / std) <= TOLERANCE
     pixels = pair.pixels((pair.latent * std + mean).astype(np.float32))
@@ -113,20 +152,37 @@ def test_latents_are_normalised_as_the_configuration_says(name):
 
 def test_faint_features_agree():
     """Features so small that the norms divide by their smallest length."""
-    pair = twin("three stages", 2, encoder__conv_in=1e-13, decoder__conv_in=1e-13, post_quant_conv=1e-13)
-    assert twins.error(computed(MOMENTS, pair.ours, pair.video), pair.moments(pair.video)) <= TOLERANCE
-    assert twins.error(computed(DECODE, pair.ours, pair.latent), pair.pixels(pair.latent)) <= TOLERANCE
+    pair = twin(
+        "three stages", 2, encoder__conv_in=1e-13, decoder__conv_in=1e-13, post_quant_conv=1e-13
+    )
+    assert (
+        twins.error(computed(MOMENTS, pair.ours, pair.video), pair.moments(pair.video)) <= TOLERANCE
+    )
+    assert (
+        twins.error(computed(DECODE, pair.ours, pair.latent), pair.pixels(pair.latent)) <= TOLERANCE
+    )
 
 
-HALVES = [("encoder", MOMENTS, Twins.moments, "video"), ("quant", MOMENTS, Twins.moments, "video"),
-          ("decoder", DECODE, Twins.pixels, "latent"), ("post_quant", DECODE, Twins.pixels, "latent")]  # fmt: skip
+HALVES = [
+    ("encoder", MOMENTS, Twins.moments, "video"),
+    ("quant", MOMENTS, Twins.moments, "video"),
+    ("decoder", DECODE, Twins.pixels, "latent"),
+    ("post_quant", DECODE, Twins.pixels, "latent"),
+]
 
 
-@pytest.mark.parametrize(("under", "function", "theirs", "given"), HALVES, ids=[half[0] for half in HALVES])
+@pytest.mark.parametrize(
+    ("under", "function", "theirs", "given"), HALVES, ids=[half[0] for half in HALVES]
+)
 def test_every_tensor_counts(under, function, theirs, given):
     """The comparison can fail: it notices a change of 2 % in any one tensor."""
     pair = twin("three stages", 1)
     value = getattr(pair, given)
-    passed = twins.unnoticed(pair.ours, lambda model: computed(function, model, value), theirs(pair, value),
-                             tolerance=TOLERANCE, under=f"{under}/")  # fmt: skip
+    passed = twins.unnoticed(
+        pair.ours,
+        lambda model: computed(function, model, value),
+        theirs(pair, value),
+        tolerance=TOLERANCE,
+        under=f"{under}/",
+    )
     assert passed == []

@@ -68,7 +68,10 @@ def unnoticed(model, run, expected, *, tolerance, under=""):
     assert paths, f"no parameter under {under}"
     for path in paths:
         factor = jnp.asarray(1 + SLIGHT * rng.standard_normal(flat[path].shape), flat[path].dtype)
-        if error(run(pytrees.fill(model, flat | {path: flat[path] * factor})), expected) <= tolerance:
+        if (
+            error(run(pytrees.fill(model, flat | {path: flat[path] * factor})), expected)
+            <= tolerance
+        ):
             passed.append(path)
     return passed
 
