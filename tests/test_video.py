@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from packforcing_jax.errors import InputError, MachineError
-from packforcing_jax.io import video
+from packforcing_jax.io import h264, video
 
 WIDTH, HEIGHT, SCALE = 20, 12, 6
 
@@ -77,7 +77,7 @@ def test_file_plays_after_every_block_with_every_frame_once_and_in_order(tmp_pat
 
 
 def test_one_long_write_equals_many_short_ones(tmp_path):
-    count = video.GROUP + 9
+    count = h264.GROUP + 9
     with writer(tmp_path / "long.mp4") as out:
         out.write(scene(count))
         out.write(scene(5, count))
@@ -88,7 +88,7 @@ def test_one_long_write_equals_many_short_ones(tmp_path):
 @pytest.mark.parametrize("fps", [16, 24000 / 1001])
 @pytest.mark.parametrize("stopped", [1, 2, 3])
 def test_continued_file_is_byte_for_byte_that_of_an_unbroken_run(tmp_path, fps, stopped):
-    counts = (video.GROUP + 9, 1, 5, 3)
+    counts = (h264.GROUP + 9, 1, 5, 3)
     starts = np.cumsum((0, *counts)).tolist()
     blocks = [scene(count, start) for count, start in zip(counts, starts)]
     whole, broken = tmp_path / "whole.mp4", tmp_path / "broken.mp4"
@@ -188,7 +188,7 @@ def test_fragments_are_numbered_and_timed_without_gaps(tmp_path):
     numbers = [int.from_bytes(box[box.index(b"mfhd") + 8 :][:4]) for box in fragments]
     starts = [int.from_bytes(box[box.index(b"tfdt") + 8 :][:8]) for box in fragments]
     assert numbers == [1, 2, 3]
-    assert starts == [0, 4 * 1001 * video.TICKS, 8 * 1001 * video.TICKS]
+    assert starts == [0, 4 * 1001 * h264.TICKS, 8 * 1001 * h264.TICKS]
     assert timing(tmp_path / "a.mp4")[0] == pytest.approx(12 * 1001 / 24000, abs=0.01)
 
 
@@ -354,7 +354,7 @@ def test_interrupt_while_appending_keeps_whole_blocks(tmp_path):
 PROGRAM = """
 import signal, sys
 import numpy as np
-from packforcing_jax import video
+from packforcing_jax.io import video
 frames = np.random.default_rng(0).integers(0, 255, (5, 12, 20, 3)).astype(np.uint8)
 try:
     with video.Writer(sys.argv[1], fps=16, size=(20, 12), settings={"seed": 3}, scale=6) as out:
@@ -398,7 +398,7 @@ def test_stopped_process_leaves_a_video_of_every_finished_block(tmp_path, how, s
 PATIENT = """
 import os, signal, sys
 import numpy as np
-from packforcing_jax import video
+from packforcing_jax.io import video
 with video.Writer(sys.argv[1], fps=16, size=(20, 12), settings={}, scale=6) as out:
     signal.signal(signal.SIGINT, lambda *_: None)
     for _ in range(6):

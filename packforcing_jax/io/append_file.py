@@ -36,14 +36,19 @@ class File:
         if size > 0:
             self.handle = self._opened()
 
-    def append(self, piece: bytes) -> None:
-        """Adds `piece`, which is in the file when this returns; a failure leaves the file as it was."""
+    def append(self, piece: bytes, cover: bytes = b"") -> None:
+        """Adds `piece`, which is in the file when this returns; a failure leaves the file as it was.
+
+        `cover` stands in place of the first bytes until all others are in the file.
+        """
         if self.handle is None:
             self.handle = self._opened()
         try:
-            view = memoryview(piece)
+            view = memoryview(cover + piece[len(cover) :])
             while view:
                 view = view[self.handle.write(view) :]
+            if cover:
+                os.pwrite(self.handle.fileno(), piece[: len(cover)], self.size)
         except BaseException:
             with contextlib.suppress(OSError):
                 self.handle.truncate(self.size)

@@ -1,64 +1,30 @@
 """Frames to video files that play at every moment while they grow, and back.
 
-Every block is encoded by its own short ffmpeg run and appended as MP4 fragments. So when `write` returns the block is
-on disk, no encoder is alive between blocks, and a process that dies can cost at most the block being written.
+Every block is encoded at once and appended as MP4 fragments. So when `write` returns the block is on disk, and a
+process that dies can cost at most the block being written.
 """
 
 import contextlib
-import itertools
 import json
 import mmap
 import signal
 import struct
-import subprocess
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import einops
-import imageio.v3
-import imageio_ffmpeg
 import numpy as np
 
 from packforcing_jax.errors import InputError, MachineError, require
-from packforcing_jax.io import append_file
+from packforcing_jax.io import append_file, ffmpeg, h264
 
-TICKS = 1000  # of the file's clock, per frame
 GREY_LEVEL = 2 / 255  # one 8-bit step on the scale [-1, 1]
-GROUP = 48  # frames between key frames inside one long write
-COLOURS = (
-    "-colorspace",
-    "bt709",
-    "-color_primaries",
-    "bt709",
-    "-color_trc",
-    "bt709",
-    "-color_range",
-    "tv",
-)
-FRAGMENTS = "+frag_keyframe+empty_moov+default_base_moof+skip_trailer"
-H264 = (
-    "-c:v",
-    "libx264",
-    "-preset",
-    "veryfast",
-    "-crf",
-    "14",
-    "-bf",
-    "0",
-    "-g",
-    str(GROUP),
-    "-pix_fmt",
-    "yuv420p",
-    *COLOURS,
-    "-movflags",
-    FRAGMENTS,
-    "-f",
-    "mp4",
-)
-TO_YUV = "scale=flags=area+accurate_rnd+full_chroma_int:out_color_matrix=bt709:out_range=tv"
+KEY_SAMPLE, OTHER_SAMPLE = (
+    0x02000000,
+    0x01010000,
+)  # flags of ISO/IEC 14496-12: depends on no other, on others
 TO_RGB = "scale=flags=bilinear+accurate_rnd+full_chroma_int+full_chroma_inp"
 
 
@@ -118,37 +84,24 @@ def boxes(stream: bytes | mmap.mmap) -> Iterator[tuple[bytes, bytes]]:
         at += size
 
 
-def placed(fragment: bytes, number: int, ticks: int) -> bytes:
-    """A `moof` box that is fragment `number` of its file and starts `ticks` later than it says."""
-    moved = bytearray(fragment)
-    struct.pack_into(">I", moved, fragment.index(b"mfhd") + 8, number)
-    clock = (
-        fragment.index(b"tfdt") + 8
-    )  # after the kind come version and flags; ffmpeg writes the 64-bit version
-    struct.pack_into(">Q", moved, clock, struct.unpack_from(">Q", fragment, clock)[0] + ticks)
-    return bytes(moved)
+def box(kind: bytes, *parts: bytes) -> bytes:
+    """An MP4 box."""
+    return struct.pack(">I4s", 8 + sum(map(len, parts)), kind) + b"".join(parts)
 
 
-def encoder() -> str:
-    """Path of the ffmpeg program."""
-    try:
-        return imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError as error:
-        raise MachineError(
-            "No ffmpeg program was found; install imageio[ffmpeg], which brings one."
-        ) from error
+def fragment(samples: Sequence[h264.Sample], number: int, start: int, duration: int) -> bytes:
+    """`moof` and `mdat` with samples of which the first is a key frame; times in ticks of the file's clock."""
+    track = box(b"tfhd", struct.pack(">4I", 0x020028, 1, duration, OTHER_SAMPLE))
+    clock = box(b"tfdt", struct.pack(">IQ", 0x01000000, start))
+    sizes = [len(sample.data) for sample in samples]
 
+    def moof(size: int) -> bytes:
+        place = (0x000205, len(sizes), size + 8, KEY_SAMPLE)  # data begin behind the head of mdat
+        run = box(b"trun", struct.pack(f">4I{len(sizes)}I", *place, *sizes))
+        numbered = box(b"mfhd", struct.pack(">II", 0, number))
+        return box(b"moof", numbered, box(b"traf", track, clock, run))
 
-def _ffmpeg(arguments: list[str], data: bytes | None = None) -> bytes:
-    """Standard output of one ffmpeg run."""
-    command = [encoder(), "-nostdin", "-hide_banner", "-v", "error", "-y", *arguments]
-    done = subprocess.run(command, input=data, capture_output=True)
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or [
-            f"exit status {done.returncode}"
-        ]
-        raise MachineError(f"ffmpeg failed ({said[-1]}); the finished part is kept.")
-    return done.stdout
+    return moof(len(moof(0))) + box(b"mdat", *(sample.data for sample in samples))
 
 
 @contextlib.contextmanager
@@ -161,41 +114,6 @@ def _signals_wait() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _escaped(text: str) -> str:
-    """`text` as a value of ffmpeg's metadata format."""
-    return "".join("\\" + letter if letter in "=;#\\\n" else letter for letter in text)
-
-
-def encode(frames: np.ndarray, fps: float, comment: str) -> bytes:
-    """uint8 frames [t,h,w,3] as one complete fragmented H.264 MP4 without trailer, `comment` in its metadata."""
-    _, height, width, _ = frames.shape
-    rate = Fraction(fps).limit_denominator(1001)
-    with tempfile.TemporaryDirectory(
-        prefix="packforcing-"
-    ) as folder:  # a pipe cannot hold a header above 32 KiB
-        notes, target = Path(folder, "notes.txt"), Path(folder, "block.mp4")
-        notes.write_text(f";FFMETADATA1\ncomment={_escaped(comment)}\n", encoding="utf-8")
-        source = [
-            "-f",
-            "rawvideo",
-            "-pix_fmt",
-            "rgb24",
-            "-s",
-            f"{width}x{height}",
-            "-r",
-            str(rate),
-            "-i",
-            "pipe:0",
-        ]
-        source += ["-f", "ffmetadata", "-i", str(notes), "-map", "0:v", "-map_metadata", "1"]
-        clock = ["-video_track_timescale", str(rate.numerator * TICKS)]
-        _ffmpeg(
-            [*source, "-vf", TO_YUV, *clock, *H264, str(target)],
-            np.ascontiguousarray(frames).tobytes(),
-        )
-        return target.read_bytes()
 
 
 @dataclass(frozen=True)
@@ -233,12 +151,13 @@ class Writer:
             "use an even scale.",
         )
         check_writable(path)
-        encoder()
         self.path, self.fps, self.size, self.scale = Path(path), fps, size, scale
-        self.comment = json.dumps(settings)
-        self.position = resume or Position()
+        rate = Fraction(fps).limit_denominator(1001)
+        self.position, self._encoder = resume or Position(), None
+        self._picture = h264.Picture(*size, scale, rate)
+        self._header = h264.header(self._picture, json.dumps(settings))
         if self.position.bytes:
-            _check_same_file(self.path, self.position)
+            _check_same_file(self.path, self.position, h264.config(self._header))
         self._file = append_file.File(self.path, self.position.bytes)
 
     def __enter__(self) -> "Writer":
@@ -261,15 +180,14 @@ class Writer:
             fits,
             f"Frames {frames.shape} do not fit a {width}x{height} video; give [t, {height}, {width}, 3].",
         )
-        shown = einops.repeat(frames, "t h w c -> t (h a) (w b) c", a=self.scale, b=self.scale)
         with _signals_wait():
             try:
-                self._append(
-                    encode(shown, self.fps, "" if self.position.bytes else self.comment),
-                    len(frames),
-                )
-            except OSError as error:
-                raise self._failed(error) from error
+                self._append(self._encoded(frames))
+            except BaseException as error:
+                self._stop()  # it is ahead of the file
+                if isinstance(error, OSError):
+                    raise self._failed(error) from error
+                raise
 
     def sync(self) -> Position:
         """The position, once everything up to it is on the disk itself."""
@@ -285,26 +203,53 @@ class Writer:
             f"the first {self.frames} frames are kept in it."
         )
 
-    def _append(self, stream: bytes, frames: int) -> None:
-        """Adds the fragments of `stream`, and its header to an empty file; a failure leaves the file as it was."""
-        at = self.position
-        numbers = itertools.count(at.fragments + 1)
-        start = Fraction(at.frames) * TICKS * Fraction(self.fps).limit_denominator(1001).denominator
-        added = b"".join(
-            placed(box, next(numbers), int(start)) if kind == b"moof" else box
-            for kind, box in boxes(stream)
-            if at.bytes == 0 or kind in (b"moof", b"mdat")
+    def _encoded(self, frames: np.ndarray) -> list[h264.Sample]:
+        """The samples of a block. The process is a new one where there is none for blocks of this length."""
+        if self._encoder is None or not self._encoder.goes_on(len(frames)):
+            self._stop()
+            at = self.position
+            self._encoder = h264.Encoder(
+                self._picture, block=len(frames), frames=at.frames, keys=at.fragments
+            )
+            if self._encoder.config != h264.config(self._header):
+                raise MachineError(
+                    "ffmpeg encodes in another way than a moment ago; the finished part is kept."
+                )
+        return self._encoder.encode(frames)
+
+    def _append(self, samples: list[h264.Sample]) -> None:
+        """Adds a block, and its header to an empty file; a failure leaves the file as it was."""
+        at, duration = self.position, self._picture.rate.denominator * h264.TICKS
+        keys = [number for number, sample in enumerate(samples) if sample.key]
+        ends = [*keys[1:], len(samples)]
+        block = b"".join(
+            fragment(samples[key:end], at.fragments + group, (at.frames + key) * duration, duration)
+            for group, (key, end) in enumerate(zip(keys, ends), start=1)
         )
-        self._file.append(added)
-        self.position = Position(self._file.size, at.frames + frames, next(numbers) - 1)
+        if at.bytes == 0:
+            self._file.append(self._header + block)
+        else:  # players skip what is not there as a whole
+            self._file.append(block, cover=struct.pack(">I4s", len(block), b"free"))
+        self.position = Position(
+            self._file.size, at.frames + len(samples), at.fragments + len(keys)
+        )
+
+    def _stop(self) -> None:
+        if self._encoder is not None:
+            self._encoder.stop()
+            self._encoder = None
 
     def close(self) -> None:
         """Ends the file; without a single block written there is none."""
+        self._stop()
         self._file.close()
 
 
-def _check_same_file(path: Path, at: Position) -> None:
-    """Raises `InputError` unless the file at `path` begins as a run left it that had written up to `at`."""
+def _check_same_file(path: Path, at: Position, config: bytes) -> None:
+    """Raises `InputError` unless the file at `path` begins as a run left it that had written up to `at`.
+
+    `config` is the decoder configuration that further blocks need.
+    """
     size = path.stat().st_size if path.exists() else 0
     require(
         size >= at.bytes,
@@ -316,13 +261,19 @@ def _check_same_file(path: Path, at: Position) -> None:
             path.open("rb") as file,
             mmap.mmap(file.fileno(), at.bytes, access=mmap.ACCESS_READ) as start,
         ):
-            fragments = sum(kind == b"moof" for kind, _ in boxes(start))
-    except MachineError:
-        fragments = None
+            found = list(boxes(start))
+            fragments = sum(kind == b"moof" for kind, _ in found)
+            begun = next((h264.config(whole) for kind, whole in found if kind == b"moov"), None)
+    except (MachineError, ValueError):
+        fragments = begun = None
     require(
         fragments == at.fragments,
         f"Video {path} ({size} bytes) is not the file of the run to continue; "
         "put that file back or start anew.",
+    )
+    require(
+        begun == config,
+        f"Video {path} was begun with another encoder, size or rate; go on with those or start anew.",
     )
 
 
@@ -336,7 +287,7 @@ def settings(path) -> dict:
     """The settings stored inside a video by `Writer`."""
     source = _existing(path)
     try:
-        text = _ffmpeg(["-i", source, "-f", "ffmetadata", "-"]).decode()
+        text = ffmpeg.run(["-i", source, "-f", "ffmetadata", "-"]).decode()
         line = next(
             line for line in text.replace("\\\n", "\n").split("\n") if line.startswith("comment=")
         )
@@ -348,7 +299,7 @@ def settings(path) -> dict:
 
 
 def _unescaped(value: str) -> str:
-    """The text that `_escaped` was given."""
+    """The text that ffmpeg was given as a value of its metadata format."""
     letters = iter(value)
     return "".join(next(letters, "") if letter == "\\" else letter for letter in letters)
 
@@ -357,7 +308,7 @@ def read(path) -> np.ndarray:
     """All frames of a video that decode, as uint8 [t,h,w,3]."""
     source = _existing(path)
     try:
-        stream = _ffmpeg(
+        stream = ffmpeg.run(
             [
                 "-i",
                 source,
@@ -382,6 +333,8 @@ def read(path) -> np.ndarray:
 
 def contact_sheet(frames, path, *, columns: int = 8, every: int = 1) -> None:
     """Writes one PNG with every `every`-th frame, `columns` to a row; missing places stay black."""
+    import imageio.v3  # needed here alone; it takes a quarter of a second
+
     path, chosen = Path(path), to_uint8(frames)[::every]
     require(
         path.suffix.lower() == ".png",

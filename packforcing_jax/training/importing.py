@@ -21,7 +21,7 @@ from jax import Array
 from packforcing_jax import pytrees
 from packforcing_jax.config import Experiment
 from packforcing_jax.errors import InputError, require
-from packforcing_jax.io import model_folder, text_encoder, video
+from packforcing_jax.io import ffmpeg, model_folder, text_encoder
 from packforcing_jax.networks import codec, dit, tokenizer, vae
 from packforcing_jax.sampling import pipeline, prompt_files
 from packforcing_jax.training import batches, paths
@@ -163,7 +163,7 @@ def frames_of(path: Path, *, count: int, fps: int, size: tuple[int, int]) -> np.
         f":flags=bicubic+accurate_rnd+full_chroma_int,crop={width}:{height}"
     )
     command = [
-        video.encoder(),
+        ffmpeg.program(),
         "-nostdin",
         "-hide_banner",
         "-v",

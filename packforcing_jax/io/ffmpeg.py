@@ -1,0 +1,67 @@
+"""The ffmpeg program: where it is, one run of it, and a process of it that goes on."""
+
+import subprocess
+from typing import IO
+
+import imageio_ffmpeg
+
+from packforcing_jax.errors import MachineError
+
+QUIET = ("-nostdin", "-hide_banner", "-v", "error", "-y")
+
+
+def program() -> str:
+    """Path of the ffmpeg program."""
+    try:
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise MachineError(
+            "No ffmpeg program was found; install imageio[ffmpeg], which brings one."
+        ) from error
+
+
+def start(arguments: list[str], **streams) -> subprocess.Popen:
+    """A process of ffmpeg in a session of its own, which no signal to a terminal or to our process group reaches."""
+    name = program()
+    try:
+        return subprocess.Popen(
+            [name, *QUIET, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            **streams,
+        )
+    except OSError as error:
+        raise MachineError(
+            f"The ffmpeg program {name} does not start ({error.strerror}); "
+            "install imageio[ffmpeg] and leave IMAGEIO_FFMPEG_EXE unset."
+        ) from error
+
+
+def streams(process: subprocess.Popen) -> tuple[IO[bytes], IO[bytes], IO[bytes]]:
+    """Standard input, output and error of what `start` gave."""
+    into, out, said = process.stdin, process.stdout, process.stderr
+    assert into is not None
+    assert out is not None
+    assert said is not None
+    return into, out, said
+
+
+def run(arguments: list[str], data: bytes | None = None) -> bytes:
+    """Standard output of one ffmpeg run that reads `data`."""
+    with start(arguments) as process:
+        try:
+            out, said = process.communicate(data)
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        raise MachineError(failure(said, process.returncode))
+    return out
+
+
+def failure(said: bytes, status: int | None) -> str:
+    """What to tell of an ffmpeg that ended with `status` and wrote `said` to its standard error."""
+    lines = said.decode(errors="replace").strip().splitlines() or [f"exit status {status}"]
+    return f"ffmpeg failed ({lines[-1]}); the finished part is kept."
