@@ -1,5 +1,6 @@
 """A video plays after every block, whatever ends the run, and gives back its settings."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import imageio.v3
 import imageio_ffmpeg
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 
 from packforcing_jax.errors import InputError, MachineError
-from packforcing_jax.io import h264, video
+from packforcing_jax.io import ffmpeg, h264, video
 
 WIDTH, HEIGHT, SCALE = 20, 12, 6
 
@@ -192,13 +194,14 @@ def test_fragments_are_numbered_and_timed_without_gaps(tmp_path):
     assert timing(tmp_path / "a.mp4")[0] == pytest.approx(12 * 1001 / 24000, abs=0.01)
 
 
-def test_pixels_keep_their_colours(tmp_path):
+@pytest.mark.parametrize("scale", [SCALE, 7])
+def test_pixels_keep_their_colours(tmp_path, scale):
     frames = np.random.default_rng(0).integers(16, 240, (3, HEIGHT, WIDTH, 3)).astype(np.uint8)
-    with writer(tmp_path / "a.mp4") as out:
+    with writer(tmp_path / "a.mp4", scale=scale) as out:
         out.write(frames)
-    centres = video.read(tmp_path / "a.mp4")[:, SCALE // 2 :: SCALE, SCALE // 2 :: SCALE].astype(
-        int
-    )
+    shown = video.read(tmp_path / "a.mp4")
+    assert shown.shape == (3, HEIGHT * scale, WIDTH * scale, 3)
+    centres = shown[:, scale // 2 :: scale, scale // 2 :: scale].astype(int)
     error = np.abs(centres - frames)
     assert error.mean() < 4
     assert np.quantile(error, 0.99) < 20
@@ -220,7 +223,8 @@ def test_settings_come_back_however_long_and_odd(tmp_path):
 
 def test_foreign_and_missing_videos_are_refused(tmp_path):
     plain = tmp_path / "plain.mp4"
-    plain.write_bytes(video.encode(scene(3), 16, ""))
+    picture = ["-f", "lavfi", "-i", "color=red:size=64x64", "-frames:v", "3"]
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *picture, plain], check=True)
     with pytest.raises(InputError, match="no settings"):
         video.settings(plain)
     (tmp_path / "text.mp4").write_text("not a video")
@@ -306,24 +310,206 @@ def test_full_disk_keeps_the_finished_part(tmp_path, monkeypatch):
     assert len(video.read(path)) == 8
 
 
-def test_first_block_that_fails_leaves_no_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(video, "H264", (*video.H264, "-no-such-option"))
-    with pytest.raises(MachineError, match="ffmpeg failed"), writer(tmp_path / "a.mp4") as out:
-        out.write(scene(2))
-    monkeypatch.undo()
-
-    stream, limits = video.encode(scene(2), 16, ""), resource.getrlimit(resource.RLIMIT_FSIZE)
-    monkeypatch.setattr(video, "encode", lambda *_: stream)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(stream) // 2, limits[1]))
-        with (
-            pytest.raises(MachineError, match="the first 0 frames are kept"),
-            writer(tmp_path / "a.mp4") as out,
-        ):
+def test_first_block_that_fails_leaves_no_file(tmp_path):
+    out, limits = writer(tmp_path / "a.mp4"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # room for the header and a part of the block
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(out._header) + 200, limits[1]))
+        with pytest.raises(MachineError, match="the first 0 frames are kept"):
             out.write(scene(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    out.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_encoder_makes_the_whole_video(tmp_path, monkeypatch):
+    started, start = [], ffmpeg.start
+    monkeypatch.setattr(
+        ffmpeg,
+        "start",
+        lambda *args, **kwargs: started.append(start(*args, **kwargs)) or started[-1],
+    )
+    with writer(tmp_path / "a.mp4") as out:
+        assert len(started) == 1  # made the header, and is finished
+        assert started[0].returncode == 0
+        for first in range(0, 40, 4):
+            out.write(scene(4, first))
+            assert started[1].poll() is None
+    assert len(started) == 2
+    assert started[1].returncode == -signal.SIGKILL
+    assert bars(video.read(tmp_path / "a.mp4")) == [i % WIDTH for i in range(40)]
+
+
+@pytest.mark.parametrize("size", [(WIDTH, HEIGHT), (832, 480)])  # whole, and in slices
+def test_encoder_that_was_killed_is_replaced_and_leaves_no_mark(tmp_path, size):
+    pause = {"scale": SCALE if size[0] == WIDTH else 1, "size": size}
+    blocks = [scene(3, first, *size) for first in range(0, 30, 3)]
+    with writer(tmp_path / "whole.mp4", **pause) as out:
+        for block in blocks:
+            out.write(block)
+    with writer(tmp_path / "patched.mp4", **pause) as out:
+        for number, block in enumerate(blocks):
+            out.write(block)
+            if number in (0, 3, 4):
+                out._encoder._process.kill()
+                out._encoder._process.wait()
+    assert (tmp_path / "patched.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+def test_signals_do_not_reach_the_encoder(tmp_path):
+    with writer(tmp_path / "a.mp4") as out:
+        out.write(scene(3))
+        encoder = out._encoder
+        assert os.getsid(encoder._process.pid) == encoder._process.pid
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(encoder._process.pid, each)
+        out.write(scene(3, 3))
+        assert out._encoder is encoder
+    assert bars(video.read(tmp_path / "a.mp4")) == list(range(6))
+
+
+def stand_in(path, monkeypatch, script):
+    """Makes `script` the ffmpeg program; in it, $FFMPEG is the real one."""
+    monkeypatch.setenv("FFMPEG", imageio_ffmpeg.get_ffmpeg_exe())
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(path))
+
+
+def when_encoding(script):
+    """A program that does as ffmpeg does, but `script` where it is to encode a video."""
+    return f'if [[ "$*" == *flv* ]]; then {script}; else exec "$FFMPEG" "$@"; fi'
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("/no/such/ffmpeg", "ffmpeg program /no/such/ffmpeg does not start .No such file"),
+        ("/etc/passwd", "does not start .Permission denied"),
+        ("/bin/false", "ffmpeg failed .exit status 1."),
+        ("/bin/true", "/bin/true wrote no video"),
+    ],
+)
+def test_program_that_is_no_encoder_is_refused_before_anything_happens(
+    tmp_path, monkeypatch, program, reason
+):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", program)
+    with pytest.raises(MachineError, match=f"{reason}.*; install imageio.ffmpeg., whose ffmpeg"):
+        writer(tmp_path / "a.mp4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ffmpeg_without_the_codec_is_refused_with_its_own_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(h264, "X264", ["-c:v", "libx264_that_is_not_there"])
+    with pytest.raises(MachineError, match="ffmpeg failed .*; install imageio.ffmpeg., whose"):
+        writer(tmp_path / "a.mp4")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ('echo "no more memory" >&2; exit 1', "ffmpeg failed .no more memory.; the finished part"),
+        ("exit 0", "ffmpeg failed .exit status 0.; the finished part is kept"),
+        ("sleep 600", "stood still for 1 s; the finished part is kept"),
+        ("exec 0<&-; exec sleep 600", "stood still for 1 s; the finished part is kept"),
+    ],
+)
+def test_encoder_that_fails_at_once_leaves_no_file(tmp_path, monkeypatch, script, reason):
+    monkeypatch.setattr(h264, "PATIENCE", 1)
+    stand_in(tmp_path / "program", monkeypatch, when_encoding(script))
+    with pytest.raises(MachineError, match=reason), writer(tmp_path / "a.mp4") as out:
+        out.write(scene(4))
+    assert [path.name for path in tmp_path.iterdir()] == ["program"]
+
+
+CUTTING = """
+import os, subprocess, sys
+left, process = int(sys.argv[1]), subprocess.Popen(sys.argv[2:], stdout=subprocess.PIPE)
+while left > 0:
+    piece = os.read(process.stdout.fileno(), left)
+    left -= os.write(1, piece)
+process.kill()
+sys.exit("out of memory")
+"""
+
+
+def test_encoder_that_fails_in_a_block_costs_this_block_alone(tmp_path, monkeypatch):
+    noise = np.random.default_rng(1).integers(0, 255, (6, 4, HEIGHT, WIDTH, 3)).astype(np.uint8)
+    with writer(tmp_path / "whole.mp4") as out:
+        for block in noise:
+            out.write(block)
+    whole, path = (tmp_path / "whole.mp4").read_bytes(), tmp_path / "a.mp4"
+    (tmp_path / "cutting.py").write_text(CUTTING)
+    cut = f'exec {sys.executable} {tmp_path}/cutting.py {len(whole) // 2} "$FFMPEG" "$@"'
+    stand_in(tmp_path / "program", monkeypatch, when_encoding(cut))
+    failed, written = 0, 0
+    with writer(path) as out:
+        while written < len(noise):
+            try:
+                out.write(noise[written])
+            except MachineError as error:
+                assert str(error) == "ffmpeg failed (out of memory); the finished part is kept."  # noqa: PT017
+                failed += 1
+            else:
+                written += 1
+            assert path.read_bytes() == whole[: out.position.bytes]
+            assert out.frames == written * 4
+    assert failed >= 1
+    assert path.read_bytes() == whole
+
+
+def test_video_of_another_encoder_is_not_continued(tmp_path, monkeypatch):
+    path = tmp_path / "a.mp4"
+    with writer(path) as out:
+        out.write(scene(4))
+        kept = out.sync()
+    whole = path.read_bytes()
+    monkeypatch.setattr(
+        h264, "X264", [{"14": "20", "veryfast": "medium"}.get(each, each) for each in h264.X264]
+    )
+    with pytest.raises(InputError, match="a.mp4 was begun with another encoder"):
+        writer(path, resume=kept)
+    assert path.read_bytes() == whole
+
+
+def test_block_that_is_cut_short_anywhere_does_not_show(tmp_path):
+    path, cut = tmp_path / "a.mp4", tmp_path / "cut.mp4"
+
+    class Dying:
+        """A file of which a kill cuts the next write short; keeps what is on disk then."""
+
+        def __init__(self, file, share):
+            self.file, self.share = file, share
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, data):
+            self.file.write(data[: int(len(data) * self.share)])
+            cut.write_bytes(path.read_bytes())
+            raise KeyboardInterrupt
+
+    with writer(path) as out:
+        out.write(scene(3))
+        whole, file = path.read_bytes(), out._file.handle
+        for share in (0.02, 0.05, 0.1, 0.3, 0.6, 0.9, 0.999, 1):
+            out._file.handle = Dying(file, share)
+            with pytest.raises(KeyboardInterrupt):
+                out.write(scene(3, 3))
+            out._file.handle = file
+            assert cut.read_bytes().startswith(whole)
+            assert len(cut.read_bytes()) > len(whole)
+            assert bars(video.read(cut)) == [0, 1, 2]
+            assert timing(cut)[0] == pytest.approx(3 / 16, abs=0.01)
+        out.write(scene(3, 3))
+    assert bars(video.read(path)) == list(range(6))
+
+
+def test_writing_does_not_load_what_only_pictures_need():
+    command = "import sys; from packforcing_jax.io import video; print('imageio.v3' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert done.stdout == "False\n"
 
 
 def test_interrupt_while_appending_keeps_whole_blocks(tmp_path):
@@ -366,33 +552,139 @@ except KeyboardInterrupt:
 """
 
 
-def run_until(path, frames, how):
-    """Exit status and last report of a process that wrote at least `frames` frames when its group was sent `how`."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(path)],
+MARK = "PACKFORCING_TEST_OF"
+
+
+def marked(path):
+    """Processes that live and were started, however remotely, by a child that writes the video at `path`."""
+    mark, found = f"{MARK}={path}".encode(), []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark in environ.read_bytes().split(b"\0"):
+                found.append(int(environ.parent.name))
+    return found
+
+
+def gone(path):
+    """Whether all of them end within some seconds."""
+    until = time.monotonic() + 20
+    while marked(path) and time.monotonic() < until:
+        time.sleep(0.02)
+    return not marked(path)
+
+
+def start(program, path):
+    """A child that runs `program` for the video at `path` in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program), str(path)],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env=os.environ | {MARK: str(path)},
     )
+
+
+def run_until(path, frames, how, delay):
+    """Exit status and last report of a process that wrote at least `frames` frames when its group was sent `how`."""
+    child = start(PROGRAM, path)
     reported = 0
     while reported < frames:
         reported = int(child.stdout.readline())
-    time.sleep(0.01)  # into the middle of the next block
+    assert len(marked(path)) == 2  # the encoder is beside it
+    time.sleep(delay)  # into the middle of the next block
     os.killpg(child.pid, how)  # as a terminal does
     rest, _ = child.communicate(timeout=30)
     return child.returncode, int((rest.split() or [reported])[-1])
 
 
 @pytest.mark.parametrize(
-    ("how", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)]
+    ("how", "status", "delay"),
+    [
+        (signal.SIGINT, 130, 0.01),
+        (signal.SIGTERM, -signal.SIGTERM, 0.01),
+        (signal.SIGHUP, -signal.SIGHUP, 0.01),
+        *((signal.SIGKILL, -signal.SIGKILL, delay) for delay in (0, 0.001, 0.003, 0.01, 0.03)),
+    ],
 )
-def test_stopped_process_leaves_a_video_of_every_finished_block(tmp_path, how, status):
+def test_stopped_process_leaves_a_video_of_every_finished_block(tmp_path, how, status, delay):
     path = tmp_path / "a.mp4"
-    code, reported = run_until(path, 15, how)
+    code, reported = run_until(path, 15, how, delay)
     assert code == status
     shown = video.read(path)
-    assert reported <= len(shown) <= reported + 5  # the report follows the block
+    assert len(shown) in (reported, reported + 5)  # the report follows the block
     assert video.settings(path) == {"seed": 3}
+    assert gone(path)
+
+
+LEAVING = """
+import gc, os, signal, sys
+import numpy as np
+from packforcing_jax.io import video
+out = video.Writer(sys.argv[1], fps=16, size=(20, 12), settings={}, scale=6)
+out.write(np.random.default_rng(0).integers(0, 255, (5, 12, 20, 3)).astype(np.uint8))
+%s
+"""
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "",  # never closed
+        "out.me = out; del out; gc.collect(); print('collected', flush=True); sys.stdin.read()",
+        "raise RuntimeError",
+        "os._exit(0)",
+        "os.kill(os.getpid(), signal.SIGKILL)",
+    ],
+)
+def test_no_encoder_outlives_its_writer(tmp_path, end):
+    path = tmp_path / "a.mp4"
+    child = start(LEAVING % end, path)
+    if "collected" in end:
+        assert child.stdout.readline() == "collected\n"
+        assert marked(path) == [child.pid]
+        child.kill()
+    child.communicate(timeout=30)
+    assert gone(path)
+    assert len(video.read(path)) == 5
+
+
+FORKING = """
+import os, sys, time
+import numpy as np
+from packforcing_jax.io import video
+frames = np.random.default_rng(0).integers(0, 255, (5, 12, 20, 3)).astype(np.uint8)
+out = video.Writer(sys.argv[1], fps=16, size=(20, 12), settings={}, scale=6)
+out.write(frames)
+before = out._encoder
+if os.fork() == 0:
+    sys.exit(0)  # with all that a program does at its end
+os.wait()
+if (copy := os.fork()) == 0:
+    before.stop()
+    os.close(1)
+    time.sleep(600)
+out.write(frames)
+assert out._encoder is before
+print(copy, flush=True)
+time.sleep(600)
+"""
+
+
+def test_forked_copies_neither_end_nor_hold_the_encoder(tmp_path):
+    path = tmp_path / "a.mp4"
+    child = start(FORKING, path)
+    copy = int(child.stdout.readline())
+    try:
+        assert len(marked(path)) == 3
+        child.kill()
+        child.communicate(timeout=30)
+        until = time.monotonic() + 20
+        while marked(path) != [copy] and time.monotonic() < until:
+            time.sleep(0.02)
+        assert marked(path) == [copy]
+    finally:
+        os.kill(copy, signal.SIGKILL)
+    assert len(video.read(path)) == 10
 
 
 PATIENT = """
@@ -409,12 +701,7 @@ os._exit(0)
 
 
 def test_interrupt_does_not_reach_the_encoder_of_a_program_that_finishes_first(tmp_path):
-    child = subprocess.Popen(
-        [sys.executable, "-c", PATIENT, str(tmp_path / "a.mp4")],
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    child = start(PATIENT, tmp_path / "a.mp4")
     child.stdout.readline()
     while child.poll() is None:
         os.killpg(child.pid, signal.SIGINT)

@@ -8,6 +8,8 @@ import imageio_ffmpeg
 from packforcing_jax.errors import MachineError
 
 QUIET = ("-nostdin", "-hide_banner", "-v", "error", "-y")
+KEPT = "the finished part is kept"
+REMEDY = "install imageio[ffmpeg], whose ffmpeg makes H.264, and leave IMAGEIO_FFMPEG_EXE unset"
 
 
 def program() -> str:
@@ -15,9 +17,7 @@ def program() -> str:
     try:
         return imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError as error:
-        raise MachineError(
-            "No ffmpeg program was found; install imageio[ffmpeg], which brings one."
-        ) from error
+        raise MachineError(f"No ffmpeg program was found; {REMEDY}.") from error
 
 
 def start(arguments: list[str], **streams) -> subprocess.Popen:
@@ -34,8 +34,7 @@ def start(arguments: list[str], **streams) -> subprocess.Popen:
         )
     except OSError as error:
         raise MachineError(
-            f"The ffmpeg program {name} does not start ({error.strerror}); "
-            "install imageio[ffmpeg] and leave IMAGEIO_FFMPEG_EXE unset."
+            f"The ffmpeg program {name} does not start ({error.strerror}); {REMEDY}."
         ) from error
 
 
@@ -48,8 +47,8 @@ def streams(process: subprocess.Popen) -> tuple[IO[bytes], IO[bytes], IO[bytes]]
     return into, out, said
 
 
-def run(arguments: list[str], data: bytes | None = None) -> bytes:
-    """Standard output of one ffmpeg run that reads `data`."""
+def run(arguments: list[str], data: bytes | None = None, *, then: str = KEPT) -> bytes:
+    """Standard output of one ffmpeg run that reads `data`; `then` ends the sentence about a failure."""
     with start(arguments) as process:
         try:
             out, said = process.communicate(data)
@@ -57,11 +56,11 @@ def run(arguments: list[str], data: bytes | None = None) -> bytes:
             process.kill()
             raise
     if process.returncode:
-        raise MachineError(failure(said, process.returncode))
+        raise failure(said, process.returncode, then)
     return out
 
 
-def failure(said: bytes, status: int | None) -> str:
-    """What to tell of an ffmpeg that ended with `status` and wrote `said` to its standard error."""
+def failure(said: bytes, status: int | None, then: str = KEPT) -> MachineError:
+    """The error about an ffmpeg that ended with `status` and wrote `said` to its standard error."""
     lines = said.decode(errors="replace").strip().splitlines() or [f"exit status {status}"]
-    return f"ffmpeg failed ({lines[-1]}); the finished part is kept."
+    return MachineError(f"ffmpeg failed ({lines[-1]}); {then}.")

@@ -7,9 +7,9 @@ a padding bit at the end of each frame) and that of key frames modulo 2 (`idr_pi
 black frames, which nobody sees, until both counters stand where those of an unbroken process would.
 """
 
-import contextlib
 import os
 import selectors
+import signal
 import struct
 import subprocess
 import tempfile
@@ -24,14 +24,17 @@ import numpy as np
 from packforcing_jax.errors import MachineError
 from packforcing_jax.io import ffmpeg
 
+SLICED, SLICES = (
+    2**18,
+    4,
+)  # pictures of more pixels are cut into slices, each with a thread of its own
 TICKS = 1000  # of a video's clock, per frame and unit of the rate's denominator
 GROUP = 48  # frames between key frames inside one long block
 PATIENCE = 120  # seconds without any progress after which an encoder is given up
 COUNTED = 32  # x264 counts frames modulo this for its padding bit
 COLOURS = "-colorspace bt709 -color_primaries bt709 -color_trc bt709 -color_range tv".split()
-# One thread: the samples are then the same on every machine. zerolatency: no B-frames, no lookahead.
-X264 = [
-    *"-c:v libx264 -preset veryfast -tune zerolatency -threads 1 -qp 14 -bf 0".split(),
+X264 = [  # zerolatency: no B-frames, no lookahead
+    *"-c:v libx264 -preset veryfast -tune zerolatency -qp 14 -bf 0".split(),
     *f"-g {GROUP} -sc_threshold 0 -pix_fmt yuv420p -fps_mode passthrough".split(),
     *COLOURS,
 ]
@@ -56,18 +59,23 @@ class Picture:
         size = ["-s", f"{self.width}x{self.height}", "-r", str(self.rate)]
         return ["-f", "rawvideo", "-pix_fmt", "rgb24", *size, "-i", "pipe:0"]
 
-    def filters(self) -> list[str]:
+    def encoding(self) -> list[str]:
+        """How ffmpeg makes H.264 of them. The number of threads is not the machine's: the samples depend on it."""
+        sliced = self.width * self.height * self.scale**2 > SLICED
+        return ["-vf", self.filters(), *X264, "-threads", str(SLICES if sliced else 1)]
+
+    def filters(self) -> str:
         """How ffmpeg enlarges the frames and converts their colours.
 
-        Colours are averaged over 2 x 2 shown pixels. Where these are always of one pixel, converting first gives the
-        same samples for half the time.
+        Colours are averaged over 2 x 2 shown pixels. Where these always show one pixel, converting first gives the
+        same colours in half the time.
         """
         enlarged = f"scale={self.width * self.scale}:{self.height * self.scale}:flags=neighbor"
         if self.scale == 1:
-            return ["-vf", TO_YUV]
+            return TO_YUV
         if self.scale % 2 == 0:
-            return ["-vf", f"{TO_YUV},format=yuv444p,{enlarged},format=yuv420p"]
-        return ["-vf", f"{enlarged},format=rgb24,{TO_YUV}"]
+            return f"{TO_YUV},format=yuv444p,{enlarged},format=yuv420p"
+        return f"{enlarged},format=rgb24,{TO_YUV}"
 
     def black(self) -> np.ndarray:
         """One frame."""
@@ -89,18 +97,13 @@ def header(picture: Picture, comment: str) -> bytes:
         notes.write_text(f";FFMETADATA1\ncomment={_escaped(comment)}\n", encoding="utf-8")
         metadata = ["-f", "ffmetadata", "-i", str(notes), "-map", "0:v", "-map_metadata", "1"]
         clock = ["-video_track_timescale", str(picture.rate.numerator * TICKS)]
-        arguments = [*picture.source(), *metadata, *picture.filters(), *X264, *clock, *MP4]
-        try:
-            ffmpeg.run([*arguments, str(target)], picture.black().tobytes())
-            found = target.read_bytes()
-            return found[: found.index(b"moof") - 4]
-        except (MachineError, FileNotFoundError, ValueError) as error:
-            if not isinstance(error, MachineError):
-                error = f"The ffmpeg program {ffmpeg.program()} wrote no MP4."
-            raise MachineError(
-                f"No H.264 video can be made here: {error} "
-                "Install imageio[ffmpeg], whose ffmpeg has libx264, and leave IMAGEIO_FFMPEG_EXE unset."
-            ) from None
+        arguments = [*picture.source(), *metadata, *picture.encoding(), *clock, *MP4]
+        ffmpeg.run([*arguments, str(target)], picture.black().tobytes(), then=ffmpeg.REMEDY)
+        found = target.read_bytes() if target.exists() else b""
+    end = found.find(b"moof") - 4
+    if end < 0:
+        raise MachineError(f"{ffmpeg.program()} wrote no video; {ffmpeg.REMEDY}.")
+    return found[:end]
 
 
 def _escaped(text: str) -> str:
@@ -122,11 +125,9 @@ class Encoder:
     """
 
     def __init__(self, picture: Picture, *, block: int, frames: int, keys: int):
-        unseen = (
-            2 + frames % COUNTED
-        )  # the first is a key frame, and the second where the parity asks for it
+        unseen = 2 + frames % COUNTED  # one or two key frames, then others
         forced = f"if(lt(n,{unseen}),lt(n,{1 + keys % 2}),not(mod(n-{unseen},{block})))"
-        arguments = [*picture.source(), *picture.filters(), *X264]
+        arguments = [*picture.source(), *picture.encoding()]
         self.block, self.config = block, b""
         self._said, self._read, self._skip = bytearray(), bytearray(), FLV_HEADER
         self._process = ffmpeg.start(
@@ -165,13 +166,10 @@ class Encoder:
             while len(samples) < count:
                 events = ready.select(PATIENCE)
                 if not events:
-                    raise MachineError(
-                        f"ffmpeg encoded nothing for {PATIENCE} s; the finished part is kept."
-                    )
+                    raise MachineError(f"ffmpeg stood still for {PATIENCE} s; {ffmpeg.KEPT}.")
                 for key, _ in events:
                     if key.fileobj is into:
-                        with contextlib.suppress(BrokenPipeError):  # its output ends as well
-                            data = data[os.write(key.fd, data) :]
+                        data = data[_written(key.fd, data) :]
                         if not data:
                             ready.unregister(into)
                     elif piece := os.read(key.fd, 2**20):
@@ -210,13 +208,22 @@ class Encoder:
             self._process.kill()
             self._process.wait()
         self._said.extend(ffmpeg.streams(self._process)[2].read() or b"")
-        return MachineError(ffmpeg.failure(bytes(self._said), self._process.returncode))
+        return ffmpeg.failure(bytes(self._said), self._process.returncode)
+
+
+def _written(pipe: int, data: memoryview) -> int:
+    """How many bytes the pipe took; all of them if nobody reads it, who then ends the output as well."""
+    try:
+        return os.write(pipe, data)
+    except BrokenPipeError:
+        return len(data)
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends a process of ffmpeg and all that belongs to it."""
-    process.kill()
-    process.wait()
+    """Ends a process of ffmpeg and all that belongs to it; where ffmpeg is a script, what this has started too."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     for stream in ffmpeg.streams(process):
         stream.close()
 

@@ -155,7 +155,10 @@ class Writer:
         rate = Fraction(fps).limit_denominator(1001)
         self.position, self._encoder = resume or Position(), None
         self._picture = h264.Picture(*size, scale, rate)
-        self._header = h264.header(self._picture, json.dumps(settings))
+        try:
+            self._header = h264.header(self._picture, json.dumps(settings))
+        except OSError as error:
+            raise self._failed(error) from error
         if self.position.bytes:
             _check_same_file(self.path, self.position, h264.config(self._header))
         self._file = append_file.File(self.path, self.position.bytes)
@@ -212,10 +215,11 @@ class Writer:
                 self._picture, block=len(frames), frames=at.frames, keys=at.fragments
             )
             if self._encoder.config != h264.config(self._header):
-                raise MachineError(
-                    "ffmpeg encodes in another way than a moment ago; the finished part is kept."
-                )
-        return self._encoder.encode(frames)
+                raise MachineError(f"ffmpeg does not encode as it did before; {ffmpeg.KEPT}.")
+        samples = self._encoder.encode(frames)
+        if not samples[0].key:
+            raise MachineError(f"ffmpeg began a block without a key frame; {ffmpeg.KEPT}.")
+        return samples
 
     def _append(self, samples: list[h264.Sample]) -> None:
         """Adds a block, and its header to an empty file; a failure leaves the file as it was."""
@@ -261,11 +265,10 @@ def _check_same_file(path: Path, at: Position, config: bytes) -> None:
             path.open("rb") as file,
             mmap.mmap(file.fileno(), at.bytes, access=mmap.ACCESS_READ) as start,
         ):
-            found = list(boxes(start))
-            fragments = sum(kind == b"moof" for kind, _ in found)
-            begun = next((h264.config(whole) for kind, whole in found if kind == b"moov"), None)
+            begun = next((h264.config(moov) for kind, moov in boxes(start) if kind == b"moov"), b"")
+            fragments = sum(kind == b"moof" for kind, _ in boxes(start))
     except (MachineError, ValueError):
-        fragments = begun = None
+        fragments, begun = None, b""
     require(
         fragments == at.fragments,
         f"Video {path} ({size} bytes) is not the file of the run to continue; "
