@@ -336,7 +336,7 @@ def read(path) -> np.ndarray:
 
 def contact_sheet(frames, path, *, columns: int = 8, every: int = 1) -> None:
     """Writes one PNG with every `every`-th frame, `columns` to a row; missing places stay black."""
-    import imageio.v3  # needed here alone; it takes a quarter of a second
+    import imageio.v3  # no other function needs it
 
     path, chosen = Path(path), to_uint8(frames)[::every]
     require(
