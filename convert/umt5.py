@@ -9,6 +9,7 @@ from packforcing_jax.convert import rules
 from packforcing_jax.convert.rules import Rule
 
 from packforcing_jax.config import TextConfig
+from packforcing_jax.errors import InputError
 
 UMT5 = (
     Rule(r"token_embedding\.weight", "embedding/embedding"),
