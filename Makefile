@@ -22,7 +22,7 @@ define install
 	@touch $(VENV)/.installed $@
 endef
 
-.PHONY: setup demo test test-slow overfit parity check lint types h200 clean
+.PHONY: setup demo test test-slow wheel-test overfit parity check format lint types h200 clean
 
 setup: $(VENV)/.installed$(EXTRAS:%=-%)
 
@@ -41,6 +41,9 @@ test: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
 
+wheel-test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m wheel tests/test_wheel.py
+
 overfit: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.overfit --out runs/overfit
 
@@ -48,7 +51,11 @@ parity:
 	@$(MAKE) setup VENV=$(VENV)-parity EXTRAS=dev,parity
 	$(VENV)-parity/bin/python -m pytest -m parity tests/parity
 
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+
 lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
 types: $(VENV)/.installed-dev

@@ -5,7 +5,6 @@ import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import numpy as np
 from packforcing_jax.convert import rules
 from packforcing_jax.convert.rules import Rule
 
@@ -48,16 +47,6 @@ def renamings(names: Collection[str]) -> dict[str, list[str]]:
     """What each name of a transformers checkpoint is called originally; two of them may be the same tensor."""
     rows = [*UMT5_TRANSFORMERS.items(), ("token_embedding.weight", EMBEDDING_TWIN)]
     return rules.renamings(names, rows)
-
-
-def original_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A transformers checkpoint of the encoder under Wan2.1's names."""
-    single = {name: tensor for name, tensor in tensors.items() if name != EMBEDDING_TWIN}
-    if EMBEDDING_TWIN in tensors:
-        twin = tensors[EMBEDDING_TWIN]
-        if not np.array_equal(single.setdefault("shared.weight", twin), twin):
-            raise InputError(f"{EMBEDDING_TWIN} differs from shared.weight; UMT5 has only one.")
-    return rules.rename(single, UMT5_TRANSFORMERS.items())
 
 
 def config_from_shapes(shapes: Mapping[str, rules.Shape], template: TextConfig) -> TextConfig:

@@ -346,7 +346,7 @@ CHILD = """
 import sys
 import jax.numpy as jnp
 import numpy as np
-from packforcing_jax import saves
+from packforcing_jax.sampling import sampler_checkpoints as saves
 
 store = saves.Saves(sys.argv[1])
 block = store.latest() or 0

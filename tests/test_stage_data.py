@@ -1,4 +1,4 @@
-"""Training clips: the promised call-backs, functions of (seed, index) only, and batches that resume exactly."""
+"""Training clips: the promised call-backs, and functions of (seed, index) only."""
 
 import numpy as np
 import pytest
@@ -160,30 +160,6 @@ def test_a_remembering_encoder_answers_the_same_and_asks_once():
         for found, expected in zip(lookup(sentences), encode(sentences), strict=True):
             np.testing.assert_array_equal(found, expected)
     assert asked == [red, blue]
-
-
-def test_batches_hold_consecutive_clips():
-    batches = iter(data.dataset(6, 3, encode=encode, start=5))
-    next(batches)
-    second = next(batches)
-    expected = [data.clip(6, index, encode) for index in (8, 9, 10)]
-    for name, array in second.items():
-        np.testing.assert_array_equal(
-            array, np.stack([clip[name] for clip in expected]), err_msg=name
-        )
-
-
-def test_saved_batches_resume_exactly():
-    batches = iter(data.dataset(1, 3, encode=encode))
-    for _ in range(2):
-        next(batches)
-    state = batches.get_state()
-    wanted = [next(batches) for _ in range(2)]
-    resumed = iter(data.dataset(1, 3, encode=encode))
-    resumed.set_state(state)
-    for want in wanted:
-        for name, array in next(resumed).items():
-            np.testing.assert_array_equal(array, want[name], err_msg=name)
 
 
 def shown(guests, scenes):

@@ -24,6 +24,11 @@ from packforcing_jax.io import ffmpeg, h264, video
 WIDTH, HEIGHT, SCALE = 20, 12, 6
 
 
+def to_floats(frames: np.ndarray) -> np.ndarray:
+    """uint8 frames as float32 in [-1, 1]."""
+    return np.asarray(frames, np.float32) / 127.5 - 1
+
+
 def scene(count, start=0, width=WIDTH, height=HEIGHT):
     """uint8 frames: a gradient behind a bright bar whose column is the frame number."""
     columns, rows = np.meshgrid(np.arange(width), np.arange(height))
@@ -57,7 +62,7 @@ def timing(path):
 
 def test_uint8_survives_the_way_to_floats_and_back():
     every = np.arange(256, dtype=np.uint8).reshape(1, 8, 32, 1).repeat(3, -1)
-    floats = video.from_uint8(every)
+    floats = to_floats(every)
     assert floats.dtype == np.float32
     assert (floats.min(), floats.max()) == (-1, 1)
     np.testing.assert_array_equal(video.to_uint8(floats), every)
@@ -68,7 +73,7 @@ def test_file_plays_after_every_block_with_every_frame_once_and_in_order(tmp_pat
     path, done = tmp_path / "new folder" / "a=b é.mp4", 0
     with writer(path) as out:
         for count in (3, 1, 1, 7):
-            out.write(video.from_uint8(scene(count, done)))
+            out.write(to_floats(scene(count, done)))
             done += count
             shown = video.read(path)
             assert shown.shape == (done, HEIGHT * SCALE, WIDTH * SCALE, 3)
@@ -727,19 +732,19 @@ def test_torn_tail_costs_only_the_last_block(tmp_path):
 
 
 def test_guard_passes_pictures_even_dark_ones():
-    video.guard(video.from_uint8(scene(4)))
+    video.guard(to_floats(scene(4)))
     dark = np.full((3, 6, 10, 3), -1, np.float32)
     dark[:, 2:4, 3:5, 1] = -0.8
     video.guard(dark)
     black_then_picture = np.concatenate(
-        [np.full((2, HEIGHT, WIDTH, 3), -1, np.float32), video.from_uint8(scene(1))]
+        [np.full((2, HEIGHT, WIDTH, 3), -1, np.float32), to_floats(scene(1))]
     )
     video.guard(black_then_picture)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_guard_names_the_first_frame_that_is_not_finite(value):
-    frames = video.from_uint8(scene(5))
+    frames = to_floats(scene(5))
     frames[4, 0, 0, 0] = value
     frames[3, 11, 19, 2] = value
     with pytest.raises(MachineError, match="Frame 43 holds values that are not finite"):

@@ -18,7 +18,6 @@ from packforcing_jax.sampling import prompt_files, timelines
 from packforcing_jax.stage import data, world
 
 Example: TypeAlias = dict[str, np.ndarray]
-Raw: TypeAlias = dict[str, np.ndarray]  # a batch: what examples hold, the batch in front
 Encode: TypeAlias = Callable[
     [list[str]], tuple[np.ndarray, np.ndarray]
 ]  # prompts -> ids and mask, [prompts, words]

@@ -36,11 +36,6 @@ def to_uint8(frames) -> np.ndarray:
     return np.clip(np.rint((frames.astype(np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
-def from_uint8(frames: np.ndarray) -> np.ndarray:
-    """uint8 frames as float32 in [-1, 1]; `to_uint8` gives them back exactly."""
-    return np.asarray(frames, np.float32) / 127.5 - 1
-
-
 def guard(frames, first: int = 0) -> None:
     """Raises `MachineError` if a frame [t,h,w,3] in [-1, 1] is not finite or the block is blank; `first` counts on.
 

@@ -14,7 +14,6 @@ import numpy as np
 from flax import nnx, struct
 from jax import Array
 
-import packforcing_jax
 from packforcing_jax import pytrees
 from packforcing_jax.config import PROFILES, Experiment, overrides
 from packforcing_jax.errors import nearest, require
@@ -26,7 +25,7 @@ from packforcing_jax.types import KV, Latent, TextStates
 
 Words: TypeAlias = tokenizer.Tokenizer
 TextEncoder: TypeAlias = text.UMT5
-SHIPPED = Path(packforcing_jax.__file__).parent / "weights" / "stage"
+SHIPPED = Path(__file__).parents[1] / "weights" / "stage"
 
 
 @struct.dataclass

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import grain
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -121,11 +120,3 @@ def remembering(encode: Encode) -> Encode:
         return np.stack(ids), np.stack(mask)
 
     return lookup
-
-
-def dataset(seed: int, batch: int, *, encode: Encode, start: int = 0) -> grain.IterDataset:
-    """Batches of clips `start`, `start + 1`, ...; its iterator can be saved (`get_state`) and resumed (`set_state`)."""
-    known = remembering(encode)
-    clips = grain.MapDataset.range(start, CLIPS).map(lambda index: clip(seed, int(index), known))
-    batches = clips.batch(batch, drop_remainder=True)
-    return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))

@@ -1,6 +1,5 @@
 """Scores stage videos from the oracle's readings, and gives beside every score the level that guessing reaches."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -182,14 +181,6 @@ def distinct_marks(reading: oracle.Reading, prompts: Prompts) -> tuple[int, floa
     """
     first = [guest[0][1] for guest in visits(reading, prompts, "guest")]
     return len(set(first) - {-1}), world.MARKS * (1 - (1 - 1 / world.MARKS) ** len(first))
-
-
-def shuffled(reading: oracle.Reading, rng: np.random.Generator) -> oracle.Reading:
-    """A control without memory: the same video with the marks of every block drawn anew."""
-    block = np.arange(len(reading)) // world.BLOCK
-    mark, poster, guest_mark = rng.integers(world.MARKS, size=(3, len(reading)))[:, block]
-    guest_mark = np.where(reading.guest < 0, -1, guest_mark)
-    return dataclasses.replace(reading, mark=mark, poster=poster, guest_mark=guest_mark)
 
 
 # How it moves
