@@ -354,7 +354,7 @@ def test_interrupt_while_appending_keeps_whole_blocks(tmp_path):
 PROGRAM = """
 import signal, sys
 import numpy as np
-from packforcing_jax import video
+from packforcing_jax.io import video
 frames = np.random.default_rng(0).integers(0, 255, (5, 12, 20, 3)).astype(np.uint8)
 try:
     with video.Writer(sys.argv[1], fps=16, size=(20, 12), settings={"seed": 3}, scale=6) as out:
@@ -398,7 +398,7 @@ def test_stopped_process_leaves_a_video_of_every_finished_block(tmp_path, how, s
 PATIENT = """
 import os, signal, sys
 import numpy as np
-from packforcing_jax import video
+from packforcing_jax.io import video
 with video.Writer(sys.argv[1], fps=16, size=(20, 12), settings={}, scale=6) as out:
     signal.signal(signal.SIGINT, lambda *_: None)
     for _ in range(6):
