@@ -228,6 +228,17 @@ def test_what_is_saved_may_be_used_up_at_once(store):
         assert_same(jax.tree.map(np.asarray, store.restore(used)[0]), kept)
 
 
+def test_what_is_saved_may_be_written_in_place_at_once(store):
+    """NumPy arrays, and views of arrays of JAX that are then used up."""
+    use_up = jax.jit(lambda leaf: 0 * leaf - 7, donate_argnums=0)
+    given = {"a": np.arange(900_000.0), "b": jnp.arange(700_000.0)}
+    kept = jax.tree.map(np.array, given)
+    store.save(1, jax.device_get(given))
+    given["a"][:] = -7
+    use_up(use_up(given.pop("b")))
+    assert_same(store.restore(kept)[0], kept)
+
+
 def test_a_state_of_another_training_is_refused_by_what_differs(tmp_path):
     about = {
         "seed": 3,

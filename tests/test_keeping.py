@@ -62,6 +62,7 @@ def keep(keeper, blocks, *, written=video.Position(70, 8, 3), traced=900, seed=0
         (File(written), File(traced) if traced else None),
     )
     keeper.keep(Block(blocks - 1, state), *files)
+    keeper.close()
     return state, files
 
 

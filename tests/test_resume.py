@@ -90,7 +90,9 @@ def run(request, folder, quick, tmp_path_factory):
     place, model, blocks = tmp_path_factory.mktemp("runs"), loaded(folder, request.param), []
     for block in model.stream(STORY, seed=3):
         if block.index + 1 in AWKWARD:
-            keeper(model, place / f"{block.index + 1}").keep(block, Files(), None)
+            one = keeper(model, place / f"{block.index + 1}")
+            one.keep(block, Files(), None)
+            one.close()
         blocks.append(dataclasses.replace(block, state=None))
     return request.param, blocks, place
 
@@ -136,6 +138,7 @@ def test_a_run_stopped_twice_is_still_the_same(folder, quick, tmp_path, first):
             latents.append(block.latent)
             if block.index + 1 == until:
                 break
+        one.close()
     expected = [block.latent for block in model.stream(STORY, seed=3)]
     np.testing.assert_array_equal(latents, expected)
 

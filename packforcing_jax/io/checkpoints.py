@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from packforcing_jax import interrupts
 from packforcing_jax.errors import InputError, MachineError, brief, require
-from packforcing_jax.io import append_file, atomic
+from packforcing_jax.io import append_file
 
 FORMAT = 2  # of what is noted beside a state; version 1 was never released
 STATE, NOTES, DIGESTS = "state", "notes", "digests.json"  # what a step consists of
@@ -57,18 +57,16 @@ def _described(state) -> dict[str, str]:
 
 
 def _plain(leaf):
-    """A leaf as an array that Orbax stores: a typed key as its data, a Python number as an array."""
+    """A leaf, abstract or not, as an array that Orbax stores: a typed key as its data, a number as an array."""
     if _is_key(leaf):
-        return jax.random.key_data(leaf)
+        abstract = isinstance(leaf, jax.ShapeDtypeStruct)
+        return jax.eval_shape(jax.random.key_data, leaf) if abstract else jax.random.key_data(leaf)
     return leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
 
 
 def _stored(state) -> dict[str, Any]:
     """The arrays that Orbax stores of a state, which may be abstract: it refuses empty ones."""
-    plain = {
-        name: jax.eval_shape(_plain, leaf) if _is_key(leaf) else _plain(leaf)
-        for name, leaf in named(state).items()
-    }
+    plain = {name: _plain(leaf) for name, leaf in named(state).items()}
     return {name: leaf for name, leaf in plain.items() if 0 not in leaf.shape}
 
 
@@ -87,8 +85,7 @@ def _wanted(leaf):
 def _like(leaf, stored, kind: str | None):
     """The stored array as a leaf of the same sort as `leaf`; `kind` is the generator of a typed key."""
     if stored is None:
-        empty = jax.eval_shape(_plain, leaf) if _is_key(leaf) else leaf
-        stored = np.zeros(empty.shape, empty.dtype)
+        stored = np.zeros(_plain(leaf).shape, _plain(leaf).dtype)
     if _is_key(leaf):
         return jax.random.wrap_key_data(jnp.asarray(stored), impl=kind)
     if isinstance(leaf, np.ndarray | np.generic):
@@ -272,14 +269,15 @@ class Checkpoints:
             "notes": _everyones(notes),
             "about": self.about,
         }
-        arrays = {name: _plain(named(state)[name]) for name in _stored(state)}
         self._saving = step
         try:
             with interrupts.held():
                 args = _orbax().args
                 self._opened().save(
                     step,
-                    args=args.Composite(state=args.StandardSave(arrays), notes=args.JsonSave(told)),
+                    args=args.Composite(
+                        state=args.StandardSave(_stored(state)), notes=args.JsonSave(told)
+                    ),
                     force=True,
                 )
         except (OSError, ValueError) as error:  # Orbax reports a full disk as ValueError
@@ -294,19 +292,17 @@ class Checkpoints:
             options = orbax.CheckpointManagerOptions(
                 max_to_keep=self.keep,
                 todelete_subdir=DISCARDED,
-                async_options=orbax.options.AsyncOptions(post_finalization_callback=self._seal),
+                async_options=orbax.options.AsyncOptions(
+                    post_finalization_callback=self._seal if self.digests else None
+                ),
             )
             self._manager = orbax.CheckpointManager(self.folder, options=options)
         return self._manager
 
     def _seal(self) -> None:
-        """The last act before a step gets its name, on the first process: the disk has it, with digests if asked."""
+        """Adds the digests: the last act, on the first process, before a step gets its name."""
         step = self.folder / f"{self._saving}{TEMPORARY}"
-        if self.digests:
-            (step / DIGESTS).write_text(json.dumps(_digests(step)), encoding="utf-8")
-            atomic.sync(step / DIGESTS)
-        for item in (STATE, NOTES):
-            atomic.sync(step / item)
+        (step / DIGESTS).write_text(json.dumps(_digests(step)), encoding="utf-8")
 
     def _tidy(self) -> None:
         """Removes steps that are not kept and what an interrupted save left; nothing is being saved."""
