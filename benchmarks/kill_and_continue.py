@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import endurance
-from packforcing_jax.io import model_folder, video
+from packforcing_jax.io import checkpoints, model_folder, video
 from packforcing_jax.networks import tokenizer
-from packforcing_jax.sampling import sampler_checkpoints
 from packforcing_jax.stage import captions
 
 PATIENCE = 300  # seconds until a moment that does not come is given up
@@ -69,14 +68,14 @@ class Run:
 
     def saved(self) -> int:
         """Blocks in the newest complete save."""
-        return sampler_checkpoints.Saves(self.saves).latest() or 0
+        return checkpoints.Checkpoints(self.saves).latest() or 0
 
     def saving(self, since: float) -> bool:
         """Whether a save is being written that was begun after `since`, in seconds of the system's clock."""
-        try:
-            return (self.saves / sampler_checkpoints.UNFINISHED).stat().st_ctime > since
-        except FileNotFoundError:
-            return False
+        written = self.saves.glob(f"*{checkpoints.TEMPORARY}*")
+        with contextlib.suppress(FileNotFoundError):  # it has got its name meanwhile
+            return any(step.stat().st_ctime > since for step in written)
+        return False
 
 
 @dataclass(frozen=True)

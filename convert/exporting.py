@@ -1,6 +1,5 @@
 """Model folders back to one file under original names and in the layouts of torch, tensor by tensor."""
 
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeAlias
@@ -9,7 +8,7 @@ import numpy as np
 from packforcing_jax.convert import networks, rules, sources
 
 from packforcing_jax.errors import InputError, require
-from packforcing_jax.io import model_folder, safetensors_io
+from packforcing_jax.io import atomic, model_folder, safetensors_io
 from packforcing_jax.io.safetensors_io import Tensor
 
 SUFFIX = ".safetensors"
@@ -63,16 +62,15 @@ def to_torch(
     parts = {each: originals(model, each, wrong) for each in ([part] if part else model.parts)}
     rules.raise_all(wrong, f"Model folder {folder} does not fit its {model_folder.CONFIG}", AGAIN)
     held = {name: tensor for tensors_of in parts.values() for name, tensor in tensors_of.items()}
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as room:
+    with atomic.file(out) as fresh:
         forms = {name: (tensor.shape, tensor.dtype) for name, tensor in held.items()}
-        with safetensors_io.Writer(Path(room, "new"), forms, {"format": "pt"}) as file:
+        with safetensors_io.Writer(fresh, forms, {"format": "pt"}) as file:
             for name, tensor in watch(held.items(), len(held)):
                 array = np.asarray(tensor.read(), order="C")
                 if not rules.finite(array):
                     wrong["not finite"].append(name)
                 file.put(name, array)
         rules.raise_all(wrong, f"Model folder {folder} is damaged", AGAIN)
-        Path(room, "new").replace(out)
     return parts
 
 

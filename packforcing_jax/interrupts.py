@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: raised where the program stands, and remembered, or only noted until the step is finished.
+"""Ctrl-C and SIGTERM: raised where the program stands, and remembered, or held or noted until something is finished.
 
 An exception raised inside a callback of the garbage collector is printed and lost. There a signal is only remembered,
 and whoever works in steps looks here between them.
@@ -53,6 +53,18 @@ def look() -> None:
     """Raises the KeyboardInterrupt that is still owed or was lost on its way, if one is."""
     if _heard.is_set():
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """While inside, signals wait; whoever listens to them hears them behind it."""
+    waiting: list[int] = []
+    try:
+        with _handled(lambda signum, frame: waiting.append(signum)):
+            yield
+    finally:
+        for signum in waiting:
+            signal.raise_signal(signum)
 
 
 @contextlib.contextmanager

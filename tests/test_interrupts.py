@@ -55,6 +55,23 @@ def test_there_is_nothing_to_raise_in_quiet_or_in_the_next_run():
 
 
 @pytest.mark.parametrize("stop", SIGNALS)
+def test_a_held_signal_is_heard_behind_the_work_by_whoever_listened(stop):
+    done = []
+
+    def work():
+        with interrupts.held():
+            os.kill(os.getpid(), stop)
+            done.append(1)
+
+    with pytest.raises(KeyboardInterrupt), interrupts.raised():
+        work()
+    with interrupts.noted() as asked:
+        work()
+        assert asked()
+    assert done == [1, 1]
+
+
+@pytest.mark.parametrize("stop", SIGNALS)
 def test_a_noted_signal_waits_and_the_second_does_not(stop):
     def work():
         with interrupts.noted() as asked:

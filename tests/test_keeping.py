@@ -9,8 +9,8 @@ import pytest
 
 from packforcing_jax import pytrees
 from packforcing_jax.errors import InputError
-from packforcing_jax.io import video
-from packforcing_jax.sampling import pipeline, resume, sampler_checkpoints
+from packforcing_jax.io import checkpoints, video
+from packforcing_jax.sampling import pipeline, resume
 from packforcing_jax.sampling.pipeline import Pipeline
 
 RED, BLUE, LIME = "a red disc", "the blue figure walks", "lime square"
@@ -62,6 +62,7 @@ def keep(keeper, blocks, *, written=video.Position(70, 8, 3), traced=900, seed=0
         (File(written), File(traced) if traced else None),
     )
     keeper.keep(Block(blocks - 1, state), *files)
+    keeper.close()
     return state, files
 
 
@@ -80,9 +81,9 @@ def same_bits(one, two):
 def test_a_run_is_kept_after_every_few_blocks_and_behind_its_last(pipe, tmp_path):
     one, kept = keeper(tmp_path / "saves", pipe), []
     for blocks in range(1, 12):
-        before = sampler_checkpoints.Saves(tmp_path / "saves").latest()
+        before = checkpoints.Checkpoints(tmp_path / "saves").latest()
         _, files = keep(one, blocks)
-        if sampler_checkpoints.Saves(tmp_path / "saves").latest() != before:
+        if checkpoints.Checkpoints(tmp_path / "saves").latest() != before:
             kept.append(blocks)
         assert all(file.synced == (blocks in kept) for file in files)
     assert kept == [4, 8, 11]
@@ -131,7 +132,7 @@ def test_what_follows_the_kept_blocks_may_be_told_anew(pipe, tmp_path, story):
     later = keeper(tmp_path, pipe, prompts=story)
     same_bits(later.resume().state, state)
     keep(later, len(story)) if len(story) > 8 else None
-    assert keeper(tmp_path, pipe, prompts=story).saves.about()["prompts"] == (
+    assert keeper(tmp_path, pipe, prompts=story).saved.notes()["prompts"] == (
         story if len(story) > 8 else STORY
     )
 
@@ -143,7 +144,7 @@ def test_another_story_is_refused(pipe, tmp_path, story):
     keep(keeper(tmp_path, pipe), 8)
     with pytest.raises(
         InputError,
-        match="^Save folder .* another story in its first 8 blocks; give the same prompts",
+        match="^Checkpoint folder .* another story in its first 8 blocks; give the same prompts",
     ):
         keeper(tmp_path, pipe, prompts=story).resume()
 
@@ -160,23 +161,23 @@ def test_another_story_is_refused(pipe, tmp_path, story):
     ],
 )
 def test_another_run_is_refused_by_what_differs(pipe, tmp_path, changed, named):
-    keep(keeper(tmp_path, pipe), 4)
+    keep(keeper(tmp_path / "saves", pipe), 4)
     model = pipe.with_settings(changed.pop("sets", []))
     with pytest.raises(
-        InputError, match=f"block_4 does not fit this run .*{named}.*; continue with the settings"
+        InputError, match=f"saves.4 belongs to another run .*{named}.*; continue with the settings"
     ):
-        keeper(tmp_path, model, **changed).resume()
+        keeper(tmp_path / "saves", model, **changed).resume()
 
 
 def test_other_weights_are_refused(pipe, tmp_path):
-    keep(keeper(tmp_path, pipe), 4)
+    keep(keeper(tmp_path / "saves", pipe), 4)
     nets = jax.tree.map(lambda leaf: leaf + 1e-3, pipe.nets)
     differs = 'weights: "[0-9a-f]+" saved, "[0-9a-f]+" wanted'
-    with pytest.raises(InputError, match=f"block_4 does not fit this run .*{differs}"):
-        keeper(tmp_path, dataclasses.replace(pipe, nets=nets)).resume()
+    with pytest.raises(InputError, match=f"saves.4 belongs to another run .*{differs}"):
+        keeper(tmp_path / "saves", dataclasses.replace(pipe, nets=nets)).resume()
 
 
 @pytest.mark.parametrize("every", [0, -3])
 def test_a_pace_that_is_none_is_refused(pipe, tmp_path, every):
     with pytest.raises(InputError, match=f"every={every} must be at least 1"):
-        keeper(tmp_path, pipe, every=every)
+        keeper(tmp_path / "saves", pipe, every=every)

@@ -11,6 +11,7 @@ import pytest
 
 from packforcing_jax.data import records
 from packforcing_jax.errors import InputError, MachineError
+from packforcing_jax.io import atomic
 
 ABOUT = {"clip": 5, "latent": (3, 2)}
 
@@ -108,18 +109,18 @@ def test_an_interruption_between_an_example_and_its_count_repeats_none(tmp_path,
     ]
 
 
-@pytest.mark.parametrize("name", ["_synced", "_count"])
-def test_an_interruption_while_a_file_is_finished_loses_none(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(("module", "name"), [(atomic, "sync"), (records, "_count")])
+def test_an_interruption_while_a_file_is_finished_loses_none(tmp_path, monkeypatch, module, name):
     calls = []
 
-    def interrupted(path, real=getattr(records, name)):
+    def interrupted(path, real=getattr(module, name)):
         calls.append(path)
         if len(calls) == 4:
             raise KeyboardInterrupt
         return real(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(records, name, interrupted)
+        patch.setattr(module, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
             write(tmp_path / "set", 14)
     assert prompts(write(tmp_path / "set", 14)) == all_of(14)

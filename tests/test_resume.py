@@ -15,9 +15,9 @@ from flax import nnx
 
 from packforcing_jax import config
 from packforcing_jax.cli import main
-from packforcing_jax.io import video
+from packforcing_jax.io import checkpoints, video
 from packforcing_jax.networks import codec
-from packforcing_jax.sampling import host_archive, pipeline, resume, sampler_checkpoints, trace
+from packforcing_jax.sampling import host_archive, pipeline, resume, trace
 from packforcing_jax.sampling.pipeline import Pipeline
 
 RED, BLUE, LIME = "a red disc", "the blue figure walks", "lime square"
@@ -90,7 +90,9 @@ def run(request, folder, quick, tmp_path_factory):
     place, model, blocks = tmp_path_factory.mktemp("runs"), loaded(folder, request.param), []
     for block in model.stream(STORY, seed=3):
         if block.index + 1 in AWKWARD:
-            keeper(model, place / f"{block.index + 1}").keep(block, Files(), None)
+            one = keeper(model, place / f"{block.index + 1}")
+            one.keep(block, Files(), None)
+            one.close()
         blocks.append(dataclasses.replace(block, state=None))
     return request.param, blocks, place
 
@@ -136,6 +138,7 @@ def test_a_run_stopped_twice_is_still_the_same(folder, quick, tmp_path, first):
             latents.append(block.latent)
             if block.index + 1 == until:
                 break
+        one.close()
     expected = [block.latent for block in model.stream(STORY, seed=3)]
     np.testing.assert_array_equal(latents, expected)
 
@@ -173,13 +176,13 @@ def test_a_killed_command_goes_on_as_if_it_had_not_been(folder, tmp_path, capsys
     ) as process:
         deadline = time.monotonic() + 120
         while (
-            not (broken / "saves" / "block_4").exists()
+            not (broken / "saves" / "4").exists()
             and process.poll() is None
             and time.monotonic() < deadline
         ):
             time.sleep(0.002)
         os.killpg(process.pid, signal.SIGKILL)
-    kept = sampler_checkpoints.Saves(broken / "saves").latest()
+    kept = checkpoints.Checkpoints(broken / "saves").latest()
     assert 4 <= kept < 23
     assert len(video.read(broken / "v.mp4")) >= 3 * kept
     assert main.main(words("broken")) == main.main(words("whole")) == 0

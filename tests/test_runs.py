@@ -12,6 +12,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint
 import pytest
 import tiny
 
@@ -135,8 +136,8 @@ def lines(folder):
 
 
 def assert_same_state(one, other, **tolerance):
-    named = checkpoints._named(one.state)
-    for path, leaf in checkpoints._named(other.state).items():
+    named = checkpoints.named(one.state)
+    for path, leaf in checkpoints.named(other.state).items():
         np.testing.assert_allclose(
             np.asarray(leaf), np.asarray(named[path]), err_msg=path, **{"rtol": 0} | tolerance
         )
@@ -267,9 +268,9 @@ def test_a_save_that_failed_is_told_and_the_one_before_is_there(straight, tmp_pa
     run = begin(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(
-            run.saved._manager,
+            orbax.checkpoint.CheckpointManager,
             "wait_until_finished",
-            lambda: (_ for _ in ()).throw(OSError(28, "full")),
+            lambda _: (_ for _ in ()).throw(OSError(28, "full")),
         )
         with pytest.raises(
             MachineError,
@@ -355,7 +356,7 @@ def test_another_run_is_not_gone_on_with(tmp_path):
         (wider, 7, "experiment.dit.ffn_dim: 20 saved, 24"),
         (with_train(batch=8), 7, "experiment.train.batch: 4 saved, 8 wanted"),
     ):
-        with pytest.raises(InputError, match=f"belongs to another training .*{said}"):
+        with pytest.raises(InputError, match=f"belongs to another run .*{said}"):
             begin(tmp_path, exp, seed)
     assert sorted(tmp_path.rglob("*")) == before
     assert begin(tmp_path, with_train(steps=20, save_every=5, log_every=2, patience=9)).step == 1
@@ -602,7 +603,7 @@ def test_a_recipe_is_one_command_and_what_is_done_is_not_done_again(
     assert [line["step"] for line in lines(tmp_path / "run" / "student")] == [1, 2, 3, 4, 5]
     assert command("--stage", "teacher", "--set", "train.batch=8", config=recipe) == 2
     assert (
-        "belongs to another training (experiment.train.batch: 4 saved, 8 wanted)"
+        "belongs to another run (experiment.train.batch: 4 saved, 8 wanted)"
         in capsys.readouterr().err
     )
 

@@ -11,8 +11,8 @@ import time
 import pytest
 
 from packforcing_jax.cli import main
-from packforcing_jax.io import video
-from packforcing_jax.sampling import sampler_checkpoints, trace
+from packforcing_jax.io import checkpoints, video
+from packforcing_jax.sampling import trace
 
 
 def run(capsys, folder, *words):
@@ -344,8 +344,8 @@ def test_a_run_goes_on_from_its_last_save(capsys, folder, story, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert kept(capsys, folder, story, whole, 11)[0] == 0
     shutil.copytree(whole, broken)
-    assert sampler_checkpoints.Saves(broken / "saves").latest() == 11
-    shutil.rmtree(broken / "saves" / "block_11")
+    assert checkpoints.Checkpoints(broken / "saves").latest() == 11
+    shutil.rmtree(broken / "saves" / "11")
     lines = (whole / "t.jsonl").read_bytes()
     (broken / "t.jsonl").write_bytes(lines[:-40])
     code, said, told = kept(capsys, folder, story, broken, 11)
@@ -441,12 +441,12 @@ def test_a_damaged_save_is_refused_with_the_way_out(capsys, folder, finished, tm
     place = tmp_path / "run"
     shutil.copytree(finished, place)
     largest = max(
-        (place / "saves" / "block_5").rglob("*"),
+        (place / "saves" / "5").rglob("*"),
         key=lambda path: path.is_file() and path.stat().st_size,
     )
     largest.write_bytes(largest.read_bytes()[:-7])
     assert "delete it to continue from the one before" in refused(capsys, folder, place)
-    shutil.rmtree(place / "saves" / "block_5")
+    shutil.rmtree(place / "saves" / "5")
     code, _, told = kept(capsys, folder, place / "story.txt", place, 5)
     assert code == 0
     assert "goes on behind block 4" in told

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 from packforcing_jax.cli import common, plan
 from packforcing_jax.config import overrides
 from packforcing_jax.errors import InputError, require
+from packforcing_jax.io import atomic
 
 DEFAULT = "stage"
 PARTS = ("forward", "block", "selection", "decode", "compression", "commit", "remember", "second")
@@ -265,16 +264,7 @@ def tolerance(runs: list[float]) -> float:
 
 def write(path: str | Path, baseline: Mapping[str, Any]) -> None:
     """The baseline as a file, complete or not at all."""
-    path = Path(path)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        try:
-            file.write(json.dumps(baseline, indent=2) + "\n")
-            file.close()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    atomic.write(path, f"{json.dumps(baseline, indent=2)}\n".encode())
 
 
 # Output

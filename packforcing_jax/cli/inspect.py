@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from packforcing_jax.errors import require
+from packforcing_jax.io import atomic
 
 SHOWN = 20  # problems printed in full; --json holds all
 
@@ -71,17 +72,10 @@ def _target(args: argparse.Namespace) -> Path | None:
 
 
 def _write(image, target: Path) -> None:
-    """Writes the map; a failure leaves no part of it."""
+    """Writes the map; a failure leaves what was there before."""
     import imageio.v3
 
-    data = imageio.v3.imwrite("<bytes>", image, extension=".png")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        target.write_bytes(data)
-    except OSError:
-        if target.is_file() and target.stat().st_size < len(data):
-            target.unlink()
-        raise
+    atomic.write(target, imageio.v3.imwrite("<bytes>", image, extension=".png"))
 
 
 def _verdict(wrong: list[str], blocks: int) -> str:

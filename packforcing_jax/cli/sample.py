@@ -199,6 +199,8 @@ def _make(film: Film) -> int:
     size = (exp.latent[1] * exp.codec.space_factor, exp.latent[0] * exp.codec.space_factor)
     seen = _Seen(all=captions.tells(exp), total=film.blocks if args.sheet else 0)
     with contextlib.ExitStack() as files:
+        if keeper is not None:
+            files.callback(keeper.close)
         writer = files.enter_context(
             video.Writer(
                 args.out,

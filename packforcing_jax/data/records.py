@@ -21,10 +21,10 @@ import safetensors.numpy
 from array_record.python import array_record_module  # type: ignore[reportAttributeAccessIssue]  compiled
 
 from packforcing_jax.errors import InputError, MachineError, brief, require
-from packforcing_jax.io import append_file, safetensors_io
+from packforcing_jax.io import append_file, atomic, safetensors_io
 
 FORMAT = "packforcing-jax data 1"
-COMPLETE, UNFINISHED, FRESH = "dataset.json", "unfinished.json", ".fresh.json"
+COMPLETE, UNFINISHED = "dataset.json", "unfinished.json"
 SHARD = re.compile(r"part-\d{5}\.array_record")
 OPTIONS = "group_size:1,uncompressed"  # every record can be read alone; latents hardly compress
 EXAMPLES, SIZE = 1000, 2**30  # of one shard, at most: what a kill can cost
@@ -230,7 +230,8 @@ class Writer:
         with self._disk():
             if at.file.is_open():
                 at.file.close()
-            shard = Shard(self._path.name, _count(self._path), _synced(self._path))
+            atomic.sync(self._path)
+            shard = Shard(self._path.name, _count(self._path), self._path.stat().st_size)
         taken = at.notes.taken + at.items + shard.examples - at.examples
         self._note(dataclasses.replace(at.notes, shards=(*at.notes.shards, shard), taken=taken))
 
@@ -251,9 +252,7 @@ class Writer:
     def _note(self, notes: Notes) -> None:
         """Writes down what is finished, whole or not at all."""
         with self._disk():
-            (self.folder / FRESH).write_text(to_json(notes), encoding="utf-8")
-            _synced(self.folder / FRESH)
-            os.replace(self.folder / FRESH, self.folder / UNFINISHED)
+            atomic.write(self.folder / UNFINISHED, to_json(notes).encode())
         self._at = _At(notes)
 
     def _keep(self) -> None:
@@ -272,7 +271,7 @@ class Writer:
             if not self.complete:
                 self._keep()
                 if kind is None:
-                    os.replace(self.folder / UNFINISHED, self.folder / COMPLETE)
+                    atomic.move(self.folder / UNFINISHED, self.folder / COMPLETE)
                     self.complete = True
         finally:
             os.close(self._lock)
@@ -290,7 +289,8 @@ def _continued(folder: Path, wanted: Notes) -> Notes:
                 "choose another folder, or delete that one.",
             )
             return found if found.shards else wanted
-    strangers = {path.name for path in folder.iterdir()} - {FRESH} if folder.exists() else set()
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    strangers = {name for name in names if not atomic.is_leftover(name)}
     require(
         not strangers,
         f"{folder} holds other files ({', '.join(sorted(strangers)[:3])}); choose another folder.",
@@ -321,13 +321,6 @@ def _locked(folder: Path) -> int:
     except OSError:  # a file system without locks
         pass
     return handle
-
-
-def _synced(path: Path) -> int:
-    """Bytes of `path`, once they are on the disk itself."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return os.fstat(file.fileno()).st_size
 
 
 # Reading

@@ -7,8 +7,6 @@ stay right? Every figure has n, a 95 % interval and the level that guessing reac
 import dataclasses
 import functools
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -46,12 +44,9 @@ def newest(run: str | Path) -> Path:
 
 
 def of_checkpoint(exp: Experiment, checkpoint: Path) -> Pipeline:
-    """The averaged weights of a training checkpoint. It is copied first, so that the run's folder is only read."""
-    with tempfile.TemporaryDirectory() as room:
-        shutil.copytree(checkpoint, Path(room, checkpoint.name))
-        copy = checkpoints.Checkpoints(room)
-        now, _ = copy.restore(jax.eval_shape(lambda: state.init(exp, jax.random.key(0), {})))
-        copy.close()
+    """The averaged weights of a training checkpoint; the run's folder is only read."""
+    form = jax.eval_shape(lambda: state.init(exp, jax.random.key(0), {}))
+    now, _ = checkpoints.Checkpoints(checkpoint.parent).restore(form, int(checkpoint.name))
     model = batches.as_model(exp, now.ema)
     return Pipeline.of(exp, model.nets, model.text, captions.reader())
 

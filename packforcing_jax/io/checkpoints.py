@@ -1,11 +1,14 @@
-"""Training checkpoints: any pytree on disk, complete or absent, with the position of the data and what it belongs to.
+"""Checkpoints: any pytree on disk under a step number, complete or absent, with notes beside it.
 
-Steps are written in the background. What goes wrong there is raised by the next call, and earlier steps are kept.
+Training runs and samplers keep what they are in the same kind of folder. Orbax writes a step in the background; what
+goes wrong there is raised by the next call, and earlier steps are kept.
 """
 
-import base64
+import hashlib
 import json
 import logging
+import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,8 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from packforcing_jax import interrupts
 from packforcing_jax.errors import InputError, MachineError, brief, require
+from packforcing_jax.io import append_file
 
+FORMAT = 2  # of what is noted beside a state; version 1 was never released
+STATE, NOTES, DIGESTS = "state", "notes", "digests.json"  # what a step consists of
+STEP, EARLIER = re.compile(r"\d+"), re.compile(r"block_\d+")  # names of steps, today and before
+TEMPORARY = ".orbax-checkpoint-tmp"  # behind the name of a step that is being written
+DISCARDED = ".discarded"  # where a step goes first that is not kept, so that half of it never looks like one
+START_ANEW = (
+    "finish that run with that version, or delete the folder or choose another one to start anew."
+)
 State = TypeVar("State")
 
 
@@ -27,7 +40,7 @@ def _is_key(leaf) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _named(state) -> dict[str, Any]:
+def named(state) -> dict[str, Any]:
     """Every leaf of any pytree under its path."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
@@ -35,47 +48,61 @@ def _named(state) -> dict[str, Any]:
     }
 
 
-def _plain(leaf):
-    """A leaf as an array that Orbax stores: a typed key as its data, a Python number as an array."""
-    if _is_key(leaf):
-        return jax.random.key_data(leaf)
-    return leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-
-
-def _wanted(leaf) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and place of the stored form of an abstract or concrete leaf."""
-    shape = jax.eval_shape(_plain, leaf) if hasattr(leaf, "dtype") else np.asarray(leaf)
-    place = None if _is_key(leaf) else getattr(leaf, "sharding", None)
-    place = place or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
-
-
-def _restored(leaf, stored, kind: str | None):
-    """The stored array as a leaf of the same sort as `leaf`; `kind` is the generator of a typed key."""
-    if _is_key(leaf):
-        return jax.random.wrap_key_data(stored, impl=kind)
-    return stored if hasattr(leaf, "dtype") else type(leaf)(stored.item())
-
-
 def _described(state) -> dict[str, str]:
     """What identifies each leaf: its dtype and shape, as text."""
     return {
         name: f"{np.result_type(leaf) if not hasattr(leaf, 'dtype') else leaf.dtype}{list(np.shape(leaf))}"
-        for name, leaf in _named(state).items()
+        for name, leaf in named(state).items()
     }
 
 
-# The position of the data, which every process has its own of
+def _plain(leaf):
+    """A leaf, abstract or not, as an array that Orbax stores: a typed key as its data, a number as an array."""
+    if _is_key(leaf):
+        abstract = isinstance(leaf, jax.ShapeDtypeStruct)
+        return jax.eval_shape(jax.random.key_data, leaf) if abstract else jax.random.key_data(leaf)
+    return leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
 
 
-def _everyones(position: bytes | dict | None) -> list[str]:
-    """The positions of all processes as JSON text, in their order."""
-    table = (
-        {"base64": base64.b64encode(position).decode()}
-        if isinstance(position, bytes)
-        else {"json": position}
-    )
-    text = json.dumps(table).encode()
+def _stored(state) -> dict[str, Any]:
+    """The arrays that Orbax stores of a state, which may be abstract: it refuses empty ones."""
+    plain = {name: _plain(leaf) for name, leaf in named(state).items()}
+    return {name: leaf for name, leaf in plain.items() if 0 not in leaf.shape}
+
+
+def _place(leaf) -> jax.sharding.Sharding | None:
+    """Where a JAX array is wanted, if that was said."""
+    return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
+
+
+def _wanted(leaf):
+    """What Orbax takes as the form of a stored array: it comes back where it is wanted, else as a NumPy array."""
+    if _place(leaf) is not None:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_place(leaf))
+    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+
+
+def _like(leaf, stored, kind: str | None):
+    """The stored array as a leaf of the same sort as `leaf`; `kind` is the generator of a typed key."""
+    if stored is None:
+        stored = np.zeros(_plain(leaf).shape, _plain(leaf).dtype)
+    if _is_key(leaf):
+        return jax.random.wrap_key_data(jnp.asarray(stored), impl=kind)
+    if isinstance(leaf, np.ndarray | np.generic):
+        return stored if isinstance(leaf, np.ndarray) else stored[()]
+    if not hasattr(leaf, "dtype"):
+        return type(leaf)(stored.item())
+    if isinstance(stored, jax.Array):
+        return stored
+    return jax.device_put(stored, _place(leaf), may_alias=False)
+
+
+# Notes, which every process has its own of
+
+
+def _everyones(notes: Any) -> list[str]:
+    """The notes of all processes as JSON text, in their order."""
+    text = json.dumps(notes).encode()
     if jax.process_count() == 1:
         return [text.decode()]
     longest = int(multihost_utils.process_allgather(np.int32(len(text))).max())
@@ -83,16 +110,15 @@ def _everyones(position: bytes | dict | None) -> list[str]:
     return [row.tobytes().decode() for row in rows]
 
 
-def _own(positions: Sequence[str], place: str) -> bytes | dict | None:
-    """The position of this process; with another number of processes than saved it, all must have been at one place."""
-    same, now = len(set(positions)) == 1, jax.process_count()
+def _own(notes: Sequence[str], place: Path) -> Any:
+    """The notes of this process; with another number of processes than saved them, all must be the same."""
+    same, now = len(set(notes)) == 1, jax.process_count()
     require(
-        same or len(positions) == now,
-        f"{place} was saved by {len(positions)} processes that stood at different "
-        f"places in their data; resume with {len(positions)} processes instead of {now}.",
+        same or len(notes) == now,
+        f"Checkpoint {place} was saved by {len(notes)} processes that stood at different "
+        f"places in their data; continue with {len(notes)} processes instead of {now}.",
     )
-    table = json.loads(positions[0 if same else jax.process_index()])
-    return base64.b64decode(table["base64"]) if "base64" in table else table["json"]
+    return json.loads(notes[0 if same else jax.process_index()])
 
 
 # What a checkpoint belongs to
@@ -118,150 +144,281 @@ def differences(
     ]
 
 
+def _few(sentences: Sequence[str]) -> str:
+    return "; ".join(sentences[:4]) + "; ..." * (len(sentences) > 4)
+
+
+# On disk
+
+
+def _digests(step: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a step, by its path there."""
+    found = {}
+    for path in sorted(path for item in (STATE, NOTES) for path in (step / item).rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256")
+            found[path.relative_to(step).as_posix()] = digest.hexdigest()
+    return found
+
+
 def _not_orbax(record: logging.LogRecord) -> bool:
     """What fails in the background is raised as one sentence; Orbax also logs it, several times over."""
     return "orbax" not in record.pathname
 
 
-def _few(sentences: Sequence[str]) -> str:
-    return "; ".join(sentences[:4]) + "; ..." * (len(sentences) > 4)
+def _orbax():
+    """The module, imported when it is first needed: that is slow."""
+    import orbax.checkpoint
+
+    logging.getLogger("absl").addFilter(_not_orbax)
+    return orbax.checkpoint
 
 
 class Checkpoints:
-    """The newest `keep` training states below `folder`: pytrees of arrays, keys and numbers, complete or absent.
+    """The newest `keep` states below `folder`: pytrees of arrays, keys and numbers, each complete or absent.
 
     `about` says what they belong to (nested tables for JSON); a state of something else is refused, except for
-    differences in the settings named in `free`.
+    differences in the settings named in `free`. With `digests` every file is hashed when a step is saved and again
+    before it is read, so that any change on the disk is found; that reads the whole step once more each time, which is
+    little for a sampler's megabytes and seconds for the gigabytes of a training state.
+
+    Nothing is created before the first save, and reading writes nothing.
     """
 
     def __init__(
         self,
-        folder,
-        keep: int = 2,
+        folder: str | Path,
         *,
+        keep: int = 2,
         about: Mapping[str, Any] | None = None,
         free: Sequence[str] = (),
+        digests: bool = False,
     ):
-        import orbax.checkpoint as orbax  # slow to import, and only training needs it
-
-        logging.getLogger("absl").addFilter(_not_orbax)
-        self._orbax = orbax
-        self.folder, self.keep = Path(folder).absolute(), keep
+        self.folder, self.keep, self.digests = Path(folder).absolute(), keep, digests
         self.about, self.free = dict(about or {}), tuple(free)
+        self._manager: Any = None
         self._saving: int | None = None
+        names = sorted(name for name in self._names() if not name.startswith("."))
+        earlier = [name for name in names if EARLIER.fullmatch(name)]
+        require(
+            not earlier,
+            f"Checkpoint folder {folder} holds {', '.join(earlier[:2])}, saved by an earlier version; "
+            f"{START_ANEW}",
+        )
+        strangers = [name for name in names if not STEP.fullmatch(name.partition(TEMPORARY)[0])]
+        require(
+            not strangers,
+            f"Checkpoint folder {folder} holds {', '.join(strangers[:3])}, which no run saved; "
+            "choose another one.",
+        )
+
+    def _names(self) -> list[str]:
+        """What the folder holds."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._manager = self._opened()
+            return [path.name for path in self.folder.iterdir()]
+        except FileNotFoundError:
+            return []
         except OSError as error:
             raise InputError(
-                f"Checkpoint folder {folder} is not usable ({error.strerror}); choose another one."
+                f"Checkpoint folder {self.folder} is not usable ({error.strerror}); choose another one."
             ) from error
 
-    def _opened(self):
-        options = self._orbax.CheckpointManagerOptions(
-            max_to_keep=self.keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
-        )
-        return self._orbax.CheckpointManager(self.folder, options=options)
+    def _steps(self) -> list[int]:
+        """The complete steps, ascending."""
+        return sorted(int(name) for name in self._names() if STEP.fullmatch(name))
 
-    def save(self, step: int, state, data_state: bytes | dict | None = None) -> None:
-        """Begins to store `state` and the position of the data; `state` may be used up when this returns."""
+    def latest(self) -> int | None:
+        """The newest complete step, as the first process sees it."""
         self.wait()
-        named = _named(state)
-        keys = {
-            name: str(jax.random.key_impl(leaf)) for name, leaf in named.items() if _is_key(leaf)
-        }
-        notes = {
+        newest = max(self._steps(), default=-1)
+        if jax.process_count() > 1:
+            newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
+        return None if newest < 0 else newest
+
+    def check(self) -> None:
+        """Raises `InputError` unless a run can save here: the folder is writable and holds no other run's steps."""
+        append_file.check_writable(self.folder / "new", "Checkpoint")
+        newest = self.latest()
+        if newest is not None:
+            self._noted(newest)
+
+    # Saving
+
+    def save(self, step: int, state, notes: Any = None) -> None:
+        """Begins to store `state` and notes for JSON; `state` may be used up when this returns.
+
+        Every process has notes of its own. A signal that comes meanwhile is heard when this is done.
+        """
+        newest = self.latest()
+        require(
+            newest is None or newest < step,
+            f"Checkpoint folder {self.folder} holds step {newest}, so step {step} cannot follow; "
+            "continue that run, delete the folder or choose another one.",
+        )
+        if self._manager is None:
+            self.check()
+        told = {
+            "format": FORMAT,
             "leaves": _described(state),
-            "keys": keys,
-            "data": _everyones(data_state),
+            "keys": {
+                name: str(jax.random.key_impl(leaf))
+                for name, leaf in named(state).items()
+                if _is_key(leaf)
+            },
+            "notes": _everyones(notes),
             "about": self.about,
         }
-        arrays = {name: _plain(leaf) for name, leaf in named.items()}
-        arguments = self._orbax.args.Composite(
-            state=self._orbax.args.StandardSave(arrays), notes=self._orbax.args.JsonSave(notes)
-        )
         self._saving = step
         try:
-            self._manager.save(step, args=arguments, force=True)
+            with interrupts.held():
+                args = _orbax().args
+                self._opened().save(
+                    step,
+                    args=args.Composite(
+                        state=args.StandardSave(_stored(state)), notes=args.JsonSave(told)
+                    ),
+                    force=True,
+                )
         except (OSError, ValueError) as error:  # Orbax reports a full disk as ValueError
             raise self._failed(error) from error
 
+    def _opened(self):
+        """What writes steps; made, and the folder with it, when it is first needed."""
+        if self._manager is None:
+            orbax = _orbax()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._tidy()
+            options = orbax.CheckpointManagerOptions(
+                max_to_keep=self.keep,
+                todelete_subdir=DISCARDED,
+                async_options=orbax.options.AsyncOptions(
+                    post_finalization_callback=self._seal if self.digests else None
+                ),
+            )
+            self._manager = orbax.CheckpointManager(self.folder, options=options)
+        return self._manager
+
+    def _seal(self) -> None:
+        """Adds the digests: the last act, on the first process, before a step gets its name."""
+        step = self.folder / f"{self._saving}{TEMPORARY}"
+        (step / DIGESTS).write_text(json.dumps(_digests(step)), encoding="utf-8")
+
+    def _tidy(self) -> None:
+        """Removes steps that are not kept and what an interrupted save left; nothing is being saved."""
+        if jax.process_index() == 0:
+            for path in (self.folder / DISCARDED, *self.folder.glob(f"*{TEMPORARY}*")):
+                shutil.rmtree(path, ignore_errors=True)
+
     def wait(self) -> None:
         """Returns when the last save is complete on disk; raises `MachineError` if it failed."""
+        if self._saving is None:
+            return
         try:
-            self._manager.wait_until_finished()
+            self._opened().wait_until_finished()
         except (OSError, ValueError) as error:
             raise self._failed(error) from error
+        self._saving = None
+        self._tidy()
 
     def _failed(self, error: Exception) -> MachineError:
         """The sentence about the save that failed; its leftovers are cleared and the next one may be tried."""
-        self._manager = self._opened()
+        step, self._saving, self._manager = self._saving, None, None
+        self._tidy()
         return MachineError(
-            f"Saving step {self._saving} below {self.folder} failed ({brief(error)}); "
-            "earlier steps are kept."
+            f"Saving step {step} below {self.folder} failed ({brief(error)}); earlier steps are kept."
         )
-
-    def latest(self) -> int | None:
-        """The newest complete step."""
-        self.wait()
-        return self._manager.latest_step()
-
-    def restore(self, abstract_state: State, step: int | None = None) -> tuple[State, Any]:
-        """State and data position of `step` (the newest by default), with the structure, kinds and shardings given."""
-        newest = self.latest()
-        step = newest if step is None else step
-        if step is None:
-            raise InputError(
-                f"Checkpoint folder {self.folder} holds no complete step; start training anew."
-            )
-        place = f"Checkpoint {self.folder / str(step)}"
-        notes = self._notes(step, place)
-        wrong = differences(notes["leaves"], _described(abstract_state))
-        require(
-            not wrong,
-            f"{place} does not fit this training ({len(wrong)} leaves: {_few(wrong)}); "
-            "resume with the config it was saved with.",
-        )
-        named = _named(abstract_state)
-        wanted = {name: _wanted(leaf) for name, leaf in named.items()}
-        stored = self._read(step, place, state=self._orbax.args.StandardRestore(wanted))["state"]
-        leaves = [
-            _restored(leaf, stored[name], notes["keys"].get(name)) for name, leaf in named.items()
-        ]
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), _own(
-            notes["data"], place
-        )
-
-    def check(self) -> None:
-        """Raises `InputError` if the newest step, where there is one, belongs to another training."""
-        newest = self.latest()
-        if newest is not None:
-            self._notes(newest, f"Checkpoint {self.folder / str(newest)}")
-
-    def _notes(self, step: int, place: str) -> dict[str, Any]:
-        """What was noted of a step of this training."""
-        notes = self._read(step, place, notes=self._orbax.args.JsonRestore())["notes"]
-        wrong = (
-            differences(settings(notes.get("about", {})), settings(self.about), self.free)
-            if self.about
-            else []
-        )
-        require(
-            not wrong,
-            f"{place} belongs to another training ({_few(wrong)}); "
-            "resume with the settings it was saved with or choose another folder.",
-        )
-        return notes
-
-    def _read(self, step: int, place: str, **items):
-        try:
-            return self._manager.restore(step, args=self._orbax.args.Composite(**items))
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(
-                f"{place} is damaged ({brief(error)}); delete it to resume from the one before."
-            ) from error
 
     def close(self) -> None:
         """Waits for the last save and ends the background work of Orbax."""
         self.wait()
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    # Reading
+
+    def notes(self, step: int | None = None) -> Any:
+        """The notes of `step` (the newest by default), as JSON gives them back."""
+        step = self._chosen(step)
+        self._require_whole(step)
+        return _own(self._noted(step)["notes"], self._at(step))
+
+    def restore(self, abstract_state: State, step: int | None = None) -> tuple[State, Any]:
+        """The state of `step` (the newest by default) and its notes, with the structure, kinds and shardings given.
+
+        A leaf comes back as a NumPy array where that of `abstract_state` is one, else as a JAX array in its place.
+        """
+        step = self._chosen(step)
+        self._require_whole(step)
+        told = self._noted(step)
+        wrong = differences(told["leaves"], _described(abstract_state))
+        require(
+            not wrong,
+            f"Checkpoint {self._at(step)} does not fit this run ({len(wrong)} leaves: {_few(wrong)}); "
+            "continue with the config it was saved with.",
+        )
+        wanted = {name: _wanted(leaf) for name, leaf in _stored(abstract_state).items()}
+        stored = (
+            self._read(step, state=_orbax().args.StandardRestore(wanted))["state"] if wanted else {}
+        )
+        leaves = [
+            _like(leaf, stored.get(name), told["keys"].get(name))
+            for name, leaf in named(abstract_state).items()
+        ]
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+        return state, _own(told["notes"], self._at(step))
+
+    def _at(self, step: int) -> Path:
+        return self.folder / str(step)
+
+    def _chosen(self, step: int | None) -> int:
+        """The step asked for, or the newest."""
+        newest = self.latest()
+        require(
+            newest is not None,
+            f"Checkpoint folder {self.folder} holds no complete step; check the path or start anew.",
+        )
+        return newest if step is None else step  # type: ignore[return-value]
+
+    def _noted(self, step: int) -> dict[str, Any]:
+        """All that was noted of a step, which must be of this run."""
+        told = self._read(step, notes=_orbax().args.JsonRestore())["notes"]
+        require(
+            told.get("format") == FORMAT,
+            f"Checkpoint {self._at(step)} was saved by another version; {START_ANEW}",
+        )
+        was, wanted = settings(told["about"]), settings(json.loads(json.dumps(self.about)))
+        wrong = differences(was, wanted, self.free) if self.about else []
+        require(
+            not wrong,
+            f"Checkpoint {self._at(step)} belongs to another run ({_few(wrong)}); "
+            "continue with the settings it was saved with or choose another folder.",
+        )
+        return told
+
+    def _read(self, step: int, **items):
+        orbax = _orbax()
+        try:
+            with orbax.Checkpointer(orbax.CompositeCheckpointHandler()) as disk:
+                return disk.restore(self._at(step), args=orbax.args.Composite(**items))
+        except (OSError, ValueError, KeyError) as error:
+            raise self._damaged(step, brief(error)) from error
+
+    def _require_whole(self, step: int) -> None:
+        """Raises `InputError` unless every file of a step is as it was saved."""
+        if not self.digests:
+            return
+        try:
+            wanted = json.loads((self._at(step) / DIGESTS).read_text(encoding="utf-8"))
+            found = _digests(self._at(step))
+            wrong = [name for name in wanted if found.get(name) != wanted[name]]
+        except (OSError, ValueError, TypeError) as error:
+            raise self._damaged(step, f"{DIGESTS} is unreadable") from error
+        if wrong:
+            raise self._damaged(step, f"{', '.join(wrong[:2])} missing or changed")
+
+    def _damaged(self, step: int, why: str) -> InputError:
+        earlier = any(each < step for each in self._steps())
+        remedy = "continue from the one before" if earlier else "start anew"
+        return InputError(f"Checkpoint {self._at(step)} is damaged ({why}); delete it to {remedy}.")

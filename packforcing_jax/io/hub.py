@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 import packforcing_jax
 from packforcing_jax.errors import InputError, MachineError, brief, nearest, require
+from packforcing_jax.io import atomic
 
 FREE = ("apache-2.0", "mit")  # licences that need no consent
 PIECE = 1 << 20  # bytes written at a time, and the unit in which progress is shown
@@ -352,7 +353,7 @@ def fetch(
             f"{file.name} arrived damaged: it {fault}, as {listed.repository} has it. It was removed; "
             "run the same command again."
         )
-    os.replace(growing, target)
+    atomic.move(growing, target)
     return Received(file.name, file.part, file.size, sha256, fetched=before < file.size)
 
 

@@ -4,9 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
-import os
 import re
-import tempfile
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -20,7 +18,7 @@ import numpy as np
 
 from packforcing_jax import config, pytrees
 from packforcing_jax.errors import InputError, MachineError, brief, require
-from packforcing_jax.io import safetensors_io
+from packforcing_jax.io import atomic, safetensors_io
 from packforcing_jax.io.safetensors_io import Tensor
 
 CONFIG, TOKENIZER, CARD, MANIFEST = "config.json", "tokenizer.json", "README.md", "manifest.json"
@@ -181,29 +179,12 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     )
     require(ours, f"{folder} exists and is not a model folder; choose another one.")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as room:
-            fresh = Path(room, "new")
-            fresh.mkdir()
+        with atomic.folder(folder) as fresh:
             yield fresh
-            _swap(fresh, folder, Path(room, "old"))
     except OSError as error:
         raise MachineError(
             f"Writing the model folder {folder} failed ({brief(error)}); nothing was changed."
         ) from error
-
-
-def _swap(fresh: Path, folder: Path, old: Path) -> None:
-    """Puts `fresh` at `folder` and what was there at `old`; on failure everything stays where it was."""
-    occupied = folder.exists()
-    if occupied:
-        os.rename(folder, old)
-    try:
-        os.rename(fresh, folder)
-    except BaseException:
-        if occupied:
-            os.rename(old, folder)
-        raise
 
 
 # Reading

@@ -187,6 +187,4 @@ class Writer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
-            os.fsync(self._file.fileno())
         self._file.close()

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from jax import Array
 
 from packforcing_jax.config import DtypeConfig, TextConfig
 from packforcing_jax.errors import InputError, MachineError
-from packforcing_jax.io import model_folder, safetensors_io
+from packforcing_jax.io import atomic, model_folder, safetensors_io
 from packforcing_jax.io.safetensors_io import Tensor
 from packforcing_jax.networks import layers, text
 from packforcing_jax.types import TextStates
@@ -73,14 +72,9 @@ class Encoder:
         if path is None:
             return
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as room:
-                fresh = Path(room, path.name)
-                with safetensors_io.Writer(
-                    fresh, {"states": (value.shape, value.dtype)}, {}
-                ) as file:
-                    file.put("states", value)
-                os.replace(fresh, path)
+            form = {"states": (value.shape, value.dtype)}
+            with atomic.file(path) as fresh, safetensors_io.Writer(fresh, form, {}) as file:
+                file.put("states", value)
         except OSError as error:
             raise MachineError(
                 f"Keeping text states in {path.parent} failed ({error.strerror}); free some space "

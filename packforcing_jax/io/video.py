@@ -18,7 +18,7 @@ import einops
 import numpy as np
 
 from packforcing_jax.errors import InputError, MachineError, require
-from packforcing_jax.io import append_file, ffmpeg, h264
+from packforcing_jax.io import append_file, atomic, ffmpeg, h264
 
 GREY_LEVEL = 2 / 255  # one 8-bit step on the scale [-1, 1]
 KEY_SAMPLE, OTHER_SAMPLE = (
@@ -342,11 +342,13 @@ def contact_sheet(frames, path, *, columns: int = 8, every: int = 1) -> None:
     missing = -len(chosen) % columns
     filled = np.concatenate([chosen, np.zeros((missing, *chosen.shape[1:]), np.uint8)])
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        imageio.v3.imwrite(
-            path,
-            einops.rearrange(filled, "(row column) h w c -> (row h) (column w) c", column=columns),
-        )
+        with atomic.file(path) as fresh:
+            imageio.v3.imwrite(
+                fresh,
+                einops.rearrange(
+                    filled, "(row column) h w c -> (row h) (column w) c", column=columns
+                ),
+            )
     except OSError as error:
         raise InputError(
             f"Contact sheet {path} is not writable ({error.strerror}); choose another folder."

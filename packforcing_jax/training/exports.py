@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from packforcing_jax import pytrees
 from packforcing_jax.config import Experiment
 from packforcing_jax.errors import InputError, require
-from packforcing_jax.io import model_folder, text_encoder, video
+from packforcing_jax.io import atomic, model_folder, text_encoder, video
 from packforcing_jax.networks import codec, dit, mesh, tokenizer
 from packforcing_jax.sampling import pipeline
 from packforcing_jax.stage import captions
@@ -205,13 +205,14 @@ def _draw(path: Path, exp: Experiment, flat: Flat, raw: Mapping[str, Any], seed:
     shown = pipeline.Pipeline(
         experiment=exp, nets=nets.replace(dit=apart), pixels=pixels, text=nothing, tokenizer=nothing
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh, rows = path.with_name(f".{path.name}"), exp.latent[0] * exp.codec.space_factor
+    rows = exp.latent[0] * exp.codec.space_factor
     size, scale = (exp.latent[1] * exp.codec.space_factor, rows), max(1, PREVIEW_ROWS // rows)
-    with video.Writer(fresh, fps=exp.fps, size=size, scale=scale, settings={"seed": seed}) as file:
+    with (
+        atomic.file(path) as fresh,
+        video.Writer(fresh, fps=exp.fps, size=size, scale=scale, settings={"seed": seed}) as file,
+    ):
         state = shown.start(seed=seed, videos=[0])
         for block in range(exp.blocks):
             read = pipeline.read_prompt(apart, exp, states[min(block, len(states) - 1)])
             state, frames, _ = shown.step(state, read, first=block == 0)
             file.write(np.asarray(frames[0]))
-    os.replace(fresh, path)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from packforcing_jax.errors import require
-from packforcing_jax.io import append_file
+from packforcing_jax.io import append_file, atomic
 
 LINES = "metrics.jsonl"
 LIBRARIES = {
@@ -126,7 +126,7 @@ class WeightsAndBiases:
         del after  # the service itself keeps the first of two values for a step
         identity = folder / "wandb.id"
         if not identity.exists():
-            identity.write_text(uuid.uuid4().hex[:12])
+            atomic.write(identity, uuid.uuid4().hex[:12].encode())
         self.run = wandb.init(
             project="packforcing",
             name=folder.name,

@@ -148,8 +148,8 @@ def start(exp: Experiment, folder: Path, *, seed: int = 0, program: Program = Pr
         frozen = others(exp, form, grid)
         if exp.train.blend:  # what does not fit is told here, not behind the last step
             exports.network(exp.train.blend_from, form.ema, grid)
-        saved = store(exp, folder, seed) if (folder / CHECKPOINTS).is_dir() else None
-        if saved is None or saved.latest() is None:
+        saved = store(exp, folder, seed)
+        if saved.latest() is None:
             now = born(exp, program, seed, form, grid)
         else:
             now, position = saved.restore(form)
@@ -164,7 +164,7 @@ def start(exp: Experiment, folder: Path, *, seed: int = 0, program: Program = Pr
         batches=read,
         update=compiled(exp, program, form, grid),
         program=program,
-        saved=saved or store(exp, folder, seed),
+        saved=saved,
         step=int(now.step),
     )
 
@@ -429,9 +429,7 @@ def finished(exp: Experiment, folder: Path, *, seed: int = 0) -> bool:
     if checkpoints.differences(was, wanted, [name for name in FREE if name not in WRITTEN]):
         return False
     if (folder / CHECKPOINTS).is_dir():
-        saved = store(exp, folder, seed)
-        saved.check()
-        saved.close()
+        store(exp, folder, seed).check()
     return True
 
 
