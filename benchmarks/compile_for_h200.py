@@ -1,4 +1,4 @@
-"""Compiles drawing and remembering a block for an NVIDIA H200, without one, and checks what XLA made of them.
+"""Compiles denoising and committing a block for an NVIDIA H200, without one, and checks what XLA made of them.
 
     make h200                                                             # installs jax[cuda13] and runs this
     python -m benchmarks.compile_for_h200 wan_t2v_1_3b_paper --json       # with jax[cuda13] installed
@@ -21,16 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 from jax.experimental import topologies
 
-from packforcing_jax.config import Experiment, overrides
+from packforcing_jax.config import HALF, Experiment, overrides
 from packforcing_jax.errors import InputError, require
-from packforcing_jax.memory import cache, view
-from packforcing_jax.networks import codec, compressor, dit
-from packforcing_jax.plan import hlo
-from packforcing_jax.sampling import block_step, pipeline
+from packforcing_jax.memory.cache import Memory
+from packforcing_jax.plan import hlo, programs
+from packforcing_jax.sampling import player
+from packforcing_jax.sampling.block_step import Nets
 
 DEVICE = Path(__file__).parent / "h200.txtpb"
 CUDNN = {
@@ -41,15 +39,16 @@ CUDNN = {
 TEMPORARY = (
     0.3e9  # bytes: the largest values of one layer side by side, and nothing of a second one
 )
+DENOISE, COMMIT = "denoise", "commit"
 LENGTH = 4  # operand of cuDNN's attention, after queries, keys, values and the queries' lengths
 
 
 @dataclass(frozen=True)
 class Built:
-    """A program compiled for the H200: the trees donated to it, its operations, where XLA put their results."""
+    """A program compiled for the H200: the memory donated to it, its operations, where XLA put their results."""
 
     name: str
-    donated: Any
+    memory: Memory
     stats: Any
     program: hlo.Program
     assignment: str
@@ -94,78 +93,35 @@ def answer_for_cudnn() -> None:
         setattr(attention, name, lambda *_, _answer=answer: _answer)
 
 
-def halved(tree: Any) -> Any:
-    """Shapes with bfloat16 for float32."""
-    kind = {jnp.dtype(jnp.float32): jnp.bfloat16}
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, kind.get(x.dtype, x.dtype)), tree)
-
-
-def low_resolution(exp: Experiment, latent: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Shape of the latents that a block is packed from beside its own."""
-    pixels = jax.eval_shape(lambda: codec.make(exp.codec, nnx.Rngs(0)))
-    size = [n * exp.codec.space_factor for n in exp.latent]
-    frames = jax.ShapeDtypeStruct(
-        (1, latent.shape[1] * exp.codec.time_factor, *size, 3), jnp.float32
-    )
-    return jax.eval_shape(
-        lambda pixels, frames: codec.low_resolution(
-            pixels, frames, latents=exp.packed_grid[0], pool=exp.compressor.pool
-        ),
-        pixels,
-        frames,
-    )
-
-
 def build(exp: Experiment) -> Iterator[Built]:
-    """`pipeline.draw_block` and `pipeline.remember_block` of one video."""
-    where = device()
-    nets = halved(
-        jax.eval_shape(
-            lambda: block_step.Nets(
-                dit=dit.unrolled(dit.WanDiT(exp.dit, nnx.Rngs(0))),
-                compressor=compressor.Compressor(exp, nnx.Rngs(0)),
-            )
-        )
-    )
-    memory = jax.eval_shape(lambda: cache.init(exp, 1, jnp.bfloat16))
-    views = jax.eval_shape(lambda: view.scratch(exp, 1, jnp.bfloat16))
-    context = jax.ShapeDtypeStruct((1, exp.dit.text_len, exp.dit.text_dim), jnp.bfloat16)
-    words = jax.eval_shape(dit.text_kv, nets.dit, context)
-    given = (
-        memory,
-        views,
-        jax.ShapeDtypeStruct((), jnp.uint32),
-        jax.ShapeDtypeStruct((1,), jnp.uint32),
-        words,
-    )
-    yield compiled("draw", pipeline.draw_block, exp, where, views, nets, *given)
-    drawn = jax.eval_shape(lambda nets, *rest: pipeline.draw_block(nets, exp, *rest), nets, *given)
+    """`player.denoise_program` and `player.commit_program` of one video."""
+    where, held = device(), programs.shapes_of(exp)
+    numbers = held.seeds, held.videos
     yield compiled(
-        "remember",
-        pipeline.remember_block,
+        DENOISE,
+        player.denoise_program,
         exp,
         where,
-        (memory, views),
-        nets,
-        memory,
-        drawn.views,
-        drawn.latent,
-        low_resolution(exp, drawn.latent),
-        drawn.looked,
-        words,
+        held.memory,
+        *numbers,
+        held.words,
+        nets=held.nets,
     )
+    selection = [held.selection] * exp.dit.layers
+    given = held.latent, held.low, selection, held.words
+    yield compiled(COMMIT, player.commit_program, exp, where, held.memory, *given, nets=held.nets)
 
 
 def compiled(
-    name: str, function: Any, exp: Experiment, where: Any, donated: Any, *args: Any
+    name: str, function: Any, exp: Experiment, where: Any, memory: Memory, *args: Any, nets: Nets
 ) -> Built:
-    """`function` of (nets, exp, ...), compiled for `where`, with XLA's own account of where each result lies."""
+    """`function` of (nets, cfg, memory, ...), compiled for `where`, with XLA's account of where each result lies."""
     start = time.monotonic()
     nets, *rest = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), args
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), (nets, memory, *args)
     )
     with tempfile.TemporaryDirectory() as folder:
-        done = function.lower(nets, exp, *rest).compile(
+        done = function.lower(nets, exp.step, *rest).compile(
             {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         )
         assignment = "".join(
@@ -173,7 +129,7 @@ def compiled(
         )
     return Built(
         name=name,
-        donated=donated,
+        memory=memory,
         stats=done.memory_analysis(),
         program=hlo.read(done.as_text()),
         assignment=assignment,
@@ -183,9 +139,9 @@ def compiled(
 
 def rows(exp: Experiment, built: Built) -> Iterator[Row]:
     """What is checked of one program."""
-    shapes = stores(exp)
+    shapes = stores(built.memory)
     least = min(map(hlo.size, shapes))
-    given, kept = total(built.donated), built.stats.alias_size_in_bytes
+    given, kept = total(built.memory), built.stats.alias_size_in_bytes
     yield Row(
         built.name, "donated buffers handed back", f"{kept:,} of {given:,} bytes", kept == given
     )
@@ -212,6 +168,8 @@ def rows(exp: Experiment, built: Built) -> Iterator[Row]:
         None,
     )
     yield from attention_rows(exp, built)
+    arguments = built.stats.argument_size_in_bytes
+    yield Row(built.name, "arguments, weights among them", f"{arguments / 1e9:.2f} GB", None)
     used = built.stats.temp_size_in_bytes
     yield Row(built.name, "temporary memory", f"{used / 1e9:.2f} GB", used < TEMPORARY)
     yield Row(built.name, "time to compile", f"{built.seconds:.0f} s", None)
@@ -220,7 +178,7 @@ def rows(exp: Experiment, built: Built) -> Iterator[Row]:
 def attention_rows(exp: Experiment, built: Built) -> Iterator[Row]:
     """How the program attends, to views and to the text."""
     calls = [(name, op) for name, op in built.program.kernels() if '"__cudnn$fmha' in op.text]
-    own = [call for call in calls if keys_of(call[1]) == {cache.room(exp)}]
+    own = [call for call in calls if keys_of(call[1]) == {exp.memory.room}]
     wanted = passes(exp, built.name)
     yield Row(
         built.name, "self-attention by cuDNN", f"{len(own)} of {wanted} calls", len(own) == wanted
@@ -231,7 +189,7 @@ def attention_rows(exp: Experiment, built: Built) -> Iterator[Row]:
         if '"mask_type": "PADDING"' in op.text and traced(built.program, name, op)
     ]
     yield Row(built.name, "of them over a traced length", f"{len(cut)}", len(cut) == len(own) > 0)
-    room = cache.room(exp)
+    room = exp.memory.room
     yield Row(built.name, "keys in a view", f"{room} = {room / 128:g} x 128", room % 128 == 0)
     read = [op for _, op in calls if keys_of(op) == {exp.dit.text_len}]
     yield Row(
@@ -247,10 +205,10 @@ def keys_of(call: hlo.Op) -> set[int]:
 def passes(exp: Experiment, name: str) -> int:
     """Self-attentions in a program: per layer one in each pass that is written out.
 
-    Drawing is a first step, one more where a shared choice is made before it, and the loop over the others. In
-    remembering, the last layer of each pass attends to nothing: its keys are made before.
+    Denoising is a first step, one more where a shared choice is made before it, and the loop over the others. In
+    committing, the last layer of each pass attends to nothing: its keys are made before.
     """
-    if name == "draw":
+    if name == DENOISE:
         twice = exp.cache.top > 0 and (exp.cache.scope, exp.cache.timing) == ("shared", "first")
         return (2 + twice) * exp.dit.layers
     return (1 + (exp.cache.top > 0 and exp.compressor.keys == "blocks")) * (exp.dit.layers - 1)
@@ -261,15 +219,9 @@ def traced(program: hlo.Program, computation: str, call: hlo.Op) -> bool:
     return len(call.operands) > LENGTH and "constant" not in call.operands[LENGTH]
 
 
-def views_of(exp: Experiment) -> Any:
-    return jax.eval_shape(lambda: view.scratch(exp, 1, jnp.bfloat16))
-
-
-def stores(exp: Experiment) -> set[hlo.Shape]:
+def stores(memory: Memory) -> set[hlo.Shape]:
     """Shapes of everything that keeps keys or values."""
-    memory = jax.eval_shape(lambda: cache.init(exp, 1, jnp.bfloat16))
-    kept = [layer.replace(at=None, sink_at=None) for layer in memory.layers]
-    return {("bf16", x.shape) for x in jax.tree.leaves((kept, views_of(exp))) if x.size}
+    return {("bf16", x.shape) for x in jax.tree.leaves(memory.layers) if x.ndim >= 4 and x.size}
 
 
 def total(tree: Any) -> int:
@@ -361,10 +313,12 @@ def program(
 
 def run(args: argparse.Namespace) -> int:
     """The block step's report; 1 if a check failed."""
-    exp = dataclasses.replace(overrides.load_experiment(args.config, args.sets), attention="cudnn")
+    exp = dataclasses.replace(
+        overrides.load_experiment(args.config, args.sets), attention="cudnn", dtypes=HALF
+    )
     require(
         exp.cache.archive == "device",
-        "cache.archive='host' is drawn in parts; this looks at whole steps only.",
+        "cache.archive='host' is denoised in parts; this looks at whole steps only.",
     )
     answer_for_cudnn()
     found = [row for built in build(exp) for row in rows(exp, built)]

@@ -29,7 +29,7 @@ from packforcing_jax.config import (
     overrides,
 )
 from packforcing_jax.errors import InputError
-from packforcing_jax.sampling import pipeline
+from packforcing_jax.sampling import player
 from packforcing_jax.sampling.pipeline import Finished, Pipeline
 from packforcing_jax.stage import captions, world
 from packforcing_jax.training import batches
@@ -241,10 +241,10 @@ def main(words: Sequence[str] | None = None) -> int:
     except InputError as error:
         parser.error(str(error))
     jitted = (
-        pipeline.draw_block,
-        pipeline.show_block,
-        pipeline.remember_block,
-        pipeline.read_prompt,
+        player.text_program,
+        player.denoise_program,
+        player.show_program,
+        player.commit_program,
     )
     read = endure(toy(exp, args.seed), told(args.blocks, args.every), seed=args.seed)
     rows = findings(exp, read, {function.__name__: function._cache_size() for function in jitted})

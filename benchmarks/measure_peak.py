@@ -58,7 +58,7 @@ def write_model(folder: Path, exp: Experiment) -> None:
     """A model folder of random weights, written tensor by tensor."""
     builds: dict[str, tuple[Callable[[], Any], str]] = {
         "dit": (lambda: dit.WanDiT(exp.dit, nnx.Rngs(0)), exp.dtypes.params),
-        "compressor": (lambda: compressor.Compressor(exp, nnx.Rngs(0)), exp.dtypes.params),
+        "compressor": (lambda: compressor.build(exp.step, nnx.Rngs(0)), exp.dtypes.params),
         "codec": (lambda: codec.make(exp.codec, nnx.Rngs(0)), exp.dtypes.vae),
         "text": (lambda: text.UMT5(exp.text, nnx.Rngs(0)), exp.dtypes.text),
     }
@@ -209,7 +209,7 @@ def measure(room: Path, exp: Experiment) -> dict[str, Any]:
 def parts_of(peaks: memory_fit.Peaks) -> dict[str, int]:
     """What is planned for each part, in the one memory of a CPU."""
     sampling = max(
-        peaks.device[phase] for phase in (programs.DRAWING, programs.SHOWING, programs.REMEMBERING)
+        peaks.device[phase] for phase in (programs.DENOISING, programs.SHOWING, programs.COMMITTING)
     )
     return {
         PARTS[0]: peaks.device[memory_fit.LOADING] + peaks.host[memory_fit.LOADING],

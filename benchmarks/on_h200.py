@@ -25,8 +25,7 @@ import jax.numpy as jnp
 
 from packforcing_jax.cli import bench as verb
 from packforcing_jax.config import Experiment, overrides
-from packforcing_jax.errors import InputError, brief, require
-from packforcing_jax.memory import cache
+from packforcing_jax.errors import InputError, brief, nearest, require
 from packforcing_jax.plan import bench, timing
 from packforcing_jax.policies import attention
 
@@ -103,7 +102,7 @@ def attending(
     call: Callable[..., jax.Array], keys: Callable[[Experiment], int | None], exp: Experiment
 ) -> Row:
     """`call`(q, k, v, length) over a view, of which the first `keys` count, and how far from float32 it is."""
-    length, room = keys(exp), cache.room(exp)
+    length, room = keys(exp), exp.memory.room
     queries, own = exp.cache.block * exp.tokens_per_frame, (exp.dit.heads, exp.dit.head_dim)
     every = [
         tuple(
@@ -128,7 +127,7 @@ def cudnn(q, k, v, length):
     """cuDNN over the first `length` keys, or over all without a mask."""
     if jax.default_backend() != "gpu":
         raise Skipped("cuDNN needs an NVIDIA GPU")
-    return attention.BACKENDS["cudnn"](q, k, v, length)
+    return attention.BACKENDS["cudnn"].attend(q, k, v, length)
 
 
 def mosaic(q, k, v, length):
@@ -154,7 +153,7 @@ ATTENTION = [
     ("cudnn, no mask", cudnn, lambda exp: None),
     ("tokamax mosaic, traced length, full view", mosaic, bench.attended),
     ("tokamax mosaic, no mask", mosaic, lambda exp: None),
-    ("xla, traced length, full view", attention.BACKENDS["xla"], bench.attended),
+    ("xla, traced length, full view", attention.BACKENDS["xla"].attend, bench.attended),
     ("written out, traced length, full view", attention.reference, bench.attended),
 ]
 
@@ -307,7 +306,7 @@ TRIALS = [
     ),
     *(
         Trial("block", name, functools.partial(part, name))
-        for name in ("block", "selection", "compression", "commit", "remember", "second")
+        for name in ("denoise", "selection", "compression", "store", "commit", "second")
     ),
     Trial("block", "second", functools.partial(part, "second"), f"{NO_TRITON} {NHWC}"),
 ]
@@ -427,7 +426,7 @@ def run(args: argparse.Namespace, start: Callable[..., tuple[list[Row], str]] = 
     """Prints a line per trial and keeps the file up to date; 1 if any failed, 2 without a GPU."""
     groups = list(dict.fromkeys(trial.group for trial in TRIALS))
     for name in args.only:
-        require(name in groups, f"--only {name} is unknown; {errors.nearest(name, groups)}")
+        require(name in groups, f"--only {name} is unknown; {nearest(name, groups)}")
     told, ended = start([], "", args.toy)
     require(bool(told), f"jax does not start: {ended}.")
     require(

@@ -20,12 +20,12 @@ import jax
 import numpy as np
 
 from packforcing_jax.cli import main as program
-from packforcing_jax.config import Experiment, overrides
+from packforcing_jax.config import Stage, overrides
 from packforcing_jax.evaluation import stage_figures
 from packforcing_jax.networks import mesh
 from packforcing_jax.sampling.pipeline import Pipeline
 from packforcing_jax.stage import captions, data, oracle, world
-from packforcing_jax.training import batches, exports, logs, objectives, paths, rollout, runs
+from packforcing_jax.training import batches, exports, logs, objectives, paths, runs, state
 
 CONFIG, CLIPS, SEED = "stage_overfit", 8, 0
 DRAWN = 4  # videos of each clip that the oracle reads
@@ -81,12 +81,13 @@ def distance(folder: Path) -> float:
     )
 
 
-def from_ends(exp: Experiment, folders: Sequence[Path]) -> list[float]:
+def from_ends(stage: Stage, folders: Sequence[Path]) -> list[float]:
     """How far each model's guesses at the student's steps are, squared, from where its teacher's ways end."""
-    exp, grid = rollout.variant(exp, SEED, 0), mesh.make(exp.train.mesh)
-    form = runs.abstract(exp, runs.Program(), SEED, grid)
-    taught = runs.others(exp, form, grid)["teacher"]
-    told = next(runs.data(exp, SEED, runs.Program()))
+    train, grid = stage.train, mesh.make(stage.train.mesh)
+    exp = state.variant(stage.experiment, train, SEED, 0)
+    form = runs.abstract(exp, train, runs.Program(), SEED, grid)
+    taught = runs.others(exp, train, form, grid)["teacher"]
+    told = next(runs.data(exp, train, SEED, runs.Program()))
 
     @jax.jit
     def missed(student: Any, teacher: Any, raw: Any, key: Any) -> Any:
@@ -98,9 +99,9 @@ def from_ends(exp: Experiment, folders: Sequence[Path]) -> list[float]:
             batches.text_states(model, batch.words),
             jax.random.normal(key, batch.latent.shape),
         )
-        way = paths.way(batches.as_model(exp, teacher), exp, noise, states, behind=batch)
+        way = paths.way(batches.as_model(exp, teacher), exp, train, noise, states, behind=batch)
         batch = dataclasses.replace(batch, trajectory=way)
-        return objectives.trajectory(batches.Networks(generator=model), batch, key, exp)[0]
+        return objectives.trajectory(batches.Networks(generator=model), batch, key, exp, train)[0]
 
     students = [exports.network(str(folder), form.params["generator"], grid) for folder in folders]
     return [float(missed(student, taught, told, jax.random.key(SEED))) for student in students]
@@ -141,7 +142,7 @@ def run(*words: object) -> None:
 def rows(out: Path) -> Iterator[Row]:
     """Trains stage after stage and measures each."""
     recipe = overrides.load_recipe(CONFIG)
-    for stage, _ in recipe:
+    for stage in (each.name for each in recipe):
         began = time.monotonic()
         sets = (
             ["--set", f"trajectory:train.source.path={ways(out)}"] if stage == "trajectory" else []
@@ -150,12 +151,12 @@ def rows(out: Path) -> Iterator[Row]:
         seconds = time.monotonic() - began
         if not (out / stage / runs.MODEL).is_dir():
             sys.exit(f"{stage} was stopped; the same command goes on from there.")
-        [(folder, exp)] = runs.planned(recipe, out, stage)
-        models = (Path(exp.train.generator_from), folder / runs.MODEL)
+        [(folder, planned)] = runs.planned(recipe, out, stage)
+        models = (Path(planned.train.generator_from), folder / runs.MODEL)
         if stage in LOSS:
             yield Row(stage, "loss", *losses(folder), LOSS[stage], seconds)
         elif stage in ENDS:
-            yield Row(stage, "ends", *from_ends(exp, models), ENDS[stage], seconds)
+            yield Row(stage, "ends", *from_ends(planned, models), ENDS[stage], seconds)
         else:
             yield Row(stage, "distance", *map(distance, models), DISTANCE[stage], seconds)
 

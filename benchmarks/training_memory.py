@@ -27,7 +27,7 @@ from jax.experimental import topologies
 from benchmarks import compile_for_h200
 from benchmarks.compile_for_h200 import Row
 from packforcing_jax import pytrees
-from packforcing_jax.config import Experiment, overrides
+from packforcing_jax.config import Experiment, TrainConfig, overrides
 from packforcing_jax.networks import codec, dit, mesh
 from packforcing_jax.plan import hlo
 from packforcing_jax.training import rollout, runs
@@ -133,6 +133,7 @@ def exchanged(text: str) -> tuple[Counter, Counter]:
 
 def step_rows(
     exp: Experiment,
+    train: TrainConfig,
     name: str,
     form: Any,
     others: Mapping[str, Any],
@@ -143,12 +144,12 @@ def step_rows(
     """What one step needs beside the state, and what the devices exchange in it."""
     start = time.monotonic()
     states = jax.ShapeDtypeStruct(
-        (exp.train.batch, exp.dit.text_len, exp.dit.text_dim),
+        (train.batch, exp.dit.text_len, exp.dit.text_dim),
         jnp.bfloat16,
         sharding=mesh.batch_sharding(grid),
     )
     with jax.set_mesh(grid):
-        update = runs.compiled(exp, runs.Program(), form, grid)
+        update = runs.compiled(exp, train, runs.Program(), form, grid)
         done = update.lower(form, others, {"states": states}, np.uint32(0), (name,), exp).compile()
     stats: Any = done.memory_analysis()
     peak = (
@@ -188,18 +189,19 @@ def run(args: argparse.Namespace) -> int:
     """Prints the report; 1 if a check failed."""
     on_gpus = gpus() and not args.cpu
     found = devices(on_gpus)
-    exp = overrides.load_experiment(args.config, (*SETTINGS, *args.sets))
+    stage = overrides.load_stage(args.config, (*SETTINGS, *args.sets))
+    exp, train = stage.experiment, stage.train
     exp = dataclasses.replace(
-        rollout.for_training(exp, exp.blocks, exp.cache.sink),
+        rollout.for_training(exp, exp.blocks, exp.cache.sink, top=train.cover.top),
         attention="cudnn" if on_gpus else "xla",
     )
-    grid = mesh.make(exp.train.mesh, found)
-    mesh.check(exp, grid)
-    form = runs.abstract(exp, runs.Program(), 0, grid)
+    grid = mesh.make(train.mesh, found)
+    mesh.check(exp, train, grid)
+    form = runs.abstract(exp, train, runs.Program(), 0, grid)
     others = frozen(exp, form, grid)
     rows = list(state_rows(exp, form, others, grid.shape["fsdp"] * grid.shape["tensor"]))
     for name in filter(None, args.steps.split(",")):
-        rows += step_rows(exp, name, form, others, grid, on_gpus=on_gpus)
+        rows += step_rows(exp, train, name, form, others, grid, on_gpus=on_gpus)
     what = (
         f"{COUNT} x {compile_for_h200.DEVICE.stem.upper()}"
         if on_gpus

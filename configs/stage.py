@@ -42,18 +42,19 @@ experiment = Experiment(
     sample=SampleConfig(
         steps=tuple(round(1000 - 62.5 * i) for i in range(16)), shift=6.0, prediction="clean"
     ),
-    train=TrainConfig(
-        objective="forcing",
-        steps=6000,
-        batch=8,
-        shift=6.0,
-        trained=("dit", "compressor", "text"),
-        ema=0.995,
-        cover=CoverConfig(sinks=(0, 0, 0, 4, 8), gap=64.0, gap_share=0.5, matching=0.1),
-        generator=MUON,
-        compressor=MUON,
-    ),
     latent=(8, 8),
     fps=8,
     clip=20,
+)
+
+train = TrainConfig(
+    objective="forcing",
+    steps=6000,
+    batch=8,
+    shift=6.0,
+    trained=("dit", "compressor", "text"),
+    ema=0.995,
+    cover=CoverConfig(sinks=(0, 0, 0, 4, 8), gap=64.0, gap_share=0.5, matching=0.1),
+    generator=MUON,
+    compressor=MUON,
 )

@@ -5,7 +5,7 @@ packforcing train --config stage_overfit --out runs/overfit      # two CPU cores
 
 import dataclasses
 
-from packforcing_jax.configs.stage import experiment as stage
+from packforcing_jax.configs import stage
 
 from packforcing_jax.config import (
     CoverConfig,
@@ -13,6 +13,7 @@ from packforcing_jax.config import (
     DistilConfig,
     OptimiserConfig,
     SampleConfig,
+    Stage,
 )
 
 MUON = dataclasses.replace(stage.train.generator, warmup=10, cooldown=0.0, matrix_rate=1e-2)
@@ -21,15 +22,17 @@ EASED = dataclasses.replace(SETTLED, matrix_rate=1.5e-3, rate=7e-4)
 FINE = OptimiserConfig(rate=6e-4, betas=(0.0, 0.99), decay=0.0, cooldown=0.4)
 CRITIC = dataclasses.replace(FINE, rate=1e-3)
 small = dataclasses.replace(
-    stage,
+    stage.experiment,
     name="stage_overfit",
     sample=SampleConfig(steps=(1000, 750, 500, 250), shift=6.0, prediction="clean"),
-    dit=dataclasses.replace(stage.dit, dim=48, ffn_dim=128, layers=2, rope_pairs=(4, 2, 2)),
-    compressor=dataclasses.replace(stage.compressor, channels=(8, 16, 24, 48)),
+    dit=dataclasses.replace(
+        stage.experiment.dit, dim=48, ffn_dim=128, layers=2, rope_pairs=(4, 2, 2)
+    ),
+    compressor=dataclasses.replace(stage.experiment.compressor, channels=(8, 16, 24, 48)),
 )
 
 
-def stage_of(**settings):
+def stage_of(name, **settings):
     train = dataclasses.replace(
         stage.train,
         generator=MUON,
@@ -43,11 +46,12 @@ def stage_of(**settings):
         save_every=1000,
         log_every=5,
     )
-    return dataclasses.replace(small, train=dataclasses.replace(train, **settings))
+    return Stage(name, small, dataclasses.replace(train, **settings))
 
 
 def distilled(objective):
     return stage_of(
+        objective,
         objective=objective,
         generator_from="consistency",
         teacher_from="teacher",
@@ -60,30 +64,29 @@ def distilled(objective):
 
 
 recipe = (
-    ("start", stage_of(generator_from="", trained=("dit", "compressor", "text"), steps=60)),
-    ("teacher", stage_of(objective="flow_matching", steps=400, generator=SETTLED)),
-    ("causal", stage_of(steps=300, generator=SETTLED, compressor=SETTLED)),
-    ("forced", stage_of(steps=150, history="clean")),
-    ("diffused", stage_of(steps=150, history="noisy")),
-    (
+    stage_of("start", generator_from="", trained=("dit", "compressor", "text"), steps=60),
+    stage_of("teacher", objective="flow_matching", steps=400, generator=SETTLED),
+    stage_of("causal", steps=300, generator=SETTLED, compressor=SETTLED),
+    stage_of("forced", steps=150, history="clean"),
+    stage_of("diffused", steps=150, history="noisy"),
+    stage_of(
         "trajectory",
-        stage_of(
-            objective="trajectory", history="noisy", steps=60, source=DataConfig("records", "data")
-        ),
+        objective="trajectory",
+        history="noisy",
+        steps=60,
+        source=DataConfig("records", "data"),
     ),
-    (
+    stage_of(
         "consistency",
-        stage_of(
-            objective="consistency",
-            generator_from="causal",
-            teacher_from="causal",
-            steps=180,
-            grid=16,
-            generator=EASED,
-            compressor=EASED,
-        ),
+        objective="consistency",
+        generator_from="causal",
+        teacher_from="causal",
+        steps=180,
+        grid=16,
+        generator=EASED,
+        compressor=EASED,
     ),
-    ("dmd", distilled("dmd")),
-    ("sid", distilled("sid")),
+    distilled("dmd"),
+    distilled("sid"),
 )
-experiment = recipe[2][1]
+experiment, train = recipe[2].experiment, recipe[2].train

@@ -10,9 +10,9 @@ two and `--set consistency:train.teacher_from=FOLDER`.
 
 import dataclasses
 
-from packforcing_jax.configs.stage import experiment as stage
+from packforcing_jax.configs import stage
 
-from packforcing_jax.config import CoverConfig, DistilConfig, OptimiserConfig, SampleConfig
+from packforcing_jax.config import CoverConfig, DistilConfig, OptimiserConfig, SampleConfig, Stage
 
 FEW = SampleConfig(steps=(1000, 500, 250, 100), shift=6.0, prediction="clean")
 COVER = CoverConfig(sinks=(0, 0, 4, 8), gap=64.0, gap_share=0.5)
@@ -23,60 +23,54 @@ FADING = dataclasses.replace(FINE, cooldown=0.5)
 ALERT = dataclasses.replace(FINE, rate=4e-4)
 
 
-def trained(sample=stage.sample, **settings):
-    train = dataclasses.replace(stage.train, **settings)
-    return dataclasses.replace(stage, name="stage_student", sample=sample, train=train)
+def trained(name, sample=stage.experiment.sample, **settings):
+    experiment = dataclasses.replace(stage.experiment, name="stage_student", sample=sample)
+    return Stage(name, experiment, dataclasses.replace(stage.train, **settings))
 
 
 recipe = (
-    ("causal", trained(steps=3000)),
-    (
+    trained("causal", steps=3000),
+    trained(
         "consistency",
-        trained(
-            sample=FEW,
-            objective="consistency",
-            generator_from="causal",
-            teacher_from="causal",
-            steps=2000,
-            grid=24,
-            trained=("dit", "compressor"),
-            ema=0.95,
-            cover=COVER,
-            distil=DistilConfig(guidance=1.0),
-            generator=GENTLE,
-            compressor=GENTLE,
-        ),
+        sample=FEW,
+        objective="consistency",
+        generator_from="causal",
+        teacher_from="causal",
+        steps=2000,
+        grid=24,
+        trained=("dit", "compressor"),
+        ema=0.95,
+        cover=COVER,
+        distil=DistilConfig(guidance=1.0),
+        generator=GENTLE,
+        compressor=GENTLE,
     ),
-    (
+    trained(
         "teacher",
-        trained(
-            objective="flow_matching",
-            generator_from="causal",
-            steps=4000,
-            trained=("dit",),
-            drop_text=0.1,
-            cover=CoverConfig(),
-            generator=STEADY,
-        ),
+        objective="flow_matching",
+        generator_from="causal",
+        steps=4000,
+        trained=("dit",),
+        drop_text=0.1,
+        cover=CoverConfig(),
+        generator=STEADY,
     ),
-    (
+    trained(
         "student",
-        trained(
-            sample=FEW,
-            objective="dmd",
-            generator_from="consistency",
-            teacher_from="teacher",
-            steps=1200,
-            trained=("dit", "compressor"),
-            ema=0.99,
-            blend_from="causal",
-            blend=0.25,
-            cover=COVER,
-            distil=DistilConfig(guidance=0.25),
-            generator=FADING,
-            compressor=FADING,
-            critic=ALERT,
-        ),
+        sample=FEW,
+        objective="dmd",
+        generator_from="consistency",
+        teacher_from="teacher",
+        steps=1200,
+        trained=("dit", "compressor"),
+        ema=0.99,
+        blend_from="causal",
+        blend=0.25,
+        cover=COVER,
+        distil=DistilConfig(guidance=0.25),
+        generator=FADING,
+        compressor=FADING,
+        critic=ALERT,
     ),
 )
-experiment = recipe[-1][1]
+experiment, train = recipe[-1].experiment, recipe[-1].train

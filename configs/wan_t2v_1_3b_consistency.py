@@ -23,4 +23,4 @@ train = TrainConfig(
     source=DataConfig(kind="records"),
 )
 
-experiment = dataclasses.replace(base, name="wan_t2v_1_3b_consistency", train=train)
+experiment = dataclasses.replace(base, name="wan_t2v_1_3b_consistency")

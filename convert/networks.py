@@ -45,7 +45,7 @@ NETWORKS = {  # by part of a model folder; the same word names the settings in a
     "compressor": Network(
         "compressor",
         packing.COMPRESSOR,
-        lambda exp: compressor.Compressor(exp, nnx.Rngs(0)),
+        lambda exp: compressor.build(exp.step, nnx.Rngs(0)),
         packing.config_from_shapes,
     ),
     "codec": Network(

@@ -1,7 +1,7 @@
 """Modules as flat dictionaries `path -> array` and back, and one entry per layer in its two forms."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,10 @@ from jax import Array
 from packforcing_jax.errors import InputError
 
 Module = TypeVar("Module")
+T = TypeVar("T")
+PerLayer: TypeAlias = (
+    list[T] | T
+)  # one entry per layer, or all of them stacked along a leading axis
 
 
 def _path(keys) -> str:

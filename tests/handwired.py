@@ -116,7 +116,7 @@ def model(exp: Experiment) -> dit.WanDiT:
 
 def nets(exp: Experiment, flat: dict[str, np.ndarray]) -> block_step.Nets:
     """The transformer with the weights `flat`, and a compressor as it is before training: low resolution alone."""
-    shapes = jax.eval_shape(lambda: compressor.Compressor(exp, nnx.Rngs(0)))
+    shapes = jax.eval_shape(lambda: compressor.build(exp.step, nnx.Rngs(0)))
     rng = np.random.default_rng(1)
     high = {
         name: rng.normal(size=leaf.shape) * (not name.startswith("out/"))
@@ -124,7 +124,7 @@ def nets(exp: Experiment, flat: dict[str, np.ndarray]) -> block_step.Nets:
     }
     transformer = pytrees.fill(model(exp), jax.tree.map(jnp.asarray, flat))
     return block_step.Nets(
-        dit=dit.unrolled(transformer),
+        dit=transformer.unrolled(),
         compressor=pytrees.fill(shapes, jax.tree.map(jnp.asarray, high)),
     )
 
@@ -137,13 +137,13 @@ def values_to_answer(flat: dict[str, np.ndarray], layer: int) -> None:
 
 
 def recalling(exp: Experiment) -> block_step.Nets:
-    """A model that draws, at the cued place, the guest its prompt names with the mark that it finds in the memory."""
+    """A model that answers, at the cued place, the guest its prompt names with the mark that it finds in the memory."""
     flat = bare(exp)
     connect(flat["text_in/kernel"], 0, 0, IDS, 4.0)
     connect(flat["text_out/kernel"], 0, 0, IDS, 0.25)
     flat["blocks/cross/q/bias"][0, 0] = 1
     flat["blocks/cross/k/kernel"][0, :IDS, 0] = (
-        1  # a word that names a guest is looked at, others are not
+        1  # a word that names a guest is attended to, others are not
     )
     connect(flat["blocks/cross/v/kernel"][0], 0, 0, IDS, 1.0)
     connect(flat["blocks/cross/o/kernel"][0], 0, TOLD, IDS, 1.0)
@@ -214,7 +214,7 @@ def noises(rng: np.random.Generator, videos: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Player:
-    """One jitted block step for all blocks of all models of an experiment: draw, then remember what is given."""
+    """One jitted block step for all blocks of all models of an experiment: denoise, then commit what is given."""
 
     exp: Experiment
 
@@ -222,18 +222,26 @@ class Player:
         object.__setattr__(self, "step", jax.jit(self._step))
 
     def _step(self, nets, memory, noise, prompt, latent):
-        text = dit.text_kv(nets.dit, prompt)
-        no_lots = jnp.zeros((self.exp.dit.layers, len(prompt), self.exp.cache.slots))
-        chance = block_step.Chance(noise=noise[0], renoise=noise[1:], lots=no_lots)
-        drawn = block_step.draw(nets, self.exp, memory, chance=chance, text=text)
-        after, *_ = block_step.remember(
-            nets, self.exp, memory, latent=latent, low=low(latent), drawn=drawn, text=text
+        text = nets.dit.text_kv(prompt)
+        no_scores = jnp.zeros((self.exp.dit.layers, len(prompt), self.exp.cache.slots))
+        given = block_step.Noise(noise=noise[0], renoise=noise[1:], random=no_scores)
+        memory, denoised = block_step.denoise_block(
+            nets, self.exp.step, memory, noise=given, text=text
         )
-        return after, drawn.latent, jnp.stack([one.ids for one in drawn.looked])
+        after, _ = block_step.commit_block(
+            nets,
+            self.exp.step,
+            memory,
+            latent=latent,
+            low=low(latent),
+            selection=denoised.selection,
+            text=text,
+        )
+        return after, denoised.latent, jnp.stack([one.ids for one in denoised.selection])
 
     def history(self, nets, rng, script):
         """The memories before every block of `script`, a list of (prompt, latent), and the one behind the last."""
-        memories = [cache.init(self.exp, len(script[0][0]))]
+        memories = [cache.init(self.exp.memory, len(script[0][0]))]
         for prompt, latent in script:
             memories.append(
                 self.step(nets, memories[-1], noises(rng, len(prompt)), prompt, latent)[0]
@@ -241,7 +249,7 @@ class Player:
         return memories
 
     def ask(self, nets, rng, memory, guests):
-        """(marks [b] at the guest's place when `guests` are called, ids [layer, b, top] looked at); read-only."""
+        """(marks [b] at the guest's place when `guests` are called, ids [layer, b, top] attended to); read-only."""
         empty = scene(np.full(len(guests), -1), guests)
         _, latent, chosen = self.step(
             nets, memory, noises(rng, len(guests)), prompts(guests), empty

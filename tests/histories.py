@@ -12,11 +12,12 @@ import slow_memory
 from packforcing_jax import pytrees
 from packforcing_jax.config import CompressorConfig, DiTConfig, Experiment, SpaceToDepthConfig
 from packforcing_jax.memory import cache, view
+from packforcing_jax.memory import layout as layouts
 from packforcing_jax.networks import rope
-from packforcing_jax.policies import attention, selection
+from packforcing_jax.policies import attention
+from packforcing_jax.sampling import block_step
 from packforcing_jax.types import KV
 
-MEMORY = types.SimpleNamespace(cache=cache, rope=rope, selection=selection, view=view)
 jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0}
 )  # compiling is what takes time
@@ -59,25 +60,54 @@ def stack(layers):
     )
 
 
-def stepper(exp, parts=MEMORY, *, stacked=False):
-    """Jitted `step(memory, scratch, block of a story, gap) -> (what was seen, memory after)`."""
-    frames = rope.grid(*(np.arange(size) for size in exp.grid), frames=exp.cache.block)
+def empty(exp, videos, dtype=jnp.float32, *, stacked=False):
+    """An empty memory, not a number wherever nothing was written into a view."""
+    memory = cache.init(exp.memory, videos, dtype, stacked=stacked)
+    nothing = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), block_step.views_of(memory))
+    return block_step.with_views(memory, nothing)
 
-    def in_space(kv, places):
-        return kv.replace(
-            k=parts.rope.rotate(kv.k, parts.rope.space_angles(jnp.asarray(places), exp.dit))
+
+def block_grid(exp):
+    """Grid positions of a block's tokens at full size."""
+    return rope.grid(*(np.arange(size) for size in exp.grid), frames=exp.cache.block)
+
+
+def in_space(exp, kv, grid):
+    """Keys turned to positions on the grid alone, as the memory takes them."""
+    return kv.replace(k=rope.rotate(kv.k, rope.space_angles(jnp.asarray(grid), exp.dit)))
+
+
+def stepper(exp, *, stacked=False):
+    """Jitted `step(memory, block of a story, gap) -> (what was seen, memory after)`; what is seen holds the block."""
+    spec = exp.memory
+
+    def step(memory, block, gap):
+        *per_layer, latent = block
+        full, packed, q, random = (shares(x, stacked=stacked) for x in per_layer)
+        layout = layouts.layout(exp.cache, memory.progress, gap)
+        now = rope.time_angles(layouts.current_times(spec, layout, exp.cache.block), spec)
+
+        def look_back(layer, q, random, own):
+            recalled, selection = view.recall(spec, layout, layer, q, random)
+            own = own.replace(k=rope.rotate(own.k, now))
+            return cache.write_block(spec, layout, recalled, own), selection
+
+        full = pytrees.over(lambda kv: in_space(exp, kv, block_grid(exp)), full)
+        packed = pytrees.over(
+            lambda kv: in_space(exp, kv, layouts.packed_positions(spec)[1]), packed
         )
-
-    def step(memory, scratch, block, gap):
-        full, packed, q, lots = (shares(x, stacked=stacked) for x in block)
-        seen = parts.cache.plan(exp.cache, memory.num_blocks, gap)
-        recall = lambda *one: parts.view.recall(exp, seen, *one)  # noqa: E731
-        views, looked = pytrees.unzip(pytrees.over(recall, memory.layers, q, lots, scratch))
-        full = pytrees.over(lambda kv: in_space(kv, frames), full)
-        packed = pytrees.over(lambda kv: in_space(kv, parts.cache.packed_places(exp)[1]), packed)
-        after = parts.cache.commit(exp, memory, full, packed if exp.cache.top else None, looked)
+        views, selection = pytrees.unzip(pytrees.over(look_back, memory.layers, q, random, full))
+        after = cache.commit(
+            spec,
+            block_step.with_views(memory, views),
+            latent,
+            full,
+            packed if exp.cache.top else None,
+            selection,
+            gap,
+        )
         shown = types.SimpleNamespace(
-            views=views, looked=looked, plan=seen, length=parts.cache.length(exp, seen)
+            views=views, selection=selection, layout=layout, length=layouts.length(spec, layout)
         )
         return vars(shown), after
 
@@ -91,49 +121,51 @@ def compiled(exp, stacked=False):
 
 
 @functools.cache
+def forgetter(exp, event):
+    """Jitted `cut` or `flush` of a memory."""
+    return jit(lambda memory: getattr(cache, event)(exp.memory, memory))
+
+
+@functools.cache
 def looker(exp):
     """Jitted `look(what was seen, block of a story) -> [layer, b, q, n, h]`: what a block's queries see, in 32 bit."""
-    frames = rope.grid(*(np.arange(size) for size in exp.grid), frames=exp.cache.block)
 
     def look(shown, block):
-        full, _, q, _ = block
         angles = rope.time_angles(
-            cache.current_places(exp, shown["plan"]), exp.dit
-        ) + rope.space_angles(jnp.asarray(frames), exp.dit)
+            layouts.current_times(exp.memory, shown["layout"], exp.cache.block), exp.dit
+        ) + rope.space_angles(jnp.asarray(block_grid(exp)), exp.dit)
 
-        def one(past, full, q):
-            longer = view.extend(past, full.replace(k=rope.rotate(full.k, angles)), shown["length"])
-            return attention.reference(
-                rope.rotate(q, angles), longer.k, longer.v, shown["length"] + q.shape[1]
-            )
+        def one(view, q):
+            return attention.reference(rope.rotate(q, angles), view.k, view.v, shown["length"])
 
-        return jax.vmap(one)(shown["views"], full, q)
+        return jax.vmap(one)(shown["views"], block[2])
 
     return jit(look)
 
 
 def block_of(story, number):
-    """What one step gets: full and packed keys and values, queries, lots."""
+    """What one step gets: full and packed keys and values, queries, random scores, latents."""
     full, packed = (KV(k=k[number], v=v[number]) for k, v in (story.full, story.packed))
-    return full, packed, story.q[number], story.lots[number]
+    return full, packed, story.q[number], story.random[number], story.latent[number]
 
 
-def check_places(exp, seen, plan):
+def check_layout(seen, layout):
     for name in ("sink_at", "mid_at", "recent_at", "current_at", "step"):
-        np.testing.assert_allclose(plan[name], vars(seen)[name], atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(layout[name], vars(seen)[name], atol=1e-4, err_msg=name)
     sizes = {
         "sink": len(seen.sink),
         "recent": len(seen.recent),
         "chosen": seen.count,
         "start": seen.start,
     }
-    assert {name: int(plan[name]) for name in sizes} == sizes
-    assert sorted(i for i in plan["ids"].tolist() if i >= 0) == seen.archive
+    assert {name: int(layout[name]) for name in sizes} == sizes
+    assert sorted(i for i in layout["ids"].tolist() if i >= 0) == seen.archive
+    assert layout["ids"][seen.slots].tolist() == seen.archive
 
 
-def check_choice(exp, seen, looked, points):
+def check_choice(exp, seen, selection, points):
     """The best blocks by the slow memory's `points` in time order, up to what 32 bit cannot tell apart."""
-    ids, count = looked.ids, seen.count
+    ids, count = selection.ids, seen.count
     assert (ids[..., count:] == -1).all()
     assert (np.diff(ids[..., :count], axis=-1) > 0).all()
     assert np.isin(ids[..., :count], seen.archive).all()
@@ -148,37 +180,87 @@ def check_choice(exp, seen, looked, points):
     assert (worst >= passed - slack).all()
     ranks = np.searchsorted(seen.archive, ids[..., :count])
     np.testing.assert_allclose(
-        looked.scores[..., :count], np.take_along_axis(points, ranks, -1), atol=slack, rtol=1e-3
+        selection.scores[..., :count], np.take_along_axis(points, ranks, -1), atol=slack, rtol=1e-3
     )
     begin = slow_memory.begins(exp.cache, seen, ids[..., :count])
-    np.testing.assert_allclose(looked.at[..., :count], begin, atol=1e-4)
+    np.testing.assert_allclose(selection.at[..., :count], begin, atol=1e-4)
 
 
-def check_view(exp, story, seen, shown):
-    """Which contents are seen at which places; the valid ones first, with room for the block and its twin."""
-    k, v = slow_memory.view(exp, story, seen, shown["looked"].ids[..., : seen.count])
-    length, room = int(shown["length"]), shown["views"].k.shape[2]
-    own = exp.cache.block * exp.tokens_per_frame + (
-        exp.tokens_per_packed_block if exp.cache.top else 0
-    )
-    assert length == k.shape[2]
-    np.testing.assert_array_equal(shown["views"].v[:, :, :length], v)
-    np.testing.assert_allclose(shown["views"].k[:, :, :length], k, atol=1e-4)
-    assert room >= length + own
+def in_order_of(v, shown):
+    """The keys and values [layer, b, k, n, h] that are seen, in the order in which their values stand in `v`."""
+    count = int(shown["length"])
+    ours = [np.asarray(getattr(shown["views"], x)[:, :, :count], np.float64) for x in "kv"]
+    assert ours[1].shape == v.shape
+    by_value = lambda v: np.lexsort(np.moveaxis(v.reshape(*v.shape[:3], -1), -1, 0), axis=-1)  # noqa: E731
+    theirs, mine = (order[..., None, None] for order in (by_value(v), by_value(ours[1])))
+    found = [np.empty_like(x) for x in ours]
+    for x, there in zip(ours, found, strict=True):
+        np.put_along_axis(there, theirs, np.take_along_axis(x, mine, axis=2), axis=2)
+    return found
+
+
+def valid(shown):
+    """The keys and values of a view that are seen, as they lie."""
+    count = int(shown["length"])
+    return shown["views"].k[:, :, :count], shown["views"].v[:, :, :count]
+
+
+def check_view(exp, story, seen, shown, atol=1e-4):
+    """Which contents are seen at which positions, the block's own among them; they come first, in any order."""
+    k, v = slow_memory.view(exp, story, seen, shown["selection"].ids[..., : seen.count])
+    ours, values = in_order_of(v, shown)
+    np.testing.assert_array_equal(values, v)
+    np.testing.assert_allclose(ours, k, atol=atol)
+    room = shown["views"].k.shape[2]
+    assert room >= k.shape[2] + (exp.tokens_per_packed_block if exp.cache.top else 0)
     assert room % exp.cache.key_multiple == 0
 
 
-def check_commit(cfg, number, before, after):
-    """Only the block's own frames and its packed twin were written, into as many places."""
-    late = (np.arange(number * cfg.block, (number + 1) * cfg.block) >= cfg.sink).sum()
-    packed = int(cfg.top > 0 and number * cfg.block >= cfg.sink)
-    written = {"sink": cfg.block - late, "recent": min(late, cfg.ring), "mid": packed}
-    for store, count in written.items():
-        for x in "v" if cfg.rope_adjustment == "incremental" else "kv":
-            old, new = (getattr(vars(memory.layers)[store], x) for memory in (before, after))
-            assert old.shape == new.shape
-            assert (old != new).any(axis=(0, 1, 3, 4, 5)).sum() == count, store
-    assert after.num_blocks == number + 1
+def changed(old, new, *, axis):
+    """How many entries along `axis` of [layer, b, ...] differ; not a number is like itself."""
+    assert old.shape == new.shape
+    same = (old == new) | (np.isnan(old) & np.isnan(new))
+    return int((~same).any(axis=tuple(i for i in range(old.ndim) if i != axis)).sum())
+
+
+def check_commit(exp, story, seen, before, after):
+    """Only the block's frames and its packed twin were written, into as many slots, and what is behind what is seen."""
+    cfg, spec, rule = exp.cache, exp.memory, exp.cache.rope_adjustment
+    late = sum(frame >= seen.behind for frame in range(seen.start, seen.start + cfg.block))
+    item = (seen.start - seen.behind) // cfg.block
+    kept = int(cfg.top > 0 and item >= 0 and cfg.evicts.slot_of(item, cfg.slots) >= 0)
+    old, new = before.layers, after.layers
+    counts = {
+        "packed values": (old.packed.v, new.packed.v, kept),
+        "sink": (old.sink, new.sink, cfg.block - late if spec.sink_moves else 0),
+        "recent": (old.recent, new.recent, min(late, cfg.recent) if spec.recent_moves else 0),
+    }
+    if rule != "incremental":
+        counts["packed keys"] = (old.packed.k, new.packed.k, kept)
+    for name, (was, now, count) in counts.items():
+        assert changed(was, now, axis=2) == count, name
+    assert changed(before.latents, after.latents, axis=1) == min(late, cfg.recent)
+    sink, recent = (v for _, v in slow_memory.both_ends(exp, story, seen))
+    stay = {"none": (sink, recent), "sink": (sink,)}.get(rule, ())
+    for store, kept in (("v", (sink, recent)), ("k", stay)):
+        numbers = np.concatenate([np.zeros((*sink.shape[:2], 0)), *(v[..., 0, 0] for v in kept)], 2)
+        where = (old.view.v[..., 0, 0][..., None] == numbers[:, :, None]).any(-1)
+        assert where.sum() == numbers.size
+        was, now = (getattr(part.view, store) for part in (old, new))
+        np.testing.assert_array_equal(was[where], now[where], err_msg=store)
+    assert after.num_blocks == before.num_blocks + 1
+
+
+def check_latents(exp, story, memory):
+    """The latents of every recent block are those committed."""
+    cfg = exp.cache
+    layout = layouts.layout(cfg, memory.progress)
+    if not cfg.sink % cfg.block == cfg.recent % cfg.block == 0:
+        return
+    for first in range(0, int(layout.recent), cfg.block):
+        there = layouts.recent_block(layout, first)
+        held = cache.recent_latents(exp.memory, memory, there)
+        np.testing.assert_array_equal(held, story.latent[int(there.start) // cfg.block])
 
 
 def happened(cfg, seen, ids, before):
@@ -195,26 +277,31 @@ def happened(cfg, seen, ids, before):
     return tally
 
 
-def check_history(exp, story, step, gap=0.0, *, parts=MEMORY, stacked=False):
-    """Runs a story of many videos and checks every step against the slow memory; what happened, counted."""
+def check_history(exp, story, step, gap=0.0, *, stacked=False, events=None):
+    """Runs a story of many videos and checks every step against the slow memory; what happened, counted.
+
+    `events` says before which blocks there is a "cut" or a "flush".
+    """
     blocks, videos, tally = len(story.q), story.q.shape[2], collections.Counter()
-    memory, old, before = parts.cache.init(exp, videos, stacked=stacked), None, None
-    scratch = parts.view.scratch(exp, videos)
-    scratch = jax.tree.map(
-        lambda x: jnp.asarray(np.full_like(x, np.nan)), stack(scratch) if stacked else scratch
-    )
+    memory, before = empty(exp, videos, stacked=stacked), None
+    scene = first = 0
+    on_host = lambda memory: jax.tree.map(np.asarray, memory.replace(layers=stack(memory.layers)))  # noqa: E731
     for number in range(blocks):
-        shown, memory = step(memory, scratch, block_of(story, number), gap)
-        scratch = shown["views"]
+        if event := (events or {}).get(number):
+            memory = forgetter(exp, event)(memory)
+            scene, first = number if event == "cut" else scene, number
+            tally[event] += videos
+        old = on_host(memory)
+        shown, memory = step(memory, block_of(story, number), gap)
         shown = jax.tree.map(np.asarray, {name: stack(part) for name, part in shown.items()})
-        seen, ids = slow_memory.visible(exp.cache, number, gap), shown["looked"].ids
-        check_places(exp, seen, vars(shown["plan"]))
-        points = slow_memory.scores(exp, story, seen, story.q[number], story.lots[number])
-        check_choice(exp, seen, shown["looked"], points)
+        seen = slow_memory.visible(exp.cache, number, gap, scene, first)
+        ids = shown["selection"].ids
+        check_layout(seen, vars(shown["layout"]))
+        points = slow_memory.scores(exp, story, seen, story.q[number], story.random[number])
+        check_choice(exp, seen, shown["selection"], points)
         check_view(exp, story, seen, shown)
-        new = jax.tree.map(np.asarray, memory.replace(layers=stack(memory.layers)))
-        if old is not None:
-            check_commit(exp.cache, number, old, new)
+        check_commit(exp, story, seen, old, on_host(memory))
+        check_latents(exp, story, memory)
         tally.update(happened(exp.cache, seen, ids, before))
-        old, before = new, ids
+        before = ids
     return tally

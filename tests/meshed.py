@@ -52,7 +52,7 @@ def apart(one, other):
     )
 
 
-def experiment(objective, sizes):
+def settings(objective, sizes):
     """Four heads, so that tensor and context have something to divide; rates at which 20 steps make a difference."""
     import tiny
 
@@ -75,9 +75,8 @@ def experiment(objective, sizes):
         mesh=training.MeshConfig(*sizes),
     )
     heads = dataclasses.replace(tiny.EXP.dit, dim=24, heads=4, rope_pairs=(1, 1, 1))
-    return rollout.for_training(
-        dataclasses.replace(tiny.EXP, dit=heads, train=train), blocks=5, sink=3
-    )
+    exp = rollout.for_training(dataclasses.replace(tiny.EXP, dit=heads), blocks=5, sink=3)
+    return exp, train
 
 
 def examples(exp, step):
@@ -97,7 +96,7 @@ def examples(exp, step):
     }
 
 
-def train(objective, steps, sizes):
+def trained(objective, steps, sizes):
     """The metrics of every step on one mesh of the first devices."""
     import math
 
@@ -108,17 +107,17 @@ def train(objective, steps, sizes):
     from packforcing_jax.networks import mesh
     from packforcing_jax.training import runs
 
-    exp, program = experiment(objective, sizes), runs.Program()
-    grid = mesh.make(exp.train.mesh, jax.devices()[: math.prod(sizes)])
-    mesh.check(exp, grid)
+    (exp, train), program = settings(objective, sizes), runs.Program()
+    grid = mesh.make(train.mesh, jax.devices()[: math.prod(sizes)])
+    mesh.check(exp, train, grid)
     rows = BATCH // jax.process_count()
     mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
     with jax.set_mesh(grid):
-        form = runs.abstract(exp, program, SEED, grid)
-        frozen = teacher(exp, form)
+        form = runs.abstract(exp, train, program, SEED, grid)
+        frozen = teacher(exp, train, form)
         state, update = (
-            runs.born(exp, program, SEED, form, grid),
-            runs.compiled(exp, program, form, grid),
+            runs.born(exp, train, program, SEED, form, grid),
+            runs.compiled(exp, train, program, form, grid),
         )
         history = []
         for step in range(steps):
@@ -126,13 +125,13 @@ def train(objective, steps, sizes):
                 grid, {name: rows[mine] for name, rows in examples(exp, step).items()}
             )
             state, metrics = update(
-                state, frozen, raw, np.uint32(SEED), program.movers(exp, step), exp
+                state, frozen, raw, np.uint32(SEED), program.movers(train, step), exp
             )
             history.append({name: np.asarray(value).tolist() for name, value in metrics.items()})
     return history
 
 
-def teacher(exp, form):
+def teacher(exp, train, form):
     """A frozen transformer of other weights, lying where the generator's does."""
     import jax
 
@@ -144,7 +143,7 @@ def teacher(exp, form):
         for path, leaf in form.params["generator"].items()
         if path.startswith("dit/")
     }
-    if exp.train.objective != "dmd":
+    if train.objective != "dmd":
         return {}
 
     def drawn():
@@ -165,7 +164,7 @@ def main(wanted):
         jax.distributed.initialize(wanted["coordinator"], wanted["processes"], wanted["process"])
     sys.path.insert(0, str(Path(__file__).parent))
     found = [
-        (sizes, train(wanted["objective"], wanted["steps"], sizes)) for sizes in wanted["meshes"]
+        (sizes, trained(wanted["objective"], wanted["steps"], sizes)) for sizes in wanted["meshes"]
     ]
     print(json.dumps(found))
 

@@ -1,4 +1,4 @@
-"""A slow memory in plain numpy: every block in a list, every place from the paper's rules, all in 64 bit."""
+"""A slow memory in plain numpy: every block in a list, every position from the paper's rules, all in 64 bit."""
 
 import types
 
@@ -14,7 +14,7 @@ def turn(x, angles):
 
 
 def angles_of(exp, times, rows=0.0, columns=0.0):
-    """Angles [..., pairs] of places in time, rows and columns."""
+    """Angles [..., pairs] of positions in time, rows and columns."""
     places = np.broadcast_arrays(times, rows, columns)
     return np.concatenate(
         [
@@ -49,19 +49,22 @@ def packed_grid(exp):
     return [place.ravel() for place in np.meshgrid(frames, along(1), along(2), indexing="ij")]
 
 
-def visible(cfg, blocks, gap=0.0):
-    """What the next block may see after `blocks` blocks, and where in time each part begins."""
-    start = blocks * cfg.block
-    sink, recent = (
-        range(start)[: cfg.sink],
-        range(max(cfg.sink, start - cfg.recent), max(cfg.sink, start)),
-    )
-    middle = [
-        b
-        for b in range(blocks)
-        if b * cfg.block >= cfg.sink and (b + 1) * cfg.block <= start - cfg.recent
-    ]
-    archive = middle[-cfg.capacity :] if cfg.top else []
+def visible(cfg, blocks, gap=0.0, scene=0, first=0):
+    """What the next block may see after `blocks` blocks, and where in time each part begins.
+
+    The sink begins with block `scene`; of what is behind it nothing from before block `first` is seen.
+    """
+    start, begin = blocks * cfg.block, scene * cfg.block
+    sink = range(begin, start)[: cfg.sink]
+    behind = range(max(begin + cfg.sink, first * cfg.block), start)
+    recent = behind[max(len(behind) - cfg.recent, 0) :]
+    packed = [b for b in range(blocks) if b * cfg.block >= behind.start] if cfg.top else []
+    middle = [b for b in packed if (b + 1) * cfg.block <= start - cfg.recent]
+    held = {}  # slot -> block that was written to it last
+    for item, b in enumerate(packed):
+        held[int(cfg.evicts.slot_of(item, cfg.slots))] = b
+    slot_of = {b: slot for slot, b in held.items() if slot >= 0 and b in middle}
+    archive = sorted(slot_of)
     count = min(len(archive), cfg.capacity if cfg.selection == "all" else cfg.top)
     fitted = max(cfg.trained - cfg.sink - cfg.recent - cfg.block, 1) / max(count, 1)
     step = min(cfg.block, fitted) if cfg.span == "fit" else cfg.block
@@ -72,15 +75,17 @@ def visible(cfg, blocks, gap=0.0):
         len(sink) + count * step + gap + len(recent),
     ]
     moved = 0 if cfg.rope_adjustment == "sink" else start - behind_sink[-1]
-    sink_at, mid_at, recent_at, current_at = (place + moved for place in behind_sink)
-    sink_at = 0 if cfg.rope_adjustment == "none" else sink_at
+    sink_at, mid_at, recent_at, current_at = (position + moved for position in behind_sink)
+    sink_at = begin if cfg.rope_adjustment == "none" else sink_at
     return types.SimpleNamespace(
         blocks=blocks,
         start=start,
+        behind=behind.start,
         sink=sink,
         recent=recent,
         middle=middle,
         archive=archive,
+        slots=[slot_of[b] for b in archive],
         count=count,
         step=step,
         gap=gap,
@@ -92,7 +97,7 @@ def visible(cfg, blocks, gap=0.0):
 
 
 def begins(cfg, seen, ids):
-    """Place in time of the first frame of each attended packed block, in the shape of `ids` [..., count]."""
+    """Position in time of the first frame of each attended packed block, in the shape of `ids` [..., count]."""
     if cfg.rope_adjustment in ("sink_only", "none"):
         return ids * cfg.block
     if cfg.rope_adjustment == "sink":
@@ -110,8 +115,8 @@ def packed_span(cfg, seen):
     return 1 if cfg.rope_adjustment in ("sink_only", "none") else seen.step / cfg.block
 
 
-def sharp(exp, story, frames, first):
-    """Keys turned to the places first, first+1, ... and values of whole frames, [layer, b, k, n, h]."""
+def full_res(exp, story, frames, first):
+    """Keys turned to the positions first, first+1, ... and values of whole frames, [layer, b, k, n, h]."""
     size, block = exp.grid[0] * exp.grid[1], exp.cache.block
     tokens = (np.asarray(frames, int)[:, None] * size + np.arange(size)).ravel()
     k, v = (
@@ -125,9 +130,9 @@ def sharp(exp, story, frames, first):
 
 
 def both_ends(exp, story, seen):
-    """Keys and values of the sink and of the recent frames, each in its place."""
+    """Keys and values of the sink and of the recent frames, each at its position."""
     return [
-        sharp(exp, story, *part)
+        full_res(exp, story, *part)
         for part in ((seen.sink, seen.sink_at), (seen.recent, seen.recent_at))
     ]
 
@@ -185,7 +190,7 @@ def paper_sum(exp, story, seen, q, archive):
     return np.einsum("lbqnh,lbmpnh->lbm", asked, keys, optimize=True) / np.sqrt(q.shape[-1])
 
 
-def scores(exp, story, seen, q, lots):
+def scores(exp, story, seen, q, random):
     """Score [layer, b, archived block] of every packed block that may be attended."""
     archive = np.broadcast_to(np.asarray(seen.archive, int), (*q.shape[:2], len(seen.archive)))
     if exp.cache.selection == "affinity" and seen.archive:
@@ -193,8 +198,7 @@ def scores(exp, story, seen, q, lots):
     if exp.cache.selection == "paper_sum":
         return paper_sum(exp, story, seen, q, archive)
     if exp.cache.selection == "random":
-        slot = (np.asarray(seen.archive, int) - exp.cache.sink // exp.cache.block) % exp.cache.slots
-        return lots[..., slot].astype(float)
+        return random[..., np.asarray(seen.slots, int)].astype(float)
     return archive.astype(float)
 
 
@@ -205,23 +209,24 @@ def choose(seen, points):
 
 
 def view(exp, story, seen, ids):
-    """(keys, values) [layer, b, k, n, h] that the next block must find, in the order sink, packed, recent."""
+    """(keys, values) [layer, b, k, n, h] that the next block must find: sink, packed blocks, recent, and itself."""
     times = begins(exp.cache, seen, ids)[..., None] + packed_grid(exp)[0] * packed_span(
         exp.cache, seen
     )
     packed = [x.reshape(*x.shape[:2], -1, *x.shape[-2:]) for x in twins(exp, story, ids, times)]
     sink, recent = both_ends(exp, story, seen)
-    return [np.concatenate([sink[i], packed[i], recent[i]], axis=2) for i in range(2)]
+    _, *current = own(exp, story, seen)
+    return [np.concatenate([sink[i], packed[i], recent[i], current[i]], axis=2) for i in range(2)]
 
 
 def own(exp, story, seen):
-    """(queries, keys, values) [layer, b, k, n, h] of the block that looks back, turned to their places."""
+    """(queries, keys, values) [layer, b, k, n, h] of the block that looks back, turned to their positions."""
     frames = range(seen.start, seen.start + exp.cache.block)
     rows, columns = np.tile(frame_grid(exp), exp.cache.block)
     times = np.repeat(seen.current_at + np.arange(exp.cache.block), len(rows) // exp.cache.block)
     return (
         turn(story.q[seen.blocks], angles_of(exp, times, rows, columns)),
-        *sharp(exp, story, frames, seen.current_at),
+        *full_res(exp, story, frames, seen.current_at),
     )
 
 
@@ -233,6 +238,14 @@ def attend(q, k, v):
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     return np.einsum("...nqk,...knh->...qnh", weights, v.astype(float), optimize=True)
+
+
+def latents(exp, blocks, videos):
+    """Latents [block, b, t, y, x, c] that hold the number of their frame, and of their video behind the point."""
+    number = 1.0 + np.arange(blocks * exp.cache.block).reshape(blocks, 1, -1)
+    number = number + np.arange(videos)[None, :, None] / 64
+    shape = (*number.shape, *exp.latent, exp.dit.in_channels)
+    return np.broadcast_to(number[..., None, None, None], shape).astype(np.float32)
 
 
 def tell(exp, rng, *, blocks, layers, videos):
@@ -261,6 +274,7 @@ def tell(exp, rng, *, blocks, layers, videos):
     return types.SimpleNamespace(
         full=(keys(full, shown), values(full, 1)),
         packed=(keys(packed, shown), values(packed, 501)),
+        latent=latents(exp, blocks, videos),
         q=2 * keys(full, asked),
-        lots=rng.uniform(size=(blocks, layers, videos, exp.cache.slots)).astype(np.float32),
+        random=rng.uniform(size=(blocks, layers, videos, exp.cache.slots)).astype(np.float32),
     )

@@ -9,11 +9,13 @@ import tiny
 from packforcing_jax.config import CacheConfig
 from packforcing_jax.errors import InputError
 from packforcing_jax.memory import cache
-from packforcing_jax.sampling import host_archive, pipeline
+from packforcing_jax.memory import layout as layouts
+from packforcing_jax.sampling import host_archive, pipeline, player
 from packforcing_jax.types import KV
 
 LATE = {"scope": "shared", "timing": "late", "capacity": 3}
 HOST = tiny.with_cache(**LATE, archive="host")
+SPEC = HOST.memory
 BLOCKS, HALF = 9, 5  # the ring of four turns over twice
 
 
@@ -24,8 +26,8 @@ def play(model, state, blocks):
     ]
     found = []
     for index in blocks:
-        state, _, drawn = model.step(state, words[index // 4 % 2], first=index == 0)
-        found.append((np.array(drawn.latent), tiny.ids(drawn)))
+        state, block = player.next_block(model, state, words[index // 4 % 2])
+        found.append((np.array(block.latent), tiny.ids(block)))
     return found, state
 
 
@@ -74,17 +76,17 @@ def test_from_a_copy_of_its_state_the_video_goes_on_bit_for_bit(played):
 def test_the_host_holds_what_the_device_would(played):
     device, host = (played[place][1] for place in ("device", "host"))
     for store, layer in zip(host.archive, device.memory.layers, strict=True):
-        np.testing.assert_allclose(store.k, layer.mid.k, atol=2e-5)
-        np.testing.assert_allclose(store.v, layer.mid.v, atol=2e-5)
+        np.testing.assert_allclose(store.k, layer.packed.k, atol=2e-5)
+        np.testing.assert_allclose(store.v, layer.packed.v, atol=2e-5)
         assert (np.abs(store.v).max(axis=(2, 3, 4)) > 0).all()  # every slot was written
     assert device.archive == []
 
 
 def test_the_device_keeps_no_packed_block(played):
     for layer in played["host"][1].memory.layers:
-        assert layer.mid.k.shape[1] == layer.mid.v.shape[1] == 0
-    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(host_archive.init(HOST, 2)))
-    assert host_archive.init(tiny.EXP, 2) == []
+        assert layer.packed.k.shape[1] == layer.packed.v.shape[1] == 0
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(host_archive.init(SPEC, 2)))
+    assert host_archive.init(tiny.EXP.memory, 2) == []
 
 
 def packed(number):
@@ -99,12 +101,13 @@ def packed(number):
 
 
 def test_blocks_of_the_sink_are_not_kept_and_the_oldest_gives_way():
-    store = host_archive.init(tiny.with_cache(HOST, sink=6), 2)
-    host_archive.put(tiny.with_cache(HOST, sink=6), store, 0, packed(1))
-    host_archive.put(tiny.with_cache(HOST, sink=6), store, 1, packed(2))
+    spec = tiny.with_cache(HOST, sink=6).memory
+    store = host_archive.init(spec, 2)
+    host_archive.put(spec, store, layouts.begin(0), packed(1))
+    host_archive.put(spec, store, layouts.begin(1), packed(2))
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(store))
     for block in range(2, 8):
-        host_archive.put(tiny.with_cache(HOST, sink=6), store, block, packed(block + 1))
+        host_archive.put(spec, store, layouts.begin(block), packed(block + 1))
     for layer in range(2):
         held = np.asarray([7, 8, 5, 6]) + 0.25 * layer  # blocks 2 to 7 in turn, in a ring of four
         np.testing.assert_array_equal(
@@ -114,13 +117,13 @@ def test_blocks_of_the_sink_are_not_kept_and_the_oldest_gives_way():
 
 
 def test_the_host_ring_and_the_devices_plan_agree_on_who_lies_where():
-    store, exp = host_archive.init(HOST, 2), HOST
+    store, exp = host_archive.init(SPEC, 2), HOST
     for block in range(12):
-        plan = cache.plan(exp.cache, jnp.int32(block))
+        plan = layouts.layout(exp.cache, layouts.begin(block))
         for slot, held in enumerate(np.asarray(plan.ids)):
             if held >= 0:
                 assert (store[1].k[:, slot] == held + 0.25).all()
-        host_archive.put(exp, store, block, packed(block))
+        host_archive.put(SPEC, store, layouts.begin(block), packed(block))
     assert (np.asarray(plan.ids) >= 0).sum() == exp.cache.capacity
 
 
@@ -128,8 +131,8 @@ def test_the_chosen_slots_are_taken_for_each_video_from_every_layer():
     rng = np.random.default_rng(4)
     store = [KV(*rng.normal(size=(2, 2, 4, 8, 3, 12)).astype(np.float32)) for _ in range(3)]
     slots = jnp.asarray([[3, 0, 1], [2, 2, 0]])
-    looked = cache.Looked(slots=slots, ids=slots, scores=slots, at=slots, sink_at=jnp.zeros(()))
-    for kv, picked in zip(store, host_archive.take(store, looked), strict=True):
+    chosen = cache.Selection(slots=slots, ids=slots, scores=slots, at=slots, sink_at=jnp.zeros(()))
+    for kv, picked in zip(store, host_archive.gather(store, chosen), strict=True):
         for name in ("k", "v"):
             wanted = np.stack(
                 [getattr(kv, name)[video, np.asarray(slots)[video]] for video in range(2)]

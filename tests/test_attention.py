@@ -1,5 +1,6 @@
 """Every backend that runs here computes the same attention, and none replaces another unasked."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 import tiny
 
 from packforcing_jax.errors import InputError
+from packforcing_jax.memory import cache
 from packforcing_jax.policies import attention
 
 LENGTHS = [1, 5, 13]
@@ -133,14 +135,33 @@ def test_auto_is_the_default_of_this_machine():
         assert attention.chosen("auto", dtype) == attention.default_backend(dtype)
         assert (
             attention.backend("auto", dtype)
-            is attention.BACKENDS[attention.default_backend(dtype)[0]]
+            is attention.BACKENDS[attention.default_backend(dtype)[0]].attend
         )
     assert attention.chosen("xla")[0] == "xla"
 
 
 def test_the_table_is_what_backend_answers_from():
-    for name, attend in attention.BACKENDS.items():
-        assert attention.backend(name) is attend
+    for name, one in attention.BACKENDS.items():
+        assert one.name == name
+        assert attention.backend(name) is attention.backend(one) is one.attend
+
+
+def test_a_backend_of_ones_own_is_the_one_that_runs():
+    """Of a block's self-attention and of what reads the text, in every layer."""
+    calls = []
+
+    def attend(q, k, v, length=None, mask=None):
+        calls.append((q.shape[1], k.shape[1]))
+        return attention.reference(q, k, v, length, mask)
+
+    own = dataclasses.replace(tiny.EXP, attention=attention.Backend("own", attend))
+    assert attention.chosen(own.attention) == ("own", "as the config says")
+    memory, noise = cache.init(own.memory, tiny.BATCH), tiny.noise(own, 0)
+    latent = tiny.denoise(tiny.apart(), own.step, memory, noise=noise, text=tiny.words())[1].latent
+    assert set(calls) == {(24, own.memory.room), (24, own.dit.text_len)}
+    as_is = dataclasses.replace(tiny.EXP, attention="reference")
+    _, expected = tiny.denoise(tiny.apart(), as_is.step, memory, noise=noise, text=tiny.words())
+    np.testing.assert_array_equal(latent, expected.latent)
 
 
 def test_every_backend_is_reported_and_a_refusal_is_no_failure():

@@ -16,10 +16,10 @@ from benchmarks import on_h200
 from packforcing_jax import config, pytrees
 from packforcing_jax.config import overrides
 from packforcing_jax.errors import InputError
-from packforcing_jax.memory import cache, view
-from packforcing_jax.networks import dit
+from packforcing_jax.memory import layout as layouts
+from packforcing_jax.memory import view
 from packforcing_jax.plan import bench, budget, jaxpr_cost, timing
-from packforcing_jax.sampling import block_step, pipeline
+from packforcing_jax.sampling import block_step, player
 
 PLAIN = tiny.with_cache(top=0, capacity=0, sink=4, recent=5)  # nothing packed, no whole blocks
 ALL = tuple(bench.PARTS)
@@ -56,7 +56,8 @@ def found(quick):
 @pytest.mark.parametrize("cfg", [*config.PROFILES.values(), tiny.EXP.cache, PLAIN.cache], ids=str)
 def test_nothing_is_empty_behind_the_block_that_is_timed(cfg):
     exp = dataclasses.replace(tiny.EXP, cache=dataclasses.replace(cfg, score_pool=(1, 1, 1)))
-    seen, before = (cache.plan(cfg, jnp.int32(bench.full_at(exp) - back)) for back in (0, 1))
+    full = budget.full_at(exp)
+    seen, before = (layouts.layout(cfg, layouts.begin(full - back)) for back in (0, 1))
     assert (int(seen.sink), int(seen.recent), int(seen.chosen)) == (
         cfg.sink,
         cfg.recent,
@@ -75,40 +76,37 @@ def test_what_is_there_is_random_finite_and_in_its_dtype():
     halves = dataclasses.replace(tiny.EXP, dtypes=config.DtypeConfig(cache="bfloat16"))
     held = bench.scene(model(halves), ALL)
     own = (
-        held.pipe.nets,
-        held.pipe.pixels,
+        held.model.nets,
+        held.model.pixels,
         held.state.memory.layers,
-        held.state.views,
         held.given["frames"],
     )
     for x in jax.tree.leaves(own):
         values = np.asarray(x, np.float64)
         assert np.isfinite(values).all()
         assert x.size < 8 or np.unique(values).size > 0.5 * min(x.size, 100)
-    assert {x.dtype.name for x in jax.tree.leaves(held.state.views)} == {"bfloat16"}
-    assert {x.dtype.name for x in jax.tree.leaves(held.pipe.nets)} == {"float32"}
-    assert int(held.state.memory.num_blocks) == bench.full_at(halves)
-    assert all((np.asarray(one.ids) >= 0).all() for one in held.given["looked"])
+    views = block_step.views_of(held.state.memory)
+    assert {x.dtype.name for x in jax.tree.leaves(views)} == {"bfloat16"}
+    assert {x.dtype.name for x in jax.tree.leaves(held.model.nets)} == {"float32"}
+    assert int(held.state.memory.num_blocks) == budget.full_at(halves)
+    assert all((np.asarray(one.ids) >= 0).all() for one in held.given["selection"])
 
 
-def test_a_commit_is_given_what_remembering_makes():
+def test_storing_is_given_what_committing_makes():
     exp = dataclasses.replace(
         tiny.EXP, dtypes=config.DtypeConfig(cache="bfloat16", compute="float16")
     )
-    held, seen = bench.shapes(exp), cache.plan(exp.cache, jnp.int32(4))
+    held, layout = bench.shapes(exp), layouts.layout(exp.cache, layouts.begin(4))
+    own = block_step.Access(keep=lambda own, view, past: own)
 
-    def remembered(nets, latent, low, words, views):
-        nets = pytrees.cast(nets, "float16")
-        full, _ = block_step.read_clean(nets, exp, seen, latent, words, views)
-        packed, _ = block_step.read_packed(nets, exp, seen, latent, low, words, views)
-        return full, packed, nets.dit.blocks[0].attn.queries(dit.embed_latent(nets.dit, latent))
+    def made(nets, latent, low, words, memory):
+        nets, views = pytrees.cast(nets, "float16"), block_step.views_of(memory)
+        full = block_step.read_clean(nets, exp.step, layout, latent, words, views, own)
+        packed = block_step.read_packed(nets, exp.step, layout, latent, low, words, views, own)
+        return full, packed, nets.dit.blocks[0].attn.queries(nets.dit.embed(latent))
 
-    want = jax.eval_shape(
-        remembered,
-        held.pipe.nets,
-        *(held.given[name] for name in ("latent", "low", "words")),
-        held.state.views,
-    )
+    given = (held.given[name] for name in ("latent", "low", "words"))
+    want = jax.eval_shape(made, held.model.nets, *given, held.state.memory)
     given = held.given["full"], held.given["packed"], held.given["queries"][0]
     assert forms_of(given) == forms_of(want)
 
@@ -118,7 +116,8 @@ def forms_of(tree):
 
 
 def test_only_what_the_parts_take_is_made():
-    assert set(bench.scene(model(), ["commit"]).given) == {"full", "packed", "looked"}
+    given = bench.scene(model(), ["store"]).given
+    assert set(given) == {"latent", "full", "packed", "selection"}
     assert set(bench.scene(model(), ALL).given) == {
         taken for part in bench.PARTS.values() for taken in part.takes
     }
@@ -134,46 +133,49 @@ def test_every_part_hands_on_a_state_of_the_same_form():
         n = int(state.memory.num_blocks)
         state, out = held.run(name)(state)
         assert forms_of(state) == form, name
-        assert int(state.memory.num_blocks) - n == (name in ("commit", "remember", "second")), name
+        assert int(state.memory.num_blocks) - n == (name in ("store", "commit", "second")), name
         assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(out)), name
 
 
 def test_rounds_compile_nothing_again(found):
     functions = (
-        pipeline.draw_block,
-        pipeline.show_block,
-        pipeline.remember_block,
-        bench.guess,
-        bench.commit,
+        player.denoise_program,
+        player.show_program,
+        player.commit_program,
+        bench.forward,
+        bench.store,
     )
     before = [each._cache_size() for each in functions]
-    bench.measure(model(), ["forward", "commit", "second"], warmup=0, repeats=2)
+    bench.measure(model(), ["forward", "store", "second"], warmup=0, repeats=2)
     assert [each._cache_size() for each in functions] == before
 
 
 def test_forward_is_the_first_step_of_a_block():
-    held = bench.scene(model(), ["forward"])
-    nets, seen = held.pipe.nets, cache.plan(tiny.EXP.cache, held.state.memory.num_blocks)
-    none = jnp.zeros((0, *held.given["latent"].shape))
-    chance = block_step.Chance(noise=held.given["latent"], renoise=none, lots=none)
-    step = tiny.jit(lambda *args: block_step.first_step(args[0], tiny.EXP, *args[1:]))
-    want, _ = step(nets, seen, chance, held.given["words"], held.state.views)
+    held, cfg = bench.scene(model(), ["forward"]), tiny.EXP.step
+    memory, none = held.state.memory, jnp.zeros((0, *held.given["latent"].shape))
+    noise = block_step.Noise(noise=held.given["latent"], renoise=none, random=none)
+
+    def step(nets, noise, words, memory):
+        layout, views = layouts.layout(cfg.cache, memory.progress), block_step.views_of(memory)
+        return block_step.first_step(nets, cfg, layout, noise, words, views)[0]
+
+    want = tiny.jit(step)(held.model.nets, noise, held.given["words"], memory)
     _, clean = held.run("forward")(held.state)
     np.testing.assert_allclose(clean, want, atol=1e-5)
 
 
 def test_choosing_is_what_each_layer_does_on_its_way():
-    held = bench.scene(model(), ["selection"])
-    seen = cache.plan(tiny.EXP.cache, held.state.memory.num_blocks)
+    held, spec = bench.scene(model(), ["selection"]), tiny.EXP.memory
+    layout = layouts.layout(spec.cache, held.state.memory.progress)
     _, chosen = held.run("selection")(held.state)
-    recall = tiny.jit(lambda *args: view.recall(tiny.EXP, seen, *args)[1])
-    for layer, looked in enumerate(chosen):
+    recall = tiny.jit(lambda *args: view.recall(spec, layout, *args)[1])
+    for layer, found in enumerate(chosen):
         own = (
             held.state.memory.layers[layer],
             held.given["queries"][layer],
-            held.given["lots"][layer],
+            held.given["random"][layer],
         )
-        assert np.asarray(recall(*own).ids).tolist() == np.asarray(looked.ids).tolist()
+        assert np.asarray(recall(*own).ids).tolist() == np.asarray(found.ids).tolist()
 
 
 def test_parts_are_chosen_by_name_and_by_what_the_memory_has():
@@ -187,10 +189,10 @@ def test_parts_are_chosen_by_name_and_by_what_the_memory_has():
 
 
 def test_a_memory_without_packed_blocks_is_measured_too():
-    found = bench.measure(model(PLAIN), ["commit"], warmup=0, repeats=1)
-    assert found.operations == {"commit": 0}
+    found = bench.measure(model(PLAIN), ["store"], warmup=0, repeats=1)
+    assert found.operations == {"store": 0}
     assert (
-        found.moved["commit"] >= 2 * 3 * 8 * 36 * 2 * 2 * 4
+        found.moved["store"] >= 2 * 3 * 8 * 36 * 2 * 2 * 4
     )  # tokens, channels, K and V, layers, bytes
 
 
@@ -205,26 +207,22 @@ def test_an_archive_on_the_host_is_refused():
 
 def test_operations_are_those_that_plan_counts(found):
     exp, ours = tiny.EXP, found.operations
-    rows = budget.of(exp, bench.full_at(exp) + 1, dtype="float32").rows
+    rows = budget.of(exp, budget.full_at(exp) + 1, dtype="float32").rows
     plan = {name.removeprefix("operations/"): row.counted for name, row in rows.items()}
     padding = plan["one step"] - plan["one step, keys attended"]
     steps = len(exp.sample.steps)
     assert ours["forward"] == plan["one step, keys attended"]
-    assert ours["block"] == plan["denoising"] + plan["selection"] - steps * padding
+    assert ours["denoise"] == plan["denoising"] + plan["selection"] - steps * padding
     assert ours["selection"] == plan["selection"]
     assert ours["decode"] == plan["decoding"] == 0
-    remembering = (
-        plan["clean pass"] + plan["packing pass"]
-    )  # and perhaps the last layer's attention, unread
-    assert (
-        remembering - padding < ours["remember"] < remembering + plan["one step"] / exp.dit.layers
-    )
+    committing = plan["clean pass"] + plan["packing pass"]  # and the last layer's attention, unread
+    assert committing - padding < ours["commit"] < committing + plan["one step"] / exp.dit.layers
     assert ours["compression"] > plan["low resolution for packing"]
     assert (
         ours["second"]
-        == ours["block"] + ours["remember"] + ours["decode"] + plan["low resolution for packing"]
+        == ours["denoise"] + ours["commit"] + ours["decode"] + plan["low resolution for packing"]
     )
-    assert ours["commit"] == 0
+    assert ours["store"] == 0
 
 
 def test_every_part_and_product_took_its_turn(found):
@@ -250,16 +248,16 @@ def measured(**medians):
         times=times,
         products=products,
         moved=dict.fromkeys(medians, 6000),
-        operations={name: 0 if name == "commit" else 3_000_000 for name in medians},
+        operations={name: 0 if name == "store" else 3_000_000 for name in medians},
     )
 
 
 def test_the_report_divides_work_by_medians_and_compares_with_the_best_product():
-    said = bench.report(measured(forward=2.0, commit=0.5, second=9.0))
+    said = bench.report(measured(forward=2.0, store=0.5, second=9.0))
     assert said["ceiling"] == {"product": "20 x 20 x 20", "operations_per_second": 2 * 20**3 / 4e-3}
-    forward, commit, second = (said["parts"][name] for name in ("forward", "commit", "second"))
+    forward, store, second = (said["parts"][name] for name in ("forward", "store", "second"))
     assert (forward["operations_per_second"], forward["share"]) == (1.5e6, 1.5e6 / 4e6)
-    assert (commit["bytes_per_second"], "share" in commit) == (12_000, False)
+    assert (store["bytes_per_second"], "share" in store) == (12_000, False)
     assert second["median"] == pytest.approx(9.0 * 5 / 3)  # 3 frames a block, 5 a second
     assert second["operations_per_second"] == pytest.approx(3e6 / 9)
     assert said["frames_per_second"] == pytest.approx(3 / 9)
@@ -267,13 +265,13 @@ def test_the_report_divides_work_by_medians_and_compares_with_the_best_product()
 
 
 def test_metrics_are_ratios_with_a_direction():
-    found = measured(forward=2.0, commit=0.5, second=9.0)
+    found = measured(forward=2.0, store=0.5, second=9.0)
     assert bench.metrics(found) == {
         "forward, share of ceiling": {"value": pytest.approx(1.5e6 / 4e6), "direction": "higher"},
-        "commit/forward": {"value": 0.25, "direction": "lower"},
+        "store/forward": {"value": 0.25, "direction": "lower"},
         "second/forward": {"value": 4.5, "direction": "lower"},
     }
-    assert bench.metrics(measured(block=2.0)) == {}
+    assert bench.metrics(measured(denoise=2.0)) == {}
 
 
 # Full size
@@ -282,28 +280,22 @@ def test_metrics_are_ratios_with_a_direction():
 def test_a_full_size_model_is_built_without_being_made():
     exp = overrides.load_experiment("wan_t2v_1_3b_paper", ["dit.layers=1"])
     held = bench.shapes(exp)
-    assert {
-        x.dtype.name for x in jax.tree.leaves((held.pipe.nets, held.pipe.pixels, held.state.views))
-    } == {"bfloat16"}
-    assert held.state.views[0].k.shape == (1, cache.room(exp), 12, 128)
+    views = block_step.views_of(held.state.memory)
+    own = held.model.nets, held.model.pixels, views
+    assert {x.dtype.name for x in jax.tree.leaves(own)} == {"bfloat16"}
+    assert views[0].k.shape == (1, exp.memory.room, 12, 128)
     assert held.given["full"][0].k.shape == (1, 6_240, 12, 128)
     assert held.given["packed"][0].v.shape == (1, 182, 12, 128)
     assert held.given["frames"].shape == (1, 16, 480, 832, 3)
     assert bench.attended(exp) == 27_872
-    program = bench.guess.lower(
-        held.pipe.nets,
-        exp,
-        held.state.memory.num_blocks,
-        held.state.views,
-        held.given["latent"],
-        held.given["words"],
-    )
-    assert program.as_text().count("tf.aliasing_output") == 2
+    given = held.state.memory, held.given["latent"], held.given["words"]
+    program = bench.forward.lower(held.model.nets, exp.step, *given)
+    assert program.as_text().count("tf.aliasing_output") == len(jax.tree.leaves(given[0]))
     one_layer = 2 * 6_240 * 1_536 * (4 * 1_536 + 2 * 27_872 + 2 * 8_960 + 2 * 1_536 + 2 * 512)
     ends = 2 * 6_240 * 64 * 1_536 * 2
     counted = bench.operations(exp, ["forward"])["forward"]
     assert one_layer + ends < counted < 1.001 * (one_layer + ends)
-    assert bench.moved(held, "commit") > 2 * 2 * 2 * 1_536 * (6_240 + 182)
+    assert bench.moved(held, "store") > 2 * 2 * 2 * 1_536 * (6_240 + 182)
     assert jaxpr_cost.nbytes(held.given["full"]) == 2 * 2 * 6_240 * 1_536
 
 
@@ -340,7 +332,7 @@ def test_toy_trials_run_and_agree(toy):
 
 def test_a_part_is_a_trial(toy, monkeypatch):
     monkeypatch.setattr(on_h200, "model", lambda exp: model(exp))
-    assert {"ms", "gigabytes_per_second", "ceiling"} <= on_h200.part("commit", tiny.EXP).keys()
+    assert {"ms", "gigabytes_per_second", "ceiling"} <= on_h200.part("store", tiny.EXP).keys()
     assert {"ms", "tflops", "share", "frames_per_second"} <= on_h200.part("second", tiny.EXP).keys()
 
 

@@ -15,7 +15,7 @@ from packforcing_jax.cli import bench as verb
 from packforcing_jax.errors import InputError
 from packforcing_jax.plan import bench, timing
 
-SECONDS = {"forward": 2.0, "block": 9.0, "commit": 0.5, "second": 12.0}
+SECONDS = {"forward": 2.0, "denoise": 9.0, "store": 0.5, "second": 12.0}
 
 
 def measured(seconds):
@@ -29,7 +29,7 @@ def measured(seconds):
         times=times | {product.name: timing.Times(1.0, (4e-3,) * 3)},
         products=[product],
         moved=dict.fromkeys(seconds, 6000),
-        operations={name: 0 if name == "commit" else 3_000_000 for name in seconds},
+        operations={name: 0 if name == "store" else 3_000_000 for name in seconds},
     )
 
 
@@ -87,8 +87,8 @@ def test_the_table_has_a_line_for_each_part(run):
         "37.5",
         "%",
     ]  # noqa: SIM905
-    assert lines["commit"].split() == [
-        "commit",
+    assert lines["store"].split() == [
+        "store",
         "50.00",
         "s",
         "500.000",
@@ -118,13 +118,13 @@ def test_json_has_every_figure(run):
         "cpu",
     )
     assert said["gate"] == []
-    assert said["parts"]["block"]["median"] == 9.0
-    assert said["metrics"]["block/forward"] == {"value": 4.5, "direction": "lower"}
+    assert said["parts"]["denoise"]["median"] == 9.0
+    assert said["metrics"]["denoise/forward"] == {"value": 4.5, "direction": "lower"}
 
 
 def test_flags_reach_the_measurement(run):
-    assert run("--part", "forward", "--part", "commit", "--repeats", 7, "--warmup", 0)[0] == 0
-    assert run.asked == [(("forward", "commit"), 0, 7, [0, 1])]
+    assert run("--part", "forward", "--part", "store", "--repeats", 7, "--warmup", 0)[0] == 0
+    assert run.asked == [(("forward", "store"), 0, 7, [0, 1])]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_flags_reach_the_measurement(run):
         (["--weights", "x"], "--config and --weights exclude each other"),
         (["--repeats", "0"], "--repeats 0 measures nothing"),
         (["--warmup", "-1"], "--warmup -1 is negative"),
-        (["--part", "comit"], "--part comit is unknown; did you mean commit"),
+        (["--part", "stor"], "--part stor is unknown; did you mean store"),
         (["--set", "cache.top=0", "--part", "selection"], "selection: cache.top=0 leaves nothing"),
         (["--write", "nowhere/at/all.json"], "nowhere/at is no folder"),
         (
@@ -174,7 +174,7 @@ def test_a_baseline_says_what_it_is_of(baseline):
         3,
     )
     assert {"device", "processor", "cores", "jax", "date"} <= said["machine"].keys()
-    assert said["metrics"]["commit/forward"] == {
+    assert said["metrics"]["store/forward"] == {
         "value": 0.25,
         "direction": "lower",
         "tolerance": 0.5,
@@ -184,28 +184,28 @@ def test_a_baseline_says_what_it_is_of(baseline):
 
 
 def test_more_runs_make_the_tolerance(run, baseline):
-    for block in (10.0, 10.4, 9.4, 9.8):
-        run.seconds["block"] = block
+    for denoise in (10.0, 10.4, 9.4, 9.8):
+        run.seconds["denoise"] = denoise
         assert run("--write", baseline)[0] == 0
     metrics = json.loads(baseline.read_text())["metrics"]
-    assert metrics["block/forward"]["runs"] == [4.5, 5.0, 5.2, 4.7, 4.9]
-    assert (metrics["block/forward"]["value"], metrics["block/forward"]["tolerance"]) == (
+    assert metrics["denoise/forward"]["runs"] == [4.5, 5.0, 5.2, 4.7, 4.9]
+    assert (metrics["denoise/forward"]["value"], metrics["denoise/forward"]["tolerance"]) == (
         4.9,
         0.24,
     )  # 4 x 0.3 / 4.9
-    assert metrics["commit/forward"]["tolerance"] == verb.LEAST
+    assert metrics["store/forward"]["tolerance"] == verb.LEAST
 
 
 @pytest.mark.parametrize(
     ("seconds", "worse"),
     [
         ({}, set()),
-        ({"block": 9.0 * 1.49}, set()),
-        ({"block": 9.0 * 1.51}, {"block/forward"}),
-        ({"block": 0.1, "commit": 0.001}, set()),
+        ({"denoise": 9.0 * 1.49}, set()),
+        ({"denoise": 9.0 * 1.51}, {"denoise/forward"}),
+        ({"denoise": 0.1, "store": 0.001}, set()),
         ({"forward": 2.0 * 1.49}, set()),
         ({"forward": 2.0 * 1.51}, {"forward, share of ceiling"}),
-        ({"forward": 2.0 / 1.6}, {"block/forward", "commit/forward", "second/forward"}),
+        ({"forward": 2.0 / 1.6}, {"denoise/forward", "store/forward", "second/forward"}),
     ],
 )
 def test_the_gate_fails_for_what_is_worse_than_allowed(run, baseline, seconds, worse):
@@ -220,9 +220,9 @@ def test_the_gate_fails_for_what_is_worse_than_allowed(run, baseline, seconds, w
 
 def test_a_metric_that_one_side_lacks_is_an_error(run, baseline):
     with pytest.raises(
-        InputError, match="this run lacks block/forward, second/forward; compare runs of"
+        InputError, match="this run lacks denoise/forward, second/forward; compare runs of"
     ):
-        run("--gate", baseline, "--part", "commit", "--part", "forward")
+        run("--gate", baseline, "--part", "store", "--part", "forward")
     run.seconds["decode"] = 1.0
     with pytest.raises(InputError, match="baseline.json lacks decode/forward"):
         run("--gate", baseline)
@@ -327,7 +327,7 @@ def test_a_model_folder_is_measured(folder, capsys):
         "--weights",
         str(folder),
         "--part",
-        "commit",
+        "store",
         "--part",
         "decode",
         "--repeats",
@@ -341,7 +341,7 @@ def test_a_model_folder_is_measured(folder, capsys):
     said = json.loads(capsys.readouterr().out)
     assert (said["config"], list(said["parts"]), said["metrics"]) == (
         "tiny",
-        ["decode", "commit"],
+        ["decode", "store"],
         {},
     )
     assert said["set"] == ["cache.capacity=5"]

@@ -1,5 +1,6 @@
 """One interface for all codecs: exactness, streaming, counts, and the low-resolution view that packing takes."""
 
+import dataclasses
 import functools
 import math
 
@@ -165,3 +166,39 @@ def test_the_codec_is_frozen_and_the_pixels_are_not():
     slope = jit(slope_of)(make(WAN), video)
     assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(slope[0]))
     assert np.any(slope[1] != 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class MirrorConfig:
+    """A codec of one's own: the exact one, seen in a mirror."""
+
+    factor: int = 2
+    z_dim: int = 12
+    time_factor: int = 1
+    space_factor: int = 2
+
+
+class Mirror(nnx.Module):
+    def __init__(self, cfg, rngs=None):
+        self.cfg = cfg
+
+
+def _encode(mirror, video):
+    return codec_lib.encode(codec_lib.SpaceToDepth(CELLS), video[:, :, :, ::-1])
+
+
+def _decode(mirror, state, latents, *, first):
+    exact = codec_lib.SpaceToDepth(CELLS)
+    video, state = codec_lib.decode_chunk(exact, state, latents, first=first)
+    return video[:, :, :, ::-1], state
+
+
+MirrorConfig.kind = codec_lib.Kind(Mirror, _encode, lambda *sizes: (), _decode)
+
+
+def test_a_codec_of_ones_own_is_a_config_that_says_what_it_offers():
+    mirror = codec_lib.make(MirrorConfig(), nnx.Rngs(0))
+    video = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (1, 3, 6, 4, 3)), jnp.float32)
+    latent = codec_lib.encode(mirror, video)
+    np.testing.assert_array_equal(codec_lib.decode(mirror, latent), video)
+    assert (latent != codec_lib.encode(codec_lib.SpaceToDepth(CELLS), video)).any()

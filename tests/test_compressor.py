@@ -23,16 +23,16 @@ def with_branches(branches):
     )
 
 
-_pack = tiny.jit(compressor.pack, static_argnums=2)
+_pack = tiny.jit(compressor.Compressor.pack, static_argnums=2)
 
 
 def pack(nets, latent=LATENT, low=LOW, exp=tiny.EXP):
-    return _pack(nets.compressor, nets.dit, exp, latent, low)
+    return _pack(nets.compressor, nets.dit, exp.step, latent, low)
 
 
 def test_before_training_only_low_resolution_speaks():
     nets = tiny.fresh()
-    np.testing.assert_array_equal(pack(nets), tiny.jit(dit.embed_latent)(nets.dit, LOW))
+    np.testing.assert_array_equal(pack(nets), tiny.jit(dit.WanDiT.embed)(nets.dit, LOW))
     np.testing.assert_array_equal(pack(nets), pack(nets, latent=LATENT + 1))
 
 
@@ -64,6 +64,30 @@ def test_a_branch_alone_reads_only_its_own_input(branch, latent_counts, low_coun
     assert (pack(nets, low=LOW + 1, exp=exp) != plain).any() == low_counts
 
 
+def test_a_compressor_of_ones_own_is_built_by_its_settings():
+    """The settings are a value that builds what packs; no table knows of it."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Averaging(config.CompressorConfig):
+        gain: float = 2.0
+
+        def build(self, step, rngs):
+            return Mean(self.gain)
+
+    @dataclasses.dataclass(frozen=True)
+    class Mean:
+        gain: float
+
+        def pack(self, model, step, latent, low):
+            return self.gain * model.embed(low)
+
+    settings = Averaging(**vars(tiny.EXP.compressor))
+    exp = dataclasses.replace(tiny.EXP, compressor=settings)
+    built = compressor.build(exp.step, nnx.Rngs(0))
+    tokens = built.pack(tiny.nets().dit, exp.step, LATENT, LOW)
+    np.testing.assert_allclose(tokens, 2 * tiny.nets().dit.embed(LOW))
+
+
 def test_token_counts_are_the_configs():
     assert pack(tiny.nets()).shape == (
         tiny.BATCH,
@@ -75,7 +99,7 @@ def test_token_counts_are_the_configs():
 @pytest.mark.parametrize("name", overrides.names())
 def test_token_counts_are_the_configs_at_full_size(name):
     exp = overrides.load_experiment(name)
-    module = jax.eval_shape(lambda: compressor.Compressor(exp, nnx.Rngs(0)))
+    module = jax.eval_shape(lambda: compressor.build(exp.step, nnx.Rngs(0)))
     latent = jax.ShapeDtypeStruct(
         (1, exp.compressor.frames, *exp.latent, exp.dit.in_channels), jnp.float32
     )
@@ -88,7 +112,7 @@ def test_odd_grids_lose_what_does_not_fill_a_patch():
         tiny.EXP, latent=(14, 6)
     )  # convolutions: 14 -> 7 -> 3 rows, 6 -> 3 columns
     assert exp.packed_grid == (2, 3, 3)
-    module = jax.eval_shape(lambda: compressor.Compressor(exp, nnx.Rngs(0)))
+    module = jax.eval_shape(lambda: compressor.build(exp.step, nnx.Rngs(0)))
     latent = jax.ShapeDtypeStruct((1, 4, 14, 6, 12), jnp.float32)
     assert jax.eval_shape(lambda module, latent: module(latent), module, latent).shape[1] == 18
 
@@ -134,7 +158,7 @@ def test_one_step_opens_the_way_to_every_convolution():
     @tiny.jit
     @jax.grad
     def gradient(module):
-        return jnp.mean((compressor.pack(module, model, tiny.EXP, LATENT, LOW) - target) ** 2)
+        return jnp.mean((module.pack(model, tiny.EXP.step, LATENT, LOW) - target) ** 2)
 
     start = tiny.fresh().compressor
     first = gradient(start)
@@ -148,7 +172,7 @@ def test_one_step_opens_the_way_to_every_convolution():
 
 
 def test_kernels_are_as_wide_as_their_strides_ask():
-    wan = jax.eval_shape(lambda: compressor.Compressor(config.Experiment("wan"), nnx.Rngs(0)))
+    wan = jax.eval_shape(lambda: compressor.build(config.Experiment("wan").step, nnx.Rngs(0)))
     assert [
         leaf.shape for name, leaf in pytrees.flatten(wan).items() if name.endswith("kernel")
     ] == [
@@ -208,7 +232,7 @@ def test_every_pixel_frame_of_a_block_is_felt_by_its_packed_tokens(cfg, block, f
             pixels, video, latents=exp.packed_grid[0], pool=exp.compressor.pool
         )
         latent = jnp.zeros((len(video), block, 8, 4, 12))
-        return compressor.pack(nets.compressor, nets.dit, exp, latent, low)
+        return nets.compressor.pack(nets.dit, exp.step, latent, low)
 
     tokens = np.asarray(packed(tiny.nets(), pixels(cfg), video))
     assert tokens.shape == (count + 1, exp.tokens_per_packed_block, exp.dit.dim)

@@ -47,8 +47,24 @@ from packforcing_jax.errors import InputError
         ),
         (lambda: CacheConfig(span="loose"), r"cache\.span='loose' is unknown"),
         (
-            lambda: CacheConfig(selection="luck"),
-            r"cache\.selection='luck' is unknown; choose one of affinity",
+            lambda: CacheConfig(selection="recent"),
+            r"cache\.selection='recent' is unknown; did you mean recency\?",
+        ),
+        (
+            lambda: CacheConfig(eviction="lifo"),
+            r"cache\.eviction='lifo' is unknown; did you mean fifo\?",
+        ),
+        (
+            lambda: CacheConfig(window=6, top=0),
+            r"cache\.window=6 must be whole blocks of 4 frames",
+        ),
+        (
+            lambda: CacheConfig(window=8),
+            r"cache\.window=8 must be whole blocks .* one block when packed blocks are attended",
+        ),
+        (
+            lambda: CacheConfig(archive="host"),
+            r"cache\.archive='host' is fetched once a block, .* set scope=shared and timing=late",
         ),
         (
             lambda: CacheConfig(scope="video"),
@@ -83,6 +99,10 @@ from packforcing_jax.errors import InputError
         (lambda: SampleConfig(prediction="noise"), r"sample\.prediction='noise' is unknown"),
         (lambda: config.TrainConfig(batch=0), r"train\.batch=0 must be at least 1"),
         (lambda: config.TrainConfig(save_every=-1), r"train\.save_every=-1"),
+        (
+            lambda: config.TrainConfig(history="none"),
+            r"train\.history='none' is unknown; choose one of memory, clean, noisy",
+        ),
         (
             lambda: config.TrainConfig(blend=1.5, blend_from="model"),
             r"train\.blend=1\.5 is no share",
@@ -126,10 +146,16 @@ def test_codecs_know_their_factors():
     assert (exact.time_factor, exact.space_factor, exact.z_dim) == (1, 3, 27)
 
 
-def test_the_packed_ring_holds_the_archive_and_twins_of_sharp_blocks():
-    cache = CacheConfig(block=3, sink=3, recent=6, top=2, capacity=5, spare=2)
-    assert (cache.ring, cache.slots, cache.attended) == (8, 7, 2)
+def test_stores_hold_what_is_seen_and_what_is_being_made():
+    """The ring: recent frames and one block. The archive: `capacity`, and the twins of recent blocks."""
+    cache = CacheConfig(block=3, sink=3, recent=6, top=2, capacity=5)
+    assert (cache.ring, cache.slots, cache.attended) == (9, 7, 2)
     assert dataclasses.replace(cache, selection="all").attended == 5
+    plain = dataclasses.replace(tiny.EXP, cache=dataclasses.replace(cache, top=0, key_multiple=1))
+    ahead = dataclasses.replace(plain, cache=dataclasses.replace(plain.cache, window=9))
+    assert plain.memory.room == plain.memory.full_res == (3 + 9) * 8
+    assert ahead.memory.full_res == plain.memory.full_res
+    assert ahead.memory.room == (3 + 9 + 6) * 8  # two more blocks of the window behind
 
 
 def test_compressor_strides_multiply_per_axis():
@@ -162,6 +188,7 @@ def test_every_choice_on_offer_can_be_made():
         "compressor": CompressorConfig,
         "sample": SampleConfig,
         "dtypes": config.DtypeConfig,
+        "train": config.TrainConfig,
     }
     for key, allowed in config.CHOICES.items():
         group, name = key.split(".")

@@ -19,7 +19,7 @@ def test_a_config_builds_and_says_what_it_is(name):
     text = overrides.find(name).read_text()
     assert experiment.name == name
     assert text.removeprefix("r").startswith('"""')
-    assert len(text.splitlines()) <= 60
+    assert len(text.splitlines()) <= 100  # as the formatter lays it out
 
 
 @pytest.mark.parametrize("name", NAMES)

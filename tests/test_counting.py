@@ -209,9 +209,9 @@ def test_one_pass_of_the_1_3b_transformer_costs_what_its_matrix_products_cost(
         return attention.reference(q, k, v), None
 
     def forward(model, latent, text, past):
-        time = dit.embed_time(model, jnp.zeros(latent.shape[:2]))
-        x, _ = dit.run(model, dit.embed_latent(model, latent), time, text, past=past, mix=mix)
-        return dit.head(model, x, time.e, dit.token_grid(cfg, latent))
+        time = model.embed_time(jnp.zeros(latent.shape[:2]))
+        x, _ = model.run(model.embed(latent), time, text, past=past, self_attention=mix)
+        return model.output(x, time, dit.token_grid(cfg, latent))
 
     latent = shape(1, queries // 1560, 60, 104, 16)
     views = (

@@ -12,7 +12,7 @@ import tiny
 from flax import nnx
 
 from packforcing_jax import pytrees
-from packforcing_jax.config import DistilConfig
+from packforcing_jax.config import DistilConfig, TrainConfig
 from packforcing_jax.networks import codec
 from packforcing_jax.sampling import block_step, schedules
 from packforcing_jax.training import batches, distillation, rollout
@@ -27,14 +27,15 @@ TEACHER, CRITIC = (tiny.filled(tiny.nets(BASE).dit, seed) for seed in (1, 2))
 STATES = tiny.normal(4, BLOCKS, 2, 9, BASE.dit.text_dim)
 HIDDEN = tiny.normal(5, 6, BASE.dit.text_dim)
 KEY = jax.random.key(8)
-score = tiny.jit(distillation.score, static_argnames="exp")
+score = tiny.jit(distillation.score, static_argnames=("exp", "distil"))
+PLAIN = TrainConfig()
 
 
-def training(objective="dmd", prediction="velocity", **distil):
-    train = dataclasses.replace(BASE.train, objective=objective, distil=DistilConfig(**distil))
-    return dataclasses.replace(
-        BASE, train=train, sample=dataclasses.replace(BASE.sample, prediction=prediction)
-    )
+def training(**distil):
+    return TrainConfig(distil=DistilConfig(**distil))
+
+
+CLEAN = dataclasses.replace(BASE, sample=dataclasses.replace(BASE.sample, prediction="clean"))
 
 
 # formulas -------------------------------------------------------------------------------------------------------------
@@ -74,7 +75,7 @@ def test_a_pull_is_a_constant_and_nothing_where_all_agree():
 
 def test_both_forms_of_guidance_are_one_at_guidance_one_apart():
     extra, plain = (
-        distillation.guided(FAKE, REAL, training(form=form, guidance=guidance))
+        distillation.guided(DistilConfig(form=form, guidance=guidance), FAKE, REAL)
         for form, guidance in (("extra", 2.5), ("plain", 3.5))
     )
     np.testing.assert_allclose(extra, plain, atol=1e-5)
@@ -128,9 +129,9 @@ TIMES = jnp.asarray([417.3, 940.0])
 
 def test_each_block_reads_its_own_prompt():
     """In one layer words are read after frames have looked at each other, so that nothing is passed on."""
-    plain = np.asarray(score(TEACHER, training(), X, TIMES, STATES))
+    plain = np.asarray(score(TEACHER, BASE, PLAIN.distil, X, TIMES, STATES))
     for block in range(BLOCKS):
-        told = np.asarray(score(TEACHER, training(), X, TIMES, STATES.at[block].add(0.5)))
+        told = np.asarray(score(TEACHER, BASE, PLAIN.distil, X, TIMES, STATES.at[block].add(0.5)))
         moves = np.abs(told - plain).max(axis=(0, 2, 3, 4))
         own = np.arange(3 * BLOCKS) // 3 == block
         assert moves[own].min() > 1e-3
@@ -140,14 +141,14 @@ def test_each_block_reads_its_own_prompt():
 def test_one_prompt_is_every_blocks():
     same = jnp.repeat(STATES[:1], BLOCKS, axis=0)
     np.testing.assert_allclose(
-        score(TEACHER, training(), X, TIMES, STATES[:1]),
-        score(TEACHER, training(), X, TIMES, same),
+        score(TEACHER, BASE, PLAIN.distil, X, TIMES, STATES[:1]),
+        score(TEACHER, BASE, PLAIN.distil, X, TIMES, same),
         atol=1e-5,
     )
 
 
 def test_velocities_are_read_by_the_table_that_is_asked_for():
-    straight, tabled = training(), training(score_shift=8.0)
+    straight, tabled = DistilConfig(), DistilConfig(score_shift=8.0)
     np.testing.assert_allclose(distillation.score_sigma(straight, TIMES), TIMES / 1000, rtol=1e-6)
     line = np.arange(1000, 0, -1) / 1000
     table = 8 * line / (1 + 7 * line)
@@ -155,18 +156,18 @@ def test_velocities_are_read_by_the_table_that_is_asked_for():
     sigma = distillation.score_sigma(tabled, TIMES)
     np.testing.assert_allclose(sigma, nearest, rtol=1e-5)
     assert (np.abs(sigma - TIMES / 1000) > 1e-6).all()
-    one, other = (X - score(TEACHER, exp, X, TIMES, STATES) for exp in (straight, tabled))
+    one, other = (X - score(TEACHER, BASE, cfg, X, TIMES, STATES) for cfg in (straight, tabled))
     np.testing.assert_allclose(
         other, one * (1000 * sigma / TIMES)[:, None, None, None, None], atol=1e-5
     )
 
 
 def test_a_network_may_name_the_clean_clip_itself():
-    velocity = (X - score(TEACHER, training(), X, TIMES, STATES)) * (1000 / TIMES)[
+    velocity = (X - score(TEACHER, BASE, PLAIN.distil, X, TIMES, STATES)) * (1000 / TIMES)[
         :, None, None, None, None
     ]
     np.testing.assert_allclose(
-        score(TEACHER, training(prediction="clean"), X, TIMES, STATES), velocity, atol=1e-4
+        score(TEACHER, CLEAN, PLAIN.distil, X, TIMES, STATES), velocity, atol=1e-4
     )
 
 
@@ -177,13 +178,13 @@ def test_a_network_may_name_the_clean_clip_itself():
 def given_clips(monkeypatch):
     """Objectives read the generator as the clip itself, so that gradients in the clip can be looked at."""
 
-    def given(nets, batch, key, exp, *, graded=True):
+    def given(nets, batch, key, exp, train, *, graded=True):
         return nets.generator, batch.words, {}
 
     monkeypatch.setattr(distillation, "clip_again", given)
 
 
-def loss_of(objective, exp):
+def loss_of(objective, train, exp=BASE):
     """The compiled loss and its gradients in the student's clips, the teacher and the critic."""
 
     @tiny.jit
@@ -192,26 +193,26 @@ def loss_of(objective, exp):
         networks = Networks(
             generator=x, teacher=Model(dit=teacher, compressor=None), critic=critic, hidden=HIDDEN
         )
-        return objective(networks, Batch(words=STATES), KEY, exp)[0]
+        return objective(networks, Batch(words=STATES), KEY, exp, train)[0]
 
     return graded(X, TEACHER, CRITIC)
 
 
-def chance(exp):
+def chance(train):
     """The timestep and the noise that an objective draws from the key."""
     keys = jax.random.split(KEY, 3)
-    return distillation.timesteps(keys[1], exp, 2), jax.random.normal(keys[2], X.shape)
+    return distillation.timesteps(keys[1], train, 2), jax.random.normal(keys[2], X.shape)
 
 
-def seen(exp, x_critic, x_teacher, timestep, noise):
+def seen(train, x_critic, x_teacher, timestep, noise):
     """What the critic and the guided teacher make of a clip under noise."""
-    noised = [distillation.noised(exp, x, noise, timestep) for x in (x_critic, x_teacher)]
-    fake = distillation.score(CRITIC, exp, noised[0], timestep, STATES)
+    noised = [distillation.noised(train, x, noise, timestep) for x in (x_critic, x_teacher)]
+    fake = distillation.score(CRITIC, BASE, train.distil, noised[0], timestep, STATES)
     told, untold = (
-        distillation.score(TEACHER, exp, noised[1], timestep, states)
+        distillation.score(TEACHER, BASE, train.distil, noised[1], timestep, states)
         for states in (STATES, batches.hide(STATES, HIDDEN))
     )
-    return fake, told + exp.train.distil.guidance * (told - untold)
+    return fake, told + train.distil.guidance * (told - untold)
 
 
 def still(tree):
@@ -219,9 +220,9 @@ def still(tree):
 
 
 def test_matching_pulls_the_clip_and_nothing_else(given_clips):
-    exp = training(guidance=2.5)
-    loss, (gradient, teacher, critic) = loss_of(distillation.generator_loss, exp)
-    pull = tiny.jit(lambda x: distillation.pull(x, *seen(exp, x, x, *chance(exp))))(X)
+    train = training(guidance=2.5)
+    loss, (gradient, teacher, critic) = loss_of(distillation.dmd_loss, train)
+    pull = tiny.jit(lambda x: distillation.pull(x, *seen(train, x, x, *chance(train))))(X)
     np.testing.assert_allclose(gradient * X.size, pull, atol=1e-4)
     np.testing.assert_allclose(loss, 0.5 * (np.asarray(pull) ** 2).mean(), rtol=1e-4)
     assert still(teacher)
@@ -229,15 +230,15 @@ def test_matching_pulls_the_clip_and_nothing_else(given_clips):
 
 
 def test_the_score_identity_also_learns_through_what_both_scores_read(given_clips):
-    exp = training("sid", alpha=0.8)
+    train = training(alpha=0.8)
 
     def by_hand(x, x_critic, x_teacher):
-        fake, real = seen(exp, x_critic, x_teacher, *chance(exp))
+        fake, real = seen(train, x_critic, x_teacher, *chance(train))
         far = jax.lax.stop_gradient(jnp.abs(x - real).mean(axis=(1, 2, 3, 4), keepdims=True))
         return ((real - fake) * ((real - x) - 0.8 * (real - fake)) / far).mean()
 
     expected, parts = tiny.jit(jax.value_and_grad(by_hand, argnums=(0, 1, 2)))(X, X, X)
-    loss, (gradient, teacher, critic) = loss_of(distillation.generator_loss, exp)
+    loss, (gradient, teacher, critic) = loss_of(distillation.sid_loss, train)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
     scale = np.abs(gradient).max()
     np.testing.assert_allclose(gradient / scale, sum(parts) / scale, atol=1e-4)
@@ -246,31 +247,31 @@ def test_the_score_identity_also_learns_through_what_both_scores_read(given_clip
     assert still(critic)
 
 
-def expected_of_the_critic(exp):
+def expected_of_the_critic(train, exp=BASE):
     """The critic's loss by hand: the error of its guess, of the velocity or of the clean clip."""
-    timestep, noise = chance(exp)
-    fake = score(CRITIC, exp, distillation.noised(exp, X, noise, timestep), timestep, STATES)
+    timestep, noise = chance(train)
+    fake = score(
+        CRITIC, exp, train.distil, distillation.noised(train, X, noise, timestep), timestep, STATES
+    )
     error = ((np.asarray(fake) - np.asarray(X)) ** 2).mean(axis=(1, 2, 3, 4))
-    sigma = np.asarray(schedules.sigma_at(schedules.table(exp.train.shift), timestep))
+    sigma = np.asarray(schedules.sigma_at(schedules.table(train.shift), timestep))
     return (error / sigma**2).mean() if exp.sample.prediction == "velocity" else error.mean()
 
 
 def test_the_critic_alone_learns_from_its_loss(given_clips):
-    exp = training()
-    loss, (gradient, teacher, critic) = loss_of(distillation.critic_loss, exp)
-    np.testing.assert_allclose(loss, expected_of_the_critic(exp), rtol=1e-3)
+    loss, (gradient, teacher, critic) = loss_of(distillation.critic_loss, PLAIN)
+    np.testing.assert_allclose(loss, expected_of_the_critic(PLAIN), rtol=1e-3)
     assert still(gradient)
     assert still(teacher)
     assert all(np.asarray(leaf).any() for leaf in pytrees.flatten(critic).values())
 
 
 def test_a_critic_that_names_the_clean_clip_learns_it_at_every_level_alike(given_clips):
-    exp = training(prediction="clean")
     networks = Networks(generator=X, critic=CRITIC)
     loss = tiny.jit(
-        lambda key: distillation.critic_loss(networks, Batch(words=STATES), key, exp)[0]
+        lambda key: distillation.critic_loss(networks, Batch(words=STATES), key, CLEAN, PLAIN)[0]
     )(KEY)
-    np.testing.assert_allclose(loss, expected_of_the_critic(exp), rtol=1e-3)
+    np.testing.assert_allclose(loss, expected_of_the_critic(PLAIN, CLEAN), rtol=1e-3)
 
 
 @pytest.mark.parametrize("scored", [0, 1, 3])
@@ -279,13 +280,13 @@ def test_only_the_last_blocks_are_scored_with_their_prompts_where_that_is_asked(
 ):
     latent, networks = tiny.latents(BLOCKS), Networks(generator=Model(dit=TEACHER, compressor=None))
     clip = types.SimpleNamespace(latent=latent)
-    monkeypatch.setattr(rollout, "draw", lambda nets, exp, pixels, drawn, text: clip)
+    monkeypatch.setattr(rollout, "draw", lambda nets, exp, distil, pixels, drawn, text: clip)
     monkeypatch.setattr(
-        rollout, "again", lambda nets, exp, clip, drawn, text, first: drawn.noise[first:]
+        rollout, "again", lambda nets, exp, distil, clip, drawn, text, first: drawn.noise[first:]
     )
     monkeypatch.setattr(rollout, "covered", lambda exp, clip, drawn: {})
     x, states, _ = distillation.clip_again(
-        networks, Batch(words=STATES), KEY, training(scored=scored)
+        networks, Batch(words=STATES), KEY, BASE, training(scored=scored)
     )
     count = scored or BLOCKS
     np.testing.assert_array_equal(x, batches.by_clip(latent[-count:]))
@@ -295,19 +296,19 @@ def test_only_the_last_blocks_are_scored_with_their_prompts_where_that_is_asked(
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_clip_is_what_is_remembered_and_has_the_gradient_of_its_exit_step(finished):
     """The critic reads the same clip; where blocks stop at the exit step, that step's guess is the clip."""
-    exp = rollout.for_training(training(finished=finished, gradient="none"), BLOCKS, 3)
+    exp, train = rollout.for_training(BASE, BLOCKS, 3), training(finished=finished, gradient="none")
     pixels, weights = codec.make(exp.codec, nnx.Rngs(0)), tiny.normal(6, *X.shape)
     packing = tiny.nets(exp).compressor
 
     def clip_again(model, **how):
         networks = Networks(generator=Model(dit=model, compressor=packing), pixels=pixels)
-        return distillation.clip_again(networks, Batch(words=STATES), KEY, exp, **how)[0]
+        return distillation.clip_again(networks, Batch(words=STATES), KEY, exp, train, **how)[0]
 
     def by_hand(model):
         nets, text = block_step.Nets(dit=model, compressor=packing), batches.text_kv(model, STATES)
-        drawn = rollout.draws(exp, KEY, BLOCKS, 2)
-        clip = rollout.draw(nets, exp, pixels, drawn, text)
-        guess = batches.by_clip(rollout.again(nets, exp, clip, drawn, text))
+        drawn = rollout.draws(exp, train.cover, KEY, BLOCKS, 2)
+        clip = rollout.draw(nets, exp, train.distil, pixels, drawn, text)
+        guess = batches.by_clip(rollout.again(nets, exp, train.distil, clip, drawn, text))
         return (guess * weights).sum(), (batches.by_clip(clip.latent), guess)
 
     (_, (remembered, guess)), expected = tiny.jit(jax.value_and_grad(by_hand, has_aux=True))(

@@ -13,6 +13,7 @@ from flax import nnx
 from packforcing_jax import pytrees
 from packforcing_jax.config import DiTConfig
 from packforcing_jax.memory import cache
+from packforcing_jax.memory import layout as layouts
 from packforcing_jax.networks import dit
 from packforcing_jax.policies import attention
 from packforcing_jax.sampling import block_step
@@ -29,8 +30,13 @@ CONTEXT = tiny.normal(2, 2, 15, 10)
 
 parallel = tiny.jit(dit.parallel, static_argnames="block_ends")
 bidirectional = tiny.jit(dit.bidirectional)
-embed_latent, embed_time = tiny.jit(dit.embed_latent), tiny.jit(dit.embed_time)
-head = tiny.jit(dit.head, static_argnums=3)
+embed_latent, embed_time = tiny.jit(dit.WanDiT.embed), tiny.jit(dit.WanDiT.embed_time)
+head = tiny.jit(dit.WanDiT.output, static_argnums=3)
+
+
+def states(e):
+    """Time states of which the head alone is asked."""
+    return dit.TimeStates(e=e, rows=jnp.zeros((*e.shape[:2], 6, e.shape[2])))
 
 
 def by_block(output):
@@ -91,14 +97,25 @@ FULL = tiny.with_cache(top=0, capacity=0, recent=9, sink=3)
 @partial(tiny.jit, static_argnames="exp")
 def behind_memory(exp, memory, noisy, clean, times, text):
     """The output for a noisy block behind the memory, and the memory after its clean twin."""
-    seen = cache.plan(exp.cache, memory.num_blocks)
+    layout = layouts.layout(exp.cache, memory.progress)
     past = pytrees.zipped(memory.layers, [jnp.zeros((2, 0))] * exp.dit.layers)
-    output, kept = block_step.guess(
-        APART, exp, seen, noisy, times, times / 1000, text, past, look=block_step.first_look
+    output, kept = block_step.predict_x0(
+        APART,
+        exp.step,
+        layout,
+        noisy,
+        times,
+        times / 1000,
+        text,
+        past,
+        attends=block_step.choosing,
     )
-    views, looked = pytrees.unzip(kept)
-    full, _ = block_step.read_clean(APART, exp, seen, clean, text, views)
-    return output, cache.commit(exp, memory, full, None, looked)
+    views, selection = pytrees.unzip(kept)
+    memory = block_step.with_views(memory, views)
+    after, _ = block_step.commit_block(
+        APART, exp.step, memory, latent=clean, low=clean, selection=selection, text=text
+    )
+    return output, after
 
 
 @pytest.mark.parametrize(("rope_adjustment", "sink"), [("none", 3), ("sink", 3), ("sink", 1)])
@@ -109,7 +126,7 @@ def test_blocks_behind_a_full_memory_equal_one_teacher_forced_pass(rope_adjustme
     noisy, clean = tiny.latents(BLOCKS, seed=8), tiny.latents(BLOCKS, seed=9)
     times = tiny.normal(4, 2, 3 * BLOCKS) ** 2 * 300
     text = tiny.text_kv(APART.dit, CONTEXT)
-    memory, outputs = cache.init(exp, 2), []
+    memory, outputs = cache.init(exp.memory, 2), []
     for block in range(BLOCKS):
         now = times[:, 3 * block : 3 * block + 3]
         output, memory = behind_memory(exp, memory, noisy[block], clean[block], now, text)
@@ -164,7 +181,7 @@ def test_inside_a_patch_the_channel_is_slowest_on_the_way_in(plain):
 
 def test_inside_a_patch_the_channel_is_fastest_on_the_way_out(plain):
     tokens = np.asarray(tiny.normal(6, 1, 12, 12))
-    latent = np.asarray(head(plain, tokens, jnp.zeros((1, 2, 12)), (2, 3)))
+    latent = np.asarray(head(plain, tokens, states(jnp.zeros((1, 2, 12))), (2, 3)))
     exact = tokens - tokens.mean(-1, keepdims=True)
     normed = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + SMALL.eps)
     for t, y, x, py, px, c in np.ndindex(2, 2, 3, 2, 2, 3):
@@ -184,7 +201,7 @@ def test_moving_the_picture_by_a_patch_moves_the_tokens():
 
 def test_the_heads_shift_and_scale_are_those_of_the_frame():
     tokens, e = tiny.normal(7, 1, 3 * 6, 36), tiny.normal(8, 1, 3, 36)
-    plain, moved = (head(MODEL, tokens, each, (2, 3)) for each in (e, e.at[:, 1].add(1.0)))
+    plain, moved = (head(MODEL, tokens, states(each), (2, 3)) for each in (e, e.at[:, 1].add(1.0)))
     np.testing.assert_array_equal((plain != moved).any(axis=(0, 2, 3, 4)), [False, True, False])
 
 
@@ -199,11 +216,11 @@ def alone(q, k, v, past):
 def test_a_timestep_is_felt_in_its_own_frame_only():
     def tokens(times):
         x, time, text = (
-            dit.embed_latent(MODEL, CLIP),
-            dit.embed_time(MODEL, times),
-            dit.text_kv(MODEL, CONTEXT),
+            MODEL.embed(CLIP),
+            MODEL.embed_time(times),
+            MODEL.text_kv(CONTEXT),
         )
-        return dit.run(MODEL, x, time, text, past=None, mix=alone)[0]
+        return MODEL.run(x, time, text, past=None, self_attention=alone)[0]
 
     every = tiny.jit(tokens)
     plain, moved = (
@@ -269,7 +286,9 @@ def test_the_scan_is_a_loop_over_layers_and_stacks_what_they_keep():
 
     one_layer = tiny.jit(lambda block, *inputs: block(*inputs, mix, attention.reference))
     gains = jnp.asarray([0.5, 2.0])
-    scanned, (sums, keys) = tiny.jit(lambda: dit.run(MODEL, x, time, text, past=gains, mix=mix))()
+    scanned, (sums, keys) = tiny.jit(
+        lambda: MODEL.run(x, time, text, past=gains, self_attention=mix)
+    )()
     for layer in range(2):
         block = one_of(MODEL.blocks, layer)
         x, (total, k) = one_layer(
@@ -287,7 +306,9 @@ def test_layers_one_by_one_are_the_scan_over_them():
     def mix(q, k, v, past):
         return v * past, (q.sum(axis=1), k)
 
-    run = tiny.jit(lambda model, text, past: dit.run(model, x, time, text, past=past, mix=mix))
+    run = tiny.jit(
+        lambda model, text, past: model.run(x, time, text, past=past, self_attention=mix)
+    )
     scanned, stacked = run(MODEL, tiny.text_kv(MODEL, CONTEXT), gains)
     looped, listed = run(APART.dit, tiny.text_kv(APART.dit, CONTEXT), list(gains))
     assert isinstance(listed, list)
@@ -296,7 +317,7 @@ def test_layers_one_by_one_are_the_scan_over_them():
 
 
 def test_layers_come_apart_without_touching_the_model_or_its_numbers():
-    before, apart = pytrees.flatten(MODEL), pytrees.flatten(dit.unrolled(MODEL))
+    before, apart = pytrees.flatten(MODEL), pytrees.flatten(MODEL.unrolled())
     assert pytrees.flatten(MODEL).keys() == before.keys()
     for name, leaf in before.items():
         if name.startswith("blocks/"):
@@ -325,10 +346,10 @@ def test_projections_are_those_a_layer_hands_to_attention():
     def keep(q, k, v, past):
         return jnp.zeros_like(v), KV(k=k, v=v)
 
-    stacked = tiny.jit(dit.projections)(MODEL, x, time)
-    listed = tiny.jit(dit.projections)(APART.dit, x, time)
+    stacked = tiny.jit(dit.WanDiT.keys_values)(MODEL, x, time)
+    listed = tiny.jit(dit.WanDiT.keys_values)(APART.dit, x, time)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), stacked, pytrees.stack(listed))
-    _, caught = tiny.jit(lambda: dit.run(MODEL, x, time, text, past=None, mix=keep))()
+    _, caught = tiny.jit(lambda: MODEL.run(x, time, text, past=None, self_attention=keep))()
     jax.tree.map(
         lambda own, seen: np.testing.assert_allclose(own[0], seen[0], atol=1e-5), stacked, caught
     )

@@ -8,6 +8,7 @@ import pytest
 import slow_memory
 
 from packforcing_jax.config import CacheConfig
+from packforcing_jax.memory import layout as layouts
 
 CONFIGURATIONS, RUNS, VIDEOS = 16, 9, 15
 ADJUSTMENTS = ("sink", "incremental", "sink", "sink_only", "incremental", "sink", "none")
@@ -30,7 +31,6 @@ def drawn(number):
         capacity=top + pick(0, 1, 2, 4) if top else 0,
         sink=unit * pick(0, 1, 1, 2),
         recent=unit * pick(0, 1, 1, 2),
-        spare=pick(0, 0, 1, 3),
         rope_adjustment=adjustment,
         selection=selection,
         span="true" if adjustment == "incremental" else pick("true", "fit"),
@@ -39,6 +39,12 @@ def drawn(number):
         score_pool=pick((1, 1, 1), (min(block, 2), 2, 1), (1, 1, 2)),
     )
     return histories.experiment(cfg, places=pick("stretched", "native"))
+
+
+def events_of(rng, blocks):
+    """Before which blocks there is a cut or a flush, in every other run."""
+    numbers = rng.permutation(np.arange(1, blocks))[: rng.integers(1, 4)]
+    return {int(number): str(rng.choice(["cut", "flush"])) for number in numbers}
 
 
 def told(exp, rng, blocks):
@@ -52,13 +58,17 @@ def test_two_thousand_histories_are_seen_as_the_slow_memory_shows(capsys):
         exp, rng, stacked = drawn(number), np.random.default_rng((7, number)), number % 2 == 1
         step = histories.stepper(exp, stacked=stacked)
         for run in range(RUNS):
-            gap = float(run % 2 * rng.uniform(0, 30))
+            gap = float(run % 3 == 1) * rng.uniform(0, 30)
+            story = told(exp, rng, rng.integers(5, 15))
+            events = events_of(rng, len(story.q)) if run % 3 == 2 else None
             try:
                 happened = histories.check_history(
-                    exp, told(exp, rng, rng.integers(5, 15)), step, gap, stacked=stacked
+                    exp, story, step, gap, stacked=stacked, events=events
                 )
             except AssertionError as error:
-                error.add_note(f"configuration {number}, run {run}, gap {gap}: {exp.cache}")
+                error.add_note(
+                    f"configuration {number}, run {run}, gap {gap}, {events}: {exp.cache}"
+                )
                 raise
             tally, count = tally + happened, count + VIDEOS
         assert step._cache_size() == 1
@@ -69,6 +79,8 @@ def test_two_thousand_histories_are_seen_as_the_slow_memory_shows(capsys):
         "past capacity",
         "squeezed",
         "gap",
+        "cut",
+        "flush",
     }
     with capsys.disabled():
         print(f"\n{count} histories, 0 failures; {dict(tally)}")
@@ -88,12 +100,12 @@ def test_nothing_moves_until_something_is_dropped(adjustment):
     )
     for blocks in range(11):
         seen = slow_memory.visible(cfg, blocks)
-        plan = histories.MEMORY.cache.plan(cfg, np.int32(blocks))
-        assert (plan.sink_at, plan.recent_at, plan.current_at) == (
+        layout = layouts.layout(cfg, layouts.begin(blocks))
+        assert (layout.sink_at, layout.recent_at, layout.current_at) == (
             0,
             len(seen.sink) + 3 * seen.count,
             3 * blocks,
         )
         begin = slow_memory.begins(cfg, seen, np.asarray(seen.archive, int))
         np.testing.assert_array_equal(begin, 3 * np.asarray(seen.archive))
-        assert plan.chosen == len(seen.archive) == max(0, blocks - 3)
+        assert layout.chosen == len(seen.archive) == max(0, blocks - 3)

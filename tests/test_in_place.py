@@ -4,6 +4,7 @@ XLA:CPU updates slices of bfloat16 by way of float32, which takes copies of its 
 `benchmarks/compile_for_h200.py` looks at whole steps in bfloat16 for a GPU.
 """
 
+import dataclasses
 import functools
 import time
 
@@ -15,9 +16,8 @@ import tiny
 from packforcing_jax import pytrees
 from packforcing_jax.config import overrides
 from packforcing_jax.memory import cache, view
-from packforcing_jax.networks import dit
-from packforcing_jax.plan import hlo
-from packforcing_jax.sampling import pipeline
+from packforcing_jax.memory import layout as layouts
+from packforcing_jax.plan import hlo, programs
 from packforcing_jax.types import KV
 
 MODES = ("sink", "sink_only", "none")  # `incremental` turns stored keys: see its own test
@@ -40,7 +40,7 @@ def stores(tree):
 
 def build(function, donated, *args):
     """`function` of shapes, compiled with argument number `donated` given away."""
-    return jax.jit(function, donate_argnums=donated).lower(*args).compile(QUICK)
+    return jax.jit(function, donate_argnums=donated, keep_unused=True).lower(*args).compile(QUICK)
 
 
 def full_size(config, mode, layers=1):
@@ -50,39 +50,35 @@ def full_size(config, mode, layers=1):
 
 def committed(exp, batch=1):
     """(commit as a function, the shapes it takes, memory first)."""
-    memory = jax.eval_shape(lambda: cache.init(exp, batch))
+    spec, latent = exp.memory, (batch, exp.cache.block, *exp.memory.latent)
+    memory = jax.eval_shape(lambda: cache.init(spec, batch))
     tokens = lambda size: jax.ShapeDtypeStruct(
-        (batch, size, exp.dit.heads, exp.dit.head_dim), jnp.float32
+        (batch, size, spec.heads, spec.head_dim), jnp.float32
     )  # noqa: E731
     per_layer = lambda size: [KV(k=tokens(size), v=tokens(size)) for _ in memory.layers]  # noqa: E731
-    looked = jax.eval_shape(
-        lambda n: view.newest(exp, cache.plan(exp.cache, n), batch), memory.num_blocks
+    newest = jax.eval_shape(
+        lambda progress: view.newest(spec, layouts.layout(exp.cache, progress), batch),
+        memory.progress,
     )
-    return functools.partial(cache.commit, exp), (
+    return functools.partial(cache.commit, spec), (
         memory,
+        jax.ShapeDtypeStruct(latent, jnp.float32),
         per_layer(exp.cache.block * exp.tokens_per_frame),
-        per_layer(exp.tokens_per_packed_block),
-        [looked for _ in memory.layers],
+        per_layer(spec.tokens_per_packed_block),
+        [newest for _ in memory.layers],
     )
 
 
 def laid(exp):
-    """(laying out a view as a function, the shapes it takes, scratch first)."""
-    _, (memory, _, _, looked) = committed(exp)
-    scratch = jax.eval_shape(lambda: view.scratch(exp, 1))
+    """(laying packed blocks into a layer's view as a function, the shapes it takes, the view first)."""
+    _, (memory, *_, selection) = committed(exp)
 
-    def lay(scratch, memory, looked):
-        seen = cache.plan(exp.cache, memory.num_blocks)
-        return view.lay(
-            exp,
-            seen,
-            memory.layers[0],
-            view.take(memory.layers[0], looked[0]),
-            looked[0],
-            scratch[0],
-        )
+    def lay(seen, layer, progress, chosen):
+        layout, layer = layouts.layout(exp.cache, progress), dataclasses.replace(layer, view=seen)
+        return view.lay(exp.memory, layout, layer, view.gather(layer, chosen), chosen)
 
-    return lay, (scratch, memory, looked)
+    layer = memory.layers[0]
+    return lay, (layer.view, layer, memory.progress, selection[0])
 
 
 # At full size: compiled from shapes, nothing is allocated
@@ -96,12 +92,10 @@ def test_a_full_size_store_is_updated_where_it_lies(config, mode, what):
     exp = full_size(config, mode)
     function, (donated, *others) = what(exp)
     compiled = build(function, 0, donated, *others)
-    held = stores((committed(exp)[1][0], laid(exp)[1][0]))
+    held = stores(committed(exp)[1][0].layers)
     stats = compiled.memory_analysis()
     assert stats.alias_size_in_bytes == total(donated)
-    assert stats.temp_size_in_bytes < min(
-        map(total, held)
-    )  # nothing the size of a store fits into it
+    assert stats.temp_size_in_bytes < min(map(total, held))  # no store fits into it
     assert hlo.moved(hlo.read(compiled.as_text()), shapes(held)) == []
 
 
@@ -110,33 +104,30 @@ def test_incremental_remakes_the_keys_it_turns_and_nothing_else():
     exp = full_size("wan_t2v_1_3b_paper", "incremental")
     function, (memory, *others) = committed(exp)
     compiled = build(function, 0, memory, *others)
-    layer, stats = memory.layers[0], compiled.memory_analysis()
-    turned = [layer.sink.k, layer.mid.k]
+    packed, stats = memory.layers[0].packed.k, compiled.memory_analysis()
+    sink = total(memory.layers[0].view.k) * exp.cache.sink * exp.tokens_per_frame / exp.memory.room
     assert stats.alias_size_in_bytes == total(memory)
-    assert stats.temp_size_in_bytes < total(turned) + total(layer.recent.k)
+    assert stats.temp_size_in_bytes < total(packed) + 2 * sink
     copied = hlo.moved(hlo.read(compiled.as_text()), shapes(stores(memory)))
-    assert len(copied) <= len(turned)
-    assert {op.shape for op in copied} <= shapes(turned)
-    lay, (scratch, *read) = laid(exp)
-    assert build(lay, 0, scratch, *read).memory_analysis().temp_size_in_bytes < total(
-        layer.recent.k
-    )
+    assert len(copied) <= 1
+    assert {op.shape for op in copied} <= shapes([packed])
+    lay, (seen, *read) = laid(exp)
+    assert build(lay, 0, seen, *read).memory_analysis().temp_size_in_bytes < sink
 
 
 def as_scanned(exp):
     """A commit in which the memory goes through a loop over layers and comes out new."""
 
-    def commit(memory, *new):
+    def commit(memory, latent, *new):
         def one(_, inputs):
-            layer, full, packed, looked = inputs
-            held = cache.Memory(layers=[layer], num_blocks=memory.num_blocks)
-            return None, cache.commit(exp, held, [full], [packed], [looked]).layers[0]
+            layer, full, packed, chosen = inputs
+            held = cache.Memory(layers=[layer], latents=memory.latents, progress=memory.progress)
+            new = cache.commit(exp.memory, held, latent, [full], [packed], [chosen])
+            return None, new.layers[0]
 
         inputs = [pytrees.stack(each) for each in (memory.layers, *new)]
-        layers = jax.lax.scan(one, None, tuple(inputs))[1]
-        return cache.Memory(
-            layers=pytrees.unstack(layers, exp.dit.layers), num_blocks=memory.num_blocks + 1
-        )
+        layers = pytrees.unstack(jax.lax.scan(one, None, tuple(inputs))[1], exp.dit.layers)
+        return cache.advanced(exp.memory, dataclasses.replace(memory, layers=layers), latent)
 
     return commit
 
@@ -163,58 +154,39 @@ def test_a_copy_would_be_found():
 # Whole steps, tiny
 
 
-def step_shapes(exp):
-    """Shapes of (memory, views, seed, videos, words) for `draw_block`, and of low-resolution latents."""
-    memory = jax.eval_shape(lambda: cache.init(exp, tiny.BATCH))
-    views = jax.eval_shape(lambda: view.scratch(exp, tiny.BATCH))
-    context = jax.ShapeDtypeStruct((tiny.BATCH, exp.dit.text_len, exp.dit.text_dim), jnp.float32)
-    words = jax.eval_shape(dit.text_kv, tiny.apart().dit, context)
-    seed, videos = (
-        jax.ShapeDtypeStruct((), jnp.uint32),
-        jax.ShapeDtypeStruct((tiny.BATCH,), jnp.uint32),
-    )
-    return (memory, views, seed, videos, words), jax.eval_shape(lambda: tiny.lows(1, exp)[0])
-
-
 def lowered(exp):
-    """((drawing, what it is given to keep), (remembering, what it is given to keep)), before XLA."""
-    (memory, views, *rest), low = step_shapes(exp)
-    nets, words = tiny.apart(), rest[-1]
-    drawing = pipeline.draw_block.lower(nets, exp, memory, views, *rest)
-    drawn = jax.eval_shape(
-        lambda *args: pipeline.draw_block(nets, exp, *args), memory, views, *rest
-    )
-    remembering = pipeline.remember_block.lower(
-        nets, exp, memory, views, drawn.latent, low, drawn.looked, words
-    )
-    return (drawing, views), (remembering, (memory, views))
+    """(denoising, committing), before XLA, and the memory that both are given to keep."""
+    found = dict(programs.lowered_programs(exp, tiny.BATCH))
+    memory = programs.shapes_of(exp, tiny.BATCH).memory
+    return (found[programs.DENOISING], found[programs.COMMITTING]), memory
 
 
 @pytest.mark.parametrize("mode", [*MODES, "incremental"])
 def test_steps_give_every_donated_buffer_a_result(mode):
-    for step, donated in lowered(tiny.with_cache(TINY, rope_adjustment=mode)):
-        assert step.as_text().count("tf.aliasing_output") == len(jax.tree.leaves(donated))
+    steps, memory = lowered(tiny.with_cache(TINY, rope_adjustment=mode))
+    for step in steps:
+        assert step.as_text().count("tf.aliasing_output") == len(jax.tree.leaves(memory))
 
 
-def test_compiled_steps_keep_their_buffers():
-    """XLA:CPU drops the barrier that keeps the uses of a view in order; there remembering copies views, not stores."""
-    drawing, remembering = lowered(TINY)
-    memory, views = remembering[1]
-    for (step, donated), held in (
-        (drawing, stores((memory, views))),
-        (remembering, stores(memory)),
-    ):
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_steps_keep_their_buffers(mode):
+    """XLA:CPU drops the barriers that keep the uses of a view in order; there committing copies views, and no more."""
+    (denoise, commit), memory = lowered(tiny.with_cache(TINY, rope_adjustment=mode))
+    every = stores(memory.layers)
+    views = stores([layer.view for layer in memory.layers])
+    others = shapes(every) - shapes(views)
+    for step, held in ((denoise, shapes(every)), (commit, others)):
         compiled = step.compile(QUICK)
-        assert compiled.memory_analysis().alias_size_in_bytes == total(donated)
-        assert hlo.moved(hlo.read(compiled.as_text()), shapes(held)) == []
+        assert compiled.memory_analysis().alias_size_in_bytes == total(memory)
+        assert hlo.moved(hlo.read(compiled.as_text()), held) == []
 
 
 # Running
 
 
 def test_no_two_stores_share_a_buffer():
-    memory, views = cache.init(tiny.EXP, tiny.BATCH), view.scratch(tiny.EXP, tiny.BATCH)
-    buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((memory, views)) if x.size]
+    memory = cache.init(tiny.EXP.memory, tiny.BATCH)
+    buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(memory) if x.size]
     assert len(set(buffers)) == len(buffers)
 
 
@@ -224,7 +196,7 @@ def zeros(shapes):
 
 def test_stores_stay_where_they_are():
     function, (_, *new) = committed(tiny.EXP, tiny.BATCH)
-    commit, memory = jax.jit(function, donate_argnums=0), cache.init(tiny.EXP, tiny.BATCH)
+    commit, memory = jax.jit(function, donate_argnums=0), cache.init(tiny.EXP.memory, tiny.BATCH)
     before = [x.unsafe_buffer_pointer() for x in stores(memory)]
     for _ in range(5):
         memory = commit(memory, *zeros(new))
@@ -239,7 +211,7 @@ def slowdown(make, mode="sink", donated=0, repeats=40):
         new = zeros(committed(exp, tiny.BATCH)[1][1:])
         runs[capacity] = (
             jax.jit(make(exp), donate_argnums=donated),
-            cache.init(exp, tiny.BATCH),
+            cache.init(exp.memory, tiny.BATCH),
             new,
         )
     best = dict.fromkeys(runs, float("inf"))

@@ -11,7 +11,6 @@ import pytest
 import slow_memory
 
 from packforcing_jax.config import CacheConfig
-from packforcing_jax.memory import cache, view
 
 FIGURE = CacheConfig(
     block=1,
@@ -26,12 +25,12 @@ FIGURE = CacheConfig(
 LONG = CacheConfig(block=2, sink=4, recent=2, top=4, capacity=9, score_pool=(2, 1, 2))
 
 
-def with_lots(story, wanted):
-    """`story` in which block number n of it looks at the packed blocks `wanted[n]`; slots count from the sink's end."""
-    lots = np.zeros_like(story.lots)
+def with_scores(story, wanted):
+    """`story` in which block number n of it attends to the packed blocks `wanted[n]`; slots count from its sink."""
+    random = np.zeros_like(story.random)
     for number, ids in wanted.items():
-        lots[number][..., [(i - 2) % lots.shape[-1] for i in ids]] = 1
-    return types.SimpleNamespace(**{**vars(story), "lots": lots})
+        random[number][..., [(i - 2) % random.shape[-1] for i in ids]] = 1
+    return types.SimpleNamespace(**{**vars(story), "random": random})
 
 
 def told(exp, seed, blocks, videos=3):
@@ -47,11 +46,11 @@ def told(exp, seed, blocks, videos=3):
 def steps(exp, story, dtype=jnp.float32):
     """What every block of a story sees, and the memory that it leaves."""
     step, videos = histories.stepper(exp), story.q.shape[2]
-    memory, scratch = cache.init(exp, videos, dtype), view.scratch(exp, videos, dtype)
+    memory = histories.empty(exp, videos, dtype)
     for number in range(len(story.q)):
-        block = jax.tree.map(lambda x: x.astype(dtype), histories.block_of(story, number)[:2])
-        shown, memory = step(memory, scratch, (*block, story.q[number], story.lots[number]), 0.0)
-        scratch = shown["views"]
+        full, packed, *others = histories.block_of(story, number)
+        full, packed = jax.tree.map(lambda x: x.astype(dtype), (full, packed))
+        shown, memory = step(memory, (full, packed, *others), 0.0)
         yield {name: histories.stack(part) for name, part in shown.items()}, memory
 
 
@@ -71,39 +70,44 @@ def test_figure_2c(adjustment, sink, packed, recent, block):
         FIGURE, block=block, sink=2 * block, recent=2 * block, rope_adjustment=adjustment
     )
     exp = histories.experiment(cfg)
-    story = with_lots(told(exp, 1, 11), {8: [2, 3, 4, 5], 9: [2, 4, 5, 6], 10: [3, 4, 5, 7]})
+    story = with_scores(told(exp, 1, 11), {8: [2, 3, 4, 5], 9: [2, 4, 5, 6], 10: [3, 4, 5, 7]})
     *_, (shown, _) = steps(exp, story)
-    assert (shown["looked"].ids == [3, 4, 5, 7]).all()
-    assert (shown["looked"].at == np.multiply(packed, block)).all()
-    seen = shown["plan"]
+    assert (shown["selection"].ids == [3, 4, 5, 7]).all()
+    assert (shown["selection"].at == np.multiply(packed, block)).all()
+    seen = shown["layout"]
     assert (seen.sink_at, seen.recent_at) == (sink[0] * block, recent[0] * block)
     assert seen.current_at == (recent[1] + 1) * block
     offsets = slow_memory.packed_grid(exp)[0]
-    sharp = [
-        slow_memory.sharp(exp, story, np.arange(block) + b * block, at * block)[0]
-        for b, at in zip((0, 1, 8, 9), (*sink, *recent))
+    frames = [
+        slow_memory.full_res(exp, story, np.arange(block) + b * block, at * block)
+        for b, at in zip((0, 1, 8, 9, 10), (*sink, *recent, recent[1] + 1))
     ]
     twins = [
-        slow_memory.twins(exp, story, np.full((2, 3, 1), b), at * block + offsets)[0][:, :, 0]
+        [
+            x[:, :, 0]
+            for x in slow_memory.twins(exp, story, np.full((2, 3, 1), b), at * block + offsets)
+        ]
         for b, at in zip((3, 4, 5, 7), packed)
     ]
-    expected = np.concatenate([*sharp[:2], *twins, *sharp[2:]], axis=2)
-    np.testing.assert_allclose(shown["views"].k[:, :, : expected.shape[2]], expected, atol=2e-5)
+    expected, values = (np.concatenate(x, axis=2) for x in zip(*frames, *twins, strict=True))
+    keys, found = histories.in_order_of(values, shown)
+    np.testing.assert_array_equal(found, values)
+    np.testing.assert_allclose(keys, expected, atol=2e-5)
 
 
 def test_a_block_seen_again_after_others_steps_back():
     """Blocks 2 to 4 move on while what follows them is dropped; block 4 must step back once 6 and 7 are seen."""
     wanted = {7: [2, 3, 4], 8: [2, 3, 4], 9: [2, 3, 4], 10: [4, 6, 7], 11: [2, 4, 8]}
     exp = histories.experiment(dataclasses.replace(FIGURE, top=3, capacity=8))
-    story, places, stored = with_lots(told(exp, 2, 12), wanted), [], []
+    story, positions, stored = with_scores(told(exp, 2, 12), wanted), [], []
     for number, (shown, memory) in enumerate(steps(exp, story)):
         shown = jax.tree.map(np.asarray, shown)
         histories.check_view(exp, story, slow_memory.visible(exp.cache, number), shown)
-        places.append(shown["looked"].at[0, 0].tolist())
+        positions.append(shown["selection"].at[0, 0].tolist())
         stored.append(memory.layers[0].at[0].tolist())
-    assert places[7:] == [[2, 3, 4], [3, 4, 5], [4, 5, 6], [5, 6, 7], [6, 7, 8]]
+    assert positions[7:] == [[2, 3, 4], [3, 4, 5], [4, 5, 6], [5, 6, 7], [6, 7, 8]]
     assert stored[9] == [4, 5, 6, 5, 6, 7, 8, 9, 0, 0]  # of blocks 2, 3, ...
-    assert stored[10] == [4, 5, 5, 5, 6, 7, 8, 9, 10, 0]  # what was not looked at stays
+    assert stored[10] == [4, 5, 5, 5, 6, 7, 8, 9, 10, 0]  # what was not attended to stays
 
 
 @pytest.mark.parametrize("selection", ["random", "affinity"])
@@ -114,18 +118,18 @@ def test_moved_keys_give_the_attention_of_keys_turned_once(selection):
         for x in ("sink", "incremental")
     )
     story, looks = told(once, 3, 24, videos=5), [histories.looker(once), histories.looker(moved)]
-    dropped, back, places = 0, 0, np.zeros((2, 5, 24))
+    dropped, back, positions = 0, 0, np.zeros((2, 5, 24))
     for number, ((a, _), (b, _)) in enumerate(zip(steps(once, story), steps(moved, story))):
-        ids = np.asarray(a["looked"].ids)
-        np.testing.assert_array_equal(ids, b["looked"].ids)
+        ids = np.asarray(a["selection"].ids)
+        np.testing.assert_array_equal(ids, b["selection"].ids)
         seen = [
             look(shown, histories.block_of(story, number)) for look, shown in zip(looks, (a, b))
         ]
         np.testing.assert_allclose(*seen, atol=1e-5)
         if ids.min() >= 0:
             dropped += (ids[..., -1] - ids[..., 0] >= cfg.top).sum()
-            back += (b["looked"].at < np.take_along_axis(places, ids, axis=-1)).sum()
-            np.put_along_axis(places, ids, b["looked"].at, axis=-1)
+            back += (b["selection"].at < np.take_along_axis(positions, ids, axis=-1)).sum()
+            np.put_along_axis(positions, ids, b["selection"].at, axis=-1)
     assert dropped > 100
     assert back > 10
 
@@ -140,12 +144,11 @@ def test_rounding_piles_up_in_moved_keys_only(capsys):
         round_off = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32)  # noqa: E731
         story.full, story.packed = (tuple(map(round_off, kv)) for kv in (story.full, story.packed))
         *_, (shown, _) = steps(exp, story, jnp.bfloat16)
-        seen, count = slow_memory.visible(exp.cache, 119), int(shown["length"])
-        k, v = slow_memory.view(exp, story, seen, np.asarray(shown["looked"].ids))
+        seen = slow_memory.visible(exp.cache, 119)
+        k, v = slow_memory.view(exp, story, seen, np.asarray(shown["selection"].ids))
         q, own_k, own_v = slow_memory.own(exp, story, seen)
-        held = [
-            np.asarray(x[:, :, :count], np.float64) for x in (shown["views"].k, shown["views"].v)
-        ]
+        held = histories.in_order_of(v, shown)
+        held, (k, v) = ([x[:, :, : -own_k.shape[2]] for x in kv] for kv in (held, (k, v)))
         looks = [
             slow_memory.attend(
                 q, *(np.concatenate(pair, axis=2) for pair in zip(past, (own_k, own_v)))

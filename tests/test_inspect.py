@@ -3,8 +3,6 @@
 import argparse
 import json
 import re
-import subprocess
-import sys
 
 import diaries
 import imageio.v3
@@ -130,14 +128,3 @@ def test_a_map_that_cannot_be_written_leaves_nothing(tmp_path, path):
         call(path, "--map", path / "map.png")
     with pytest.raises(OSError, match="/proc"):
         call(path, "--map", "/proc/map.png")
-
-
-def test_it_runs_without_jax(path):
-    code = (
-        "import argparse, sys; from packforcing_jax.cli import inspect; print('numpy' in sys.modules);"
-        f"inspect.run(argparse.Namespace(file={str(path)!r}, map=None, no_map=False, json=True));"
-        "print('jax' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[0] == "False"
-    assert done.stdout.splitlines()[-1] == "False"

@@ -34,11 +34,7 @@ def described(data=1, fsdp=1, tensor=1, context=1):
 
 def shapes(exp):
     """Every parameter that training or its data may load, by path."""
-    return of_sizes(
-        dataclasses.replace(
-            exp, name="", train=TrainConfig(), cache=CacheConfig(score_pool=(1, 1, 1))
-        )
-    )
+    return of_sizes(dataclasses.replace(exp, name="", cache=CacheConfig(score_pool=(1, 1, 1))))
 
 
 @functools.cache
@@ -65,7 +61,7 @@ def bytes_of(tree):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_parameter_is_matched_by_exactly_one_rule(name):
-    stages = [shapes(exp) for _, exp in overrides.load_recipe(name)]
+    stages = [shapes(stage.experiment) for stage in overrides.load_recipe(name)]
     for path, leaf in [each for stage in stages for each in stage.items()]:
         found = [spec for pattern, spec in mesh._PATTERNS if pattern.fullmatch(path)]
         assert len(found) == 1, path
@@ -241,34 +237,30 @@ def test_a_batch_is_divided_over_copies_and_shards():
 # what cannot be divided -----------------------------------------------------------------------------------------------
 
 
-def training(exp, **changes):
-    return dataclasses.replace(exp, train=dataclasses.replace(exp.train, **changes))
-
-
 def test_twelve_heads_over_eight_devices_are_refused_with_the_sizes_that_work():
-    exp = training(overrides.load_experiment("wan_t2v_1_3b"), batch=8)
+    exp, train = overrides.load_experiment("wan_t2v_1_3b"), TrainConfig(batch=8)
     with pytest.raises(
         InputError, match=r"12 heads.* tensor x context = 8 x 1 = 8 .*work: 1, 2, 3, 4, 6, 12\."
     ):
-        mesh.check(exp, described(tensor=8))
+        mesh.check(exp, train, described(tensor=8))
     with pytest.raises(InputError, match="tensor x context = 4 x 2 = 8 does not divide"):
-        mesh.check(exp, described(tensor=4, context=2))
+        mesh.check(exp, train, described(tensor=4, context=2))
     for tensor in (1, 2, 3, 4, 6, 12):
-        mesh.check(exp, described(tensor=tensor))
+        mesh.check(exp, train, described(tensor=tensor))
 
 
 def test_a_batch_that_is_not_divisible_is_refused_with_one_that_is():
-    exp = training(tiny.EXP, batch=10, accumulate=2)
-    mesh.check(exp, described(data=5))
+    exp, train = tiny.EXP, TrainConfig(batch=10, accumulate=2)
+    mesh.check(exp, train, described(data=5))
     with pytest.raises(InputError, match=r"train.batch=10 .* 2 x 3 x 2 = 12; make it 12\."):
-        mesh.check(exp, described(data=2, fsdp=3))
+        mesh.check(exp, train, described(data=2, fsdp=3))
 
 
 def test_tokens_that_are_not_divisible_are_refused_with_sizes_that_work():
-    exp = training(tiny.with_cache(block=1, score_pool=(1, 2, 1)), batch=1)
+    exp, train = tiny.with_cache(block=1, score_pool=(1, 2, 1)), TrainConfig(batch=1)
     with pytest.raises(InputError, match=r"8 tokens in a block, .*context=3 .*work: 1, 2, 4, 8\."):
-        mesh.check(exp, described(context=3))
-    mesh.check(training(tiny.EXP, batch=1), described(context=3))
+        mesh.check(exp, train, described(context=3))
+    mesh.check(tiny.EXP, train, described(context=3))
 
 
 # inside the networks --------------------------------------------------------------------------------------------------

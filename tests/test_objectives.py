@@ -10,18 +10,21 @@ import pytest
 import tiny
 
 from packforcing_jax import pytrees
+from packforcing_jax.config import CoverConfig, DistilConfig, TrainConfig
 from packforcing_jax.errors import InputError
 from packforcing_jax.memory import cache
+from packforcing_jax.memory import layout as layouts
 from packforcing_jax.sampling import block_step, schedules
 from packforcing_jax.training import batches, objectives, rollout
 from packforcing_jax.training.batches import Batch, Model, Networks
 from packforcing_jax.types import KV
 
 BLOCKS = 4
-COVER = dataclasses.replace(tiny.EXP.train.cover, gap=9.0, matching=0.02)
+COVER = CoverConfig(gap=9.0, matching=0.02)
 BASE = dataclasses.replace(
-    tiny.EXP, sample=dataclasses.replace(tiny.EXP.sample, prediction="clean"), clip=3 * BLOCKS,
-    train=dataclasses.replace(tiny.EXP.train, shift=6.0, cover=COVER))  # fmt: skip
+    tiny.EXP, sample=dataclasses.replace(tiny.EXP.sample, prediction="clean"), clip=3 * BLOCKS
+)
+TRAIN = TrainConfig(shift=6.0, cover=COVER)
 MODEL = Model(dit=tiny.nets().dit, compressor=tiny.nets().compressor)
 STATES = tiny.normal(7, BLOCKS, tiny.BATCH, 9, BASE.dit.text_dim)  # another prompt for each block
 APART = tiny.apart()  # layers one by one
@@ -30,16 +33,16 @@ CALLED = np.zeros((BLOCKS, tiny.BATCH, 2, BLOCKS), bool)  # block 3 calls back b
 CALLED[3, 0, 1, 0] = CALLED[3, 1, 0, 2] = True
 
 
-@functools.partial(tiny.jit, static_argnames=("exp", "objective"))
-def run(given, key, exp, objective="forcing", model=MODEL, teacher=None, average=None):
+@functools.partial(tiny.jit, static_argnames=("exp", "train", "objective"))
+def run(given, key, exp, train=TRAIN, objective="forcing", model=MODEL, teacher=None, average=None):
     """(loss, metrics) of an objective."""
     networks = Networks(generator=model, teacher=teacher, average=average)
-    return objectives.OBJECTIVES[objective]["generator"](networks, given, key, exp)
+    return objectives.OBJECTIVES[objective].generator(networks, given, key, exp, train)
 
 
-def losses(given, key=KEY, exp=None):
+def losses(given, key=KEY, exp=None, train=TRAIN):
     """The denoising loss of each block."""
-    return run(given, key, training(0) if exp is None else exp)[1]["loss_by_block"]
+    return run(given, key, training(0) if exp is None else exp, train)[1]["loss_by_block"]
 
 
 def clips():
@@ -62,7 +65,7 @@ def with_gap(share):
 
 
 def with_train(**settings):
-    return dataclasses.replace(BASE, train=dataclasses.replace(BASE.train, **settings))
+    return dataclasses.replace(TRAIN, **settings)
 
 
 def twins_seen(sink):
@@ -82,7 +85,7 @@ def gradients():
     def by_block(latent, low, packer):
         given = dataclasses.replace(clips(), latent=latent, low=low)
         networks = Networks(generator=Model(dit=MODEL.dit, compressor=packer))
-        return objectives.forcing(networks, given, KEY, training(3))[1]["loss_by_block"]
+        return objectives.forcing(networks, given, KEY, training(3), TRAIN)[1]["loss_by_block"]
 
     given = clips()
     return tiny.jit(jax.jacrev(by_block, argnums=(0, 1, 2)))(
@@ -116,41 +119,50 @@ def test_the_compressor_learns_from_blocks_that_see_packed_ones(gradients):
 
 def test_training_guesses_behind_the_memory_that_sampling_fills():
     """Losses recomputed behind a memory filled by the sampler, its layers apart, in views of its own drawing."""
-    exp, given, memory = training(0), clips(), cache.init(training(0), tiny.BATCH)
+    exp, given = training(0), clips()
+    memory = cache.init(exp.memory, tiny.BATCH)
     keys = jax.random.split(KEY, 4)
-    levels = objectives.noise_levels(keys[0], given.latent.shape[:2], exp.train.shift)
+    levels = objectives.noise_levels(keys[0], given.latent.shape[:2], TRAIN.shift)
     noise = jax.random.normal(keys[1], given.latent.shape)
     words = tiny.jit(batches.text_kv)(MODEL.dit, STATES)
-    lots = jnp.zeros((exp.dit.layers, tiny.BATCH, exp.cache.slots))
+    random = [jnp.zeros((tiny.BATCH, exp.cache.slots))] * exp.dit.layers
 
     @tiny.jit
     def block_loss(memory, latent, noise, sigma, words, weight):
-        seen, past = (
-            cache.plan(exp.cache, memory.num_blocks),
-            pytrees.zipped(memory.layers, list(lots)),
+        layout, past = (
+            layouts.layout(exp.cache, memory.progress),
+            pytrees.zipped(memory.layers, random),
         )
         noisy = schedules.add_noise(latent, noise, sigma)
-        clean, kept = block_step.guess(
-            APART, exp, seen, noisy, 1000 * sigma, sigma, words, past, look=block_step.first_look
+        clean, kept = block_step.predict_x0(
+            APART,
+            exp.step,
+            layout,
+            noisy,
+            1000 * sigma,
+            sigma,
+            words,
+            past,
+            attends=block_step.choosing,
         )
-        return jnp.mean(weight * (clean - latent) ** 2), block_step.Drawn(
-            clean, *pytrees.unzip(kept)
-        )
+        views, selection = pytrees.unzip(kept)
+        loss = jnp.mean(weight * (clean - latent) ** 2)
+        return loss, block_step.with_views(memory, views), selection
 
     by_hand = []
     for block in range(BLOCKS):
         prompt = pytrees.unstack(KV(k=words.k[block], v=words.v[block]), exp.dit.layers)
-        loss, drawn = block_loss(
+        loss, memory, selection = block_loss(
             memory, given.latent[block], noise[block], levels[block], prompt, given.weight[block]
         )
         by_hand.append(loss)
-        memory, *_ = tiny.remember(
+        memory, _ = tiny.commit(
             APART,
-            exp,
+            exp.step,
             memory,
             latent=given.latent[block],
             low=given.low[block],
-            drawn=drawn,
+            selection=selection,
             text=prompt,
         )
     np.testing.assert_allclose(losses(given), jnp.stack(by_hand), rtol=1e-5)
@@ -175,7 +187,7 @@ def test_a_block_hears_its_own_prompt():
 
 
 def test_a_gap_moves_only_what_lies_before_recent():
-    plain, moved = (losses(clips(), exp=training(0, with_gap(share))) for share in (0.0, 1.0))
+    plain, moved = (losses(clips(), train=with_gap(share)) for share in (0.0, 1.0))
     np.testing.assert_allclose(
         plain[:2], moved[:2], rtol=1e-6
     )  # nothing, or only recent, lies behind them
@@ -247,14 +259,16 @@ def seeing_everything(exp):
 
 def test_teacher_forcing_in_one_pass_is_what_a_memory_of_sharp_blocks_gives():
     masked = with_train(history="clean")
-    one, behind = (losses(clips(), exp=seeing_everything(each)) for each in (masked, BASE))
+    one, behind = (
+        losses(clips(), exp=seeing_everything(BASE), train=each) for each in (masked, TRAIN)
+    )
     np.testing.assert_allclose(one, behind, rtol=1e-5)
 
 
 def test_diffusion_forcing_sees_noise_and_not_the_truth():
-    exp, given = with_train(history="noisy"), clips()
+    noisy, given = with_train(history="noisy"), clips()
     far = dataclasses.replace(given, latent=given.latent.at[1].add(1.0), low=given.low + 1)
-    plain, other = losses(given, exp=exp), losses(far, exp=exp)
+    plain, other = (losses(each, exp=BASE, train=noisy) for each in (given, far))
     assert plain[0] == other[0]
     assert (plain[1:] != other[1:]).all()  # the noisy block 1 is seen by those behind it
     assert (plain != losses(given, exp=seeing_everything(BASE)))[1:].all()
@@ -263,7 +277,7 @@ def test_diffusion_forcing_sees_noise_and_not_the_truth():
 def test_a_velocity_is_weighed_by_wans_bell():
     sigma, exp = jnp.asarray([[0.3, 0.9]]), dataclasses.replace(BASE, sample=tiny.EXP.sample)
     clean, noise, guess = tiny.normal(1, 3, 1, 2, 3, 8, 4, 12)
-    ours = tiny.jit(lambda *given: objectives.denoising_loss(exp, *given, None))(
+    ours = tiny.jit(lambda *given: objectives.denoising_loss(exp, TRAIN, *given, None))(
         guess, clean, sigma
     )
     velocity = (schedules.add_noise(clean, noise, sigma) - guess) / jnp.expand_dims(
@@ -293,9 +307,10 @@ def test_the_teacher_sees_every_frame_under_one_level_of_noise():
 
 @pytest.mark.parametrize("drop", [0.0, 1.0])
 def test_hidden_text_is_no_text(drop):
-    exp, given = with_train(drop_text=drop), clips()
+    train, given = with_train(drop_text=drop), clips()
     one, two = (
-        run(each, KEY, exp, objective="flow_matching")[0] for each in (given, saying(given, 1))
+        run(each, KEY, BASE, train, objective="flow_matching")[0]
+        for each in (given, saying(given, 1))
     )
     assert (one == two) == (drop == 1.0)
 
@@ -310,7 +325,7 @@ CLEAN = with_train(history="clean", grid=7)
 def guess(model, latent, sample, sigma, states):
     """The guess of noisy blocks behind the clean ones before them."""
     return objectives.causal(
-        model, CLEAN, Batch(words=None, latent=latent), sample, sigma, states
+        model, BASE, CLEAN, Batch(words=None, latent=latent), sample, sigma, states
     ).clean
 
 
@@ -333,7 +348,7 @@ def test_a_trajectory_is_followed_from_a_step_of_its_own_for_each_block():
     errors = np.stack(
         [((np.asarray(clean) - end) ** 2).mean(axis=(2, 3, 4, 5)) for clean in by_step]
     )
-    told = np.asarray(run(given, KEY, CLEAN, objective="trajectory")[1]["loss_by_block"])
+    told = np.asarray(run(given, KEY, BASE, CLEAN, objective="trajectory")[1]["loss_by_block"])
     pairs = [(i, j) for i in range(3) for j in range(3)]
     means = [
         {pair: errors[list(pair), block, [0, 1]].mean() for pair in pairs}
@@ -355,6 +370,7 @@ def test_a_trajectory_of_other_steps_is_refused():
         run(
             dataclasses.replace(given, trajectory=given.trajectory[1:]),
             KEY,
+            BASE,
             CLEAN,
             objective="trajectory",
         )
@@ -363,9 +379,7 @@ def test_a_trajectory_of_other_steps_is_refused():
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 def test_consistency_asks_the_average_behind_one_step_of_the_teacher(guidance):
     """Every block at a step of its own; at the last one the way has ended, and nobody is asked."""
-    exp = with_train(
-        history="clean", grid=7, distil=dataclasses.replace(CLEAN.train.distil, guidance=guidance)
-    )
+    train = with_train(history="clean", grid=7, distil=DistilConfig(guidance=guidance))
     teacher, average = (
         Model(dit=tiny.filled(MODEL.dit, seed), compressor=MODEL.compressor) for seed in (4, 6)
     )
@@ -384,15 +398,15 @@ def test_consistency_asks_the_average_behind_one_step_of_the_teacher(guidance):
         there == 0, nearer, guess(average, given.latent, nearer, sigmas[at + 1], STATES)
     )
     expected = ((guess(MODEL, given.latent, noisy, sigmas[at], STATES) - target) ** 2).mean()
-    loss, _ = run(given, KEY, exp, objective="consistency", teacher=teacher, average=average)
+    loss, _ = run(
+        given, KEY, BASE, train, objective="consistency", teacher=teacher, average=average
+    )
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 
 def test_at_the_ways_last_step_consistency_is_the_teachers_clean_guess():
     """With a single step all blocks are pure noise, and one step ends the way: no average is asked."""
-    exp = with_train(
-        history="clean", grid=1, distil=dataclasses.replace(CLEAN.train.distil, guidance=1.0)
-    )
+    train = with_train(history="clean", grid=1, distil=DistilConfig(guidance=1.0))
     teacher, given = Model(dit=tiny.filled(MODEL.dit, 4), compressor=MODEL.compressor), clips()
     noise, full = (
         jax.random.normal(jax.random.split(KEY, 4)[1], given.latent.shape),
@@ -401,5 +415,7 @@ def test_at_the_ways_last_step_consistency_is_the_teachers_clean_guess():
     target, own = (guess(model, given.latent, noise, full, STATES) for model in (teacher, MODEL))
     for seed in (6, 7):
         average = Model(dit=tiny.filled(MODEL.dit, seed), compressor=MODEL.compressor)
-        loss, _ = run(given, KEY, exp, objective="consistency", teacher=teacher, average=average)
+        loss, _ = run(
+            given, KEY, BASE, train, objective="consistency", teacher=teacher, average=average
+        )
         np.testing.assert_allclose(loss, ((own - target) ** 2).mean(), rtol=1e-4)

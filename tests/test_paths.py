@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
+from packforcing_jax.config import DistilConfig, TrainConfig
 from packforcing_jax.errors import InputError
 from packforcing_jax.sampling import schedules
 from packforcing_jax.training import batches, distillation, objectives, paths
@@ -17,13 +18,8 @@ EXP = dataclasses.replace(
     tiny.EXP,
     clip=3 * BLOCKS,
     sample=dataclasses.replace(tiny.EXP.sample, steps=(1000, 600, 200), shift=3.0),
-    train=dataclasses.replace(
-        tiny.EXP.train,
-        grid=5,
-        history="clean",
-        distil=dataclasses.replace(tiny.EXP.train.distil, guidance=2.0),
-    ),
 )
+TRAIN = TrainConfig(grid=5, history="clean", distil=DistilConfig(guidance=2.0))
 TEACHER = Model(dit=tiny.nets().dit, compressor=tiny.nets().compressor)
 STATES = tiny.normal(3, 1, tiny.BATCH, 9, EXP.dit.text_dim)
 NOISE = tiny.latents(BLOCKS)
@@ -46,11 +42,16 @@ def test_a_bidirectional_teacher_draws_whole_clips():
     @tiny.jit
     def guess(x, sigma, text):
         clean = distillation.score(
-            TEACHER.dit, EXP, batches.by_clip(x), jnp.full(tiny.BATCH, 1000 * sigma), text
+            TEACHER.dit,
+            EXP,
+            TRAIN.distil,
+            batches.by_clip(x),
+            jnp.full(tiny.BATCH, 1000 * sigma),
+            text,
         )
         return batches.by_block(clean, EXP.cache.block)
 
-    way = tiny.jit(paths.way, static_argnames="exp")(TEACHER, EXP, NOISE, STATES)
+    way = tiny.jit(paths.way, static_argnames=("exp", "train"))(TEACHER, EXP, TRAIN, NOISE, STATES)
     np.testing.assert_allclose(way, by_hand(guess), atol=2e-4)
 
 
@@ -59,25 +60,31 @@ def test_a_causal_teacher_draws_behind_the_truth():
 
     @tiny.jit
     def guess(x, sigma, text):
-        return objectives.causal(TEACHER, EXP, true, x, jnp.full(x.shape[:2], sigma), text).clean
+        return objectives.causal(
+            TEACHER, EXP, TRAIN, true, x, jnp.full(x.shape[:2], sigma), text
+        ).clean
 
-    way = tiny.jit(paths.way, static_argnames="exp")(TEACHER, EXP, NOISE, STATES, behind=true)
+    way = tiny.jit(paths.way, static_argnames=("exp", "train"))(
+        TEACHER, EXP, TRAIN, NOISE, STATES, behind=true
+    )
     np.testing.assert_allclose(way, by_hand(guess), atol=2e-4)
 
 
 def test_states_stand_at_the_students_steps():
-    assert paths.kept(EXP) == (0, 2, 4, 5)
-    sigmas = np.append(schedules.table(3.0, steps=5).sigmas, 0)[list(paths.kept(EXP))]
+    assert paths.kept(EXP, 5) == (0, 2, 4, 5)
+    sigmas = np.append(schedules.table(3.0, steps=5).sigmas, 0)[list(paths.kept(EXP, 5))]
     np.testing.assert_allclose(paths.timesteps(EXP), 1000 * sigmas, rtol=1e-5)
 
 
 def test_a_grid_that_misses_a_step_is_refused_with_one_that_does_not():
     with pytest.raises(InputError, match=r"train\.grid=6 .* choose a multiple of 5\."):
-        paths.kept(dataclasses.replace(EXP, train=dataclasses.replace(EXP.train, grid=6)))
+        paths.kept(EXP, 6)
 
 
 def test_the_seed_decides_what_is_drawn():
-    one, same, other = (paths.drawn(TEACHER, EXP, jnp.uint32(seed), STATES) for seed in (1, 1, 2))
+    one, same, other = (
+        paths.drawn(TEACHER, EXP, TRAIN, jnp.uint32(seed), STATES) for seed in (1, 1, 2)
+    )
     np.testing.assert_array_equal(one, same)
     assert np.abs(np.asarray(one - other)).max() > 0.1
     assert one.shape == (4, BLOCKS, tiny.BATCH, 3, 8, 4, 12)

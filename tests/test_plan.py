@@ -117,9 +117,9 @@ def test_compiled_programs_stand_in_one_line_each(run, monkeypatch):
     names = (
         programs.ENCODING,
         programs.PROMPT,
-        programs.DRAWING,
+        programs.DENOISING,
         programs.SHOWING,
-        programs.REMEMBERING,
+        programs.COMMITTING,
     )
     uses = dict.fromkeys(
         names, programs.Use(temporary=2_000_000, results=1500, arguments=70, reused=0)
@@ -130,9 +130,9 @@ def test_compiled_programs_stand_in_one_line_each(run, monkeypatch):
     assert "not compiled" not in out
     assert "peak, as compiled here" in out
     line = next(
-        line for line in out.splitlines() if line.startswith("  drawing  ") and "1.500 kB" in line
+        line for line in out.splitlines() if line.startswith("  denoising  ") and "1.500 kB" in line
     )
-    assert line.split() == ["drawing", "2.000", "MB", "1.500", "kB", "70", "B", "0", "B"]
+    assert line.split() == ["denoising", "2.000", "MB", "1.500", "kB", "70", "B", "0", "B"]
     assert max(map(len, out.splitlines())) <= 120
 
 

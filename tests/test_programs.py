@@ -1,7 +1,6 @@
 """The programs of sampling on shapes: what they are handed is what is held, and what they set aside is estimated."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -10,23 +9,14 @@ import tiny
 
 from packforcing_jax import config
 from packforcing_jax.plan import jaxpr_cost, programs
-from packforcing_jax.plan.programs import DRAWING, FUSED, REMEMBERING, SHOWING, WRITTEN
-from packforcing_jax.sampling import pipeline
+from packforcing_jax.plan.programs import COMMITTING, DENOISING, FUSED, SHOWING, WRITTEN
 
 HOST = tiny.with_cache(scope="shared", timing="late", archive="host")
 LONG = dataclasses.replace(tiny.EXP, dit=dataclasses.replace(tiny.EXP.dit, layers=5))
 
 
-@pytest.fixture
-def quickly(monkeypatch):
-    """Drawing and remembering compile in a second."""
-    for name in ("draw_block", "remember_block"):
-        quick = tiny.jit(getattr(pipeline, name).__wrapped__, static_argnames="exp")
-        monkeypatch.setattr(pipeline, name, quick)
-
-
-def test_a_program_is_handed_what_is_held_and_nothing_else(quickly):
-    """To the byte: all but what is of no use in drawing, which jit leaves out."""
+def test_a_program_is_handed_what_is_held_and_nothing_else():
+    """To the byte: all but what is of no use in denoising, which jit leaves out, or was donated to be handed back."""
     exp, batch = (
         dataclasses.replace(tiny.EXP, dtypes=config.DtypeConfig(cache="bfloat16", text="bfloat16")),
         2,
@@ -40,12 +30,10 @@ def test_a_program_is_handed_what_is_held_and_nothing_else(quickly):
             [(block.cross.k, block.cross.v, block.cross.norm_k) for block in model.blocks],
         ]
     )
-    numbers = 4 * batch + 4  # ids of the videos and the seed
-    still = jaxpr_cost.nbytes(
-        [layer.sink_at for layer in held.memory.layers]
-    )  # where a sink is that never moves
-    whole = jaxpr_cost.nbytes((model, held.memory, held.views, held.words))
-    assert found[DRAWING].arguments == whole - prompt - still + numbers
+    numbers = 2 * 4 * batch  # ids of the videos and their seeds
+    whole = jaxpr_cost.nbytes((model, held.memory, held.words))
+    assert found[DENOISING].arguments == whole - prompt + numbers
+    assert found[DENOISING].reused == jaxpr_cost.nbytes(held.memory)
     assert found[programs.PROMPT].arguments == prompt + jaxpr_cost.nbytes(held.context)
     assert found[SHOWING].arguments == jaxpr_cost.nbytes(
         held.latent
@@ -56,14 +44,14 @@ def test_a_program_is_handed_what_is_held_and_nothing_else(quickly):
     assert set(found) == {
         programs.ENCODING,
         programs.PROMPT,
-        DRAWING,
+        DENOISING,
         f"{SHOWING} the first block",
         SHOWING,
-        REMEMBERING,
+        COMMITTING,
     }
 
 
-def test_memory_and_views_are_handed_back_not_made_anew():
+def test_the_memory_is_handed_back_not_made_anew():
     held = programs.shapes_of(tiny.EXP, 2)
     lowered = dict(programs.lowered_programs(tiny.EXP, 2))
     given = {
@@ -73,36 +61,29 @@ def test_memory_and_views_are_handed_back_not_made_anew():
         for name, program in lowered.items()
     }
     assert given == dict.fromkeys(given, 0) | {
-        DRAWING: jaxpr_cost.nbytes(held.views),
-        REMEMBERING: jaxpr_cost.nbytes((held.views, held.memory)),
+        DENOISING: jaxpr_cost.nbytes(held.memory),
+        COMMITTING: jaxpr_cost.nbytes(held.memory),
     }
 
 
-def test_drawing_from_the_host_is_three_programs():
-    drawing = [name for name, _ in programs.lowered_programs(HOST, 2) if name.startswith(DRAWING)]
-    assert drawing == [
-        f"{DRAWING}, the first step",
-        f"{DRAWING}, scoring a layer",
-        f"{DRAWING}, the other steps",
+def test_denoising_from_the_host_is_several_programs():
+    names = [name for name, _ in programs.lowered_programs(HOST, 2) if name.startswith(DENOISING)]
+    assert names == [
+        f"{DENOISING}, its noise",
+        f"{DENOISING}, the first step",
+        f"{DENOISING}, scoring a layer",
+        f"{DENOISING}, the other steps",
     ]
 
 
 def test_two_layers_say_what_a_deep_model_sets_aside():
     """What a layer leaves behind for the next is gone after that."""
-    exp, held = programs.plain(LONG), programs.shapes_of(LONG, 2)
-    whole = held.views[0].k.shape
-    deep = jaxpr_cost.trace(
-        functools.partial(programs._draw, exp),
-        held.computed,
-        held.memory,
-        held.chance,
-        held.words,
-        held.views,
-    )
-    besides = [whole, *((2, exp.dit.heads, 3 * 8, keys) for keys in (whole[1], exp.dit.text_len))]
+    cfg, held = programs.plain(LONG.step), programs.shapes_of(LONG, 2)
+    deep = programs._traced_denoising(cfg, held, held.computed)
+    logits = [(2, cfg.dit.heads, 3 * 8, keys) for keys in (held.view[1], cfg.dit.text_len)]
     found = programs.workspace(LONG, 2)
-    assert found[f"{DRAWING}, {FUSED}"] == pytest.approx(
-        jaxpr_cost.peak(deep, besides, results=False), rel=0.05
+    assert found[f"{DENOISING}, {FUSED}"] == pytest.approx(
+        jaxpr_cost.peak(deep, [held.view, *logits], results=False), rel=0.05
     )
     assert found == programs.workspace(
         dataclasses.replace(LONG, dit=dataclasses.replace(LONG.dit, layers=2)), 2
@@ -111,9 +92,9 @@ def test_two_layers_say_what_a_deep_model_sets_aside():
 
 def test_attention_written_out_sets_logits_aside():
     found, held = programs.workspace(tiny.EXP, 2), programs.shapes_of(tiny.EXP, 2)
-    batch, room, heads, _ = held.views[0].k.shape
+    batch, room, heads, _ = held.view
     logits = batch * heads * held.latent.shape[1] * tiny.EXP.tokens_per_frame * room * 4
-    for name in (DRAWING, REMEMBERING):
+    for name in (DENOISING, COMMITTING):
         assert found[f"{name}, {WRITTEN}"] - found[f"{name}, {FUSED}"] > logits
 
 
@@ -123,7 +104,7 @@ def test_weights_that_are_cast_are_there_twice():
     alike = dataclasses.replace(tiny.EXP, dtypes=dataclasses.replace(halves, params="bfloat16"))
     cast = jaxpr_cost.nbytes(programs.shapes_of(mixed).computed)
     for name, size in programs.workspace(mixed).items():
-        more = cast if name.startswith((DRAWING, REMEMBERING)) else 0
+        more = cast if name.startswith((DENOISING, COMMITTING)) else 0
         assert size == programs.workspace(alike)[name] + more, name
 
 

@@ -5,11 +5,12 @@ import types
 
 import handwired
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from packforcing_jax.memory import cache, view
-from packforcing_jax.networks import dit
+from packforcing_jax.memory import layout as layouts
+from packforcing_jax.memory import view
 from packforcing_jax.sampling import block_step
 
 VIDEOS, CALLED, GAP, FIRST = (
@@ -127,14 +128,14 @@ def swapped(memory, first, second, what):
     """`memory` with the packed keys or values of two blocks [b] exchanged."""
     videos, slots = (
         np.arange(VIDEOS),
-        (np.stack([first, second]) - FIRST) % memory.layers[0].mid.k.shape[1],
+        (np.stack([first, second]) - FIRST) % memory.layers[0].packed.k.shape[1],
     )
 
     def one(layer):
-        old = np.array(getattr(layer.mid, what))
+        old = np.array(getattr(layer.packed, what))
         new = old.copy()
         new[videos, slots[0]], new[videos, slots[1]] = old[videos, slots[1]], old[videos, slots[0]]
-        return layer.replace(mid=layer.mid.replace(**{what: new}))
+        return layer.replace(packed=layer.packed.replace(**{what: new}))
 
     return memory.replace(layers=[one(layer) for layer in memory.layers])
 
@@ -178,15 +179,15 @@ def test_first_in_first_out_forgets_what_left_the_newest(fifo):
     assert at_chance(hits(fifo.player, fifo.nets, fifo.memories[-1], fifo.guests, fifo.marks))
 
 
-def test_seen_tokens_stop_growing_while_the_archive_grows(story):
+def test_valid_keys_stop_growing_while_the_archive_grows(story):
     exp = story.player.exp
     counts = [
-        int(cache.length(exp, cache.plan(exp.cache, memory.num_blocks)))
+        int(layouts.length(exp.memory, layouts.layout(exp.cache, memory.progress)))
         for memory in story.memories
     ]
     full = FIRST + 1 + TOP
     assert (np.diff(counts[: full + 1]) > 0).all()
-    assert set(counts[full:]) == {(6 + 3) * 8 + TOP * 4}
+    assert set(counts[full:]) == {(6 + 3 + 3) * 8 + TOP * 4}
     assert (
         len({tuple(leaf.shape for leaf in jax.tree.leaves(memory)) for memory in story.memories})
         == 1
@@ -197,32 +198,34 @@ def test_a_sum_of_raw_products_misses_what_one_place_asks(story):
     """Paper eq. 8 without its sub-sampling: the many tokens that do not ask outvote the few that do."""
     exp, memory, nets = story.player.exp, story.memories[-1], story.nets
 
-    def keep_queries(exp, seen, mix):
-        return lambda q, k, v, layer: (
-            mix(q, k, v, view.recall(exp, seen, layer, q, None)[0])[0],
-            q,
-        )
+    def keep_queries(cfg, layout, attend):
+        def self_attention(q, k, v, layer):
+            recalled, _ = view.recall(cfg.memory, layout, layer, q, None)
+            return attend(q, k, v, recalled)[0], q
+
+        return self_attention
 
     @jax.jit
     def first_queries(memory, noise, prompt):
-        seen = cache.plan(exp.cache, memory.num_blocks)
-        return block_step.guess(
+        layout = layouts.layout(exp.cache, memory.progress)
+        _, queries = block_step.predict_x0(
             nets,
-            exp,
-            seen,
+            exp.step,
+            layout,
             noise,
-            1000.0,
-            1.0,
-            dit.text_kv(nets.dit, prompt),
+            jnp.float32(1000.0),
+            jnp.float32(1.0),
+            nets.dit.text_kv(prompt),
             memory.layers,
-            look=keep_queries,
-        )[1], seen.ids
+            attends=keep_queries,
+        )
+        return queries, layout.ids
 
     noise = handwired.noises(np.random.default_rng(6), VIDEOS)[0]
     queries, ids = first_queries(memory, noise, handwired.prompts(np.full(VIDEOS, 2)))
     visible = np.flatnonzero(ids >= 0)
     scores = np.einsum(
-        "bqnh,bmpnh->bm", np.asarray(queries[1]), np.asarray(memory.layers[1].mid.k)[:, visible]
+        "bqnh,bmpnh->bm", np.asarray(queries[1]), np.asarray(memory.layers[1].packed.k)[:, visible]
     )
     relevant = np.asarray(ids)[visible] == first_seen(story.guests, story.marks, 2)[0][:, None]
     rank = (scores > scores[relevant][:, None]).sum(axis=1)
@@ -230,7 +233,7 @@ def test_a_sum_of_raw_products_misses_what_one_place_asks(story):
     assert (rank >= TOP).all()
 
 
-# The place in time: keys without content, and an answer that depends on nothing but a distance.
+# The position in time: keys without content, and an answer that depends on nothing but a distance.
 
 
 def covered(marks):
@@ -266,7 +269,7 @@ def read(numbered, distance, own=None):
     return shown.mean(axis=-2).argmax(axis=-1)
 
 
-def test_sharp_frames_lie_at_their_places(numbered):
+def test_frames_at_full_size_lie_at_their_positions(numbered):
     now = 6 + TOP * 3 + 3
     np.testing.assert_array_equal(read(numbered, 3.0), numbered.marks[:, -3:])
     np.testing.assert_array_equal(read(numbered, float(now)), numbered.marks[:, :3])
@@ -274,19 +277,19 @@ def test_sharp_frames_lie_at_their_places(numbered):
 
 
 @pytest.mark.parametrize("age", [1, 9, TOP])
-def test_packed_blocks_lie_at_their_places(numbered, age):
+def test_packed_blocks_lie_at_their_positions(numbered, age):
     """Counted back from the newest packed one: its first token, half a frame in, and its second, two frames in.
 
     Both rows share a packed token, which shows the row that the low resolution kept.
     """
     back = 3 + 3 * age
-    for frame, place in ((0, 0.5), (2, 2.0)):
+    for frame, position in ((0, 0.5), (2, 2.0)):
         shown = np.repeat(numbered.marks[:, frame - back, 1:], 2, axis=-2)
-        np.testing.assert_array_equal(read(numbered, back - place)[:, 0], shown)
+        np.testing.assert_array_equal(read(numbered, back - position)[:, 0], shown)
 
 
-def test_a_block_sees_itself_at_its_place(numbered):
-    """One frame back from the first frame lies the newest sharp one, from the others their own neighbours."""
+def test_a_block_sees_itself_at_its_position(numbered):
+    """One frame back from the first frame lies the newest recent one, from the others their own neighbours."""
     own = np.random.default_rng(9).integers(0, handwired.MARKS, (VIDEOS, 3, 2, 4))
     back = np.concatenate([numbered.marks[:, -1:], own[:, :2]], axis=1)
     np.testing.assert_array_equal(read(numbered, 1.0, covered(own)), back)

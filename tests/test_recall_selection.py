@@ -50,7 +50,7 @@ def video(rng, *, queries, asking, keys, answering):
 
 
 def called_back(seed, *, queries=QUERIES, asking=1, keys=3, answering=3):
-    """(Question, ids [b] of the blocks it asks for) with slots out of time order and what is called in unseen ones."""
+    """(ScoreInputs, ids [b] of the blocks it asks for) with slots out of time order, what is called in unseen ones."""
     rng = np.random.default_rng(seed)
     parts = [
         video(rng, queries=queries, asking=asking, keys=keys, answering=answering)
@@ -60,27 +60,27 @@ def called_back(seed, *, queries=QUERIES, asking=1, keys=3, answering=3):
     archive = np.concatenate(
         [archive, archive[np.arange(VIDEOS), called][:, None].repeat(UNSEEN, axis=1)], axis=1
     )
-    sharp = np.zeros((VIDEOS, 11, HEADS, SIZE))
-    sharp[..., -NOISE:] = rng.normal(size=(VIDEOS, 11, HEADS, NOISE))
+    near = np.zeros((VIDEOS, 11, HEADS, SIZE))
+    near[..., -NOISE:] = rng.normal(size=(VIDEOS, 11, HEADS, NOISE))
     order = rng.permutation(BLOCKS + UNSEEN)
     ids = np.where(order < BLOCKS, order, -1)
-    arrays = (q, archive[:, order], sharp, q.sum(axis=1), archive[:, order].sum(axis=2))
-    pooled, archive, sharp, query_sum, key_sum = (jnp.asarray(x, jnp.float32) for x in arrays)
-    return selection.Question(
-        pooled=pooled,
-        archive=archive,
-        sharp=(sharp,),
-        sharp_valid=(jnp.arange(11) < 8,),
+    arrays = (q, archive[:, order], near, q.sum(axis=1), archive[:, order].sum(axis=2))
+    queries, packed, near, query_sum, key_sum = (jnp.asarray(x, jnp.float32) for x in arrays)
+    return selection.ScoreInputs(
+        queries=queries,
+        packed=packed,
+        full_res=(near,),
+        full_res_valid=(jnp.arange(11) < 8,),
         ids=jnp.asarray(ids),
         query_sum=query_sum,
         key_sum=key_sum,
-        lots=jnp.asarray(rng.uniform(size=(VIDEOS, BLOCKS + UNSEEN)), jnp.float32),
+        random=jnp.asarray(rng.uniform(size=(VIDEOS, BLOCKS + UNSEEN)), jnp.float32),
     ), called
 
 
 def found(policy, asked, called):
     """For every video, whether the block it asks for is among the chosen."""
-    score = jax.jit(selection.POLICIES[policy])
+    score = jax.jit(selection.SCORES[policy].fn)
     _, chosen, _ = selection.choose(score(asked), asked.ids, KEEP)
     return (np.asarray(chosen) == called[:, None]).any(axis=1)
 
@@ -88,7 +88,7 @@ def found(policy, asked, called):
 def spread(asked, called):
     """Spread over blocks of what all others sum up to, as a multiple of that of the asking token, in its head."""
     seen = np.asarray(asked.ids) >= 0
-    q, sums = np.asarray(asked.pooled)[:, :, HEAD], np.asarray(asked.key_sum)[:, seen, HEAD]
+    q, sums = np.asarray(asked.queries)[:, :, HEAD], np.asarray(asked.key_sum)[:, seen, HEAD]
     asking = q[:, :, 1].argmax(axis=1)
     one = q[np.arange(VIDEOS), asking]
     parts = [np.einsum("bh,bmh->bm", x, sums).std(axis=1) for x in (q.sum(axis=1) - one, one)]
@@ -109,7 +109,7 @@ def test_one_asking_token_is_outvoted_in_the_papers_sum(seed):
 def test_one_asking_token_is_heard(policy, seed):
     asked, called = called_back(seed)
     assert found(policy, asked, called).all()
-    silent = asked.replace(pooled=asked.pooled.at[..., 1].set(0))  # the same without the question
+    silent = asked.replace(queries=asked.queries.at[..., 1].set(0))  # the same without the question
     assert not found(policy, silent, called).all()
 
 

@@ -11,7 +11,8 @@ import tiny
 from packforcing_jax import config, pytrees
 from packforcing_jax.errors import InputError
 from packforcing_jax.evaluation import recall, stage_figures
-from packforcing_jax.memory import cache
+from packforcing_jax.memory import layout as layouts
+from packforcing_jax.policies import selection
 from packforcing_jax.sampling import pipeline
 from packforcing_jax.stage import captions, world
 from packforcing_jax.training import batches
@@ -104,7 +105,7 @@ def test_stories_differ_by_seed_and_stay_in_one_scene():
 
 def test_every_policy_is_a_way_and_every_way_a_memory():
     ways = recall.ways_of("every")
-    assert set(config.CHOICES["cache.selection"]) == {way.get("selection") for way in ways.values()}
+    assert set(selection.SCORES) == {way.get("selection") for way in ways.values()}
     caches = [recall.changed(SMALL, way).cache for way in ways.values()]
     assert len(set(caches)) == len(ways)
     assert recall.ways_of("recency,all-fit") == {
@@ -131,9 +132,9 @@ def test_every_policy_is_a_way_and_every_way_a_memory():
 )
 def test_a_fitted_row_has_the_room_of_the_best(way, chosen, room):
     exp = recall.changed(SMALL, recall.WAYS[way])
-    seen = cache.plan(exp.cache, np.int32(20))
-    assert int(seen.chosen) == chosen
-    assert float(seen.recent_at - seen.mid_at) == room
+    layout = layouts.layout(exp.cache, layouts.begin(20))
+    assert int(layout.chosen) == chosen
+    assert float(layout.recent_at - layout.mid_at) == room
     assert (exp.dit, exp.compressor, exp.cache.capacity) == (
         SMALL.dit,
         SMALL.compressor,
@@ -164,30 +165,23 @@ def test_figures_count_the_last_layer_beside_blind_choices(way, held, level):
 def test_one_history_serves_every_gap_and_way(model, monkeypatch):
     histories, asked = [], []
 
-    def history(model, told, identity):
-        histories.append((told, identity))
+    def history(model, told, *, seed, videos):
+        histories.append((told, seed, list(videos)))
         return len(histories)
 
-    def answers(model, way, memory, told, identity, gap):
-        asked.append(
-            (
-                gap,
-                way["selection"],
-                memory,
-                [story.guests.tobytes() for story in told],
-                identity[1].tolist(),
-            )
-        )
+    def answers(model, way, state, told, gap):
+        stories = [story.guests.tobytes() for story in told]
+        asked.append((gap, way["selection"], state, stories))
         return np.ones((2, len(told)), bool), np.zeros(len(told), bool)
 
     monkeypatch.setattr(recall, "history", history)
     monkeypatch.setattr(recall, "answers", answers)
     ways = recall.ways_of("recency,affinity,paper_sum")
     result = recall.forced(model, ways, gaps=(9, 2), videos=5, seed=7, batch=3)
-    assert [len(told) for told, _ in histories] == [3, 2]
-    assert [identity[1].tolist() for _, identity in histories] == [[0, 1, 2], [3, 4]]
-    for memory in (1, 2):
-        mine = [each for each in asked if each[2] == memory]
+    assert [len(told) for told, *_ in histories] == [3, 2]
+    assert [who for _, *who in histories] == [[7, [0, 1, 2]], [7, [3, 4]]]
+    for state in (1, 2):
+        mine = [each for each in asked if each[2] == state]
         assert {each[:2] for each in mine} == {(gap, way) for gap in (9, 2) for way in ways}
         assert len({str(each[3:]) for each in mine}) == 1
     assert list(result["sections"]) == [f"gap of {gap} blocks, 6 in the archive" for gap in (9, 2)]
@@ -195,18 +189,7 @@ def test_one_history_serves_every_gap_and_way(model, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def quick():
-    """The programs of the study, compiled in a third of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((stage_figures, "one_block"), (recall, "_last_block")):
-            patch.setattr(
-                module, name, tiny.jit(getattr(module, name).__wrapped__, static_argnames="exp")
-            )
-        yield
-
-
-@pytest.fixture(scope="module")
-def study(model, quick):
+def study(model):
     ways = {name: recall.WAYS[name] for name in ("recency", "all-fit")}
     return recall.forced(model, ways, gaps=GAPS, videos=2, seed=7, batch=2)
 
@@ -224,20 +207,65 @@ def test_blocks_are_found_where_a_way_looks(study):
     assert all(name in stage_figures.table(study) for name in near)
 
 
-def test_a_history_answers_as_often_as_it_is_asked(model, quick):
-    told = [recall.forced_story(np.random.default_rng((7, i)), GAPS) for i in range(2)]
-    identity = jnp.full(2, 7, jnp.uint32), jnp.arange(2, dtype=jnp.uint32)
-    memory = recall.history(model, told, identity)
-    assert int(memory.num_blocks) == recall.OPENING + max(GAPS)
-    before = jax.tree.map(np.array, memory)
+@pytest.fixture(scope="module")
+def told():
+    return [recall.forced_story(np.random.default_rng((7, i)), GAPS) for i in range(2)]
+
+
+@pytest.fixture(scope="module")
+def state(model, told):
+    return recall.history(model, told, seed=7, videos=range(2))
+
+
+def test_a_history_answers_as_often_as_it_is_asked(model, told, state):
+    assert int(state.memory.num_blocks) == recall.OPENING + max(GAPS)
+    before = jax.tree.map(np.array, state)
     for _ in range(2):
-        looked, right = recall.answers(
-            model, recall.WAYS["recency"], memory, told, identity, GAPS[0]
-        )
+        looked, right = recall.answers(model, recall.WAYS["recency"], state, told, GAPS[0])
         assert looked.shape == (2, 2)
         assert looked.all()
         assert right.shape == (2,)
-    jax.tree.map(np.testing.assert_array_equal, memory, before)
+    jax.tree.map(np.testing.assert_array_equal, state, before)
+
+
+HALF = ["dtypes.cache=bfloat16", "dtypes.compute=bfloat16"]
+HOST = ["cache.archive=host", "cache.scope=shared", "cache.timing=late"]
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [[], [*HALF, *HOST], ["cache.rope_adjustment=incremental"]],
+    ids=["default", "bfloat16 host", "incremental"],
+)
+def test_the_last_block_is_the_one_that_follows_the_true_frames(model, told, sets):
+    """Bit for bit: `play` makes it in place, the study behind a copy of the memory."""
+    model = recall.with_way(model.with_settings(sets), recall.WAYS["recency"])
+    state, last = recall.history(model, told, seed=7, videos=range(2)), len(told[0].guests) - 1
+    prompts = [[captions.caption(story, block) for block in range(last + 1)] for story in told]
+    texts, which = stage_figures.read_texts(model, prompts)
+    frames, ids = recall.last_block(model, state, stage_figures.text_of(texts, which[:, last]))
+    wanted, (chosen,) = stage_figures.play(
+        model,
+        prompts,
+        seeds=[7, 7],
+        videos=range(2),
+        truth=np.stack([world.render(story) for story in told]),
+        first=last,
+    )
+    np.testing.assert_array_equal(ids, chosen)
+    np.testing.assert_array_equal(frames, wanted)
+
+
+def test_a_way_finds_frames_at_its_own_positions(model, told, state, monkeypatch):
+    """A first layer's keys depend on no choice: a history of the way's own has the same ones, and where they are."""
+    exp = recall.changed(SMALL, recall.WAYS["all-true"])
+    monkeypatch.setitem(recall.WAYS, "recency", recall.WAYS["all-true"])
+    own = recall.history(model, told, seed=7, videos=range(2))
+    wanted = tiny.committed(exp, own.memory)
+    found = tiny.committed(exp, recall._copied(exp.memory, state.memory))
+    np.testing.assert_allclose(found.k[0], wanted.k[0], atol=1e-5)
+    np.testing.assert_allclose(found.v[0], wanted.v[0], atol=1e-5)
+    assert abs(tiny.committed(exp, state.memory).k[0] - wanted.k[0]).max() > 1e-2
 
 
 @pytest.mark.parametrize("gaps", [(), (1,), (8, 8), (2, 3, 4, 5, 6), (0, 9)])
@@ -254,3 +282,6 @@ def test_other_models_and_no_videos_are_refused(model):
         recall.forced(other, recall.ways_of("recency"))
     with pytest.raises(InputError, match="0 videos"):
         recall.forced(model, recall.ways_of("recency"), gaps=(2,), videos=0)
+    forgetful = model.with_settings(["cache.top=0"])
+    with pytest.raises(InputError, match=r"cache.top=0 attends to no packed block.* set it to 1"):
+        recall.forced(forgetful, recall.ways_of("recency"), gaps=(2,), videos=1)

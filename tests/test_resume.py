@@ -17,7 +17,7 @@ from packforcing_jax import config
 from packforcing_jax.cli import main
 from packforcing_jax.io import checkpoints, video
 from packforcing_jax.networks import codec
-from packforcing_jax.sampling import host_archive, pipeline, resume, trace
+from packforcing_jax.sampling import host_archive, player, resume, trace
 from packforcing_jax.sampling.pipeline import Pipeline
 
 RED, BLUE, LIME = "a red disc", "the blue figure walks", "lime square"
@@ -36,15 +36,12 @@ SETTINGS = {
     "host": ["cache.scope=shared", "cache.timing=late", "cache.archive=host"],
 }
 PROGRAMS = {
-    (pipeline, "draw_block"): {"static_argnames": "exp", "donate_argnames": "views"},
-    (pipeline, "show_block"): {"static_argnames": ("exp", "first")},
-    (pipeline, "remember_block"): {
-        "static_argnames": "exp",
-        "donate_argnames": ("memory", "views"),
-    },
-    (host_archive, "_glance"): {"static_argnames": "exp", "donate_argnames": "views"},
-    (host_archive, "_score"): {"static_argnames": "exp"},
-    (host_archive, "_conclude"): {"static_argnames": "exp", "donate_argnames": "views"},
+    (player, "denoise_program"): {"static_argnames": "cfg", "donate_argnames": "memory"},
+    (player, "show_program"): {"static_argnames": ("first", "latents", "pool")},
+    (player, "commit_program"): {"static_argnames": "cfg", "donate_argnames": "memory"},
+    (host_archive, "_first_pass"): {"static_argnames": "cfg", "donate_argnames": "memory"},
+    (host_archive, "_score"): {"static_argnames": "spec"},
+    (host_archive, "_remaining_passes"): {"static_argnames": "cfg", "donate_argnames": "memory"},
 }
 AWKWARD = (
     1,

@@ -10,11 +10,12 @@ import tiny
 from flax import nnx
 
 from packforcing_jax import pytrees
-from packforcing_jax.config import DistilConfig
+from packforcing_jax.config import CoverConfig, DistilConfig, TrainConfig
 from packforcing_jax.memory import cache
+from packforcing_jax.memory import layout as layouts
 from packforcing_jax.networks import codec
 from packforcing_jax.sampling import block_step, schedules
-from packforcing_jax.training import batches, rollout
+from packforcing_jax.training import batches, rollout, state
 
 BLOCKS, SINK, RECENT = 5, 3, 3
 BASE = dataclasses.replace(tiny.EXP, clip=3 * BLOCKS)
@@ -23,20 +24,16 @@ NETS, PIXELS = tiny.nets(), codec.make(EXP.codec, nnx.Rngs(0))
 STATES = tiny.normal(
     7, BLOCKS, tiny.BATCH, EXP.dit.text_len - 1, EXP.dit.text_dim
 )  # another prompt for each block
-draw = tiny.jit(rollout.draw, static_argnames="exp")
+PLAIN = DistilConfig()
+draw = tiny.jit(rollout.draw, static_argnames=("exp", "distil"))
+SPEC = EXP.memory
 lay = tiny.jit(
-    jax.vmap(lambda seen, one: rollout.lay(EXP, seen, one), in_axes=(None, 0))
+    jax.vmap(lambda layout, one: rollout.lay(SPEC, layout, one), in_axes=(None, 0))
 )  # in every layer
 
 
-def with_distil(exp=EXP, **settings):
-    return dataclasses.replace(
-        exp, train=dataclasses.replace(exp.train, distil=DistilConfig(**settings))
-    )
-
-
 def draws(exit=2, exp=EXP, gap=0.0):
-    drawn = rollout.draws(exp, jax.random.key(3), BLOCKS, tiny.BATCH)
+    drawn = rollout.draws(exp, CoverConfig(), jax.random.key(3), BLOCKS, tiny.BATCH)
     return dataclasses.replace(drawn, exit=jnp.int32(exit), gap=jnp.float32(gap))
 
 
@@ -47,24 +44,19 @@ def text():
 
 @pytest.fixture(scope="module")
 def clip(text):
-    return draw(NETS, EXP, PIXELS, draws(), text)
+    return draw(NETS, EXP, PLAIN, PIXELS, draws(), text)
 
 
 @pytest.fixture(scope="module")
 def sampled(text):
-    """The same clip drawn by the sampler, layers one by one: memories before each block, what was drawn, lows."""
-    memory, out, apart, chance = cache.init(EXP, tiny.BATCH), [], tiny.apart(), draws()
+    """The same clip made by the sampler, layers one by one: memories behind each block's steps, blocks, lows."""
+    memory, out, apart, given = cache.init(SPEC, tiny.BATCH), [], tiny.apart(), draws()
     for block in range(BLOCKS):
         words = pytrees.unstack(batches.of_block(text, block), EXP.dit.layers)
-        drawn = tiny.draw(
-            apart,
-            EXP,
-            memory,
-            text=words,
-            chance=block_step.Chance(
-                noise=chance.noise[block], renoise=chance.renoise[block], lots=chance.lots[block]
-            ),
+        noise = block_step.Noise(
+            noise=given.noise[block], renoise=given.renoise[block], random=given.random[block]
         )
+        memory, drawn = tiny.denoise(apart, EXP.step, memory, text=words, noise=noise)
         low = codec.low_resolution(
             PIXELS,
             codec.decode(PIXELS, drawn.latent),
@@ -72,8 +64,14 @@ def sampled(text):
             pool=EXP.compressor.pool,
         )
         out.append((memory, drawn, low))
-        memory, *_ = tiny.remember(
-            apart, EXP, memory, latent=drawn.latent, low=low, drawn=drawn, text=words
+        memory, _ = tiny.commit(
+            apart,
+            EXP.step,
+            memory,
+            latent=drawn.latent,
+            low=low,
+            selection=drawn.selection,
+            text=words,
         )
     return out
 
@@ -92,25 +90,29 @@ def test_both_look_at_the_same_blocks_in_the_same_places(clip, sampled):
     for block, (_, drawn, _) in enumerate(sampled):
         for name in ("ids", "slots", "at"):
             ours, theirs = (
-                np.asarray(getattr(one, name)) for one in (clip.looked, pytrees.stack(drawn.looked))
+                np.asarray(getattr(one, name))
+                for one in (clip.selection, pytrees.stack(drawn.selection))
             )
             np.testing.assert_array_equal(ours[block], theirs, err_msg=name)
-        looked += (np.asarray(clip.looked.ids[block]) >= 0).any()
+        looked += (np.asarray(clip.selection.ids[block]) >= 0).any()
     assert looked == BLOCKS - 2 - 1  # those behind sink, recent and at least one packed block
 
 
 def test_both_see_the_same_keys_and_values(clip, sampled):
     """Keys and values of every view up to its length, as laid out of a stored clip and as kept by the sampler."""
-    for block, (_, drawn, _) in enumerate(sampled):
-        seen = cache.plan(EXP.cache, jnp.int32(block))
+    for block, (memory, _, _) in enumerate(sampled):
+        layout = layouts.layout(EXP.cache, layouts.begin(block))
         stored = dataclasses.replace(
-            clip.stored, looked=jax.tree.map(lambda x, at=block: x[at], clip.looked)
+            clip.stored, selection=jax.tree.map(lambda x, at=block: x[at], clip.selection)
         )
-        laid = lay(seen, stored)
-        length, views = int(cache.length(EXP, seen)), pytrees.stack(drawn.views)
+        laid, views = lay(layout, stored), pytrees.stack(block_step.views_of(memory))
+        past = np.ones(int(layouts.length(SPEC, layout)), bool)
+        own = int(layouts.frame_slots(EXP.cache, layout, layout.start)) * EXP.tokens_per_frame
+        past[own : own + 24] = False  # the block's own keys, which are not there yet
         for ours, theirs in ((laid.k, views.k), (laid.v, views.v)):
-            np.testing.assert_allclose(ours[:, :, :length], theirs[:, :, :length], atol=1e-5)
-        assert length == {0: 0, 1: 24, 2: 48}.get(block, 48 + 8 * (block - 2))
+            ours, theirs = (np.asarray(x)[:, :, : len(past)][:, :, past] for x in (ours, theirs))
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        assert past.sum() == {0: 0, 1: 24, 2: 48}.get(block, 48 + 8 * (block - 2))
 
 
 @pytest.mark.parametrize(("sink", "recent"), [(0, 3), (6, 3), (3, 6), (0, 0)])
@@ -123,25 +125,24 @@ def test_what_a_layer_remembers_is_what_commits_leave(sink, recent):
         for tokens in (3 * exp.tokens_per_frame, exp.tokens_per_packed_block)
     )
     stored = jax.tree.map(lambda x: x[0], rollout.empty(exp, BLOCKS, 1, jnp.float32))
-    memory = cache.init(exp, 1)
+    memory, latent = cache.init(exp.memory, 1), jnp.zeros((1, 3, *exp.memory.latent))
     for block in range(BLOCKS):
-        read, seen = (
-            rollout.layer_at(exp, stored, jnp.int32(block)),
-            cache.plan(exp.cache, memory.num_blocks),
-        )
+        layout = layouts.layout(exp.cache, memory.progress)
+        read = cache.layer_at(exp.memory, layout, stored.full, stored.packed)
         held = memory.layers[0]
-        sink_frames, visible = int(seen.sink), np.asarray(seen.ids) >= 0
-        np.testing.assert_array_equal(read.sink.k[:, :sink_frames], held.sink.k[:, :sink_frames])
+        frames = np.concatenate(
+            [np.arange(int(layout.sink)), 3 * block - 1 - np.arange(int(layout.recent))]
+        )
+        slots = layouts.frame_slots(exp.cache, layout, jnp.asarray(frames, jnp.int32))
+        tokens = (np.asarray(slots)[:, None] * 8 + np.arange(8)).reshape(-1)
+        visible = np.asarray(layout.ids) >= 0
+        for ours, theirs in ((read.view.k, held.view.k), (read.view.v, held.view.v)):
+            np.testing.assert_allclose(ours[:, tokens], theirs[:, tokens], atol=1e-5)
         np.testing.assert_array_equal(
-            np.asarray(read.mid.v)[:, visible], np.asarray(held.mid.v)[:, visible]
+            np.asarray(read.packed.v)[:, visible], np.asarray(held.packed.v)[:, visible]
         )
-        ours, theirs = (
-            cache.visible_recent(exp.cache, seen, x.recent.k)[:, : int(seen.recent)]
-            for x in (read, held)
-        )
-        np.testing.assert_array_equal(ours, theirs)
         own = [rollout.KV(k=x[block], v=x[block]) for x in (full, packed)]
-        memory = cache.commit(exp, memory, [own[0]] * 2, [own[1]] * 2)
+        memory = cache.commit(exp.memory, memory, latent, [own[0]] * 2, [own[1]] * 2)
         frames = own[0].k.reshape(1, 3, -1, 3, 12)
         stored = rollout.Stored(
             full=_with(stored.full, frames, 3 * block), packed=_with(stored.packed, own[1].k, block)
@@ -157,8 +158,8 @@ def _with(store, values, at):
 def test_a_rollout_stops_at_its_step_and_goes_on_from_there(text, clip):
     """The first block up to each step: what a step reads is what the one before it made, under new noise."""
     _, sigmas = block_step.step_table(EXP.sample)
-    stops, chance = with_distil(finished=False), draws()
-    reached = [draw(NETS, stops, PIXELS, draws(exit), text) for exit in (0, 1)] + [clip]
+    stops, chance = DistilConfig(finished=False), draws()
+    reached = [draw(NETS, EXP, stops, PIXELS, draws(exit), text) for exit in (0, 1)] + [clip]
     np.testing.assert_array_equal(reached[0].noisy, chance.noise)
     for step in (1, 2):
         read = schedules.add_noise(
@@ -174,12 +175,12 @@ def test_a_rollout_stops_at_its_step_and_goes_on_from_there(text, clip):
 @pytest.mark.parametrize("exit", [0, 1])
 def test_a_finished_rollout_is_the_samplers_clip_wherever_a_gradient_begins(exit, text, clip):
     """Later blocks remember what all steps made; of the exit step, what it read is kept."""
-    found = draw(NETS, EXP, PIXELS, draws(exit), text)
+    found = draw(NETS, EXP, PLAIN, PIXELS, draws(exit), text)
     np.testing.assert_allclose(found.latent, clip.latent, atol=2e-5)
-    stopped = draw(NETS, with_distil(finished=False), PIXELS, draws(exit), text)
+    stopped = draw(NETS, EXP, DistilConfig(finished=False), PIXELS, draws(exit), text)
     np.testing.assert_allclose(found.noisy[0], stopped.noisy[0], atol=1e-5)
     made = tiny.jit(
-        lambda: rollout.again(NETS, with_distil(gradient="none"), found, draws(exit), text)
+        lambda: rollout.again(NETS, EXP, DistilConfig(gradient="none"), found, draws(exit), text)
     )()
     np.testing.assert_allclose(made[0], stopped.latent[0], atol=2e-5)
     assert np.abs(np.asarray(made - found.latent)).max(axis=(1, 2, 3, 4, 5)).min() > 1e-3
@@ -189,7 +190,9 @@ def test_a_finished_rollout_is_the_samplers_clip_wherever_a_gradient_begins(exit
 
 def test_some_blocks_are_drawn_again_as_all_are(clip, text):
     last = tiny.jit(
-        lambda: rollout.again(NETS, with_distil(gradient="none"), clip, draws(), text, first=3)
+        lambda: rollout.again(
+            NETS, EXP, DistilConfig(gradient="none"), clip, draws(), text, first=3
+        )
     )()
     np.testing.assert_allclose(last, clip.latent[3:], atol=2e-5)
 
@@ -197,11 +200,11 @@ def test_some_blocks_are_drawn_again_as_all_are(clip, text):
 def test_noise_in_the_clean_pass_is_asked_for():
     """It is what timestep 0 has in the table: not none."""
     latent, noise = tiny.normal(1, 2, 2, 3, 8, 4, 12)
-    np.testing.assert_array_equal(rollout._context(EXP, latent, noise), latent)
+    np.testing.assert_array_equal(rollout._context(EXP, PLAIN, latent, noise), latent)
     sigma = schedules.table(EXP.sample.shift).sigmas[-1]
     assert sigma > 1e-3
     np.testing.assert_allclose(
-        rollout._context(with_distil(noised_context=True), latent, noise),
+        rollout._context(EXP, DistilConfig(noised_context=True), latent, noise),
         (1 - sigma) * latent + sigma * noise,
         atol=1e-6,
     )
@@ -220,7 +223,7 @@ def by_block(clip, text):
             block_step.Nets(dit=transformer, compressor=compressor),
             dataclasses.replace(clip, noisy=noisy),
         )
-        latent = rollout.again(nets, with_distil(gradient=gradient), given, draws(), text)
+        latent = rollout.again(nets, EXP, DistilConfig(gradient=gradient), given, draws(), text)
         return (latent * weights).sum(axis=range(1, 6)), latent
 
     def jacobian(gradient, argnums):
@@ -250,7 +253,7 @@ def test_nothing_reaches_the_compressor_through_what_is_stored(by_block):
 
 def test_a_drawn_clip_and_all_it_leaves_behind_are_constants(text):
     def total(nets, text):
-        drawn = rollout.draw(nets, EXP, PIXELS, draws(), text)
+        drawn = rollout.draw(nets, EXP, PLAIN, PIXELS, draws(), text)
         return sum(
             leaf.sum()
             for leaf in jax.tree.leaves((drawn.latent, drawn.noisy, drawn.low, drawn.stored))
@@ -284,24 +287,22 @@ def test_the_gradient_of_a_block_without_packed_ones_is_that_of_its_last_step_al
     """Block 2 sees sink and recent alone: differentiated behind the sampler's memory, a constant."""
     weights, times_sigmas = tiny.normal(9, *clip.latent.shape)[2], block_step.step_table(EXP.sample)
     memory = sampled[2][0]
-    layers, lots = (
-        pytrees.stack(memory.layers),
-        jnp.zeros((EXP.dit.layers, tiny.BATCH, EXP.cache.slots)),
-    )
+    random = jnp.zeros((EXP.dit.layers, tiny.BATCH, EXP.cache.slots))
+    past = pytrees.stack(memory.layers), random
 
     def total(transformer):
         nets = block_step.Nets(dit=transformer, compressor=NETS.compressor)
         time, sigma = (x[2] for x in times_sigmas)
-        clean, _ = block_step.guess(
+        clean, _ = block_step.predict_x0(
             nets,
-            EXP,
-            cache.plan(EXP.cache, memory.num_blocks),
+            EXP.step,
+            layouts.layout(EXP.cache, memory.progress),
             clip.noisy[2],
             time,
             sigma,
             batches.of_block(text, 2),
-            (layers, lots),
-            look=block_step.first_look,
+            past,
+            attends=block_step.choosing,
         )
         return (clean * weights).sum()
 
@@ -323,23 +324,15 @@ def test_what_was_covered_is_counted(clip):
         "exit": 2,
     }
     assert float(rollout.covered(EXP, clip, draws(gap=7.5))["reach"]) == 22.5
-    covering = dataclasses.replace(
-        BASE,
-        train=dataclasses.replace(BASE.train, cover=dataclasses.replace(BASE.train.cover, top=1)),
-    )
-    chosen = rollout.for_training(covering, BLOCKS, SINK, RECENT)
+    chosen = rollout.for_training(BASE, BLOCKS, SINK, RECENT, top=1)
     told = rollout.covered(chosen, clip, draws(exp=chosen))
     assert (int(told["packed_seen"]), int(told["choices"])) == (2, 1)
 
 
 def test_each_step_draws_its_sizes_by_seed_and_number():
-    cover = dataclasses.replace(
-        BASE.train.cover, sinks=(0, 3), recents=(3, 6), shortest=4, longest=7
-    )
-    exp = dataclasses.replace(
-        BASE, train=dataclasses.replace(BASE.train, objective="dmd", cover=cover)
-    )
-    drawn = [rollout.variant(exp, 1, step) for step in range(60)]
+    cover = CoverConfig(sinks=(0, 3), recents=(3, 6), shortest=4, longest=7)
+    train = TrainConfig(objective="dmd", cover=cover)
+    drawn = [state.variant(BASE, train, 1, step) for step in range(60)]
     assert {(each.cache.sink, each.cache.recent) for each in drawn} == {
         (0, 3),
         (0, 6),
@@ -347,10 +340,10 @@ def test_each_step_draws_its_sizes_by_seed_and_number():
         (3, 6),
     }
     assert {each.clip // 3 for each in drawn} == {4, 5, 6, 7}
-    assert drawn == [rollout.variant(exp, 1, step) for step in range(60)]
-    assert drawn != [rollout.variant(exp, 2, step) for step in range(60)]
-    forced = dataclasses.replace(exp, train=dataclasses.replace(exp.train, objective="forcing"))
-    assert {rollout.variant(forced, 1, step).clip for step in range(20)} == {exp.clip}
+    assert drawn == [state.variant(BASE, train, 1, step) for step in range(60)]
+    assert drawn != [state.variant(BASE, train, 2, step) for step in range(60)]
+    forced = TrainConfig(objective="forcing", cover=cover)
+    assert {state.variant(BASE, forced, 1, step).clip for step in range(20)} == {BASE.clip}
 
 
 def test_what_remembers_nothing_is_left_as_it_is():
@@ -359,9 +352,8 @@ def test_what_remembers_nothing_is_left_as_it_is():
         ("forcing", "clean"),
         ("trajectory", "noisy"),
     ):
-        train = dataclasses.replace(BASE.train, objective=objective, history=history)
-        exp = dataclasses.replace(BASE, train=train)
-        assert rollout.variant(exp, 0, 5) == exp
+        train = TrainConfig(objective=objective, history=history)
+        assert state.variant(BASE, train, 0, 5) == BASE
 
 
 @pytest.mark.parametrize(("sink", "held"), [(0, 4), (3, 3), (6, 2), (9, 1)])

@@ -18,7 +18,7 @@ import tiny
 
 from packforcing_jax import config
 from packforcing_jax.cli import main
-from packforcing_jax.config import MeshConfig, TrainConfig, overrides
+from packforcing_jax.config import DataConfig, MeshConfig, OptimiserConfig, TrainConfig, overrides
 from packforcing_jax.errors import InputError, MachineError
 from packforcing_jax.io import checkpoints, model_folder
 from packforcing_jax.training import exports, logs, runs, state
@@ -46,7 +46,7 @@ class Counted:
         self.next = told["next"]
 
 
-def init(exp, key, given):
+def init(exp, train, key, given):
     params = {"dit/head/kernel": jax.random.normal(key, (5, 3)), "dit/head/bias": jnp.zeros(3)}
     params |= given.get("generator", {})
     return state.TrainState(
@@ -58,7 +58,7 @@ def init(exp, key, given):
     )
 
 
-def update(now, frozen, batch, key, exp, *, moves):
+def update(now, frozen, batch, key, exp, train, *, moves):
     def loss(params):
         guess = batch @ params["dit/head/kernel"] + params["dit/head/bias"][None]
         return jnp.mean((guess - jax.random.normal(key, guess.shape)) ** 2)
@@ -82,13 +82,13 @@ def update(now, frozen, batch, key, exp, *, moves):
 PROGRAM = runs.Program(
     init=init,
     update=update,
-    movers=lambda exp, step: ("generator", "critic") if step % 3 == 0 else ("critic",),
+    movers=lambda train, step: ("generator", "critic") if step % 3 == 0 else ("critic",),
     encode=lambda exp, pixels, raw: raw["x"],
-    batches=lambda exp, batch, **_: Counted(batch),
+    batches=lambda exp, source, batch, **_: Counted(batch),
 )
 TRAIN = TrainConfig(steps=11, batch=4, save_every=3, patience=2)
 EXP = dataclasses.replace(
-    tiny.EXP, dit=dataclasses.replace(tiny.EXP.dit, heads=2, rope_pairs=(4, 3, 2)), train=TRAIN
+    tiny.EXP, dit=dataclasses.replace(tiny.EXP.dit, heads=2, rope_pairs=(4, 3, 2))
 )
 
 
@@ -97,10 +97,10 @@ def compiled_once():
     """The small program does not depend on the experiment, so it is compiled once per mesh."""
     whole, kept = runs.compiled, {}
 
-    def compiled(exp, program, form, grid):
+    def compiled(exp, train, program, form, grid):
         if program is not PROGRAM:
-            return whole(exp, program, form, grid)
-        return kept.setdefault(grid, whole(exp, program, form, grid))
+            return whole(exp, train, program, form, grid)
+        return kept.setdefault(grid, whole(exp, train, program, form, grid))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "compiled", compiled)
@@ -108,16 +108,16 @@ def compiled_once():
 
 
 def with_train(**changes):
-    return dataclasses.replace(EXP, train=dataclasses.replace(TRAIN, **changes))
+    return dataclasses.replace(TRAIN, **changes)
 
 
-def begin(folder, exp=EXP, seed=7):
-    return runs.start(exp, folder, seed=seed, program=PROGRAM)
+def begin(folder, train=TRAIN, seed=7, exp=EXP):
+    return runs.start(exp, train, folder, seed=seed, program=PROGRAM)
 
 
-def trained(folder, exp=EXP, seed=7, until=None):
+def trained(folder, train=TRAIN, seed=7, until=None):
     """A run started or continued in `folder`, asked to stop in step `until`, and the metrics of its steps."""
-    run, metrics = begin(folder, exp, seed), []
+    run, metrics = begin(folder, train, seed), []
     for each in runs.steps(run, lambda: run.step == until):
         metrics.append(each)
     runs.finish(run)
@@ -197,9 +197,11 @@ def test_the_average_is_exported(straight):
     assert (
         run.state.ema["dit/head/kernel"] != run.state.params["generator"]["dit/head/kernel"]
     ).all()
-    again = exports.words(EXP).from_file(run.folder / runs.MODEL / model_folder.TOKENIZER, 16)
+    again = exports.words(EXP, TRAIN).from_file(
+        run.folder / runs.MODEL / model_folder.TOKENIZER, 16
+    )
     np.testing.assert_array_equal(
-        again.encode(["a red disc"])[0], exports.words(EXP).encode(["a red disc"])[0]
+        again.encode(["a red disc"])[0], exports.words(EXP, TRAIN).encode(["a red disc"])[0]
     )
 
 
@@ -323,6 +325,13 @@ def untouched(folder):
         ({"batch": 3}, "train.batch=3 is not divisible"),
         ({"objective": "dmd"}, "asks a teacher; name a model folder in train.teacher_from"),
         ({"log": ("wandb",)}, r"wandb is not installed; install packforcing-jax\[wandb\]"),
+        ({"log": ("jsonnl",)}, "'jsonnl', which is no log; did you mean jsonl?"),
+        ({"objective": "forcin"}, "train.objective='forcin' is unknown; did you mean forcing?"),
+        ({"source": DataConfig("record")}, "'record' is unknown; did you mean records?"),
+        (
+            {"objective": "sid", "history": "clean", "teacher_from": "x"},
+            "train.history='clean' is none that the objective 'sid' is trained behind; .* memory",
+        ),
         ({"generator_from": "/nowhere/model"}, "/nowhere/model does not exist"),
     ],
 )
@@ -351,19 +360,19 @@ def test_another_run_is_not_gone_on_with(tmp_path):
     trained(tmp_path, until=1)
     before = sorted(tmp_path.rglob("*"))
     wider = dataclasses.replace(EXP, dit=dataclasses.replace(EXP.dit, ffn_dim=24))
-    for exp, seed, said in (
-        (EXP, 8, "seed: 7 saved, 8 wanted"),
-        (wider, 7, "experiment.dit.ffn_dim: 20 saved, 24"),
-        (with_train(batch=8), 7, "experiment.train.batch: 4 saved, 8 wanted"),
+    for exp, train, seed, said in (
+        (EXP, TRAIN, 8, "seed: 7 saved, 8 wanted"),
+        (wider, TRAIN, 7, "experiment.dit.ffn_dim: 20 saved, 24"),
+        (EXP, with_train(batch=8), 7, "train.batch: 4 saved, 8 wanted"),
     ):
         with pytest.raises(InputError, match=f"belongs to another run .*{said}"):
-            begin(tmp_path, exp, seed)
+            begin(tmp_path, train, seed, exp)
     assert sorted(tmp_path.rglob("*")) == before
     assert begin(tmp_path, with_train(steps=20, save_every=5, log_every=2, patience=9)).step == 1
 
 
 def test_settings_that_may_change_exist():
-    flat = checkpoints.settings(runs.about(EXP, 0)["experiment"])
+    flat = checkpoints.settings(runs.about(EXP, TRAIN, 0))
     for name in runs.FREE:
         assert any(f"{each}.".startswith(f"{name}.") for each in flat), name
 
@@ -399,8 +408,7 @@ def test_the_profiler_is_on_for_its_window(tmp_path, monkeypatch):
 
 
 def test_a_generator_begins_as_the_model_of_a_folder(straight, tmp_path):
-    exp = with_train(generator_from=str(straight[0].folder / runs.MODEL))
-    run = begin(tmp_path, exp)
+    run = begin(tmp_path, with_train(generator_from=str(straight[0].folder / runs.MODEL)))
     for path, leaf in run.state.params["generator"].items():
         assert leaf.dtype == jnp.float32
         np.testing.assert_array_equal(
@@ -412,10 +420,10 @@ def test_a_model_is_written_on_the_line_to_another(straight, tmp_path):
     """Another share asks for another model, but for no step."""
     source, folder = str(straight[0].folder / runs.MODEL), tmp_path / "run"
     for share, steps in ((0.25, 11), (0.75, 0)):
-        exp = with_train(blend_from=source, blend=share)
-        assert not runs.finished(exp, folder, seed=8)
-        run, metrics = trained(folder, exp, seed=8)
-        assert (len(metrics), runs.finished(exp, folder, seed=8)) == (steps, True)
+        train = with_train(blend_from=source, blend=share)
+        assert not runs.finished(EXP, train, folder, seed=8)
+        run, metrics = trained(folder, train, seed=8)
+        assert (len(metrics), runs.finished(EXP, train, folder, seed=8)) == (steps, True)
         other, made = (
             exports.network(one, run.state.ema, run.mesh)
             for one in (source, str(folder / runs.MODEL))
@@ -470,12 +478,13 @@ def test_what_was_not_trained_is_handed_on(straight, tmp_path):
 RECIPE = """
 import dataclasses
 import test_runs
+from packforcing_jax.config import Stage
 
-def stage(**changes):
-    return test_runs.with_train(**changes)
+def stage(name, **changes):
+    return Stage(name, test_runs.EXP, test_runs.with_train(**changes))
 
-recipe = (("teacher", stage(steps=2)), ("causal-1", stage(steps=3, generator_from="teacher")),
-          ("student", stage(steps=4, generator_from="causal-1", critic_from="teacher")))
+recipe = (stage("teacher", steps=2), stage("causal-1", steps=3, generator_from="teacher"),
+          stage("student", steps=4, generator_from="causal-1", critic_from="teacher"))
 """
 
 
@@ -487,7 +496,7 @@ def recipe(tmp_path):
 
 
 def steps_of(stages):
-    return {name: exp.train.steps for name, exp in stages}
+    return {stage.name: stage.train.steps for stage in stages}
 
 
 def test_a_setting_changes_every_stage_or_the_one_it_names(recipe):
@@ -496,12 +505,14 @@ def test_a_setting_changes_every_stage_or_the_one_it_names(recipe):
     sets = ["train.steps=9", "causal-1:train.steps=7", "student : fps=11"]
     stages = overrides.load_recipe(recipe, sets)
     assert steps_of(stages) == {"teacher": 9, "causal-1": 7, "student": 9}
-    assert [exp.fps for _, exp in stages] == [5, 5, 11]
+    assert [stage.experiment.fps for stage in stages] == [5, 5, 11]
 
 
 def test_an_experiment_is_a_recipe_of_one_stage():
-    ((name, exp),) = overrides.load_recipe("stage", ["train.steps=3"])
-    assert (name, exp) == ("", overrides.load_experiment("stage", ["train.steps=3"]))
+    (stage,) = overrides.load_recipe("stage", ["train.steps=3"])
+    assert (stage.name, stage.train.steps) == ("", 3)
+    assert stage == overrides.load_stage("stage", ["train.steps=3"])
+    assert stage.experiment == overrides.load_experiment("stage")
 
 
 @pytest.mark.parametrize(
@@ -522,15 +533,18 @@ def test_settings_of_unknown_stages_are_refused(recipe, sets, said):
     [
         "recipe = ()",
         "recipe = 3",
-        "recipe = (('a', 1),)",
-        "recipe = (('a/b', e),)",
-        "recipe = (('a', e), ('a', e))",
-        "recipe = (('', e),)",
+        "recipe = (Stage('a', 1, t),)",
+        "recipe = (Stage('a', e, e),)",
+        "recipe = (('a', e),)",
+        "recipe = (Stage('a/b', e, t),)",
+        "recipe = (Stage('a', e, t), Stage('a', e, t))",
+        "recipe = (Stage('', e, t),)",
     ],
 )
 def test_broken_recipes_are_refused(tmp_path, text):
     (tmp_path / "c.py").write_text(
-        f"from packforcing_jax.config import Experiment\ne = Experiment(name='e')\n{text}\n"
+        "from packforcing_jax.config import Experiment, Stage, TrainConfig\n"
+        f"e, t = Experiment(name='e'), TrainConfig()\n{text}\n"
     )
     with pytest.raises(InputError, match=r"c\.py: .*recipe"):
         overrides.load_recipe(tmp_path / "c.py")
@@ -541,7 +555,7 @@ def test_stages_begin_from_the_models_of_earlier_ones(recipe, tmp_path):
     assert [folder for folder, _ in plan] == [
         tmp_path / name for name in ("teacher", "causal-1", "student")
     ]
-    begins = [(exp.train.generator_from, exp.train.critic_from) for _, exp in plan]
+    begins = [(stage.train.generator_from, stage.train.critic_from) for _, stage in plan]
     teacher, causal = (str(tmp_path / name / "model") for name in ("teacher", "causal-1"))
     assert begins == [("", ""), (teacher, ""), (causal, teacher)]
 
@@ -561,6 +575,11 @@ def test_stages_begin_from_the_models_of_earlier_ones(recipe, tmp_path):
         ),
         ([], "student", "causal-1/model, which is not there; run the stage that makes it"),
         ([], "studant", "no stage 'studant' in this recipe; did you mean student?"),
+        (
+            ["student:train.objective=dmdd"],
+            None,
+            "train.objective='dmdd' is unknown; did you mean dmd?",
+        ),
     ],
 )
 def test_beginnings_that_do_not_exist_are_refused(recipe, tmp_path, sets, only, said):
@@ -580,7 +599,9 @@ def command(monkeypatch, tmp_path):
     def run(*words, config=None, out="run"):
         if config is None:
             config = tmp_path / "plain.py"
-            config.write_text("import test_runs\nexperiment = test_runs.EXP\n")
+            config.write_text(
+                "import test_runs\nexperiment, train = test_runs.EXP, test_runs.TRAIN\n"
+            )
         return main.main(
             ["train", "--config", str(config), "--out", str(tmp_path / out), "--seed", "7", *words]
         )
@@ -602,10 +623,7 @@ def test_a_recipe_is_one_command_and_what_is_done_is_not_done_again(
     assert "goes on behind step 4" in said
     assert [line["step"] for line in lines(tmp_path / "run" / "student")] == [1, 2, 3, 4, 5]
     assert command("--stage", "teacher", "--set", "train.batch=8", config=recipe) == 2
-    assert (
-        "belongs to another run (experiment.train.batch: 4 saved, 8 wanted)"
-        in capsys.readouterr().err
-    )
+    assert "belongs to another run (train.batch: 4 saved, 8 wanted)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
@@ -666,6 +684,16 @@ def test_failures_are_one_sentence_and_a_code(command, tmp_path, monkeypatch, ca
     assert command(out="file") == 2
 
 
+def test_an_unknown_objective_is_refused_before_anything_is_loaded(
+    command, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(runs, "finished", None)
+    monkeypatch.setattr(runs, "start", None)
+    assert command("--set", "train.objective=forcin") == 2
+    assert "did you mean forcing?" in capsys.readouterr().err
+    assert untouched(tmp_path / "run")
+
+
 # the real thing -------------------------------------------------------------------------------------------------------
 
 
@@ -677,12 +705,11 @@ def real(**changes):
     train = TrainConfig(
         **{"steps": 2, "batch": 2, "trained": ("dit", "compressor", "text")} | changes
     )
-    return dataclasses.replace(
+    exp = dataclasses.replace(
         tiny.EXP,
         name="stage",
         dit=cut,
         codec=config.SpaceToDepthConfig(factor=4),
-        train=train,
         latent=(8, 8),
         cache=config.CacheConfig(
             block=4, sink=4, recent=4, top=2, capacity=4, score_pool=(4, 1, 1), key_multiple=1
@@ -691,12 +718,13 @@ def real(**changes):
         clip=20,
         sample=dataclasses.replace(tiny.EXP.sample, prediction="clean"),
     )
+    return exp, train
 
 
 def test_real_networks_have_a_place_and_are_read_into_it(folder):
-    exp = dataclasses.replace(tiny.EXP, train=TrainConfig(mesh=MeshConfig(fsdp=2)))
-    grid = runs.mesh.make(exp.train.mesh)
-    shapes = runs.abstract(exp, runs.Program(), 0, grid).params["generator"]
+    train = TrainConfig(mesh=MeshConfig(fsdp=2))
+    grid = runs.mesh.make(train.mesh)
+    shapes = runs.abstract(tiny.EXP, train, runs.Program(), 0, grid).params["generator"]
     read, held = exports.network(str(folder), shapes, grid), model_folder.opened(folder)
     assert read.keys() == shapes.keys()
     for path, leaf in read.items():
@@ -717,13 +745,13 @@ def test_real_networks_have_a_place_and_are_read_into_it(folder):
     ],
 )
 def test_objectives_say_what_they_read(changes, wanted):
-    assert runs.needs(with_train(**changes)) == wanted
+    assert runs.needs(EXP, with_train(**changes)) == wanted
 
 
 @pytest.mark.slow
 def test_real_networks_learn_and_are_begun_from(tmp_path):
-    exp = real(objective="flow_matching", steps=1, save_every=5)
-    run = runs.start(exp, tmp_path, seed=3)
+    exp, train = real(objective="flow_matching", steps=1, save_every=5)
+    run = runs.start(exp, train, tmp_path, seed=3)
     (metrics,) = runs.steps(run)
     runs.finish(run)
     assert metrics["loss"] > 0
@@ -741,7 +769,7 @@ def test_real_networks_learn_and_are_begun_from(tmp_path):
 
 @pytest.mark.slow
 def test_real_networks_are_watched_and_sample_as_a_model(tmp_path, caplog):
-    run = runs.start(real(preview_every=2), tmp_path, seed=3)
+    run = runs.start(*real(preview_every=2), tmp_path, seed=3)
     metrics = list(runs.steps(run))
     runs.finish(run)
     assert [each["step"] for each in metrics] == [1, 2]
@@ -754,7 +782,7 @@ def test_real_networks_are_watched_and_sample_as_a_model(tmp_path, caplog):
     model = pipeline.Pipeline.from_pretrained(tmp_path / runs.MODEL)
     assert model.experiment == run.exp
     again = runs.start(
-        real(generator_from=str(tmp_path / runs.MODEL), history="clean"), tmp_path / "next", seed=4
+        *real(generator_from=str(tmp_path / runs.MODEL), history="clean"), tmp_path / "next", seed=4
     )
     assert {path.split("/")[0] for path in again.state.params["generator"]} == {
         "dit",
@@ -763,9 +791,46 @@ def test_real_networks_are_watched_and_sample_as_a_model(tmp_path, caplog):
     }
 
 
+OWN = """
+import jax.numpy as jnp
+import test_runs
+from packforcing_jax.config import Objective
+from packforcing_jax.training import objectives
+
+def brightness(nets, batch, key, exp, train):
+    # flow matching, and a head without a bias
+    loss, told = objectives.flow_matching(nets, batch, key, exp, train)
+    mean = jnp.abs(nets.generator.dit.head.bias[...]).sum()
+    return loss + mean, told | {"mean": mean}
+
+experiment, train = test_runs.real(
+    objective=Objective("brightness", brightness, histories=()), generator=test_runs.QUICK
+)
+"""
+QUICK = OptimiserConfig(rate=1e-2, betas=(0.9, 0.99))
+
+
+def test_an_objective_of_ones_own_trains_from_a_config_file(tmp_path, capsys):
+    (tmp_path / "own.py").write_text(OWN)
+    words = ["train", "--config", str(tmp_path / "own.py"), "--out", str(tmp_path / "run")]
+    assert main.main([*words, "--steps", "1"]) == 0
+    assert main.main(words) == 0
+    assert "goes on behind step 1" in capsys.readouterr().err
+    first, second = lines(tmp_path / "run")
+    assert first["mean"] == 0.0  # the head begins with none
+    assert second["mean"] == pytest.approx(192 * 1e-2, rel=1e-3)  # Adam: each by the rate
+    np.testing.assert_allclose(
+        second["loss"], second["mean"] + np.mean(second["loss_by_block"]), rtol=1e-5
+    )
+    made = json.loads((tmp_path / "run" / runs.MODEL / runs.TRAINING).read_text())
+    assert (made["train"]["objective"], made["train"]["steps"]) == ("brightness", 2)
+    assert main.main([*words, "--set", "train.objective=flow_matching"]) == 2
+    assert '"brightness" saved, "flow_matching" wanted' in capsys.readouterr().err
+
+
 KILLED = """
 import test_runs
-experiment = test_runs.real(objective="flow_matching", steps=14, save_every=2)
+experiment, train = test_runs.real(objective="flow_matching", steps=14, save_every=2)
 """
 
 

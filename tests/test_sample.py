@@ -91,7 +91,7 @@ WRONG = {
     ),
     "unknown selection": (
         [*PROMPT, "--set", "cache.selection=afinity"],
-        ["'afinity'", "affinity, "],
+        ["'afinity'", "did you mean affinity?"],
     ),
     "trace in place of a folder": ([*PROMPT, "--trace", "."], ["Trace .", "folder"]),
     "trace that cannot be written": (

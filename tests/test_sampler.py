@@ -1,4 +1,4 @@
-"""Drawing only reads the memory, remembering writes it once, and noise depends on nothing but its four numbers."""
+"""Denoising writes scratch alone, committing writes the memory once, and noise depends on its four numbers alone."""
 
 import dataclasses
 from functools import partial
@@ -12,7 +12,8 @@ import tiny
 from packforcing_jax import pytrees
 from packforcing_jax.config import SampleConfig
 from packforcing_jax.memory import cache, view
-from packforcing_jax.networks import compressor, dit, rope
+from packforcing_jax.memory import layout as layouts
+from packforcing_jax.networks import rope
 from packforcing_jax.sampling import block_step, schedules
 
 EXP = tiny.EXP
@@ -29,44 +30,45 @@ def text():
 
 @pytest.fixture(scope="module")
 def filled(text):
-    """What was drawn, and a memory in which sink, packed blocks and recent are all in use."""
+    """What was denoised, and a memory in which sink, packed blocks and recent are all in use."""
     return tiny.rollout(EXP, 5, lambda block: text)
 
 
-def drawn(memory, text, chance, exp=EXP):
-    return tiny.draw(NETS, exp, memory, chance=chance, text=text)
+def denoised(memory, text, noise, exp=EXP):
+    """(the memory with other scratch, the block)"""
+    return tiny.denoise(NETS, exp.step, memory, noise=noise, text=text)
 
 
 # noise ----------------------------------------------------------------------------------------------------------------
 
 
 def test_noise_has_a_block_for_the_start_and_one_for_each_later_step():
-    chance = tiny.chances(EXP, 0)
-    assert (chance.noise.shape, chance.renoise.shape) == ((2, 3, 8, 4, 12), (2, 2, 3, 8, 4, 12))
-    everything = np.concatenate([np.ravel(chance.noise), np.ravel(chance.renoise)])
+    noise = tiny.noise(EXP, 0)
+    assert (noise.noise.shape, noise.renoise.shape) == ((2, 3, 8, 4, 12), (2, 2, 3, 8, 4, 12))
+    everything = np.concatenate([np.ravel(noise.noise), np.ravel(noise.renoise)])
     assert abs(everything.mean()) < 0.05
     assert abs(everything.std() - 1) < 0.05
 
 
-def test_lots_are_uniform_one_for_each_layer_video_and_slot():
-    chance = tiny.chances(tiny.with_cache(capacity=900), 0)
-    assert chance.lots.shape == (
+def test_random_scores_are_uniform_one_for_each_layer_video_and_slot():
+    noise = tiny.noise(tiny.with_cache(capacity=900), 0)
+    assert noise.random.shape == (
         2,
         2,
         901,
-    )  # capacity, and the twin of the block that is still sharp
-    quarters = np.quantile(chance.lots, [0, 0.25, 0.5, 0.75, 1], axis=2)
+    )  # capacity, and the twin of the block that is still recent
+    quarters = np.quantile(noise.random, [0, 0.25, 0.5, 0.75, 1], axis=2)
     np.testing.assert_allclose(
         quarters, np.broadcast_to([[[0]], [[0.25]], [[0.5]], [[0.75]], [[1]]], (5, 2, 2)), atol=0.06
     )
-    alike = np.corrcoef(np.reshape(chance.lots, (4, -1)))
+    alike = np.corrcoef(np.reshape(noise.random, (4, -1)))
     assert np.abs(alike - np.eye(4)).max() < 0.15
 
 
-def test_chance_knows_neither_the_batch_nor_its_order():
-    three = tiny.chances(EXP, 4, [70, 5, 2**31 - 1])
-    alone, turned = tiny.chances(EXP, 4, [5]), tiny.chances(EXP, 4, [5, 2**31 - 1, 70])
-    for name, axis in (("noise", 0), ("renoise", 1), ("lots", 1)):  # where the videos are
+def test_noise_knows_neither_the_batch_nor_its_order():
+    three = tiny.noise(EXP, 4, [70, 5, 2**31 - 1])
+    alone, turned = tiny.noise(EXP, 4, [5]), tiny.noise(EXP, 4, [5, 2**31 - 1, 70])
+    for name, axis in (("noise", 0), ("renoise", 1), ("random", 1)):  # where the videos are
         whole = getattr(three, name)
         np.testing.assert_array_equal(whole.take(jnp.asarray([1]), axis), getattr(alone, name))
         np.testing.assert_array_equal(
@@ -75,20 +77,20 @@ def test_chance_knows_neither_the_batch_nor_its_order():
 
 
 def test_every_number_that_names_a_noise_changes_it():
-    first = tiny.chances(EXP, 0)
-    named = [tiny.chances(EXP, 1), tiny.chances(EXP, 0, seed=12), tiny.chances(EXP, 0, [1, 0])]
+    first = tiny.noise(EXP, 0)
+    named = [tiny.noise(EXP, 1), tiny.noise(EXP, 0, seed=12), tiny.noise(EXP, 0, [1, 0])]
     for other in [*(each.noise for each in named), *first.renoise]:
         assert abs(np.corrcoef(np.ravel(first.noise), np.ravel(other))[0, 1]) < 0.1
     for each in named:
-        assert (first.lots != each.lots).all()
+        assert (first.random != each.random).all()
 
 
-def test_more_steps_leave_the_noise_of_the_first_ones_and_the_lots_alone():
+def test_more_steps_leave_the_noise_of_the_first_ones_and_the_random_scores_alone():
     more = dataclasses.replace(EXP, sample=SampleConfig(steps=(1000, 800, 600, 400, 200)))
-    short, long = tiny.chances(EXP, 3), tiny.chances(more, 3)
+    short, long = tiny.noise(EXP, 3), tiny.noise(more, 3)
     np.testing.assert_array_equal(short.noise, long.noise)
     np.testing.assert_array_equal(short.renoise, long.renoise[:2])
-    np.testing.assert_array_equal(short.lots, long.lots)
+    np.testing.assert_array_equal(short.random, long.random)
 
 
 # one block ------------------------------------------------------------------------------------------------------------
@@ -98,120 +100,158 @@ ADJUSTMENTS = ("sink", "incremental", "sink_only", "none")
 
 
 def moved(memory):
-    """The memory as if `incremental` had turned its keys to various places."""
+    """The memory as if `incremental` had turned its keys to various positions."""
     return memory.replace(
         layers=[
-            layer.replace(at=tiny.normal(i, *layer.mid.k.shape[:2]) + 5, sink_at=jnp.float32(2 + i))
+            layer.replace(
+                at=tiny.normal(i, *layer.packed.k.shape[:2]) + 5, sink_at=jnp.float32(2 + i)
+            )
             for i, layer in enumerate(memory.layers)
         ]
     )
 
 
+def remembered(exp, memory):
+    """All of a memory but its scratch: what the next block may see of the views, and every other store as it is."""
+    layers = [(x.packed, x.sink, x.recent, x.sink_at, x.at) for x in memory.layers]
+    return tiny.committed(exp, memory), layers, memory.latents, memory.progress
+
+
+@pytest.mark.parametrize("blocks", [0, 2, 5])
 @pytest.mark.parametrize("rope_adjustment", ADJUSTMENTS)
-def test_drawing_again_gives_the_same_bits_and_leaves_the_memory_alone(
-    filled, text, rope_adjustment
+def test_denoising_again_gives_the_same_bits_and_writes_scratch_alone(
+    filled, text, rope_adjustment, blocks
 ):
-    exp, chance = (
-        tiny.with_cache(ONE_STEP, rope_adjustment=rope_adjustment),
-        tiny.chances(ONE_STEP, 5),
-    )
-    memory = moved(filled[1]) if rope_adjustment == "incremental" else filled[1]
+    exp = tiny.with_cache(ONE_STEP, rope_adjustment=rope_adjustment)
+    memory, noise = filled[1] if blocks == 5 else tiny.rollout(exp, blocks)[1], tiny.noise(exp, 5)
+    memory = moved(memory) if rope_adjustment == "incremental" and blocks == 5 else memory
     before = [np.array(leaf) for leaf in jax.tree.leaves(memory)]
-    once, again = (drawn(memory, text, chance, exp) for _ in range(2))
+    once, again = (denoised(memory, text, noise, exp) for _ in range(2))
     for one, other in zip(jax.tree.leaves(once), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(one, other)
     for old, leaf in zip(before, jax.tree.leaves(memory), strict=True):
         np.testing.assert_array_equal(old, leaf)
+    kept, after = (remembered(exp, x) for x in (memory, once[0]))
+    jax.tree.map(np.testing.assert_array_equal, kept, after)
+    assert kept[0].k.shape[2] == 3 * min(blocks, 2)
 
 
-def recalled(memory, chance):
-    """What `first_look` takes for each layer."""
-    return pytrees.zipped(memory.layers, list(chance.lots))
+@pytest.mark.parametrize("exp", [EXP, tiny.with_cache(scope="shared", timing="late")])
+def test_of_a_view_the_slots_of_the_block_and_of_packed_blocks_are_written_and_no_others(
+    filled, text, exp
+):
+    """In particular not the room behind them, which is the packed twin's."""
+    memory, s = filled[1], EXP.tokens_per_frame
+    after, _ = denoised(memory, text, tiny.noise(exp, 5), exp)
+    views, others = (block_step.views_of(x) for x in (memory, after))
+    written = np.arange(EXP.memory.room) // s
+    block = 3 + (np.arange(15, 18) - 3) % 6  # frames 15 to 17 in a ring of six behind three
+    for one, other in zip(views, others, strict=True):
+        for name in ("k", "v"):
+            same = np.asarray(getattr(one, name) == getattr(other, name)).all(axis=(0, 2, 3))
+            assert not same[np.isin(written, block)].any()
+            assert same[(written < 9) & ~np.isin(written, block)].all()
+            assert same[9 * s + 2 * EXP.tokens_per_packed_block :].all()
 
 
-def rest_by_hand(exp, seen, chance, text, clean, views):
+def recalled(memory, noise):
+    """What `choosing` takes for each layer."""
+    return pytrees.zipped(memory.layers, list(noise.random))
+
+
+def rest_by_hand(exp, layout, noise, text, clean, views):
     """The steps behind the first one after the other."""
     times, sigmas = block_step.step_table(exp.sample)
     for step in range(1, len(times)):
-        noisy = (1 - sigmas[step]) * clean + sigmas[step] * chance.renoise[step - 1]
-        clean, _ = block_step.guess(
-            NETS, exp, seen, noisy, jnp.asarray(times[step]), sigmas[step], text, views
+        noisy = (1 - sigmas[step]) * clean + sigmas[step] * noise.renoise[step - 1]
+        clean, views = block_step.predict_x0(
+            NETS, exp.step, layout, noisy, jnp.asarray(times[step]), sigmas[step], text, views
         )
-    return clean
+    return clean, views
 
 
-def first_by_hand(exp, seen, chance, text, past, look):
+def first_by_hand(exp, layout, noise, text, past, attends):
     times, sigmas = block_step.step_table(exp.sample)
-    return block_step.guess(
-        NETS, exp, seen, chance.noise, jnp.asarray(times[0]), sigmas[0], text, past, look=look
+    time = jnp.asarray(times[0])
+    return block_step.predict_x0(
+        NETS, exp.step, layout, noise.noise, time, sigmas[0], text, past, attends=attends
     )
 
 
-def by_hand(exp, memory, text, chance):
+def by_hand(exp, memory, text, noise):
     """The steps of a block one after the other."""
-    seen = cache.plan(exp.cache, memory.num_blocks)
+    layout = layouts.layout(exp.cache, memory.progress)
     clean, kept = first_by_hand(
-        exp, seen, chance, text, recalled(memory, chance), block_step.first_look
+        exp, layout, noise, text, recalled(memory, noise), block_step.choosing
     )
     views, _ = pytrees.unzip(kept)
-    return rest_by_hand(exp, seen, chance, text, clean, views), views
+    return rest_by_hand(exp, layout, noise, text, clean, views)
+
+
+def packed_of(exp, memory):
+    """The attended packed blocks in the views of a full memory, [layer, b, k, n, h]."""
+    views = pytrees.stack(block_step.views_of(memory))
+    tokens = slice(exp.memory.full_res, exp.memory.full_res + 2 * exp.tokens_per_packed_block)
+    return jax.tree.map(lambda x: np.asarray(x)[:, :, tokens], views)
 
 
 def test_the_scan_over_steps_is_a_loop(filled, text):
-    memory, chance = filled[1], tiny.chances(EXP, 5)
-    latent, views = tiny.jit(by_hand, static_argnums=0)(EXP, memory, text, chance)
-    scanned = drawn(memory, text, chance)
+    memory, noise = filled[1], tiny.noise(EXP, 5)
+    latent, views = tiny.jit(by_hand, static_argnums=0)(EXP, memory, text, noise)
+    after, scanned = denoised(memory, text, noise)
     np.testing.assert_allclose(scanned.latent, latent, atol=2e-5)
-    committed = tiny.views(EXP, 5, scanned)
-    np.testing.assert_allclose(
-        committed.k, pytrees.stack(views).k[:, :, : committed.k.shape[2]], atol=2e-5
-    )
-    assert committed.k.shape[2] == (3 + 3) * 8 + 2 * 8
+    looped = block_step.with_views(memory, views)
+    for part in (tiny.committed, packed_of):
+        one, other = (part(EXP, x) for x in (after, looped))
+        np.testing.assert_allclose(one.k, other.k, atol=2e-5)
+    assert tiny.committed(EXP, after).k.shape[2] == 3 + 3
+    assert packed_of(EXP, after).k.shape[2] == 2 * 8
 
 
-def test_the_first_step_alone_decides_what_is_looked_at(filled, text):
-    memory, chance = filled[1], tiny.chances(EXP, 5)
-    plain, other = (
-        drawn(memory, text, chance.replace(renoise=chance.renoise + more)) for more in (0, 1)
+def test_the_first_step_alone_decides_what_is_attended_to(filled, text):
+    memory, noise = filled[1], tiny.noise(EXP, 5)
+    (one, plain), (two, other) = (
+        denoised(memory, text, noise.replace(renoise=noise.renoise + more)) for more in (0, 1)
     )
     np.testing.assert_array_equal(tiny.ids(plain), tiny.ids(other))
-    np.testing.assert_array_equal(tiny.views(EXP, 5, plain).k, tiny.views(EXP, 5, other).k)
+    np.testing.assert_array_equal(packed_of(EXP, one).k, packed_of(EXP, two).k)
     assert (plain.latent != other.latent).any()
 
 
 def test_a_single_step_needs_no_renoise(filled, text):
-    chance = tiny.chances(ONE_STEP, 5)
-    assert chance.renoise.shape[0] == 0
-    assert drawn(filled[1], text, chance, ONE_STEP).latent.shape == chance.noise.shape
+    noise = tiny.noise(ONE_STEP, 5)
+    assert noise.renoise.shape[0] == 0
+    assert denoised(filled[1], text, noise, ONE_STEP)[1].latent.shape == noise.noise.shape
 
 
 @partial(tiny.jit, static_argnums=0)
-def guess(prediction, memory, chance, text, timestep, sigma):
+def predict(prediction, memory, noise, text, timestep, sigma):
     """The clean block that a network returning `prediction` sees behind noise."""
     exp = dataclasses.replace(EXP, sample=dataclasses.replace(EXP.sample, prediction=prediction))
-    seen, past = cache.plan(exp.cache, memory.num_blocks), recalled(memory, chance)
-    return block_step.guess(
-        NETS, exp, seen, chance.noise, timestep, sigma, text, past, look=block_step.first_look
+    layout, past = layouts.layout(exp.cache, memory.progress), recalled(memory, noise)
+    level = (timestep, sigma)
+    return block_step.predict_x0(
+        NETS, exp.step, layout, noise.noise, *level, text, past, attends=block_step.choosing
     )[0]
 
 
 def test_levels_may_be_given_per_block_per_video_or_per_frame(filled, text):
-    given = ("velocity", filled[1], tiny.chances(EXP, 5), text)
-    whole = guess(*given, jnp.float32(600), jnp.float32(0.6))
+    given = ("velocity", filled[1], tiny.noise(EXP, 5), text)
+    whole = predict(*given, jnp.float32(600), jnp.float32(0.6))
     np.testing.assert_allclose(
-        guess(*given, jnp.full((2, 3), 600.0), jnp.full((2, 3), 0.6)), whole, atol=1e-5
+        predict(*given, jnp.full((2, 3), 600.0), jnp.full((2, 3), 0.6)), whole, atol=1e-5
     )
-    mixed = guess(*given, jnp.asarray([600.0, 10.0]), jnp.asarray([0.6, 0.01]))
+    mixed = predict(*given, jnp.asarray([600.0, 10.0]), jnp.asarray([0.6, 0.01]))
     np.testing.assert_allclose(mixed[0], whole[0], atol=1e-5)
     assert np.abs(mixed[1] - whole[1]).max() > 1e-2
 
 
 def test_a_velocity_is_turned_into_the_clean_block_it_points_at(filled, text):
-    chance, level = tiny.chances(EXP, 5), (jnp.float32(600), jnp.float32(0.6))
+    noise, level = tiny.noise(EXP, 5), (jnp.float32(600), jnp.float32(0.6))
     clean, returned = (
-        guess(name, filled[1], chance, text, *level) for name in ("velocity", "clean")
+        predict(name, filled[1], noise, text, *level) for name in ("velocity", "clean")
     )
-    np.testing.assert_allclose(clean, chance.noise - 0.6 * returned, atol=1e-5)
+    np.testing.assert_allclose(clean, noise.noise - 0.6 * returned, atol=1e-5)
 
 
 def test_steps_are_warped_by_the_shift_and_sigma_follows():
@@ -223,34 +263,38 @@ def test_steps_are_warped_by_the_shift_and_sigma_follows():
     np.testing.assert_array_equal(sigmas, schedules.sigma_at(schedules.table(3.0), times))
 
 
-# remembering ----------------------------------------------------------------------------------------------------------
+# committing -----------------------------------------------------------------------------------------------------------
 
 
-def sums(memory):
+def sums(exp, memory):
     """One number each for what sink, packed blocks and recent hold, in which nothing cancels."""
     layers = pytrees.stack(memory.layers)
+    frames = exp.cache.sink * exp.tokens_per_frame
+    sink = jax.tree.map(lambda x: x[:, :, :frames], layers.view)
+    recent = jax.tree.map(lambda x: x[:, :, frames : exp.memory.full_res], layers.view)
     return jnp.stack(
         [
             sum((x * tiny.normal(i, *x.shape)).sum() for i, x in enumerate((part.k, part.v)))
-            for part in (layers.sink, layers.mid, layers.recent)
+            for part in (sink, layers.packed, recent)
         ]
     )
 
 
 def test_the_block_never_sees_its_packed_twin_and_the_twin_sees_the_block(filled, text):
     lr = dataclasses.replace(EXP, compressor=dataclasses.replace(EXP.compressor, branches="lr"))
-    latent, low, memory = tiny.latents(1)[0], tiny.lows(1)[0], filled[1]
-    done = drawn(memory, text, tiny.chances(EXP, 5))
+    latent, low = tiny.latents(1)[0], tiny.lows(1)[0]
+    memory, done = denoised(filled[1], text, tiny.noise(EXP, 5))
 
     def stored(latent, low, views):
-        return sums(
-            block_step.remember(
-                NETS, lr, memory, latent=latent, low=low, drawn=done.replace(views=views), text=text
-            )[0]
+        behind = block_step.with_views(memory, views)
+        after, _ = block_step.commit_block(
+            NETS, lr.step, behind, latent=latent, low=low, selection=done.selection, text=text
         )
+        return sums(lr, after)
 
+    views = block_step.views_of(memory)
     by_latent, by_low, by_views = tiny.jit(jax.jacrev(stored, argnums=(0, 1, 2)))(
-        latent, low, done.views
+        latent, low, views
     )
     np.testing.assert_array_equal(
         jnp.abs(by_latent).max(axis=(1, 2, 3, 4, 5)) > 0, [False, True, True]
@@ -258,31 +302,45 @@ def test_the_block_never_sees_its_packed_twin_and_the_twin_sees_the_block(filled
     np.testing.assert_array_equal(
         jnp.abs(by_low).max(axis=(1, 2, 3, 4, 5)) > 0, [False, True, False]
     )
-    committed = int(cache.length(EXP, cache.plan(EXP.cache, memory.num_blocks)))
+    s, valid = EXP.tokens_per_frame, EXP.memory.full_res + 2 * EXP.tokens_per_packed_block
+    block = np.isin(np.arange(EXP.memory.room) // s, 3 + (np.arange(15, 18) - 3) % 6)
+    seen = (np.arange(EXP.memory.room) < valid) & ~block
+    packed = np.arange(EXP.memory.room) >= EXP.memory.full_res
     for layer, by_view in enumerate(by_views):
-        reached = jnp.abs(by_view.v)[:, :, :committed].max(axis=range(1, 5)) > 0
+        by_value = jnp.abs(by_view.v)
+        reached = by_value[:, :, packed & seen].max(axis=range(1, 5)) > 0
         np.testing.assert_array_equal(
             reached, [False, layer < 1, layer < 1]
-        )  # keys of layer 1 come before it looks
-        assert (by_view.v[:, :, committed:] == 0).all()  # what lies behind is scratch
+        )  # keys of layer 1 come before it attends
+        reached = by_value[:, :, ~packed & seen].max(axis=range(1, 5)) > 0
+        assert reached[1] == (layer < 1)
+        assert (by_view.v[:, :, ~seen] == 0).all()  # what else lies there is scratch
+        assert (by_view.k[:, :, ~seen] == 0).all()
 
 
 def after(memory, text, exp=EXP):
-    """The memory once random latents are remembered with the views that were drawn behind it."""
-    done = drawn(memory, text, tiny.chances(EXP, 5))
-    return tiny.remember(
-        NETS, exp, memory, latent=tiny.latents(1)[0], low=tiny.lows(1)[0], drawn=done, text=text
+    """The memory once random latents are committed with the views that a block was denoised behind."""
+    memory, done = denoised(memory, text, tiny.noise(EXP, 5))
+    latent, low = tiny.latents(1)[0], tiny.lows(1)[0]
+    return tiny.commit(
+        NETS, exp.step, memory, latent=latent, low=low, selection=done.selection, text=text
     )[0]
 
 
-def test_remembering_counts_and_writes_one_block_only(filled, text):
+def test_committing_counts_and_writes_one_block_only(filled, text):
     memory, later = filled[1], after(filled[1], text)
     assert int(later.num_blocks) == int(memory.num_blocks) + 1 == 6
+    before, now = tiny.committed(EXP, memory), tiny.committed(EXP, later)
+    np.testing.assert_array_equal(now.k[:, :, :3], before.k[:, :, :3])
+    np.testing.assert_array_equal(now.v[:, :, :3], before.v[:, :, :3])
+    assert (now.v[:, :, 3:] != before.v[:, :, 3:]).all(axis=(0, 1, 3, 4, 5)).all()
     for old, new in zip(memory.layers, later.layers, strict=True):
-        np.testing.assert_array_equal(new.sink.k, old.sink.k)
-        changed = (np.asarray(new.mid.v) != np.asarray(old.mid.v)).any(axis=(0, 2, 3, 4))
+        changed = (np.asarray(new.packed.v) != np.asarray(old.packed.v)).any(axis=(0, 2, 3, 4))
         assert changed.sum() == 1
-        assert (np.asarray(new.recent.v) != np.asarray(old.recent.v)).all(axis=(0, 2, 3, 4)).all()
+        assert changed[SLOT]
+    there = layouts.recent_block(layouts.layout(EXP.cache, later.progress), 0)
+    held = cache.recent_latents(EXP.memory, later, there)
+    np.testing.assert_array_equal(held, tiny.latents(1)[0])
 
 
 SLOT = 4  # block 5 is the fifth behind one sink block, in a ring of five
@@ -297,8 +355,8 @@ def projected_by_hand(latent, low):
     """Keys without positions and values [layer, b, p, n, h] that each layer makes of the packed tokens at timestep 0,
     from the raw weights."""
     model = STACKED.dit
-    states = dit.embed_time(model, jnp.zeros((2, 1))).rows[:, 0]
-    tokens = compressor.pack(STACKED.compressor, model, EXP, latent, low)
+    states = model.embed_time(jnp.zeros((2, 1))).rows[:, 0]
+    tokens = STACKED.compressor.pack(model, EXP.step, latent, low)
     exact = tokens - tokens.mean(-1, keepdims=True)
     normed = exact / jnp.sqrt((exact**2).mean(-1, keepdims=True) + EXP.dit.eps)
     keys, values = [], []
@@ -320,17 +378,17 @@ def projected_by_hand(latent, low):
 
 
 def turned(keys, exp):
-    """Keys [layer, b, p, n, h] at the places of their tokens on the grid."""
-    angles = rope.space_angles(jnp.asarray(cache.packed_places(exp)[1]), exp.dit)
+    """Keys [layer, b, p, n, h] at the positions of their tokens on the grid."""
+    angles = rope.space_angles(jnp.asarray(layouts.packed_positions(exp.memory)[1]), exp.dit)
     return jnp.stack([rope.rotate(k, angles) for k in keys])
 
 
 def packed_in(memory):
     """Packed keys and values of block 5, [layer, b, p, n, h]."""
-    return jax.tree.map(lambda x: np.asarray(x)[:, :, SLOT], pytrees.stack(memory.layers).mid)
+    return jax.tree.map(lambda x: np.asarray(x)[:, :, SLOT], pytrees.stack(memory.layers).packed)
 
 
-def test_a_packed_twin_is_stored_as_clean_at_its_place_on_the_grid(filled, text):
+def test_a_packed_twin_is_stored_as_clean_at_its_position_on_the_grid(filled, text):
     """Its first layer's keys, worked out from its tokens at timestep 0."""
     stored, (k, v) = (
         packed_in(after(filled[1], text)),
@@ -355,19 +413,19 @@ def test_where_packed_tokens_stand_changes_the_rotation_of_their_keys_only(fille
     stretched, native = (
         with_packing(keys="projected", places=places) for places in ("stretched", "native")
     )
-    places = [cache.packed_places(exp)[1] for exp in (stretched, native)]
-    np.testing.assert_array_equal(places[1], [[0, 0], [0, 1], [1, 0], [1, 1]] * 2)
+    grids = [layouts.packed_positions(exp.memory)[1] for exp in (stretched, native)]
+    np.testing.assert_array_equal(grids[1], [[0, 0], [0, 1], [1, 0], [1, 1]] * 2)
     ours, theirs = (after(filled[1], text, exp) for exp in (stretched, native))
     mine, yours = packed_in(ours), packed_in(theirs)
     np.testing.assert_array_equal(mine.v, yours.v)
-    angles = rope.space_angles(jnp.asarray(places[1] - places[0]), EXP.dit)
+    angles = rope.space_angles(jnp.asarray(grids[1] - grids[0]), EXP.dit)
     np.testing.assert_allclose(
         yours.k, jnp.stack([rope.rotate(k, angles) for k in mine.k]), atol=1e-5
     )
     assert np.abs(mine.k - yours.k).max() > 0.1
-    for name in ("sink", "recent"):
-        for layers in zip(ours.layers, theirs.layers, strict=True):
-            jax.tree.map(np.testing.assert_array_equal, *(getattr(layer, name) for layer in layers))
+    jax.tree.map(
+        np.testing.assert_array_equal, *(tiny.committed(EXP, memory) for memory in (ours, theirs))
+    )
 
 
 # layers one by one, or scanned ----------------------------------------------------------------------------------------
@@ -389,24 +447,31 @@ def full(text):
     ],
     ids=["plain", "shared-late-incremental"],
 )
-def test_scanned_layers_draw_and_remember_what_layers_one_by_one_do(full, exp):
-    (memory, text), chance = full, tiny.chances(exp, FULL)
+def test_scanned_layers_denoise_and_commit_what_layers_one_by_one_do(full, exp):
+    (memory, text), noise = full, tiny.noise(exp, FULL)
     memory = memory if exp is EXP else moved(memory)
     stacked = memory.replace(layers=pytrees.stack(memory.layers))
     found = []
     for nets, before, words in ((NETS, memory, text), (STACKED, stacked, pytrees.stack(text))):
-        done = tiny.draw(nets, exp, before, chance=chance, text=words)
-        later, packed, _ = tiny.remember(
-            nets, exp, before, latent=done.latent, low=tiny.lows(1)[0], drawn=done, text=words
+        middle, done = tiny.denoise(nets, exp.step, before, noise=noise, text=words)
+        later, packed = tiny.commit(
+            nets,
+            exp.step,
+            middle,
+            latent=done.latent,
+            low=tiny.lows(1)[0],
+            selection=done.selection,
+            text=words,
         )
-        views = tiny.views(exp, FULL, done)
+        assert packed is None
         found.append(
             (
                 done.latent,
-                pytrees.stack(done.looked),
-                views,
-                pytrees.stack(packed),
+                pytrees.stack(done.selection),
+                packed_of(exp, middle),
+                tiny.committed(exp, later),
                 pytrees.stack(later.layers),
+                later.latents,
             )
         )
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), *found)
@@ -415,26 +480,26 @@ def test_scanned_layers_draw_and_remember_what_layers_one_by_one_do(full, exp):
 # when and by whom it is chosen ----------------------------------------------------------------------------------------
 
 
-def asking(exp, seen, mix):
-    """Looks back as `first_look` does, and keeps the layer's queries."""
+def asking(cfg, layout, attend):
+    """Chooses as `choosing` does, and keeps the layer's queries."""
 
-    def look(q, k, v, past):
-        mixed, (view, _) = block_step.first_look(exp, seen, mix)(q, k, v, past)
+    def self_attention(q, k, v, past):
+        mixed, (view, _) = block_step.choosing(cfg, layout, attend)(q, k, v, past)
         return mixed, (view, q)
 
-    return look
+    return self_attention
 
 
 @partial(tiny.jit, static_argnums=0)
-def behind_the_newest(exp, memory, text, chance):
-    """(the first guess, the scores [layer, b, slot] that its queries give by the policy of `exp`)."""
+def behind_the_newest(exp, memory, text, noise):
+    """(the first prediction, the scores [layer, b, slot] that its queries give by the selection of `exp`)."""
     newest = dataclasses.replace(exp, cache=dataclasses.replace(exp.cache, selection="recency"))
-    seen = cache.plan(exp.cache, memory.num_blocks)
-    clean, kept = first_by_hand(newest, seen, chance, text, recalled(memory, chance), asking)
-    queries = [q for _, q in kept]
+    layout = layouts.layout(exp.cache, memory.progress)
+    clean, kept = first_by_hand(newest, layout, noise, text, recalled(memory, noise), asking)
+    spec = exp.memory
     scores = [
-        view.score(exp, seen, layer, view.ask(exp, seen, q), lots)
-        for layer, q, lots in zip(memory.layers, queries, chance.lots, strict=True)
+        view.score(spec, layout, layer, view.pool_queries(spec, layout, q), random)
+        for layer, (_, q), random in zip(memory.layers, kept, noise.random, strict=True)
     ]
     return clean, jnp.stack(scores)
 
@@ -446,17 +511,18 @@ def best(scores, ids, keep):
 
 
 @partial(tiny.jit, static_argnums=0)
-def behind_the_chosen(exp, memory, text, chance, chosen, clean):
-    """The block once every layer looks at blocks `chosen` [layer, b, top]; a first step of its own unless `clean`."""
-    seen = cache.plan(exp.cache, memory.num_blocks)
+def behind_the_chosen(exp, memory, text, noise, chosen, clean):
+    """The block once every layer attends to blocks `chosen` [layer, b, top]; a first step of its own unless `clean`."""
+    layout = layouts.layout(exp.cache, memory.progress)
     views = []
     for layer, ids in zip(memory.layers, chosen, strict=True):
-        wanted = (seen.ids[None, None] == ids[..., None]).any(axis=1).astype(jnp.float32)
-        looked = view.look(exp, seen, wanted)
-        views.append(view.lay(exp, seen, layer, view.take(layer, looked), looked, None))
+        wanted = (layout.ids[None, None] == ids[..., None]).any(axis=1).astype(jnp.float32)
+        selected = view.select(exp.memory, layout, wanted)
+        gathered = view.gather(layer, selected)
+        views.append(view.lay(exp.memory, layout, layer, gathered, selected))
     if clean is None:
-        clean, views = first_by_hand(exp, seen, chance, text, views, None)
-    return rest_by_hand(exp, seen, chance, text, clean, views)
+        clean, views = first_by_hand(exp, layout, noise, text, views, None)
+    return rest_by_hand(exp, layout, noise, text, clean, views)[0]
 
 
 @pytest.mark.parametrize(
@@ -471,10 +537,10 @@ def test_a_choice_is_made_by_what_the_first_step_asks_behind_the_newest_blocks(
     full, scope, timing, selection
 ):
     exp = tiny.with_cache(scope=scope, timing=timing, selection=selection)
-    (memory, text), chance = full, tiny.chances(exp, FULL)
-    done = drawn(memory, text, chance, exp)
-    clean, scores = behind_the_newest(tiny.with_cache(selection=selection), memory, text, chance)
-    ids = cache.plan(exp.cache, memory.num_blocks).ids
+    (memory, text), noise = full, tiny.noise(exp, FULL)
+    _, done = denoised(memory, text, noise, exp)
+    clean, scores = behind_the_newest(tiny.with_cache(selection=selection), memory, text, noise)
+    ids = layouts.layout(exp.cache, memory.progress).ids
     own = best(np.asarray(scores), ids, exp.cache.top)
     shared = np.broadcast_to(best(np.asarray(scores).sum(axis=0), ids, exp.cache.top), own.shape)
     assert (own[0] != own[1]).any()
@@ -482,7 +548,7 @@ def test_a_choice_is_made_by_what_the_first_step_asks_behind_the_newest_blocks(
     wanted = shared if scope == "shared" else own
     np.testing.assert_array_equal(tiny.ids(done), wanted)
     latent = behind_the_chosen(
-        EXP, memory, text, chance, jnp.asarray(wanted), clean if timing == "late" else None
+        EXP, memory, text, noise, jnp.asarray(wanted), clean if timing == "late" else None
     )
     np.testing.assert_allclose(done.latent, latent, atol=2e-5)
 
@@ -492,8 +558,8 @@ def test_a_choice_is_made_by_what_the_first_step_asks_behind_the_newest_blocks(
 
 @pytest.fixture(scope="module")
 def long(text):
-    """(blocks drawn with one prompt, blocks drawn with another prompt from CHANGE on, programs compiled for it all)."""
-    before = [function._cache_size() for function in (tiny.draw, tiny.remember)]
+    """(blocks of one prompt, blocks of another prompt from CHANGE on, programs compiled for it all)."""
+    before = [function._cache_size() for function in (tiny.denoise, tiny.commit)]
     other = tiny.words(seed=70)
     plain, _ = tiny.rollout(EXP, BLOCKS, lambda block: text)
     changed, _ = tiny.rollout(EXP, BLOCKS, lambda block: text if block < CHANGE else other)
@@ -502,7 +568,7 @@ def long(text):
         changed,
         [
             function._cache_size() - size
-            for function, size in zip((tiny.draw, tiny.remember), before)
+            for function, size in zip((tiny.denoise, tiny.commit), before)
         ],
     )
 
@@ -531,7 +597,7 @@ def test_a_longer_video_starts_with_the_shorter_one(long, filled):
 def test_chosen_blocks_are_visible_ones_in_time_order(long):
     cfg, orders = EXP.cache, set()
     for block, each in enumerate(long[0]):
-        newest = block - cfg.recent // cfg.block  # this one is still sharp
+        newest = block - cfg.recent // cfg.block  # this one is still recent
         visible = set(range(max(cfg.sink // cfg.block, newest - cfg.capacity), newest))
         for ids in tiny.ids(each).reshape(-1, cfg.top):
             real = ids[ids >= 0]
@@ -552,11 +618,11 @@ def test_layers_and_videos_choose_for_themselves(long):
 def test_a_memory_without_packed_blocks_runs_without_a_compressor(text):
     exp = tiny.with_cache(top=0, capacity=0)
     bare = block_step.Nets(dit=NETS.dit, compressor=None)
-    memory, latent = cache.init(exp, 2), tiny.latents(1)[0]
-    done = drawn(memory, text, tiny.chances(exp, 0), exp)
-    later, packed, _ = tiny.remember(
-        bare, exp, memory, latent=latent, low=latent, drawn=done, text=text
+    memory, latent = cache.init(exp.memory, 2), tiny.latents(1)[0]
+    memory, done = denoised(memory, text, tiny.noise(exp, 0), exp)
+    later, packed = tiny.commit(
+        bare, exp.step, memory, latent=latent, low=latent, selection=done.selection, text=text
     )
     assert int(later.num_blocks) == 1
     assert packed is None
-    assert all(layer.mid.k.size == 0 for layer in later.layers)
+    assert all(layer.packed.k.size == 0 for layer in later.layers)

@@ -1,4 +1,4 @@
-"""Choosing packed blocks: every policy against slow sums over single queries and keys, and what is chosen from them."""
+"""Choosing packed blocks: every score against slow sums over single queries and keys, and what is chosen from them."""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packforcing_jax import config
+from packforcing_jax.errors import InputError
 from packforcing_jax.policies import selection
 
 VIDEOS, QUERIES, HEADS, SIZE, PACKED, WINDOW = 2, 5, 3, 7, 4, 6
@@ -21,48 +22,53 @@ BY_CONTENT = (
     "log_sum_exp",
     "paper_sum",
 )
+SCORES = selection.SCORES
 choose = jax.jit(selection.choose, static_argnums=2)
 
 
-def question(rng, ids=IDS, sharp_valid=(True, True, False), *, scale=1.5):
+def inputs_of(rng, ids=IDS, full_res_valid=(True, True, False), *, scale=1.5):
     """Random queries and keys, each pooled query the mean over a window of those that are summed."""
 
     def normal(*shape):
         return scale * rng.normal(size=(VIDEOS, *shape, HEADS, SIZE))
 
-    q, archive = np.sqrt(WINDOW) * normal(QUERIES, WINDOW), normal(len(ids), PACKED)
-    lots, sharp = rng.uniform(size=(VIDEOS, len(ids))), normal(len(sharp_valid))
-    arrays = (q.mean(axis=2), archive, sharp, q.sum(axis=(1, 2)), archive.sum(axis=2), lots)
-    pooled, archive, sharp, query_sum, key_sum, lots = (jnp.asarray(x, jnp.float32) for x in arrays)
-    return selection.Question(
-        pooled=pooled,
-        archive=archive,
-        sharp=(sharp[:, :1], sharp[:, 1:]),
-        sharp_valid=(jnp.asarray(sharp_valid[:1], bool), jnp.asarray(sharp_valid[1:], bool)),
+    q, packed = np.sqrt(WINDOW) * normal(QUERIES, WINDOW), normal(len(ids), PACKED)
+    random, near = rng.uniform(size=(VIDEOS, len(ids))), normal(len(full_res_valid))
+    arrays = (q.mean(axis=2), packed, near, q.sum(axis=(1, 2)), packed.sum(axis=2), random)
+    queries, packed, near, query_sum, key_sum, random = (
+        jnp.asarray(x, jnp.float32) for x in arrays
+    )
+    return selection.ScoreInputs(
+        queries=queries,
+        packed=packed,
+        full_res=(near[:, :1], near[:, 1:]),
+        full_res_valid=tuple(
+            jnp.asarray(x, bool) for x in (full_res_valid[:1], full_res_valid[1:])
+        ),
         ids=jnp.asarray(ids),
         query_sum=query_sum,
         key_sum=key_sum,
-        lots=lots,
+        random=random,
     )
 
 
 def slow_logits(asked):
-    """Logits [b, slot, p, q, n] of packed and [b, k, q, n] of sharp keys, one query at a time in float64."""
-    arrays = (asked.pooled, asked.archive, np.concatenate(asked.sharp, axis=1))
-    q, archive, sharp = (np.asarray(x, float) for x in arrays)
-    packed = np.zeros((*archive.shape[:3], *q.shape[1:3]))
-    near = np.zeros((*sharp.shape[:2], *q.shape[1:3]))
+    """Logits [b, slot, p, q, n] of packed keys and [b, k, q, n] at full size, one query at a time in float64."""
+    arrays = (asked.queries, asked.packed, np.concatenate(asked.full_res, axis=1))
+    q, packed, full_res = (np.asarray(x, float) for x in arrays)
+    far = np.zeros((*packed.shape[:3], *q.shape[1:3]))
+    near = np.zeros((*full_res.shape[:2], *q.shape[1:3]))
     for video, query, head in np.ndindex(q.shape[:3]):
         one = q[video, query, head] / np.sqrt(SIZE)
-        packed[video, ..., query, head] = archive[video, :, :, head] @ one
-        near[video, ..., query, head] = sharp[video, :, head] @ one
-    return packed, near
+        far[video, ..., query, head] = packed[video, :, :, head] @ one
+        near[video, ..., query, head] = full_res[video, :, head] @ one
+    return far, near
 
 
 def slow_mass(asked):
     """Attention mass [b, slot, q, n] of every block, of which one at least is visible."""
     packed, near = slow_logits(asked)
-    visible, valid = np.asarray(asked.ids) >= 0, np.concatenate(asked.sharp_valid)
+    visible, valid = np.asarray(asked.ids) >= 0, np.concatenate(asked.full_res_valid)
     top = max(packed.max(), near.max(initial=-np.inf))
     packed = np.exp(packed - top).sum(axis=2) * visible[None, :, None, None]
     total = packed.sum(axis=1, keepdims=True)
@@ -89,17 +95,32 @@ SLOW = {
 }
 
 
-def test_the_policies_are_the_choices_of_the_config():
-    assert tuple(selection.POLICIES) == config.CHOICES["cache.selection"]
-    assert tuple(selection.ACROSS_HEADS) == BY_CONTENT
+def test_a_config_takes_a_score_by_name_or_as_a_value():
+    assert tuple(name for name, one in SCORES.items() if one.across_heads) == BY_CONTENT
+    for name, score in SCORES.items():
+        assert score.name == name
+        assert config.CacheConfig(selection=name).score is score
+        assert config.CacheConfig(selection=score).score is score
+    own = selection.Score("oldest", lambda inputs: -selection.recency(inputs))
+    assert config.CacheConfig(selection=own).score is own
+    assert "oldest" not in SCORES
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("affinty", r"did you mean affinity\?"), ("zzz", "known: affinity, all, centred_logit_max")],
+)
+def test_an_unknown_score_is_refused_with_the_nearest_one(name, hint):
+    with pytest.raises(InputError, match=f"cache.selection='{name}' is unknown; {hint}"):
+        config.CacheConfig(selection=name)
 
 
 @pytest.mark.parametrize("ids", [IDS, (3, 4, 5, 6, 7, 1, 2), (-1, 2, -1, -1, -1, -1, -1)])
-@pytest.mark.parametrize("sharp_valid", [(True, True, False), (True,) * 3, (False,) * 3])
+@pytest.mark.parametrize("full_res_valid", [(True, True, False), (True,) * 3, (False,) * 3])
 @pytest.mark.parametrize("policy", SLOW)
-def test_scores_are_those_of_a_sum_over_single_queries(policy, ids, sharp_valid):
-    asked = question(np.random.default_rng(len(set(ids))), ids, sharp_valid)
-    scores, visible = selection.POLICIES[policy](asked), np.asarray(ids) >= 0
+def test_scores_are_those_of_a_sum_over_single_queries(policy, ids, full_res_valid):
+    asked = inputs_of(np.random.default_rng(len(set(ids))), ids, full_res_valid)
+    scores, visible = SCORES[policy].fn(asked), np.asarray(ids) >= 0
     assert scores.dtype == jnp.float32
     np.testing.assert_allclose(
         scores[:, visible], SLOW[policy](asked)[:, visible], rtol=1e-5, atol=1e-6
@@ -113,7 +134,7 @@ def test_the_papers_sum_is_the_double_sum_over_all_queries_and_keys():
         rng.normal(size=(VIDEOS, 3, PACKED, HEADS, SIZE)),
     )
     sums = (jnp.asarray(x, jnp.float32) for x in (q.sum(axis=1), archive.sum(axis=2)))
-    asked = question(rng, (4, 0, 2)).replace(
+    asked = inputs_of(rng, (4, 0, 2)).replace(
         **dict(zip(("query_sum", "key_sum"), sums, strict=True))
     )
     expected = np.zeros((VIDEOS, 3))
@@ -126,38 +147,38 @@ def test_the_papers_sum_is_the_double_sum_over_all_queries_and_keys():
 
 @pytest.mark.parametrize("policy", BY_CONTENT)
 def test_half_precision_is_rounded_once(policy):
-    asked = question(np.random.default_rng(3))
+    asked = inputs_of(np.random.default_rng(3))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 2 else x, asked)
     exact = jax.tree.map(lambda x, like: x.astype(like.dtype), half, asked)
-    scores, expected = selection.POLICIES[policy](half), selection.POLICIES[policy](exact)
+    scores, expected = SCORES[policy].fn(half), SCORES[policy].fn(exact)
     assert scores.dtype == jnp.float32
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("policy", selection.POLICIES)
+@pytest.mark.parametrize("policy", SCORES)
 def test_scores_move_with_their_slots(policy):
-    asked, order = question(np.random.default_rng(5)), np.asarray((4, 6, 0, 3, 5, 1, 2))
+    asked, order = inputs_of(np.random.default_rng(5)), np.asarray((4, 6, 0, 3, 5, 1, 2))
     moved = asked.replace(
-        archive=asked.archive[:, order],
+        packed=asked.packed[:, order],
         ids=asked.ids[order],
         key_sum=asked.key_sum[:, order],
-        lots=asked.lots[:, order],
+        random=asked.random[:, order],
     )
-    seen, policy = np.asarray(moved.ids) >= 0, selection.POLICIES[policy]
+    seen, policy = np.asarray(moved.ids) >= 0, SCORES[policy].fn
     np.testing.assert_allclose(policy(moved)[:, seen], policy(asked)[:, order][:, seen], rtol=1e-5)
 
 
-@pytest.mark.parametrize("policy", selection.POLICIES)
+@pytest.mark.parametrize("policy", SCORES)
 def test_what_lies_in_unseen_slots_and_keys_does_not_count(policy):
-    asked, unseen = question(np.random.default_rng(6)), np.asarray(IDS) < 0
-    best = 60 * asked.pooled[:, None, :PACKED]  # what every head likes best
+    asked, unseen = inputs_of(np.random.default_rng(6)), np.asarray(IDS) < 0
+    best = 60 * asked.queries[:, None, :PACKED]  # what every head likes best
     noisy = asked.replace(
-        archive=asked.archive.at[:, unseen].set(best),
+        packed=asked.packed.at[:, unseen].set(best),
         key_sum=asked.key_sum.at[:, unseen].set(1e4),
-        sharp=(asked.sharp[0], asked.sharp[1].at[:, 1].set(1e4)),
-        lots=asked.lots.at[:, unseen].set(2.0),
+        full_res=(asked.full_res[0], asked.full_res[1].at[:, 1].set(1e4)),
+        random=asked.random.at[:, unseen].set(2.0),
     )
-    scores, before = (selection.POLICIES[policy](x) for x in (noisy, asked))
+    scores, before = (SCORES[policy].fn(x) for x in (noisy, asked))
     assert np.isfinite(scores).all()
     np.testing.assert_array_equal(scores[:, ~unseen], before[:, ~unseen])
     slots, chosen, _ = choose(scores, noisy.ids, 6)
@@ -167,37 +188,39 @@ def test_what_lies_in_unseen_slots_and_keys_does_not_count(policy):
 
 @pytest.mark.parametrize("policy", BY_CONTENT)
 def test_every_visible_block_can_win_by_its_keys(policy):
-    asked = question(np.random.default_rng(7), scale=0.3)
+    asked = inputs_of(np.random.default_rng(7), scale=0.3)
     for slot in (0, 2, 6):
-        keys = asked.archive.at[:, slot].set(40 * asked.pooled.mean(axis=1, keepdims=True))
-        liked = asked.replace(archive=keys, key_sum=keys.sum(axis=2))
-        _, chosen, _ = choose(selection.POLICIES[policy](liked), asked.ids, 1)
+        keys = asked.packed.at[:, slot].set(40 * asked.queries.mean(axis=1, keepdims=True))
+        liked = asked.replace(packed=keys, key_sum=keys.sum(axis=2))
+        _, chosen, _ = choose(SCORES[policy].fn(liked), asked.ids, 1)
         np.testing.assert_array_equal(chosen, [[IDS[slot]]] * VIDEOS)
 
 
-@pytest.mark.parametrize("policy", selection.POLICIES)
-@pytest.mark.parametrize("sharp_valid", [(False, False, False), (True, False, True)])
-def test_an_archive_without_blocks_is_scored_without_harm(policy, sharp_valid):
-    asked = question(np.random.default_rng(8), (-1,) * len(IDS), sharp_valid)
-    scores = selection.POLICIES[policy](asked)
+@pytest.mark.parametrize("policy", SCORES)
+@pytest.mark.parametrize("full_res_valid", [(False, False, False), (True, False, True)])
+def test_an_archive_without_blocks_is_scored_without_harm(policy, full_res_valid):
+    asked = inputs_of(np.random.default_rng(8), (-1,) * len(IDS), full_res_valid)
+    scores = SCORES[policy].fn(asked)
     assert np.isfinite(scores).all()
     _, chosen, height = choose(scores, asked.ids, 2)
     np.testing.assert_array_equal(chosen, np.full((VIDEOS, 2), -1))
     np.testing.assert_array_equal(height, np.full((VIDEOS, 2), -np.inf))
 
 
-@pytest.mark.parametrize("policy", selection.POLICIES)
+@pytest.mark.parametrize("policy", SCORES)
 def test_an_archive_without_slots_has_no_scores(policy):
-    asked = question(np.random.default_rng(8), np.zeros(0, int), ())
-    scores = selection.POLICIES[policy](asked)
+    asked = inputs_of(np.random.default_rng(8), np.zeros(0, int), ())
+    scores = SCORES[policy].fn(asked)
     assert scores.shape == (VIDEOS, 0)
     assert all(x.shape == (VIDEOS, 0) for x in selection.choose(scores, asked.ids, 0))
 
 
-@pytest.mark.parametrize("sharp_valid", [(True, False), (False, False)])
-def test_affinity_survives_large_logits(sharp_valid):
+@pytest.mark.parametrize("full_res_valid", [(True, False), (False, False)])
+def test_affinity_survives_large_logits(full_res_valid):
     scores = np.asarray(
-        selection.affinity(question(np.random.default_rng(1), (0, 1, 2), sharp_valid, scale=40.0))
+        selection.affinity(
+            inputs_of(np.random.default_rng(1), (0, 1, 2), full_res_valid, scale=40.0)
+        )
     )
     assert np.isfinite(scores).all()
     assert (scores.sum(axis=1) <= QUERIES * HEADS).all()
@@ -205,27 +228,27 @@ def test_affinity_survives_large_logits(sharp_valid):
 
 
 def test_the_gradient_of_affinity_is_finite_when_nothing_is_visible():
-    asked = question(np.random.default_rng(2), (-1, -1), (False,))
-    slope = jax.grad(lambda q: selection.affinity(asked.replace(pooled=q)).sum())(asked.pooled)
+    asked = inputs_of(np.random.default_rng(2), (-1, -1), (False,))
+    slope = jax.grad(lambda q: selection.affinity(asked.replace(queries=q)).sum())(asked.queries)
     assert np.isfinite(slope).all()
 
 
 def test_affinity_and_recency_choose_differently():
-    asked = question(np.random.default_rng(0), (15, 16, 12, 13, 14), (True,))
-    old = asked.replace(archive=asked.archive.at[:, 2, 1].set(9 * asked.pooled[:, 3]))
+    asked = inputs_of(np.random.default_rng(0), (15, 16, 12, 13, 14), (True,))
+    old = asked.replace(packed=asked.packed.at[:, 2, 1].set(9 * asked.queries[:, 3]))
     slots, chosen, _ = choose(selection.recency(old), old.ids, 3)
     np.testing.assert_array_equal(chosen, [[14, 15, 16]] * VIDEOS)
     np.testing.assert_array_equal(slots, [[4, 0, 1]] * VIDEOS)
     assert (np.asarray(choose(selection.affinity(old), old.ids, 3)[1])[:, 0] == 12).all()
 
 
-def test_random_depends_on_the_lots_alone():
-    asked, other = (question(np.random.default_rng(seed)) for seed in (10, 11))
-    draw = selection.POLICIES["random"]
-    np.testing.assert_array_equal(draw(asked), draw(other.replace(lots=asked.lots)))
-    lots = jnp.asarray(np.random.default_rng(9).uniform(size=(VIDEOS, len(IDS))), jnp.float32)
-    lots = lots.at[0, 6].set(1.5).at[1, 3].set(1.5)
-    _, chosen, _ = choose(draw(asked.replace(lots=lots)), asked.ids, 1)
+def test_random_depends_on_the_random_scores_alone():
+    asked, other = (inputs_of(np.random.default_rng(seed)) for seed in (10, 11))
+    draw = SCORES["random"].fn
+    np.testing.assert_array_equal(draw(asked), draw(other.replace(random=asked.random)))
+    scores = jnp.asarray(np.random.default_rng(9).uniform(size=(VIDEOS, len(IDS))), jnp.float32)
+    scores = scores.at[0, 6].set(1.5).at[1, 3].set(1.5)
+    _, chosen, _ = choose(draw(asked.replace(random=scores)), asked.ids, 1)
     np.testing.assert_array_equal(chosen, [[3], [5]])
 
 

@@ -12,7 +12,7 @@ import tiny
 from packforcing_jax.configs import stage
 
 from packforcing_jax import config
-from packforcing_jax.config import training
+from packforcing_jax.config import DataConfig
 from packforcing_jax.data import records, sources
 from packforcing_jax.errors import InputError
 
@@ -32,8 +32,8 @@ def encode(texts):
 
 
 def reading(kind, path="", limit=0, exp=tiny.EXP):
-    source = training.DataConfig(kind=kind, path=str(path), limit=limit)
-    return dataclasses.replace(exp, train=dataclasses.replace(exp.train, source=source))
+    """What a run with such data gives to `sources.batches`."""
+    return exp, DataConfig(kind=kind, path=str(path), limit=limit)
 
 
 def example(number, **left_out):
@@ -67,10 +67,10 @@ def lines(tmp_path_factory):
     return path
 
 
-def take(exp, count, batch=4, seed=3, **given):
+def take(read, count, batch=4, seed=3, **given):
     return list(
         itertools.islice(
-            sources.batches(exp, seed=seed, batch=batch, encode=encode, **given), count
+            sources.batches(*read, seed=seed, batch=batch, encode=encode, **given), count
         )
     )
 
@@ -112,16 +112,16 @@ def test_every_example_once_in_each_epoch_each_time_in_another_order(lines):
 
 @pytest.mark.parametrize("kind", ["prompts", "records", "stage"])
 def test_batches_do_not_depend_on_the_number_of_processes(kind, folder, lines):
-    exp = {
+    read = {
         "prompts": reading("prompts", lines),
         "records": reading("records", folder),
         "stage": reading("stage", exp=stage.experiment),
     }[kind]
     name = "ids" if kind == "prompts" else "video" if kind == "stage" else "latent"
-    whole = [raw[name] for raw in take(exp, 2, batch=6)]
+    whole = [raw[name] for raw in take(read, 2, batch=6)]
     for processes in (2, 3):
         parts = [
-            [raw[name] for raw in take(exp, 2, batch=6, process=p, processes=processes)]
+            [raw[name] for raw in take(read, 2, batch=6, process=p, processes=processes)]
             for p in range(processes)
         ]
         for step in range(2):
@@ -130,7 +130,7 @@ def test_batches_do_not_depend_on_the_number_of_processes(kind, folder, lines):
 
 def test_a_process_reads_only_its_own_rows(folder, monkeypatch):
     asked, read = [], records.Records.__getitem__
-    held = sources.batches(reading("records", folder), seed=3, batch=6, process=1, processes=3)
+    held = sources.batches(*reading("records", folder), seed=3, batch=6, process=1, processes=3)
     monkeypatch.setattr(
         records.Records, "__getitem__", lambda self, at: asked.append(at) or read(self, at)
     )
@@ -139,13 +139,13 @@ def test_a_process_reads_only_its_own_rows(folder, monkeypatch):
 
 
 def test_it_goes_on_where_it_was_with_any_number_of_processes(lines):
-    exp = reading("prompts", lines)
-    going = sources.batches(exp, seed=3, batch=6, encode=encode)
+    read = reading("prompts", lines)
+    going = sources.batches(*read, seed=3, batch=6, encode=encode)
     whole = [numbers(next(going)) for _ in range(3)]
     position = json.loads(json.dumps(going.get_state()))
     whole += [numbers(next(going)) for _ in range(2)]
     for process in range(2):
-        half = sources.batches(exp, seed=3, batch=6, process=process, processes=2, encode=encode)
+        half = sources.batches(*read, seed=3, batch=6, process=process, processes=2, encode=encode)
         half.set_state(position)
         assert [numbers(next(half)) for _ in range(2)] == [
             row[3 * process : 3 * process + 3] for row in whole[3:]
@@ -160,8 +160,8 @@ def test_the_first_few_again_and_again(lines):
 
 
 def test_the_stage_draws_new_clips_or_the_first_few_again():
-    exp = reading("stage", exp=stage.experiment)
-    (first, second) = take(exp, 2, batch=3)
+    read = reading("stage", exp=stage.experiment)
+    (first, second) = take(read, 2, batch=3)
     assert set(first) == set(sources.STAGE)
     assert first["video"].shape == (3, 20, 32, 32, 3)
     assert len({clip.tobytes() for clip in (*first["video"], *second["video"])}) == 6
@@ -206,9 +206,9 @@ def test_a_damaged_record_stops_with_its_name(tmp_path):
         take(reading("records", tmp_path / "set"), 3)
 
 
-def refused(exp, **given):
+def refused(read, **given):
     with pytest.raises(InputError) as raised:
-        sources.batches(exp, **{"seed": 3, "batch": 4, "encode": encode} | given)
+        sources.batches(*read, **{"seed": 3, "batch": 4, "encode": encode} | given)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -246,7 +246,7 @@ def test_records_of_other_sizes_are_refused(case, tmp_path):
         tmp_path / "set", 1, make=lambda number: {name: example(number)[name] for name in only}
     )
     with pytest.raises(InputError, match=named):
-        sources.batches(reading("records", folder, exp=exp), seed=3, batch=4)
+        sources.batches(*reading("records", folder, exp=exp), seed=3, batch=4)
 
 
 def test_wrong_requests_are_refused_before_the_first_batch(folder, lines, tmp_path):
@@ -281,8 +281,10 @@ def test_rows_of_a_process_become_shards_of_one_array():
         assert [shard.data.shape[0] for shard in placed[name].addressable_shards] == [2, 2]
 
 
-def test_the_kinds_are_those_of_the_settings():
-    assert set(sources.KINDS) == set(training.SOURCES)
+def test_a_kind_that_does_not_exist_names_the_nearest(lines):
+    assert "train.source.kind='prompt' is unknown; did you mean prompts?" in refused(
+        reading("prompt", lines)
+    )
 
 
 def test_the_form_of_low_latents_is_the_codecs():

@@ -10,7 +10,13 @@ import tiny
 from flax import nnx
 
 from packforcing_jax import pytrees
-from packforcing_jax.config import DataConfig, DistilConfig, DtypeConfig, OptimiserConfig
+from packforcing_jax.config import (
+    DataConfig,
+    DistilConfig,
+    DtypeConfig,
+    OptimiserConfig,
+    TrainConfig,
+)
 from packforcing_jax.errors import InputError
 from packforcing_jax.networks import codec, text
 from packforcing_jax.training import rollout, state
@@ -22,24 +28,23 @@ BASE = dataclasses.replace(
     tiny.EXP,
     sample=dataclasses.replace(tiny.EXP.sample, prediction="clean"),
     clip=3 * BLOCKS,
-    train=dataclasses.replace(
-        tiny.EXP.train,
-        steps=9,
-        distil=DistilConfig(critic_updates=5),
-        **{group: OptimiserConfig(rate=rate, decay=0.0) for group, rate in RATES.items()},
-    ),
+)
+TRAIN = TrainConfig(
+    steps=9,
+    distil=DistilConfig(critic_updates=5),
+    **{group: OptimiserConfig(rate=rate, decay=0.0) for group, rate in RATES.items()},
 )
 READER = tiny.filled(jax.eval_shape(lambda: text.UMT5(BASE.text, nnx.Rngs(0))))
 GENERATOR = pytrees.flatten(
     Model(dit=tiny.nets().dit, compressor=tiny.nets().compressor, text=READER)
 )
 TEACHER = pytrees.flatten({"dit": tiny.filled(tiny.nets().dit, 3)})
-init = tiny.jit(state.init, static_argnames="exp")
-update = tiny.jit(state.update, static_argnames=("exp", "moves"))
+init = tiny.jit(state.init, static_argnames=("exp", "train"))
+update = tiny.jit(state.update, static_argnames=("exp", "train", "moves"))
 
 
-def with_train(exp=BASE, **settings):
-    return dataclasses.replace(exp, train=dataclasses.replace(exp.train, **settings))
+def with_train(**settings):
+    return dataclasses.replace(TRAIN, **settings)
 
 
 def clips(batch=2):
@@ -75,7 +80,7 @@ def same(one, other):
 
 @pytest.fixture(scope="module")
 def drawn():
-    return init(BASE, KEY, {})
+    return init(BASE, TRAIN, KEY, {})
 
 
 def test_keys_start_equal_to_queries_and_nowhere_else(drawn):
@@ -100,7 +105,7 @@ def test_a_given_generator_is_taken_and_a_compressor_it_lacks_is_drawn(drawn):
         for path, leaf in GENERATOR.items()
         if not path.startswith("compressor/")
     }
-    params = init(BASE, KEY, {"generator": half}).params["generator"]
+    params = init(BASE, TRAIN, KEY, {"generator": half}).params["generator"]
     assert {leaf.dtype for leaf in params.values()} == {np.dtype(np.float32)}
     for path, leaf in params.items():
         np.testing.assert_array_equal(
@@ -109,18 +114,18 @@ def test_a_given_generator_is_taken_and_a_compressor_it_lacks_is_drawn(drawn):
 
 
 def test_a_generator_without_its_other_parts_is_refused():
-    exp = with_train(generator_from="models/half")
+    train = with_train(generator_from="models/half")
     for lacking in ("text", "dit"):
         given = {
             path: leaf for path, leaf in GENERATOR.items() if not path.startswith(f"{lacking}/")
         }
         with pytest.raises(InputError, match=f"train.generator_from=models/half lacks {lacking};"):
-            jax.eval_shape(lambda given=given: state.init(exp, KEY, {"generator": given}))
+            jax.eval_shape(lambda given=given: state.init(BASE, train, KEY, {"generator": given}))
 
 
 def test_data_that_hold_states_need_no_reader():
-    exp = with_train(source=DataConfig(kind="records"))
-    params = jax.eval_shape(lambda: state.init(exp, KEY, {})).params["generator"]
+    train = with_train(source=DataConfig(kind="records"))
+    params = jax.eval_shape(lambda: state.init(BASE, train, KEY, {})).params["generator"]
     assert {path.split("/")[0] for path in params} == {"dit", "compressor"}
 
 
@@ -137,7 +142,10 @@ def test_a_critic_starts_as_what_is_given_for_it_else_as_the_teacher_else_as_the
             break
         del networks[name]
     began = init(
-        with_train(objective="dmd", trained=("dit",)), KEY, networks | {"generator": GENERATOR}
+        BASE,
+        with_train(objective="dmd", trained=("dit",)),
+        KEY,
+        networks | {"generator": GENERATOR},
     )
     assert same(began.params["critic"], part(networks[given], "dit"))
     assert same(began.params["generator"], GENERATOR)
@@ -154,10 +162,10 @@ def steps():
     """[(state, metrics)] before and after steps on one batch with one noise: two good, two spoilt, one good."""
     good = clips()
     bad = dataclasses.replace(good, latent=good.latent.at[2, 1, 0, 0, 0, 0].set(jnp.nan))
-    now = init(WHOLE, KEY, {"generator": GENERATOR})
+    now = init(BASE, WHOLE, KEY, {"generator": GENERATOR})
     history = [(now, {})]
     for batch in (good, good, bad, bad, good):
-        now, metrics = update(now, {}, batch, KEY, WHOLE, moves=("generator",))
+        now, metrics = update(now, {}, batch, KEY, BASE, WHOLE, moves=("generator",))
         history.append((now, jax.tree.map(np.asarray, metrics)))
     return history
 
@@ -198,7 +206,7 @@ def test_the_average_follows_with_a_memory_that_grows(steps):
 @pytest.mark.parametrize(("objective", "every"), [("forcing", 1), ("dmd", 5)])
 def test_the_average_is_a_copy_until_it_begins_and_bounded_later(objective, every):
     """The generator's own updates count, of which there is one in five where a critic takes part."""
-    exp = with_train(objective=objective, ema=0.6, ema_from=3)
+    train = with_train(objective=objective, ema=0.6, ema_from=3)
     for updates, keep in ((1, 0.0), (3, 0.0), (4, 0.1), (6, 0.25), (12, 0.5), (40, 0.6)):
         began = state.TrainState(
             params={},
@@ -207,7 +215,7 @@ def test_the_average_is_a_copy_until_it_begins_and_bounded_later(objective, ever
             skipped=np.int32(0),
             step=np.int32(every * (updates - 1)),
         )
-        ema = state.averaged(exp, began, {"x": jnp.float32(12)})
+        ema = state.averaged(train, began, {"x": jnp.float32(12)})
         np.testing.assert_allclose(ema["x"], 2 * keep + 12 * (1 - keep), rtol=1e-5)
 
 
@@ -216,9 +224,9 @@ def test_the_average_is_a_copy_until_it_begins_and_bounded_later(objective, ever
 
 def test_a_batch_in_parts_gives_the_mean_of_the_parts():
     """Six clips in three parts, each with its own words, latents and way; every clip is in one part."""
-    exp = with_train(objective="trajectory", history="clean", batch=6)
+    train = with_train(objective="trajectory", history="clean", batch=6)
     way = jnp.stack(
-        [tiny.latents(BLOCKS, batch=6, seed=seed) for seed in range(1 + len(exp.sample.steps))]
+        [tiny.latents(BLOCKS, batch=6, seed=seed) for seed in range(1 + len(BASE.sample.steps))]
     )
     batch = dataclasses.replace(clips(6), trajectory=way)
     now = state.TrainState(
@@ -228,11 +236,11 @@ def test_a_batch_in_parts_gives_the_mean_of_the_parts():
         "generator": {path: GENERATOR[path] for path in ("dit/patch/kernel", "dit/head/bias")}
     }
 
-    def graded(batch, key, exp):
-        return state.gradients(moving, now, {}, batch, key, exp, "generator")
+    def graded(batch, key, train):
+        return state.gradients(moving, now, {}, batch, key, BASE, train, "generator")
 
-    compiled, keys = tiny.jit(graded, static_argnames="exp"), jax.random.split(KEY, 3)
-    ours = compiled(batch, KEY, with_train(exp, accumulate=3))
+    compiled, keys = tiny.jit(graded, static_argnames="train"), jax.random.split(KEY, 3)
+    ours = compiled(batch, KEY, dataclasses.replace(train, accumulate=3))
     taken = [[at for at in range(6) if at % 3 == number] for number in range(3)]
     each = [
         compiled(
@@ -243,7 +251,7 @@ def test_a_batch_in_parts_gives_the_mean_of_the_parts():
                 trajectory=way[:, :, jnp.asarray(at)],
             ),
             key,
-            exp,
+            train,
         )
         for at, key in zip(taken, keys, strict=True)
     ]
@@ -258,9 +266,9 @@ def test_a_batch_in_parts_gives_the_mean_of_the_parts():
 
 
 def test_a_critic_moves_in_every_step_and_the_generator_in_one_of_five_the_first_included():
-    exp = with_train(objective="dmd")
+    train = with_train(objective="dmd")
     both, alone = ("generator", "critic"), ("critic",)
-    assert [state.movers(exp, step) for step in range(11)] == [
+    assert [state.movers(train, step) for step in range(11)] == [
         both,
         *[alone] * 4,
         both,
@@ -270,16 +278,16 @@ def test_a_critic_moves_in_every_step_and_the_generator_in_one_of_five_the_first
     assert (
         state.movers(with_train(objective="sid", distil=DistilConfig(critic_updates=1)), 7) == both
     )
-    assert state.movers(BASE, 3) == ("generator",)
+    assert state.movers(TRAIN, 3) == ("generator",)
 
 
 def networks_of(objective, frozen=None, **settings):
-    exp = with_train(dataclasses.replace(BASE, **settings), objective=objective)
+    exp, train = dataclasses.replace(BASE, **settings), with_train(objective=objective)
     params = {"generator": GENERATOR} | ({"critic": TEACHER} if objective == "dmd" else {})
     ema = {path: leaf + 1 for path, leaf in GENERATOR.items()}
     now = state.TrainState(params=params, ema=ema, opt={}, step=jnp.int32(0), skipped=jnp.int32(0))
     moving = {"generator": {"dit/head/bias": GENERATOR["dit/head/bias"] + 3}}
-    return state.assembled(exp, now, frozen or {}, moving, "generator")
+    return state.assembled(exp, train, now, frozen or {}, moving, "generator")
 
 
 def test_consistency_asks_the_average_and_a_whole_teacher():
@@ -320,20 +328,21 @@ def test_networks_compute_in_the_dtype_of_computing():
 # a generator and its critic -------------------------------------------------------------------------------------------
 
 HR = dataclasses.replace(BASE, compressor=dataclasses.replace(BASE.compressor, branches="hr"))
-DMD = rollout.for_training(with_train(HR, objective="dmd", source=DataConfig(kind="records"),
-                                      distil=DistilConfig(scored=1)), 3, 0)  # fmt: skip
-DMD = dataclasses.replace(DMD, clip=9)
+SHORT = dataclasses.replace(rollout.for_training(HR, 3, 0), clip=9)
+DMD = with_train(objective="dmd", source=DataConfig(kind="records"), distil=DistilConfig(scored=1))
 WORDS = Batch(words=tiny.normal(3, 1, 2, 7, BASE.dit.text_dim))
 
 
 @pytest.fixture(scope="module")
 def before():
     generator = pytrees.flatten(tiny.nets(HR))
-    return init(DMD, KEY, {"generator": generator, "teacher": TEACHER})
+    return init(SHORT, DMD, KEY, {"generator": generator, "teacher": TEACHER})
 
 
 def test_a_generator_step_moves_the_generator_alone(before):
-    after, metrics = update(before, {"teacher": TEACHER}, WORDS, KEY, DMD, moves=("generator",))
+    after, metrics = update(
+        before, {"teacher": TEACHER}, WORDS, KEY, SHORT, DMD, moves=("generator",)
+    )
     old, new = before.params["generator"], after.params["generator"]
     assert moves_of(old, new) == set(old)
     assert same(
@@ -367,7 +376,7 @@ def test_a_generator_step_moves_the_generator_alone(before):
 
 
 def test_a_critic_step_moves_the_critic_alone(before):
-    after, metrics = update(before, {"teacher": TEACHER}, WORDS, KEY, DMD, moves=("critic",))
+    after, metrics = update(before, {"teacher": TEACHER}, WORDS, KEY, SHORT, DMD, moves=("critic",))
     moved = moves_of(before.params["critic"], after.params["critic"])
     assert moved == set(TEACHER)
     assert same((before.params["generator"], before.ema), (after.params["generator"], after.ema))

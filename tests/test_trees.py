@@ -88,7 +88,7 @@ def test_filling_leaves_the_module_alone():
 
 
 def test_a_filled_module_computes_with_its_new_values():
-    shapes = jax.eval_shape(lambda: compressor.Compressor(tiny.EXP, nnx.Rngs(0)))
+    shapes = jax.eval_shape(lambda: compressor.build(tiny.EXP.step, nnx.Rngs(0)))
     filled = pytrees.fill(shapes, pytrees.flatten(tiny.nets().compressor))
     latent = tiny.normal(0, 1, 4, 8, 4, 12)
     np.testing.assert_array_equal(

@@ -18,6 +18,7 @@ from packforcing_jax.cli import main
 from packforcing_jax.config import DiTConfig
 from packforcing_jax.errors import InputError
 from packforcing_jax.memory import cache, view
+from packforcing_jax.memory import layout as layouts
 from packforcing_jax.types import KV
 from packforcing_jax.verify import kinds, parts, transformer
 
@@ -334,22 +335,29 @@ def test_cache_settings_see_and_hold_the_frames_of_the_rolling_cache(block, wind
         "sink_size": sink,
     }
     exp = transformer.experiment(config, frames=blocks * block, latent=(2, 6))
-    memory = cache.init(exp, 1)
+    spec = exp.memory
+    memory, latent = cache.init(spec, 1), jnp.zeros((1, block, *spec.latent))
     for number, (seen, held) in enumerate(rolling(blocks, block=block, window=window, sink=sink)):
-        plan = cache.plan(exp.cache, memory.num_blocks)
-        q, no_lots = np.zeros((1, block * 3, 2, 6), np.float32), np.zeros((1, 0), np.float32)
-        recalled, _ = view.recall(exp, plan, memory.layers[0], q, no_lots)
-        np.testing.assert_array_equal(
-            recalled.v[0, : int(cache.length(exp, plan)), 0, 0], np.repeat(seen, 3)
-        )
+        layout = layouts.layout(exp.cache, memory.progress)
+        q, no_scores = np.zeros((1, block * 3, 2, 6), np.float32), np.zeros((1, 0), np.float32)
+        recalled, _ = view.recall(spec, layout, memory.layers[0], q, no_scores)
+        own = number * block + np.arange(block)
+        slots = layouts.frame_slots(exp.cache, layout, jnp.asarray(own, jnp.int32))
+        length = int(layouts.length(spec, layout)) // 3
+        past = np.setdiff1d(
+            np.arange(length), np.asarray(slots)
+        )  # the rest is the block's own room
+        frames = np.asarray(recalled.v[0, :, 0, 0]).reshape(-1, 3)[past]
+        assert sorted(frames[:, 0]) == seen
+        assert (frames == frames[:, :1]).all()
         frames = np.repeat(np.arange(block) + number * block, 3).astype(np.float32)
         values = jnp.broadcast_to(frames[None, :, None, None], (1, block * 3, 2, 6))
-        memory = cache.commit(exp, memory, [KV(k=values, v=values)], None)
+        memory = cache.commit(spec, memory, latent, [KV(k=values, v=values)], None)
         np.testing.assert_array_equal(
-            cache.export(exp, memory).v[0, 0, :, 0, 0], np.repeat(held, 3)
+            cache.export(spec, memory).v[0, 0, :, 0, 0], np.repeat(held, 3)
         )
         np.testing.assert_array_equal(
-            cache.end_indices(exp, memory), [(number + 1) * block * 3, len(held) * 3]
+            cache.end_indices(spec, memory), [(number + 1) * block * 3, len(held) * 3]
         )
 
 

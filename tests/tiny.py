@@ -10,6 +10,7 @@ from flax import nnx
 
 from packforcing_jax import config, pytrees
 from packforcing_jax.memory import cache
+from packforcing_jax.memory import layout as layouts
 from packforcing_jax.networks import codec, compressor, dit
 from packforcing_jax.sampling import block_step
 
@@ -67,7 +68,7 @@ def normal(seed, *shape):
 
 def _build(exp, key=0):
     return block_step.Nets(
-        dit=dit.WanDiT(exp.dit, nnx.Rngs(key)), compressor=compressor.Compressor(exp, nnx.Rngs(key))
+        dit=dit.WanDiT(exp.dit, nnx.Rngs(key)), compressor=compressor.build(exp.step, nnx.Rngs(key))
     )
 
 
@@ -99,14 +100,14 @@ def nets(exp=EXP):
 @functools.cache
 def apart(exp=EXP):
     """The same nets with their layers one by one, as sampling runs them."""
-    return dataclasses.replace(nets(exp), dit=dit.unrolled(nets(exp).dit))
+    return dataclasses.replace(nets(exp), dit=nets(exp).dit.unrolled())
 
 
 @functools.cache
 def fresh(exp=EXP):
     """The same transformer with a compressor as training starts it."""
     return block_step.Nets(
-        dit=nets(exp).dit, compressor=jit(lambda: compressor.Compressor(exp, nnx.Rngs(0)))()
+        dit=nets(exp).dit, compressor=jit(lambda: compressor.build(exp.step, nnx.Rngs(0)))()
     )
 
 
@@ -130,10 +131,10 @@ def lows(blocks, exp=EXP, batch=BATCH, seed=6):
     return normal(seed, blocks, *shape)
 
 
-text_kv = jit(dit.text_kv)
-draw = jit(block_step.draw, static_argnames="exp")
-remember = jit(block_step.remember, static_argnames="exp")
-_chances = jit(block_step.chances, static_argnames="exp")
+text_kv = jit(dit.WanDiT.text_kv)
+denoise = jit(block_step.denoise_block, static_argnames="cfg")
+commit = jit(block_step.commit_block, static_argnames="cfg")
+_noise = jit(block_step.draw_noise, static_argnames="cfg")
 
 
 def words(exp=EXP, batch=BATCH, seed=7):
@@ -141,37 +142,54 @@ def words(exp=EXP, batch=BATCH, seed=7):
     return text_kv(apart(exp).dit, normal(seed, batch, exp.dit.text_len - 1, exp.dit.text_dim))
 
 
-def chances(exp, block, videos=range(BATCH), seed=11):
-    return _chances(exp, seed, jnp.asarray(videos), jnp.int32(block))
+def noise(exp, block, videos=range(BATCH), seed=11):
+    """Everything random about a block."""
+    return _noise(exp.step, seed, jnp.asarray(videos, jnp.uint32), jnp.int32(block))
 
 
-def ids(drawn):
-    """The packed blocks that each layer looked at, [layer, b, top]."""
-    return np.asarray(pytrees.stack(drawn.looked).ids)
+def ids(denoised):
+    """The packed blocks that each layer attended to, [layer, b, top]."""
+    return np.asarray(pytrees.stack(denoised.selection).ids)
 
 
-def views(exp, block, drawn):
-    """What was committed when a block was drawn, keys and values [layer, b, k, n, h]: the rest is scratch."""
-    length = int(cache.length(exp, cache.plan(exp.cache, jnp.int32(block))))
-    return jax.tree.map(lambda x: np.asarray(x)[:, :, :length], pytrees.stack(drawn.views))
+def committed(exp, memory):
+    """Keys and values [layer, b, frame, s, n, h] of the frames at full size that the next block sees, in time order."""
+    cfg, layout = exp.cache, layouts.layout(exp.cache, memory.progress)
+    sink = int(layout.scene) + np.arange(int(layout.sink))
+    recent = int(layout.start) - int(layout.recent) + np.arange(int(layout.recent))
+    slots = layouts.frame_slots(cfg, layout, jnp.asarray([*sink, *recent], jnp.int32))
+
+    def frames(store):
+        whole = np.asarray(store)[:, :, : exp.memory.full_res]
+        return whole.reshape(*whole.shape[:2], -1, exp.tokens_per_frame, *whole.shape[3:])[
+            :, :, slots
+        ]
+
+    return jax.tree.map(frames, pytrees.stack(block_step.views_of(memory)))
 
 
 def one_block(exp, memory, text, block, low):
-    """A block drawn and remembered: what was drawn, and the memory after it."""
-    drawn = draw(apart(), exp, memory, chance=chances(exp, block), text=text)
-    memory, *_ = remember(
-        apart(), exp, memory, latent=drawn.latent, low=low, drawn=drawn, text=text
+    """A block denoised and committed: what was denoised, and the memory after it."""
+    memory, denoised = denoise(apart(), exp.step, memory, noise=noise(exp, block), text=text)
+    memory, _ = commit(
+        apart(),
+        exp.step,
+        memory,
+        latent=denoised.latent,
+        low=low,
+        selection=denoised.selection,
+        text=text,
     )
-    return drawn, memory
+    return denoised, memory
 
 
 def rollout(exp, blocks, text_of=lambda block: words()):
-    """What was drawn block by block, and the memory at the end."""
-    memory, drawn, low = cache.init(exp, BATCH), [], lows(1, exp)[0]
+    """What was denoised block by block, and the memory at the end."""
+    memory, denoised, low = cache.init(exp.memory, BATCH), [], lows(1, exp)[0]
     for block in range(blocks):
         one, memory = one_block(exp, memory, text_of(block), block, low)
-        drawn.append(one)
-    return drawn, memory
+        denoised.append(one)
+    return denoised, memory
 
 
 def reaches(jacobian, blocks):

@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from packforcing_jax import configs
 from packforcing_jax.cli import common, plan
-from packforcing_jax.config import overrides
 from packforcing_jax.errors import InputError, require
 from packforcing_jax.io import atomic
 
 DEFAULT = "stage"
-PARTS = ("forward", "block", "selection", "decode", "compression", "commit", "remember", "second")
-BASELINE = overrides.CONFIGS.parent / "benchmarks" / "baseline.json"
+PARTS = ("forward", "denoise", "selection", "decode", "compression", "store", "commit", "second")
+BASELINE = Path(next(iter(configs.__path__))).parent / "benchmarks" / "baseline.json"
 ALIKE = ("config", "set", "dtype", "device")  # what two runs must share to be compared
 LEAST, WIDE, SPREADS, ENOUGH = 0.15, 0.5, 4, 4
 RULE = (

@@ -3,18 +3,33 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import TextIO, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from packforcing_jax import interrupts
-from packforcing_jax.config import Experiment, overrides
+
+if TYPE_CHECKING:
+    from packforcing_jax.config import Experiment
 
 Item = TypeVar("Item")
-load_experiment = overrides.load_experiment  # (config: path or name, sets) -> Experiment
-override = overrides.override  # (experiment that came with its weights, sets) -> Experiment
 SECONDS_BETWEEN_LINES = (
     2.0  # plain progress lines come at most this often, so that a log stays readable
 )
+
+
+def load_experiment(config: str | Path, sets: Sequence[str] = ()) -> "Experiment":
+    """`config.overrides.load_experiment`, which loads jax."""
+    from packforcing_jax.config import overrides
+
+    return overrides.load_experiment(config, sets)
+
+
+def override(experiment: "Experiment", sets: Sequence[str]) -> "Experiment":
+    """`config.overrides.override`: of an experiment that came with its weights."""
+    from packforcing_jax.config import overrides
+
+    return overrides.override(experiment, sets)
 
 
 def add_experiment_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -46,7 +61,13 @@ def device_line() -> str:
 
 
 def start_line(
-    verb: str, *, experiment: Experiment, dtype, attention: str, why: str, out: TextIO | None = None
+    verb: str,
+    *,
+    experiment: "Experiment",
+    dtype,
+    attention: str,
+    why: str,
+    out: TextIO | None = None,
 ):
     """Prints on stderr what is about to run: experiment, device, dtype, attention backend really used and why."""
     import jax.numpy as jnp

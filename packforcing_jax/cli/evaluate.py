@@ -7,7 +7,6 @@ import sys
 from typing import Any
 
 from packforcing_jax.cli import common
-from packforcing_jax.config import PROFILES
 from packforcing_jax.errors import InputError, require
 
 MODES = {
@@ -77,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         args.config is None or args.run is not None,
         "--config goes with --run; a model folder has its own config.",
     )
+    from packforcing_jax.config import PROFILES
+
     require(
         args.memory in (None, *PROFILES),
         f"--memory {args.memory} is unknown; choose one of {', '.join(PROFILES)}.",
@@ -90,9 +91,10 @@ def run(args: argparse.Namespace) -> int:
 
     ways = recall.ways_of(args.ways)
     model = _model(args)
-    backend, why = attention.chosen(model.experiment.attention)
+    exp = model.experiment
+    backend, why = attention.chosen(exp.attention, exp.dtypes.cache)
     common.start_line(
-        "evaluate", experiment=model.experiment, dtype="float32", attention=backend, why=why
+        "evaluate", experiment=exp, dtype=exp.dtypes.compute, attention=backend, why=why
     )
     count = VIDEOS[args.mode] if args.videos is None else args.videos
     seed = stage_figures.HELD_OUT if args.seed is None else args.seed
@@ -112,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _model(args: argparse.Namespace):
     """The model that the flags name, with the memory and the settings they ask for."""
+    from packforcing_jax.config import overrides
     from packforcing_jax.evaluation import stage_figures
     from packforcing_jax.sampling import pipeline
 
@@ -119,5 +122,8 @@ def _model(args: argparse.Namespace):
         return pipeline.Pipeline.from_pretrained(args.weights, memory=args.memory, sets=args.sets)
     checkpoint = stage_figures.newest(args.run)
     print(f"evaluate: averaged weights of {checkpoint}", file=sys.stderr)
-    exp = pipeline.asked_for(common.load_experiment(args.config or "stage"), args.memory, args.sets)
-    return stage_figures.of_checkpoint(exp, checkpoint)
+    training = [each for each in args.sets if overrides.of_training(each)]
+    stage = overrides.load_stage(args.config or "stage", training)
+    sets = [each for each in args.sets if each not in training]
+    exp = pipeline.asked_for(stage.experiment, args.memory, sets)
+    return stage_figures.of_checkpoint(exp, stage.train, checkpoint)

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from packforcing_jax.cli import common
 from packforcing_jax.errors import require
 from packforcing_jax.io import atomic
 
@@ -14,6 +15,11 @@ SHOWN = 20  # problems printed in full; --json holds all
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `inspect`."""
     parser.add_argument("file", metavar="FILE", help="trace written by sample --trace")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="experiment of the run, needed where it had a score or an eviction rule of its own",
+    )
     picture = parser.add_mutually_exclusive_group()
     picture.add_argument(
         "--map", metavar="PNG", help="where the map goes (default: FILE with the suffix .png)"
@@ -26,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
     target = _target(args)
     from packforcing_jax.sampling import inspect_trace, trace
 
-    found = trace.read(args.file)
+    known = common.load_experiment(args.config).cache if args.config else None
+    found = trace.read(args.file, known)
     wrong = inspect_trace.problems(found)
     if target is not None:
         _write(inspect_trace.heat_map(found), target)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from packforcing_jax.cli import common
-from packforcing_jax.config import DTYPES, PROFILES
+from packforcing_jax.config import DTYPES
 
 if TYPE_CHECKING:
     from packforcing_jax.plan.budget import Budget, Row
@@ -24,7 +24,7 @@ WIDTH = 120
 TITLES = {
     "keys": "keys that a layer attends to, one video",
     "last block": "the last block",
-    "bytes": "keys and values, all layers",
+    "bytes": "keys and values attended, all layers",
     "parameters": "parameters",
     "weights": "weights",
     "held": "held from the first block to the last",
@@ -46,13 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     length.add_argument("--blocks", type=int, metavar="N", help="length in blocks")
     parser.add_argument(
-        "--batch", type=int, default=1, metavar="N", help="videos drawn together (default: 1)"
+        "--batch", type=int, default=1, metavar="N", help="videos made together (default: 1)"
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, help="instead of every one of the experiment's own dtypes.*"
     )
     parser.add_argument(
-        "--memory", metavar="PROFILE", help=f"another memory: {', '.join(PROFILES)}"
+        "--memory", metavar="PROFILE", help="another memory than the config's own, such as no-mid"
     )
     parser.add_argument(
         "--device-memory",
@@ -123,7 +123,7 @@ def table(found: Budget, verdicts: Sequence[Verdict]) -> str:
         "p": exp.tokens_per_packed_block,
         "L": exp.dit.layers,
         "d": exp.dit.dim,
-        "f": exp.dit.ffn_dim,
+        "f": getattr(exp.dit, "ffn_dim", None),
         "W": exp.dit.text_len,
         "q": exp.cache.block * exp.tokens_per_frame,
         "S": len(exp.sample.steps),
@@ -139,7 +139,9 @@ def table(found: Budget, verdicts: Sequence[Verdict]) -> str:
         [
             f"{exp.name}: {found.blocks} blocks of {exp.cache.block} latent frames, {dtypes(found)}",
             "with "
-            + ", ".join(f"{letter} = {size:,}" for letter, size in sizes.items())
+            + ", ".join(
+                f"{letter} = {size:,}" for letter, size in sizes.items() if size is not None
+            )
             + ", V = room",
             *lines,
             "",

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packforcing_jax.cli import common, plan
-from packforcing_jax.config import Experiment
+from packforcing_jax.config import TrainConfig, decode
 from packforcing_jax.errors import InputError, require
 
 if TYPE_CHECKING:
+    from packforcing_jax.config import Experiment
     from packforcing_jax.data import records
     from packforcing_jax.io import model_folder
     from packforcing_jax.training import importing
@@ -67,10 +68,10 @@ def run(args: argparse.Namespace) -> int:
     source, out = Path(args.source), Path(args.out)
     kind = args.kind or importing.recognised(source)
     append_file.check_writable(out / records.COMPLETE, "Data set")
-    exp, model = _model(args)
+    exp, train, model = _model(args)
     items = importing.KINDS[kind].items(source)[: args.limit]
     require(len(items) > 0, f"{source} holds nothing to prepare; give another source.")
-    parts = importing.parts_of(exp, model, importing.KINDS[kind].needs)
+    parts = importing.parts_of(exp, model, importing.KINDS[kind].needs, train)
     if kind == "trajectories":
         times = paths.timesteps(exp)
     for need in importing.KINDS[kind].needs:
@@ -107,17 +108,23 @@ def timesteps(words: str | None) -> list[float] | None:
     return found
 
 
-def _model(args: argparse.Namespace) -> tuple[Experiment, model_folder.Opened | None]:
-    """The sizes that are asked for, and the model folder that is given."""
+def _model(
+    args: argparse.Namespace,
+) -> tuple[Experiment, TrainConfig, model_folder.Opened | None]:
+    """The sizes that are asked for, how a teacher draws, and the model folder that is given."""
+    from packforcing_jax.config import Stage, overrides
     from packforcing_jax.io import model_folder
 
     require(
         args.weights is not None or args.config is not None,
         "give --weights MODEL, or --config for the sizes alone (as for an LMDB folder).",
     )
-    model = model_folder.opened(args.weights) if args.weights is not None else None
-    exp = common.load_experiment(args.config) if args.config is not None else model.experiment  # type: ignore[union-attr]
-    return common.override(exp, args.sets), model
+    stage = overrides.load_stage(args.config) if args.config is not None else None
+    known = decode.classes_in(stage.experiment) if stage is not None else ()
+    model = model_folder.opened(args.weights, known) if args.weights is not None else None
+    given = stage or Stage("", model.experiment, TrainConfig())  # type: ignore[union-attr]
+    asked = overrides.override_stage(given, args.sets)
+    return asked.experiment, asked.train, model
 
 
 def made_with(parts: importing.Parts, model: model_folder.Opened | None) -> dict[str, Any]:

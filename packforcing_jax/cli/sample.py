@@ -63,14 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", metavar="DIR", help="model folder (default: the Stage model that ships)"
     )
-    parser.add_argument(
-        "--set",
-        metavar="A.B=VALUE",
-        action="append",
-        default=[],
-        dest="sets",
-        help="change one setting of the model's config, such as cache.top=8; may be repeated",
-    )
+    common.add_experiment_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,7 +75,9 @@ def run(args: argparse.Namespace) -> int:
 
     _writable(args)
     _require_fits(args)
-    pipeline = Pipeline.from_pretrained(args.weights, memory=args.memory, sets=args.sets)
+    pipeline = Pipeline.from_pretrained(
+        args.weights, experiment=_config(args), memory=args.memory, sets=args.sets
+    )
     exp = pipeline.experiment
     if not wanted:
         return _make(
@@ -97,9 +92,14 @@ def _require_fits(args: argparse.Namespace) -> None:
     from packforcing_jax.plan import memory_fit
     from packforcing_jax.sampling import pipeline
 
-    exp = model_folder.opened(args.weights or pipeline.SHIPPED).experiment
+    exp = _config(args) or model_folder.opened(args.weights or pipeline.SHIPPED).experiment
     if not args.anyway:
         memory_fit.require_fits(pipeline.asked_for(exp, args.memory, args.sets))
+
+
+def _config(args: argparse.Namespace):
+    """The experiment that takes the place of the model's own settings, if one is given."""
+    return common.load_experiment(args.config) if args.config else None
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ class Film:
             "memory": args.memory,
             "blocks": self.blocks,
             "set": args.sets,
+            "config": args.config,
             "weights": args.weights,
             "prompts": _runs(self.prompts),
         }

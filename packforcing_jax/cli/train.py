@@ -5,12 +5,14 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from packforcing_jax import interrupts
 from packforcing_jax.cli import common
-from packforcing_jax.config import Experiment, overrides
 from packforcing_jax.errors import MachineError, brief, require
+
+if TYPE_CHECKING:
+    from packforcing_jax.config import Stage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,14 +55,16 @@ def run(args: argparse.Namespace) -> int:
         f"--seed {args.seed} does not fit into 32 bits; give 0 to {2**32 - 1}.",
     )
     sets = args.sets + ([f"train.steps={args.steps}"] if args.steps is not None else [])
+    from packforcing_jax.config import overrides
+
     recipe = overrides.load_recipe(args.config, sets)
     join(args)
     from packforcing_jax.training import runs
 
     told: dict[str, Any] = {}
     with interrupts.noted() as asked:
-        for folder, exp in runs.planned(recipe, Path(args.out), args.stage):
-            told = train(exp, folder, args.seed, asked)
+        for folder, stage in runs.planned(recipe, Path(args.out), args.stage):
+            told = train(stage, folder, args.seed, asked)
             if told["stopped"]:
                 break
     if first():
@@ -107,17 +111,18 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
-def train(exp: Experiment, folder: Path, seed: int, asked: Callable[[], bool]) -> dict[str, Any]:
+def train(stage: "Stage", folder: Path, seed: int, asked: Callable[[], bool]) -> dict[str, Any]:
     """Trains one stage in `folder` until it is done or asked to stop; what came of it, with its last metrics."""
     from packforcing_jax.policies import attention
     from packforcing_jax.training import logs, runs
 
+    exp, settings = stage.experiment, stage.train
     told: dict[str, Any] = {
-        "step": exp.train.steps,
+        "step": settings.steps,
         "model": str(folder / runs.MODEL),
         "stopped": False,
     }
-    if runs.finished(exp, folder, seed=seed):
+    if runs.finished(exp, settings, folder, seed=seed):
         say(f"train: {told['model']} is there already")
         return told
     backend, why = attention.chosen(exp.attention)
@@ -125,13 +130,13 @@ def train(exp: Experiment, folder: Path, seed: int, asked: Callable[[], bool]) -
         common.start_line(
             "train", experiment=exp, dtype=exp.dtypes.compute, attention=backend, why=why
         )
-    job = runs.start(exp, folder, seed=seed)
+    job = runs.start(exp, settings, folder, seed=seed)
     if job.step:
         say(f"train: goes on behind step {job.step} in {folder}")
     made, metrics = runs.steps(job, asked), {}
     if first():
         made = common.progress(
-            made, name=folder.name, unit="steps", total=exp.train.steps - job.step
+            made, name=folder.name, unit="steps", total=settings.steps - job.step
         )
     for each in made:
         metrics = each

@@ -1,13 +1,18 @@
-"""Every size and choice of an experiment, as frozen values that refuse impossible combinations."""
+"""Every size and choice of an experiment, as frozen values that refuse impossible combinations.
+
+What holds policies is loaded when first used: policies compute, and the command line answers `--help` without jax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
 
 from packforcing_jax.config.choices import CHOICES, DTYPES
-from packforcing_jax.config.experiment import Experiment
-from packforcing_jax.config.memory import PROFILES, CacheConfig
 from packforcing_jax.config.networks import (
     WAN_MEAN,
     WAN_STD,
     CompressorConfig,
     DiTConfig,
+    ModelConfig,
     SpaceToDepthConfig,
     TextConfig,
     VAEConfig,
@@ -18,9 +23,24 @@ from packforcing_jax.config.training import (
     DataConfig,
     DistilConfig,
     MeshConfig,
+    Objective,
     OptimiserConfig,
     TrainConfig,
 )
+
+if TYPE_CHECKING:
+    from packforcing_jax.config.experiment import Experiment, StepConfig
+    from packforcing_jax.config.memory import PROFILES, CacheConfig, MemorySpec
+    from packforcing_jax.config.recipe import Stage
+
+_HOME = {
+    "Experiment": "experiment",
+    "StepConfig": "experiment",
+    "Stage": "recipe",
+    "PROFILES": "memory",
+    "CacheConfig": "memory",
+    "MemorySpec": "memory",
+}
 
 __all__ = [
     "CHOICES",
@@ -37,11 +57,24 @@ __all__ = [
     "DiTConfig",
     "DtypeConfig",
     "Experiment",
+    "MemorySpec",
     "MeshConfig",
+    "ModelConfig",
+    "Objective",
     "OptimiserConfig",
     "SampleConfig",
     "SpaceToDepthConfig",
+    "Stage",
+    "StepConfig",
     "TextConfig",
     "TrainConfig",
     "VAEConfig",
 ]
+
+
+def __getattr__(name: str):
+    """A name of a module that holds policies."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return globals()[name]

@@ -8,18 +8,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 CHOICES = {
     "cache.rope_adjustment": ("sink", "incremental", "sink_only", "none"),
     "cache.span": ("true", "fit"),
-    "cache.selection": (
-        "affinity",
-        "mass_sum",
-        "mass_max",
-        "logit_max",
-        "centred_logit_max",
-        "log_sum_exp",
-        "paper_sum",
-        "recency",
-        "random",
-        "all",
-    ),
     "cache.scope": ("layer", "shared"),
     "cache.timing": ("first", "late"),
     "cache.archive": ("device", "host"),
@@ -27,6 +15,8 @@ CHOICES = {
     "compressor.places": ("stretched", "native"),
     "compressor.keys": ("blocks", "projected"),
     "sample.prediction": ("velocity", "clean"),
+    "train.history": ("memory", "clean", "noisy"),
+    "train.remat": ("layers", "blocks"),
     **{f"dtypes.{name}": DTYPES for name in ("params", "compute", "cache", "vae", "text")},
 }
 

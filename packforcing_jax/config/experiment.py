@@ -1,19 +1,76 @@
-"""One model with everything needed to sample from it, as one frozen value."""
+"""One model with everything needed to sample from it, and the part of it that decides about a block's programs."""
 
+import functools
 import math
 from dataclasses import dataclass
 
-from packforcing_jax.config.memory import CacheConfig
+from packforcing_jax.config.memory import CacheConfig, MemorySpec
 from packforcing_jax.config.networks import (
     CompressorConfig,
     DiTConfig,
+    ModelConfig,
     SpaceToDepthConfig,
     TextConfig,
     VAEConfig,
 )
 from packforcing_jax.config.sampling import DtypeConfig, SampleConfig
-from packforcing_jax.config.training import TrainConfig
 from packforcing_jax.errors import require
+from packforcing_jax.policies.attention import Backend
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """What decides about the programs of one block, and nothing else: the static argument of what is compiled."""
+
+    dit: ModelConfig
+    cache: CacheConfig
+    compressor: CompressorConfig
+    sample: SampleConfig
+    latent: tuple[int, int]
+    attention: str | Backend
+    compute: str  # number format of what is computed
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tokens per latent frame as (rows, columns)."""
+        return self.latent[0] // self.dit.patch[1], self.latent[1] // self.dit.patch[2]
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def packed_grid(self) -> tuple[int, int, int]:
+        """Tokens of one packed block as (time slots, rows, columns)."""
+        stride = self.compressor.stride
+        return (
+            self.compressor.frames // stride(0),
+            self.latent[0] // stride(1),
+            self.latent[1] // stride(2),
+        )
+
+    @property
+    def tokens_per_packed_block(self) -> int:
+        return math.prod(self.packed_grid)
+
+    @functools.cached_property
+    def memory(self) -> MemorySpec:
+        """What the memory reads of this."""
+        dit, stride = self.dit, self.compressor.stride
+        return MemorySpec(
+            cache=self.cache,
+            layers=dit.layers,
+            heads=dit.heads,
+            head_dim=dit.head_dim,
+            pairs=dit.pairs,
+            rope_theta=dit.rope_theta,
+            grid=self.grid,
+            latent=(*self.latent, dit.in_channels),
+            packed_grid=self.packed_grid,
+            packed_stride=(stride(0), stride(1) / dit.patch[1], stride(2) / dit.patch[2]),
+            packed_frames=self.compressor.frames,
+            packed_places=self.compressor.places,
+        )
 
 
 @dataclass(frozen=True)
@@ -21,18 +78,17 @@ class Experiment:
     """One model with everything needed to sample from it; `latent` is (rows, columns), `fps` of the video."""
 
     name: str
-    dit: DiTConfig = DiTConfig()
+    dit: DiTConfig = DiTConfig()  # or a `ModelConfig` of one's own, which builds its model
     codec: VAEConfig | SpaceToDepthConfig = VAEConfig()
     text: TextConfig = TextConfig()
     cache: CacheConfig = CacheConfig()
     compressor: CompressorConfig = CompressorConfig()
     sample: SampleConfig = SampleConfig()
     dtypes: DtypeConfig = DtypeConfig()
-    train: TrainConfig = TrainConfig()
     latent: tuple[int, int] = (60, 104)
     fps: int = 16
     clip: int = 20  # latent frames of a training clip
-    attention: str = "auto"  # or a row of attention.BACKENDS
+    attention: str | Backend = "auto"  # a name of policies.attention.BACKENDS, or a backend
 
     def __post_init__(self):
         for axis, size in zip((1, 2), self.latent):
@@ -59,25 +115,38 @@ class Experiment:
         )
         return self.clip // self.cache.block
 
+    @functools.cached_property
+    def step(self) -> StepConfig:
+        """What decides about the programs of one block."""
+        return StepConfig(
+            dit=self.dit,
+            cache=self.cache,
+            compressor=self.compressor,
+            sample=self.sample,
+            latent=self.latent,
+            attention=self.attention,
+            compute=self.dtypes.compute,
+        )
+
+    @property
+    def memory(self) -> MemorySpec:
+        """What the memory reads of this."""
+        return self.step.memory
+
     @property
     def grid(self) -> tuple[int, int]:
         """Tokens per latent frame as (rows, columns)."""
-        return self.latent[0] // self.dit.patch[1], self.latent[1] // self.dit.patch[2]
+        return self.step.grid
 
     @property
     def tokens_per_frame(self) -> int:
-        return self.grid[0] * self.grid[1]
+        return self.step.tokens_per_frame
 
     @property
     def packed_grid(self) -> tuple[int, int, int]:
         """Tokens of one packed block as (time slots, rows, columns)."""
-        stride = self.compressor.stride
-        return (
-            self.compressor.frames // stride(0),
-            self.latent[0] // stride(1),
-            self.latent[1] // stride(2),
-        )
+        return self.step.packed_grid
 
     @property
     def tokens_per_packed_block(self) -> int:
-        return math.prod(self.packed_grid)
+        return self.step.tokens_per_packed_block

@@ -1,18 +1,24 @@
 """The memory: its sizes in latent frames, who is looked back at, and where the keys stand in time."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from packforcing_jax.config.choices import require_choices
 from packforcing_jax.errors import require
+from packforcing_jax.policies import eviction, selection
+from packforcing_jax.policies.eviction import Eviction
+from packforcing_jax.policies.selection import Score
+from packforcing_jax.policies.table import named
 
 
 @dataclass(frozen=True)
 class CacheConfig:
     """The memory (paper sec. 3.2): all sizes in latent frames, `top` and `capacity` in packed blocks.
 
-    `spare` recent frames outlive the block that could see them (Self-Forcing's rolling cache evicts one block late).
     `trained` is the range of positions seen in training; span `fit` squeezes mid into what is left of it.
+    `selection` scores packed blocks, `eviction` says which of them the archive keeps: names of
+    `policies.selection.SCORES` and `policies.eviction.EVICTIONS`, or values of one's own.
     """
 
     block: int = 4
@@ -20,19 +26,16 @@ class CacheConfig:
     recent: int = 4
     top: int = 16
     capacity: int = 128
-    spare: int = 0
+    window: int = 0  # frames denoised together, whole blocks of them; 0: one block
     rope_adjustment: str = "sink"
     span: str = "true"
     trained: int = 20
-    selection: str = "affinity"
+    selection: str | Score = "affinity"
+    eviction: str | Eviction = "fifo"
     scope: str = "layer"  # every layer chooses for itself, or one choice is shared by all
     timing: str = "first"
     archive: str = "device"  # where packed blocks lie
-    score_pool: tuple[int, int, int] = (
-        2,
-        4,
-        4,
-    )  # query tokens averaged before scoring: frames, rows, columns
+    score_pool: tuple[int, int, int] = (2, 4, 4)  # queries averaged: frames, rows, columns
     key_multiple: int = 128
 
     def __post_init__(self):
@@ -48,6 +51,11 @@ class CacheConfig:
             self.top == 0 or (self.sink % self.block == 0 and self.recent % self.block == 0),
             f"cache.sink={self.sink} and recent={self.recent} must be whole blocks of {self.block} frames "
             "when packed blocks are attended; change them or set top=0.",
+        )
+        require(
+            self.window % self.block == 0 and (self.top == 0 or self.window in (0, self.block)),
+            f"cache.window={self.window} must be whole blocks of {self.block} frames, and one block when packed blocks "
+            "are attended; change it or set top=0.",
         )
         require_choices("cache", self)
         require(
@@ -66,20 +74,93 @@ class CacheConfig:
             "set rope_adjustment=sink.",
         )
 
+        if self.evicts is not eviction.FIFO:
+            eviction.check(self.evicts, self.slots)
+        _ = self.score  # an unknown name is refused here
+
+    @property
+    def score(self) -> Score:
+        """The score by which packed blocks are chosen."""
+        return named(selection.SCORES, self.selection, "cache.selection")
+
+    @property
+    def evicts(self) -> Eviction:
+        """The rule by which the archive forgets packed blocks."""
+        return named(eviction.EVICTIONS, self.eviction, "cache.eviction")
+
     @property
     def ring(self) -> int:
-        """Frames the recent ring stores."""
-        return self.recent + self.spare
+        """Frames of the ring behind the sink: those that are seen, and the block that is being made."""
+        return self.recent + self.block
+
+    @property
+    def chunk(self) -> int:
+        """Frames that always lie side by side, in the sink as in the ring: whole blocks where sizes allow."""
+        return math.gcd(self.block, self.sink, self.recent)
 
     @property
     def attended(self) -> int:
         """Packed blocks a block step attends to at most."""
-        return self.capacity if self.top and self.selection == "all" else self.top
+        return self.capacity if self.top and self.score.attends_all else self.top
 
     @property
     def slots(self) -> int:
-        """Slots of the packed ring: the archive plus the twins of blocks still sharp in `recent`."""
+        """Slots of the archive: `capacity`, and one for each block that is still at full size in `recent`."""
         return self.capacity + self.recent // self.block if self.top else 0
+
+
+@dataclass(frozen=True)
+class MemorySpec:
+    """All that the memory reads of an experiment: its settings, and the sizes of what it stores."""
+
+    cache: CacheConfig
+    layers: int
+    heads: int
+    head_dim: int
+    pairs: tuple[int, int, int]  # rotary pairs of a head: time, rows, columns
+    rope_theta: tuple[float, float, float]
+    grid: tuple[int, int]  # tokens of a latent frame: rows, columns
+    latent: tuple[int, int, int]  # a latent frame: rows, columns, channels
+    packed_grid: tuple[int, int, int]  # tokens of a packed block: frames, rows, columns
+    packed_stride: tuple[
+        int, float, float
+    ]  # what one of them stands for: frames, rows, columns of tokens
+    packed_frames: int  # latent frames packed together
+    packed_places: str  # compressor.places
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def tokens_per_packed_block(self) -> int:
+        return math.prod(self.packed_grid)
+
+    @property
+    def full_res(self) -> int:
+        """Keys of a view at full size: sink, recent frames and the current block."""
+        return (self.cache.sink + self.cache.ring) * self.tokens_per_frame
+
+    @property
+    def room(self) -> int:
+        """Keys that a view has room for: all that a block sees, itself and its packed twin, rounded up.
+
+        Where blocks are denoised together, those behind the first one have room too.
+        """
+        cache = self.cache
+        packed = (cache.attended + 1) * self.tokens_per_packed_block if cache.top else 0
+        ahead = max(cache.window - cache.block, 0) * self.tokens_per_frame
+        return -(-(self.full_res + ahead + packed) // cache.key_multiple) * cache.key_multiple
+
+    @property
+    def sink_moves(self) -> bool:
+        """Whether the sink's keys take other positions from block to block, and are kept un-rotated for that."""
+        return self.cache.rope_adjustment == "sink_only"
+
+    @property
+    def recent_moves(self) -> bool:
+        """The same of the recent frames' keys."""
+        return self.cache.rope_adjustment == "sink"
 
 
 PROFILES = {

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 from packforcing_jax.config.choices import require_choices
 from packforcing_jax.errors import require
@@ -10,6 +11,34 @@ WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
             0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)  # fmt: skip
 WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
            3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)  # fmt: skip
+
+
+class ModelConfig(Protocol):
+    """What has to be known of any base model; a frozen, hashable value that may also `build(rngs)` its model.
+
+    Widths in channels, `patch` in latent cells (t, y, x), `pairs` rotary pairs of a head (time, rows, columns).
+    """
+
+    @property
+    def dim(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def text_dim(self) -> int: ...
+    @property
+    def text_len(self) -> int: ...
+    @property
+    def in_channels(self) -> int: ...
+    @property
+    def patch(self) -> tuple[int, int, int]: ...
+    @property
+    def pairs(self) -> tuple[int, int, int]: ...
+    @property
+    def rope_theta(self) -> tuple[float, float, float]: ...
 
 
 @dataclass(frozen=True)
@@ -63,6 +92,7 @@ class DiTConfig:
 class VAEConfig:
     """The causal 3-D autoencoder (Wan2.1 `vae.py`): first frame alone, then groups of `time_factor`."""
 
+    tag: ClassVar[str] = "vae"  # its name in model folders
     dim: int = 96
     z_dim: int = 16
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
@@ -94,6 +124,7 @@ class VAEConfig:
 class SpaceToDepthConfig:
     """An exact codec behind the VAE's interface: `factor` x `factor` pixels become channels; time is kept."""
 
+    tag: ClassVar[str] = "space_to_depth"
     factor: int = 4
 
     @property

@@ -1,24 +1,22 @@
-"""Turns `--config FILE` and `--set a.b=value` into an `Experiment`, and refuses what it does not know by name."""
+"""Finds the experiments and recipes of `--config FILE` and changes them by `--set a.b=value`."""
 
-import ast
-import dataclasses
 import pathlib
 import re
 import runpy
-import types
-import typing
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-import ml_collections
-
 from packforcing_jax import configs
+from packforcing_jax.config import decode
 from packforcing_jax.config.experiment import Experiment
+from packforcing_jax.config.recipe import Stage
+from packforcing_jax.config.training import TrainConfig
 from packforcing_jax.errors import InputError, nearest
 
 CONFIGS = pathlib.Path(next(iter(configs.__path__)))  # outside the checkout too
 STAGE = re.compile(r"[\w-]+")  # the name of a stage, and of its folder
-Recipe: TypeAlias = tuple[tuple[str, Experiment], ...]  # stages of training in order, by name
+TRAIN = "train"  # what keys of training begin with
+Recipe: TypeAlias = tuple[Stage, ...]  # stages of training in order
 
 
 def names() -> list[str]:
@@ -39,6 +37,9 @@ def find(config: str | pathlib.Path) -> pathlib.Path:
     )
 
 
+# Files
+
+
 def _names_of(path: pathlib.Path) -> dict[str, Any]:
     """What a Python file defines at module level."""
     try:
@@ -51,142 +52,101 @@ def _names_of(path: pathlib.Path) -> dict[str, Any]:
         ) from error
 
 
-def _experiment_in(found: dict[str, Any], path: pathlib.Path) -> Experiment:
-    experiment = found.get("experiment")
+def _stage_in(found: dict[str, Any], path: pathlib.Path) -> Stage:
+    experiment, train = found.get("experiment"), found.get(TRAIN, TrainConfig())
     if not isinstance(experiment, Experiment):
         raise InputError(
             f"config {path} defines no `experiment = Experiment(...)` at module level; add it."
         )
-    return experiment
+    if not isinstance(train, TrainConfig):
+        raise InputError(f"config {path}: `train` must be a TrainConfig; correct that file.")
+    return Stage("", experiment, train)
 
 
-def read(path: pathlib.Path) -> Experiment:
-    """The module-level `experiment` of a Python file."""
-    return _experiment_in(_names_of(path), path)
+def read(path: pathlib.Path) -> Stage:
+    """The module-level `experiment` of a Python file with its `train`, as a stage without a name."""
+    return _stage_in(_names_of(path), path)
 
 
 def read_recipe(path: pathlib.Path) -> Recipe:
     """The module-level `recipe` of a Python file: its stages in order; without one a single nameless stage."""
     found = _names_of(path)
     if "recipe" not in found:
-        return (("", _experiment_in(found, path)),)
-    recipe, hint = found["recipe"], tuple[tuple[str, Experiment], ...]
-    if not recipe or not fits(recipe, hint) or not all(STAGE.fullmatch(name) for name, _ in recipe):
+        return (_stage_in(found, path),)
+    recipe = found["recipe"]
+    fits = isinstance(recipe, tuple) and len(recipe) > 0 and all(map(_fits, recipe))
+    if not fits:
         raise InputError(
-            f"config {path}: `recipe` must be a tuple of (name, Experiment), each name a word of "
+            f"config {path}: `recipe` must be a tuple of Stage(name, experiment, train), each name a word of "
             "letters, digits, - and _; correct that file."
         )
-    if len(dict(recipe)) < len(recipe):
+    if len({stage.name for stage in recipe}) < len(recipe):
         raise InputError(f"config {path}: two stages of `recipe` have the same name; rename one.")
     return recipe
 
 
-def fits(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the annotated type `hint` (whole numbers are floats too, truth values are no numbers)."""
-    arguments = typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
-        return any(fits(value, each) for each in arguments)
-    if typing.get_origin(hint) is tuple:
-        each = (
-            arguments[:1] * len(value)
-            if isinstance(value, tuple) and arguments[-1] is ...
-            else arguments
-        )
-        return isinstance(value, tuple) and len(value) == len(each) and all(map(fits, value, each))
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float)) if hint is float else isinstance(value, hint)
+def _fits(stage: Any) -> bool:
+    """Whether a value is a stage with a name and settings of the right classes."""
+    return (
+        isinstance(stage, Stage)
+        and isinstance(stage.name, str)
+        and STAGE.fullmatch(stage.name) is not None
+        and isinstance(stage.experiment, Experiment)
+        and isinstance(stage.train, TrainConfig)
+    )
 
 
-def spell(hint: Any) -> str:
-    """The annotated type as a person would write it."""
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+# Changes
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
-
-
-def parse(text: str, hint: Any, key: str) -> Any:
-    """`text` as a Python literal if it is one, else as a string, of type `hint`."""
-    try:
-        literal = _frozen(ast.literal_eval(text))
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        literal = text
-    for value in (literal, text):
-        if fits(value, hint):
-            return value
-    raise InputError(f"--set {key}={text}: {key} must be {spell(hint)}; give such a value.")
-
-
-def _step(group: Any, prefix: str, name: str) -> Any:
-    """The field `name` of a dataclass; raises `InputError` naming the nearest field."""
-    known = {field.name for field in dataclasses.fields(group)}
-    if name not in known:
-        hint = nearest(prefix + name, {prefix + each for each in known})
-        raise InputError(f"--set {prefix}{name}: unknown key; {hint}")
-    return getattr(group, name)
-
-
-def _owner(experiment: Experiment, key: str) -> Any:
-    """The dataclass whose field `key` (as in `cache.top`) is; raises `InputError` unless it is a single value."""
-    *outer, last = key.split(".")
-    group, prefix = experiment, ""
-    for name in outer:
-        group, prefix = _step(group, prefix, name), f"{prefix}{name}."
-        if not dataclasses.is_dataclass(group):
-            raise InputError(
-                f"--set {key}: {prefix[:-1]} is a single value, not a group; set {prefix[:-1]} itself."
-            )
-    value = _step(group, prefix, last)
-    if dataclasses.is_dataclass(value):
-        inside = ", ".join(f"{key}.{field.name}" for field in dataclasses.fields(value))
-        raise InputError(f"--set {key}: {key} is a group; set one of {inside}.")
-    return group
-
-
-def _rebuild(template: Any, values: Any) -> Any:
-    """`template` with `values`, groups inside first, so that each group checks itself once, when complete."""
-    changes = {}
-    for field in dataclasses.fields(template):
-        old = getattr(template, field.name)
-        changes[field.name] = (
-            _rebuild(old, values[field.name])
-            if dataclasses.is_dataclass(old)
-            else values[field.name]
-        )
-    return dataclasses.replace(template, **changes)
+def of_training(setting: str) -> bool:
+    """Whether `a.b=value` is about training."""
+    return setting.partition("=")[0].strip().partition(".")[0] == TRAIN
 
 
 def override(experiment: Experiment, sets: Sequence[str]) -> Experiment:
-    """`experiment` with every `a.b=value` of `sets` applied together; combinations are checked only at the end."""
-    values = ml_collections.ConfigDict(dataclasses.asdict(experiment), type_safe=False)
+    """`experiment` with every `a.b=value` of `sets`; raises `InputError` for one that is about training."""
+    for each in filter(of_training, sets):
+        raise InputError(
+            f"--set {each}: {TRAIN}.* are settings of `packforcing train`, which this command does not read; "
+            "leave it out."
+        )
+    return decode.override(experiment, sets)
+
+
+def override_stage(stage: Stage, sets: Sequence[str]) -> Stage:
+    """`stage` with every `a.b=value` of `sets`, where `train.` begins the keys of its training."""
     for each in sets:
-        key, equals, text = (part.strip() for part in each.partition("="))
-        if not equals:
-            raise InputError(f"--set {each} has no value; write it as --set {each}=VALUE.")
-        hints = typing.get_type_hints(type(_owner(experiment, key)))
-        values.update_from_flattened_dict({key: parse(text, hints[key.rpartition(".")[2]], key)})
-    return _rebuild(experiment, values)
+        if each.partition("=")[0].strip() == TRAIN:
+            fields = ", ".join(f"{TRAIN}.{name}" for name in decode.hints_of(TrainConfig))
+            raise InputError(f"--set {TRAIN}: {TRAIN} is a group; set one of {fields}.")
+    own = [each for each in sets if of_training(each)]
+    return Stage(
+        stage.name,
+        decode.override(
+            stage.experiment, [each for each in sets if not of_training(each)], beside=(TRAIN,)
+        ),
+        decode.override(stage.train, own, inside=f"{TRAIN}."),
+    )
 
 
 def load_experiment(config: str | pathlib.Path, sets: Sequence[str] = ()) -> Experiment:
     """The experiment of a file or a name in `configs/`, with `a.b=value` overrides."""
-    return override(read(find(config)), sets)
+    return override(read(find(config)).experiment, sets)
+
+
+def load_stage(config: str | pathlib.Path, sets: Sequence[str] = ()) -> Stage:
+    """The same with the file's module-level `train`, whose keys begin with `train.`."""
+    return override_stage(read(find(config)), sets)
 
 
 def load_recipe(config: str | pathlib.Path, sets: Sequence[str] = ()) -> Recipe:
     """The stages of a file or a name in `configs/`; `a.b=value` changes every stage, `STAGE:a.b=value` only one."""
     recipe = read_recipe(find(config))
-    addressed = [_address(each, [name for name, _ in recipe]) for each in sets]
+    addressed = [_address(each, [stage.name for stage in recipe]) for each in sets]
     return tuple(
-        (
-            name,
-            override(
-                experiment, [setting for stage, setting in addressed if stage in (None, name)]
-            ),
-        )
-        for name, experiment in recipe
+        override_stage(stage, [each for name, each in addressed if name in (None, stage.name)])
+        for stage in recipe
     )
 
 

@@ -1,7 +1,10 @@
 """How a model is trained, as frozen values: what is minimised, what moves how fast, where, and from what data."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from packforcing_jax.config.choices import CHOICES, require_choices
 from packforcing_jax.errors import require
 
 
@@ -46,7 +49,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where examples come from: a row of `sources.KINDS`, its file or folder, only the first `limit` (0: all)."""
+    """Where examples come from: a row of `data/sources.py`, its file or folder, only the first `limit` (0: all)."""
 
     kind: str = "stage"
     path: str = ""
@@ -114,17 +117,35 @@ class DistilConfig:
         )
 
 
-OBJECTIVES = ("flow_matching", "forcing", "trajectory", "consistency", "dmd", "sid")
-HISTORIES = ("memory", "clean", "noisy")
-SOURCES = ("stage", "prompts", "records")
-LOGS = ("jsonl", "tensorboard", "wandb")
-REMATS = ("layers", "blocks")
+@dataclass(frozen=True)
+class Objective:
+    """What a run minimises, with everything that training has to know of it.
+
+    A loss is a function of (networks, batch, key, experiment, train) that gives (the loss, a dict of what to log).
+    With a `critic`, that network is updated in every step and the generator in one out of
+    `train.distil.critic_updates`.
+    """
+
+    name: str
+    generator: Callable[..., tuple[Any, dict[str, Any]]]  # the loss by which the generator moves
+    critic: Callable[..., tuple[Any, dict[str, Any]]] | None = None  # that of its critic
+    own_clips: bool = False  # whether the generator learns on clips that it draws itself
+    needs: tuple[str, ...] = ("latent",)  # of the data, besides text
+    teacher: tuple[str, ...] = ()  # parts of a frozen teacher that it asks, such as "dit"
+    average: bool = False  # whether it asks the generator's running average
+    histories: tuple[str, ...] = CHOICES["train.history"]  # it can be trained behind; () for none
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The networks that are trained."""
+        return ("generator", "critic") if self.critic else ("generator",)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One stage of training.
 
+    `objective` is a name of `training/objectives.py` or an `Objective` of one's own.
     `history` is what the noisy blocks of a causal objective see: the packed `memory` of the true blocks before them,
     all `clean` blocks before them (teacher forcing), or all `noisy` ones (diffusion forcing).
     `generator_from`, `teacher_from`, `critic_from`, `blend_from`: an earlier stage of the recipe or a model folder;
@@ -133,7 +154,7 @@ class TrainConfig:
     line between their weights (WiSE-FT, arXiv 2109.01903); it makes sense where one descends from the other.
     """
 
-    objective: str = "forcing"
+    objective: str | Objective = "forcing"
     history: str = "memory"
     steps: int = 3000
     batch: int = 8  # clips, over all devices
@@ -161,7 +182,7 @@ class TrainConfig:
     save_every: int = 250
     keep: int = 2
     log_every: int = 1
-    log: tuple[str, ...] = ("jsonl",)
+    log: tuple[str, ...] = ("jsonl",)  # rows of training/logs.py
     preview_every: int = 0
     patience: int = 10  # updates in a row that are not finite until the run stops
     profile: tuple[int, int] = (0, 0)  # first and last step of the profiler's window
@@ -179,18 +200,7 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             require(value > 0, f"train.{name}={value} must be at least 1.")
-        for name, allowed in (("objective", OBJECTIVES), ("history", HISTORIES), ("remat", REMATS)):
-            value = getattr(self, name)
-            require(
-                value in allowed,
-                f"train.{name}={value!r} is unknown; choose one of {', '.join(allowed)}.",
-            )
-        require(
-            self.source.kind in SOURCES,
-            f"train.source.kind={self.source.kind!r} is unknown; choose one of {', '.join(SOURCES)}.",
-        )
-        strangers = sorted({*self.log} - {*LOGS})
-        require(not strangers, f"train.log={strangers} is unknown; choose from {', '.join(LOGS)}.")
+        require_choices("train", self)
         require(
             self.batch % self.accumulate == 0,
             f"train.batch={self.batch} is not a multiple of accumulate={self.accumulate}; change one.",
@@ -203,13 +213,3 @@ class TrainConfig:
             bool(self.blend_from) or not self.blend,
             f"train.blend={self.blend} needs a model to go towards; name it in train.blend_from.",
         )
-
-    @property
-    def distils(self) -> bool:
-        """Whether the student learns on clips of its own, from a teacher and a critic."""
-        return self.objective in ("dmd", "sid")
-
-    @property
-    def taught(self) -> bool:
-        """Whether the objective asks a teacher."""
-        return self.distils or self.objective == "consistency"

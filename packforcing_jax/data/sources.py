@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from packforcing_jax.config import Experiment
+from packforcing_jax.config import DataConfig, Experiment
 from packforcing_jax.data import records
-from packforcing_jax.errors import require
+from packforcing_jax.errors import nearest, require
 from packforcing_jax.networks import codec, mesh
 from packforcing_jax.sampling import prompt_files, timelines
 from packforcing_jax.stage import data, world
@@ -48,6 +48,7 @@ class Source:
 
 def batches(
     exp: Experiment,
+    cfg: DataConfig,
     *,
     seed: int,
     batch: int,
@@ -61,27 +62,27 @@ def batches(
     Batch i is a function of (seed, i), whatever the number of processes; process p reads rows p b/P to (p + 1) b/P.
     The iterator's state counts batches, so that it can be set by any number of processes.
     """
-    kind, rows = exp.train.source.kind, batch // processes
+    kind, rows = of(cfg), batch // processes
     require(
         batch % processes == 0 and batch > 0,
         f"a batch of {batch} examples cannot be divided among {processes} "
         "processes; change train.batch.",
     )
-    source = KINDS[kind].opened(exp, seed, encode)
+    source = kind.opened(exp, cfg, seed, encode)
     missing = [name for name in needs if name not in source.offers]
     require(
         not missing,
         f"{source.called} holds {', '.join(source.offers)}, but this objective needs "
         f"{', '.join(missing)}; prepare such data or choose another objective.",
     )
-    examples = endless(source, seed=seed, limit=exp.train.source.limit)
+    examples = endless(source, seed=seed, limit=cfg.limit)
 
     def row(index: int) -> Example | None:
         step, within = divmod(int(index), rows)
         return examples[step * batch + process * rows + within]
 
     local = grain.MapDataset.range(ENDLESS * rows).map(row).batch(rows, drop_remainder=True)
-    threads = KINDS[kind].threads
+    threads = kind.threads
     return iter(
         local.to_iter_dataset(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=1 + threads)
@@ -106,7 +107,7 @@ def endless(source: Source, *, seed: int, limit: int = 0) -> grain.MapDataset:
 # What there is to read
 
 
-def _stage(exp: Experiment, seed: int, encode: Encode | None) -> Source:
+def _stage(exp: Experiment, cfg: DataConfig, seed: int, encode: Encode | None) -> Source:
     """The Stage world's clips, each a function of (seed, index)."""
     known = data.remembering(_given(encode, "the Stage world"))
 
@@ -134,9 +135,9 @@ def _stage(exp: Experiment, seed: int, encode: Encode | None) -> Source:
     )
 
 
-def _records(exp: Experiment, seed: int, encode: Encode | None) -> Source:
+def _records(exp: Experiment, cfg: DataConfig, seed: int, encode: Encode | None) -> Source:
     """What `prepare` wrote. Prompts without text states are tokenised when they are read."""
-    held = records.opened(_path(exp, "folder"))
+    held = records.opened(_path(cfg, "folder"))
     fields, called = held.notes.fields, f"data set {held.folder}"
     check_forms(exp, fields, called)
     arrays = tuple(name for name in ARRAYS if name in fields)
@@ -152,9 +153,9 @@ def _records(exp: Experiment, seed: int, encode: Encode | None) -> Source:
     return Source(grain.MapDataset.source(held).map(example), offers, called)
 
 
-def _prompts(exp: Experiment, seed: int, encode: Encode | None) -> Source:
+def _prompts(exp: Experiment, cfg: DataConfig, seed: int, encode: Encode | None) -> Source:
     """A file of prompts or timelines, one clip per line, tokenised when they are read."""
-    path = _path(exp, "file")
+    path = _path(cfg, "file")
     require(path.is_file(), f"prompt file {path} does not exist; correct train.source.path.")
     said, known = prompt_files.read(path), _given(encode, f"prompt file {path}")
 
@@ -171,24 +172,32 @@ def _prompts(exp: Experiment, seed: int, encode: Encode | None) -> Source:
 class Kind:
     """How a kind of data is opened, and by how many threads it is read; a new one is a new row of `KINDS`."""
 
-    opened: Callable[[Experiment, int, Encode | None], Source]
+    opened: Callable[[Experiment, DataConfig, int, Encode | None], Source]
     threads: int
+    words: bool = True  # whether it holds words, which the generator's own text encoder reads
 
 
 KINDS = {
     "stage": Kind(_stage, 1),  # drawing is Python, which one thread at a time can run
-    "records": Kind(_records, 4),
+    "records": Kind(_records, 4, words=False),
     "prompts": Kind(_prompts, 1),
 }
 
 
-def _path(exp: Experiment, what: str) -> Path:
-    source = exp.train.source
+def of(cfg: DataConfig) -> Kind:
+    """The kind of data that `cfg` names."""
     require(
-        source.path != "",
-        f"train.source.kind={source.kind!r} reads a {what}; name it in train.source.path.",
+        cfg.kind in KINDS, f"train.source.kind={cfg.kind!r} is unknown; {nearest(cfg.kind, KINDS)}"
     )
-    return Path(source.path)
+    return KINDS[cfg.kind]
+
+
+def _path(cfg: DataConfig, what: str) -> Path:
+    require(
+        cfg.path != "",
+        f"train.source.kind={cfg.kind!r} reads a {what}; name it in train.source.path.",
+    )
+    return Path(cfg.path)
 
 
 def _given(encode: Encode | None, what: str) -> Encode:

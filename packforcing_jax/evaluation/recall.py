@@ -7,28 +7,36 @@ each at its own distance from the end, and the last block is drawn once for each
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
-from packforcing_jax.config import CHOICES, Experiment
+from packforcing_jax import pytrees
+from packforcing_jax.config import Experiment, MemorySpec
 from packforcing_jax.errors import nearest, require
 from packforcing_jax.evaluation import stage_figures
 from packforcing_jax.evaluation.stage_figures import HELD_OUT, Row, Watch
-from packforcing_jax.memory import cache, view
+from packforcing_jax.memory import cache
+from packforcing_jax.memory import layout as layouts
+from packforcing_jax.memory.cache import Memory
 from packforcing_jax.networks import codec
-from packforcing_jax.sampling import block_step
+from packforcing_jax.policies import selection
+from packforcing_jax.sampling import player
 from packforcing_jax.sampling.pipeline import Pipeline
+from packforcing_jax.sampling.player import State
 from packforcing_jax.stage import captions, metrics, oracle, world
-from packforcing_jax.types import KV, Video
 
 OPENING = 2  # blocks before the first guest: the shipped sink
 CALLED = 4  # guests that are called back; the others pass by
 WAYS: dict[str, dict] = {
-    **{name: {"selection": name} for name in CHOICES["cache.selection"] if name != "all"},
+    **{
+        name: {"selection": name}
+        for name, score in selection.SCORES.items()
+        if not score.attends_all
+    },
     **{
         f"{name}-shared": {"selection": name, "scope": "shared"}
         for name in ("affinity", "paper_sum")
@@ -57,6 +65,11 @@ def changed(exp: Experiment, way: dict) -> Experiment:
     return dataclasses.replace(exp, cache=dataclasses.replace(cfg, **({"trained": held} | way)))
 
 
+def with_way(model: Pipeline, way: dict) -> Pipeline:
+    """The same model choosing packed blocks in this way."""
+    return dataclasses.replace(model, experiment=changed(model.experiment, way))
+
+
 def forced(
     model: Pipeline,
     ways: dict[str, dict],
@@ -76,16 +89,20 @@ def forced(
         0 < len(set(gaps)) == len(gaps) <= CALLED and min(gaps) > 1,
         f"gaps={tuple(gaps)} must be one to {CALLED} different numbers above 1.",
     )
+    cfg = model.experiment.cache
+    require(
+        cfg.top > 0,
+        f"cache.top={cfg.top} attends to no packed block, so that no way to choose them differs; set it to 1 or more.",
+    )
     told = [forced_story(np.random.default_rng((seed, i)), gaps) for i in range(videos)]
     found = {(gap, way): [] for gap in gaps for way in ways}
     for part in watch(stage_figures.chunks(videos, batch)):
         stories = [told[i] for i in part]
-        identity = jnp.full(len(part), seed, jnp.uint32), jnp.asarray(part, jnp.uint32)
-        memory = history(model, stories, identity)
+        state = history(model, stories, seed=seed, videos=part)
         for gap, way in found:
-            found[gap, way].append(answers(model, ways[way], memory, stories, identity, gap))
+            found[gap, way].append(answers(model, ways[way], state, stories, gap))
     last = len(told[0].guests) - 1
-    held = int(np.count_nonzero(cache.plan(model.experiment.cache, jnp.int32(last)).ids >= 0))
+    held = int(np.count_nonzero(layouts.layout(cfg, layouts.begin(last)).ids >= 0))
     sections = {
         f"gap of {gap} blocks, {held} in the archive": {
             f"{way}: {what}": row
@@ -116,38 +133,32 @@ def forced_story(rng: np.random.Generator, gaps: Sequence[int]) -> world.Story:
 
 
 def history(
-    model: Pipeline, told: Sequence[world.Story], identity: tuple[Array, Array]
-) -> cache.Memory:
-    """The memory before the last block, filled with the stories' own frames."""
-    exp = changed(model.experiment, WAYS["recency"])
-    exp = dataclasses.replace(
-        exp, sample=dataclasses.replace(exp.sample, steps=exp.sample.steps[:1])
-    )
+    model: Pipeline, told: Sequence[world.Story], *, seed: int, videos: Sequence[int]
+) -> State:
+    """The state before the last block, its memory filled with the stories' own frames."""
+    looking = stage_figures.one_step(with_way(model, WAYS["recency"]))
     prompts = [
         [captions.caption(story, block) for block in range(len(story.guests) - 1)] for story in told
     ]
-    words, which = stage_figures.spoken(model, prompts)
+    texts, which = stage_figures.read_texts(model, prompts)
     truth = np.stack([world.render(story) for story in told])
-    memory, views = cache.init(exp, len(told)), view.scratch(exp, len(told))
+    state = player.start(looking, seeds=seed, videos=videos)
     for block, sentences in enumerate(which.T):
-        true = truth[:, block * world.BLOCK : (block + 1) * world.BLOCK]
-        said = jax.tree.map(lambda leaf, who=sentences: leaf[who], words)
-        memory, views, *_ = stage_figures.one_block(
-            model.nets, model.pixels, exp, memory, views, said, *identity, true
-        )
-    return memory
+        text = stage_figures.text_of(texts, sentences)
+        given = stage_figures.true_block(model, truth, block)
+        state, _ = player.next_block(looking, state, text, given=given)
+    return state
 
 
 def answers(
     model: Pipeline,
     way: dict,
-    memory: cache.Memory,
+    state: State,
     told: Sequence[world.Story],
-    identity: tuple[Array, Array],
     gap: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(whether its block was looked up [layer, video], whether the called guest wears its mark [video])."""
-    exp, last = changed(model.experiment, way), len(told[0].guests) - 1
+    model, last = with_way(model, way), len(told[0].guests) - 1
     called = [int(story.guests[last - gap]) for story in told]
     asked = [
         [
@@ -157,34 +168,40 @@ def answers(
         ]
         for story, guest in zip(told, called, strict=True)
     ]
-    words, which = stage_figures.spoken(model, asked)
-    said = jax.tree.map(lambda leaf: leaf[which[:, 0]], words)
-    frames, ids = _last_block(model.nets, model.pixels, exp, memory, said, *identity)
+    texts, which = stage_figures.read_texts(model, asked)
+    frames, ids = last_block(model, state, stage_figures.text_of(texts, which[:, 0]))
     marks = []
-    for video, guest in zip(np.asarray(frames), called, strict=True):
+    for video, guest in zip(frames, called, strict=True):
         reading = oracle.read(video)
         marks.append(metrics.majority(np.where(reading.guest == guest, reading.guest_mark, -1)))
     right = [
         mark == story.guest_marks[guest]
         for mark, story, guest in zip(marks, told, called, strict=True)
     ]
-    return (np.asarray(ids) == last - gap).any(axis=-1), np.asarray(right)
+    return (ids == last - gap).any(axis=-1), np.asarray(right)
 
 
-@functools.partial(jax.jit, static_argnames="exp")
-def _last_block(
-    nets: block_step.Nets,
-    pixels: codec.Codec,
-    exp: Experiment,
-    memory: cache.Memory,
-    words: list[KV],
-    seeds: Int[Array, " b"],
-    videos: Int[Array, " b"],
-) -> tuple[Video, Array]:
-    """Frames of the next block and the packed blocks each layer chose; the memory is only read."""
-    chance = stage_figures.chances(exp, seeds, videos, memory.num_blocks)
-    drawn = block_step.draw(nets, exp, memory, chance=chance, text=words)
-    return codec.decode(pixels, drawn.latent), jnp.stack([one.ids for one in drawn.looked])
+def last_block(model: Pipeline, state: State, text: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Frames of the next block, and the packed blocks that it chose [layer, video, top].
+
+    `state` is only read: what denoising uses up is a copy of its memory, laid out for this model.
+    """
+    copied = dataclasses.replace(state, memory=_copied(model.experiment.memory, state.memory))
+    _, denoised = player.denoise(model, copied, text)
+    frames, _ = codec.decode_chunk(model.pixels, state.decoder, denoised.latent, first=False)
+    return np.asarray(frames), np.asarray(pytrees.stack(denoised.selection).ids)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _copied(spec: MemorySpec, memory: Memory) -> Memory:
+    """A copy of `memory` with room for all that is seen under `spec`, its keys at the positions that they have there.
+
+    A spec that attends to another number of packed blocks has the recent frames elsewhere.
+    """
+    memory = cache.strip_scratch(spec, jax.tree.map(jnp.copy, memory))
+    layout = layouts.layout(spec.cache, memory.progress)
+    layers = pytrees.over(lambda layer: cache.reposition(spec, layout, layer), memory.layers)
+    return cache.with_scratch(spec, dataclasses.replace(memory, layers=layers))
 
 
 def figures(

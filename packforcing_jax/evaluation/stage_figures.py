@@ -1,11 +1,10 @@
 """What a model knows, read off its videos by the Stage world's oracle: teacher-forced and rolled out.
 
-Two questions, one player. `teacher_forced`: is each next block right behind true ones? `rollout`: does a long video
+Two questions. `teacher_forced`: is each next block right behind true ones? `rollout`: does a long video
 stay right? Every figure has n, a 95 % interval and the level that guessing reaches.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,22 +12,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from packforcing_jax.config import Experiment
+from packforcing_jax import pytrees
+from packforcing_jax.config import Experiment, TrainConfig
 from packforcing_jax.errors import require
 from packforcing_jax.io import checkpoints
-from packforcing_jax.memory import cache, view
 from packforcing_jax.networks import codec
-from packforcing_jax.sampling import block_step, pipeline
+from packforcing_jax.sampling import pipeline, player
 from packforcing_jax.sampling.pipeline import Pipeline
 from packforcing_jax.stage import captions, data, metrics, oracle, stories, world
 from packforcing_jax.training import batches, state
-from packforcing_jax.types import KV, Video
+from packforcing_jax.types import KV, Latent
 
 HELD_OUT = 1_000_003  # a seed that no training run uses
-SENTENCES = 64  # texts are encoded in multiples of this many, so that few shapes are compiled
 Row = dict  # chance, value [share or RMS, low, high], n
 Watch = Callable[[Iterable], Iterable]  # shows progress over what it passes on
 
@@ -43,9 +40,9 @@ def newest(run: str | Path) -> Path:
     return max(steps, key=lambda path: int(path.name))
 
 
-def of_checkpoint(exp: Experiment, checkpoint: Path) -> Pipeline:
+def of_checkpoint(exp: Experiment, train: TrainConfig, checkpoint: Path) -> Pipeline:
     """The averaged weights of a training checkpoint; the run's folder is only read."""
-    form = jax.eval_shape(lambda: state.init(exp, jax.random.key(0), {}))
+    form = jax.eval_shape(lambda: state.init(exp, train, jax.random.key(0), {}))
     now, _ = checkpoints.Checkpoints(checkpoint.parent).restore(form, int(checkpoint.name))
     model = batches.as_model(exp, now.ema)
     return Pipeline.of(exp, model.nets, model.text, captions.reader())
@@ -68,71 +65,41 @@ def require_stage(exp: Experiment) -> None:
     )
 
 
-# The player
+# Videos
 
 
-@functools.partial(jax.jit, static_argnames="exp", donate_argnames=("memory", "views"))
-def one_block(
-    nets: block_step.Nets,
-    pixels: codec.Codec,
-    exp: Experiment,
-    memory: cache.Memory,
-    views: list[KV],
-    words: list[KV],
-    seeds: Int[Array, " b"],
-    videos: Int[Array, " b"],
-    truth: Video | None,
-) -> tuple[cache.Memory, list[KV], Video, Array]:
-    """The next block of each (seed, video): the memory after it, scratch, its frames, and the packed blocks it chose.
-
-    With `truth`, frames in [-1, 1], that is what is remembered instead.
-    """
-    drawn = block_step.draw(
-        nets,
-        exp,
-        memory,
-        chance=chances(exp, seeds, videos, memory.num_blocks),
-        text=words,
-        views=views,
-    )
-    frames = codec.decode(pixels, drawn.latent)
-    latent = drawn.latent if truth is None else codec.encode(pixels, truth)
-    low = codec.low_resolution(
-        pixels,
-        frames if truth is None else truth,
-        latents=exp.packed_grid[0],
-        pool=exp.compressor.pool,
-    )
-    memory, _, views = block_step.remember(
-        nets, exp, memory, latent=latent, low=low, drawn=drawn, text=words
-    )
-    return memory, views, frames, jnp.stack([one.ids for one in drawn.looked])
+def one_step(model: Pipeline) -> Pipeline:
+    """The same model with the first denoising step alone, which is enough to choose packed blocks."""
+    exp = model.experiment
+    sample = dataclasses.replace(exp.sample, steps=exp.sample.steps[:1])
+    return dataclasses.replace(model, experiment=dataclasses.replace(exp, sample=sample))
 
 
-def chances(
-    exp: Experiment, seeds: Int[Array, " b"], videos: Int[Array, " b"], block: Array
-) -> block_step.Chance:
-    """What is random about the next block of each (seed, video)."""
-    one = jax.vmap(lambda seed, video: block_step.chances(exp, seed, video[None], block))(
-        seeds, videos
-    )
-    return block_step.Chance(
-        noise=one.noise[:, 0],
-        renoise=jnp.moveaxis(one.renoise[:, :, 0], 0, 1),
-        lots=jnp.moveaxis(one.lots[:, :, 0], 0, 1),
-    )
-
-
-def spoken(
+def read_texts(
     model: Pipeline, prompts: Sequence[Sequence[str]]
 ) -> tuple[list[KV], Int[np.ndarray, "video block"]]:
-    """Text keys and values per layer, [sentence, words, n, h], of the different sentences, and which one is whose."""
+    """Text keys and values per layer, [sentence, words, n, h], of the different sentences, and which one is whose.
+
+    Each sentence goes through the program that `Pipeline` has for one: a wider one rounds otherwise.
+    """
     different, which = np.unique(np.array(prompts), return_inverse=True)
-    padded = [
-        *different,
-        *[different[0]] * (-len(different) % SENTENCES),
-    ]  # few widths to compile for
-    return model.words(padded), which.reshape(np.shape(prompts))
+    states = model.text(*model.tokenizer.encode(list(different)))
+    dit, compute = model.nets.dit, model.experiment.dtypes.compute
+    each = [jax.device_get(player.text_program(dit, compute, one[None])) for one in states]
+    return jax.tree.map(lambda *ones: np.concatenate(ones), *each), which.reshape(np.shape(prompts))
+
+
+def text_of(texts: list[KV], sentences: Int[np.ndarray, " video"]) -> list[KV]:
+    """Text keys and values per layer of one sentence for each video."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[sentences]), texts)
+
+
+def true_block(
+    model: Pipeline, truth: Float[np.ndarray, "video frames 32 32 3"], block: int
+) -> Latent:
+    """The latent of one block of true frames."""
+    frames = truth[:, block * world.BLOCK : (block + 1) * world.BLOCK]
+    return codec.encode(model.pixels, jnp.asarray(frames, jnp.float32))
 
 
 def play(
@@ -148,24 +115,16 @@ def play(
 
     With `truth` every block lies behind the true ones; one before `first` only looks back, which takes one step.
     """
-    exp = model.experiment
-    glance = dataclasses.replace(
-        exp, sample=dataclasses.replace(exp.sample, steps=exp.sample.steps[:1])
-    )
-    words, which = spoken(model, prompts)
-    memory, views = cache.init(exp, len(prompts)), view.scratch(exp, len(prompts))
-    identity = jnp.asarray(seeds, jnp.uint32), jnp.asarray(videos, jnp.uint32)
+    texts, which = read_texts(model, prompts)
+    state, looking = player.start(model, seeds=seeds, videos=videos), one_step(model)
     frames, chosen = [], []
     for block, sentences in enumerate(which.T):
-        true = None if truth is None else truth[:, block * world.BLOCK : (block + 1) * world.BLOCK]
-        said = jax.tree.map(lambda leaf, who=sentences: leaf[who], words)
-        how = exp if block >= first else glance
-        memory, views, shown, ids = one_block(
-            model.nets, model.pixels, how, memory, views, said, *identity, true
-        )
+        given = None if truth is None else true_block(model, truth, block)
+        maker = model if block >= first else looking
+        state, made = player.next_block(maker, state, text_of(texts, sentences), given=given)
         if block >= first:
-            frames.append(np.asarray(shown))
-            chosen.append(np.asarray(ids))
+            frames.append(np.asarray(made.frames))
+            chosen.append(np.asarray(pytrees.stack(made.selection).ids))
     return np.concatenate(frames, axis=1), np.stack(chosen)
 
 

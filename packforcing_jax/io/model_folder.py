@@ -1,13 +1,8 @@
 """Model folders: the experiment as JSON, one safetensors file per part, read tensor by tensor into place."""
 
 import contextlib
-import dataclasses
-import difflib
-import json
 import re
-import types
-import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,17 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from packforcing_jax import config, pytrees
-from packforcing_jax.errors import InputError, MachineError, brief, require
+from packforcing_jax.config import decode
+from packforcing_jax.errors import MachineError, brief, require
 from packforcing_jax.io import atomic, safetensors_io
 from packforcing_jax.io.safetensors_io import Tensor
 
 CONFIG, TOKENIZER, CARD, MANIFEST = "config.json", "tokenizer.json", "README.md", "manifest.json"
 FORMAT = "packforcing-jax 2"
 PARTS = ("dit", "compressor", "codec", "text")
-KINDS = {
-    "vae": config.VAEConfig,
-    "space_to_depth": config.SpaceToDepthConfig,
-}  # members of the codec union
+GONE = {
+    "train": "the table `train` has no place in a model folder any more; delete it from the file."
+}  # of earlier versions
 LAYER = re.compile(r"(.+?)/(\d+)/(.+)")  # a path inside one of the layers that files stack
 Module = TypeVar("Module")
 
@@ -36,97 +31,18 @@ Module = TypeVar("Module")
 
 
 def experiment_to_json(experiment: config.Experiment) -> str:
-    """The experiment as JSON text; a member of a union carries its `kind`."""
-    return json.dumps(_encoded(experiment), indent=2) + "\n"
+    """The experiment as JSON text."""
+    return decode.to_json(experiment)
 
 
-def _encoded(value):
-    if not dataclasses.is_dataclass(value):
-        return value
-    tags = [{"kind": kind} for kind, member in KINDS.items() if type(value) is member]
-    return (tags or [{}])[0] | {
-        field.name: _encoded(getattr(value, field.name)) for field in dataclasses.fields(value)
-    }
+def experiment_from_json(
+    text: str, source: str = CONFIG, known: Sequence[type] = ()
+) -> config.Experiment:
+    """The experiment of `experiment_to_json`; `source` names the text in `InputError`s.
 
-
-def experiment_from_json(text: str, source: str = CONFIG) -> config.Experiment:
-    """The experiment of `experiment_to_json`; `source` names the text in `InputError`s."""
-    try:
-        return _decoded(config.Experiment, json.loads(text), "")
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{source} is not JSON (line {error.lineno}: {error.msg}); fetch the file again."
-        ) from error
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
-
-
-def _decoded(hint: Any, value: Any, where: str) -> Any:
-    """`value` from JSON as the annotated type `hint`; `where` is its dotted place in the file."""
-    if isinstance(hint, types.UnionType):
-        return _member(typing.get_args(hint), value, where)
-    if typing.get_origin(hint) is tuple:
-        return _tuple(typing.get_args(hint), value, where)
-    if dataclasses.is_dataclass(hint):
-        return _dataclass(hint, value, where)
-    allowed = (int, float) if hint is float else hint
-    fits = isinstance(value, allowed) and (hint is bool or not isinstance(value, bool))
-    require(fits, f"{where}={value!r} is not of type {hint.__name__}; correct it.")
-    return hint(value)
-
-
-def _member(hints: tuple, value: Any, where: str) -> Any:
-    if type(None) in hints:
-        return (
-            None
-            if value is None
-            else _decoded(next(h for h in hints if h is not type(None)), value, where)
-        )
-    kind = value.get("kind") if isinstance(value, dict) else value
-    require(
-        str(kind) in KINDS, f"{where}.kind={kind!r} is unknown; choose one of {', '.join(KINDS)}."
-    )
-    return _decoded(
-        KINDS[str(kind)], {key: item for key, item in value.items() if key != "kind"}, where
-    )
-
-
-def _tuple(hints: tuple, value, where: str) -> tuple:
-    require(isinstance(value, list), f"{where}={value!r} is not a list; correct it.")
-    if hints[-1] is Ellipsis:
-        hints = hints[:1] * len(value)
-    require(len(hints) == len(value), f"{where}={value!r} needs {len(hints)} entries; correct it.")
-    return tuple(
-        _decoded(hint, item, f"{where}[{i}]")
-        for i, (hint, item) in enumerate(zip(hints, value, strict=True))
-    )
-
-
-def _dataclass(kind: Any, value: Any, where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    require(
-        isinstance(value, dict),
-        f"{where or 'the file'}={value!r} is not a table of settings; correct it.",
-    )
-    for key in value:
-        near = difflib.get_close_matches(key, hints, n=1, cutoff=0)
-        require(
-            key in hints,
-            f"{_dotted(where, key)} is unknown; did you mean {near[0] if near else None}?",
-        )
-    needed = [
-        f.name
-        for f in dataclasses.fields(kind)
-        if f.default is dataclasses.MISSING and f.name not in value
-    ]
-    require(not needed, f"{_dotted(where, ', '.join(needed))} is missing; add it.")
-    return kind(
-        **{key: _decoded(hints[key], item, _dotted(where, key)) for key, item in value.items()}
-    )
-
-
-def _dotted(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
+    `known` are classes of settings beside the package's own.
+    """
+    return decode.from_json(config.Experiment, text, source, known=known, gone=GONE)
 
 
 # Writing
@@ -208,8 +124,8 @@ class Opened:
         return self.parts[name]
 
 
-def opened(folder: str | Path) -> Opened:
-    """The model in `folder`."""
+def opened(folder: str | Path, known: Sequence[type] = ()) -> Opened:
+    """The model in `folder`; `known` are classes of its settings beside the package's own."""
     folder = Path(folder)
     require(
         folder.is_dir(),
@@ -223,7 +139,7 @@ def opened(folder: str | Path) -> Opened:
     files = {part: folder / weights_file(part) for part in PARTS}
     return Opened(
         folder,
-        experiment_from_json(text, str(folder / CONFIG)),
+        experiment_from_json(text, str(folder / CONFIG), known),
         {part: safetensors_io.opened(path) for part, path in files.items() if path.is_file()},
     )
 

@@ -1,13 +1,13 @@
-"""The memory: sharp first frames, packed middle blocks, sharp last frames. Fixed shapes, one counter (paper sec. 3.2).
+"""The memory: first frames at full size, packed blocks between, last frames at full size (paper sec. 3.2).
 
-A finished block is written once, at full size into `sink` or `recent` and packed into `mid`. Its packed twin lies in
-`mid` from that moment and becomes visible when the sharp block leaves `recent`: leaving moves no data. Keys are kept
-rotated in space only; `view` gives each key its place in time when a block looks back.
+Fixed shapes, and `Progress` alone says what lies where. What attention reads is the store: the keys and values of the
+sink and of recent frames are written, at commit, into the view in which every layer attends, at their positions.
+Only chosen packed blocks and the current block are laid down for each block. A finished block is also packed; its
+packed twin lies in the archive from that moment and becomes visible when the block leaves `recent`: nothing is moved.
 """
 
 import dataclasses
-import math
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,311 +17,420 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from packforcing_jax import pytrees
-from packforcing_jax.config import CacheConfig, Experiment
+from packforcing_jax.config import MemorySpec
+from packforcing_jax.memory import layout as layouts
+from packforcing_jax.memory.layout import Layout, Progress
 from packforcing_jax.networks import rope
-from packforcing_jax.types import KV, Length
+from packforcing_jax.policies.eviction import FIFO
+from packforcing_jax.pytrees import PerLayer
+from packforcing_jax.types import KV, Heads, Latent, Length
 
 
 @struct.dataclass
-class Layer:
+class LayerCache:
     """What one layer remembers.
 
-    Under `rope_adjustment="incremental"` keys lie rotated in time: recent ones at their true frames, the others where
-    `sink_at` and `at` say. Otherwise these two are empty.
+    The view begins with the sink and a ring of recent frames, keys rotated at their positions for the next block.
+    Where positions change from block to block, `sink` or `recent` keep the same keys rotated in space only, so that
+    no key is rotated twice; they are empty otherwise. Packed keys are rotated in space only. Under
+    `rope_adjustment="incremental"` the sink's keys and the packed ones are turned from where they lie, which `sink_at`
+    and `at` say.
     """
 
-    sink: KV  # [b, frame, s, n, h]   first frames, written once
-    mid: KV  # [b, slot, p, n, h]    packed blocks, a ring
-    recent: KV  # [b, frame, s, n, h]   last frames, a ring
-    sink_at: Array  # []       place in time that the sink's first frame is turned to
+    view: KV  # [b, room, n, h]
+    packed: KV  # [b, slot, p, n, h]  the archive
+    sink: Array  # [b, frame, s, n, h]
+    recent: Array  # [b, frame, s, n, h]
+    sink_at: Array  # []       position that the sink's first frame is turned to
     at: Array  # [b, slot]     and each packed block's first frame
 
 
 @struct.dataclass
 class Memory:
-    """Everything the model remembers: one `Layer` per layer, as a list or stacked along a leading axis."""
+    """Everything the model remembers of a batch of videos."""
 
-    layers: Any  # list[Layer] | Layer
-    num_blocks: Int[Array, ""]
+    layers: PerLayer[LayerCache]
+    latents: (
+        Array  # [b, frame, y, x, c]  of recent frames, by which their keys can be computed again
+    )
+    progress: Progress
+
+    @property
+    def num_blocks(self) -> Int[Array, ""]:
+        """Finished blocks."""
+        return self.progress.num_blocks
 
 
 @struct.dataclass
-class Looked:
-    """Which packed blocks a layer looks back at, in time order, behind the last valid one -1."""
+class Selection:
+    """Which packed blocks a layer attends to, in time order; behind the last valid one ids are -1."""
 
-    slots: Array  # [b, chosen] where they lie in the ring
+    slots: Array  # [b, chosen] where they lie in the archive
     ids: Array  # [b, chosen]
     scores: Array  # [b, chosen]
-    at: Array  # [b, chosen] place in time of each block's first frame
+    at: Array  # [b, chosen] position of each block's first frame
     sink_at: Array  # []
 
 
-@struct.dataclass
-class Plan:
-    """Counts and places in time of what the next block sees; a function of the block counter alone."""
+def init(
+    spec: MemorySpec, batch: int, dtype=jnp.float32, *, stacked: bool = False, scratch: bool = True
+) -> Memory:
+    """An empty memory for `batch` videos. Every store is its own buffer, so that all can be donated.
 
-    num_blocks: Array
-    start: Array  # true number of the current block's first frame
-    sink: Array  # valid sink frames
-    recent: Array  # visible recent frames
-    chosen: Array  # attended packed blocks
-    ids: Array  # [slot] id of the packed block in each ring slot, -1 where none is visible
-    step: Array  # places in time that one packed block takes
-    sink_at: Array  # place of the sink's first frame
-    mid_at: Array  # where a row of packed blocks that ends before `recent` begins
-    recent_at: Array
-    current_at: Array
+    Without `scratch`, views end with what is remembered: `view.lay` allots the rest.
+    """
+    cfg, s = spec.cache, spec.tokens_per_frame
 
+    def layer(_) -> LayerCache:
+        def store(*sizes: int) -> Array:
+            return jnp.zeros((batch, *sizes, spec.heads, spec.head_dim), dtype)
 
-def init(exp: Experiment, batch: int, dtype=jnp.float32, *, stacked: bool = False) -> Memory:
-    """An empty memory for `batch` videos. Every store is its own buffer, so that all can be donated."""
-    cfg, dit = exp.cache, exp.dit
-    kept = cfg.slots if cfg.archive == "device" else 0
-    turned = cfg.slots if cfg.rope_adjustment == "incremental" else 0
-
-    def layer(_) -> Layer:
-        def store(slots: int, tokens: int) -> KV:
-            shape = (batch, slots, tokens, dit.heads, dit.head_dim)
-            return KV(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
-
-        return Layer(
-            sink=store(cfg.sink, exp.tokens_per_frame),
-            recent=store(cfg.ring, exp.tokens_per_frame),
-            mid=store(kept, exp.tokens_per_packed_block),
+        keys = spec.room if scratch else spec.full_res
+        kept = cfg.slots if cfg.archive == "device" else 0
+        turned = cfg.slots if cfg.rope_adjustment == "incremental" else 0
+        return LayerCache(
+            view=KV(k=store(keys), v=store(keys)),
+            packed=KV(*(store(kept, spec.tokens_per_packed_block) for _ in "kv")),
+            sink=store(cfg.sink if spec.sink_moves else 0, s),
+            recent=store(cfg.recent if spec.recent_moves else 0, s),
             sink_at=jnp.zeros(()),
             at=jnp.zeros((batch, turned)),
         )
 
-    layers = (
-        jax.vmap(layer)(jnp.arange(dit.layers))
+    return Memory(
+        layers=jax.vmap(layer)(jnp.arange(spec.layers))
         if stacked
-        else [layer(i) for i in range(dit.layers)]
+        else [layer(i) for i in range(spec.layers)],
+        latents=jnp.zeros((batch, cfg.recent, *spec.latent)),
+        progress=layouts.begin(),
     )
-    return Memory(layers=layers, num_blocks=jnp.int32(0))
 
 
-def ring_ids(size: int, oldest: Array, newest: Array, written: Array) -> Int[Array, " slot"]:
-    """Id in each slot of a ring into which ids 0..written-1 went in turn; -1 unless oldest <= id < newest."""
-    ids = written - 1 - (written - 1 - jnp.arange(size)) % max(size, 1)
-    return jnp.where((ids >= jnp.maximum(oldest, 0)) & (ids < newest), ids, -1)
+# Writing into a view
 
 
-def plan(cfg: CacheConfig, num_blocks: Array, gap: Array | float = 0.0) -> Plan:
-    """Who is seen and where in time, `gap` frames further back for everything before `recent` (training jitter).
+def extend(view: KV, own: KV, at: Length) -> KV:
+    """`view` with the keys and values `own` laid down from key `at` on."""
 
-    Laid out behind the sink, or moved so that the current block lies at its true frame: attention is the same
-    (paper fig. 2c adds to each position what was dropped behind it). `none` leaves the sink where it was.
+    def laid(store: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(store, new.astype(store.dtype), at, axis=1)
+
+    return KV(k=laid(view.k, own.k), v=laid(view.v, own.v))
+
+
+def write_block(spec: MemorySpec, layout: Layout, view: KV, own: KV) -> KV:
+    """`view` with the current block's tokens [b, block*s, n, h] in the slots of its frames.
+
+    Blocks that are denoised together with it follow behind all that is seen, so that valid keys come first for one
+    block as for several, and no committed frame is written over by what is still noisy.
     """
-    start = num_blocks * cfg.block
-    sink = jnp.minimum(start, cfg.sink)
-    recent = jnp.minimum(start - sink, cfg.recent)
-    sink_blocks, recent_blocks = cfg.sink // cfg.block, cfg.recent // cfg.block
-    newest = num_blocks - sink_blocks - recent_blocks  # counted from the first block after the sink
-    ids = ring_ids(cfg.slots, newest - cfg.capacity, newest, num_blocks - sink_blocks)
-    chosen = jnp.clip(newest, 0, min(cfg.capacity, cfg.attended))
-    room = float(max(cfg.trained - cfg.sink - cfg.recent - cfg.block, 1))
-    step = (
-        jnp.minimum(cfg.block, room / jnp.maximum(chosen, 1))
-        if cfg.span == "fit"
-        else jnp.float32(cfg.block)
-    )
-    packed = chosen * step
-    moved = 0.0 if cfg.rope_adjustment == "sink" else start - (sink + packed + gap + recent)
-    current_at = moved + sink + packed + gap + recent
-    places = {
-        "sink_at": 0.0 if cfg.rope_adjustment == "none" else moved,
-        "mid_at": moved + sink,
-        "recent_at": current_at - recent,
-        "current_at": current_at,
-    }
-    return Plan(
-        num_blocks=num_blocks,
-        start=start,
-        sink=sink,
-        recent=recent,
-        chosen=chosen,
-        step=step,
-        ids=jnp.where(ids >= 0, ids + sink_blocks, -1),
-        **{name: jnp.asarray(place, jnp.float32) for name, place in places.items()},
-    )
+    for frames, at in _chunks(spec, layout, own.k.shape[1] // spec.tokens_per_frame):
+        tokens = slice(frames.start * spec.tokens_per_frame, frames.stop * spec.tokens_per_frame)
+        slot = layouts.frame_slots(spec.cache, layout, at)
+        if frames.start >= spec.cache.block:
+            slot = layout.sink + layout.recent + frames.start
+        part = KV(k=own.k[:, tokens], v=own.v[:, tokens])
+        view = extend(view, part, slot * spec.tokens_per_frame)
+    return view
 
 
-def length(exp: Experiment, seen: Plan) -> Length:
-    """Valid keys in front of the current block's own."""
-    return (
-        seen.sink + seen.recent
-    ) * exp.tokens_per_frame + seen.chosen * exp.tokens_per_packed_block
+def _chunks(spec: MemorySpec, layout: Layout, frames: int) -> Sequence[tuple[slice, Array]]:
+    """(frames of the block that lie side by side in every store, true number of the first) for each such run."""
+    size = spec.cache.chunk
+    return [(slice(f, f + size), layout.start + f) for f in range(0, frames, size)]
 
 
-def room(exp: Experiment) -> int:
-    """Keys a view has room for: all that is remembered, the block itself and its packed twin, rounded up."""
-    cfg = exp.cache
-    keys = (cfg.sink + cfg.recent + cfg.block) * exp.tokens_per_frame
-    keys += (cfg.attended + 1) * exp.tokens_per_packed_block if cfg.top else 0
-    return -(-keys // cfg.key_multiple) * cfg.key_multiple
+def _overwrite(store: Array, values: Array, *, slot: Array, when: Array) -> Array:
+    """`store` with `values` from `slot` on if `when`; otherwise what was there is written back, in place."""
+    if store.shape[1] == 0:
+        return store
+    old = jax.lax.dynamic_slice_in_dim(store, slot, values.shape[1], axis=1)
+    new = jnp.where(when, values.astype(store.dtype), old)
+    return jax.lax.dynamic_update_slice_in_dim(store, new, slot, axis=1)
 
 
-def packed_places(exp: Experiment) -> tuple[np.ndarray, np.ndarray]:
-    """Places of a packed block's tokens: (frames after the block's first [p], grid places [p, 2]).
-
-    Each token sits at the centre of the cells it stands for; frames that only pad the block do not count.
-    """
-    slots, rows, columns = exp.packed_grid
-    stride, patch = exp.compressor.stride, exp.dit.patch
-    frames = np.minimum(np.arange(slots * stride(0)), exp.compressor.frames - 1).reshape(slots, -1)
-    frames = (
-        np.ma.masked_greater_equal(frames, exp.cache.block).mean(axis=1).filled(exp.cache.block - 1)
-    )
-    down, across = np.arange(rows), np.arange(columns)
-    if exp.compressor.places == "stretched":
-        down, across = (
-            (np.arange(size) + 0.5) * stride(axis) / patch[axis] - 0.5
-            for axis, size in ((1, rows), (2, columns))
-        )
-    return np.repeat(frames, rows * columns).astype(np.float32), rope.grid(down, across, slots)
-
-
-def current_places(exp: Experiment, seen: Plan) -> Float[Array, " q"]:
-    """Place in time of each token of the current block."""
-    frames = np.repeat(np.arange(exp.cache.block), exp.tokens_per_frame).astype(np.float32)
-    return seen.current_at + jnp.asarray(frames)
-
-
-def packed_times(exp: Experiment, seen: Plan) -> Float[Array, " p"]:
-    """Place in time of each token of the current block's packed twin."""
-    return seen.current_at + jnp.asarray(packed_places(exp)[0])
-
-
-def visible_recent(cfg: CacheConfig, seen: Plan, ring: Array) -> Array:
-    """The visible frames of the recent ring [b, frame, s, n, h] in time order (garbage behind the last valid one)."""
-    if cfg.ring == cfg.recent == math.gcd(cfg.block, cfg.sink):
-        return ring  # one block, always in order
-    first = seen.start - seen.recent - cfg.sink
-    return jnp.take(ring, (first + jnp.arange(cfg.recent)) % max(cfg.ring, 1), axis=1)
+# Remembering a block
 
 
 def commit(
-    exp: Experiment,
+    spec: MemorySpec,
     memory: Memory,
-    full: list[KV] | KV,
-    packed: list[KV] | KV | None,
-    looked: list[Looked] | Looked | None = None,
+    latent: Latent,
+    full: PerLayer[KV],
+    packed: PerLayer[KV] | None,
+    selection: PerLayer[Selection] | None = None,
+    gap: Array | float = 0.0,
 ) -> Memory:
-    """The memory after one more finished block; shapes never change. The only writer.
+    """The memory after one more finished block; shapes never change.
 
     Per layer, `full` holds [b, block*s, n, h], `packed` [b, p, n, h] (None when none is kept here), keys rotated in
-    space only, and `looked` what the block looked back at, which `incremental` needs.
+    space only, and `selection` what the block attended to, which `incremental` needs.
     """
-    n = memory.num_blocks
-    layers = pytrees.over(lambda *one: commit_sharp(exp, n, *one), memory.layers, full, looked)
-    if packed is not None:
-        layers = pytrees.over(lambda *one: commit_packed(exp, n, *one), layers, packed)
-    return Memory(layers=layers, num_blocks=n + 1)
+    now = layouts.layout(spec.cache, memory.progress, gap)
+    following = layouts.layout(spec.cache, memory.progress.after_block(), gap)
+    times = layouts.frame_positions(spec.cache, following, now.start + jnp.arange(spec.cache.block))
+    angles = rope.time_angles(jnp.repeat(times, spec.tokens_per_frame), spec)
+
+    def one(layer: LayerCache, own: KV, twin: KV | None, chosen: Selection | None) -> LayerCache:
+        layer = keep_unrotated(spec, now, layer, own.k)
+        layer = conclude(spec, now, following, layer, twin, chosen)
+        own = KV(k=rope.rotate(own.k.astype(layer.view.k.dtype), angles), v=own.v)
+        return dataclasses.replace(layer, view=write_block(spec, now, layer.view, own))
+
+    layers = pytrees.over(one, memory.layers, full, packed, selection)
+    return advanced(spec, dataclasses.replace(memory, layers=layers), latent)
 
 
-def commit_sharp(
-    exp: Experiment, n: Array, layer: Layer, full: KV, looked: Looked | None = None
-) -> Layer:
-    """One layer with block `n` at full size in its places."""
-    cfg = exp.cache
-    if cfg.rope_adjustment == "incremental":
-        layer, frames = _settle(exp, layer, looked), _true_frames(exp, n)
-        full = _turned(exp, full, frames + jnp.where(frames < cfg.sink, layer.sink_at, 0.0))
-    frames = KV(*(x.reshape(x.shape[0], cfg.block, -1, *x.shape[2:]) for x in (full.k, full.v)))
-    sink, recent = layer.sink, layer.recent
-    chunk = math.gcd(cfg.block, cfg.sink, cfg.ring)  # whole blocks where sizes allow
-    for f in range(0, cfg.block, chunk):
-        frame = n * cfg.block + f
-        new = KV(*(x[:, f : f + chunk] for x in (frames.k, frames.v)))
-        sink = _put(sink, new, slot=frame, when=frame < cfg.sink)
-        recent = _put(
-            recent, new, slot=(frame - cfg.sink) % max(cfg.ring, 1), when=frame >= cfg.sink
-        )
+def advanced(spec: MemorySpec, memory: Memory, latent: Latent) -> Memory:
+    """`memory` with one block more, `latent`, whose keys and values its layers hold already."""
+    now = layouts.layout(spec.cache, memory.progress)
+    latents = _keep_frames(spec, now, memory.latents, latent)
+    return Memory(layers=memory.layers, latents=latents, progress=memory.progress.after_block())
+
+
+def _keep_frames(spec: MemorySpec, layout: Layout, ring: Array, new: Array) -> Array:
+    """A ring of `recent` frames with those of the current block [b, t, ...] that go into it."""
+    for frames, at in _chunks(spec, layout, new.shape[1]) if ring.shape[1] else ():
+        slot = FIFO.slot_of(at - layout.origin, spec.cache.recent)
+        ring = _overwrite(ring, new[:, frames], slot=slot, when=at >= layout.origin)
+    return ring
+
+
+def keep_unrotated(spec: MemorySpec, layout: Layout, layer: LayerCache, keys: Heads) -> LayerCache:
+    """One layer with the current block's keys, rotated in space only, where positions will change."""
+    frames = keys.reshape(keys.shape[0], -1, spec.tokens_per_frame, *keys.shape[2:])
+    sink = layer.sink
+    for part, at in _chunks(spec, layout, frames.shape[1]):
+        slot = at - layout.scene
+        sink = _overwrite(sink, frames[:, part], slot=slot, when=slot < spec.cache.sink)
+    recent = _keep_frames(spec, layout, layer.recent, frames)
     return dataclasses.replace(layer, sink=sink, recent=recent)
 
 
-def commit_packed(exp: Experiment, n: Array, layer: Layer, packed: KV) -> Layer:
-    """One layer with the packed twin of block `n` in its slot."""
-    cfg = exp.cache
+def conclude(
+    spec: MemorySpec,
+    now: Layout,
+    following: Layout,
+    layer: LayerCache,
+    packed: KV | None,
+    selection: Selection | None,
+) -> LayerCache:
+    """One layer with the block's packed twin in the archive and every key at its position for the next block."""
+    if spec.cache.rope_adjustment == "incremental" and selection is not None:
+        layer = _settle(spec, layer, selection)
+    if packed is not None:
+        layer = _archive(spec, now, layer, packed)
+    return reposition(spec, following, layer)
+
+
+def _archive(spec: MemorySpec, layout: Layout, layer: LayerCache, packed: KV) -> LayerCache:
+    """One layer with the current block's packed twin [b, p, n, h] in its slot."""
+    first = (layout.num_blocks * spec.cache.block).astype(jnp.float32)
+    if spec.cache.rope_adjustment == "incremental":
+        times = first + jnp.asarray(layouts.packed_positions(spec)[0])
+        packed = KV(k=rope.rotate(packed.k, rope.time_angles(times, spec)), v=packed.v)
+    slot = layouts.packed_slot(spec.cache, layout)
+    there = {"slot": jnp.maximum(slot, 0), "when": slot >= 0}
+    return dataclasses.replace(
+        layer,
+        packed=KV(
+            k=_overwrite(layer.packed.k, packed.k[:, None], **there),
+            v=_overwrite(layer.packed.v, packed.v[:, None], **there),
+        ),
+        at=_overwrite(layer.at, jnp.broadcast_to(first, (layer.at.shape[0], 1)), **there),
+    )
+
+
+def _settle(spec: MemorySpec, layer: LayerCache, selection: Selection) -> LayerCache:
+    """`layer` with every packed key that was attended to left where it was turned to."""
+    b, slots, p, n, h = layer.packed.k.shape
+    chosen = selection.slots[..., None] == jnp.arange(slots)[None, None]
+    chosen = chosen & (selection.ids >= 0)[..., None]
+    target = jnp.where(chosen, selection.at[..., None], 0.0).sum(axis=1)
+    at = jnp.where(chosen.any(axis=1), target, layer.at)
+    turn = rope.time_angles(jnp.repeat(at - layer.at, p, axis=1), spec)
+    keys = rope.rotate(layer.packed.k.reshape(b, slots * p, n, h), turn)
+    packed = KV(k=keys.reshape(layer.packed.k.shape), v=layer.packed.v)
+    return dataclasses.replace(layer, packed=packed, at=at)
+
+
+def reposition(spec: MemorySpec, layout: Layout, layer: LayerCache) -> LayerCache:
+    """`layer` with the keys of sink and recent frames at their positions in `layout`."""
+    cfg, s, keys = spec.cache, spec.tokens_per_frame, layer.view.k
     if cfg.rope_adjustment == "incremental":
-        packed = _turned(exp, packed, n * cfg.block + jnp.asarray(packed_places(exp)[0]))
-    past = n - cfg.sink // cfg.block
-    there = {"slot": past % cfg.slots, "when": past >= 0}
-    mid = _put(layer.mid, KV(*(x[:, None] for x in (packed.k, packed.v))), **there)
-    if layer.at.shape[1] == 0:
-        return dataclasses.replace(layer, mid=mid)
-    first = jnp.broadcast_to(jnp.float32(n * cfg.block), (layer.at.shape[0], 1))
-    return dataclasses.replace(layer, mid=mid, at=_overwrite(layer.at, first, **there))
+        turn = jnp.full(cfg.sink * s, layout.sink_at - layer.sink_at)
+        sink = rope.rotate(keys[:, : cfg.sink * s], rope.time_angles(turn, spec))
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, sink, 0, axis=1)
+    if spec.sink_moves:
+        sink = _rotated(spec, layer.sink, layout.sink_at + jnp.arange(cfg.sink))
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, sink, 0, axis=1)
+    if spec.recent_moves:
+        frames = layouts.recent_frames(cfg, layout)
+        for first in range(0, cfg.recent, cfg.chunk):
+            part = frames[first : first + cfg.chunk]
+            kept = FIFO.slot_of(part[0] - layout.origin, cfg.recent)
+            unrotated = jax.lax.dynamic_slice_in_dim(layer.recent, kept, cfg.chunk, axis=1)
+            new = _rotated(spec, unrotated, layouts.frame_positions(cfg, layout, part))
+            slot = layouts.frame_slots(cfg, layout, part[0])
+            keys = jax.lax.dynamic_update_slice_in_dim(keys, new, slot * s, axis=1)
+    view = KV(k=keys, v=layer.view.v)
+    return dataclasses.replace(layer, view=view, sink_at=layout.sink_at)
 
 
-def _put(store: KV, new: KV, *, slot: Array, when: Array) -> KV:
-    """`store` with `new` at `slot` if `when`; otherwise what was there is written back, in place."""
-    return KV(
-        k=_overwrite(store.k, new.k, slot=slot, when=when),
-        v=_overwrite(store.v, new.v, slot=slot, when=when),
+def _rotated(spec: MemorySpec, frames: Array, times: Float[Array, " frame"]) -> Heads:
+    """Keys of whole frames [b, frame, s, n, h] as tokens, rotated in time."""
+    b, _, s, n, h = frames.shape
+    angles = rope.time_angles(jnp.repeat(times.astype(jnp.float32), s), spec)
+    return rope.rotate(frames.reshape(b, -1, n, h), angles)
+
+
+# Committing again
+
+
+def recent_latents(spec: MemorySpec, memory: Memory, layout: Layout) -> Latent:
+    """The latents of the block that begins at `layout.start`, one of the recent ones."""
+    frames = layout.start + jnp.arange(spec.cache.block)
+    slots = FIFO.slot_of(frames - layout.origin, spec.cache.recent)
+    return jnp.take(memory.latents, slots, axis=1)
+
+
+def sink_alone(spec: MemorySpec, view: KV) -> KV:
+    """A view of the sink, with room for recent frames behind it."""
+    sink, behind = (
+        frames * spec.tokens_per_frame for frames in (spec.cache.sink, spec.cache.recent)
+    )
+    room = ((0, 0), (0, behind), (0, 0), (0, 0))
+    return jax.tree.map(lambda x: jnp.pad(x[:, :sink], room), view)
+
+
+def rewrite(
+    spec: MemorySpec, layout: Layout, layer: LayerCache, own: KV, *, when: Array
+) -> LayerCache:
+    """One layer with the block at `layout.start`, a recent one, written anew if `when`; keys rotated in space only."""
+    angles = rope.time_angles(layouts.current_times(spec, layout, spec.cache.block), spec)
+    new = keep_unrotated(spec, layout, layer, own.k)
+    own = KV(k=rope.rotate(own.k.astype(layer.view.k.dtype), angles), v=own.v)
+    new = dataclasses.replace(new, view=write_block(spec, layout, layer.view, own))
+    return jax.tree.map(lambda new, old: jnp.where(when, new, old), new, layer)
+
+
+# Forgetting
+
+
+def flush(spec: MemorySpec, memory: Memory) -> Memory:
+    """`memory` with all forgotten but the sink: the next block is the first one behind it."""
+    progress = dataclasses.replace(memory.progress, first_visible=memory.num_blocks)
+    return _moved_on(spec, memory, progress)
+
+
+def cut(spec: MemorySpec, memory: Memory) -> Memory:
+    """`memory` with all forgotten: the next block begins a scene and a sink of its own."""
+    n = memory.num_blocks
+    progress = dataclasses.replace(memory.progress, scene_start=n, first_visible=n)
+    return _moved_on(spec, memory, progress)
+
+
+def _moved_on(spec: MemorySpec, memory: Memory, progress: Progress) -> Memory:
+    layout = layouts.layout(spec.cache, progress)
+    layers = pytrees.over(lambda layer: reposition(spec, layout, layer), memory.layers)
+    return dataclasses.replace(memory, layers=layers, progress=progress)
+
+
+# Scratch
+
+
+def strip_scratch(spec: MemorySpec, memory: Memory) -> Memory:
+    """`memory` without what is laid down anew for each block: what has to be kept to go on from it."""
+
+    def stripped(layer: LayerCache) -> LayerCache:
+        return dataclasses.replace(
+            layer, view=jax.tree.map(lambda x: x[:, : spec.full_res], layer.view)
+        )
+
+    return dataclasses.replace(memory, layers=pytrees.over(stripped, memory.layers))
+
+
+def with_scratch(spec: MemorySpec, memory: Memory) -> Memory:
+    """`memory` with room for all that a block sees."""
+
+    def whole(layer: LayerCache) -> LayerCache:
+        return dataclasses.replace(layer, view=with_room(spec, layer.view))
+
+    return dataclasses.replace(memory, layers=pytrees.over(whole, memory.layers))
+
+
+def with_room(spec: MemorySpec, view: KV) -> KV:
+    """A view with room for all that a block sees."""
+    missing = spec.room - view.k.shape[1]
+    if missing == 0:
+        return view
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))), view)
+
+
+# Known clips
+
+
+def layer_at(spec: MemorySpec, layout: Layout, full: KV, packed: KV) -> LayerCache:
+    """One layer as commits would have left it, from all frames of a clip [b, frame, s, n, h] and all its packed blocks.
+
+    Keys are rotated in space only; frames and blocks that do not exist yet may hold anything. Only what `view` reads
+    is filled in.
+    """
+    cfg = spec.cache
+    in_ring = layout.origin + FIFO.ids_in(jnp.maximum(layout.start - layout.origin, 0), cfg.ring)
+    frames = jnp.concatenate([layout.scene + jnp.arange(cfg.sink), in_ring])
+    written = jnp.maximum(layout.start - layout.origin, 0) // cfg.block
+    blocks = layout.origin // cfg.block + cfg.evicts.ids_in(written, cfg.slots)
+
+    def taken(store: Array, ids: Array) -> Array:
+        return jnp.take(store, ids, axis=1, mode="clip")
+
+    keys = _rotated(spec, taken(full.k, frames), layouts.frame_positions(cfg, layout, frames))
+    values = taken(full.v, frames)
+    b, _, s, n, h = values.shape
+    nothing = jnp.zeros((b, 0, s, n, h), keys.dtype)
+    return LayerCache(
+        view=KV(k=keys, v=values.reshape(b, -1, n, h)),
+        packed=KV(k=taken(packed.k, blocks), v=taken(packed.v, blocks)),
+        sink=nothing,
+        recent=nothing,
+        sink_at=layout.sink_at,
+        at=jnp.zeros((b, 0)),
     )
 
 
-def _overwrite(x: Array, values: Array, *, slot: Array, when: Array) -> Array:
-    if x.shape[1] == 0:
-        return x
-    old = jax.lax.dynamic_slice_in_dim(x, slot, values.shape[1], axis=1)
-    return jax.lax.dynamic_update_slice_in_dim(
-        x, jnp.where(when, values.astype(x.dtype), old), slot, axis=1
-    )
+# As Self-Forcing counts and stores it
 
 
-def _settle(exp: Experiment, layer: Layer, looked: Any) -> Layer:
-    """`layer` with every key that was looked at left where it was turned to."""
-    b, slots, p, n, h = layer.mid.k.shape
-    valid = (looked.ids >= 0)[..., None] & (
-        looked.slots[..., None] == jnp.arange(slots)[None, None]
-    )
-    target = jnp.where(valid, looked.at[..., None], 0.0).sum(axis=1)
-    at = jnp.where(valid.any(axis=1), target, layer.at)
-    turn = rope.time_angles(jnp.repeat(at - layer.at, p, axis=1), exp.dit)
-    mid = rope.rotate(layer.mid.k.reshape(b, slots * p, n, h), turn).reshape(layer.mid.k.shape)
-    frames = layer.sink.k.shape
-    moved = jnp.full((frames[1] * frames[2],), looked.sink_at - layer.sink_at)
-    sink = rope.rotate(layer.sink.k.reshape(b, -1, n, h), rope.time_angles(moved, exp.dit)).reshape(
-        frames
-    )
-    turned = {"sink": KV(k=sink, v=layer.sink.v), "mid": KV(k=mid, v=layer.mid.v)}
-    return dataclasses.replace(layer, **turned, at=at, sink_at=looked.sink_at)
+def export(spec: MemorySpec, memory: Memory) -> KV:
+    """The frames held at full size [layer, b, k, n, h] in time order, keys rotated at true frames.
 
+    Where recent frames move, only those that are seen; else also the oldest block, which is held one block longer.
+    """
+    cfg = spec.cache
+    layout = layouts.layout(cfg, memory.progress)
+    start, scene, origin = (int(x) for x in (layout.start, layout.scene, layout.origin))
+    held = cfg.recent if spec.recent_moves else cfg.ring
+    sink = np.arange(scene, scene + int(layout.sink))
+    frames = np.concatenate([sink, np.arange(max(origin, start - held), max(origin, start))])
+    slots = layouts.frame_slots(cfg, layout, jnp.asarray(frames))
+    turn = jnp.asarray(frames) - layouts.frame_positions(cfg, layout, jnp.asarray(frames))
+    angles = rope.time_angles(jnp.repeat(turn, spec.tokens_per_frame), spec)
 
-def _true_frames(exp: Experiment, n: Array) -> Float[Array, " q"]:
-    frames = np.repeat(np.arange(exp.cache.block), exp.tokens_per_frame)
-    return (n * exp.cache.block + jnp.asarray(frames)).astype(jnp.float32)
+    def one(layer: LayerCache) -> KV:
+        def taken(store: Array) -> Heads:
+            b, _, n, h = store.shape
+            by_frame = store[:, : spec.full_res].reshape(b, -1, spec.tokens_per_frame, n, h)
+            return by_frame[:, slots].reshape(b, -1, n, h)
 
-
-def _turned(exp: Experiment, tokens: KV, times: Float[Array, " k"]) -> KV:
-    return dataclasses.replace(tokens, k=rope.rotate(tokens.k, rope.time_angles(times, exp.dit)))
-
-
-def export(exp: Experiment, memory: Memory) -> KV:
-    """The sharp frames [layer, b, k, n, h] in time order, keys rotated at true frames (Self-Forcing's cache)."""
-    cfg, frames = exp.cache, int(memory.num_blocks) * exp.cache.block
-    kept = min(frames, cfg.sink)
-    recent = np.arange(max(cfg.sink, frames - cfg.ring), frames)
-    slots = (recent - cfg.sink) % max(cfg.ring, 1)
-    true = np.concatenate([np.arange(kept), recent]).astype(np.float32)
-
-    def one(layer: Layer) -> KV:
-        turned = np.zeros_like(true)
-        if cfg.rope_adjustment == "incremental":
-            turned = jnp.where(np.arange(len(true)) < kept, layer.sink_at + true, true)
-        both = [
-            jnp.concatenate([sink[:, :kept], ring[:, slots]], axis=1)
-            for sink, ring in ((layer.sink.k, layer.recent.k), (layer.sink.v, layer.recent.v))
-        ]
-        flat = KV(*(x.reshape(x.shape[0], -1, *x.shape[3:]) for x in both))
-        return _turned(exp, flat, jnp.repeat(jnp.asarray(true - turned), exp.tokens_per_frame))
+        return KV(k=rope.rotate(taken(layer.view.k), angles), v=taken(layer.view.v))
 
     return pytrees.stack(pytrees.over(one, memory.layers))
 
 
-def end_indices(exp: Experiment, memory: Memory) -> np.ndarray:
+def end_indices(spec: MemorySpec, memory: Memory) -> np.ndarray:
     """[tokens ever committed, tokens still held at full size], as Self-Forcing counts them."""
-    frames = int(memory.num_blocks) * exp.cache.block
-    return np.asarray([frames, min(frames, exp.cache.sink + exp.cache.ring)]) * exp.tokens_per_frame
+    frames = int(memory.num_blocks) * spec.cache.block
+    return (
+        np.asarray([frames, min(frames, spec.cache.sink + spec.cache.ring)]) * spec.tokens_per_frame
+    )

@@ -1,4 +1,4 @@
-"""What a layer sees when it looks back: which packed blocks it chooses, and every key turned to its place in time."""
+"""What a layer sees when it looks back: which packed blocks it chooses, and their keys turned to their positions."""
 
 from typing import Any
 
@@ -9,243 +9,196 @@ from flax import struct
 from jax import Array
 from jaxtyping import Float
 
-from packforcing_jax.config import Experiment
+from packforcing_jax.config import MemorySpec
 from packforcing_jax.memory import cache
-from packforcing_jax.memory.cache import Layer, Looked, Plan
+from packforcing_jax.memory import layout as layouts
+from packforcing_jax.memory.cache import LayerCache, Selection
+from packforcing_jax.memory.layout import Layout
 from packforcing_jax.networks import rope
 from packforcing_jax.policies import selection
-from packforcing_jax.types import KV, Heads, Length
+from packforcing_jax.types import KV, Heads
 
 
 @struct.dataclass
-class Asked:
+class PooledQueries:
     """What a block's queries ask of packed blocks, small enough to keep for every layer."""
 
     pooled: Array  # [b, q, n, h]  averages over windows, rotated at the windows' centres
-    total: Array  # [b, n, h]     sum of all queries, rotated at their own places, frames counted from the block's first
+    total: Array  # [b, n, h]     sum of all queries, rotated at their own positions, frames from the block's first
 
 
 @struct.dataclass
-class Picked:
+class Gathered:
     """Packed blocks taken out of the archive, their keys as stored."""
 
     kv: KV  # [b, chosen, p, n, h]
-    at: Array  # [b, chosen] place in time that the stored keys are turned to
+    at: Array  # [b, chosen] position that the stored keys are turned to
 
 
 def recall(
-    exp: Experiment, seen: Plan, layer: Layer, q: Heads, lots: Array, scratch: KV | None = None
-) -> tuple[KV, Looked]:
-    """One layer's view and what it looked at, chosen by its own un-rotated queries `q`.
+    spec: MemorySpec, layout: Layout, layer: LayerCache, q: Heads, random: Array
+) -> tuple[KV, Selection]:
+    """One layer's view with the packed blocks that its un-rotated queries `q` choose, and that choice.
 
-    The view holds [b, room, n, h], valid keys first, laid into `scratch` (whatever that held stays behind them).
-    `lots` [b, slot] are the layer's random draws.
+    `random` [b, slot] are the layer's uniform draws.
     """
-    empty = jnp.zeros((q.shape[0], 0))
-    scores = score(exp, seen, layer, ask(exp, seen, q), lots) if exp.cache.attended else empty
-    looked = look(exp, seen, scores)
-    return lay(exp, seen, layer, take(layer, looked), looked, scratch), looked
-
-
-def scratch(exp: Experiment, batch: int, dtype=jnp.float32) -> list[KV]:
-    """Room for the view of every layer; each buffer is its own, so that all can be donated."""
-    shape = (batch, cache.room(exp), exp.dit.heads, exp.dit.head_dim)
-    return [KV(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype)) for _ in range(exp.dit.layers)]
+    scores = jnp.zeros((q.shape[0], 0))
+    if spec.cache.attended:
+        scores = score(spec, layout, layer, pool_queries(spec, layout, q), random)
+    chosen = select(spec, layout, scores)
+    return lay(spec, layout, layer, gather(layer, chosen), chosen), chosen
 
 
 # Choosing
 
 
-def ask(exp: Experiment, seen: Plan, q: Heads) -> Asked:
-    """The current block's question, from its queries [b, block*s, n, h] without positions."""
-    frames = np.repeat(np.arange(exp.cache.block), exp.tokens_per_frame).astype(np.float32)
-    places = rope.grid(*(np.arange(size) for size in exp.grid), frames=exp.cache.block)
-    own = rope.time_angles(jnp.asarray(frames), exp.dit) + rope.space_angles(
-        jnp.asarray(places), exp.dit
-    )
-    pooled = selection.pool(q, exp.grid, exp.cache.score_pool)
-    return Asked(
-        pooled=rope.rotate(pooled, _pool_angles(exp, seen)),
+def pool_queries(spec: MemorySpec, layout: Layout, q: Heads) -> PooledQueries:
+    """What the current block asks, from its queries [b, block*s, n, h] without positions."""
+    block = spec.cache.block
+    frames = np.repeat(np.arange(block), spec.tokens_per_frame).astype(np.float32)
+    grid = rope.grid(*(np.arange(size) for size in spec.grid), frames=block)
+    own = rope.time_angles(jnp.asarray(frames), spec) + rope.space_angles(jnp.asarray(grid), spec)
+    pooled = selection.pool(q, spec.grid, spec.cache.score_pool)
+    return PooledQueries(
+        pooled=rope.rotate(pooled, _pool_angles(spec, layout)),
         total=rope.rotate(q.astype(jnp.float32), own).sum(axis=1),
     )
 
 
-def _pool_angles(exp: Experiment, seen: Plan) -> Array:
+def _pool_angles(spec: MemorySpec, layout: Layout) -> Array:
     """Rotary angles at the centres of the windows that queries are pooled over."""
+    sizes = zip((spec.cache.block, *spec.grid), spec.cache.score_pool, strict=True)
     frames, rows, columns = (
-        np.arange(size // step) * step + (step - 1) / 2
-        for size, step in zip((exp.cache.block, *exp.grid), exp.cache.score_pool, strict=True)
+        np.arange(size // step) * step + (step - 1) / 2 for size, step in sizes
     )
     times = np.repeat(frames, len(rows) * len(columns)).astype(np.float32)
-    places = rope.grid(rows, columns, len(frames))
-    return rope.time_angles(seen.current_at + jnp.asarray(times), exp.dit) + rope.space_angles(
-        jnp.asarray(places), exp.dit
-    )
+    grid = rope.grid(rows, columns, len(frames))
+    in_time = rope.time_angles(layout.current_at + jnp.asarray(times), spec)
+    return in_time + rope.space_angles(jnp.asarray(grid), spec)
 
 
-def question(
-    exp: Experiment, seen: Plan, layer: Layer, asked: Asked, lots: Array
-) -> selection.Question:
+def score_inputs(
+    spec: MemorySpec, layout: Layout, layer: LayerCache, queries: PooledQueries, random: Array
+) -> selection.ScoreInputs:
     """What one layer's packed blocks are scored by.
 
     All lie at one common distance, the middle of the row they will form, so that age does not decide. The paper's
     sum alone sees them at their true frames, counted from the current block's first.
     """
-    cfg, packed = exp.cache, layer.mid.k
-    offsets = jnp.asarray(cache.packed_places(exp)[0])[None, None]
-    lies = (
-        layer.at[..., None] + offsets
-        if cfg.rope_adjustment == "incremental"
-        else jnp.zeros((1, 1, 1))
+    cfg, packed, s = spec.cache, layer.packed.k, spec.tokens_per_frame
+    offsets = jnp.asarray(layouts.packed_positions(spec)[0])[None, None]
+    lies = jnp.zeros((1, 1, 1))
+    if cfg.rope_adjustment == "incremental":
+        lies = layer.at[..., None] + offsets
+    common = layout.mid_at + layout.chosen * layout.step / 2 + offsets * layout.step / cfg.block
+    true = (layout.ids * cfg.block - layout.start)[None, :, None] + offsets
+    sizes = [(cfg.sink, layout.sink), (cfg.recent, layout.recent)]
+    return selection.ScoreInputs(
+        queries=queries.pooled,
+        packed=_turn(spec, packed, common - lies),
+        ids=layout.ids,
+        random=random,
+        full_res=(layer.view.k[:, : cfg.sink * s], _recent_keys(spec, layout, layer.view.k)),
+        full_res_valid=tuple(jnp.arange(size * s) < count * s for size, count in sizes),
+        query_sum=queries.total,
+        key_sum=_turn(spec, packed.astype(jnp.float32), true - lies).sum(axis=2),
     )
-    common = seen.mid_at + seen.chosen * seen.step / 2 + offsets * seen.step / cfg.block
-    true = (seen.ids * cfg.block - seen.start)[None, :, None] + offsets
-    sizes = [(cfg.sink, seen.sink), (cfg.recent, seen.recent)]
-    return selection.Question(
-        pooled=asked.pooled,
-        archive=_turn(exp, packed, common - lies),
-        ids=seen.ids,
-        lots=lots,
-        sharp=tuple(part.k for part in sharp(exp, seen, layer)),
-        sharp_valid=tuple(
-            jnp.arange(size * exp.tokens_per_frame) < count * exp.tokens_per_frame
-            for size, count in sizes
-        ),
-        query_sum=asked.total,
-        key_sum=_turn(exp, packed.astype(jnp.float32), true - lies).sum(axis=2),
-    )
+
+
+def _recent_keys(spec: MemorySpec, layout: Layout, keys: Heads) -> Heads:
+    """Keys of the recent frames in time order, the visible ones first."""
+    cfg, size = spec.cache, spec.cache.chunk * spec.tokens_per_frame
+    if cfg.recent == 0:
+        return keys[:, :0]
+    first = layouts.recent_frames(cfg, layout)[:: cfg.chunk]
+    slots = layouts.frame_slots(cfg, layout, first) * spec.tokens_per_frame
+    parts = [jax.lax.dynamic_slice_in_dim(keys, slots[i], size, axis=1) for i in range(len(first))]
+    return jnp.concatenate(parts, axis=1)
 
 
 def score(
-    exp: Experiment, seen: Plan, layer: Layer, asked: Asked, lots: Array
+    spec: MemorySpec, layout: Layout, layer: LayerCache, queries: PooledQueries, random: Array
 ) -> Float[Array, "b slot"]:
-    """How much one layer wants each packed block; what it says of invisible ones means nothing.
-
-    One head at a time: the turned keys of all heads, and their logits, would be the largest arrays of a whole block's
-    step at full size.
-    """
-    name = exp.cache.selection
-    if name not in selection.ACROSS_HEADS:
-        return selection.POLICIES[name](question(exp, seen, layer, asked, lots))
+    """How much one layer wants each packed block; what it says of invisible ones means nothing."""
+    rule = spec.cache.score
+    if rule.across_heads is None:
+        return rule.fn(score_inputs(spec, layout, layer, queries, random))
 
     def of(head: Array) -> Float[Array, "b slot"]:
-        its_layer, its_asked = _head((layer, asked), head)
-        return selection.POLICIES[name](question(exp, seen, its_layer, its_asked, lots))
+        one_layer, one_queries = _head((layer, queries), head)
+        return rule.fn(score_inputs(spec, layout, one_layer, one_queries, random))
 
-    return selection.ACROSS_HEADS[name](jax.lax.map(of, jnp.arange(exp.dit.heads)), axis=0)
+    return rule.across_heads(jax.lax.map(of, jnp.arange(spec.heads)), axis=0)
 
 
 def _head(tree: Any, head: Array) -> Any:
-    """Everything [..., n, h] in `tree` with one head alone; the places of keys stay as they are."""
-    return jax.tree.map(
-        lambda x: jax.lax.dynamic_slice_in_dim(x, head, 1, axis=-2) if x.ndim > 2 else x, tree
-    )
+    """Everything [..., n, h] in `tree` with one head alone; the positions of keys stay as they are."""
+
+    def one(x: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, head, 1, axis=-2) if x.ndim > 2 else x
+
+    return jax.tree.map(one, tree)
 
 
-def look(exp: Experiment, seen: Plan, scores: Float[Array, "b slot"]) -> Looked:
-    """The best packed blocks in time order, and their places: in a row behind the sink, or at their true frames."""
-    cfg = exp.cache
-    slots, ids, best = selection.choose(scores, seen.ids, cfg.attended)
-    in_row = seen.mid_at + jnp.arange(cfg.attended) * seen.step
+def select(spec: MemorySpec, layout: Layout, scores: Float[Array, "b slot"]) -> Selection:
+    """The best packed blocks in time order, and their positions: in a row behind the sink, or at their true frames."""
+    cfg = spec.cache
+    slots, ids, best = selection.choose(scores, layout.ids, cfg.attended)
+    in_row = layout.mid_at + jnp.arange(cfg.attended) * layout.step
     at = in_row[None] if cfg.rope_adjustment in ("sink", "incremental") else ids * cfg.block
     at = jnp.broadcast_to(at, ids.shape).astype(jnp.float32)
-    return Looked(slots=slots, ids=ids, scores=best, at=at, sink_at=seen.sink_at)
+    return Selection(slots=slots, ids=ids, scores=best, at=at, sink_at=layout.sink_at)
 
 
-def newest(exp: Experiment, seen: Plan, batch: int) -> Looked:
-    """What a layer looks at before it has asked anything."""
-    return look(
-        exp, seen, jnp.broadcast_to(seen.ids.astype(jnp.float32)[None], (batch, exp.cache.slots))
-    )
+def newest(spec: MemorySpec, layout: Layout, batch: int) -> Selection:
+    """What a layer attends to before it has asked anything."""
+    ages = layout.ids.astype(jnp.float32)[None]
+    return select(spec, layout, jnp.broadcast_to(ages, (batch, spec.cache.slots)))
 
 
-def take(layer: Layer, looked: Looked) -> Picked:
-    """The packed blocks that were looked at."""
-    slots = looked.slots[:, :, None, None, None]
-    stored = (
-        jnp.take_along_axis(layer.at, looked.slots, axis=1)
-        if layer.at.shape[1]
-        else jnp.zeros(looked.ids.shape)
-    )
-    return Picked(
-        kv=KV(*(jnp.take_along_axis(x, slots, axis=1) for x in (layer.mid.k, layer.mid.v))),
-        at=stored,
-    )
+def gather(layer: LayerCache, chosen: Selection) -> Gathered:
+    """The chosen packed blocks."""
+    slots = chosen.slots[:, :, None, None, None]
+    stored = jnp.zeros(chosen.ids.shape)
+    if layer.at.shape[1]:
+        stored = jnp.take_along_axis(layer.at, chosen.slots, axis=1)
+    kv = KV(*(jnp.take_along_axis(x, slots, axis=1) for x in (layer.packed.k, layer.packed.v)))
+    return Gathered(kv=kv, at=stored)
 
 
-# Laying out
+# Laying down
 
 
 def lay(
-    exp: Experiment, seen: Plan, layer: Layer, picked: Picked, looked: Looked, scratch: KV | None
+    spec: MemorySpec, layout: Layout, layer: LayerCache, gathered: Gathered, chosen: Selection
 ) -> KV:
-    """One layer's view [b, room, n, h]: sink, picked and recent keys turned to their places.
+    """One layer's view [b, room, n, h], the gathered packed blocks behind sink, recent frames and the current block.
 
-    Parts are laid down at the running length, so that each covers the empty tail of the one before and the order
-    needs no mask.
+    Valid keys come first and order is free, since positions live in the rotation: no mask is needed. What lies behind
+    the last valid key is scratch.
     """
-    cfg = exp.cache
-    sink, recent = sharp(exp, seen, layer)
-    parts = [(sink, seen.sink * exp.tokens_per_frame)]
-    if cfg.attended:
-        parts.append(
-            (_packed(exp, seen, picked, looked), seen.chosen * exp.tokens_per_packed_block)
-        )
-    parts.append((recent, seen.recent * exp.tokens_per_frame))
-    if scratch is None:
-        shape = (sink.k.shape[0], cache.room(exp), *sink.k.shape[2:])
-        scratch = KV(k=jnp.zeros(shape, sink.k.dtype), v=jnp.zeros(shape, sink.v.dtype))
-    view, at = scratch, jnp.int32(0)
-    for part, count in parts:
-        view, at = extend(view, part, at), at + count
-    return view
+    view = cache.with_room(spec, layer.view)
+    if spec.cache.attended == 0:
+        return view
+    packed = _positioned(spec, layout, gathered, chosen)
+    behind = layouts.length(spec, layout) - layout.chosen * spec.tokens_per_packed_block
+    return cache.extend(view, packed, behind)
 
 
-def extend(view: KV, own: KV, at: Length) -> KV:
-    """`view` with the keys and values `own` laid down from key `at` on."""
-    return KV(
-        *(
-            jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), at, axis=1)
-            for x, new in ((view.k, own.k), (view.v, own.v))
-        )
-    )
-
-
-def sharp(exp: Experiment, seen: Plan, layer: Layer) -> tuple[KV, KV]:
-    """One layer's sink and visible recent tokens [b, k, n, h], each with its valid ones first, keys in their places."""
-    cfg, moves = exp.cache, exp.cache.rope_adjustment == "incremental"
-    first = (
-        jnp.full(cfg.sink, seen.sink_at - layer.sink_at)
-        if moves
-        else seen.sink_at + jnp.arange(cfg.sink)
-    )
-    last = jnp.zeros(cfg.recent) if moves else seen.recent_at + jnp.arange(cfg.recent)
-    newest = KV(*(cache.visible_recent(cfg, seen, x) for x in (layer.recent.k, layer.recent.v)))
-    return _placed(exp, layer.sink, first), _placed(exp, newest, last)
-
-
-def _placed(exp: Experiment, store: KV, frames: Float[Array, " frame"]) -> KV:
-    """Tokens [b, frame*s, n, h] of whole frames, the keys turned by `frames`."""
-    b, _, s, n, h = store.k.shape
-    k, v = (x.reshape(b, -1, n, h) for x in (store.k, store.v))
-    return KV(k=rope.rotate(k, rope.time_angles(jnp.repeat(frames, s), exp.dit)), v=v)
-
-
-def _packed(exp: Experiment, seen: Plan, picked: Picked, looked: Looked) -> KV:
-    """The picked packed blocks [b, chosen*p, n, h], keys turned from where they lie to their places."""
-    cfg, (b, _, _, n, h) = exp.cache, picked.kv.k.shape
-    scale = seen.step / cfg.block if cfg.rope_adjustment == "sink" else 1.0
-    inside = jnp.asarray(cache.packed_places(exp)[0])[None, None] * scale
+def _positioned(spec: MemorySpec, layout: Layout, gathered: Gathered, chosen: Selection) -> KV:
+    """The gathered packed blocks [b, chosen*p, n, h], keys turned from where they lie to their positions."""
+    cfg, (b, _, _, n, h) = spec.cache, gathered.kv.k.shape
+    scale = layout.step / cfg.block if cfg.rope_adjustment == "sink" else 1.0
+    inside = jnp.asarray(layouts.packed_positions(spec)[0])[None, None] * scale
     inside = 0.0 if cfg.rope_adjustment == "incremental" else inside
-    times = jnp.broadcast_to((looked.at - picked.at)[..., None] + inside, picked.kv.k.shape[:3])
-    return KV(
-        k=_turn(exp, picked.kv.k, times).reshape(b, -1, n, h), v=picked.kv.v.reshape(b, -1, n, h)
-    )
+    times = jnp.broadcast_to((chosen.at - gathered.at)[..., None] + inside, gathered.kv.k.shape[:3])
+    keys = _turn(spec, gathered.kv.k, times)
+    return KV(k=keys.reshape(b, -1, n, h), v=gathered.kv.v.reshape(b, -1, n, h))
 
 
-def _turn(exp: Experiment, keys: Array, times: Float[Array, "#b #slot p"]) -> Array:
+def _turn(spec: MemorySpec, keys: Array, times: Float[Array, "#b #slot p"]) -> Array:
     """Keys [b, slot, p, n, h] of packed blocks turned in time by `times`."""
     b, slots, p, n, h = keys.shape
     times = jnp.broadcast_to(times, (times.shape[0], slots, p))
-    angles = rope.time_angles(times.reshape(times.shape[0], slots * p), exp.dit)
+    angles = rope.time_angles(times.reshape(times.shape[0], slots * p), spec)
     return rope.rotate(keys.reshape(b, slots * p, n, h), angles).reshape(keys.shape)

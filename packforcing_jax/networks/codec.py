@@ -53,7 +53,7 @@ def _remember_nothing(codec: SpaceToDepth, batch: int, rows: int, columns: int) 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a codec has to offer; a new one is a new row of `KINDS`."""
+    """What a codec has to offer; the config of one's own carries it as its class attribute `kind`."""
 
     module: Callable[[Any, nnx.Rngs], Any]
     encode: Callable[..., Latent]
@@ -67,9 +67,14 @@ KINDS = {
 }
 
 
+def kind_of(cfg: Any) -> Kind:
+    """What the codec that `cfg` describes offers: a row of `KINDS`, or what the config itself says."""
+    return KINDS.get(type(cfg)) or cfg.kind
+
+
 def make(cfg: Config, rngs: nnx.Rngs) -> Codec:
     """The codec that `cfg` describes, freshly initialised."""
-    return KINDS[type(cfg)].module(cfg, rngs)
+    return kind_of(cfg).module(cfg, rngs)
 
 
 @functools.cache
@@ -85,7 +90,7 @@ def encode(codec: Codec, video: Video) -> Latent:
         height % factor == 0 and width % factor == 0,
         f"a video of {height}x{width} pixels does not fill cells of {factor}x{factor}; crop it.",
     )
-    return KINDS[type(codec.cfg)].encode(codec, video)
+    return kind_of(codec.cfg).encode(codec, video)
 
 
 def decode(codec: Codec, latent: Latent) -> Video:
@@ -96,12 +101,12 @@ def decode(codec: Codec, latent: Latent) -> Video:
 
 def init_decoder(codec: Codec, batch: int, rows: int, columns: int) -> Any:
     """The decoder's state before the first latent of a video; `rows` and `columns` count latent cells."""
-    return KINDS[type(codec.cfg)].init_decoder(codec, batch, rows, columns)
+    return kind_of(codec.cfg).init_decoder(codec, batch, rows, columns)
 
 
 def decode_chunk(codec: Codec, state: Any, latents: Latent, *, first: bool) -> tuple[Video, Any]:
     """Pixels of the next latents, in [-1, 1], and the state after them; `first` (static) opens a video."""
-    video, state = KINDS[type(codec.cfg)].decode_chunk(codec, state, latents, first=first)
+    video, state = kind_of(codec.cfg).decode_chunk(codec, state, latents, first=first)
     return jnp.clip(video, -1.0, 1.0), state
 
 

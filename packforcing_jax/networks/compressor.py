@@ -5,12 +5,14 @@ untrained model starts from LR alone. LR: the block's pixels, pooled and encoded
 (`codec.low_resolution`), embedded by the transformer's own patch embedding. The two are added.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from packforcing_jax.config import Experiment
-from packforcing_jax.networks import dit
+from packforcing_jax.config import CompressorConfig, StepConfig
+from packforcing_jax.networks.base_model import BaseModel
 from packforcing_jax.types import Latent, Tokens
 
 
@@ -20,8 +22,8 @@ class Compressor(nnx.Module):
     It has no parameters where LR works alone.
     """
 
-    def __init__(self, exp: Experiment, rngs: nnx.Rngs):
-        cfg, channels = exp.compressor, (exp.dit.in_channels, *exp.compressor.channels)
+    def __init__(self, step: StepConfig, rngs: nnx.Rngs):
+        cfg, channels = step.compressor, (step.dit.in_channels, *step.compressor.channels)
         if cfg.branches == "lr":
             return
         self.convs = nnx.List(
@@ -31,7 +33,7 @@ class Compressor(nnx.Module):
             ]
         )
         self.out = nnx.Linear(
-            channels[-1], exp.dit.dim, kernel_init=nnx.initializers.zeros, rngs=rngs
+            channels[-1], step.dit.dim, kernel_init=nnx.initializers.zeros, rngs=rngs
         )
 
     def __call__(self, latent: Latent) -> Tokens:
@@ -39,6 +41,16 @@ class Compressor(nnx.Module):
         for conv in self.convs:
             x = jax.nn.silu(conv(x))
         return self.out(x).reshape(x.shape[0], -1, self.out.out_features)
+
+    def pack(self, model: BaseModel, step: StepConfig, latent: Latent, low: Latent) -> Tokens:
+        """Packed tokens [b, p, d] of one clean block `latent` and its low-resolution twin `low`."""
+        slots, rows, columns = step.packed_grid
+        missing = step.compressor.frames - latent.shape[1]
+        padded = jnp.pad(latent, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)), mode="edge")
+        small = low[:, :slots, : rows * step.dit.patch[1], : columns * step.dit.patch[2]]
+        if step.compressor.branches == "both":
+            return self(padded) + model.embed(small)
+        return self(padded) if step.compressor.branches == "hr" else model.embed(small)
 
 
 def _conv(inner: int, outer: int, stride: tuple[int, int, int], rngs: nnx.Rngs) -> nnx.Conv:
@@ -54,15 +66,15 @@ def _conv(inner: int, outer: int, stride: tuple[int, int, int], rngs: nnx.Rngs) 
     )
 
 
-def pack(
-    compressor: Compressor, model: dit.WanDiT, exp: Experiment, latent: Latent, low: Latent
-) -> Tokens:
-    """Packed tokens [b, p, d] of one clean block `latent` and its low-resolution twin `low`."""
-    slots, rows, columns = exp.packed_grid
-    missing = exp.compressor.frames - latent.shape[1]
-    padded = jnp.pad(latent, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)), mode="edge")
-    small = low[:, :slots, : rows * exp.dit.patch[1], : columns * exp.dit.patch[2]]
-    branches = {"hr": lambda: compressor(padded), "lr": lambda: dit.embed_latent(model, small)}
-    if exp.compressor.branches == "both":
-        return branches["hr"]() + branches["lr"]()
-    return branches[exp.compressor.branches]()
+COMPRESSORS = {CompressorConfig: Compressor}
+
+
+def build(step: StepConfig, rngs: nnx.Rngs) -> Any:
+    """The compressor that `step.compressor` describes: a class of `COMPRESSORS`, or what the value itself builds.
+
+    A value of one's own has the fields of `CompressorConfig` that say what a packed block looks like (`frames`,
+    `pool`, `branches`, `places`, `keys`, `stride`) and `build(step, rngs)`; what that returns has `pack`, as above.
+    """
+    cfg: Any = step.compressor
+    make = COMPRESSORS.get(type(cfg))
+    return cfg.build(step, rngs) if make is None else make(step, rngs)

@@ -1,7 +1,8 @@
 """The Wan2.1 diffusion transformer, bidirectional or causal, as one scan over stacked blocks (Wan2.1 `model.py`).
 
-The network knows nothing of caches: a block hands its queries, keys and values to `mix`, a function that decides
-whom they attend to and what is kept of them. Full attention, masks and the packed memory are three such functions.
+The network knows nothing of caches: a block hands its queries, keys and values to `self_attention`, a function that
+decides whom they attend to and what is kept of them. Full attention, masks and the packed memory are three such
+functions.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,11 +21,12 @@ from packforcing_jax import pytrees, sharding
 from packforcing_jax.config import DiTConfig
 from packforcing_jax.networks import layers, rope
 from packforcing_jax.policies import attention
+from packforcing_jax.pytrees import PerLayer
 from packforcing_jax.types import KV, Heads, Latent, Tokens
 
 Attend = Callable[..., Heads]  # attend(q, k, v), as in attention.BACKENDS
-# mix(q, k, v, past) -> (attended values, anything worth keeping); q, k without positions, past = this layer's share
-Mix = Callable[[Heads, Heads, Heads, Any], tuple[Heads, Any]]
+# (q, k, v, past) -> (attended values, anything worth keeping); q, k without positions, past = this layer's share
+SelfAttention = Callable[[Heads, Heads, Heads, Any], tuple[Heads, Any]]
 
 
 class Attention(nnx.Module):
@@ -77,20 +79,28 @@ class Block(nnx.Module):
         time: Float[Array, "b t 6 d"],
         text: KV,
         past: Any,
-        mix: Mix,
-        attend: Attend,
+        self_attention: SelfAttention,
+        cross_attention: Attend,
     ) -> tuple[Tokens, Any]:
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.rows(time)
         y = layers.modulate(layers.standardize(x, self.eps), shift, scale)
         own = self.attn.keys_values(y)
-        mixed, kept = mix(self.attn.queries(y), own.k, own.v, past)
+        mixed, kept = self_attention(self.attn.queries(y), own.k, own.v, past)
         x = x + self.attn.merge(mixed) * layers.per_frame(x, gate)
-        words = attend(self.cross.queries(self.norm3(x)), text.k, text.v)
+        words = cross_attention(self.cross.queries(self.norm3(x)), text.k, text.v)
         x = x + self.cross.merge(words)
         y = layers.modulate(layers.standardize(x, self.eps), shift_mlp, scale_mlp)
         return x + self.ffn_out(jax.nn.gelu(self.ffn_in(y), approximate=True)) * layers.per_frame(
             x, gate_mlp
         ), kept
+
+
+@struct.dataclass
+class TimeStates:
+    """The embedded timestep of each frame: `e` [b, t, d] for the head, `rows` [b, t, 6, d] for the blocks."""
+
+    e: Array
+    rows: Array
 
 
 class WanDiT(nnx.Module):
@@ -113,113 +123,97 @@ class WanDiT(nnx.Module):
         )
         self.head = nnx.Linear(cfg.dim, cfg.out_channels * cells, rngs=rngs)
 
+    def embed(self, latent: Latent) -> Tokens:
+        """Patch tokens in the order frame, row, column; inside a patch the channel is slowest.
 
-@struct.dataclass
-class TimeStates:
-    """The embedded timestep of each frame: `e` [b, t, d] for the head, `rows` [b, t, 6, d] for the blocks."""
+        They have the weights' dtype, which all that follows then has.
+        """
+        pt, py, px = self.cfg.patch
+        cells = einops.rearrange(
+            latent, "b (t pt) (y py) (x px) c -> b (t y x) (c pt py px)", pt=pt, py=py, px=px
+        )
+        return self.patch(cells.astype(self.patch.kernel.dtype))
 
-    e: Array
-    rows: Array
+    def embed_time(self, timesteps: Float[Array, "b t"]) -> TimeStates:
+        """Time states of per-frame timesteps on the 0..1000 scale (fractions allowed)."""
+        wave = layers.sinusoid(timesteps, self.cfg.freq_dim)
+        e = sharding.by_batch(self.time_out(sharding.by_batch(jax.nn.silu(self.time_in(wave)))))
+        rows = sharding.by_batch(self.time_proj(sharding.by_batch(jax.nn.silu(e))))
+        return TimeStates(e=e, rows=einops.rearrange(rows, "b t (six d) -> b t six d", six=6))
 
+    def text_kv(self, states: Float[Array, "b words text"]) -> PerLayer[KV]:
+        """Cross-attention keys and values per layer, [b, text_len, n, h], of encoder states zero-padded to `text_len`.
 
-def embed_time(model: WanDiT, timesteps: Float[Array, "b t"]) -> TimeStates:
-    """Time states of per-frame timesteps on the 0..1000 scale (fractions allowed)."""
-    wave = layers.sinusoid(timesteps, model.cfg.freq_dim)
-    e = sharding.by_batch(model.time_out(sharding.by_batch(jax.nn.silu(model.time_in(wave)))))
-    rows = sharding.by_batch(model.time_proj(sharding.by_batch(jax.nn.silu(e))))
-    return TimeStates(e=e, rows=einops.rearrange(rows, "b t (six d) -> b t six d", six=6))
+        Padding is attended to, as in the original: its zero rows pass the text MLP like any others.
+        """
+        padded = jnp.pad(states, ((0, 0), (0, self.cfg.text_len - states.shape[1]), (0, 0)))
+        words = self.text_in(padded.astype(self.text_in.kernel.dtype))
+        words = self.text_out(jax.nn.gelu(words, approximate=True))
+        return pytrees.over(lambda block: block.cross.keys_values(words), self._layers())
 
+    def run(
+        self,
+        x: Tokens,
+        time: TimeStates,
+        text: Any,
+        *,
+        past: Any,
+        self_attention: SelfAttention,
+        cross_attention: Attend = attention.reference,
+    ) -> tuple[Tokens, Any]:
+        """Tokens after all blocks, and what each layer's `self_attention` kept.
 
-def text_kv(model: WanDiT, context: Float[Array, "b words text"]) -> Any:
-    """Cross-attention keys and values per layer, [b, text_len, n, h], of encoder states zero-padded to `text_len`.
+        `text` and `past` hold one entry per layer; `cross_attention(q, k, v)` reads the text.
+        Unrolled layers run one by one. Stacked ones are scanned: less to compile; under a gradient each is computed
+        again rather than stored, which takes less memory and is faster on a CPU too.
+        """
+        if isinstance(self.blocks, nnx.List):
+            kept = []
+            for block, words, before in zip(
+                self.blocks, text, past or [None] * len(self.blocks), strict=True
+            ):
+                x, one = block(x, time.rows, words, before, self_attention, cross_attention)
+                kept.append(one)
+            return x, kept
 
-    Padding is attended to, as in the original: its zero rows pass the text MLP like any others.
-    """
-    padded = jnp.pad(context, ((0, 0), (0, model.cfg.text_len - context.shape[1]), (0, 0)))
-    words = model.text_in(padded.astype(model.text_in.kernel.dtype))
-    words = model.text_out(jax.nn.gelu(words, approximate=True))
-    return pytrees.over(lambda block: block.cross.keys_values(words), _blocks(model))
+        @partial(jax.checkpoint, prevent_cse=False)
+        def layer(x, inputs):
+            block, words, before = inputs
+            x = sharding.by_tokens(x)
+            return block(x, time.rows, words, before, self_attention, cross_attention)
 
+        return jax.lax.scan(layer, x, (self.blocks, text, past))
 
-def _blocks(model: WanDiT) -> Any:
-    """The transformer's blocks in either form."""
-    return list(model.blocks) if isinstance(model.blocks, nnx.List) else model.blocks
+    def output(self, x: Tokens, time: TimeStates, grid: tuple[int, int]) -> Latent:
+        """The network's output as a latent; inside a patch the channel is fastest."""
+        rows = self.head_modulation[...].astype(time.e.dtype)[None, None] + time.e[:, :, None]
+        y = self.head(
+            layers.modulate(layers.standardize(x, self.cfg.eps), rows[:, :, 0], rows[:, :, 1])
+        )
+        pt, py, px = self.cfg.patch
+        return einops.rearrange(
+            y,
+            "b (t y x) (pt py px c) -> b (t pt) (y py) (x px) c",
+            y=grid[0],
+            x=grid[1],
+            pt=pt,
+            py=py,
+            px=px,
+        )
 
+    def keys_values(self, x: Tokens, time: TimeStates) -> PerLayer[KV]:
+        """Keys and values that each layer's own projections make of the same tokens `x`."""
+        return pytrees.over(lambda block: block.keys_values(x, time.rows), self._layers())
 
-def unrolled(model: WanDiT) -> WanDiT:
-    """The same model with its layers apart, to be run one by one: what each layer reads and writes stays in place."""
-    apart = jax.tree.map(lambda leaf: leaf, model)
-    apart.blocks = nnx.List(pytrees.unstack(model.blocks, model.cfg.layers))
-    return apart
+    def unrolled(self) -> "WanDiT":
+        """The same model with its layers apart, run one by one: what each layer reads and writes stays in place."""
+        apart = jax.tree.map(lambda leaf: leaf, self)
+        apart.blocks = nnx.List(pytrees.unstack(self.blocks, self.cfg.layers))
+        return apart
 
-
-def projections(model: WanDiT, x: Tokens, time: TimeStates) -> Any:
-    """Keys and values that each layer's own projections make of the same tokens `x`."""
-    return pytrees.over(lambda block: block.keys_values(x, time.rows), _blocks(model))
-
-
-def embed_latent(model: WanDiT, latent: Latent) -> Tokens:
-    """Patch tokens in the order frame, row, column; inside a patch the channel is slowest.
-
-    They have the weights' dtype, which all that follows then has.
-    """
-    pt, py, px = model.cfg.patch
-    cells = einops.rearrange(
-        latent, "b (t pt) (y py) (x px) c -> b (t y x) (c pt py px)", pt=pt, py=py, px=px
-    )
-    return model.patch(cells.astype(model.patch.kernel.dtype))
-
-
-def head(model: WanDiT, x: Tokens, e: Float[Array, "b t d"], grid: tuple[int, int]) -> Latent:
-    """The network's output as a latent; inside a patch the channel is fastest."""
-    rows = model.head_modulation[...].astype(e.dtype)[None, None] + e[:, :, None]
-    y = model.head(
-        layers.modulate(layers.standardize(x, model.cfg.eps), rows[:, :, 0], rows[:, :, 1])
-    )
-    pt, py, px = model.cfg.patch
-    return einops.rearrange(
-        y,
-        "b (t y x) (pt py px c) -> b (t pt) (y py) (x px) c",
-        y=grid[0],
-        x=grid[1],
-        pt=pt,
-        py=py,
-        px=px,
-    )
-
-
-def run(
-    model: WanDiT,
-    x: Tokens,
-    time: TimeStates,
-    text: Any,
-    *,
-    past: Any,
-    mix: Mix,
-    attend: Attend = attention.reference,
-) -> tuple[Tokens, Any]:
-    """Tokens after all blocks, and what each layer's `mix` kept. `text` and `past` hold one entry per layer.
-
-    `mix` is self-attention with all that belongs to it, `attend` what reads the text.
-    Unrolled layers run one by one. Stacked ones are scanned: less to compile; under a gradient each is computed
-    again rather than stored, which takes less memory and is faster on a CPU too.
-    """
-    if isinstance(model.blocks, nnx.List):
-        kept = []
-        for block, words, before in zip(
-            model.blocks, text, past or [None] * len(model.blocks), strict=True
-        ):
-            x, one = block(x, time.rows, words, before, mix, attend)
-            kept.append(one)
-        return x, kept
-
-    @partial(jax.checkpoint, prevent_cse=False)
-    def layer(x, inputs):
-        block, words, before = inputs
-        x = sharding.by_tokens(x)
-        return block(x, time.rows, words, before, mix, attend)
-
-    return jax.lax.scan(layer, x, (model.blocks, text, past))
+    def _layers(self) -> Any:
+        """The transformer's blocks in either form."""
+        return list(self.blocks) if isinstance(self.blocks, nnx.List) else self.blocks
 
 
 def token_grid(cfg: DiTConfig, latent: Latent) -> tuple[int, int]:
@@ -253,7 +247,7 @@ def _whole(
     texts = context if context.ndim == 4 else context[:, None]
     blocks = texts.shape[1]
 
-    def mix(q, k, v, past):
+    def self_attention(q, k, v, past):
         q, k = rope.rotate(q, angles), rope.rotate(k, angles)
         return (attend(q, k, v) if mask is None else attention.reference(q, k, v, mask=mask)), None
 
@@ -263,12 +257,17 @@ def _whole(
             attend(by_block, k, v), "(b block) q n h -> b (block q) n h", block=blocks
         )
 
-    time, words = (
-        embed_time(model, timesteps),
-        text_kv(model, einops.rearrange(texts, "b block w d -> (b block) w d")),
+    time = model.embed_time(timesteps)
+    words = model.text_kv(einops.rearrange(texts, "b block w d -> (b block) w d"))
+    x, _ = model.run(
+        model.embed(latent),
+        time,
+        words,
+        past=None,
+        self_attention=self_attention,
+        cross_attention=read,
     )
-    x, _ = run(model, embed_latent(model, latent), time, words, past=None, mix=mix, attend=read)
-    return head(model, x, time.e, token_grid(cfg, latent)).astype(latent.dtype)
+    return model.output(x, time, token_grid(cfg, latent)).astype(latent.dtype)
 
 
 def bidirectional(

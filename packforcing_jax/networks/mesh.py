@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from packforcing_jax.config import Experiment, MeshConfig
+from packforcing_jax.config import Experiment, MeshConfig, TrainConfig
 from packforcing_jax.errors import require
 from packforcing_jax.sharding import AXES, BATCH, HEADS, divisor, fitting
 
@@ -137,7 +137,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 # What cannot be divided
 
 
-def check(exp: Experiment, mesh: Mesh) -> None:
+def check(exp: Experiment, train: TrainConfig, mesh: Mesh) -> None:
     """Raises `InputError` for heads, batch or tokens that the mesh does not divide; allocates nothing."""
     heads, parts = exp.dit.heads, divisor(HEADS, mesh.shape)
     require(
@@ -147,12 +147,12 @@ def check(exp: Experiment, mesh: Mesh) -> None:
         f"sizes that work: {_divisors(heads)}.",
     )
     parts, processes = divisor(BATCH, mesh.shape), jax.process_count()
-    whole = parts * exp.train.accumulate
+    whole = parts * train.accumulate
     require(
-        exp.train.batch % whole == 0,
-        f"train.batch={exp.train.batch} is not divisible by data x fsdp x accumulate = {mesh.shape['data']} x "
-        f"{mesh.shape['fsdp']} x {exp.train.accumulate} = {whole}; "
-        f"make it {-(-exp.train.batch // whole) * whole}.",
+        train.batch % whole == 0,
+        f"train.batch={train.batch} is not divisible by data x fsdp x accumulate = {mesh.shape['data']} x "
+        f"{mesh.shape['fsdp']} x {train.accumulate} = {whole}; "
+        f"make it {-(-train.batch // whole) * whole}.",
     )
     require(
         parts % processes == 0,

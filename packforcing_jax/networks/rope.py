@@ -5,13 +5,21 @@ space rotate separately. A rotation is a sum of angles: rotating by space and th
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from packforcing_jax.config import DiTConfig
+
+class Rotary(Protocol):
+    """What rotary positions depend on: pairs of a head per axis, and the base of each axis's frequencies."""
+
+    @property
+    def pairs(self) -> tuple[int, int, int]: ...
+    @property
+    def rope_theta(self) -> tuple[float, float, float]: ...
 
 
 def frequencies(pairs: int, theta: float) -> np.ndarray:
@@ -19,7 +27,7 @@ def frequencies(pairs: int, theta: float) -> np.ndarray:
     return (theta ** (-np.arange(pairs) / max(pairs, 1))).astype(np.float32)
 
 
-def time_angles(frames: Float[Array, "*b k"], cfg: DiTConfig) -> Float[Array, "*b k pairs"]:
+def time_angles(frames: Float[Array, "*b k"], cfg: Rotary) -> Float[Array, "*b k pairs"]:
     """Angles of the time pairs at (possibly fractional) frame positions; zero for the spatial pairs."""
     time, rows, columns = cfg.pairs
     turned = jnp.einsum(
@@ -31,7 +39,7 @@ def time_angles(frames: Float[Array, "*b k"], cfg: DiTConfig) -> Float[Array, "*
     return jnp.pad(turned, ((0, 0),) * frames.ndim + ((0, rows + columns),))
 
 
-def space_angles(places: Float[Array, "k 2"], cfg: DiTConfig) -> Float[Array, "k pairs"]:
+def space_angles(places: Float[Array, "k 2"], cfg: Rotary) -> Float[Array, "k pairs"]:
     """Angles of the row and column pairs at (possibly fractional) grid places; zero for the time pairs."""
     time, rows, columns = cfg.pairs
     along_rows = places[:, :1] * jnp.asarray(frequencies(rows, cfg.rope_theta[1]))[None]

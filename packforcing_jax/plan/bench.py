@@ -13,134 +13,131 @@ import jax.numpy as jnp
 from jax import Array
 
 from packforcing_jax import pytrees
-from packforcing_jax.config import Experiment
+from packforcing_jax.config import Experiment, StepConfig
 from packforcing_jax.errors import nearest, require
 from packforcing_jax.memory import cache, view
-from packforcing_jax.networks import codec, compressor
-from packforcing_jax.plan import jaxpr_cost, programs, timing
+from packforcing_jax.memory import layout as layouts
+from packforcing_jax.memory.cache import Memory, Selection
+from packforcing_jax.networks import codec
+from packforcing_jax.plan import budget, jaxpr_cost, programs, timing
 from packforcing_jax.policies import attention
-from packforcing_jax.sampling import block_step, pipeline
-from packforcing_jax.sampling.pipeline import Pipeline, State
-from packforcing_jax.types import KV, Latent
+from packforcing_jax.pytrees import PerLayer
+from packforcing_jax.sampling import block_step, player
+from packforcing_jax.sampling.block_step import Nets
+from packforcing_jax.sampling.player import State
+from packforcing_jax.types import KV, Heads, Latent, Tokens, Video
 
 Given = dict[str, Any]  # what a block is given besides the state, by name
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the player needs of a model, and nothing else."""
+
+    experiment: Experiment
+    nets: Nets
+    pixels: codec.Codec
 
 
 # The parts. Each runs what sampling runs, takes a state to the next, and says what came out.
 
 
-@functools.partial(jax.jit, static_argnames="exp", donate_argnames="views")
-def guess(
-    nets: block_step.Nets,
-    exp: Experiment,
-    num_blocks: Array,
-    views: list[KV],
-    noisy: Latent,
-    words: Any,
-):
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="memory")
+def forward(
+    nets: Nets, cfg: StepConfig, memory: Memory, noisy: Latent, words: Any
+) -> tuple[Memory, Latent]:
     """The first denoising step, its views in place."""
-    times, sigmas = (jnp.asarray(x) for x in block_step.step_table(exp.sample))
-    nets, seen = pytrees.cast(nets, exp.dtypes.compute), cache.plan(exp.cache, num_blocks)
-    return block_step.guess(nets, exp, seen, noisy, times[0], sigmas[0], words, views)
+    times, sigmas = (jnp.asarray(x) for x in block_step.step_table(cfg.sample))
+    nets, layout = pytrees.cast(nets, cfg.compute), layouts.layout(cfg.cache, memory.progress)
+    given = noisy, times[0], sigmas[0], words, block_step.views_of(memory)
+    clean, views = block_step.predict_x0(nets, cfg, layout, *given)
+    return block_step.with_views(memory, views), clean
 
 
-@functools.partial(jax.jit, static_argnames="exp")
-def choose(exp: Experiment, memory: cache.Memory, queries: list[Array], lots: list[Array]) -> Any:
-    """What every layer looks back at, asked by `queries`."""
-    seen = cache.plan(exp.cache, memory.num_blocks)
-    asked = pytrees.over(lambda q: view.ask(exp, seen, q), queries)
-    return block_step.decide(
-        exp,
-        seen,
-        pytrees.over(lambda *one: view.score(exp, seen, *one), memory.layers, asked, lots),
+@functools.partial(jax.jit, static_argnames="cfg")
+def choose(
+    cfg: StepConfig, memory: Memory, queries: list[Heads], random: list[Array]
+) -> PerLayer[Selection]:
+    """What every layer attends to, asked by `queries`."""
+    spec, layout = cfg.memory, layouts.layout(cfg.cache, memory.progress)
+    pooled = pytrees.over(lambda q: view.pool_queries(spec, layout, q), queries)
+    scores = pytrees.over(
+        lambda *one: view.score(spec, layout, *one), memory.layers, pooled, random
     )
+    return block_step.decide(cfg, layout, scores)
 
 
-@functools.partial(jax.jit, static_argnames="exp")
-def pack(
-    nets: block_step.Nets, pixels: codec.Codec, exp: Experiment, latent: Latent, frames: Array
-) -> Array:
+@functools.partial(jax.jit, static_argnames="cfg")
+def pack(nets: Nets, pixels: codec.Codec, cfg: StepConfig, latent: Latent, frames: Video) -> Tokens:
     """The packed tokens of a block, from its latent and its frames."""
-    low = codec.low_resolution(pixels, frames, latents=exp.packed_grid[0], pool=exp.compressor.pool)
-    nets = pytrees.cast(nets, exp.dtypes.compute)
-    return compressor.pack(nets.compressor, nets.dit, exp, latent, low)
+    low = codec.low_resolution(pixels, frames, latents=cfg.packed_grid[0], pool=cfg.compressor.pool)
+    nets = pytrees.cast(nets, cfg.compute)
+    return nets.compressor.pack(nets.dit, cfg, latent, low)
 
 
-commit = jax.jit(cache.commit, static_argnames="exp", donate_argnames="memory")
+store = jax.jit(cache.commit, static_argnames="spec", donate_argnames="memory")
 decode = jax.jit(codec.decode_chunk, static_argnames="first")
 
 
-def _forward(pipe: Pipeline, state: State, given: Given) -> tuple[State, Any]:
-    clean, views = guess(
-        pipe.nets,
-        pipe.experiment,
-        state.memory.num_blocks,
-        state.views,
-        given["latent"],
-        given["words"],
+def _forward(model: player.Model, state: State, given: Given) -> tuple[State, Any]:
+    memory, clean = forward(
+        model.nets, model.experiment.step, state.memory, given["latent"], given["words"]
     )
-    return dataclasses.replace(state, views=views), clean
+    return dataclasses.replace(state, memory=memory), clean
 
 
-def _block(pipe: Pipeline, state: State, given: Given) -> tuple[State, Any]:
-    drawn = pipe.draw(state, given["words"])
-    return dataclasses.replace(state, views=drawn.views), (drawn.latent, drawn.looked)
+def _denoise(model: player.Model, state: State, given: Given) -> tuple[State, Any]:
+    memory, denoised = player.denoise(model, state, given["words"])
+    return dataclasses.replace(state, memory=memory), denoised
 
 
-def _commit(pipe: Pipeline, state: State, given: Given) -> tuple[State, Any]:
-    memory = commit(pipe.experiment, state.memory, given["full"], given["packed"], given["looked"])
-    return dataclasses.replace(state, memory=memory), ()
+def _selection(model: player.Model, state: State, given: Given) -> tuple[State, Any]:
+    return state, choose(model.experiment.step, state.memory, given["queries"], given["random"])
 
 
-def _compression(pipe: Pipeline, state: State, given: Given) -> tuple[State, Any]:
-    return state, pack(pipe.nets, pipe.pixels, pipe.experiment, given["latent"], given["frames"])
-
-
-def _selection(pipe: Pipeline, state: State, given: Given) -> tuple[State, Any]:
-    return state, choose(pipe.experiment, state.memory, given["queries"], given["lots"])
-
-
-def _decode(pipe: Pipeline, state: State, given: Given) -> tuple[State, Any]:
-    frames, decoder = decode(pipe.pixels, state.decoder, given["latent"], first=False)
+def _decode(model: player.Model, state: State, given: Given) -> tuple[State, Any]:
+    frames, decoder = decode(model.pixels, state.decoder, given["latent"], first=False)
     return dataclasses.replace(state, decoder=decoder), frames
 
 
-def _remember(pipe: Pipeline, state: State, given: Given) -> tuple[State, Any]:
-    memory, packed, views = pipeline.remember_block(
-        pipe.nets,
-        pipe.experiment,
-        state.memory,
-        state.views,
-        given["latent"],
-        given["low"],
-        given["looked"],
-        given["words"],
-    )
-    return dataclasses.replace(state, memory=memory, views=views), packed
+def _compression(model: player.Model, state: State, given: Given) -> tuple[State, Any]:
+    cfg = model.experiment.step
+    return state, pack(model.nets, model.pixels, cfg, given["latent"], given["frames"])
 
 
-def _second(pipe: Pipeline, state: State, given: Given) -> tuple[State, Any]:
-    state, frames, _ = pipe.step(state, given["words"], first=False)
-    return state, frames
+def _store(model: player.Model, state: State, given: Given) -> tuple[State, Any]:
+    new = (given[name] for name in PARTS["store"].takes)
+    memory = store(model.experiment.memory, state.memory, *new)
+    return dataclasses.replace(state, memory=memory), ()
+
+
+def _commit(model: player.Model, state: State, given: Given) -> tuple[State, Any]:
+    new = (given[name] for name in PARTS["commit"].takes)
+    memory, packed = player.commit_program(model.nets, model.experiment.step, state.memory, *new)
+    return dataclasses.replace(state, memory=memory), packed
+
+
+def _second(model: player.Model, state: State, given: Given) -> tuple[State, Any]:
+    return player.next_block(model, state, given["words"])
 
 
 @dataclass(frozen=True)
 class Part:
     """A row of the table of parts; `takes` names what it is given, `packs` whether it needs packed blocks."""
 
-    run: Callable[[Pipeline, State, Given], tuple[State, Any]]
+    run: Callable[[player.Model, State, Given], tuple[State, Any]]
     takes: tuple[str, ...]
     packs: bool = False
 
 
 PARTS = {
     "forward": Part(_forward, ("latent", "words")),
-    "block": Part(_block, ("words",)),
-    "selection": Part(_selection, ("queries", "lots"), packs=True),
+    "denoise": Part(_denoise, ("words",)),
+    "selection": Part(_selection, ("queries", "random"), packs=True),
     "decode": Part(_decode, ("latent",)),
     "compression": Part(_compression, ("latent", "frames"), packs=True),
-    "commit": Part(_commit, ("full", "packed", "looked")),
-    "remember": Part(_remember, ("latent", "low", "looked", "words")),
+    "store": Part(_store, ("latent", "full", "packed", "selection")),
+    "commit": Part(_commit, ("latent", "low", "selection", "words")),
     "second": Part(_second, ("words",)),
 }
 
@@ -167,67 +164,58 @@ def parts_of(exp: Experiment, names: Collection[str]) -> dict[str, Part]:
 class Scene:
     """A model, the state of a video whose memory is full, and what its next block is given; arrays or shapes."""
 
-    pipe: Pipeline
+    model: player.Model
     state: State
     given: Given
 
     def run(self, name: str) -> timing.Step:
         """A part as a step from state to state."""
-        return lambda state: PARTS[name].run(self.pipe, state, self.given)
+        return lambda state: PARTS[name].run(self.model, state, self.given)
 
 
-def full_at(exp: Experiment) -> int:
-    """The number of a block behind which nothing is empty any more: sink, recent frames and the whole archive."""
-    return -(-(exp.cache.sink + exp.cache.recent) // exp.cache.block) + exp.cache.capacity
+def full(exp: Experiment) -> layouts.Progress:
+    """How far a video is whose memory is full."""
+    return layouts.begin(budget.full_at(exp))
 
 
 def attended(exp: Experiment) -> int:
     """Keys that a block attends to behind a full memory, its own among them."""
-    seen = cache.plan(exp.cache, jnp.int32(full_at(exp)))
-    return int(cache.length(exp, seen)) + exp.cache.block * exp.tokens_per_frame
+    return int(layouts.length(exp.memory, layouts.layout(exp.cache, full(exp))))
 
 
 def shapes(exp: Experiment) -> Scene:
-    """The shapes of a scene; its model has no text encoder. Nothing runs."""
+    """The shapes of a scene. Nothing runs."""
     require(
         exp.cache.archive == "device",
-        "cache.archive='host' draws a block in parts; bench measures whole ones, "
+        "cache.archive='host' denoises a block in parts; bench measures whole ones, "
         "set cache.archive=device.",
     )
-    held, layers = programs.shapes_of(exp), range(exp.dit.layers)
-
-    def form(shape: tuple[int, ...], dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
+    held, spec = programs.shapes_of(exp), exp.memory
 
     def tokens(count: int) -> list[KV]:
-        one = form((1, count, exp.dit.heads, exp.dit.head_dim), exp.dtypes.compute)
-        return [KV(k=one, v=one) for _ in layers]
+        one: Any = jax.ShapeDtypeStruct((1, count, spec.heads, spec.head_dim), exp.dtypes.compute)
+        return [KV(k=one, v=one)] * spec.layers
 
-    full = tokens(exp.cache.block * exp.tokens_per_frame)
+    own = tokens(exp.cache.block * exp.tokens_per_frame)
     given = {
         "words": held.words,
         "latent": held.latent,
         "frames": held.frames,
         "low": held.low,
-        "full": full,
+        "full": own,
         "packed": tokens(exp.tokens_per_packed_block) if exp.cache.top else None,
-        "queries": [kv.k for kv in full],
-        "looked": [held.looked for _ in layers],
-        "lots": [form(held.chance.lots.shape[1:], held.chance.lots.dtype) for _ in layers],
+        "queries": [kv.k for kv in own],
+        "selection": [held.selection] * spec.layers,
+        "random": [jax.ShapeDtypeStruct((1, exp.cache.slots), jnp.float32)] * spec.layers,
     }
     state = State(
         memory=held.memory,
         archive=[],
-        views=held.views,
         decoder=held.decoder,
-        seed=form((), jnp.uint32),
-        videos=form((1,), jnp.uint32),
+        seeds=held.seeds,
+        videos=held.videos,
     )
-    nothing: Any = None
-    pipe = Pipeline(
-        experiment=exp, nets=held.nets, text=nothing, pixels=held.pixels, tokenizer=nothing
-    )
-    return Scene(pipe, state, given)
+    return Scene(Model(exp, held.nets, held.pixels), state, given)
 
 
 def filled(forms: Any, scale: Callable[[tuple[int, ...]], float] = lambda shape: 1.0) -> Any:
@@ -242,28 +230,27 @@ def filled(forms: Any, scale: Callable[[tuple[int, ...]], float] = lambda shape:
     return jax.tree.unflatten(tree, made)
 
 
-def random_model(exp: Experiment) -> Pipeline:
-    """A model with random weights, made on the device in the dtypes of the config; it has no text encoder."""
-    pipe = shapes(exp).pipe
+def random_model(exp: Experiment) -> Model:
+    """A model with random weights, made on the device in the dtypes of the config."""
+    model = shapes(exp).model
     spread = lambda shape: math.prod(shape[:-1]) ** -0.5  # noqa: E731  so that activations keep their size
-    return _with(pipe, filled((pipe.nets, pipe.pixels), spread))
+    return Model(exp, *filled((model.nets, model.pixels), spread))
 
 
-def _with(pipe: Pipeline, own: tuple[Any, Any]) -> Pipeline:
-    return dataclasses.replace(pipe, nets=own[0], pixels=own[1])
+def _behind(state: State, progress: layouts.Progress) -> State:
+    memory = dataclasses.replace(state.memory, progress=progress)
+    return dataclasses.replace(state, memory=memory)
 
 
-def scene(pipe: Pipeline, names: Collection[str]) -> Scene:
+def scene(model: player.Model, names: Collection[str]) -> Scene:
     """A model behind a full memory of random numbers, with what the parts `names` are given."""
-    exp, held = pipe.experiment, shapes(pipe.experiment)
-    state: State = filled(held.state)
-    memory = dataclasses.replace(state.memory, num_blocks=jnp.int32(full_at(exp)))
+    exp = model.experiment
+    held, progress = shapes(exp), full(exp)
     given = {name: filled(held.given[name]) for part in names for name in PARTS[part].takes}
-    if "looked" in given:
-        given["looked"] = [
-            view.newest(exp, cache.plan(exp.cache, memory.num_blocks), 1)
-        ] * exp.dit.layers
-    return Scene(pipe, dataclasses.replace(state, memory=memory), given)
+    if "selection" in given:
+        newest = view.newest(exp.memory, layouts.layout(exp.cache, progress), 1)
+        given["selection"] = [newest] * exp.memory.layers
+    return Scene(model, _behind(filled(held.state), progress), given)
 
 
 # Figures
@@ -271,16 +258,17 @@ def scene(pipe: Pipeline, names: Collection[str]) -> Scene:
 
 def operations(exp: Experiment, names: Collection[str]) -> dict[str, int]:
     """Operations of one run of each part, counted in its program; keys that only fill up a view do not count."""
-    held, keys = shapes(programs.plain(exp)), attended(exp)
-    whole = held.state.views[0].k.shape
+    exp = dataclasses.replace(exp, attention="reference")  # fused kernels hide their products
+    held, keys, progress = shapes(exp), attended(exp), full(exp)
+    spec = exp.memory
+    whole = (1, spec.room, spec.heads, spec.head_dim)
 
     def count(part: Part) -> int:
-        traced = jaxpr_cost.trace(
-            lambda own, *rest: part.run(_with(held.pipe, own), *rest),
-            (held.pipe.nets, held.pipe.pixels),
-            held.state,
-            held.given,
-        )
+        def run(own: tuple[Nets, codec.Codec], state: State, given: Given) -> Any:
+            return part.run(Model(exp, *own), _behind(state, progress), given)
+
+        own = held.model.nets, held.model.pixels
+        traced = jaxpr_cost.trace(run, own, held.state, held.given)
         attending = jaxpr_cost.operations(traced, on=whole)
         return jaxpr_cost.operations(traced) - attending + attending // whole[1] * keys
 
@@ -311,7 +299,7 @@ class Found:
 
 
 def measure(
-    pipe: Pipeline,
+    model: player.Model,
     names: Collection[str] = (),
     *,
     warmup: int = 3,
@@ -320,8 +308,8 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
 ) -> Found:
     """The parts `names` of a model (by default all), in rounds with the products that show the device's ceiling."""
-    exp, parts = pipe.experiment, parts_of(pipe.experiment, names)
-    held, products = scene(pipe, parts), timing.products(exp.dtypes.compute)
+    exp, parts = model.experiment, parts_of(model.experiment, names)
+    held, products = scene(model, parts), timing.products(exp.dtypes.compute)
     steps = {product.name: product.step() for product in products} | {
         name: held.run(name) for name in parts
     }

@@ -6,12 +6,11 @@ Every figure is counted from the shapes of the real step, traced abstractly, and
 import dataclasses
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 from flax import nnx
 
 from packforcing_jax.config import DtypeConfig, Experiment
 from packforcing_jax.errors import require
-from packforcing_jax.memory import cache
+from packforcing_jax.memory import layout as layouts
 from packforcing_jax.networks import text
 from packforcing_jax.plan import formulas, jaxpr_cost, memory_fit, programs
 from packforcing_jax.plan.programs import Shapes, Traced
@@ -116,14 +115,16 @@ def of(
 
 def count(exp: Experiment, shapes: Shapes, traced: Traced, blocks: int) -> dict[str, float]:
     """Every figure by name, read off the shapes and the programs."""
-    keys, seen = _keys(exp, shapes, traced), cache.plan(exp.cache, jnp.int32(blocks - 1))
+    keys = _keys(exp, shapes, traced)
+    seen = layouts.layout(exp.cache, layouts.begin(blocks - 1))
     last = {
         "last block/packed blocks it chooses from": int((seen.ids >= 0).sum()),
         "last block/packed blocks it attends": int(seen.chosen),
-        "last block/keys it attends": int(cache.length(exp, seen)) + keys["keys/current"],
+        "last block/keys it attends": int(layouts.length(exp.memory, seen)),
     }
-    each = jaxpr_cost.nbytes(shapes.views) // keys["keys/room"]
-    one = jaxpr_cost.nbytes([layer.mid for layer in shapes.layers]) // max(exp.cache.slots, 1)
+    views = jaxpr_cost.nbytes([layer.view for layer in shapes.layers])
+    archive = jaxpr_cost.nbytes([layer.packed for layer in shapes.layers])
+    each, one = views // keys["keys/room"], archive // max(exp.cache.slots, 1)
     stored = {
         "bytes/cached": keys["keys/cached"] * each,
         "bytes/attended": keys["keys/attended"] * each,
@@ -142,16 +143,22 @@ def count(exp: Experiment, shapes: Shapes, traced: Traced, blocks: int) -> dict[
     )
 
 
+def full_at(exp: Experiment) -> int:
+    """The number of a block behind which nothing is empty any more: sink, recent frames and the whole archive."""
+    return -(-(exp.cache.sink + exp.cache.recent) // exp.cache.block) + exp.cache.capacity
+
+
 def _keys(exp: Experiment, shapes: Shapes, traced: Traced) -> dict[str, int]:
-    """Keys that one layer of one video attends to, by partition, as they are laid into its view."""
-    whole, names = (
-        shapes.views[0].k.shape,
-        ("sink", "packed", "recent") if exp.cache.attended else ("sink", "recent"),
-    )
-    laid = dict(
-        zip(names, jaxpr_cost.writes(traced.lay, whole)[::2], strict=True)
-    )  # a part's keys, then its values
-    parts = {f"keys/{name}": laid.get(name, 0) for name in ("sink", "packed", "recent")}
+    """Keys that one layer of one video attends to, by partition.
+
+    Those of sink and recent frames lie where commits left them, the others are laid down for each block.
+    """
+    full, whole = layouts.layout(exp.cache, layouts.begin(full_at(exp))), shapes.view
+    parts = {
+        "keys/sink": int(full.sink) * exp.tokens_per_frame,
+        "keys/packed": sum(jaxpr_cost.writes(traced.lay, whole)) // 2,  # keys, then values
+        "keys/recent": int(full.recent) * exp.tokens_per_frame,
+    }
     current = sum(jaxpr_cost.writes(traced.step, whole)) // (2 * exp.dit.layers)
     cached = sum(parts.values())
     twin = traced.packed.out_avals[0].shape[1] if traced.packed else 0
@@ -167,18 +174,20 @@ def _keys(exp: Experiment, shapes: Shapes, traced: Traced) -> dict[str, int]:
 def held(exp: Experiment, shapes: Shapes) -> dict[str, int]:
     """Bytes that lie there from the first block to the last, however long the video is."""
     layers, nets = shapes.layers, (shapes.nets, shapes.pixels)
-    packed = [layer.mid for layer in layers]
+    views, archive = [layer.view for layer in layers], [layer.packed for layer in layers]
+    unrotated = [(layer.sink, layer.recent) for layer in layers]
     trees = {
         "weights": nets,
-        "sink": [layer.sink for layer in layers],
-        "recent": [layer.recent for layer in layers],
-        "packed blocks": packed,
-        "views": shapes.views,
+        "views": views,
+        "archive": archive,
+        "un-rotated keys": unrotated,
+        "keys and values": (views, archive, unrotated),
+        "recent latents": shapes.memory.latents,
         "words": shapes.words,
         "decoder": shapes.decoder,
     }
-    host = jaxpr_cost.nbytes(packed) if exp.cache.archive == "host" else 0
-    every = jaxpr_cost.nbytes((nets, shapes.memory, shapes.views, shapes.words, shapes.decoder))
+    host = jaxpr_cost.nbytes(archive) if exp.cache.archive == "host" else 0
+    every = jaxpr_cost.nbytes((nets, shapes.memory, shapes.words, shapes.decoder))
     totals = {"held/on the device": every - host, "held/on the host": host}
     return {f"held/{name}": jaxpr_cost.nbytes(tree) for name, tree in trees.items()} | totals
 
@@ -230,10 +239,10 @@ def _operations(
 ) -> dict[str, float]:
     """Operations of one block, and what share of them the choice of packed blocks takes."""
     step, steps = jaxpr_cost.operations(traced.step), len(exp.sample.steps)
-    attending = jaxpr_cost.operations(traced.step, on=shapes.views[0].k.shape)
-    drawing, clean = jaxpr_cost.operations(traced.draw), jaxpr_cost.operations(traced.clean)
+    attending = jaxpr_cost.operations(traced.step, on=shapes.view)
+    denoising, clean = jaxpr_cost.operations(traced.denoise), jaxpr_cost.operations(traced.clean)
     packing = jaxpr_cost.operations(traced.packed) if traced.packed else 0
-    selecting, whole = drawing - steps * step, drawing + clean + packing
+    selecting, whole = denoising - steps * step, denoising + clean + packing
     return {
         "operations/one step": step,
         "operations/of it self-attention": attending,

@@ -1,15 +1,26 @@
 """What an experiment costs by closed formula, from its config alone: the arithmetic that counted figures must meet.
 
 Letters: B frames a block, s keys a frame, p keys a packed block, L layers, d width, f width of the MLP, W words,
-q keys of one block (B s), S denoising steps, b videos, V room of a view; `bytes` are those of one number.
+q keys of one block (B s), S denoising steps, b videos, V room of a view (of a window, where there is one, for the
+block); `bytes` are those of one number.
+Networks that a config builds itself have no formula here: what depends on their insides is counted alone.
 """
 
 import math
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
-from packforcing_jax.config import DiTConfig, Experiment, SpaceToDepthConfig, TextConfig, VAEConfig
+from packforcing_jax.config import (
+    CompressorConfig,
+    DiTConfig,
+    Experiment,
+    SpaceToDepthConfig,
+    TextConfig,
+    VAEConfig,
+)
+from packforcing_jax.policies import eviction
 
 Figures: TypeAlias = dict[str, float]
+PARTS = ("denoising", "selection", "clean pass", "packing pass")  # operations of one whole block
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TERMS = {
     "keys/sink": "N_sink s",
@@ -28,15 +39,16 @@ TERMS = {
     "bytes/one packed block": "p 2 L d bytes b",
     "bytes/archive of the last block": "one packed block for each it chooses from",
     "bytes/every block at full size": "blocks B s 2 L d bytes b",
-    "held/sink": "N_sink s 2 L d bytes b",
-    "held/recent": "(N_recent + spare) s 2 L d bytes b",
-    "held/packed blocks": "archive: (capacity + N_recent / B) p 2 L d bytes b",
-    "held/views": "scratch: V 2 L d bytes b",
+    "held/keys and values": "views + archive + un-rotated keys",
+    "held/views": "V 2 L d bytes b",
+    "held/archive": "(capacity + N_recent / B) p 2 L d bytes b",
+    "held/un-rotated keys": "N_recent s L d bytes b; N_sink if that moves",
+    "held/recent latents": "N_recent cells channels 4 b",
     "held/words": "W 2 L d bytes b",
     "held/weights": "transformer + compressor + codec",
     "held/decoder": "what the codec remembers of frames before",
     "held/on the device": "all of it that does not lie on the host",
-    "held/on the host": "packed blocks, where cache.archive=host",
+    "held/on the host": "the archive, where cache.archive=host",
     "weights/transformer": "parameters bytes",
     "weights/compressor": "parameters bytes",
     "weights/codec": "parameters bytes",
@@ -47,11 +59,11 @@ TERMS = {
     "workspace/low-resolution encode": "a part of showing",
     "peak/loading": "weights",
     "peak/reading prompts": "held + frames + two layers of the encoder + its own",
-    "peak/drawing": "held + frames + its own",
+    "peak/denoising": "held + frames + its own",
     "peak/showing": "held + frames + its own + new frames and decoder",
-    "peak/remembering": "held + frames of two blocks + new decoder + its own",
+    "peak/committing": "held + frames of two blocks + new decoder + its own",
     "peak/on the device": "the highest of these",
-    "peak/on the host": "packed blocks there + frames of two blocks",
+    "peak/on the host": "archive there + frames of two blocks",
     "peak/both, in one memory": "as on a CPU",
     "parameters/transformer": "L (8 d d + 2 d f + f + 21 d) + ends",
     "parameters/compressor": "kernel in out + out, each layer",
@@ -87,7 +99,8 @@ def keys_of(exp: Experiment) -> Figures:
     cfg, s, p = exp.cache, exp.tokens_per_frame, exp.tokens_per_packed_block
     sink, packed, recent, current = cfg.sink * s, cfg.attended * p, cfg.recent * s, cfg.block * s
     cached, twin = sink + packed + recent, p if cfg.top else 0
-    room = math.ceil((cached + current + twin) / cfg.key_multiple) * cfg.key_multiple
+    together = (cfg.window or cfg.block) * s
+    room = math.ceil((cached + together + twin) / cfg.key_multiple) * cfg.key_multiple
     return {
         "keys/sink": sink,
         "keys/packed": packed,
@@ -101,8 +114,10 @@ def keys_of(exp: Experiment) -> Figures:
 
 
 def last_block(exp: Experiment, blocks: int) -> Figures:
-    """What block number `blocks` sees of those before it."""
+    """What block number `blocks` sees of those before it, if the archive forgets the oldest first."""
     cfg, frames = exp.cache, (blocks - 1) * exp.cache.block
+    if cfg.evicts is not eviction.FIFO:
+        return {}
     sink = min(frames, cfg.sink)
     recent = min(frames - sink, cfg.recent)
     archived = min((frames - sink - recent) // cfg.block, cfg.capacity)
@@ -117,39 +132,58 @@ def last_block(exp: Experiment, blocks: int) -> Figures:
     }
 
 
-def _each(exp: Experiment, batch: int, dtype: str) -> int:
+def token_bytes(exp: Experiment, batch: int, dtype: str) -> int:
     """Bytes of the keys and values of one token in all layers, for `batch` videos."""
-    return batch * 2 * exp.dit.layers * exp.dit.dim * BYTES[dtype]
+    return batch * 2 * exp.dit.layers * exp.dit.heads * exp.dit.head_dim * BYTES[dtype]
 
 
 def bytes_of(exp: Experiment, blocks: int, batch: int) -> Figures:
     """Bytes of stored keys and values."""
-    keys, last, each = keys_of(exp), last_block(exp, blocks), _each(exp, batch, exp.dtypes.cache)
+    keys, last, each = (
+        keys_of(exp),
+        last_block(exp, blocks),
+        token_bytes(exp, batch, exp.dtypes.cache),
+    )
     counts = {
         "bytes/cached": keys["keys/cached"],
         "bytes/attended": keys["keys/attended"],
         "bytes/one packed block": keys["keys/packed twin"],
-        "bytes/archive of the last block": exp.tokens_per_packed_block
-        * last["last block/packed blocks it chooses from"],
         "bytes/every block at full size": blocks * exp.cache.block * exp.tokens_per_frame,
     }
+    if last:
+        packed = last["last block/packed blocks it chooses from"]
+        counts["bytes/archive of the last block"] = packed * exp.tokens_per_packed_block
     return {name: count * each for name, count in counts.items()}
 
 
 def held(exp: Experiment, batch: int) -> Figures:
     """Bytes that lie there from the first block to the last beside weights and the codec's state."""
-    cfg, s, p = exp.cache, exp.tokens_per_frame, exp.tokens_per_packed_block
+    cfg, spec, s = exp.cache, exp.memory, exp.tokens_per_frame
+    unrotated = cfg.recent if spec.recent_moves else cfg.sink if spec.sink_moves else 0
     counts = {
-        "held/sink": cfg.sink * s,
-        "held/recent": cfg.ring * s,
-        "held/packed blocks": cfg.slots * p,
         "held/views": keys_of(exp)["keys/room"],
+        "held/archive": cfg.slots * exp.tokens_per_packed_block,
+        "held/un-rotated keys": unrotated * s / 2,  # they have no values
     }
-    each = _each(exp, batch, exp.dtypes.cache)
-    found: Figures = {name: count * each for name, count in counts.items()}
-    found["held/words"] = exp.dit.text_len * _each(exp, batch, exp.dtypes.compute)
-    found["held/on the host"] = found["held/packed blocks"] if cfg.archive == "host" else 0
+    each = token_bytes(exp, batch, exp.dtypes.cache)
+    found: Figures = {name: int(count * each) for name, count in counts.items()}
+    found["held/keys and values"] = sum(found.values())
+    found["held/recent latents"] = 4 * batch * cfg.recent * math.prod(spec.latent)
+    found["held/on the host"] = found["held/archive"] if cfg.archive == "host" else 0
+    if _is_ours(exp.dit):
+        found["held/words"] = exp.dit.text_len * token_bytes(exp, batch, exp.dtypes.compute)
     return found
+
+
+def _is_ours(model: object) -> TypeGuard[DiTConfig]:
+    """Whether a base model is the one whose insides the formulas know."""
+    return type(model) is DiTConfig
+
+
+def all_known(exp: Experiment) -> bool:
+    """Whether every network is one of the project's own."""
+    codecs, compressor = (VAEConfig, SpaceToDepthConfig), type(exp.compressor) is CompressorConfig
+    return _is_ours(exp.dit) and type(exp.codec) in codecs and compressor
 
 
 def logits(exp: Experiment, batch: int) -> int:
@@ -159,7 +193,10 @@ def logits(exp: Experiment, batch: int) -> int:
 
 
 def largest(exp: Experiment, batch: int) -> int:
-    """Bytes of the largest array of intermediate values of any program of a block, held in float32."""
+    """Bytes of the largest array of intermediate values of any program of a block, held in float32.
+
+    Only where `all_known`.
+    """
     cfg, model, words, keys = exp.cache, exp.dit, exp.text.max_words, keys_of(exp)
     q, packed = keys["keys/current"], cfg.slots * exp.tokens_per_packed_block
     sharp = (cfg.sink + cfg.recent) * exp.tokens_per_frame
@@ -168,7 +205,7 @@ def largest(exp: Experiment, batch: int) -> int:
         (cfg.block + 1) * math.prod(exp.latent) * exp.codec.time_factor * exp.codec.space_factor**2
     )
     each = {
-        "mlp": q * max(model.ffn_dim, 6 * model.dim),
+        "mlp": q * max(model.ffn_dim if _is_ours(model) else 0, 6 * model.dim),
         "scores": model.heads * _windows(exp) * (packed + sharp),
         "archive": packed * model.dim,
         "view": keys["keys/room"] * model.dim,
@@ -183,12 +220,14 @@ def largest(exp: Experiment, batch: int) -> int:
 
 def parameters(exp: Experiment) -> Figures:
     """Numbers in the weights; the video autoencoder's have no short formula."""
-    found: Figures = {
-        "parameters/transformer": _transformer(exp.dit),
-        "parameters/compressor": _compressor(exp)[0],
-        "parameters/text encoder": _text_encoder(exp.text),
-    }
-    return found | {"parameters/codec": 0} if isinstance(exp.codec, SpaceToDepthConfig) else found
+    found: Figures = {"parameters/text encoder": _text_encoder(exp.text)}
+    if _is_ours(exp.dit):
+        found["parameters/transformer"] = _transformer(exp.dit)
+    if type(exp.compressor) is CompressorConfig:
+        found["parameters/compressor"] = _compressor(exp)[0]
+    if type(exp.codec) is SpaceToDepthConfig:
+        found["parameters/codec"] = 0
+    return found
 
 
 def weights(exp: Experiment) -> Figures:
@@ -260,26 +299,35 @@ def _compressor(exp: Experiment) -> tuple[int, int]:
 
 
 def operations(exp: Experiment, keys: Figures, batch: int) -> Figures:
-    """Operations of one block of `batch` videos."""
-    cfg, q, room = exp.cache, keys["keys/current"], keys["keys/room"]
-    step = _pass(exp, q, cfg.block, room)
-    once = {
-        "operations/one step": step,
-        "operations/of it self-attention": 4 * exp.dit.layers * q * room * exp.dit.dim,
-        "operations/one step, keys attended": _pass(exp, q, cfg.block, keys["keys/attended"]),
-        "operations/denoising": len(exp.sample.steps) * step,
-        "operations/selection": _selection(exp, q, room),
-        "operations/clean pass": _pass(exp, q, cfg.block, room, ends=False),
-        "operations/packing pass": _packing(exp, room) if cfg.top else 0,
-    }
-    parts = ("denoising", "selection", "clean pass", "packing pass")
-    once["operations/whole block"] = sum(once[f"operations/{part}"] for part in parts)
-    share = {"share/selection": once["operations/selection"] / once["operations/whole block"]}
+    """Operations of one block of `batch` videos, as far as the networks are the project's own."""
+    cfg, model, q, room = exp.cache, exp.dit, keys["keys/current"], keys["keys/room"]
+    once: Figures = {}
+    if _is_ours(model):
+        step = _pass(exp, model, q, cfg.block, room)
+        once |= {
+            "operations/one step": step,
+            "operations/of it self-attention": 4 * model.layers * q * room * model.dim,
+            "operations/one step, keys attended": _pass(
+                exp, model, q, cfg.block, keys["keys/attended"]
+            ),
+            "operations/denoising": len(exp.sample.steps) * step,
+            "operations/clean pass": _pass(exp, model, q, cfg.block, room, ends=False),
+        }
+        if type(exp.compressor) is CompressorConfig:
+            once["operations/packing pass"] = _packing(exp, model, room) if cfg.top else 0
+    if _is_ours(model) or not _asks_before(exp):
+        once["operations/selection"] = _selection(exp, q, room)
+    parts = [f"operations/{part}" for part in PARTS]
+    if not once.keys() >= set(parts):
+        return {name: batch * count for name, count in once.items()}
+    once["operations/whole block"] = whole = sum(once[part] for part in parts)
+    share = {"share/selection": once["operations/selection"] / whole}
     return {name: batch * count for name, count in once.items()} | share
 
 
 def _pass(
     exp: Experiment,
+    cfg: DiTConfig,
     q: float,
     frames: int,
     keys: float,
@@ -289,7 +337,6 @@ def _pass(
     embeds: bool = True,
 ) -> float:
     """One pass of `q` tokens. Without its `ends` it is over once the last layer has its keys, or its queries too."""
-    cfg = exp.dit
     d, cells = cfg.dim, math.prod(cfg.patch)
     own, queries = 4 * q * d * d, 2 * q * d * d
     rest = 2 * q * (d * d + 2 * keys * d + 2 * d * d + 2 * cfg.text_len * d + 2 * d * cfg.ffn_dim)
@@ -298,14 +345,14 @@ def _pass(
     return count + ends * (rest + 2 * q * d * cfg.out_channels * cells)
 
 
-def _packing(exp: Experiment, room: float) -> float:
+def _packing(exp: Experiment, cfg: DiTConfig, room: float) -> float:
     """One more pass for the packed twin, or its projections alone, behind the compressor."""
-    p, d, branches = exp.tokens_per_packed_block, exp.dit.dim, exp.compressor.branches
-    embedding = 2 * p * exp.dit.in_channels * math.prod(exp.dit.patch) * d
+    p, d, branches = exp.tokens_per_packed_block, cfg.dim, exp.compressor.branches
+    embedding = 2 * p * cfg.in_channels * math.prod(cfg.patch) * d
     count = _compressor(exp)[1] + (branches != "hr") * embedding
     if exp.compressor.keys == "projected":
-        return count + exp.dit.layers * 4 * p * d * d + 2 * d * (exp.dit.freq_dim + 7 * d)
-    return count + _pass(exp, p, 1, room, ends=False, embeds=False)
+        return count + cfg.layers * 4 * p * d * d + 2 * d * (cfg.freq_dim + 7 * d)
+    return count + _pass(exp, cfg, p, 1, room, ends=False, embeds=False)
 
 
 def _windows(exp: Experiment) -> int:
@@ -314,35 +361,20 @@ def _windows(exp: Experiment) -> int:
     return math.prod(size // step for size, step in sizes)
 
 
-SCORED = {
-    "affinity": "all",
-    "mass_sum": "all",
-    "mass_max": "all",
-    "logit_max": "packed",
-    "centred_logit_max": "packed",
-    "log_sum_exp": "packed",
-    "paper_sum": "sums",
-}
+def _asks_before(exp: Experiment) -> bool:
+    """Whether a choice that all layers share from the first step on takes one more pass to ask in."""
+    cfg = exp.cache
+    return cfg.top > 0 and (cfg.scope, cfg.timing) == ("shared", "first")
 
 
 def _selection(exp: Experiment, q: float, room: float) -> float:
-    """Products of queries averaged over windows with the keys that a policy scores (the paper's: of two sums).
-
-    A choice that all layers share from the first step on takes one more pass to ask in.
-    """
-    cfg = exp.cache
-    windows = _windows(exp)
-    packed, sharp = (
-        cfg.slots * exp.tokens_per_packed_block,
-        (cfg.sink + cfg.recent) * exp.tokens_per_frame,
-    )
-    pairs = {
-        "all": windows * (packed + sharp),
-        "packed": windows * packed,
-        "sums": cfg.slots,
-        None: 0,
-    }
-    scored = SCORED.get(cfg.selection) if cfg.attended else None
-    asked = (cfg.scope, cfg.timing) == ("shared", "first")
-    glance = _pass(exp, q, cfg.block, room, ends=False, asks=scored is not None) if asked else 0
-    return 2 * exp.dit.layers * pairs[scored] * exp.dit.dim + glance
+    """Products of queries averaged over windows with the keys that the score reads, and the pass to ask in."""
+    cfg, pairs = exp.cache, 0.0
+    packed = cfg.slots * exp.tokens_per_packed_block
+    full_res = (cfg.sink + cfg.recent) * exp.tokens_per_frame
+    if cfg.attended:
+        pairs = cfg.score.reads(_windows(exp), packed, full_res, cfg.slots)
+    asking = 0.0
+    if _is_ours(exp.dit) and _asks_before(exp):
+        asking = _pass(exp, exp.dit, q, cfg.block, room, ends=False, asks=pairs > 0)
+    return 2 * exp.dit.layers * pairs * exp.dit.heads * exp.dit.head_dim + asking

@@ -12,7 +12,7 @@ import jax
 from packforcing_jax.config import Experiment, overrides
 from packforcing_jax.errors import InputError, require
 from packforcing_jax.plan import formulas, jaxpr_cost, programs
-from packforcing_jax.plan.programs import DRAWING, ENCODING, PROMPT, REMEMBERING, SHOWING, Use
+from packforcing_jax.plan.programs import COMMITTING, DENOISING, ENCODING, PROMPT, SHOWING, Use
 
 Setting = tuple[str, ...]  # what goes behind --set
 Uses = Mapping[str, Use]
@@ -75,7 +75,8 @@ class Peaks:
 def fused(exp: Experiment, platform: str) -> bool:
     """Whether attention keeps no array of all queries by all keys, as `attention.default_backend` chooses."""
     half = exp.dtypes.cache in ("bfloat16", "float16")
-    return exp.attention == "cudnn" or (exp.attention == "auto" and platform == "gpu" and half)
+    name = exp.attention if isinstance(exp.attention, str) else exp.attention.name
+    return name == "cudnn" or (name == "auto" and platform == "gpu" and half)
 
 
 def estimated(exp: Experiment, batch: int = 1, platform: str = "gpu") -> Uses:
@@ -89,30 +90,29 @@ def estimated(exp: Experiment, batch: int = 1, platform: str = "gpu") -> Uses:
 
 
 def bounded(exp: Experiment, batch: int = 1) -> Uses:
-    """More than each program takes, without tracing any."""
+    """More than each program takes, without tracing any where all networks are the project's own."""
+    if not formulas.all_known(exp):
+        return estimated(exp, batch)
     most = GENEROUS * formulas.largest(exp, batch) + sum(resting(exp, batch)[name] for name in NETS)
     return {name: Use(most, size, 0, 0) for name, size in _results(exp, batch).items()}
 
 
 def _results(exp: Experiment, batch: int) -> dict[str, int]:
     """Bytes of what each program hands back in room of its own."""
-    words = resting(exp, batch)["words"]
-    states, latent = (
-        programs.states_of(exp.text, exp.dtypes.text)[0],
-        programs.latent_of(exp, batch),
-    )
-    shown = (
-        programs.shown_of(exp, batch),
-        programs.codec_of(exp.codec, exp.latent, batch, exp.dtypes.vae)[1],
-    )
-    twin = bool(exp.cache.top) * exp.tokens_per_packed_block * words // exp.dit.text_len
+    shown, states = programs.showing(exp), programs.states_of(exp.text, exp.dtypes.text)[0]
+    decoder = programs.codec_of(exp.codec, exp.latent, batch, exp.dtypes.vae)[1]
+    each = exp.tokens_per_packed_block * formulas.token_bytes(exp, batch, exp.dtypes.compute)
     return {
         ENCODING: jaxpr_cost.nbytes(states),
-        PROMPT: words,
-        DRAWING: jaxpr_cost.nbytes(latent),
-        SHOWING: jaxpr_cost.nbytes(shown),
-        REMEMBERING: twin,
+        PROMPT: resting(exp, batch)["words"],
+        DENOISING: jaxpr_cost.nbytes(_latent_of(exp, batch)),
+        SHOWING: jaxpr_cost.nbytes((programs.shown_of(shown, batch), decoder)),
+        COMMITTING: bool(exp.cache.top) * (exp.cache.archive == "host") * each,
     }
+
+
+def _latent_of(exp: Experiment, batch: int) -> jax.ShapeDtypeStruct:
+    return programs.latent_of(exp.latent, exp.cache.block, exp.dit.in_channels, batch)
 
 
 def _widened(exp: Experiment) -> Experiment:
@@ -127,31 +127,31 @@ def _widened(exp: Experiment) -> Experiment:
 def resting(exp: Experiment, batch: int = 1) -> dict[str, int]:
     """Bytes on the device between two blocks, by part."""
     pixels, decoder = programs.codec_of(exp.codec, exp.latent, batch, exp.dtypes.vae)
-    found = formulas.weights(exp) | formulas.held(exp, batch)
-    named = {
-        name: found[f"held/{name}"]
-        for name in ("sink", "recent", "packed blocks", "views", "words")
+    nets, stored = programs.nets_of(exp.step, exp.dtypes.params), formulas.held(exp, batch)
+    kept = ("views", "archive", "un-rotated keys", "recent latents")
+    found = {name: int(stored[f"held/{name}"]) for name in kept}
+    found["archive"] -= int(stored["held/on the host"])
+    trees = {
+        "words": programs.words_of(exp.step, exp.dtypes.params, exp.dtypes.text, batch),
+        "transformer": nets.dit,
+        "compressor": nets.compressor,
+        "codec": pixels,
+        "decoder": decoder,
     }
-    named["packed blocks"] -= found["held/on the host"]
-    named |= {
-        "transformer": found["weights/transformer"],
-        "compressor": found["weights/compressor"],
-        "codec": jaxpr_cost.nbytes(pixels),
-        "decoder": jaxpr_cost.nbytes(decoder),
-    }
-    return {name: int(size) for name, size in named.items()}
+    return found | {name: jaxpr_cost.nbytes(tree) for name, tree in trees.items()}
 
 
 def peaks(exp: Experiment, batch: int, uses: Uses) -> Peaks:
     """The peaks of sampling `batch` videos, each with a prompt of its own, given what its programs take.
 
     Beside what is held and what a program takes lie: the frames shown last, until the next ones are there; while
-    remembering, the codec's state before the block too; while a text encoder is read, two of its layers.
+    committing, the codec's state before the block too; while a text encoder is read, two of its layers.
     """
     held, text = resting(exp, batch), formulas.weights(exp)
     whole, state = sum(held.values()), int(text["weights/text states of one prompt"])
     frames, low, latent = map(
-        jaxpr_cost.nbytes, (*programs.shown_of(exp, batch), programs.latent_of(exp, batch))
+        jaxpr_cost.nbytes,
+        (*programs.shown_of(programs.showing(exp), batch), _latent_of(exp, batch)),
     )
     layers = int(text["weights/of it while prompts are read"])
     reading = max(
@@ -162,9 +162,9 @@ def peaks(exp: Experiment, batch: int, uses: Uses) -> Peaks:
     device = {
         LOADING: sum(held[name] for name in NETS),
         READING: whole + frames + reading,
-        DRAWING: whole + frames + fetched + taken(uses, DRAWING),
+        DENOISING: whole + frames + fetched + taken(uses, DENOISING),
         SHOWING: whole + frames + latent + taken(uses, SHOWING),
-        REMEMBERING: whole + 2 * frames + latent + low + held["decoder"] + taken(uses, REMEMBERING),
+        COMMITTING: whole + 2 * frames + latent + low + held["decoder"] + taken(uses, COMMITTING),
     }
     models, encoder = _largest_tensors(exp)
     kept = archived + 2 * frames // batch
@@ -190,7 +190,7 @@ def _fetched(exp: Experiment, batch: int) -> int:
 
 def _largest_tensors(exp: Experiment) -> tuple[int, int]:
     """Bytes of the largest tensor that passes host memory: of what stays on the device, and of the text encoder."""
-    nets = programs.nets_of(programs.visible(exp), 1, exp.dtypes.params)
+    nets = programs.nets_of(programs.shallow(exp.step), exp.dtypes.params)
     pixels = programs.codec_of(exp.codec, exp.latent, 1, exp.dtypes.vae)[0]
     layer = programs.encoder_layer(exp.text, exp.dtypes.text)
     of_nets, of_text = (
@@ -349,7 +349,7 @@ def _floor(exp: Experiment, batch: int, platform: str) -> Uses:
     """Less than each program takes, without tracing any: two arrays of logits where attention is written out."""
     logits = 0 if fused(exp, platform) else 2 * formulas.logits(exp, batch)
     return {
-        name: Use(logits * (name == DRAWING), size, 0, 0)
+        name: Use(logits * (name == DENOISING), size, 0, 0)
         for name, size in _results(exp, batch).items()
     }
 

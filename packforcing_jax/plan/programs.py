@@ -12,27 +12,22 @@ from flax import nnx
 from jax.extend import core
 
 from packforcing_jax import pytrees
-from packforcing_jax.config import (
-    CacheConfig,
-    DtypeConfig,
-    Experiment,
-    SampleConfig,
-    TextConfig,
-    TrainConfig,
-)
+from packforcing_jax.config import DiTConfig, Experiment, ModelConfig, StepConfig, TextConfig
 from packforcing_jax.io import text_encoder
 from packforcing_jax.memory import cache, view
-from packforcing_jax.networks import codec, compressor, dit, text
-from packforcing_jax.plan import formulas, jaxpr_cost
-from packforcing_jax.sampling import block_step, host_archive, pipeline
-from packforcing_jax.types import KV
+from packforcing_jax.memory import layout as layouts
+from packforcing_jax.memory.cache import LayerCache, Memory, Selection
+from packforcing_jax.networks import base_model, codec, compressor, text
+from packforcing_jax.plan import jaxpr_cost
+from packforcing_jax.sampling import block_step, host_archive, player
+from packforcing_jax.sampling.block_step import Nets
 
-ENCODING, PROMPT, DRAWING, SHOWING, REMEMBERING = (
+ENCODING, PROMPT, DENOISING, SHOWING, COMMITTING = (
     "a layer of the text encoder",
     "a prompt's keys and values",
-    "drawing",
+    "denoising",
     "showing",
-    "remembering",
+    "committing",
 )
 FUSED, WRITTEN = "fused attention", "attention written out"
 
@@ -43,72 +38,152 @@ def forms(build: Callable[[], Any], dtype: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """What a sampler holds between two blocks, and what comes into a block, as shapes."""
+class BlockShapes:
+    """What denoising and committing a block are given, as shapes."""
 
-    nets: block_step.Nets
-    computed: block_step.Nets  # as they are computed with
-    pixels: Any
-    decoder: Any
-    memory: cache.Memory  # with all packed blocks, wherever they lie
-    views: list[KV]
+    nets: Nets
+    memory: Memory
+    seeds: Any
+    videos: Any
     context: Any  # text states
-    words: Any
-    chance: block_step.Chance
+    words: Any  # what each layer reads of them
     latent: Any
-    frames: Any
-    low: Any
-    looked: cache.Looked  # of one layer
+    selection: Selection  # of one layer
 
     @property
-    def layers(self) -> list[cache.Layer]:
+    def layers(self) -> list[LayerCache]:
         assert isinstance(self.memory.layers, list)  # one by one, as in sampling
         return self.memory.layers
 
+    @property
+    def view(self) -> tuple[int, ...]:
+        """Shape of the keys of a view."""
+        return self.layers[0].view.k.shape
 
-def plain(exp: Experiment) -> Experiment:
-    """`exp` as it is traced: attention written out, since fused kernels hide their products, the archive at hand."""
+
+@dataclass(frozen=True)
+class Shapes(BlockShapes):
+    """What a sampler holds between two blocks, and what comes into a block, as shapes; all packed blocks are there."""
+
+    computed: Nets  # as they are computed with
+    pixels: Any
+    decoder: Any
+    frames: Any
+    low: Any
+
+
+@dataclass(frozen=True)
+class Showing:
+    """What decides about showing a block, and nothing else."""
+
+    codec: codec.Config
+    dtype: str
+    latent: tuple[int, int]
+    block: int  # latent frames
+    latents: int  # low-resolution ones
+    pool: tuple[int, int, int]
+
+    @property
+    def packing(self) -> dict[str, Any]:
+        """The part of it that packing needs, as `player.show_program` takes it."""
+        return {"latents": self.latents, "pool": self.pool}
+
+
+def showing(exp: Experiment) -> Showing:
+    """What decides about showing a block of `exp`."""
+    return Showing(
+        codec=exp.codec,
+        dtype=exp.dtypes.vae,
+        latent=exp.latent,
+        block=exp.cache.block,
+        latents=exp.packed_grid[0],
+        pool=exp.compressor.pool,
+    )
+
+
+def plain(cfg: StepConfig) -> StepConfig:
+    """`cfg` as it is traced: attention written out, since fused kernels hide their products, the archive at hand."""
     return dataclasses.replace(
-        exp, attention="reference", cache=dataclasses.replace(exp.cache, archive="device")
+        cfg, attention="reference", cache=dataclasses.replace(cfg.cache, archive="device")
     )
 
 
 def shapes_of(exp: Experiment, batch: int = 1) -> Shapes:
     """All shapes of `batch` videos in the dtypes of the experiment."""
-    exp, of, dtypes = plain(exp), jax.eval_shape, exp.dtypes
-    nets = nets_of(visible(exp), exp.dit.layers, dtypes.params)
-    pixels, decoder = codec_of(exp.codec, exp.latent, batch, dtypes.vae)
-    latent = latent_of(exp, batch)
-    context = jax.ShapeDtypeStruct((batch, exp.dit.text_len, exp.dit.text_dim), dtypes.text)
-    frames, low = shown_of(exp, batch)
+    cfg, dtypes, shown = plain(exp.step), exp.dtypes, showing(exp)
+    pixels, decoder = codec_of(shown.codec, shown.latent, batch, shown.dtype)
+    frames, low = shown_of(shown, batch)
     return Shapes(
-        nets=nets,
-        computed=of(lambda nets: pytrees.cast(nets, dtypes.compute), nets),
+        **vars(block_shapes(cfg, dtypes.params, dtypes.cache, dtypes.text, batch)),
+        computed=nets_of(cfg, dtypes.compute),
         pixels=pixels,
         decoder=decoder,
-        memory=of(lambda: cache.init(exp, batch, jnp.dtype(dtypes.cache))),
-        views=of(lambda: view.scratch(exp, batch, jnp.dtype(dtypes.cache))),
-        context=context,
-        words=of(lambda model, states: pipeline.read_prompt(model, exp, states), nets.dit, context),
-        chance=of(lambda: block_step.chances(exp, 0, jnp.zeros(batch, jnp.uint32), jnp.int32(0))),
-        latent=latent,
         frames=frames,
         low=low,
-        looked=of(lambda: view.newest(exp, cache.plan(exp.cache, jnp.int32(0)), batch)),
+    )
+
+
+def block_shapes(cfg: StepConfig, params: str, stored: str, text: str, batch: int) -> BlockShapes:
+    """What a block's programs are given, with so stored weights, keys and values, and text states."""
+    nets, spec = nets_of(cfg, params), cfg.memory
+    memory = jax.eval_shape(lambda: cache.init(spec, batch, jnp.dtype(stored)))
+    context = context_of(cfg.dit, text, batch)
+    numbers = jax.ShapeDtypeStruct((batch,), jnp.uint32)
+    return BlockShapes(
+        nets=nets,
+        memory=memory,
+        seeds=numbers,
+        videos=numbers,
+        context=context,
+        words=words_of(cfg, params, text, batch),
+        latent=latent_of(cfg.latent, cfg.cache.block, cfg.dit.in_channels, batch),
+        selection=jax.eval_shape(
+            lambda progress: view.newest(spec, layouts.layout(cfg.cache, progress), batch),
+            memory.progress,
+        ),
+    )
+
+
+def context_of(cfg: ModelConfig, dtype: str, batch: int) -> jax.ShapeDtypeStruct:
+    """Shape of text states, one prompt per video."""
+    return jax.ShapeDtypeStruct((batch, cfg.text_len, cfg.text_dim), dtype)
+
+
+def words_of(cfg: StepConfig, params: str, text: str, batch: int) -> Any:
+    """Shapes of what each layer reads of the text."""
+    return _words_of(cfg.dit, cfg.compute, params, text, batch)
+
+
+@functools.cache
+def _words_of(cfg: ModelConfig, compute: str, params: str, text: str, batch: int) -> Any:
+    def read(model, states):
+        return player.text_program(model, compute, states)
+
+    return jax.eval_shape(read, _model_of(cfg, params), context_of(cfg, text, batch))
+
+
+def nets_of(cfg: StepConfig, dtype: str) -> Nets:
+    """Shapes of the trained parts, layers one by one."""
+    return Nets(
+        dit=_model_of(cfg.dit, dtype),
+        compressor=forms(lambda: compressor.build(cfg, nnx.Rngs(0)), dtype),
     )
 
 
 @functools.cache
-def nets_of(exp: Experiment, layers: int, dtype: str) -> block_step.Nets:
-    """Shapes of the trained parts, with so many layers one by one."""
-    deep = dataclasses.replace(exp.dit, layers=layers)
-    return forms(
-        lambda: block_step.Nets(
-            dit=dit.unrolled(dit.WanDiT(deep, nnx.Rngs(0))),
-            compressor=compressor.Compressor(exp, nnx.Rngs(0)),
-        ),
-        dtype,
-    )
+def _model_of(cfg: ModelConfig, dtype: str) -> Any:
+    return forms(lambda: base_model.build(cfg, nnx.Rngs(0)).unrolled(), dtype)
+
+
+def shallow(cfg: StepConfig) -> StepConfig:
+    """`cfg` with two layers at most, since intermediate values of a layer are gone before the next one but one.
+
+    A model of one's own stays as it is.
+    """
+    if type(cfg.dit) is not DiTConfig:
+        return cfg
+    few = dataclasses.replace(cfg.dit, layers=min(cfg.dit.layers, 2))
+    return dataclasses.replace(cfg, dit=few)
 
 
 @functools.cache
@@ -118,22 +193,23 @@ def codec_of(cfg: codec.Config, latent: tuple[int, int], batch: int, dtype: str)
     return pixels, jax.eval_shape(lambda pixels: codec.init_decoder(pixels, batch, *latent), pixels)
 
 
-def latent_of(exp: Experiment, batch: int) -> jax.ShapeDtypeStruct:
+def latent_of(
+    latent: tuple[int, int], block: int, channels: int, batch: int
+) -> jax.ShapeDtypeStruct:
     """Shape of a block; noise is drawn in float32 and the dtype stays."""
-    return jax.ShapeDtypeStruct(
-        (batch, exp.cache.block, *exp.latent, exp.dit.in_channels), jnp.float32
-    )
-
-
-def shown_of(exp: Experiment, batch: int) -> tuple[Any, Any]:
-    """Shapes of a block's frames and of their low-resolution latents."""
-    return _shown_of(visible(exp), batch)
+    return jax.ShapeDtypeStruct((batch, block, *latent, channels), jnp.float32)
 
 
 @functools.cache
-def _shown_of(exp: Experiment, batch: int) -> tuple[Any, Any]:
-    own = *codec_of(exp.codec, exp.latent, batch, exp.dtypes.vae), latent_of(exp, batch)
-    return jax.eval_shape(functools.partial(_show, exp), *own)[:2]
+def shown_of(shown: Showing, batch: int) -> tuple[Any, Any]:
+    """Shapes of a block's frames and of their low-resolution latents."""
+    return jax.eval_shape(functools.partial(_show, shown), *_show_given(shown, batch))[:2]
+
+
+def _show_given(shown: Showing, batch: int) -> tuple[Any, Any, Any]:
+    """What showing is given: the codec, its decoder's state and a block."""
+    latent = latent_of(shown.latent, shown.block, shown.codec.z_dim, batch)
+    return *codec_of(shown.codec, shown.latent, batch, shown.dtype), latent
 
 
 @functools.cache
@@ -151,7 +227,7 @@ class Traced:
 
     lay: core.ClosedJaxpr  # of one layer's view
     step: core.ClosedJaxpr
-    draw: core.ClosedJaxpr
+    denoise: core.ClosedJaxpr
     clean: core.ClosedJaxpr
     packed: core.ClosedJaxpr | None
     decode: core.ClosedJaxpr
@@ -159,79 +235,67 @@ class Traced:
 
 
 def trace(exp: Experiment, shapes: Shapes) -> Traced:
-    """The parts of the real step whose operations are counted."""
-    exp, n = plain(exp), shapes.memory.num_blocks
-    own = shapes.computed, shapes.latent, shapes.words, shapes.views, n
+    """The programs whose operations are counted: the player's, and the parts that they consist of."""
+    cfg, shown, progress = plain(exp.step), showing(exp), shapes.memory.progress
+    own = shapes.computed, shapes.latent, shapes.words, shapes.memory
 
-    def lay(layer, scratch, n):
-        seen = cache.plan(exp.cache, n)
-        looked = view.newest(exp, seen, shapes.latent.shape[0])
-        return view.lay(exp, seen, layer, view.take(layer, looked), looked, scratch)
+    def lay(layer, progress):
+        layout = layouts.layout(cfg.cache, progress)
+        chosen = view.newest(cfg.memory, layout, shapes.latent.shape[0])
+        return view.lay(cfg.memory, layout, layer, view.gather(layer, chosen), chosen)
 
-    def step(nets, latent, words, views, n):
-        none = jnp.zeros(())
-        return block_step.guess(
-            nets, exp, cache.plan(exp.cache, n), latent, none, none, words, views
-        )
+    def step(nets, latent, words, memory):
+        none, layout = jnp.zeros(()), layouts.layout(cfg.cache, memory.progress)
+        views = block_step.views_of(memory)
+        return block_step.predict_x0(nets, cfg, layout, latent, none, none, words, views)
 
-    def clean(nets, latent, words, views, n):
-        return block_step.read_clean(nets, exp, cache.plan(exp.cache, n), latent, words, views)
+    def clean(nets, latent, words, memory):
+        layout = layouts.layout(cfg.cache, memory.progress)
+        return block_step.read_clean(nets, cfg, layout, latent, words, block_step.views_of(memory))
 
-    def packed(nets, latent, words, views, n, low):
-        return block_step.read_packed(
-            nets, exp, cache.plan(exp.cache, n), latent, low, words, views
-        )
+    def packed(nets, latent, words, memory, low):
+        layout = layouts.layout(cfg.cache, memory.progress)
+        own = block_step.Access(keep=lambda own, view, past: own)
+        views = block_step.views_of(memory)
+        return block_step.read_packed(nets, cfg, layout, latent, low, words, views, own)
 
     return Traced(
-        lay=jaxpr_cost.trace(lay, shapes.layers[0], shapes.views[0], n),
+        lay=jaxpr_cost.trace(lay, shapes.layers[0], progress),
         step=jaxpr_cost.trace(step, *own),
+        denoise=_traced_denoising(cfg, shapes, shapes.computed),
         clean=jaxpr_cost.trace(clean, *own),
-        packed=jaxpr_cost.trace(packed, *own, shapes.low) if exp.cache.top else None,
-        draw=jaxpr_cost.trace(
-            functools.partial(_draw, exp),
-            shapes.computed,
-            shapes.memory,
-            shapes.chance,
-            shapes.words,
-            shapes.views,
-        ),
+        packed=jaxpr_cost.trace(packed, *own, shapes.low) if cfg.cache.top else None,
         decode=jaxpr_cost.trace(_decode, shapes.pixels, shapes.decoder, shapes.latent),
-        shrink=jaxpr_cost.trace(functools.partial(_shrink, exp), shapes.pixels, shapes.frames),
+        shrink=jaxpr_cost.trace(functools.partial(_shrink, shown), shapes.pixels, shapes.frames),
     )
 
 
-def _draw(
-    exp: Experiment, nets: Any, memory: Any, chance: Any, words: Any, views: Any
-) -> block_step.Drawn:
-    return block_step.draw(nets, exp, memory, chance=chance, text=words, views=views)
+def _traced_denoising(cfg: StepConfig, held: BlockShapes, nets: Nets) -> core.ClosedJaxpr:
+    def denoise(nets, memory, seeds, videos, words):
+        return player.denoise_program(nets, cfg, memory, seeds, videos, words)
+
+    return jaxpr_cost.trace(denoise, nets, held.memory, held.seeds, held.videos, held.words)
 
 
-def _remember(
-    exp: Experiment,
-    nets: Any,
-    memory: Any,
-    latent: Any,
-    low: Any,
-    words: Any,
-    views: Any,
-    looked: Any,
-) -> Any:
-    drawn = block_step.Drawn(latent=latent, views=views, looked=[looked] * exp.dit.layers)
-    return block_step.remember(nets, exp, memory, latent=latent, low=low, drawn=drawn, text=words)
+def _traced_committing(cfg: StepConfig, held: BlockShapes, low: Any) -> core.ClosedJaxpr:
+    def commit(nets, memory, latent, low, selection, words):
+        each = [selection] * cfg.memory.layers
+        return player.commit_program(nets, cfg, memory, latent, low, each, words)
+
+    given = held.nets, held.memory, held.latent, low, held.selection, held.words
+    return jaxpr_cost.trace(commit, *given)
 
 
 def _decode(pixels: Any, decoder: Any, latent: Any) -> Any:
     return codec.decode_chunk(pixels, decoder, latent, first=False)
 
 
-def _shrink(exp: Experiment, pixels: Any, frames: Any) -> Any:
-    return codec.low_resolution(
-        pixels, frames, latents=exp.packed_grid[0], pool=exp.compressor.pool
-    )
+def _shrink(shown: Showing, pixels: Any, frames: Any) -> Any:
+    return codec.low_resolution(pixels, frames, **shown.packing)
 
 
-def _show(exp: Experiment, pixels: Any, decoder: Any, latent: Any) -> Any:
-    return pipeline.show_block(pixels, exp, decoder, latent, first=False)
+def _show(shown: Showing, pixels: Any, decoder: Any, latent: Any) -> Any:
+    return player.show_program(pixels, decoder, latent, first=False, **shown.packing)
 
 
 # How much memory each takes while it runs, estimated from the traced programs
@@ -240,68 +304,40 @@ def _show(exp: Experiment, pixels: Any, decoder: Any, latent: Any) -> Any:
 def workspace(exp: Experiment, batch: int = 1) -> dict[str, int]:
     """Bytes of intermediate values at their peak, by program, before compilers fuse anything.
 
-    Stores and views are written in place. Fused attention keeps no array of all queries by all keys, attention
-    written out a few. Weights that are not stored as they are computed with are cast in a program, all at once.
+    Stores are written in place. Fused attention keeps no array of all queries by all keys, attention written out a
+    few. Weights that are not stored as they are computed with are cast in a program, all at once.
     """
-    numbers, dtypes = formulas.parameters(exp), exp.dtypes
-    nets = int(numbers["parameters/transformer"] + numbers["parameters/compressor"])
-    cast = (dtypes.params != dtypes.compute) * nets * formulas.BYTES[dtypes.compute]
+    cfg, dtypes, shown = plain(exp.step), exp.dtypes, showing(exp)
+    casts = dtypes.params != dtypes.compute
+    cast = casts * jaxpr_cost.nbytes(nets_of(cfg, dtypes.compute))
+    low = shown_of(shown, batch)[1]
     block = {
         name: size + cast * (name != PROMPT)
-        for name, size in _block_workspace(_essential(exp), batch).items()
+        for name, size in _block_workspace(shallow(cfg), dtypes.cache, dtypes.text, low).items()
     }
-    return _text_workspace(exp.text, dtypes.text) | block | _show_workspace(visible(exp), batch)
-
-
-def _essential(exp: Experiment) -> Experiment:
-    """What decides about a block's own programs; of two layers, since the next one needs nothing of a layer's."""
-    dtypes = dataclasses.replace(exp.dtypes, params=exp.dtypes.compute)
-    return dataclasses.replace(
-        plain(exp),
-        name="",
-        dit=dataclasses.replace(exp.dit, layers=min(exp.dit.layers, 2)),
-        text=TextConfig(),
-        dtypes=dtypes,
-        train=TrainConfig(),
-        fps=1,
-        clip=1,
-    )
-
-
-def visible(exp: Experiment) -> Experiment:
-    """What decides about showing a block, and about the sizes of networks."""
-    cache = CacheConfig(block=exp.cache.block, sink=0, recent=0, top=0, capacity=0)
-    dtypes = DtypeConfig(vae=exp.dtypes.vae)
-    return dataclasses.replace(_essential(exp), cache=cache, sample=SampleConfig(), dtypes=dtypes)
+    return _text_workspace(exp.text, dtypes.text) | block | _show_workspace(shown, batch)
 
 
 @functools.cache
-def _block_workspace(exp: Experiment, batch: int) -> dict[str, int]:
-    held = shapes_of(exp, batch)
-    whole, (_, room, heads, _) = held.views[0].k.shape, held.views[0].k.shape
-    logits = [
-        (batch, heads, exp.cache.block * exp.tokens_per_frame, keys)
-        for keys in (room, exp.dit.text_len)
-    ]
-    stores = {leaf.shape for leaf in jax.tree.leaves(held.memory) if leaf.ndim == 5}
-    given = held.computed, held.memory
-    draw = jaxpr_cost.trace(
-        functools.partial(_draw, exp), *given, held.chance, held.words, held.views
+def _block_workspace(
+    cfg: StepConfig, stored: str, text: str, low: jax.ShapeDtypeStruct
+) -> dict[str, int]:
+    batch = low.shape[0]
+    held = block_shapes(cfg, cfg.compute, stored, text, batch)
+    _, room, heads, _ = held.view
+    queries = cfg.cache.block * cfg.tokens_per_frame
+    logits = [(batch, heads, queries, keys) for keys in (room, cfg.dit.text_len)]
+    stores = {leaf.shape for leaf in jax.tree.leaves(held.layers) if leaf.ndim >= 4}
+    programs = {
+        DENOISING: (_traced_denoising(cfg, held, held.nets), {held.view}),
+        COMMITTING: (_traced_committing(cfg, held, low), stores),
+    }
+    words = jaxpr_cost.trace(
+        lambda dit, states: player.text_program(dit, cfg.compute, states),
+        held.nets.dit,
+        held.context,
     )
-    remember = jaxpr_cost.trace(
-        functools.partial(_remember, exp),
-        *given,
-        held.latent,
-        held.low,
-        held.words,
-        held.views,
-        held.looked,
-    )
-    programs = {DRAWING: (draw, {whole}), REMEMBERING: (remember, {whole, *stores})}
-    words, kinds = (
-        jaxpr_cost.trace(dit.text_kv, held.computed.dit, held.context),
-        {FUSED: logits, WRITTEN: []},
-    )
+    kinds = {FUSED: logits, WRITTEN: []}
     return {PROMPT: jaxpr_cost.peak(words, results=False)} | {
         f"{name}, {kind}": jaxpr_cost.peak(program, besides={*besides, *more}, results=False)
         for name, (program, besides) in programs.items()
@@ -310,16 +346,14 @@ def _block_workspace(exp: Experiment, batch: int) -> dict[str, int]:
 
 
 @functools.cache
-def _show_workspace(exp: Experiment, batch: int) -> dict[str, int]:
-    held = shapes_of(exp, batch)
+def _show_workspace(shown: Showing, batch: int) -> dict[str, int]:
+    given, frames = _show_given(shown, batch), shown_of(shown, batch)[0]
     programs = {
-        "decoding": jaxpr_cost.trace(_decode, held.pixels, held.decoder, held.latent),
+        "decoding": jaxpr_cost.trace(_decode, *given),
         "low-resolution encode": jaxpr_cost.trace(
-            functools.partial(_shrink, exp), held.pixels, held.frames
+            functools.partial(_shrink, shown), given[0], frames
         ),
-        SHOWING: jaxpr_cost.trace(
-            functools.partial(_show, exp), held.pixels, held.decoder, held.latent
-        ),
+        SHOWING: jaxpr_cost.trace(functools.partial(_show, shown), *given),
     }
     return {name: jaxpr_cost.peak(program, results=False) for name, program in programs.items()}
 
@@ -372,70 +406,72 @@ def compiled(exp: Experiment, batch: int = 1) -> dict[str, Use]:
 
 def lowered_programs(exp: Experiment, batch: int = 1) -> Iterator[tuple[str, jax.stages.Lowered]]:
     """The real programs with what they are given, by name."""
-    held = shapes_of(exp, batch)
-    memory = jax.eval_shape(lambda: cache.init(exp, batch, jnp.dtype(exp.dtypes.cache)))
-    layer, shown = (
-        encoder_layer(exp.text, exp.dtypes.text),
-        (held.pixels, exp, held.decoder, held.latent),
-    )
+    cfg, dtypes, shown = exp.step, exp.dtypes, showing(exp)
+    held = block_shapes(cfg, dtypes.params, dtypes.cache, dtypes.text, batch)
+    layer, given = encoder_layer(exp.text, dtypes.text), _show_given(shown, batch)
     yield (
         ENCODING,
-        text_encoder._layer.lower(layer, *states_of(exp.text, exp.dtypes.text), cfg=exp.text),
+        text_encoder._layer.lower(layer, *states_of(exp.text, dtypes.text), cfg=exp.text),
     )
-    yield PROMPT, pipeline.read_prompt.lower(held.nets.dit, exp, held.context)
-    yield from _lowered_drawing(exp, held, memory)
-    yield f"{SHOWING} the first block", pipeline.show_block.lower(*shown, first=True)
-    yield SHOWING, pipeline.show_block.lower(*shown, first=False)
+    yield PROMPT, player.text_program.lower(held.nets.dit, cfg.compute, held.context)
+    yield from _lowered_denoising(cfg, held, shapes_of(exp, batch).layers[0])
+    for name, first in ((f"{SHOWING} the first block", True), (SHOWING, False)):
+        yield name, player.show_program.lower(*given, first=first, **shown.packing)
     yield (
-        REMEMBERING,
-        pipeline.remember_block.lower(
+        COMMITTING,
+        player.commit_program.lower(
             held.nets,
-            exp,
-            memory,
-            held.views,
+            cfg,
+            held.memory,
             held.latent,
-            held.low,
-            [held.looked] * exp.dit.layers,
+            shown_of(shown, batch)[1],
+            [held.selection] * cfg.memory.layers,
             held.words,
         ),
     )
 
 
-def _lowered_drawing(
-    exp: Experiment, held: Shapes, memory: cache.Memory
+def _lowered_denoising(
+    cfg: StepConfig, held: BlockShapes, archived: LayerCache
 ) -> Iterator[tuple[str, jax.stages.Lowered]]:
-    """Drawing is one program, or three where packed blocks come from the host."""
-    number = (
-        jax.ShapeDtypeStruct((), jnp.uint32),
-        jax.ShapeDtypeStruct(held.latent.shape[:1], jnp.uint32),
-    )
-    if exp.cache.archive == "device":
+    """Denoising is one program, or several where packed blocks, as in the layer `archived`, come from the host."""
+    if cfg.cache.archive == "device":
         yield (
-            DRAWING,
-            pipeline.draw_block.lower(held.nets, exp, memory, held.views, *number, held.words),
+            DENOISING,
+            player.denoise_program.lower(
+                held.nets, cfg, held.memory, held.seeds, held.videos, held.words
+            ),
         )
         return
-    picked = [jax.eval_shape(view.take, layer, held.looked) for layer in held.layers]
-    own = held.nets, exp, memory, held.chance, held.words, held.views
-    clean, _, asked = jax.eval_shape(
-        functools.partial(host_archive._glance, exp=exp),
-        held.nets,
-        memory=memory,
-        chance=held.chance,
-        text=held.words,
-        views=held.views,
-        picked=picked,
-        looked=held.looked,
+    number = held.memory.num_blocks
+    noise = jax.eval_shape(
+        functools.partial(player.noise_program, cfg), held.seeds, held.videos, number
     )
-    lots = jax.ShapeDtypeStruct(held.chance.lots.shape[1:], jnp.float32)
-    yield f"{DRAWING}, the first step", host_archive._glance.lower(*own, picked, held.looked)
-    yield (
-        f"{DRAWING}, scoring a layer",
-        host_archive._score.lower(
-            exp, memory.num_blocks, memory.layers[0], held.layers[0].mid.k, asked[0], lots
+    gathered = [jax.eval_shape(view.gather, archived, held.selection)] * cfg.memory.layers
+    own = held.nets, cfg, held.memory, noise, held.words
+    _, clean, asked = jax.eval_shape(
+        lambda nets, memory, noise, words, gathered, selection: host_archive._first_pass(
+            nets, cfg, memory, noise, words, gathered, selection
         ),
+        held.nets,
+        held.memory,
+        noise,
+        held.words,
+        gathered,
+        held.selection,
     )
     yield (
-        f"{DRAWING}, the other steps",
-        host_archive._conclude.lower(*own, clean, picked, held.looked),
+        f"{DENOISING}, its noise",
+        player.noise_program.lower(cfg, held.seeds, held.videos, number),
+    )
+    yield (
+        f"{DENOISING}, the first step",
+        host_archive._first_pass.lower(*own, gathered, held.selection),
+    )
+    random = jax.ShapeDtypeStruct(noise.random.shape[1:], jnp.float32)
+    scored = cfg.memory, held.memory.progress, held.layers[0], archived.packed.k, asked[0], random
+    yield f"{DENOISING}, scoring a layer", host_archive._score.lower(*scored)
+    yield (
+        f"{DENOISING}, the other steps",
+        host_archive._remaining_passes.lower(*own, clean, gathered, held.selection),
     )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from packforcing_jax import sharding
-from packforcing_jax.errors import InputError
+from packforcing_jax.errors import require
 from packforcing_jax.types import Heads, Length
 
 
@@ -47,48 +48,59 @@ def _fused(
 
 
 Attend = Callable[..., Heads]
-BACKENDS: dict[str, Attend] = {
-    "reference": reference,
-    "xla": partial(_fused, implementation="xla"),
-    "cudnn": partial(_fused, implementation="cudnn"),
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute attention: `attend(q, k, v, length=None, mask=None)`, as `reference` does."""
+
+    name: str
+    attend: Attend
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("reference", reference),
+        Backend("xla", partial(_fused, implementation="xla")),
+        Backend("cudnn", partial(_fused, implementation="cudnn")),
+    )
 }
 
 
 def default_backend(dtype=jnp.float32) -> tuple[str, str]:
     """(name, reason) of the backend used unless one is asked for."""
-    if jax.default_backend() == "gpu" and jnp.dtype(dtype) in (
-        jnp.dtype(jnp.bfloat16),
-        jnp.dtype(jnp.float16),
-    ):
+    half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+    if jax.default_backend() == "gpu" and half:
         return "cudnn", "fused attention for half precision on this GPU"
-    return (
-        "reference",
-        f"float32 softmax on {jax.default_backend()}; cudnn needs a GPU and half precision",
-    )
+    platform = jax.default_backend()
+    return "reference", f"float32 softmax on {platform}; cudnn needs a GPU and half precision"
 
 
-def chosen(name: str, dtype=jnp.float32) -> tuple[str, str]:
+def chosen(choice: str | Backend, dtype=jnp.float32) -> tuple[str, str]:
     """(backend, reason) for a config's `attention`: the one it names, or for `auto` the default of this machine."""
-    return default_backend(dtype) if name == "auto" else (name, "as the config says")
+    if choice == "auto":
+        return default_backend(dtype)
+    return (choice if isinstance(choice, str) else choice.name), "as the config says"
 
 
-def backend(name: str, dtype=jnp.float32) -> Attend:
-    """The attention function called `name`; an unknown name is an `InputError`, never replaced silently."""
-    name = chosen(name, dtype)[0]
-    if name not in BACKENDS:
-        raise InputError(
-            f"attention backend {name!r} is unknown; choose one of auto, {', '.join(BACKENDS)}."
-        )
-    return BACKENDS[name]
+def backend(choice: str | Backend, dtype=jnp.float32) -> Attend:
+    """The attention function of a config's `attention`; an unknown name is an `InputError`, never replaced."""
+    if isinstance(choice, Backend):
+        return choice.attend
+    name = chosen(choice, dtype)[0]
+    known = f"choose one of auto, {', '.join(BACKENDS)}"
+    require(name in BACKENDS, f"attention backend {name!r} is unknown; {known}.")
+    return BACKENDS[name].attend
 
 
 def working_backends() -> dict[str, str]:
     """Backends by name -> "ok" or why they cannot run on this machine, found by running each once."""
     found = {}
     q = jnp.ones((1, 128, 1, 64), jnp.bfloat16)
-    for name, attend in BACKENDS.items():
+    for name, one in BACKENDS.items():
         try:
-            jax.block_until_ready(attend(q, q, q, jnp.int32(100)))
+            jax.block_until_ready(one.attend(q, q, q, jnp.int32(100)))
             found[name] = "ok"
         except Exception as error:  # noqa: BLE001  a backend may refuse in many ways; each is the answer
             found[name] = (str(error).splitlines() or [type(error).__name__])[0][:120]

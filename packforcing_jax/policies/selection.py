@@ -1,4 +1,4 @@
-"""Which packed blocks a block looks back at: every policy scores the archive, the best are attended in time order."""
+"""Scores by which a block chooses the packed blocks it attends to: the best are attended in time order."""
 
 import dataclasses
 import functools
@@ -17,23 +17,23 @@ QUERIES_AT_A_TIME = 256
 
 
 @struct.dataclass
-class Question:
+class ScoreInputs:
     """What one layer may score its packed blocks by; queries and keys are rotated."""
 
-    pooled: Array  # [b, q, n, h] queries averaged over windows, at the windows' centres
-    archive: Array  # [b, slot, p, n, h] packed keys, every block at one common distance
-    sharp: tuple[Array, ...]  # sink and recent keys in their places, each [b, k, n, h]
-    sharp_valid: tuple[Array, ...]  # each [k]
+    queries: Array  # [b, q, n, h] queries averaged over windows, at the windows' centres
+    packed: Array  # [b, slot, p, n, h] packed keys, every block at one common distance
+    full_res: tuple[Array, ...]  # sink and recent keys in their places, each [b, k, n, h]
+    full_res_valid: tuple[Array, ...]  # each [k]
     ids: Array  # [slot] block id, -1 where empty or not yet visible
     query_sum: Array  # [b, n, h] over all queries, at their true frames
     key_sum: Array  # [b, slot, n, h] over each block's packed keys, at their true frames
-    lots: Array  # [b, slot] uniform draws of this layer
+    random: Array  # [b, slot] uniform draws of this layer
 
 
-def logits(asked: Question) -> Float[Array, "b n q slot p"]:
+def logits(inputs: ScoreInputs) -> Float[Array, "b n q slot p"]:
     """How much each pooled query of each head agrees with each packed key."""
-    flat = _agreement(asked.pooled, einops.rearrange(asked.archive, "b m p n h -> b (m p) n h"))
-    return einops.rearrange(flat, "b n q (m p) -> b n q m p", p=asked.archive.shape[2])
+    flat = _agreement(inputs.queries, einops.rearrange(inputs.packed, "b m p n h -> b (m p) n h"))
+    return einops.rearrange(flat, "b n q (m p) -> b n q m p", p=inputs.packed.shape[2])
 
 
 def _agreement(queries: Heads, keys: Heads) -> Float[Array, "b n q k"]:
@@ -41,24 +41,24 @@ def _agreement(queries: Heads, keys: Heads) -> Float[Array, "b n q k"]:
     return products * queries.shape[-1] ** -0.5
 
 
-def mass(asked: Question) -> Float[Array, "b n q slot"]:
+def mass(inputs: ScoreInputs) -> Float[Array, "b n q slot"]:
     """Attention that each pooled query of each head pays each block: softmax over archive, sink and recent.
 
     Some queries at a time: without windows, the logits of all would be the largest array of a whole block's step.
     """
-    count = asked.pooled.shape[1]
+    count = inputs.queries.shape[1]
     together = max(size for size in range(1, QUERIES_AT_A_TIME + 1) if count % size == 0)
-    parts = einops.rearrange(asked.pooled, "b (part q) n h -> part b q n h", q=together)
-    masses = jax.lax.map(lambda few: _masses(dataclasses.replace(asked, pooled=few)), parts)
+    parts = einops.rearrange(inputs.queries, "b (part q) n h -> part b q n h", q=together)
+    masses = jax.lax.map(lambda few: _masses(dataclasses.replace(inputs, queries=few)), parts)
     return einops.rearrange(masses, "part b n q m -> b n (part q) m")
 
 
-def _masses(asked: Question) -> Float[Array, "b n q slot"]:
+def _masses(inputs: ScoreInputs) -> Float[Array, "b n q slot"]:
     lowest = jnp.finfo(jnp.float32).min
-    packed = jnp.where((asked.ids >= 0)[None, None, None, :, None], logits(asked), lowest)
+    packed = jnp.where((inputs.ids >= 0)[None, None, None, :, None], logits(inputs), lowest)
     others = [
-        jnp.where(valid[None, None, None], _agreement(asked.pooled, keys), lowest)
-        for keys, valid in zip(asked.sharp, asked.sharp_valid, strict=True)
+        jnp.where(valid[None, None, None], _agreement(inputs.queries, keys), lowest)
+        for keys, valid in zip(inputs.full_res, inputs.full_res_valid, strict=True)
     ]
     highest = packed.max((-2, -1), initial=lowest)
     for sharp in others:
@@ -69,85 +69,120 @@ def _masses(asked: Question) -> Float[Array, "b n q slot"]:
     return mine / sum(theirs, mine.sum(-1, keepdims=True))
 
 
-def affinity(asked: Question, power: int = 4) -> Float[Array, "b slot"]:
+def affinity(inputs: ScoreInputs, power: int = 4) -> Float[Array, "b slot"]:
     """Sum over queries and heads of (attention mass a block gets)^power.
 
     The paper's sum of raw products averages away the few queries that ask; a softmax with a high
     power keeps them: its limit is the largest mass any query of any head gives the block.
     """
-    return einops.reduce(mass(asked) ** power, "b n q m -> b m", "sum")
+    return einops.reduce(mass(inputs) ** power, "b n q m -> b m", "sum")
 
 
-def mass_max(asked: Question) -> Float[Array, "b slot"]:
+def mass_max(inputs: ScoreInputs) -> Float[Array, "b slot"]:
     """The largest attention mass that any query of any head gives the block."""
-    return einops.reduce(mass(asked), "b n q m -> b m", "max")
+    return einops.reduce(mass(inputs), "b n q m -> b m", "max")
 
 
-def logit_max(asked: Question, centred: bool = False) -> Float[Array, "b slot"]:
+def logit_max(inputs: ScoreInputs, centred: bool = False) -> Float[Array, "b slot"]:
     """The best logit of any query of any head, averaged over the block's keys.
 
     `centred` takes each query's mean over the visible blocks away first, so that no query favours every block.
     """
-    agreed = einops.reduce(logits(asked), "b n q m p -> b n q m", "mean")
+    agreed = einops.reduce(logits(inputs), "b n q m p -> b n q m", "mean")
     if centred:
-        visible = (asked.ids >= 0)[None, None, None]
+        visible = (inputs.ids >= 0)[None, None, None]
         total = jnp.where(visible, agreed, 0).sum(axis=-1, keepdims=True)
         agreed = agreed - total / jnp.maximum(visible.sum(), 1)
     return einops.reduce(agreed, "b n q m -> b m", "max")
 
 
-def log_sum_exp(asked: Question) -> Float[Array, "b slot"]:
+def log_sum_exp(inputs: ScoreInputs) -> Float[Array, "b slot"]:
     """Sum over queries and heads of the log of the block's summed exponentials."""
-    return einops.reduce(jax.nn.logsumexp(logits(asked), axis=-1), "b n q m -> b m", "sum")
+    return einops.reduce(jax.nn.logsumexp(logits(inputs), axis=-1), "b n q m -> b m", "sum")
 
 
-def paper_sum(asked: Question) -> Float[Array, "b slot"]:
+def paper_sum(inputs: ScoreInputs) -> Float[Array, "b slot"]:
     """The paper's score: all products of queries and keys, summed over heads; no softmax, so the sums' product."""
     exact = jax.lax.Precision.HIGHEST  # blocks differ by little of what they have in common
     products = jnp.einsum(
         "bnh,bmnh->bm",
-        asked.query_sum,
-        asked.key_sum,
+        inputs.query_sum,
+        inputs.key_sum,
         precision=exact,
         preferred_element_type=jnp.float32,
     )
-    return products * asked.query_sum.shape[-1] ** -0.5
+    return products * inputs.query_sum.shape[-1] ** -0.5
 
 
-def recency(asked: Question) -> Float[Array, "b slot"]:
+def recency(inputs: ScoreInputs) -> Float[Array, "b slot"]:
     """The block's age alone: newer is better (first in, first out)."""
     return jnp.broadcast_to(
-        asked.ids.astype(jnp.float32)[None], (asked.pooled.shape[0], asked.ids.shape[0])
+        inputs.ids.astype(jnp.float32)[None], (inputs.queries.shape[0], inputs.ids.shape[0])
     )
 
 
-def lottery(asked: Question) -> Float[Array, "b slot"]:
-    """The drawn lots alone."""
-    return asked.lots.astype(jnp.float32)
+def random(inputs: ScoreInputs) -> Float[Array, "b slot"]:
+    """The uniform draws alone."""
+    return inputs.random.astype(jnp.float32)
 
 
-POLICIES: dict[str, Callable[[Question], Array]] = {
-    "affinity": affinity,
-    "mass_sum": functools.partial(affinity, power=1),
-    "mass_max": mass_max,
-    "logit_max": logit_max,
-    "centred_logit_max": functools.partial(logit_max, centred=True),
-    "log_sum_exp": log_sum_exp,
-    "paper_sum": paper_sum,
-    "recency": recency,
-    "random": lottery,
-    "all": recency,
-}
+# How many products of a query with a key a score makes in one layer and video, for `plan` and for what fits.
+# Each takes (pooled queries, packed keys, keys at full size, packed blocks).
 
-# How the scores by single heads make one; policies that are not here look at no head.
-ACROSS_HEADS: dict[str, Callable[..., Array]] = {
-    "affinity": jnp.sum,
-    "mass_sum": jnp.sum,
-    "mass_max": jnp.max,
-    "logit_max": jnp.max,
-    "centred_logit_max": jnp.max,
-    "log_sum_exp": jnp.sum,
-    "paper_sum": jnp.sum,
+
+def all_keys(queries: float, packed: float, full_res: float, blocks: float) -> float:
+    """Every pooled query with every key, packed or at full size."""
+    return queries * (packed + full_res)
+
+
+def packed_keys(queries: float, packed: float, full_res: float, blocks: float) -> float:
+    """Every pooled query with every packed key."""
+    return queries * packed
+
+
+def block_sums(queries: float, packed: float, full_res: float, blocks: float) -> float:
+    """One sum of queries with one sum of keys a block."""
+    return blocks
+
+
+def no_keys(queries: float, packed: float, full_res: float, blocks: float) -> float:
+    """None: what was asked does not matter."""
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A rule by which packed blocks are chosen, and all that has to be known of it.
+
+    `fn`: the score [b, slot] from `ScoreInputs`; what it says of blocks that are not visible means nothing.
+    `across_heads`: how the scores of single heads, stacked along axis 0, make one (`jnp.sum`, `jnp.max`); `fn` is then
+    given one head at a time, since the logits of all would be the largest array of a block. None: `fn` reads no head.
+    `reads`: the products that `fn` makes, one of the functions above or one's own. `attends_all`: nothing is left out.
+    """
+
+    name: str
+    fn: Callable[[ScoreInputs], Array]
+    across_heads: Callable[..., Array] | None = None
+    reads: Callable[[float, float, float, float], float] = no_keys
+    attends_all: bool = False
+
+
+SCORES = {
+    score.name: score
+    for score in (
+        Score("affinity", affinity, jnp.sum, all_keys),
+        Score("mass_sum", functools.partial(affinity, power=1), jnp.sum, all_keys),
+        Score("mass_max", mass_max, jnp.max, all_keys),
+        Score("logit_max", logit_max, jnp.max, packed_keys),
+        Score(
+            "centred_logit_max", functools.partial(logit_max, centred=True), jnp.max, packed_keys
+        ),
+        Score("log_sum_exp", log_sum_exp, jnp.sum, packed_keys),
+        Score("paper_sum", paper_sum, jnp.sum, block_sums),
+        Score("recency", recency),
+        Score("random", random),
+        Score("all", recency, attends_all=True),
+    )
 }
 
 

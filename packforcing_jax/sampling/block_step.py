@@ -1,12 +1,13 @@
-"""One block of video: drawn in a few steps that only read the memory, then remembered once, sharp and packed.
+"""One block of video: denoised in a few steps that only read the memory, then committed once, at full size and packed.
 
-`draw` and `remember` are the whole algorithm (paper figure 2). Training calls the same parts on known latents. What
-there is per layer is a list when the transformer's layers run one by one, stacked when they are scanned.
+`denoise_block` and `commit_block` are the whole algorithm (paper figure 2). Everything that makes blocks goes through
+them: sampling, evaluation, previews, benchmarks, plans, recorded numbers. Training calls their parts on known latents.
+What there is per layer is a list where the model's layers run one by one, stacked where they are scanned.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,407 +17,504 @@ from jax import Array
 from jaxtyping import Float
 
 from packforcing_jax import pytrees
-from packforcing_jax.config import Experiment, SampleConfig
+from packforcing_jax.config import SampleConfig, StepConfig
+from packforcing_jax.errors import require
 from packforcing_jax.memory import cache, view
-from packforcing_jax.networks import compressor, dit, rope
+from packforcing_jax.memory import layout as layouts
+from packforcing_jax.memory.cache import LayerCache, Memory, Selection
+from packforcing_jax.memory.layout import Layout
+from packforcing_jax.networks import rope
+from packforcing_jax.networks.base_model import BaseModel
+from packforcing_jax.networks.dit import Attend, SelfAttention
 from packforcing_jax.policies import attention
+from packforcing_jax.pytrees import PerLayer
 from packforcing_jax.sampling import schedules
 from packforcing_jax.types import KV, Heads, Latent
 
-LOTS = 2**32 - 1  # takes the place of a step's number in the key of a block's lots
+RANDOM_SCORES = (
+    2**32 - 1
+)  # takes the place of a step's number in the key of a block's random scores
+
+
+@dataclass(frozen=True)
+class Access:
+    """How one pass uses what each layer has of the past.
+
+    `view_of(past)` is the view that it attends in, `keep(own, view, past)` what the layer keeps: `own` tokens with keys
+    rotated in space only, the view with these tokens in it. `writes`: `keep` writes into stores, which is then done
+    at once, or keys and values of all layers wait for the end side by side. `write(view, own)` lays the block's tokens
+    into a view other than the layer's own.
+    """
+
+    view_of: Callable[[Any], KV] = lambda past: past
+    keep: Callable[[KV, KV, Any], Any] = lambda own, view, past: view
+    writes: bool = False
+    write: Callable[[KV, KV], KV] | None = None
+
+
+READS = Access()  # past: a view, which is kept with the tokens in it
 
 
 @struct.dataclass
 class Nets:
     """The trained parts a block needs."""
 
-    dit: dit.WanDiT
-    compressor: compressor.Compressor
+    dit: BaseModel
+    compressor: Any
 
 
 @struct.dataclass
-class Chance:
+class Noise:
     """Everything random about a block."""
 
     noise: Array  # [b, t, y, x, c]         where it starts from
-    renoise: Array  # [step, b, t, y, x, c]   added to the clean guess of each step but the last
-    lots: Array  # [layer, b, slot]        uniform draws, for the `random` selection
+    renoise: (
+        Array  # [step, b, t, y, x, c]   added to the clean prediction of each step but the last
+    )
+    random: Array  # [layer, b, slot]        uniform draws, for the `random` selection
 
 
 @struct.dataclass
-class Drawn:
-    """A finished block, the views it was drawn in (to be remembered with), and what it looked back at.
-
-    `views` and `looked` have one entry per layer.
-    """
+class Denoised:
+    """A finished block, and which packed blocks each layer attended to."""
 
     latent: Array  # [b, t, y, x, c]
-    views: Any
-    looked: Any
+    selection: PerLayer[Selection]
 
 
-def draw(
-    nets: Nets,
-    exp: Experiment,
-    memory: cache.Memory,
-    *,
-    chance: Chance,
-    text: Any,
-    views: Any = None,
-) -> Drawn:
-    """The next block, drawn from noise in a few steps that only read the memory; `views` is scratch.
+# Denoising
 
-    The queries of the first step choose the packed blocks; the views they fix serve the later steps, the clean pass
-    and the packing pass. A layer that chooses for itself does so on its way. A choice that takes all layers, or
-    comes late, is made after a first step behind the newest blocks.
+
+def denoise_block(
+    nets: Nets, cfg: StepConfig, memory: Memory, *, noise: Noise, text: Any
+) -> tuple[Memory, Denoised]:
+    """The next block, denoised from pure noise in a few steps; of the memory only scratch is written.
+
+    The queries of the first step choose the packed blocks, which then serve the later steps, the clean pass and the
+    packing pass. A layer that chooses for itself does so on its way. A choice that takes all layers, or comes late,
+    is made after a first step behind the newest blocks.
     """
-    seen = cache.plan(exp.cache, memory.num_blocks)
-    lots = chance.lots if isinstance(memory.layers, cache.Layer) else list(chance.lots)
-    if exp.cache.top == 0 or (exp.cache.scope, exp.cache.timing) == ("layer", "first"):
-        past = (
-            pytrees.zipped(memory.layers, lots, views)
-            if views is not None
-            else pytrees.zipped(memory.layers, lots)
-        )
-        clean, kept = first_step(nets, exp, seen, chance, text, past, look=first_look)
-        views, looked = pytrees.unzip(kept)
-        return Drawn(*later_steps(nets, exp, seen, chance, text, views, clean), looked)
-    newest = pytrees.over(
-        lambda layer: view.newest(exp, seen, chance.noise.shape[0]), memory.layers
+    spec, layout = cfg.memory, layouts.layout(cfg.cache, memory.progress)
+    random = random_scores(memory, noise)
+    if cfg.cache.top == 0 or (cfg.cache.scope, cfg.cache.timing) == ("layer", "first"):
+        past = pytrees.zipped(memory.layers, random)
+        clean, kept = first_step(nets, cfg, layout, noise, text, past, attends=choosing)
+        views, selection = pytrees.unzip(kept)
+        return remaining_steps(nets, cfg, with_views(memory, views), noise, text, clean, selection)
+    newest = pytrees.over(lambda _: view.newest(spec, layout, len(noise.noise)), memory.layers)
+    gathered = pytrees.over(view.gather, memory.layers, newest)
+    memory, clean, queries = first_pass(nets, cfg, memory, noise, text, gathered, newest)
+    scores = pytrees.over(
+        lambda *one: view.score(spec, layout, *one), memory.layers, queries, random
     )
-    clean, views, asked = glance(
-        nets,
-        exp,
-        memory,
-        chance,
-        text,
-        views,
-        pytrees.over(view.take, memory.layers, newest),
-        newest,
-    )
-    scores = pytrees.over(lambda *one: view.score(exp, seen, *one), memory.layers, asked, lots)
-    looked = decide(exp, seen, scores)
-    picked = pytrees.over(view.take, memory.layers, looked)
-    return conclude(nets, exp, memory, chance, text, views, clean, picked, looked)
+    selection = decide(cfg, layout, scores)
+    gathered = pytrees.over(view.gather, memory.layers, selection)
+    return remaining_passes(nets, cfg, memory, noise, text, clean, gathered, selection)
 
 
-def glance(
+def first_pass(
     nets: Nets,
-    exp: Experiment,
-    memory: cache.Memory,
-    chance: Chance,
+    cfg: StepConfig,
+    memory: Memory,
+    noise: Noise,
     text: Any,
-    views: Any,
-    picked: Any,
-    looked: Any,
-) -> tuple[Latent, Any, Any]:
-    """A first step behind given packed blocks: (the clean guess, the views, what each layer asked)."""
-    seen = cache.plan(exp.cache, memory.num_blocks)
-    views = pytrees.over(
-        lambda *one: view.lay(exp, seen, *one), memory.layers, picked, looked, views
-    )
-    clean, kept = first_step(nets, exp, seen, chance, text, views, look=asking_look)
-    return clean, *pytrees.unzip(kept)
+    gathered: PerLayer[view.Gathered],
+    selection: PerLayer[Selection],
+) -> tuple[Memory, Latent, PerLayer[view.PooledQueries]]:
+    """A first step behind given packed blocks: (the memory, the clean prediction, what each layer asked)."""
+    layout = layouts.layout(cfg.cache, memory.progress)
+    memory = laid(cfg, memory, gathered, selection)
+    clean, kept = first_step(nets, cfg, layout, noise, text, views_of(memory), attends=asking)
+    views, queries = pytrees.unzip(kept)
+    return with_views(memory, views), clean, queries
 
 
-def decide(exp: Experiment, seen: cache.Plan, scores: Any) -> Any:
-    """What each layer looks at, by its own scores [b, slot] or by the sum over layers."""
-    if exp.cache.scope == "layer":
-        return pytrees.over(lambda one: view.look(exp, seen, one), scores)
+def decide(cfg: StepConfig, layout: Layout, scores: PerLayer[Array]) -> PerLayer[Selection]:
+    """What each layer attends to, by its own scores [b, slot] or by the sum over layers."""
+    if cfg.cache.scope == "layer":
+        return pytrees.over(lambda one: view.select(cfg.memory, layout, one), scores)
     total = pytrees.stack(scores).sum(axis=0)
-    return pytrees.over(lambda _: view.look(exp, seen, total), scores)
+    return pytrees.over(lambda _: view.select(cfg.memory, layout, total), scores)
 
 
-def conclude(
+def remaining_passes(
     nets: Nets,
-    exp: Experiment,
-    memory: cache.Memory,
-    chance: Chance,
+    cfg: StepConfig,
+    memory: Memory,
+    noise: Noise,
     text: Any,
-    views: Any,
     clean: Latent,
-    picked: Any,
-    looked: Any,
-) -> Drawn:
-    """The block, given the packed blocks that were chosen after a first step gave `clean`."""
-    seen = cache.plan(exp.cache, memory.num_blocks)
-    views = pytrees.over(
-        lambda *one: view.lay(exp, seen, *one), memory.layers, picked, looked, views
-    )
-    if exp.cache.timing == "first":
-        clean, views = first_step(nets, exp, seen, chance, text, views)
-    return Drawn(*later_steps(nets, exp, seen, chance, text, views, clean), looked)
+    gathered: PerLayer[view.Gathered],
+    selection: PerLayer[Selection],
+) -> tuple[Memory, Denoised]:
+    """The block, given the packed blocks that were chosen after a first step predicted `clean`."""
+    layout = layouts.layout(cfg.cache, memory.progress)
+    memory = laid(cfg, memory, gathered, selection)
+    if cfg.cache.timing == "first":
+        clean, views = first_step(nets, cfg, layout, noise, text, views_of(memory))
+        memory = with_views(memory, views)
+    return remaining_steps(nets, cfg, memory, noise, text, clean, selection)
 
 
 def first_step(
-    nets: Nets,
-    exp: Experiment,
-    seen: cache.Plan,
-    chance: Chance,
-    text: Any,
-    past: Any,
-    *,
-    look: Callable | None = None,
+    nets: Nets, cfg: StepConfig, layout: Layout, noise: Noise, text: Any, past: Any, **attends: Any
 ) -> tuple[Latent, Any]:
-    """The clean guess out of pure noise, and what each layer kept."""
-    times, sigmas = (jnp.asarray(x) for x in step_table(exp.sample))
-    return guess(nets, exp, seen, chance.noise, times[0], sigmas[0], text, past, look=look)
+    """The clean prediction out of pure noise, and what each layer kept."""
+    times, sigmas = (jnp.asarray(x) for x in step_table(cfg.sample))
+    return predict_x0(nets, cfg, layout, noise.noise, times[0], sigmas[0], text, past, **attends)
 
 
-def later_steps(
+def remaining_steps(
     nets: Nets,
-    exp: Experiment,
-    seen: cache.Plan,
-    chance: Chance,
+    cfg: StepConfig,
+    memory: Memory,
+    noise: Noise,
     text: Any,
-    views: Any,
     clean: Latent,
-) -> tuple[Latent, Any]:
-    """The block after the remaining steps, each from the clean guess before it plus noise, and the views."""
-    times, sigmas = (jnp.asarray(x) for x in step_table(exp.sample))
+    selection: PerLayer[Selection],
+) -> tuple[Memory, Denoised]:
+    """The block after the remaining steps, each from the clean prediction before it plus noise."""
+    layout = layouts.layout(cfg.cache, memory.progress)
+    times, sigmas = (jnp.asarray(x) for x in step_table(cfg.sample))
 
     def step(carry, inputs):
-        time, sigma, fresh = inputs
-        noisy = schedules.add_noise(carry[0], fresh, sigma)
-        return guess(nets, exp, seen, noisy, time, sigma, text, carry[1]), None
+        (clean, views), (time, sigma, fresh) = carry, inputs
+        noisy = schedules.add_noise(clean, fresh, sigma)
+        return predict_x0(nets, cfg, layout, noisy, time, sigma, text, views), None
 
-    return jax.lax.scan(step, (clean, views), (times[1:], sigmas[1:], chance.renoise))[0]
+    given = (times[1:], sigmas[1:], noise.renoise)
+    (latent, views), _ = jax.lax.scan(step, (clean, views_of(memory)), given)
+    return with_views(memory, views), Denoised(latent=latent, selection=selection)
 
 
-def remember(
+def predict_x0(
     nets: Nets,
-    exp: Experiment,
-    memory: cache.Memory,
-    *,
-    latent: Latent,
-    low: Latent,
-    drawn: Drawn,
-    text: Any,
-) -> tuple[cache.Memory, Any, Any]:
-    """(the memory after `latent`, its packed keys and values per layer, the views as scratch).
-
-    One clean pass at timestep 0 for the block's own keys, one more for its packed twin's. The twin sees what the
-    clean pass saw, the block at full size, and itself; the block never sees its twin.
-    """
-    seen, n = cache.plan(exp.cache, memory.num_blocks), memory.num_blocks
-    layers, views = read_clean(
-        nets,
-        exp,
-        seen,
-        latent,
-        text,
-        pytrees.zipped(drawn.views, memory.layers, drawn.looked),
-        keep=functools.partial(_committed, exp, n),
-    )
-    packed = None
-    if exp.cache.top:
-        # Without the barrier a layer's view may be wanted before and after the twin is laid into it: two copies of it.
-        views, latent, low = jax.lax.optimization_barrier((views, latent, low))
-        packed, views = read_packed(nets, exp, seen, latent, low, text, views)
-    if packed is not None and exp.cache.archive == "device":
-        layers = pytrees.over(lambda *one: cache.commit_packed(exp, n, *one), layers, packed)
-    return cache.Memory(layers=layers, num_blocks=n + 1), packed, views
-
-
-def read_clean(
-    nets: Nets,
-    exp: Experiment,
-    seen: cache.Plan,
-    latent: Latent,
-    text: Any,
-    past: Any,
-    *,
-    keep: Callable | None = None,
-    behind: Callable | None = None,
-) -> tuple[Any, Any]:
-    """What `keep` makes of a clean block's keys and values in every layer, by default themselves, and the views.
-
-    `past` holds the views, which afterwards hold that block too, or tuples of a view and what else `keep` takes;
-    `behind` makes a view of what stands in its place.
-    """
-    time = dit.embed_time(nets.dit, jnp.zeros(latent.shape[:2]))
-    _, kept = dit.run(
-        nets.dit,
-        dit.embed_latent(nets.dit, latent),
-        time,
-        text,
-        past=past,
-        attend=_reader(exp, text),
-        mix=_mix(
-            exp,
-            *_own_places(exp, seen, latent),
-            cache.length(exp, seen),
-            keep=keep or _both,
-            behind=behind,
-        ),
-    )
-    return pytrees.unzip(kept)
-
-
-def read_packed(
-    nets: Nets,
-    exp: Experiment,
-    seen: cache.Plan,
-    latent: Latent,
-    low: Latent,
-    text: Any,
-    views: Any,
-    *,
-    keep: Callable | None = None,
-    behind: Callable | None = None,
-) -> tuple[Any, Any]:
-    """Keys and values in every layer of a clean block's packed twin, and the views, which also hold the block.
-
-    The twin passes through all layers, or (`projected`) each layer projects the packed tokens themselves. `keep` and
-    `behind` as in `read_clean`.
-    """
-    tokens = compressor.pack(nets.compressor, nets.dit, exp, latent, low)
-    time = dit.embed_time(nets.dit, jnp.zeros((latent.shape[0], 1)))
-    places = jnp.asarray(cache.packed_places(exp)[1])
-    if exp.compressor.keys == "projected":
-        turned = rope.space_angles(places, exp.dit)
-        return pytrees.over(
-            lambda own: KV(k=rope.rotate(own.k, turned), v=own.v),
-            dit.projections(nets.dit, tokens, time),
-        ), views
-    at = cache.length(exp, seen) + exp.cache.block * exp.tokens_per_frame
-    _, kept = dit.run(
-        nets.dit,
-        tokens,
-        time,
-        text,
-        past=views,
-        attend=_reader(exp, text),
-        mix=_mix(exp, cache.packed_times(exp, seen), places, at, keep=keep or _both, behind=behind),
-    )
-    return pytrees.unzip(kept)
-
-
-def guess(
-    nets: Nets,
-    exp: Experiment,
-    seen: cache.Plan,
+    cfg: StepConfig,
+    layout: Layout,
     noisy: Latent,
     timestep: Array,
     sigma: Array,
     text: Any,
     past: Any,
     *,
-    look: Callable | None = None,
+    access: Access = READS,
+    attends: "Attends | None" = None,
 ) -> tuple[Latent, Any]:
-    """The clean block the network sees behind `noisy`, and what each layer kept: its view, unless `look` says else.
+    """The clean sample that the network sees behind `noisy`, and what each layer kept: its view, unless told else.
 
-    `past` holds views, or what `look` takes. `timestep` and `sigma` are scalars, one value per video [b] or one per
-    frame [b, t].
+    `past` holds views, or what `access` or `attends` take. `timestep` and `sigma` are scalars, one value per video [b]
+    or one per frame [b, t]. `noisy` may hold several blocks, up to `cache.window` frames, which attend to one another.
     """
     per_frame = jnp.expand_dims(timestep, range(jnp.ndim(timestep), 2))
-    time = dit.embed_time(nets.dit, jnp.broadcast_to(per_frame, noisy.shape[:2]))
-    mix = _mix(exp, *_own_places(exp, seen, noisy), cache.length(exp, seen), keep=_whole)
-    if look is not None:
-        mix = look(exp, seen, mix)
-    x, kept = dit.run(
-        nets.dit,
-        dit.embed_latent(nets.dit, noisy),
+    time = nets.dit.embed_time(jnp.broadcast_to(per_frame, noisy.shape[:2]))
+    self_attention = block_attention(cfg, layout, noisy.shape[1], access)
+    if attends is not None:
+        self_attention = attends(cfg, layout, self_attention)
+    x, kept = nets.dit.run(
+        nets.dit.embed(noisy),
         time,
         text,
         past=past,
-        mix=mix,
-        attend=_reader(exp, text),
+        self_attention=self_attention,
+        cross_attention=_cross_attention(cfg, text),
     )
-    output = dit.head(nets.dit, x, time.e, exp.grid).astype(noisy.dtype)
-    if exp.sample.prediction == "clean":
+    output = nets.dit.output(x, time, cfg.grid).astype(noisy.dtype)
+    if cfg.sample.prediction == "clean":
         return output, kept
     return schedules.clean_from_velocity(noisy, output, sigma), kept
 
 
-def first_look(exp: Experiment, seen: cache.Plan, mix: dit.Mix) -> dit.Mix:
-    """`mix` on a view recalled by the layer's own queries from its (memory, lots[, scratch]); keeps (view, looked)."""
-
-    def look(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, Any]:
-        layer, lots, *scratch = past
-        recalled, looked = view.recall(exp, seen, layer, q, lots, *scratch)
-        mixed, whole = mix(q, k, v, recalled)
-        return mixed, (whole, looked)
-
-    return look
+# Committing
 
 
-def asking_look(exp: Experiment, seen: cache.Plan, mix: dit.Mix) -> dit.Mix:
-    """`mix` that also keeps what the layer's queries ask."""
-
-    def look(q: Heads, k: Heads, v: Heads, past: KV) -> tuple[Heads, Any]:
-        mixed, whole = mix(q, k, v, past)
-        return mixed, (whole, view.ask(exp, seen, q))
-
-    return look
-
-
-def watching_look(exp: Experiment, seen: cache.Plan, mix: dit.Mix) -> dit.Mix:
-    """`first_look` that also keeps the affinity [b, slot] of every packed block, whatever the policy: for training."""
-
-    def look(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, Any]:
-        mixed, (whole, looked) = first_look(exp, seen, mix)(q, k, v, past)
-        wanted = dataclasses.replace(
-            exp, cache=dataclasses.replace(exp.cache, selection="affinity")
-        )
-        return mixed, (
-            whole,
-            looked,
-            view.score(wanted, seen, past[0], view.ask(exp, seen, q), past[1]),
-        )
-
-    return look
-
-
-def _whole(own: KV, whole: KV) -> KV:
-    return whole
-
-
-def _both(own: KV, whole: KV) -> tuple[KV, KV]:
-    return own, whole
-
-
-def _committed(
-    exp: Experiment, n: Array, own: KV, whole: KV, layer: cache.Layer, looked: Any
-) -> tuple[Any, KV]:
-    return cache.commit_sharp(exp, n, layer, own, looked), whole
-
-
-def _mix(
-    exp: Experiment,
-    times: Float[Array, " q"],
-    places: Float[Array, "q 2"],
-    at: Array,
+def commit_block(
+    nets: Nets,
+    cfg: StepConfig,
+    memory: Memory,
     *,
-    keep: Callable,
-    behind: Callable | None = None,
-) -> dit.Mix:
-    """Attention of tokens at (times, places) to the first `at` keys of a view and to themselves."""
-    in_time, in_space = rope.time_angles(times, exp.dit), rope.space_angles(places, exp.dit)
+    latent: Latent,
+    low: Latent,
+    selection: PerLayer[Selection] | None,
+    text: Any,
+) -> tuple[Memory, PerLayer[KV] | None]:
+    """(the memory after `latent`, the packed keys and values per layer where the archive is not in it).
 
-    def mix(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, Any]:
-        before, *rest = past if isinstance(past, tuple) else (past,)
-        before = before if behind is None else behind(before)
+    One clean pass at timestep 0 for the block's own keys, one more for those of its packed twin. The twin sees what
+    the clean pass saw, the block at full size, and itself; the block never sees its twin. `selection` is what the
+    block was denoised with; None lays down the newest packed blocks, for a block that was given and not denoised.
+    """
+    spec, cache_cfg = cfg.memory, cfg.cache
+    now = layouts.layout(cache_cfg, memory.progress)
+    following = layouts.layout(cache_cfg, memory.progress.after_block())
+    if selection is None:
+        newest = pytrees.over(lambda _: view.newest(spec, now, len(latent)), memory.layers)
+        memory = laid(cfg, memory, pytrees.over(view.gather, memory.layers, newest), newest)
+        selection = newest
+
+    def keep_full(own: KV, whole: KV, past: Any) -> LayerCache:
+        layer, chosen = past
+        layer = dataclasses.replace(layer, view=whole)
+        layer = cache.keep_unrotated(spec, now, layer, own.k)
+        return layer if cache_cfg.top else cache.conclude(spec, now, following, layer, None, chosen)
+
+    def keep_packed(own: KV, whole: KV, past: Any) -> tuple[LayerCache, KV | None]:
+        layer, chosen = past
+        layer = dataclasses.replace(layer, view=whole)
+        stored, handed = (own, None) if cache_cfg.archive == "device" else (None, own)
+        return cache.conclude(spec, now, following, layer, stored, chosen), handed
+
+    past = pytrees.zipped(memory.layers, selection)
+    writes = Access(view_of=lambda past: past[0].view, keep=keep_full, writes=True)
+    layers = read_clean(nets, cfg, now, latent, text, past, writes)
+    packed = None
+    if cache_cfg.top:
+        # Without the barrier a layer's view may be wanted before and after the twin is laid into it: two copies of it.
+        layers, latent, low = jax.lax.optimization_barrier((layers, latent, low))
+        past = pytrees.zipped(layers, selection)
+        writes = dataclasses.replace(writes, keep=keep_packed)
+        kept = read_packed(nets, cfg, now, latent, low, text, past, writes)
+        layers, packed = pytrees.unzip(kept)
+    memory = cache.advanced(spec, dataclasses.replace(memory, layers=layers), latent)
+    return memory, packed if cache_cfg.archive == "host" else None
+
+
+def read_clean(
+    nets: Nets,
+    cfg: StepConfig,
+    layout: Layout,
+    latent: Latent,
+    text: Any,
+    past: Any,
+    access: Access = READS,
+) -> Any:
+    """What each layer keeps of a pass of a clean block, at timestep 0, by default its view with the block in it."""
+    time = nets.dit.embed_time(jnp.zeros(latent.shape[:2]))
+    _, kept = nets.dit.run(
+        nets.dit.embed(latent),
+        time,
+        text,
+        past=past,
+        self_attention=block_attention(cfg, layout, latent.shape[1], access),
+        cross_attention=_cross_attention(cfg, text),
+    )
+    return kept
+
+
+def read_packed(
+    nets: Nets,
+    cfg: StepConfig,
+    layout: Layout,
+    latent: Latent,
+    low: Latent,
+    text: Any,
+    past: Any,
+    access: Access = READS,
+) -> Any:
+    """What each layer keeps of a pass of a clean block's packed twin; the views in `past` hold the block as well.
+
+    The twin passes through all layers, or (`projected`) each layer projects the packed tokens themselves.
+    """
+    tokens = nets.compressor.pack(nets.dit, cfg, latent, low)
+    time = nets.dit.embed_time(jnp.zeros((latent.shape[0], 1)))
+    grid = jnp.asarray(layouts.packed_positions(cfg.memory)[1])
+    if cfg.compressor.keys == "projected":
+        turn = rope.space_angles(grid, cfg.memory)
+
+        def projected(own: KV, past: Any) -> Any:
+            own = KV(k=rope.rotate(own.k, turn), v=own.v)
+            return access.keep(own, access.view_of(past), past)
+
+        return pytrees.over(projected, nets.dit.keys_values(tokens, time), past)
+    length = layouts.length(cfg.memory, layout)
+    self_attention = _attention(
+        cfg,
+        layouts.packed_times(cfg.memory, layout),
+        grid,
+        write=lambda view, own: cache.extend(view, own, length),
+        valid=length + cfg.tokens_per_packed_block,
+        access=access,
+    )
+    _, kept = nets.dit.run(
+        tokens,
+        time,
+        text,
+        past=past,
+        self_attention=self_attention,
+        cross_attention=_cross_attention(cfg, text),
+    )
+    return kept
+
+
+def recommit(nets: Nets, cfg: StepConfig, memory: Memory, *, text: Any) -> Memory:
+    """`memory` with the keys and values of its recent blocks computed again, as under another text (LongLive).
+
+    Block by block from their latents, each behind the sink and the recent blocks before it; packed blocks stay.
+    Raises `InputError` where sink and recent frames are not whole blocks.
+    """
+    spec, size = cfg.memory, cfg.cache.block
+    require(
+        cfg.cache.sink % size == cfg.cache.recent % size == 0,
+        f"cache.sink={cfg.cache.sink} and recent={cfg.cache.recent} must be whole blocks of {size} frames when recent "
+        "blocks are committed again; change them.",
+    )
+    layout = layouts.layout(cfg.cache, memory.progress)
+    views = pytrees.over(lambda layer: cache.sink_alone(spec, layer.view), memory.layers)
+    layers = memory.layers
+    for first in range(0, cfg.cache.recent // size * size, size):
+        there = layouts.recent_block(layout, first)
+        latent = cache.recent_latents(spec, memory, there)
+
+        def behind_sink(view: KV, own: KV, there: Layout = there) -> KV:
+            return cache.extend(view, own, (there.sink + there.recent) * cfg.tokens_per_frame)
+
+        kept = read_clean(
+            nets,
+            cfg,
+            there,
+            latent,
+            text,
+            views,
+            Access(keep=lambda own, view, past: (own, view), write=behind_sink),
+        )
+        own, views = pytrees.unzip(kept)
+        exists = first < layout.recent
+        layers = pytrees.over(
+            lambda *one, there=there, exists=exists: cache.rewrite(spec, there, *one, when=exists),
+            layers,
+            own,
+        )
+    return dataclasses.replace(memory, layers=layers)
+
+
+# What a layer does when its tokens attend
+
+Attends = Callable[[StepConfig, Layout, SelfAttention], SelfAttention]
+
+
+def choosing(cfg: StepConfig, layout: Layout, attend: SelfAttention) -> SelfAttention:
+    """`attend` in a view recalled by the layer's own queries from its (memory, random scores).
+
+    Keeps (view, selection).
+    """
+
+    def self_attention(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, Any]:
+        layer, random = past
+        recalled, selection = view.recall(cfg.memory, layout, layer, q, random)
+        mixed, whole = attend(q, k, v, recalled)
+        return mixed, (whole, selection)
+
+    return self_attention
+
+
+def asking(cfg: StepConfig, layout: Layout, attend: SelfAttention) -> SelfAttention:
+    """`attend` that also keeps what the layer's queries ask."""
+
+    def self_attention(q: Heads, k: Heads, v: Heads, past: KV) -> tuple[Heads, Any]:
+        mixed, whole = attend(q, k, v, past)
+        return mixed, (whole, view.pool_queries(cfg.memory, layout, q))
+
+    return self_attention
+
+
+def watching(cfg: StepConfig, layout: Layout, attend: SelfAttention) -> SelfAttention:
+    """`choosing` that also keeps the affinity [b, slot] of every packed block, whatever the score: for training."""
+    wanted = dataclasses.replace(
+        cfg.memory, cache=dataclasses.replace(cfg.cache, selection="affinity")
+    )
+
+    def self_attention(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, Any]:
+        layer, random = past
+        mixed, (whole, selection) = choosing(cfg, layout, attend)(q, k, v, past)
+        queries = view.pool_queries(wanted, layout, q)
+        return mixed, (whole, selection, view.score(wanted, layout, layer, queries, random))
+
+    return self_attention
+
+
+def block_attention(
+    cfg: StepConfig, layout: Layout, frames: int, access: Access = READS
+) -> SelfAttention:
+    """Attention of the tokens of the next `frames` frames, laid into the slots where they will stay."""
+    spec, (rows, columns) = cfg.memory, cfg.grid
+
+    def write(view: KV, own: KV) -> KV:
+        return cache.write_block(spec, layout, view, own)
+
+    return _attention(
+        cfg,
+        layouts.current_times(spec, layout, frames),
+        jnp.asarray(rope.grid(range(rows), range(columns), frames)),
+        write=access.write or write,
+        valid=layouts.length(spec, layout, frames),
+        access=access,
+    )
+
+
+def _attention(
+    cfg: StepConfig,
+    times: Float[Array, " q"],
+    grid: Float[Array, "q 2"],
+    *,
+    write: Callable[[KV, KV], KV],
+    valid: Array,
+    access: Access,
+) -> SelfAttention:
+    """Attention of tokens at (times, grid), once written into a view, to its first `valid` keys."""
+    in_time, in_space = rope.time_angles(times, cfg.memory), rope.space_angles(grid, cfg.memory)
+
+    def self_attention(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, Any]:
         own = KV(k=rope.rotate(k, in_space), v=v)
-        whole = view.extend(before, KV(k=rope.rotate(own.k, in_time), v=v), at)
-        attend = attention.backend(exp.attention, whole.k.dtype)
+        whole = write(access.view_of(past), KV(k=rope.rotate(own.k, in_time), v=v))
+        attend = attention.backend(cfg.attention, whole.k.dtype)
         turned = rope.rotate(q, in_time + in_space).astype(whole.k.dtype)
-        mixed = attend(turned, whole.k, whole.v, at + k.shape[1]).astype(q.dtype)
-        kept = keep(own, whole, *rest)
-        # What is written elsewhere is written now, or keys and values of all layers wait for the end side by side.
-        return jax.lax.optimization_barrier((mixed, kept)) if rest else (mixed, kept)
+        mixed = attend(turned, whole.k, whole.v, valid).astype(q.dtype)
+        if not access.writes:
+            return mixed, access.keep(own, whole, past)
+        # The first barrier: what is read now is written only afterwards, or it is copied. The second: it is then done.
+        mixed, whole = jax.lax.optimization_barrier((mixed, whole))
+        return jax.lax.optimization_barrier((mixed, access.keep(own, whole, past)))
 
-    return mix
-
-
-def _reader(exp: Experiment, text: Any) -> dit.Attend:
-    """The attention that reads the text."""
-    return attention.backend(exp.attention, jax.tree.leaves(text)[0].dtype)
+    return self_attention
 
 
-def _own_places(exp: Experiment, seen: cache.Plan, latent: Latent) -> tuple[Array, Array]:
-    """Places in time [q] and on the grid [q, 2] of the current block's tokens."""
-    return cache.current_places(exp, seen), jnp.asarray(dit.frame_places(exp.dit, latent))
+def _cross_attention(cfg: StepConfig, text: Any) -> Attend:
+    """The attention that reads the text, if any."""
+    read = jax.tree.leaves(text)
+    return attention.backend(cfg.attention, read[0].dtype if read else cfg.compute)
+
+
+# Views
+
+
+def views_of(memory: Memory) -> PerLayer[KV]:
+    """The view of every layer."""
+    return pytrees.over(lambda layer: layer.view, memory.layers)
+
+
+def with_views(memory: Memory, views: PerLayer[KV]) -> Memory:
+    """`memory` with these views: the same in all that is remembered, other scratch."""
+
+    def one(layer: LayerCache, seen: KV) -> LayerCache:
+        return dataclasses.replace(layer, view=seen)
+
+    return dataclasses.replace(memory, layers=pytrees.over(one, memory.layers, views))
+
+
+def laid(
+    cfg: StepConfig,
+    memory: Memory,
+    gathered: PerLayer[view.Gathered],
+    selection: PerLayer[Selection],
+) -> Memory:
+    """`memory` with these packed blocks in the views."""
+    layout = layouts.layout(cfg.cache, memory.progress)
+    views = pytrees.over(
+        lambda *one: view.lay(cfg.memory, layout, *one), memory.layers, gathered, selection
+    )
+    return with_views(memory, views)
+
+
+# Steps and noise
 
 
 def step_table(cfg: SampleConfig):
@@ -425,25 +523,35 @@ def step_table(cfg: SampleConfig):
     return times, schedules.sigma_at(schedules.table(cfg.shift), jnp.asarray(times))
 
 
-def chances(exp: Experiment, seed: int | Array, videos: Array, block: Array) -> Chance:
-    """What is random about one block: a function of (seed, video id, block, step or layer) alone."""
-    shape = (exp.cache.block, *exp.latent, exp.dit.in_channels)
+def random_scores(memory: Memory, noise: Noise) -> PerLayer[Array]:
+    """Each layer's random scores, in the form that the memory's layers have."""
+    return list(noise.random) if isinstance(memory.layers, list) else noise.random
 
-    def key(video: Array, step: Array | int) -> Array:
-        return jax.random.fold_in(
-            jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), video), block), step
-        )
+
+def draw_noise(cfg: StepConfig, seeds: Array, videos: Array, block: Array) -> Noise:
+    """What is random about one block of each video: a function of (seed, video id, block, step or layer) alone.
+
+    `seeds` is one for all videos, or one for each [b].
+    """
+    shape = cfg.cache.block, *cfg.latent, cfg.dit.in_channels
+    seeds = jnp.broadcast_to(jnp.asarray(seeds, jnp.uint32), videos.shape)
+
+    def key(seed: Array, video: Array, step: Array | int) -> Array:
+        of_block = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), video), block)
+        return jax.random.fold_in(of_block, step)
 
     def every(one: Callable, count: int) -> Array:
-        return jax.vmap(lambda i: jax.vmap(lambda video: one(video, i))(videos))(jnp.arange(count))
+        return jax.vmap(lambda i: jax.vmap(lambda *who: one(*who, i))(seeds, videos))(
+            jnp.arange(count)
+        )
 
-    noise = every(
-        lambda video, step: jax.random.normal(key(video, step), shape), len(exp.sample.steps)
-    )
-    lots = every(
-        lambda video, layer: jax.random.uniform(
-            jax.random.fold_in(key(video, jnp.uint32(LOTS)), layer), (exp.cache.slots,)
-        ),
-        exp.dit.layers,
-    )
-    return Chance(noise=noise[0], renoise=noise[1:], lots=lots)
+    def normal(seed: Array, video: Array, step: Array) -> Array:
+        return jax.random.normal(key(seed, video, step), shape)
+
+    def uniform(seed: Array, video: Array, layer: Array) -> Array:
+        of_layer = jax.random.fold_in(key(seed, video, jnp.uint32(RANDOM_SCORES)), layer)
+        return jax.random.uniform(of_layer, (cfg.cache.slots,))
+
+    noise = every(normal, len(cfg.sample.steps))
+    random = every(uniform, cfg.dit.layers)
+    return Noise(noise=noise[0], renoise=noise[1:], random=random)

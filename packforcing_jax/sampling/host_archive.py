@@ -5,7 +5,7 @@ One choice is shared by all layers and made late, so that each block fetches wha
 
 import dataclasses
 import functools
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,127 +13,111 @@ import numpy as np
 from jax import Array
 
 from packforcing_jax import pytrees
-from packforcing_jax.config import Experiment
-from packforcing_jax.memory import cache, view
+from packforcing_jax.config import MemorySpec, StepConfig
+from packforcing_jax.memory import layout as layouts
+from packforcing_jax.memory import view
+from packforcing_jax.memory.cache import LayerCache, Memory, Selection
+from packforcing_jax.memory.layout import Progress
 from packforcing_jax.sampling import block_step
+from packforcing_jax.sampling.block_step import Denoised, Nets, Noise
 from packforcing_jax.types import KV, Latent
 
-Archive = list[KV]  # per layer, NumPy arrays [b, slot, p, n, h]; keys rotated in space only
+Archive: TypeAlias = list[KV]  # per layer, NumPy [b, slot, p, n, h]; keys rotated in space only
 
 
-def init(exp: Experiment, batch: int, dtype=jnp.float32) -> Archive:
+def init(spec: MemorySpec, batch: int, dtype=jnp.float32) -> Archive:
     """An empty archive for `batch` videos; nothing at all unless the config keeps it on the host."""
-    if exp.cache.archive == "device":
+    if spec.cache.archive == "device":
         return []
-    shape = (batch, exp.cache.slots, exp.tokens_per_packed_block, exp.dit.heads, exp.dit.head_dim)
-    store = lambda: cast(Array, np.zeros(shape, dtype))  # noqa: E731
-    return [KV(k=store(), v=store()) for _ in range(exp.dit.layers)]
+    tokens = spec.tokens_per_packed_block
+    shape = (batch, spec.cache.slots, tokens, spec.heads, spec.head_dim)
+    store = lambda: cast(Array, np.zeros(shape, dtype))
+    return [KV(k=store(), v=store()) for _ in range(spec.layers)]
 
 
-def put(exp: Experiment, archive: Archive, block: int, packed: list[KV]) -> None:
-    """Writes the packed twin of block number `block` over the oldest one; blocks of the sink are not kept."""
-    past = block - exp.cache.sink // exp.cache.block
-    if past < 0:
+def put(spec: MemorySpec, archive: Archive, progress: Progress, packed: list[KV]) -> None:
+    """Writes the packed twin of the block that follows `progress` into its slot, if the archive keeps it."""
+    slot = int(layouts.packed_slot(spec.cache, layouts.layout(spec.cache, progress)))
+    if slot < 0:
         return
     for store, new in zip(archive, packed, strict=True):
-        store.k[:, past % exp.cache.slots], store.v[:, past % exp.cache.slots] = (
-            np.asarray(new.k),
-            np.asarray(new.v),
-        )
+        store.k[:, slot], store.v[:, slot] = np.asarray(new.k), np.asarray(new.v)
 
 
-def take(archive: Archive, looked: cache.Looked) -> list[view.Picked]:
+def gather(archive: Archive, selection: Selection) -> list[view.Gathered]:
     """The chosen packed blocks of every layer, on the device."""
-    slots = np.asarray(looked.slots)[:, :, None, None, None]
-    fetch = lambda x: jnp.asarray(np.take_along_axis(x, slots, axis=1))  # noqa: E731
-    return [
-        view.Picked(kv=KV(k=fetch(store.k), v=fetch(store.v)), at=jnp.zeros(looked.ids.shape))
-        for store in archive
-    ]
+    slots = np.asarray(selection.slots)[:, :, None, None, None]
+    fetch = lambda x: jnp.asarray(np.take_along_axis(x, slots, axis=1))
+    at = jnp.zeros(selection.ids.shape)
+    return [view.Gathered(kv=KV(k=fetch(one.k), v=fetch(one.v)), at=at) for one in archive]
 
 
-def draw(
-    nets: block_step.Nets,
-    exp: Experiment,
-    memory: cache.Memory,
-    archive: Archive,
-    *,
-    chance: block_step.Chance,
-    text: Any,
-    views: list[KV],
-) -> block_step.Drawn:
-    """`sampler.draw` with the packed blocks fetched from the host between its parts."""
-    newest = _newest(exp, memory, batch=chance.noise.shape[0])
-    clean, views, asked = _glance(
-        nets, exp, memory, chance, text, views, take(archive, newest), newest
-    )
+def denoise(
+    nets: Nets, cfg: StepConfig, memory: Memory, archive: Archive, *, noise: Noise, text: Any
+) -> tuple[Memory, Denoised]:
+    """`block_step.denoise_block` with the packed blocks fetched from the host between its parts."""
+    newest = _newest(cfg.memory, memory.progress, batch=noise.noise.shape[0])
+    gathered = gather(archive, newest)
+    memory, clean, queries = _first_pass(nets, cfg, memory, noise, text, gathered, newest)
     scores = jnp.zeros(())
-    for layer, store in enumerate(archive):
-        scores = scores + _score(
-            exp,
-            memory.num_blocks,
-            memory.layers[layer],
-            jnp.asarray(store.k),
-            asked[layer],
-            chance.lots[layer],
-        )
-    looked = _decide(exp, memory, scores)
-    return _conclude(nets, exp, memory, chance, text, views, clean, take(archive, looked), looked)
+    layers: Any = memory.layers  # one by one, as in sampling
+    for one, layer, asked, random in zip(archive, layers, queries, noise.random, strict=True):
+        keys = jnp.asarray(one.k)
+        scores = scores + _score(cfg.memory, memory.progress, layer, keys, asked, random)
+    selection = _decide(cfg.memory, memory.progress, scores)
+    gathered = gather(archive, selection)
+    return _remaining_passes(nets, cfg, memory, noise, text, clean, gathered, selection)
 
 
-@functools.partial(jax.jit, static_argnames=("exp", "batch"))
-def _newest(exp: Experiment, memory: cache.Memory, batch: int) -> cache.Looked:
-    return view.newest(exp, cache.plan(exp.cache, memory.num_blocks), batch)
+@functools.partial(jax.jit, static_argnames=("spec", "batch"))
+def _newest(spec: MemorySpec, progress: Progress, batch: int) -> Selection:
+    return view.newest(spec, layouts.layout(spec.cache, progress), batch)
 
 
-@functools.partial(jax.jit, static_argnames="exp", donate_argnames="views")
-def _glance(
-    nets: block_step.Nets,
-    exp: Experiment,
-    memory: cache.Memory,
-    chance: block_step.Chance,
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="memory")
+def _first_pass(
+    nets: Nets,
+    cfg: StepConfig,
+    memory: Memory,
+    noise: Noise,
     text: Any,
-    views: list[KV],
-    picked: list[view.Picked],
-    looked: cache.Looked,
-):
-    nets = pytrees.cast(nets, exp.dtypes.compute)
-    return block_step.glance(
-        nets, exp, memory, chance, text, views, picked, [looked] * exp.dit.layers
-    )
+    gathered: list[view.Gathered],
+    selection: Selection,
+) -> tuple[Memory, Latent, Any]:
+    nets = pytrees.cast(nets, cfg.compute)
+    selections = [selection] * cfg.memory.layers
+    return block_step.first_pass(nets, cfg, memory, noise, text, gathered, selections)
 
 
-@functools.partial(jax.jit, static_argnames="exp")
+@functools.partial(jax.jit, static_argnames="spec")
 def _score(
-    exp: Experiment,
-    num_blocks: Array,
-    layer: cache.Layer,
+    spec: MemorySpec,
+    progress: Progress,
+    layer: LayerCache,
     keys: Array,
-    asked: view.Asked,
-    lots: Array,
+    queries: view.PooledQueries,
+    random: Array,
 ) -> Array:
-    held = dataclasses.replace(layer, mid=dataclasses.replace(layer.mid, k=keys))
-    return view.score(exp, cache.plan(exp.cache, num_blocks), held, asked, lots)
+    layer = dataclasses.replace(layer, packed=dataclasses.replace(layer.packed, k=keys))
+    return view.score(spec, layouts.layout(spec.cache, progress), layer, queries, random)
 
 
-@functools.partial(jax.jit, static_argnames="exp")
-def _decide(exp: Experiment, memory: cache.Memory, scores: Array) -> cache.Looked:
-    return view.look(exp, cache.plan(exp.cache, memory.num_blocks), scores)
+@functools.partial(jax.jit, static_argnames="spec")
+def _decide(spec: MemorySpec, progress: Progress, scores: Array) -> Selection:
+    return view.select(spec, layouts.layout(spec.cache, progress), scores)
 
 
-@functools.partial(jax.jit, static_argnames="exp", donate_argnames=("views",))
-def _conclude(
-    nets: block_step.Nets,
-    exp: Experiment,
-    memory: cache.Memory,
-    chance: block_step.Chance,
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="memory")
+def _remaining_passes(
+    nets: Nets,
+    cfg: StepConfig,
+    memory: Memory,
+    noise: Noise,
     text: Any,
-    views: list[KV],
     clean: Latent,
-    picked: list[view.Picked],
-    looked: cache.Looked,
-) -> block_step.Drawn:
-    nets = pytrees.cast(nets, exp.dtypes.compute)
-    return block_step.conclude(
-        nets, exp, memory, chance, text, views, clean, picked, [looked] * exp.dit.layers
-    )
+    gathered: list[view.Gathered],
+    selection: Selection,
+) -> tuple[Memory, Denoised]:
+    nets = pytrees.cast(nets, cfg.compute)
+    selections = [selection] * cfg.memory.layers
+    return block_step.remaining_passes(nets, cfg, memory, noise, text, clean, gathered, selections)

@@ -40,10 +40,11 @@ COLUMNS = (  # of the table: figure, title, width, form
 )
 
 
-def visible(cfg: CacheConfig, block: int) -> range:
+def visible(cfg: CacheConfig, block: int) -> list[int]:
     """Ids of the packed blocks that `block` may recall."""
-    oldest, newest = cfg.sink // cfg.block, block - cfg.recent // cfg.block
-    return range(max(oldest, newest - cfg.capacity), max(oldest, newest)) if cfg.top else range(0)
+    first, written = cfg.sink // cfg.block, max(0, block - cfg.sink // cfg.block)
+    held = np.asarray(cfg.evicts.ids_in(written, cfg.slots)) if cfg.top else np.zeros(0, int)
+    return sorted(int(id) + first for id in held if 0 <= id < written - cfg.recent // cfg.block)
 
 
 def due(cfg: CacheConfig, block: int) -> int:

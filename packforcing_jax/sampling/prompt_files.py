@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from packforcing_jax.config import PROFILES
 from packforcing_jax.errors import InputError, MachineError, nearest, require
 from packforcing_jax.sampling import timelines
 
@@ -49,6 +48,8 @@ class Job:
             self.seed is None or 0 <= self.seed < 2**32,
             f"{at}: seed={self.seed} is not in 0 to {2**32 - 1}.",
         )
+        from packforcing_jax.config import PROFILES  # loads jax
+
         require(
             self.memory in (None, *PROFILES),
             f"{at}: memory={self.memory!r} is unknown; choose one of {', '.join(PROFILES)}.",

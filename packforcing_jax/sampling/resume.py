@@ -13,7 +13,7 @@ import numpy as np
 from packforcing_jax import interrupts
 from packforcing_jax.errors import require
 from packforcing_jax.io import checkpoints, model_folder, video
-from packforcing_jax.sampling import pipeline, trace
+from packforcing_jax.sampling import player, trace
 from packforcing_jax.sampling.pipeline import Finished, Pipeline, State
 
 
@@ -56,7 +56,9 @@ class Keeper:
         )
         at = {name: int(value) for name, value in kept["video"].items()}
         return Resumed(
-            self.model.taken_up(kept["sampler"]), video.Position(**at), int(kept["trace"])
+            player.with_scratch(self.model, kept["sampler"]),
+            video.Position(**at),
+            int(kept["trace"]),
         )
 
     def keep(self, block: Finished, written: video.Writer, traced: trace.Writer | None) -> None:
@@ -66,7 +68,7 @@ class Keeper:
             return
         at = {name: np.int64(value) for name, value in dataclasses.asdict(written.sync()).items()}
         state = {
-            "sampler": pipeline.put_away(block.state),
+            "sampler": player.strip_scratch(self.model, block.state),
             "video": at,
             "trace": np.int64(traced.sync() if traced else 0),
         }
@@ -82,10 +84,11 @@ class Keeper:
 def _form(model: Pipeline) -> dict[str, Any]:
     """Shapes of what `keep` saves; NumPy leaves are those that come back as such."""
     at = {field.name: np.int64(0) for field in dataclasses.fields(video.Position)}
-    return {"sampler": model.kept_form(), "video": at, "trace": np.int64(0)}
+    return {"sampler": player.abstract_state(model), "video": at, "trace": np.int64(0)}
 
 
 def digest(model: Pipeline) -> str:
-    """What tells one set of weights from another: a hash of the first and the last matrix."""
-    ends = (model.nets.dit.patch.kernel, model.nets.dit.head.kernel)
-    return hashlib.sha256(b"".join(np.asarray(end[...]).tobytes() for end in ends)).hexdigest()[:16]
+    """What tells one set of weights from another: a hash of the first and the last array of the base model."""
+    leaves = jax.tree.leaves(model.nets.dit)
+    ends = (np.asarray(leaf).tobytes() for leaf in (leaves[0], leaves[-1]))
+    return hashlib.sha256(b"".join(ends)).hexdigest()[:16]

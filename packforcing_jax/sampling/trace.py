@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from packforcing_jax.config import CacheConfig, Experiment
 from packforcing_jax.errors import InputError, MachineError, require
 from packforcing_jax.io import append_file
+from packforcing_jax.policies import eviction, selection
 
 VERSION = 1
 LAYOUT = ("sink_at", "sink", "recent_at", "recent", "current_at", "block", "step", "chosen")
@@ -72,9 +73,15 @@ def header(exp: Experiment, **settings: Any) -> dict[str, Any]:
     return {
         "trace": VERSION,
         "experiment": exp.name,
-        "cache": dataclasses.asdict(exp.cache),
+        "cache": memory_settings(exp.cache),
         "layers": exp.dit.layers,
     } | settings
+
+
+def memory_settings(cache: CacheConfig) -> dict[str, Any]:
+    """The memory's settings as JSON holds them; a policy stands there by its name."""
+    held = {field.name: getattr(cache, field.name) for field in dataclasses.fields(cache)}
+    return {name: getattr(value, "name", value) for name, value in held.items()}
 
 
 def _number(value: float) -> float | None:
@@ -129,7 +136,7 @@ def _check_same_run(path: Path, head: dict[str, Any], position: int) -> None:
             file.read(1) == b"\n",
             f"Trace {path} has no line that ends at byte {position}; {remedy}.",
         )
-    found, _ = _parsed(path, 1, first, _header)
+    found = _parsed(path, 1, first, _of_this_version)
     for name, value in json.loads(json.dumps(head)).items():
         require(
             name not in SAME_RUN or found.get(name) == value,
@@ -216,25 +223,47 @@ def _take(found: Any, name: str, kind: type) -> Any:
     return found[name]
 
 
-def _header(found: Any) -> tuple[dict[str, Any], CacheConfig]:
-    """A header and the memory's settings in it."""
+def _of_this_version(found: Any) -> dict[str, Any]:
+    """A header that has all that this version writes."""
     require(
         _take(found, "trace", int) == VERSION,
         f"is version {found['trace']}, but {VERSION} is read here",
     )
     _take(found, "experiment", str)
     require(_take(found, "layers", int) > 0, f"has {found['layers']} layers")
-    held, fields = _take(found, "cache", dict), dataclasses.fields(CacheConfig)
-    other = set(held) ^ {field.name for field in fields}
+    other = set(_take(found, "cache", dict)) ^ {one.name for one in dataclasses.fields(CacheConfig)}
     require(
         not other, f"its cache settings differ from this version's in {', '.join(sorted(other))}"
     )
-    kinds = {field.name: field.type if isinstance(field.type, type) else list for field in fields}
-    values: dict[str, Any] = {}
-    for name, kind in kinds.items():
-        value = _take(held, name, kind)
-        values[name] = tuple(value) if kind is list else value
+    return found
+
+
+def _header(found: Any, known: CacheConfig | None) -> tuple[dict[str, Any], CacheConfig]:
+    """A header and the settings of the memory in it: those `known`, with policies of their own, where they agree."""
+    held, fields = _of_this_version(found)["cache"], dataclasses.fields(CacheConfig)
+    if known is not None:
+        wanted = json.loads(json.dumps(memory_settings(known)))
+        differing = sorted(name for name in wanted if wanted[name] != held[name])
+        require(
+            not differing, f"--config has other settings of {', '.join(differing)} than the run"
+        )
+        return found, known
+    values = {}
+    for field in fields:
+        value = _take(held, field.name, type(json.loads(json.dumps(field.default))))
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    _require_known(held)
     return found, CacheConfig(**values)
+
+
+def _require_known(held: Mapping[str, Any]) -> None:
+    """Raises `InputError` where a policy is one of the run's own, of which a name says too little."""
+    tables = {"selection": selection.SCORES, "eviction": eviction.EVICTIONS}
+    for name, table in tables.items():
+        require(
+            held[name] in table,
+            f"cache.{name}={held[name]!r} is a policy of the run's own; give the --config that the run was given",
+        )
 
 
 def _numbers(found: Any, name: str, kind: type) -> np.ndarray:
@@ -283,8 +312,11 @@ def _whole(data: bytes) -> tuple[list[bytes], str]:
     return [*lines, rest], ""
 
 
-def read(path) -> Trace:
-    """The trace in a file. A last line that a killed run left unfinished is dropped, with a note."""
+def read(path, known: CacheConfig | None = None) -> Trace:
+    """The trace in a file. A last line that a killed run left unfinished is dropped, with a note.
+
+    `known` are the run's settings of the memory, needed where it had a score or an eviction rule of its own.
+    """
     path = Path(path)
     require(path.is_file(), f"Trace {path} is no file; check the path.")
     try:
@@ -293,7 +325,8 @@ def read(path) -> Trace:
         raise InputError(
             f"Trace {path} cannot be read ({error.strerror}); check the path."
         ) from error
-    head, cache = _parsed(path, 1, lines[0] if lines else b"", _header)
+    first = lines[0] if lines else b""
+    head, cache = _parsed(path, 1, first, lambda found: _header(found, known))
     blocks = tuple(
         _parsed(path, number, text, lambda found: _block(found, head["layers"]))
         for number, text in enumerate(lines[1:], start=2)

@@ -74,7 +74,7 @@ def new_model(exp: Experiment, key: Array, *, reads: bool = True) -> Model:
     keys = jax.random.split(key, 3)
     model = Model(
         dit=dit.WanDiT(exp.dit, nnx.Rngs(keys[0])),
-        compressor=compressor.Compressor(exp, nnx.Rngs(keys[1])),
+        compressor=compressor.build(exp.step, nnx.Rngs(keys[1])),
         text=text.UMT5(exp.text, nnx.Rngs(keys[2])) if reads else None,
     )
     attn = model.dit.blocks.attn
@@ -178,7 +178,7 @@ def hide(states: Array, hidden: Array | None, chosen: Array | bool = True) -> Ar
 
 def text_kv(transformer: dit.WanDiT, states: Array) -> KV:
     """Cross-attention keys and values [block or 1, layer, b, words, n, h] of such states."""
-    kv = dit.text_kv(transformer, einops.rearrange(states, "block b words d -> (block b) words d"))
+    kv: Any = transformer.text_kv(einops.rearrange(states, "block b words d -> (block b) words d"))
     return KV(
         *(
             einops.rearrange(

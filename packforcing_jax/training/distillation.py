@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from packforcing_jax.config import Experiment
+from packforcing_jax.config import DistilConfig, Experiment, TrainConfig
 from packforcing_jax.networks import dit
 from packforcing_jax.policies import attention
 from packforcing_jax.sampling import schedules
@@ -24,7 +24,12 @@ Metrics = dict[str, Array]
 
 
 def score(
-    model: dit.WanDiT, exp: Experiment, noisy: Latent, timestep: Float[Array, " b"], states: Array
+    model: dit.WanDiT,
+    exp: Experiment,
+    distil: DistilConfig,
+    noisy: Latent,
+    timestep: Float[Array, " b"],
+    states: Array,
 ) -> Latent:
     """The clean clip that a bidirectional network sees in `noisy` [b, frames, y, x, c] at one timestep per clip.
 
@@ -38,12 +43,12 @@ def score(
     output = dit.bidirectional(model, noisy, times, context, attend=backend)
     if exp.sample.prediction == "clean":
         return output
-    return schedules.clean_from_velocity(noisy, output, score_sigma(exp, timestep))
+    return schedules.clean_from_velocity(noisy, output, score_sigma(distil, timestep))
 
 
-def score_sigma(exp: Experiment, timestep: Array) -> Array:
+def score_sigma(distil: DistilConfig, timestep: Array) -> Array:
     """The noise level by which a score network's velocity is read."""
-    shift = exp.train.distil.score_shift
+    shift = distil.score_shift
     return (
         schedules.sigma_at(schedules.table(shift), timestep)
         if shift
@@ -51,11 +56,10 @@ def score_sigma(exp: Experiment, timestep: Array) -> Array:
     )
 
 
-def guided(conditional: Latent, unconditional: Latent, exp: Experiment) -> Latent:
+def guided(distil: DistilConfig, conditional: Latent, unconditional: Latent) -> Latent:
     """The teacher's guess moved away from the one without text."""
-    cfg = exp.train.distil
-    base = {"extra": conditional, "plain": unconditional}[cfg.form]
-    return base + cfg.guidance * (conditional - unconditional)
+    base = {"extra": conditional, "plain": unconditional}[distil.form]
+    return base + distil.guidance * (conditional - unconditional)
 
 
 def steered(guess: Callable[[Array], Latent], states: Array, hidden: Any, scale: float) -> Latent:
@@ -67,16 +71,18 @@ def steered(guess: Callable[[Array], Latent], states: Array, hidden: Any, scale:
     return unconditional + scale * (conditional - unconditional)
 
 
-def timesteps(key: Array, exp: Experiment, batch: int) -> Float[Array, " b"]:
+def timesteps(key: Array, train: TrainConfig, batch: int) -> Float[Array, " b"]:
     """One timestep per clip: a whole number uniform in 0..999, shifted towards noise, within the bounds."""
     raw = jax.random.randint(key, (batch,), 0, schedules.TIMESTEPS)
-    return schedules.warp_uniform(raw, exp.train.shift, exp.train.distil.low, exp.train.distil.high)
+    return schedules.warp_uniform(raw, train.shift, train.distil.low, train.distil.high)
 
 
-def noised(exp: Experiment, clean: Latent, noise: Latent, timestep: Float[Array, " b"]) -> Latent:
+def noised(
+    train: TrainConfig, clean: Latent, noise: Latent, timestep: Float[Array, " b"]
+) -> Latent:
     """`clean` at a timestep, by the table of `train.shift`."""
     return schedules.add_noise(
-        clean, noise, schedules.sigma_at(schedules.table(exp.train.shift), timestep)
+        clean, noise, schedules.sigma_at(schedules.table(train.shift), timestep)
     )
 
 
@@ -122,7 +128,13 @@ def flow_loss(x: Latent, fake: Latent, noise: Latent, noisy: Latent, sigma: Arra
 
 
 def clip_again(
-    nets: Networks, batch: Batch, key: Array, exp: Experiment, *, graded: bool = True
+    nets: Networks,
+    batch: Batch,
+    key: Array,
+    exp: Experiment,
+    train: TrainConfig,
+    *,
+    graded: bool = True,
 ) -> tuple[Latent, Array, Metrics]:
     """The student's clip [b, frames, y, x, c], its text, and what the rollout covered.
 
@@ -131,55 +143,71 @@ def clip_again(
     """
     states = batches.text_states(nets.generator, batch.words)
     text, count = batches.text_kv(nets.generator.dit, states), exp.blocks
-    drawn = rollout.draws(exp, key, count, states.shape[1])
-    clip = rollout.draw(nets.generator.nets, exp, nets.pixels, drawn, text)
-    first = count - (exp.train.distil.scored or count)
+    drawn = rollout.draws(exp, train.cover, key, count, states.shape[1])
+    clip = rollout.draw(nets.generator.nets, exp, train.distil, nets.pixels, drawn, text)
+    first = count - (train.distil.scored or count)
     latent = clip.latent[first:]
     if graded:
-        guess = rollout.again(nets.generator.nets, exp, clip, drawn, text, first=first)
+        guess = rollout.again(
+            nets.generator.nets, exp, train.distil, clip, drawn, text, first=first
+        )
         latent = latent + (guess - jax.lax.stop_gradient(guess))
     return batches.by_clip(latent), states[-latent.shape[0] :], rollout.covered(exp, clip, drawn)
 
 
-def generator_loss(
-    nets: Networks, batch: Batch, key: Array, exp: Experiment
+def dmd_loss(
+    nets: Networks, batch: Batch, key: Array, exp: Experiment, train: TrainConfig
 ) -> tuple[Array, Metrics]:
-    """Distribution matching of the student's own clips (`dmd`), or the score identity's (`sid`)."""
-    keys = jax.random.split(key, 3)
-    x, states, metrics = clip_again(nets, batch, keys[0], exp)
+    """Distribution matching of the student's own clips."""
+    return _student_loss(nets, batch, key, exp, train, through=False)
+
+
+def sid_loss(
+    nets: Networks, batch: Batch, key: Array, exp: Experiment, train: TrainConfig
+) -> tuple[Array, Metrics]:
+    """The score identity on the student's own clips; its gradient also flows through both scores."""
+    return _student_loss(nets, batch, key, exp, train, through=True)
+
+
+def _student_loss(
+    nets: Networks,
+    batch: Batch,
+    key: Array,
+    exp: Experiment,
+    train: TrainConfig,
+    *,
+    through: bool,
+) -> tuple[Array, Metrics]:
+    keys, distil = jax.random.split(key, 3), train.distil
+    x, states, metrics = clip_again(nets, batch, keys[0], exp, train)
     states = jax.lax.stop_gradient(states)
-    timestep, noise = timesteps(keys[1], exp, x.shape[0]), jax.random.normal(keys[2], x.shape)
-    through = exp.train.objective == "sid"
-    noisy = noised(exp, x if through else jax.lax.stop_gradient(x), noise, timestep)
+    timestep, noise = timesteps(keys[1], train, x.shape[0]), jax.random.normal(keys[2], x.shape)
+    noisy = noised(train, x if through else jax.lax.stop_gradient(x), noise, timestep)
     teacher, critic = jax.lax.stop_gradient((nets.teacher.dit, nets.critic))
-    real = score(teacher, exp, noisy, timestep, states)
-    if (exp.train.distil.form, exp.train.distil.guidance) != (
-        "extra",
-        0,
-    ):  # else the unconditional guess has no weight
-        real = guided(
-            real, score(teacher, exp, noisy, timestep, batches.hide(states, nets.hidden)), exp
-        )
-    fake = score(critic, exp, noisy, timestep, states)
+    real = score(teacher, exp, distil, noisy, timestep, states)
+    if (distil.form, distil.guidance) != ("extra", 0):
+        # With these the unconditional score has no weight, and is not computed.
+        hidden = batches.hide(states, nets.hidden)
+        real = guided(distil, real, score(teacher, exp, distil, noisy, timestep, hidden))
+    fake = score(critic, exp, distil, noisy, timestep, states)
     gradient = pull(x, fake, real)
-    loss = (
-        identity_loss(x, fake, real, exp.train.distil.alpha)
-        if through
-        else matching_loss(x, gradient)
-    )
+    loss = identity_loss(x, fake, real, distil.alpha) if through else matching_loss(x, gradient)
     return loss, metrics | {"pull": jnp.abs(gradient).mean()}
 
 
-def critic_loss(nets: Networks, batch: Batch, key: Array, exp: Experiment) -> tuple[Array, Metrics]:
+def critic_loss(
+    nets: Networks, batch: Batch, key: Array, exp: Experiment, train: TrainConfig
+) -> tuple[Array, Metrics]:
     """The critic learns what the student's clips look like under noise: flow matching on a rollout of its own."""
     keys = jax.random.split(key, 3)
-    x, states, metrics = jax.lax.stop_gradient(clip_again(nets, batch, keys[0], exp, graded=False))
-    timestep, noise = timesteps(keys[1], exp, x.shape[0]), jax.random.normal(keys[2], x.shape)
-    noisy = noised(exp, x, noise, timestep)
-    fake = score(nets.critic, exp, noisy, timestep, states)
-    sigma = schedules.sigma_at(schedules.table(exp.train.shift), timestep)
-    if (
-        exp.sample.prediction == "clean"
-    ):  # a network that names the clean clip learns it as such, at every level alike
+    x, states, metrics = jax.lax.stop_gradient(
+        clip_again(nets, batch, keys[0], exp, train, graded=False)
+    )
+    timestep, noise = timesteps(keys[1], train, x.shape[0]), jax.random.normal(keys[2], x.shape)
+    noisy = noised(train, x, noise, timestep)
+    fake = score(nets.critic, exp, train.distil, noisy, timestep, states)
+    sigma = schedules.sigma_at(schedules.table(train.shift), timestep)
+    if exp.sample.prediction == "clean":
+        # A network that predicts the clean clip is trained on it as such, with one weight at every level.
         return jnp.mean((fake - x) ** 2), metrics
     return flow_loss(x, fake, noise, noisy, sigma), metrics

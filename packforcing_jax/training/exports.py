@@ -14,11 +14,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from packforcing_jax import pytrees
-from packforcing_jax.config import Experiment
+from packforcing_jax.config import Experiment, TrainConfig
 from packforcing_jax.errors import InputError, require
 from packforcing_jax.io import atomic, model_folder, text_encoder, video
-from packforcing_jax.networks import codec, dit, mesh, tokenizer
-from packforcing_jax.sampling import pipeline
+from packforcing_jax.networks import codec, mesh, tokenizer
+from packforcing_jax.sampling import pipeline, player
 from packforcing_jax.stage import captions
 from packforcing_jax.training import batches
 
@@ -32,23 +32,23 @@ log = logging.getLogger(__name__)
 # In
 
 
-def beginnings(exp: Experiment) -> dict[str, str]:
+def beginnings(train: TrainConfig) -> dict[str, str]:
     """The model folders that a training needs, by their setting."""
-    found = {name: getattr(exp.train, name) for name in BEGINNINGS}
+    found = {name: getattr(train, name) for name in BEGINNINGS}
     return {name: folder for name, folder in found.items() if folder}
 
 
-def holding(exp: Experiment, file: str) -> Path | None:
+def holding(train: TrainConfig, file: str) -> Path | None:
     """The first of those folders that holds a file of this name."""
     return next(
-        (Path(folder) for folder in beginnings(exp).values() if (Path(folder) / file).is_file()),
+        (Path(folder) for folder in beginnings(train).values() if (Path(folder) / file).is_file()),
         None,
     )
 
 
-def words(exp: Experiment) -> tokenizer.Tokenizer:
+def words(exp: Experiment, train: TrainConfig) -> tokenizer.Tokenizer:
     """The tokenizer of the model that training begins from; without one, the closed vocabulary of the Stage world."""
-    folder = holding(exp, model_folder.TOKENIZER)
+    folder = holding(train, model_folder.TOKENIZER)
     if folder is not None:
         return tokenizer.Tokenizer.from_file(folder / model_folder.TOKENIZER, exp.text.max_words)
     return captions.reader()
@@ -77,10 +77,10 @@ def network(folder: str, shapes: Flat, grid: Mesh, dtype: str = "float32") -> Fl
     )
 
 
-def codec_weights(exp: Experiment, grid: Mesh) -> Flat | None:
+def codec_weights(exp: Experiment, train: TrainConfig, grid: Mesh) -> Flat | None:
     """The parameters of the codec, whole on every device; None where it has some and no model folder brings them."""
     shapes = pytrees.flatten(codec.shapes(exp.codec))
-    folder = holding(exp, model_folder.weights_file("codec"))
+    folder = holding(train, model_folder.weights_file("codec"))
     if not shapes or folder is None:
         return None if shapes else {}
     everywhere = dict.fromkeys(shapes, NamedSharding(grid, PartitionSpec()))
@@ -93,17 +93,17 @@ def codec_weights(exp: Experiment, grid: Mesh) -> Flat | None:
     )
 
 
-def hidden(exp: Experiment) -> np.ndarray | None:
+def hidden(exp: Experiment, train: TrainConfig) -> np.ndarray | None:
     """Encoder states [words, d] of the negative prompt, if there is one."""
-    if not exp.train.negative:
+    if not train.negative:
         return None
-    folder = holding(exp, model_folder.weights_file("text"))
+    folder = holding(train, model_folder.weights_file("text"))
     require(
         folder is not None,
-        f"train.negative={exp.train.negative!r} needs a text encoder to read it; begin from a "
+        f"train.negative={train.negative!r} needs a text encoder to read it; begin from a "
         "model folder with one, or leave it empty.",
     )
-    ids, mask = words(exp).encode([exp.train.negative])
+    ids, mask = words(exp, train).encode([train.negative])
     states = text_encoder.of_folder(model_folder.opened(Path(folder or "")), exp.dtypes)(ids, mask)
     return np.asarray(states[0, : int(mask.sum())])
 
@@ -111,12 +111,12 @@ def hidden(exp: Experiment) -> np.ndarray | None:
 # Out
 
 
-def blended(exp: Experiment, flat: Flat, grid: Mesh) -> Flat:
+def blended(train: TrainConfig, flat: Flat, grid: Mesh) -> Flat:
     """`flat`, a generator's parameters, moved by `train.blend` towards those of `train.blend_from`."""
-    share = exp.train.blend
+    share = train.blend
     if not share:
         return flat
-    other = network(exp.train.blend_from, flat, grid)
+    other = network(train.blend_from, flat, grid)
     return flat | {path: (1 - share) * flat[path] + share * leaf for path, leaf in other.items()}
 
 
@@ -132,11 +132,17 @@ def whole(flat: Mapping[str, Any]) -> Flat:
 
 
 def save(
-    folder: Path, exp: Experiment, flat: Mapping[str, Any], *, card: str | None = None
+    folder: Path,
+    exp: Experiment,
+    train: TrainConfig,
+    flat: Mapping[str, Any],
+    *,
+    texts: Mapping[str, str | None],
 ) -> None:
     """A model folder of a generator's parameters, complete or absent, that `sample --weights` takes.
 
-    Parts that were not trained come from the model that training began from. All processes have to ask.
+    `texts` are files of text by name. Parts that were not trained come from the model that training began from. All
+    processes have to ask.
     """
     host = whole(flat)
     if jax.process_index() == 0:
@@ -147,19 +153,19 @@ def save(
                 exp,
                 {name: held for name, held in parts.items() if held},
                 texts={
-                    model_folder.TOKENIZER: words(exp).inner.to_str(pretty=True),
-                    model_folder.CARD: card,
+                    model_folder.TOKENIZER: words(exp, train).inner.to_str(pretty=True),
+                    **texts,
                 },
             )
             for name in model_folder.PARTS:
-                _borrow(exp, model_folder.weights_file(name), fresh)
+                _borrow(train, model_folder.weights_file(name), fresh)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"{folder} is written")
 
 
-def _borrow(exp: Experiment, file: str, fresh: Path) -> None:
+def _borrow(train: TrainConfig, file: str, fresh: Path) -> None:
     """Puts a file that is missing in `fresh` there, as a link where the disk can."""
-    source = holding(exp, file)
+    source = holding(train, file)
     if source is None or (fresh / file).exists():
         return
     try:
@@ -169,7 +175,13 @@ def _borrow(exp: Experiment, file: str, fresh: Path) -> None:
 
 
 def preview(
-    path: Path, exp: Experiment, flat: Mapping[str, Any], *, raw: Mapping[str, Any], seed: int
+    path: Path,
+    exp: Experiment,
+    train: TrainConfig,
+    flat: Mapping[str, Any],
+    *,
+    raw: Mapping[str, Any],
+    seed: int,
 ) -> None:
     """A video at `path` of a generator's parameters, drawn block by block for the text of the first clip in `raw`.
 
@@ -178,7 +190,7 @@ def preview(
     host = whole(flat)
     if jax.process_index() == 0:
         try:
-            _draw(path, exp, host, raw, seed)
+            _draw(path, exp, train, host, raw, seed)
         except Exception as error:
             log.warning(
                 "no preview %s: %s: %s",
@@ -188,19 +200,21 @@ def preview(
             )
 
 
-def _draw(path: Path, exp: Experiment, flat: Flat, raw: Mapping[str, Any], seed: int) -> None:
+def _draw(
+    path: Path, exp: Experiment, train: TrainConfig, flat: Flat, raw: Mapping[str, Any], seed: int
+) -> None:
     here = jax.make_mesh(
         (1,), ("data",), devices=jax.local_devices()[:1], axis_types=(jax.sharding.AxisType.Auto,)
     )
     model = batches.as_model(exp, jax.tree.map(jnp.asarray, flat))
-    pixels, nothing = batches.as_codec(exp, codec_weights(exp, here)), cast(Any, None)
+    pixels, nothing = batches.as_codec(exp, codec_weights(exp, train, here)), cast(Any, None)
     if pixels is None:
         raise InputError(
             "the codec's weights are in none of the model folders that training began from."
         )
     told = {name: jnp.asarray(raw[name][:1]) for name in ("ids", "mask", "states") if name in raw}
     states = batches.text_states(model, batches.encode(exp, pixels, told).words)
-    apart = pytrees.cast(dit.unrolled(model.dit), exp.dtypes.params)
+    apart = pytrees.cast(model.dit.unrolled(), exp.dtypes.params)
     nets = pytrees.cast(model.nets, exp.dtypes.params)
     shown = pipeline.Pipeline(
         experiment=exp, nets=nets.replace(dit=apart), pixels=pixels, text=nothing, tokenizer=nothing
@@ -213,6 +227,7 @@ def _draw(path: Path, exp: Experiment, flat: Flat, raw: Mapping[str, Any], seed:
     ):
         state = shown.start(seed=seed, videos=[0])
         for block in range(exp.blocks):
-            read = pipeline.read_prompt(apart, exp, states[min(block, len(states) - 1)])
-            state, frames, _ = shown.step(state, read, first=block == 0)
-            file.write(np.asarray(frames[0]))
+            of_block = states[min(block, len(states) - 1)]
+            read = player.text_program(apart, exp.dtypes.compute, of_block)
+            state, made = player.next_block(shown, state, read)
+            file.write(np.asarray(made.frames[0]))

@@ -19,11 +19,11 @@ from flax import nnx
 from jax import Array
 
 from packforcing_jax import pytrees
-from packforcing_jax.config import Experiment
+from packforcing_jax.config import Experiment, TrainConfig
 from packforcing_jax.errors import InputError, require
 from packforcing_jax.io import ffmpeg, model_folder, text_encoder
 from packforcing_jax.networks import codec, dit, tokenizer, vae
-from packforcing_jax.sampling import pipeline, prompt_files
+from packforcing_jax.sampling import player, prompt_files
 from packforcing_jax.training import batches, paths
 
 VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"}
@@ -44,6 +44,7 @@ class Parts:
     text: text_encoder.Encoder | None = None
     words: tokenizer.Tokenizer | None = None
     teacher: batches.Model | None = None
+    train: TrainConfig = TrainConfig()  # by which a teacher draws trajectories
 
 
 @dataclass(frozen=True)
@@ -340,7 +341,14 @@ def _lows(pixels: codec.Codec, exp: Experiment, latent: np.ndarray) -> np.ndarra
     decoder, lows = codec.init_decoder(pixels, 1, *exp.latent), []
     for start in range(0, exp.clip, exp.cache.block):
         block = jnp.asarray(latent[None, start : start + exp.cache.block], jnp.float32)
-        _, low, decoder = pipeline.show_block(pixels, exp, decoder, block, first=start == 0)
+        _, low, decoder = player.show_program(
+            pixels,
+            decoder,
+            block,
+            first=start == 0,
+            latents=exp.packed_grid[0],
+            pool=exp.compressor.pool,
+        )
         lows.append(low[0])
     return np.stack(jax.device_get(lows)).astype(STORED)
 
@@ -363,7 +371,10 @@ def _of_teacher(number: int, parts: Parts, said: np.ndarray | None = None) -> Ex
         np.zeros((1, 1, parts.exp.text.max_words, parts.exp.text.dim), np.float32),
     )
     read[0, 0, : len(said)] = said  # type: ignore[arg-type]
-    states = np.asarray(paths.drawn(parts.teacher, exp, jnp.uint32(number), read))
+    teacher: Any = parts.teacher
+    states = np.asarray(
+        paths.drawn(teacher, exp, parts.train, jnp.uint32(number), jnp.asarray(read))
+    )
     clip = einops.rearrange(states, "k block 1 t y x c -> k (block t) y x c").astype(STORED)
     low = {} if parts.pixels is None else {"low": _lows(parts.pixels, exp, clip[-1])}
     return {"latent": clip[-1], "trajectory": clip} | low
@@ -393,11 +404,15 @@ KINDS = {
 
 
 def parts_of(
-    exp: Experiment, model: model_folder.Opened | None, needs: Sequence[str] = ()
+    exp: Experiment,
+    model: model_folder.Opened | None,
+    needs: Sequence[str] = (),
+    train: TrainConfig = TrainConfig(),
 ) -> Parts:
     """The codec and the text encoder of a model folder, and the teacher if it `needs` one, sized as `exp`."""
     shapes = codec.shapes(exp.codec)
-    parts = Parts(exp, codec.make(exp.codec, nnx.Rngs(0)) if not pytrees.flatten(shapes) else None)
+    own = codec.make(exp.codec, nnx.Rngs(0)) if not pytrees.flatten(shapes) else None
+    parts = Parts(exp, own, train=train)
     if model is None:
         return parts
     require(

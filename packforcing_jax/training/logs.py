@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from packforcing_jax.errors import require
+from packforcing_jax.errors import nearest, require
 from packforcing_jax.io import append_file, atomic
 
 LINES = "metrics.jsonl"
@@ -149,8 +149,10 @@ SINKS = {"jsonl": Lines, "tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 # All together
 
 
-def require_installed(names: Sequence[str]) -> None:
-    """Raises `InputError` naming the extra, if the library of one of the logs is missing."""
+def check(names: Sequence[str]) -> None:
+    """Raises `InputError` for a log that does not exist, or naming the extra, if its library is missing."""
+    for name in names:
+        require(name in SINKS, f"train.log names {name!r}, which is no log; {nearest(name, SINKS)}")
     for name, library in LIBRARIES.items():
         require(
             name not in names or importlib.util.find_spec(library) is not None,
@@ -163,7 +165,7 @@ class Log:
     """All logs of a run in `folder`, opened to go on behind step `after`; only the first process writes them."""
 
     def __init__(self, folder: Path, names: Sequence[str], *, after: int, about: Mapping[str, Any]):
-        require_installed(names)
+        check(names)
         asked = dict.fromkeys(("jsonl", *names)) if jax.process_index() == 0 else {}
         self.sinks: list[Sink] = [SINKS[name](folder, after, about) for name in asked]
 

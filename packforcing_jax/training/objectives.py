@@ -1,11 +1,12 @@
 """What training minimises on clips it is given. One objective, one function, on the very parts that sampling runs.
 
-Each takes (networks, batch, key, experiment) and gives (loss, what to log). Sources: Wan2.1 and Causal-Forcing for
-flow matching and teacher forcing, CausVid and Self-Forcing for trajectories, Causal-Forcing for consistency.
+A loss takes (networks, batch, key, experiment, train) and gives (loss, what to log). Sources: Wan2.1 and
+Causal-Forcing for flow matching and teacher forcing, CausVid and Self-Forcing for trajectories, Causal-Forcing for
+consistency. `OBJECTIVES` is the one table of their names; an `Objective` of one's own goes into `TrainConfig` as a
+value.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,9 +15,10 @@ from flax import struct
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from packforcing_jax.config import Experiment
-from packforcing_jax.errors import require
+from packforcing_jax.config import Experiment, Objective, TrainConfig
+from packforcing_jax.errors import nearest, require
 from packforcing_jax.memory import cache
+from packforcing_jax.memory import layout as layouts
 from packforcing_jax.networks import dit
 from packforcing_jax.sampling import block_step, schedules
 from packforcing_jax.training import batches, distillation, rollout
@@ -41,12 +43,12 @@ def noise_levels(key: Array, shape: tuple[int, ...], shift: float) -> Float[Arra
 
 
 def denoising_loss(
-    exp: Experiment, guess: Array, clean: Array, sigma: Array, weight: Any
+    exp: Experiment, train: TrainConfig, guess: Array, clean: Array, sigma: Array, weight: Any
 ) -> Float[Array, " block"]:
     """The error of each block [block, b, t, ...]: of the clean sample, or of the velocity with Wan's weights."""
     error = (guess - clean) ** 2
     if exp.sample.prediction == "velocity":
-        grid = schedules.table(exp.train.shift)
+        grid = schedules.table(train.shift)
         bell = jnp.asarray(schedules.training_weights(grid))[
             schedules.nearest_id(grid, schedules.TIMESTEPS * sigma)
         ]
@@ -54,13 +56,13 @@ def denoising_loss(
     return jnp.mean(error if weight is None else weight * error, axis=range(1, error.ndim))
 
 
-def _text(nets: Model, batch: Batch, key: Array, exp: Experiment, hidden: Any) -> Array:
+def _text(nets: Model, batch: Batch, key: Array, train: TrainConfig, hidden: Any) -> Array:
     """The states of the text, some clips' hidden so that guidance has something to lean on."""
     states = batches.text_states(nets, batch.words)
-    if exp.train.drop_text == 0:
+    if train.drop_text == 0:
         return states
     return batches.hide(
-        states, hidden, jax.random.bernoulli(key, exp.train.drop_text, (states.shape[1],))
+        states, hidden, jax.random.bernoulli(key, train.drop_text, (states.shape[1],))
     )
 
 
@@ -70,6 +72,7 @@ def _text(nets: Model, batch: Batch, key: Array, exp: Experiment, hidden: Any) -
 def causal(
     model: Model,
     exp: Experiment,
+    train: TrainConfig,
     batch: Batch,
     noisy: Array,
     sigma: Float[Array, "block b"],
@@ -77,11 +80,11 @@ def causal(
     gap: Array | float = 0.0,
 ) -> Guess:
     """The guess of every noisy block behind the history that `train.history` names."""
-    if exp.train.history == "memory":
-        return behind_memory(model, exp, batch, noisy, sigma, states, gap)
+    if train.history == "memory":
+        return behind_memory(model, exp, train, batch, noisy, sigma, states, gap)
     blocks, size = noisy.shape[0], exp.cache.block
     times = jnp.repeat(schedules.TIMESTEPS * sigma.T, size, axis=1)
-    clean = batches.by_clip(batch.latent) if exp.train.history == "clean" else None
+    clean = batches.by_clip(batch.latent) if train.history == "clean" else None
     output = dit.parallel(
         model.dit,
         batches.by_clip(noisy),
@@ -99,6 +102,7 @@ def causal(
 def behind_memory(
     model: Model,
     exp: Experiment,
+    train: TrainConfig,
     batch: Batch,
     noisy: Array,
     sigma: Float[Array, "block b"],
@@ -111,38 +115,35 @@ def behind_memory(
     flow through what is stored, so the compressor learns from the blocks that come later.
     """
     nets, text, count = model.nets, batches.text_kv(model.dit, states), noisy.shape[1]
-    lots = jnp.zeros((exp.dit.layers, count, exp.cache.slots))
-    asks = exp.train.cover.matching > 0 and exp.cache.top > 0
-    look = block_step.watching_look if asks else block_step.first_look
+    random = jnp.zeros((exp.dit.layers, count, exp.cache.slots))
+    asks = train.cover.matching > 0 and exp.cache.top > 0
+    attends = block_step.watching if asks else block_step.choosing
+    keep_both = block_step.Access(keep=lambda own, view, past: (own, view))
+    keep_own = block_step.Access(keep=lambda own, view, past: own)
 
     def one_block(memory: cache.Memory, inputs):
         latent, low, noised, level = inputs
-        seen, words = (
-            cache.plan(exp.cache, memory.num_blocks, gap),
-            batches.of_block(text, memory.num_blocks),
-        )
-        clean, (views, looked, *scores) = block_step.guess(
+        layout = layouts.layout(exp.cache, memory.progress, gap)
+        words, past = batches.of_block(text, memory.num_blocks), (memory.layers, random)
+        clean, (views, selection, *scores) = block_step.predict_x0(
             nets,
-            exp,
-            seen,
+            exp.step,
+            layout,
             noised,
             schedules.TIMESTEPS * level,
             level,
             words,
-            (memory.layers, lots),
-            look=look,
+            past,
+            attends=attends,
         )
-        full, views = block_step.read_clean(nets, exp, seen, latent, words, views)
-        packed = (
-            block_step.read_packed(nets, exp, seen, latent, low, words, views)[0]
-            if exp.cache.top
-            else None
-        )
-        return cache.commit(exp, memory, full, packed, looked), (
-            clean,
-            scores[0][-1] if asks else None,
-            seen.ids,
-        )
+        full, views = block_step.read_clean(nets, exp.step, layout, latent, words, views, keep_both)
+        packed = None
+        if exp.cache.top:
+            packed = block_step.read_packed(
+                nets, exp.step, layout, latent, low, words, views, keep_own
+            )
+        memory = cache.commit(exp.memory, memory, latent, full, packed, selection, gap)
+        return memory, (clean, scores[0][-1] if asks else None, layout.ids)
 
     low = batch.latent[:, :, :0] if batch.low is None else batch.low
     require(
@@ -150,38 +151,41 @@ def behind_memory(
         "the data hold no low-resolution latents, which packing reads; prepare them again with the VAE, or set "
         "compressor.branches=hr.",
     )
-    body = jax.checkpoint(one_block) if exp.train.remat == "blocks" else one_block
+    body = jax.checkpoint(one_block) if train.remat == "blocks" else one_block
     xs = (batch.latent, low, noisy, sigma)
     _, (clean, scores, ids) = jax.lax.scan(
-        body, cache.init(exp, count, noisy.dtype, stacked=True), xs
+        body, cache.init(exp.memory, count, noisy.dtype, stacked=True, scratch=False), xs
     )
     return Guess(clean=clean, scores=scores, ids=ids)
 
 
-def forcing(nets: Networks, batch: Batch, key: Array, exp: Experiment) -> tuple[Array, Metrics]:
+def forcing(
+    nets: Networks, batch: Batch, key: Array, exp: Experiment, train: TrainConfig
+) -> tuple[Array, Metrics]:
     """Blocks are guessed from noise behind true ones (teacher forcing) or noisy ones (diffusion forcing)."""
     keys = jax.random.split(key, 4)
-    sigma = noise_levels(keys[0], batch.latent.shape[:2], exp.train.shift)
+    sigma = noise_levels(keys[0], batch.latent.shape[:2], train.shift)
     noise = jax.random.normal(keys[1], batch.latent.shape)
-    states = _text(nets.generator, batch, keys[2], exp, nets.hidden)
+    states = _text(nets.generator, batch, keys[2], train, nets.hidden)
     guess = causal(
         nets.generator,
         exp,
+        train,
         batch,
         schedules.add_noise(batch.latent, noise, sigma),
         sigma,
         states,
-        rollout.gap(exp, keys[3]),
+        rollout.gap(train.cover, keys[3]),
     )
-    by_block = denoising_loss(exp, guess.clean, batch.latent, sigma, batch.weight)
-    missed = _missed(exp, guess, batch)
-    return by_block.mean() + exp.train.cover.matching * missed, {
+    by_block = denoising_loss(exp, train, guess.clean, batch.latent, sigma, batch.weight)
+    missed = _missed(guess, batch)
+    return by_block.mean() + train.cover.matching * missed, {
         "loss_by_block": by_block,
         "matching": missed,
     }
 
 
-def _missed(exp: Experiment, guess: Guess, batch: Batch) -> Array:
+def _missed(guess: Guess, batch: Batch) -> Array:
     """`matching` over all blocks, 0 where nothing is asked."""
     if guess.scores is None or batch.called is None:
         return jnp.float32(0)
@@ -210,20 +214,25 @@ def matching(
 
 
 def flow_matching(
-    nets: Networks, batch: Batch, key: Array, exp: Experiment
+    nets: Networks, batch: Batch, key: Array, exp: Experiment, train: TrainConfig
 ) -> tuple[Array, Metrics]:
     """Whole clips are guessed from noise, one level per clip: the bidirectional teacher."""
     keys = jax.random.split(key, 3)
-    sigma = noise_levels(keys[0], batch.latent.shape[1:2], exp.train.shift)
+    sigma = noise_levels(keys[0], batch.latent.shape[1:2], train.shift)
     noise = jax.random.normal(keys[1], batch.latent.shape)
-    states = _text(nets.generator, batch, keys[2], exp, nets.hidden)
+    states = _text(nets.generator, batch, keys[2], train, nets.hidden)
     levels = jnp.broadcast_to(sigma, batch.latent.shape[:2])
     noisy = schedules.add_noise(batch.latent, noise, levels)
     guess = distillation.score(
-        nets.generator.dit, exp, batches.by_clip(noisy), schedules.TIMESTEPS * sigma, states
+        nets.generator.dit,
+        exp,
+        train.distil,
+        batches.by_clip(noisy),
+        schedules.TIMESTEPS * sigma,
+        states,
     )
     by_block = denoising_loss(
-        exp, batches.by_block(guess, exp.cache.block), batch.latent, levels, batch.weight
+        exp, train, batches.by_block(guess, exp.cache.block), batch.latent, levels, batch.weight
     )
     return by_block.mean(), {"loss_by_block": by_block}
 
@@ -231,7 +240,9 @@ def flow_matching(
 # Fewer steps: beginnings for distribution matching
 
 
-def trajectory(nets: Networks, batch: Batch, key: Array, exp: Experiment) -> tuple[Array, Metrics]:
+def trajectory(
+    nets: Networks, batch: Batch, key: Array, exp: Experiment, train: TrainConfig
+) -> tuple[Array, Metrics]:
     """From a state on a teacher's way, at a step of its own for each block, to where that way ends (CausVid)."""
     keys = jax.random.split(key, 3)
     times, sigmas = (jnp.asarray(x) for x in block_step.step_table(exp.sample))
@@ -240,7 +251,7 @@ def trajectory(nets: Networks, batch: Batch, key: Array, exp: Experiment) -> tup
         f"the data hold {batch.trajectory.shape[0]} states a clip, but sample.steps={exp.sample.steps} needs "
         f"{len(times) + 1}, the last one clean; prepare trajectories with these steps.",
     )
-    states = _text(nets.generator, batch, keys[0], exp, nets.hidden)
+    states = _text(nets.generator, batch, keys[0], train, nets.hidden)
     index = jax.random.randint(keys[1], batch.trajectory.shape[1:3], 0, len(times))
     noisy = jnp.take_along_axis(
         batch.trajectory, jnp.expand_dims(index, (0, *range(3, 7))), axis=0
@@ -248,34 +259,46 @@ def trajectory(nets: Networks, batch: Batch, key: Array, exp: Experiment) -> tup
     target = batch.trajectory[-1]
     true = batch if batch.latent is not None else dataclasses.replace(batch, latent=target)
     guess = causal(
-        nets.generator, exp, true, noisy, sigmas[index], states, rollout.gap(exp, keys[2])
+        nets.generator,
+        exp,
+        train,
+        true,
+        noisy,
+        sigmas[index],
+        states,
+        rollout.gap(train.cover, keys[2]),
     )
     by_block = jnp.mean((guess.clean - target) ** 2, axis=range(1, target.ndim))
     return by_block.mean(), {"loss_by_block": by_block}
 
 
-def consistency(nets: Networks, batch: Batch, key: Array, exp: Experiment) -> tuple[Array, Metrics]:
+def consistency(
+    nets: Networks, batch: Batch, key: Array, exp: Experiment, train: TrainConfig
+) -> tuple[Array, Metrics]:
     """Two neighbours on the teacher's way have one end: the average's guess behind one teacher step is the target.
 
     Each block has a step of its own. A guess of clean samples leaves out what a guess of velocities has built in, that
     a clean sample is its own end: the last step's target is therefore where it leads (Causal-Forcing stops before).
     """
     keys, count = jax.random.split(key, 4), batch.latent.shape[:2]
-    falls = jnp.asarray(schedules.falls(schedules.table(exp.train.shift, steps=exp.train.grid)))
-    at = jax.random.randint(keys[0], count, 0, exp.train.grid)
+    falls = jnp.asarray(schedules.falls(schedules.table(train.shift, steps=train.grid)))
+    at = jax.random.randint(keys[0], count, 0, train.grid)
     here, there = falls[at], falls[at + 1]
     noisy = schedules.add_noise(batch.latent, jax.random.normal(keys[1], batch.latent.shape), here)
-    gap, states = rollout.gap(exp, keys[3]), batches.text_states(nets.generator, batch.words)
+    gap, states = (
+        rollout.gap(train.cover, keys[3]),
+        batches.text_states(nets.generator, batch.words),
+    )
 
     def guess(model: Model, sample: Array, sigma: Array, text: Array) -> Array:
-        return causal(model, exp, batch, sample, sigma, text, gap).clean
+        return causal(model, exp, train, batch, sample, sigma, text, gap).clean
 
     teacher, average = jax.lax.stop_gradient((nets.teacher, nets.average))
     clean = distillation.steered(
         lambda text: guess(teacher, noisy, here, text),
         states,
         nets.hidden,
-        exp.train.distil.guidance,
+        train.distil.guidance,
     )
     nearer = noisy + schedules.over(there - here, noisy) * schedules.velocity_from_clean(
         noisy, clean, here
@@ -288,12 +311,62 @@ def consistency(nets: Networks, batch: Batch, key: Array, exp: Experiment) -> tu
     return by_block.mean(), {"loss_by_block": by_block}
 
 
-Objective = Callable[[Networks, Batch, Array, Experiment], tuple[Array, Metrics]]
-OBJECTIVES: dict[str, dict[str, Objective]] = {  # by the network that moves
-    "flow_matching": {"generator": flow_matching},
-    "forcing": {"generator": forcing},
-    "trajectory": {"generator": trajectory},
-    "consistency": {"generator": consistency},
-    "dmd": {"generator": distillation.generator_loss, "critic": distillation.critic_loss},
-    "sid": {"generator": distillation.generator_loss, "critic": distillation.critic_loss},
+# All of them
+
+OBJECTIVES = {
+    objective.name: objective
+    for objective in (
+        Objective("flow_matching", flow_matching, histories=()),
+        Objective("forcing", forcing),
+        Objective("trajectory", trajectory, needs=("trajectory",)),
+        Objective("consistency", consistency, teacher=("dit", "compressor"), average=True),
+        Objective(
+            "dmd",
+            distillation.dmd_loss,
+            critic=distillation.critic_loss,
+            own_clips=True,
+            needs=(),
+            teacher=("dit",),
+            histories=("memory",),
+        ),
+        Objective(
+            "sid",
+            distillation.sid_loss,
+            critic=distillation.critic_loss,
+            own_clips=True,
+            needs=(),
+            teacher=("dit",),
+            histories=("memory",),
+        ),
+    )
 }
+
+
+def of(train: TrainConfig) -> Objective:
+    """The objective that `train` gives, or the one whose name it gives."""
+    if isinstance(train.objective, Objective):
+        return train.objective
+    name = train.objective
+    require(
+        name in OBJECTIVES, f"train.objective={name!r} is unknown; {nearest(str(name), OBJECTIVES)}"
+    )
+    return OBJECTIVES[name]
+
+
+def check(train: TrainConfig) -> None:
+    """Raises `InputError` unless the objective exists and can be trained as `train` says."""
+    objective = of(train)
+    require(
+        not objective.histories or train.history in objective.histories,
+        f"train.history={train.history!r} is none that the objective {objective.name!r} is trained behind; "
+        f"choose one of {', '.join(objective.histories)}.",
+    )
+    require(
+        bool(train.teacher_from) or not objective.teacher,
+        f"train.objective={objective.name!r} asks a teacher; name a model folder in train.teacher_from.",
+    )
+
+
+def remembers(train: TrainConfig) -> bool:
+    """Whether blocks are trained behind the packed memory."""
+    return train.history == "memory" and train.history in of(train).histories

@@ -10,6 +10,7 @@ import optax.contrib
 from jax import Array
 
 from packforcing_jax.config import OptimiserConfig, TrainConfig
+from packforcing_jax.training import objectives
 
 Flat = dict[str, Array]
 
@@ -62,7 +63,7 @@ def optimiser(cfg: OptimiserConfig, updates: int) -> optax.GradientTransformatio
 
 def updates_of(cfg: TrainConfig, group: str) -> int:
     """How often a group is updated in a whole run."""
-    alternates = cfg.distils and group != "critic"
+    alternates = objectives.of(cfg).critic is not None and group != "critic"
     return -(-cfg.steps // cfg.distil.critic_updates) if alternates else cfg.steps
 
 

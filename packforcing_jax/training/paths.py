@@ -8,16 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from packforcing_jax.config import Experiment
+from packforcing_jax.config import DistilConfig, Experiment, TrainConfig
 from packforcing_jax.errors import require
 from packforcing_jax.sampling import schedules
 from packforcing_jax.training import batches, distillation, objectives
 from packforcing_jax.training.batches import Batch, Model
 
 
-def kept(exp: Experiment) -> tuple[int, ...]:
+def kept(exp: Experiment, grid: int) -> tuple[int, ...]:
     """The entries of the teacher's grid at which the student's steps stand, and the end."""
-    grid = exp.train.grid
     entries = [
         grid * (schedules.TIMESTEPS - step) / schedules.TIMESTEPS for step in exp.sample.steps
     ]
@@ -35,6 +34,7 @@ def kept(exp: Experiment) -> tuple[int, ...]:
 def way(
     teacher: Model,
     exp: Experiment,
+    train: TrainConfig,
     noise: Array,
     states: Array,
     hidden: Any = None,
@@ -46,30 +46,30 @@ def way(
     Euler steps on the table of `sample.shift`, guided in the usual form by `train.distil.guidance`. A bidirectional
     teacher draws whole clips; a causal one draws each block `behind` true clips (Causal-Forcing).
     """
-    falls = jnp.asarray(schedules.falls(schedules.table(exp.sample.shift, steps=exp.train.grid)))
+    falls = jnp.asarray(schedules.falls(schedules.table(exp.sample.shift, steps=train.grid)))
 
     def guess(noisy: Array, sigma: Array, text: Array) -> Array:
         if behind is not None:
             return objectives.causal(
-                teacher, exp, behind, noisy, jnp.broadcast_to(sigma, noisy.shape[:2]), text
+                teacher, exp, train, behind, noisy, jnp.broadcast_to(sigma, noisy.shape[:2]), text
             ).clean
         clip, times = (
             batches.by_clip(noisy),
             jnp.broadcast_to(schedules.TIMESTEPS * sigma, noisy.shape[1:2]),
         )
         return batches.by_block(
-            distillation.score(teacher.dit, exp, clip, times, text), exp.cache.block
+            distillation.score(teacher.dit, exp, train.distil, clip, times, text), exp.cache.block
         )
 
     def step(noisy: Array, i: Array) -> tuple[Array, Array]:
         clean = distillation.steered(
-            lambda text: guess(noisy, falls[i], text), states, hidden, exp.train.distil.guidance
+            lambda text: guess(noisy, falls[i], text), states, hidden, train.distil.guidance
         )
         velocity = schedules.velocity_from_clean(noisy, clean, falls[i])
         return noisy + (falls[i + 1] - falls[i]) * velocity, noisy
 
-    end, before = jax.lax.scan(step, noise, jnp.arange(exp.train.grid))
-    return jnp.concatenate([before[jnp.asarray(kept(exp)[:-1])], end[None]])
+    end, before = jax.lax.scan(step, noise, jnp.arange(train.grid))
+    return jnp.concatenate([before[jnp.asarray(kept(exp, train.grid)[:-1])], end[None]])
 
 
 def timesteps(exp: Experiment) -> list[float]:
@@ -77,8 +77,20 @@ def timesteps(exp: Experiment) -> list[float]:
     return [*(float(time) for time in schedules.warped(exp.sample.steps, exp.sample.shift)), 0.0]
 
 
-@functools.partial(jax.jit, static_argnames="exp")
-def drawn(teacher: Model, exp: Experiment, seed: Array, states: Array) -> Array:
+def drawn(teacher: Model, exp: Experiment, train: TrainConfig, seed: Array, states: Array) -> Array:
     """A bidirectional teacher's way [k, block, b, t, y, x, c] out of the noise of `seed`, to clips of `exp.clip`."""
+    return _drawn(teacher, exp, train.grid, train.distil, seed, states)
+
+
+@functools.partial(jax.jit, static_argnames=("exp", "grid", "distil"))
+def _drawn(
+    teacher: Model,
+    exp: Experiment,
+    grid: int,
+    distil: DistilConfig,
+    seed: Array,
+    states: Array,
+) -> Array:
     shape = (exp.blocks, states.shape[1], exp.cache.block, *exp.latent, exp.dit.in_channels)
-    return way(teacher, exp, jax.random.normal(jax.random.key(seed), shape), states)
+    noise = jax.random.normal(jax.random.key(seed), shape)
+    return way(teacher, exp, TrainConfig(grid=grid, distil=distil), noise, states)

@@ -11,15 +11,23 @@ from typing import Any
 import einops
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax import Array
 
-from packforcing_jax.config import Experiment
+from packforcing_jax.config import (
+    CoverConfig,
+    DistilConfig,
+    Experiment,
+    MemorySpec,
+    StepConfig,
+)
 from packforcing_jax.errors import require
 from packforcing_jax.memory import cache, view
+from packforcing_jax.memory import layout as layouts
+from packforcing_jax.memory.layout import Layout
 from packforcing_jax.networks import codec, dit, rope
 from packforcing_jax.sampling import block_step, schedules
+from packforcing_jax.sampling.block_step import Access
 from packforcing_jax.training import batches
 from packforcing_jax.types import KV, Heads
 
@@ -31,18 +39,18 @@ class Draws:
     noise: Array  # [block, b, t, y, x, c]
     renoise: Array  # [block, step, b, t, y, x, c]
     context: Array  # [block, b, t, y, x, c]  noise of the clean pass, where it is asked for
-    lots: Array  # [block, layer, b, slot]
+    random: Array  # [block, layer, b, slot]
     exit: Array  # []  the step that gets a gradient, one for all blocks and clips
     gap: Array  # []  frames that the past is moved back
 
 
 @struct.dataclass
 class Stored:
-    """What one layer, or all along a leading axis, remembers of a clip, and what a block looks back at."""
+    """What one layer, or all along a leading axis, remembers of a clip, and what a block attends to."""
 
     full: KV  # [b, frame, s, n, h]  clean keys, rotated in space
     packed: KV  # [b, block, p, n, h]
-    looked: Any = None
+    selection: Any = None
 
 
 @struct.dataclass
@@ -53,16 +61,18 @@ class Clip:
     latent: Array  # [block, b, t, y, x, c]  the block as later ones remember it
     low: Array  # [block, b, t', y', x', c]
     stored: Stored  # all layers
-    looked: Any  # [block, layer, ...]
+    selection: Any  # [block, layer, ...]
 
 
-def for_training(exp: Experiment, blocks: int, sink: int, recent: int | None = None) -> Experiment:
+def for_training(
+    exp: Experiment, blocks: int, sink: int, recent: int | None = None, *, top: int = 0
+) -> Experiment:
     """`exp` with a memory for clips of `blocks` blocks: `sink` and `recent` frames, packed blocks for all the rest.
 
-    All of them are attended, or `train.cover.top` by the cache's own selection.
+    `top` of them are attended by the cache's own selection; 0: all.
     """
     recent = exp.cache.recent if recent is None else recent
-    held, top = max(blocks - (sink + recent) // exp.cache.block, 1), exp.train.cover.top
+    held = max(blocks - (sink + recent) // exp.cache.block, 1)
     packs = exp.cache.top > 0
     smaller = dataclasses.replace(
         exp.cache,
@@ -80,24 +90,7 @@ def for_training(exp: Experiment, blocks: int, sink: int, recent: int | None = N
     return dataclasses.replace(exp, cache=smaller)
 
 
-def variant(exp: Experiment, seed: int, step: int) -> Experiment:
-    """`exp` as one step trains it: with sizes of sink, recent and clip drawn from `train.cover`."""
-    cfg, cover, whole = exp.train, exp.train.cover, exp.blocks
-    if cfg.objective == "flow_matching" or (not cfg.distils and cfg.history != "memory"):
-        return exp  # nothing is remembered
-    rng = np.random.default_rng((seed, step))
-    sink, recent = (
-        int(rng.choice(sizes))
-        for sizes in (cover.sinks or (exp.cache.sink,), cover.recents or (exp.cache.recent,))
-    )
-    blocks = whole
-    if cfg.distils:
-        blocks = int(rng.integers(cover.shortest or whole, (cover.longest or whole) + 1))
-    longer = dataclasses.replace(exp, clip=blocks * exp.cache.block)
-    return for_training(longer, blocks, sink, recent)
-
-
-def draws(exp: Experiment, key: Array, blocks: int, batch: int) -> Draws:
+def draws(exp: Experiment, cover: CoverConfig, key: Array, blocks: int, batch: int) -> Draws:
     """What a rollout of `batch` clips draws from `key`."""
     keys = jax.random.split(key, 6)
     shape = (batch, exp.cache.block, *exp.latent, exp.dit.in_channels)
@@ -105,15 +98,15 @@ def draws(exp: Experiment, key: Array, blocks: int, batch: int) -> Draws:
         noise=jax.random.normal(keys[0], (blocks, *shape)),
         context=jax.random.normal(keys[2], (blocks, *shape)),
         renoise=jax.random.normal(keys[1], (blocks, len(exp.sample.steps) - 1, *shape)),
-        lots=jax.random.uniform(keys[3], (blocks, exp.dit.layers, batch, exp.cache.slots)),
+        random=jax.random.uniform(keys[3], (blocks, exp.dit.layers, batch, exp.cache.slots)),
         exit=jax.random.randint(keys[4], (), 0, len(exp.sample.steps)),
-        gap=gap(exp, keys[5]),
+        gap=gap(cover, keys[5]),
     )
 
 
-def gap(exp: Experiment, key: Array) -> Array:
+def gap(cover: CoverConfig, key: Array) -> Array:
     """Frames that the past is moved back in this step: none, or up to `train.cover.gap`."""
-    cover, (size, chance) = exp.train.cover, jax.random.split(key)
+    size, chance = jax.random.split(key)
     return jnp.where(
         jax.random.uniform(chance) < cover.gap_share,
         jax.random.uniform(size, maxval=cover.gap),
@@ -121,73 +114,61 @@ def gap(exp: Experiment, key: Array) -> Array:
     )
 
 
-def layer_at(exp: Experiment, stored: Stored, n: Array) -> cache.Layer:
-    """What a layer remembers before block `n` of a stored clip, as commits would have left it."""
-    cfg, frames = exp.cache, n * exp.cache.block
-    last = cache.ring_ids(
-        cfg.ring, frames - cfg.sink - cfg.ring, frames - cfg.sink, frames - cfg.sink
+def lay(spec: MemorySpec, layout: Layout, stored: Stored) -> KV:
+    """A layer's view in front of block `layout.num_blocks` of a stored clip."""
+    layer = cache.layer_at(spec, layout, stored.full, stored.packed)
+    gathered = view.gather(layer, stored.selection)
+    return view.lay(spec, layout, layer, gathered, stored.selection)
+
+
+def lay_with_block(spec: MemorySpec, layout: Layout, stored: Stored) -> KV:
+    """The same with the block's own clean keys in their slots, as its packed twin sees it."""
+    size, start = spec.cache.block, layout.num_blocks * spec.cache.block
+
+    def block(frames: Array) -> Heads:
+        own = jax.lax.dynamic_slice_in_dim(frames, start, size, axis=1)
+        return einops.rearrange(own, "b t s n h -> b (t s) n h")
+
+    angles = rope.time_angles(layouts.current_times(spec, layout, size), spec)
+    own = KV(k=rope.rotate(block(stored.full.k), angles), v=block(stored.full.v))
+    return cache.write_block(spec, layout, lay(spec, layout, stored), own)
+
+
+def in_clip(spec: MemorySpec, layout: Layout) -> Access:
+    """A pass in the views of a stored clip, of which each layer keeps the block's own keys and values."""
+    return Access(
+        view_of=lambda stored: lay(spec, layout, stored), keep=lambda own, view, stored: own
     )
-    past = n - cfg.sink // cfg.block
-    packed = cache.ring_ids(cfg.slots, past - cfg.slots, past, past)
 
-    def taken(kv: KV, ids: Array) -> KV:
-        return KV(*(jnp.take(x, ids, axis=1, mode="clip") for x in (kv.k, kv.v)))
 
-    return cache.Layer(
-        sink=taken(stored.full, jnp.arange(cfg.sink)),
-        recent=taken(stored.full, cfg.sink + last),
-        mid=taken(stored.packed, cfg.sink // cfg.block + packed),
-        sink_at=jnp.zeros(()),
-        at=jnp.zeros((stored.full.k.shape[0], 0)),
+def behind_block(spec: MemorySpec, layout: Layout) -> Access:
+    """The same for a block's packed twin."""
+    return Access(
+        view_of=lambda stored: lay_with_block(spec, layout, stored),
+        keep=lambda own, view, stored: own,
     )
 
 
-def lay(exp: Experiment, seen: cache.Plan, stored: Stored) -> KV:
-    """A layer's view in front of block `seen.num_blocks`."""
-    layer = layer_at(exp, stored, seen.num_blocks)
-    return view.lay(exp, seen, layer, view.take(layer, stored.looked), stored.looked, None)
+def choosing(cfg: StepConfig, layout: Layout, attend: dit.SelfAttention) -> dit.SelfAttention:
+    """`attend` in a view chosen by the layer's own queries from its (stored clip, random scores); keeps the choice."""
+
+    def self_attention(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, Any]:
+        stored, random = past
+        layer = cache.layer_at(cfg.memory, layout, stored.full, stored.packed)
+        recalled, selection = view.recall(cfg.memory, layout, layer, q, random)
+        return attend(q, k, v, recalled)[0], selection
+
+    return self_attention
 
 
-def lay_with_block(exp: Experiment, seen: cache.Plan, stored: Stored) -> KV:
-    """The same with the block's own clean keys behind it, as its packed twin sees it."""
-    size, start = exp.cache.block, seen.num_blocks * exp.cache.block
-    own = KV(
-        *(
-            einops.rearrange(
-                jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), "b t s n h -> b (t s) n h"
-            )
-            for x in (stored.full.k, stored.full.v)
-        )
-    )
-    turned = rope.rotate(own.k, rope.time_angles(cache.current_places(exp, seen), exp.dit))
-    return view.extend(lay(exp, seen, stored), KV(k=turned, v=own.v), cache.length(exp, seen))
-
-
-def choosing_look(exp: Experiment, seen: cache.Plan, mix: dit.Mix) -> dit.Mix:
-    """`mix` on a view chosen by the layer's own queries from its (stored clip, lots); keeps what it looked at."""
-
-    def look(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, Any]:
-        stored, lots = past
-        recalled, looked = view.recall(exp, seen, layer_at(exp, stored, seen.num_blocks), q, lots)
-        return mix(q, k, v, recalled)[0], looked
-
-    return look
-
-
-def given_look(exp: Experiment, seen: cache.Plan, mix: dit.Mix) -> dit.Mix:
-    """`mix` on the view that a stored clip says; keeps the block's own keys and values, rotated in space."""
-    rows, columns = (np.arange(size) for size in exp.grid)
-    grid = rope.grid(rows, columns, exp.cache.block)
-    places = rope.space_angles(jnp.asarray(grid), exp.dit)
-
-    def look(q: Heads, k: Heads, v: Heads, past: Stored) -> tuple[Heads, KV]:
-        mixed, _ = mix(q, k, v, lay(exp, seen, past))
-        return mixed, KV(k=rope.rotate(k, places), v=v)
-
-    return look
-
-
-def draw(nets: block_step.Nets, exp: Experiment, pixels: Any, drawn: Draws, text: Any) -> Clip:
+def draw(
+    nets: block_step.Nets,
+    exp: Experiment,
+    distil: DistilConfig,
+    pixels: Any,
+    drawn: Draws,
+    text: Any,
+) -> Clip:
     """Clips drawn block after block without a gradient, to their end or, not `train.distil.finished`, to `drawn.exit`.
 
     `text` [block or 1, layer, ...].
@@ -196,33 +177,38 @@ def draw(nets: block_step.Nets, exp: Experiment, pixels: Any, drawn: Draws, text
     blocks, batch = drawn.noise.shape[:2]
     start = empty(exp, blocks, batch, jax.tree.leaves(text)[0].dtype)
     decoder = codec.init_decoder(pixels, batch, *exp.latent) if sees_pixels(exp) else ()
-    given = (jnp.arange(blocks), drawn.noise, drawn.renoise, drawn.context, drawn.lots)
+    given = (jnp.arange(blocks), drawn.noise, drawn.renoise, drawn.context, drawn.random)
 
     def one_block(carry, inputs, first: bool = False):
-        (stored, decoder), (n, noise, renoise, context, lots) = carry, inputs
-        seen, words = cache.plan(exp.cache, n, drawn.gap), batches.of_block(text, n)
-        noisy, latent, looked = _steps(
-            nets, exp, seen, stored, words, (noise, renoise, lots, drawn.exit)
+        (stored, decoder), (n, noise, renoise, context, random) = carry, inputs
+        layout, words = (
+            layouts.layout(exp.cache, layouts.begin(n), drawn.gap),
+            batches.of_block(text, n),
+        )
+        noisy, latent, selection = _steps(
+            nets, exp, distil, layout, stored, words, (noise, renoise, random, drawn.exit)
         )
         low, decoder = low_resolution(exp, pixels, decoder, latent, first=first)
         stored = _remembered(
             nets,
             exp,
-            seen,
-            dataclasses.replace(stored, looked=looked),
+            layout,
+            dataclasses.replace(stored, selection=selection),
             words,
-            (_context(exp, latent, context), latent, low),
+            (_context(exp, distil, latent, context), latent, low),
         )
-        return (stored, decoder), (noisy, latent, low, looked)
+        return (stored, decoder), (noisy, latent, low, selection)
 
     carry, opened = (start, decoder), []
     if exp.codec.time_factor > 1:  # the first latent of a video is decoded by a program of its own
         carry, out = one_block(carry, jax.tree.map(lambda x: x[0], given), first=True)
         opened, given = [jax.tree.map(lambda x: x[None], out)], jax.tree.map(lambda x: x[1:], given)
     (stored, _), rest = jax.lax.scan(one_block, carry, given)
-    noisy, latent, low, looked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *opened, rest)
+    noisy, latent, low, selection = jax.tree.map(
+        lambda *parts: jnp.concatenate(parts), *opened, rest
+    )
     return jax.lax.stop_gradient(
-        Clip(noisy=noisy, latent=latent, low=low, looked=looked, stored=stored)
+        Clip(noisy=noisy, latent=latent, low=low, selection=selection, stored=stored)
     )
 
 
@@ -240,31 +226,39 @@ def empty(exp: Experiment, blocks: int, batch: int, dtype: Any) -> Stored:
 
 
 def _steps(
-    nets: block_step.Nets, exp: Experiment, seen: cache.Plan, stored: Stored, words: KV, chance: Any
+    nets: block_step.Nets,
+    exp: Experiment,
+    distil: DistilConfig,
+    layout: Layout,
+    stored: Stored,
+    words: KV,
+    drawn: Any,
 ):
-    """(what the exit step read, the block as its history keeps it, what each layer looked at)."""
-    noise, renoise, lots, exit = chance
+    """(what the exit step read, the block as its history keeps it, what each layer attended to)."""
+    noise, renoise, random, exit = drawn
+    cfg, access = exp.step, in_clip(exp.memory, layout)
     times, sigmas = (jnp.asarray(x) for x in block_step.step_table(exp.sample))
-    clean, looked = block_step.guess(
-        nets, exp, seen, noise, times[0], sigmas[0], words, (stored, lots), look=choosing_look
+    clean, selection = block_step.predict_x0(
+        nets, cfg, layout, noise, times[0], sigmas[0], words, (stored, random), attends=choosing
     )
-    behind = dataclasses.replace(stored, looked=looked)
+    behind = dataclasses.replace(stored, selection=selection)
 
     def step(i, carry):
         read, before = carry
         noisy = schedules.add_noise(before, renoise[i], sigmas[i + 1])
-        clean, _ = block_step.guess(
-            nets, exp, seen, noisy, times[i + 1], sigmas[i + 1], words, behind, look=given_look
+        time, sigma = times[i + 1], sigmas[i + 1]
+        clean, _ = block_step.predict_x0(
+            nets, cfg, layout, noisy, time, sigma, words, behind, access=access
         )
         return jnp.where(i < exit, noisy, read), clean
 
-    last = len(sigmas) - 1 if exp.train.distil.finished else exit
-    return *jax.lax.fori_loop(0, last, step, (noise, clean)), looked
+    last = len(sigmas) - 1 if distil.finished else exit
+    return *jax.lax.fori_loop(0, last, step, (noise, clean)), selection
 
 
-def _context(exp: Experiment, latent: Array, noise: Array) -> Array:
+def _context(exp: Experiment, distil: DistilConfig, latent: Array, noise: Array) -> Array:
     """What the clean pass reads: the block, or the block with the noise that timestep 0 has in the table."""
-    if not exp.train.distil.noised_context:
+    if not distil.noised_context:
         return latent
     return schedules.add_noise(
         latent, noise, schedules.sigma_at(schedules.table(exp.sample.shift), 0.0)
@@ -272,13 +266,12 @@ def _context(exp: Experiment, latent: Array, noise: Array) -> Array:
 
 
 def _remembered(
-    nets: block_step.Nets, exp: Experiment, seen: cache.Plan, stored: Stored, words: KV, blocks
+    nets: block_step.Nets, exp: Experiment, layout: Layout, stored: Stored, words: KV, blocks
 ) -> Stored:
-    """`stored` with one more block, as `sampler.remember` reads it: clean, then its packed twin."""
+    """`stored` with one more block, as `block_step.commit_block` reads it: clean, then its packed twin."""
     read, latent, low = blocks
-    full, _ = block_step.read_clean(
-        nets, exp, seen, read, words, stored, keep=_own, behind=lambda one: lay(exp, seen, one)
-    )
+    access = in_clip(exp.memory, layout)
+    full = block_step.read_clean(nets, exp.step, layout, read, words, stored, access)
     frames = KV(
         *(
             einops.rearrange(x, "layer b (t s) n h -> layer b t s n h", t=exp.cache.block)
@@ -286,44 +279,31 @@ def _remembered(
         )
     )
     stored = dataclasses.replace(
-        stored, full=_put(stored.full, frames, seen.num_blocks * exp.cache.block)
+        stored, full=_put(stored.full, frames, layout.num_blocks * exp.cache.block)
     )
     if exp.cache.top:
-        packed = _packed(nets, exp, seen, stored, words, latent, low)
+        packed = _packed(nets, exp, layout, stored, words, latent, low)
         stored = dataclasses.replace(
             stored,
             packed=_put(
-                stored.packed, KV(packed.k[:, :, None], packed.v[:, :, None]), seen.num_blocks
+                stored.packed, KV(packed.k[:, :, None], packed.v[:, :, None]), layout.num_blocks
             ),
         )
-    return dataclasses.replace(stored, looked=None)
+    return dataclasses.replace(stored, selection=None)
 
 
 def _packed(
     nets: block_step.Nets,
     exp: Experiment,
-    seen: cache.Plan,
+    layout: Layout,
     stored: Stored,
     words: KV,
     latent: Array,
     low: Array,
 ) -> KV:
     """Keys and values [layer, b, p, n, h] of a block's packed twin."""
-    return block_step.read_packed(
-        nets,
-        exp,
-        seen,
-        latent,
-        low,
-        words,
-        stored,
-        keep=_own,
-        behind=lambda one: lay_with_block(exp, seen, one),
-    )[0]
-
-
-def _own(own: KV, whole: KV) -> tuple[KV, None]:
-    return own, None
+    access = behind_block(exp.memory, layout)
+    return block_step.read_packed(nets, exp.step, layout, latent, low, words, stored, access)
 
 
 def _put(store: KV, new: KV, at: Array) -> KV:
@@ -361,31 +341,43 @@ def low_resolution(
 
 
 def again(
-    nets: block_step.Nets, exp: Experiment, clip: Clip, drawn: Draws, text: Any, *, first: int = 0
+    nets: block_step.Nets,
+    exp: Experiment,
+    distil: DistilConfig,
+    clip: Clip,
+    drawn: Draws,
+    text: Any,
+    *,
+    first: int = 0,
 ) -> Array:
     """The blocks of `clip` from number `first` on [block, b, t, y, x, c], each drawn again under a gradient."""
     times, sigmas = (jnp.asarray(x) for x in block_step.step_table(exp.sample))
     stored, leaks = (
-        _through_packed(nets, exp, clip, drawn, text),
-        exp.train.distil.gradient == "leak",
+        _through_packed(nets, exp, clip, drawn, text)
+        if distil.gradient == "packed"
+        else clip.stored,
+        distil.gradient == "leak",
     )
     start = jax.tree.map(jnp.zeros_like, stored.full) if leaks else None
 
     def one_block(leaked, inputs):
-        n, noisy, looked = inputs
-        seen, words = cache.plan(exp.cache, n, drawn.gap), batches.of_block(text, n)
+        n, noisy, selection = inputs
+        layout, words = (
+            layouts.layout(exp.cache, layouts.begin(n), drawn.gap),
+            batches.of_block(text, n),
+        )
         full = stored.full if leaked is None else jax.tree.map(jnp.add, stored.full, leaked)
-        behind = Stored(full=full, packed=stored.packed, looked=looked)
-        latent, own = block_step.guess(
+        behind = Stored(full=full, packed=stored.packed, selection=selection)
+        latent, own = block_step.predict_x0(
             nets,
-            exp,
-            seen,
+            exp.step,
+            layout,
             noisy,
             times[drawn.exit],
             sigmas[drawn.exit],
             words,
             behind,
-            look=given_look,
+            access=in_clip(exp.memory, layout),
         )
         if leaked is None:
             return None, latent
@@ -399,7 +391,7 @@ def again(
         )
         return _put(leaked, gradient_only, n * exp.cache.block), latent
 
-    each = (jnp.arange(clip.latent.shape[0]), clip.noisy, clip.looked)
+    each = (jnp.arange(clip.latent.shape[0]), clip.noisy, clip.selection)
     return jax.lax.scan(one_block, start, jax.tree.map(lambda x: x[first:], each))[1]
 
 
@@ -407,16 +399,19 @@ def _through_packed(
     nets: block_step.Nets, exp: Experiment, clip: Clip, drawn: Draws, text: Any
 ) -> Stored:
     """What the clip left behind, its packed keys computed again from stored latents, so that they have a gradient."""
-    if exp.cache.top == 0 or exp.train.distil.gradient != "packed":
+    if exp.cache.top == 0:
         return clip.stored
 
     def one_block(_, inputs):
-        n, latent, low, looked = inputs
-        stored = dataclasses.replace(clip.stored, looked=looked)
-        seen, words = cache.plan(exp.cache, n, drawn.gap), batches.of_block(text, n)
-        return None, _packed(nets, exp, seen, stored, words, latent, low)
+        n, latent, low, selection = inputs
+        stored = dataclasses.replace(clip.stored, selection=selection)
+        layout, words = (
+            layouts.layout(exp.cache, layouts.begin(n), drawn.gap),
+            batches.of_block(text, n),
+        )
+        return None, _packed(nets, exp, layout, stored, words, latent, low)
 
-    given = (jnp.arange(clip.latent.shape[0]), clip.latent, clip.low, clip.looked)
+    given = (jnp.arange(clip.latent.shape[0]), clip.latent, clip.low, clip.selection)
     packed = jax.lax.scan(one_block, None, given)[1]
     return dataclasses.replace(
         clip.stored,
@@ -431,11 +426,12 @@ def _through_packed(
 
 def covered(exp: Experiment, clip: Clip, drawn: Draws) -> dict[str, Array]:
     """What a rollout really used of the memory: pairs of a block and a packed one it saw, choices, reach in frames."""
-    seen = jax.vmap(lambda n: cache.plan(exp.cache, n, drawn.gap))(jnp.arange(clip.latent.shape[0]))
-    visible = (seen.ids >= 0).sum(axis=1)
+    blocks = jnp.arange(clip.latent.shape[0])
+    layout = jax.vmap(lambda n: layouts.layout(exp.cache, layouts.begin(n), drawn.gap))(blocks)
+    visible = (layout.ids >= 0).sum(axis=1)
     return {
-        "packed_seen": seen.chosen.sum(),
-        "choices": (visible > seen.chosen).sum(),
-        "reach": (seen.current_at - seen.sink_at).max() + exp.cache.block,
+        "packed_seen": layout.chosen.sum(),
+        "choices": (visible > layout.chosen).sum(),
+        "reach": (layout.current_at - layout.sink_at).max() + exp.cache.block,
         "exit": drawn.exit,
     }

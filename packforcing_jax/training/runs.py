@@ -17,17 +17,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from packforcing_jax.config import Experiment, overrides
+from packforcing_jax.config import Experiment, Stage, TrainConfig, decode, overrides
 from packforcing_jax.data import sources
 from packforcing_jax.errors import MachineError, nearest, require
 from packforcing_jax.io import append_file, checkpoints, model_folder
 from packforcing_jax.networks import mesh
-from packforcing_jax.training import batches, exports, logs, rollout, state
+from packforcing_jax.training import batches, exports, logs, objectives, rollout, state
 
 FREE = (
-    "name",
-    "attention",
-    "fps",
+    *(f"experiment.{name}" for name in ("name", "attention", "fps")),
     *(
         f"train.{name}"
         for name in (
@@ -49,12 +47,7 @@ FREE = (
     ),
 )
 WRITTEN = ("train.steps", "train.blend")  # free too, but the model that is written depends on them
-NEEDS = {
-    "flow_matching": ("latent",),
-    "forcing": ("latent",),
-    "consistency": ("latent",),
-    "trajectory": ("trajectory",),
-}  # of the data, besides text
+TRAINING = "training.json"  # inside a model folder: the training that made it
 TIMES = (
     "seconds",
     "waited",
@@ -76,7 +69,7 @@ class Program:
     init: Callable = state.init
     update: Callable = state.update
     movers: Callable = state.movers
-    variant: Callable = rollout.variant
+    variant: Callable = state.variant
     encode: Callable = batches.encode
     batches: Callable = sources.batches
 
@@ -86,6 +79,7 @@ class Run:
     """A training run in a folder: what it has reached so far, and what it works with."""
 
     exp: Experiment
+    train: TrainConfig
     folder: Path
     seed: int
     mesh: Mesh
@@ -100,24 +94,24 @@ class Run:
 
     @property
     def done(self) -> bool:
-        return self.step >= self.exp.train.steps
+        return self.step >= self.train.steps
 
 
 # The beginning
 
 
-def about(exp: Experiment, seed: int) -> dict[str, Any]:
+def about(exp: Experiment, train: TrainConfig, seed: int) -> dict[str, Any]:
     """What a checkpoint belongs to."""
-    return {"seed": seed, "experiment": json.loads(model_folder.experiment_to_json(exp))}
+    return {"seed": seed, "experiment": decode.encode(exp), "train": decode.encode(train)}
 
 
-def store(exp: Experiment, folder: Path, seed: int) -> checkpoints.Checkpoints:
+def store(exp: Experiment, train: TrainConfig, folder: Path, seed: int) -> checkpoints.Checkpoints:
     """The checkpoints of a run."""
     return checkpoints.Checkpoints(
         folder / CHECKPOINTS,
-        keep=exp.train.keep,
-        about=about(exp, seed),
-        free=[f"experiment.{name}" for name in FREE],
+        keep=train.keep,
+        about=about(exp, train, seed),
+        free=FREE,
     )
 
 
@@ -135,76 +129,78 @@ def check_folder(folder: Path) -> None:
     )
 
 
-def start(exp: Experiment, folder: Path, *, seed: int = 0, program: Program = Program()) -> Run:
+def check(train: TrainConfig) -> None:
+    """Raises `InputError` for an objective, data or a log that do not exist or do not go together."""
+    objectives.check(train)
+    sources.of(train.source)
+    logs.check(train.log)
+
+
+def start(
+    exp: Experiment,
+    train: TrainConfig,
+    folder: Path,
+    *,
+    seed: int = 0,
+    program: Program = Program(),
+) -> Run:
     """A new run, or the one that `folder` holds, behind its last checkpoint. What is wrong is said before a step."""
-    grid = mesh.make(exp.train.mesh)
-    mesh.check(exp, grid)
+    check(train)
+    grid = mesh.make(train.mesh)
+    mesh.check(exp, train, grid)
     check_folder(folder)
-    check_taught(exp)
-    logs.require_installed(exp.train.log)
-    read = data(exp, seed, program)
+    read = data(exp, train, seed, program)
     with jax.set_mesh(grid):
-        form = abstract(exp, program, seed, grid)
-        frozen = others(exp, form, grid)
-        if exp.train.blend:  # what does not fit is told here, not behind the last step
-            exports.network(exp.train.blend_from, form.ema, grid)
-        saved = store(exp, folder, seed)
+        form = abstract(exp, train, program, seed, grid)
+        frozen = others(exp, train, form, grid)
+        if train.blend:  # what does not fit is told here, not behind the last step
+            exports.network(train.blend_from, form.ema, grid)
+        saved = store(exp, train, folder, seed)
         if saved.latest() is None:
-            now = born(exp, program, seed, form, grid)
+            now = born(exp, train, program, seed, form, grid)
         else:
             now, position = saved.restore(form)
             read.set_state(position)
     return Run(
         exp=exp,
+        train=train,
         folder=folder,
         seed=seed,
         mesh=grid,
         state=now,
         frozen=frozen,
         batches=read,
-        update=compiled(exp, program, form, grid),
+        update=compiled(exp, train, program, form, grid),
         program=program,
         saved=saved,
         step=int(now.step),
     )
 
 
-def check_taught(exp: Experiment) -> None:
-    """Raises `InputError` if there is no teacher and the objective asks one."""
-    require(
-        bool(exp.train.teacher_from) or not exp.train.taught,
-        f"train.objective="
-        f"{exp.train.objective!r} asks a teacher; name a model folder in train.teacher_from.",
-    )
+def needs(exp: Experiment, train: TrainConfig) -> tuple[str, ...]:
+    """What the objective reads of the data besides text; low-resolution latents where true blocks are packed."""
+    objective = objectives.of(train)
+    packs = objectives.remembers(train) and not objective.own_clips and rollout.sees_pixels(exp)
+    return (*objective.needs, "low") if packs else objective.needs
 
 
-def needs(exp: Experiment) -> tuple[str, ...]:
-    """What the objective reads of the data besides text."""
-    found = NEEDS.get(exp.train.objective, ())
-    packs = (
-        exp.train.objective != "flow_matching"
-        and exp.train.history == "memory"
-        and rollout.sees_pixels(exp)
-    )
-    return (*found, "low") if found and packs else found
-
-
-def data(exp: Experiment, seed: int, program: Program) -> Any:
+def data(exp: Experiment, train: TrainConfig, seed: int, program: Program) -> Any:
     """This process's rows of endless batches, from the first one on."""
     return program.batches(
         exp,
+        train.source,
         seed=seed,
-        batch=exp.train.batch,
+        batch=train.batch,
         process=jax.process_index(),
-        needs=needs(exp),
+        needs=needs(exp, train),
         processes=jax.process_count(),
-        encode=exports.words(exp).encode,
+        encode=exports.words(exp, train).encode,
     )
 
 
-def abstract(exp: Experiment, program: Program, seed: int, grid: Mesh) -> Any:
+def abstract(exp: Experiment, train: TrainConfig, program: Program, seed: int, grid: Mesh) -> Any:
     """Shapes and places of everything a run carries."""
-    shapes = jax.eval_shape(lambda: program.init(exp, jax.random.key(seed), {}))
+    shapes = jax.eval_shape(lambda: program.init(exp, train, jax.random.key(seed), {}))
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,
@@ -217,10 +213,14 @@ def places(form: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, form)
 
 
-def born(exp: Experiment, program: Program, seed: int, form: Any, grid: Mesh) -> Any:
+def born(
+    exp: Experiment, train: TrainConfig, program: Program, seed: int, form: Any, grid: Mesh
+) -> Any:
     """The state before the first step, made where it lies: networks of model folders are read, others drawn."""
-    cfg = exp.train
-    folders = {"generator": cfg.generator_from, "critic": cfg.critic_from or cfg.teacher_from}
+    folders = {
+        "generator": train.generator_from,
+        "critic": train.critic_from or train.teacher_from,
+    }
     given = {
         name: exports.network(folder, form.params[name], grid)
         for name, folder in folders.items()
@@ -228,24 +228,29 @@ def born(exp: Experiment, program: Program, seed: int, form: Any, grid: Mesh) ->
     }
 
     def make(given: Mapping[str, Any]) -> Any:
-        return program.init(exp, jax.random.key(seed), given)
+        return program.init(exp, train, jax.random.key(seed), given)
 
     return jax.jit(make, out_shardings=places(form))(given)
 
 
-def others(exp: Experiment, form: Any, grid: Mesh) -> dict[str, Any]:
+def others(exp: Experiment, train: TrainConfig, form: Any, grid: Mesh) -> dict[str, Any]:
     """What steps read and leave alone: the teacher, the codec, the states of the negative prompt."""
-    found = {"codec": exports.codec_weights(exp, grid), "hidden": exports.hidden(exp)}
-    if exp.train.taught:
-        parts = ("dit/", "compressor/") if exp.train.objective == "consistency" else ("dit/",)
+    found = {
+        "codec": exports.codec_weights(exp, train, grid),
+        "hidden": exports.hidden(exp, train),
+    }
+    parts = tuple(f"{part}/" for part in objectives.of(train).teacher)
+    if parts:
         shapes = {
             path: leaf for path, leaf in form.params["generator"].items() if path.startswith(parts)
         }
-        found["teacher"] = exports.network(exp.train.teacher_from, shapes, grid, exp.dtypes.compute)
+        found["teacher"] = exports.network(train.teacher_from, shapes, grid, exp.dtypes.compute)
     return {name: each for name, each in found.items() if each is not None}
 
 
-def compiled(exp: Experiment, program: Program, form: Any, grid: Mesh) -> Callable:
+def compiled(
+    exp: Experiment, train: TrainConfig, program: Program, form: Any, grid: Mesh
+) -> Callable:
     """(state, frozen, raw batch, seed, moves, drawn) -> (state, metrics), in place, on the whole mesh.
 
     `drawn` is the experiment of the step: `exp` with sizes that may differ from step to step.
@@ -261,7 +266,7 @@ def compiled(exp: Experiment, program: Program, form: Any, grid: Mesh) -> Callab
     ) -> Any:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), now.step)
         batch = program.encode(exp, batches.as_codec(exp, frozen.get("codec")), raw)
-        return program.update(now, frozen, batch, key, drawn, moves=moves)
+        return program.update(now, frozen, batch, key, drawn, train, moves=moves)
 
     everywhere = NamedSharding(grid, PartitionSpec())
     return jax.jit(
@@ -280,8 +285,10 @@ def steps(run: Run, asked: Callable[[], bool] = lambda: False) -> Iterator[dict[
 
     However it ends, a checkpoint that was begun is complete then.
     """
-    cfg = run.exp.train
-    opened = logs.Log(run.folder, cfg.log, after=run.step, about=about(run.exp, run.seed))
+    cfg = run.train
+    opened = logs.Log(
+        run.folder, cfg.log, after=run.step, about=about(run.exp, run.train, run.seed)
+    )
     try:
         with opened as log, Window(run.folder / PROFILE, *cfg.profile) as window:
             while not (run.done or run.stopped):
@@ -299,7 +306,7 @@ def steps(run: Run, asked: Callable[[], bool] = lambda: False) -> Iterator[dict[
 
 def keep(run: Run) -> None:
     """Saves and previews if it is time to."""
-    cfg = run.exp.train
+    cfg = run.train
     if run.step % cfg.save_every == 0 or run.done or run.stopped:
         save(run)
     if cfg.preview_every and run.step % cfg.preview_every == 0:
@@ -312,8 +319,8 @@ def advance(run: Run) -> dict[str, Any]:
     raw = next(run.batches)
     waited = time.monotonic() - began
     moves, drawn = (
-        run.program.movers(run.exp, run.step),
-        run.program.variant(run.exp, run.seed, run.step),
+        run.program.movers(run.train, run.step),
+        run.program.variant(run.exp, run.train, run.seed, run.step),
     )
     with jax.set_mesh(run.mesh):
         run.state, metrics = run.update(
@@ -326,7 +333,7 @@ def advance(run: Run) -> dict[str, Any]:
         )
     told = {name: np.asarray(value) for name, value in metrics.items()}  # waits for the step
     run.step = int(run.state.step)
-    seconds, clips = time.monotonic() - began, run.exp.train.batch
+    seconds, clips = time.monotonic() - began, run.train.batch
     return {
         "moves": "+".join(moves),
         "sink": drawn.cache.sink,
@@ -342,7 +349,7 @@ def advance(run: Run) -> dict[str, Any]:
 
 def require_finite(run: Run, metrics: Mapping[str, Any]) -> None:
     """Saves what was last good and raises `MachineError` if too many updates in a row were left out."""
-    if metrics["skipped"] < run.exp.train.patience:
+    if metrics["skipped"] < run.train.patience:
         return
     broken = [name for name, value in logs.scalars(metrics).items() if not np.isfinite(value)]
     save(run)
@@ -370,10 +377,11 @@ def save(run: Run) -> None:
 
 def preview(run: Run) -> None:
     """A video of the averaged weights for the first clip that the run ever read."""
-    first = next(data(run.exp, run.seed, run.program))
+    first = next(data(run.exp, run.train, run.seed, run.program))
     exports.preview(
         run.folder / PREVIEWS / f"step-{run.step}.mp4",
         run.exp,
+        run.train,
         run.state.ema,
         raw=first,
         seed=run.seed,
@@ -414,23 +422,35 @@ def finish(run: Run, *, card: str | None = None) -> None:
         exports.save(
             run.folder / MODEL,
             run.exp,
-            exports.blended(run.exp, run.state.ema, run.mesh),
-            card=card,
+            run.train,
+            exports.blended(run.train, run.state.ema, run.mesh),
+            texts={
+                model_folder.CARD: card,
+                TRAINING: json.dumps(about(run.exp, run.train, run.seed), indent=2) + "\n",
+            },
         )
 
 
-def finished(exp: Experiment, folder: Path, *, seed: int = 0) -> bool:
+def finished(exp: Experiment, train: TrainConfig, folder: Path, *, seed: int = 0) -> bool:
     """Whether `folder` holds the model of this very training, done to its last step."""
-    config = folder / MODEL / model_folder.CONFIG
-    if not config.is_file():
+    then = trained_as(folder / MODEL / TRAINING)
+    if then is None:
         return False
-    then = model_folder.experiment_from_json(config.read_text(encoding="utf-8"), str(config))
-    was, wanted = (checkpoints.settings(about(each, seed)["experiment"]) for each in (then, exp))
+    was, wanted = (checkpoints.settings(each) for each in (then, about(exp, train, seed)))
     if checkpoints.differences(was, wanted, [name for name in FREE if name not in WRITTEN]):
         return False
     if (folder / CHECKPOINTS).is_dir():
-        store(exp, folder, seed).check()
+        store(exp, train, folder, seed).check()
     return True
+
+
+def trained_as(path: Path) -> dict[str, Any] | None:
+    """What the model folder beside the file says of its training, if it says anything."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return told if isinstance(told, dict) else None
 
 
 # Stage after stage
@@ -438,23 +458,23 @@ def finished(exp: Experiment, folder: Path, *, seed: int = 0) -> bool:
 
 def planned(
     recipe: overrides.Recipe, folder: Path, only: str | None = None
-) -> list[tuple[Path, Experiment]]:
-    """The folder of each stage, and its experiment with the models of earlier stages in place of their names.
+) -> list[tuple[Path, Stage]]:
+    """The folder of each stage, and the stage with the models of earlier ones in place of their names.
 
-    Raises `InputError` for a beginning that is neither an earlier stage nor a model folder.
+    Raises `InputError` for what a stage names and nobody knows: an objective, data, a log, or a beginning that is
+    neither an earlier stage nor a model folder.
     """
-    names = [name for name, _ in recipe]
+    names = [stage.name for stage in recipe]
     require(
         only is None or only in names,
         f"no stage {only!r} in this recipe; {nearest(str(only), filter(None, names))}",
     )
-    plan = [
-        (name, _resolved(exp, name, names[:at], folder)) for at, (name, exp) in enumerate(recipe)
-    ]
-    chosen = [(folder / name, exp) for name, exp in plan if only in (None, name)]
+    plan = [_resolved(stage, names[:at], folder) for at, stage in enumerate(recipe)]
+    chosen = [(folder / stage.name, stage) for stage in plan if only in (None, stage.name)]
     coming = {str(place / MODEL) for place, _ in chosen}
-    for place, exp in chosen:
-        for setting, beginning in exports.beginnings(exp).items():
+    for place, stage in chosen:
+        check(stage.train)
+        for setting, beginning in exports.beginnings(stage.train).items():
             require(
                 beginning in coming or Path(beginning).is_dir(),
                 f"{place}: train.{setting} is {beginning}, which "
@@ -463,10 +483,10 @@ def planned(
     return chosen
 
 
-def _resolved(exp: Experiment, name: str, earlier: Sequence[str], folder: Path) -> Experiment:
+def _resolved(stage: Stage, earlier: Sequence[str], folder: Path) -> Stage:
     models_of = {
-        setting: str(folder / stage / MODEL)
-        for setting, stage in exports.beginnings(exp).items()
-        if stage in earlier
+        setting: str(folder / name / MODEL)
+        for setting, name in exports.beginnings(stage.train).items()
+        if name in earlier
     }
-    return dataclasses.replace(exp, train=dataclasses.replace(exp.train, **models_of))
+    return dataclasses.replace(stage, train=dataclasses.replace(stage.train, **models_of))

@@ -1,21 +1,23 @@
 """What a run carries from step to step, and the step: networks by name, one optimiser per group, one average."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import einops
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax import Array
 
 from packforcing_jax import pytrees
-from packforcing_jax.config import Experiment
+from packforcing_jax.config import Experiment, TrainConfig
+from packforcing_jax.data import sources
 from packforcing_jax.errors import require
 from packforcing_jax.networks import dit
-from packforcing_jax.training import batches, objectives, optimisers
+from packforcing_jax.training import batches, objectives, optimisers, rollout
 from packforcing_jax.training.batches import Batch, Flat, Networks
 
 
@@ -30,36 +32,44 @@ class TrainState:
     skipped: Array  # []  updates in a row that were left out because they were not finite
 
 
-def reads(exp: Experiment) -> bool:
-    """Whether the data hold words, which the generator's own text encoder reads, and not encoder states."""
-    return exp.train.source.kind != "records"
-
-
-def networks(exp: Experiment) -> tuple[str, ...]:
-    """The networks that an objective trains."""
-    return tuple(objectives.OBJECTIVES[exp.train.objective])
-
-
-def movers(exp: Experiment, step: int) -> tuple[str, ...]:
+def movers(train: TrainConfig, step: int) -> tuple[str, ...]:
     """The networks that move in a step: the critic in every one, the generator in one out of `critic_updates`."""
-    if not exp.train.distils:
-        return networks(exp)
-    return ("generator", "critic") if step % exp.train.distil.critic_updates == 0 else ("critic",)
+    objective = objectives.of(train)
+    if objective.critic is None or step % train.distil.critic_updates == 0:
+        return objective.networks
+    return ("critic",)
 
 
-def init(exp: Experiment, key: Array, given: Mapping[str, Flat]) -> TrainState:
+def variant(exp: Experiment, train: TrainConfig, seed: int, step: int) -> Experiment:
+    """`exp` as one step trains it: with sizes of sink, recent and clip drawn from `train.cover`."""
+    if not objectives.remembers(train):
+        return exp
+    cover, whole = train.cover, exp.blocks
+    rng = np.random.default_rng((seed, step))
+    sink, recent = (
+        int(rng.choice(sizes))
+        for sizes in (cover.sinks or (exp.cache.sink,), cover.recents or (exp.cache.recent,))
+    )
+    blocks = whole
+    if objectives.of(train).own_clips:
+        blocks = int(rng.integers(cover.shortest or whole, (cover.longest or whole) + 1))
+    longer = dataclasses.replace(exp, clip=blocks * exp.cache.block)
+    return rollout.for_training(longer, blocks, sink, recent, top=cover.top)
+
+
+def init(exp: Experiment, train: TrainConfig, key: Array, given: Mapping[str, Flat]) -> TrainState:
     """The state before the first step: networks that are `given`, the others drawn; a critic starts as the teacher."""
-    drawn = pytrees.flatten(batches.new_model(exp, key, reads=reads(exp)))
-    params = {"generator": completed(exp, given.get("generator", {}), drawn)}
-    if exp.train.distils:
+    drawn = pytrees.flatten(batches.new_model(exp, key, reads=sources.of(train.source).words))
+    params = {"generator": completed(train, given.get("generator", {}), drawn)}
+    if objectives.of(train).critic is not None:
         own = given.get("critic", given.get("teacher", params["generator"]))
         params["critic"] = {
             path: jnp.copy(leaf) for path, leaf in own.items() if path.startswith("dit/")
         }
     params = pytrees.cast(params, "float32")
     opt = {
-        group: optimisers.of_group(exp.train, group).init(leaves)
-        for group, leaves in optimisers.groups(exp.train, params).items()
+        group: optimisers.of_group(train, group).init(leaves)
+        for group, leaves in optimisers.groups(train, params).items()
     }
     return TrainState(
         params=params,
@@ -70,12 +80,12 @@ def init(exp: Experiment, key: Array, given: Mapping[str, Flat]) -> TrainState:
     )
 
 
-def completed(exp: Experiment, given: Flat, drawn: Flat) -> Flat:
+def completed(train: TrainConfig, given: Flat, drawn: Flat) -> Flat:
     """The generator: `given` leaves where there are some, a new compressor where only that is missing."""
     missing = sorted({path.split("/")[0] for path in drawn if path not in given} - {"compressor"})
     require(
         not given or not missing,
-        f"train.generator_from={exp.train.generator_from} lacks {', '.join(missing)}; "
+        f"train.generator_from={train.generator_from} lacks {', '.join(missing)}; "
         "give a model folder that holds them.",
     )
     return {path: jnp.copy(given[path]) if path in given else leaf for path, leaf in drawn.items()}
@@ -87,6 +97,7 @@ def update(
     batch: Batch,
     key: Array,
     exp: Experiment,
+    train: TrainConfig,
     *,
     moves: tuple[str, ...],
 ) -> tuple[TrainState, dict[str, Array]]:
@@ -96,10 +107,10 @@ def update(
     """
     new, metrics = state, {}
     for network, own in zip(moves, jax.random.split(key, len(moves))):
-        new, told = _updated(new, frozen, batch, own, exp, network)
+        new, told = _updated(new, frozen, batch, own, exp, train, network)
         metrics |= (
             {f"{network}/{name}": value for name, value in told.items()}
-            if len(networks(exp)) > 1
+            if len(objectives.of(train).networks) > 1
             else told
         )
     fine = jnp.stack(
@@ -121,19 +132,20 @@ def _updated(
     batch: Batch,
     key: Array,
     exp: Experiment,
+    train: TrainConfig,
     network: str,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One network's update."""
     moving = {
         group: leaves
-        for group, leaves in optimisers.groups(exp.train, state.params).items()
+        for group, leaves in optimisers.groups(train, state.params).items()
         if (group == "critic") == (network == "critic")
     }
-    (loss, metrics), grads = gradients(moving, state, frozen, batch, key, exp, network)
+    (loss, metrics), grads = gradients(moving, state, frozen, batch, key, exp, train, network)
     metrics |= {"loss": loss, "gradient": optimisers.norm(grads)}
     opt, params = dict(state.opt), dict(state.params[network])
     for group, leaves in moving.items():
-        updates, opt[group] = optimisers.of_group(exp.train, group).update(
+        updates, opt[group] = optimisers.of_group(train, group).update(
             grads[group], state.opt[group], leaves
         )
         moved: Any = optax.apply_updates(leaves, updates)
@@ -143,7 +155,7 @@ def _updated(
                 f"gradient/{group}": optimisers.norm(grads[group]),
                 f"update/{group}": optimisers.norm(updates),
             }
-    ema = state.ema if network == "critic" else averaged(exp, state, params)
+    ema = state.ema if network == "critic" else averaged(train, state, params)
     return dataclasses.replace(
         state, params={**state.params, network: params}, opt=opt, ema=ema
     ), metrics
@@ -156,16 +168,19 @@ def gradients(
     batch: Batch,
     key: Array,
     exp: Experiment,
+    train: TrainConfig,
     network: str,
 ) -> Any:
     """((loss, metrics), gradients) of the whole batch, computed in `train.accumulate` parts and averaged."""
-    objective = objectives.OBJECTIVES[exp.train.objective][network]
+    objective: Any = getattr(objectives.of(train), network)
 
     def loss(moving: dict[str, Flat], part: Batch, key: Array):
-        return objective(assembled(exp, state, frozen, moving, network), part, key, exp)
+        return objective(
+            assembled(exp, train, state, frozen, moving, network), part, key, exp, train
+        )
 
     graded = jax.value_and_grad(loss, has_aux=True)
-    parts = exp.train.accumulate
+    parts = train.accumulate
     if parts == 1:
         return graded(moving, batch, key)
     each = jax.tree.map(
@@ -183,6 +198,7 @@ def gradients(
 
 def assembled(
     exp: Experiment,
+    train: TrainConfig,
     state: TrainState,
     frozen: Mapping[str, Any],
     moving: Mapping[str, Flat],
@@ -197,13 +213,12 @@ def assembled(
     def model(leaves: Flat) -> batches.Model:
         return pytrees.cast(batches.as_model(exp, leaves), half)
 
-    teacher = frozen.get("teacher")
-    asks = exp.train.objective == "consistency"
+    teacher, objective = frozen.get("teacher"), objectives.of(train)
     return Networks(
         generator=model(flat["generator"]),
-        teacher=None if teacher is None else _teacher(exp, teacher, half),
+        teacher=None if teacher is None else _teacher(exp, objective.teacher, teacher, half),
         critic=_transformer(exp, flat["critic"], half) if "critic" in flat else None,
-        average=model(state.ema) if asks else None,
+        average=model(state.ema) if objective.average else None,
         hidden=frozen.get("hidden"),
         pixels=batches.as_codec(exp, frozen.get("codec")),
     )
@@ -213,18 +228,17 @@ def _transformer(exp: Experiment, leaves: Flat, dtype: str) -> dit.WanDiT:
     return pytrees.cast(batches.as_transformer(exp, leaves), dtype)
 
 
-def _teacher(exp: Experiment, leaves: Flat, dtype: str) -> Any:
-    """The teacher, whole where it looks back through a memory of its own, else its transformer."""
-    if exp.train.objective == "consistency":
+def _teacher(exp: Experiment, parts: Sequence[str], leaves: Flat, dtype: str) -> Any:
+    """The teacher of these parts: whole where it looks back through a memory of its own, else its transformer."""
+    if "compressor" in parts:
         return pytrees.cast(batches.as_model(exp, leaves), dtype)
     nothing: Any = None
     return batches.Model(dit=_transformer(exp, leaves, dtype), compressor=nothing)
 
 
-def averaged(exp: Experiment, state: TrainState, params: Flat) -> Flat:
+def averaged(train: TrainConfig, state: TrainState, params: Flat) -> Flat:
     """The running average after one more update: a copy until it begins, then of a memory that grows to `train.ema`."""
-    cfg = exp.train
-    alternates = cfg.distil.critic_updates if cfg.distils else 1
-    since = state.step // alternates + 1 - cfg.ema_from
-    keep = jnp.where(since > 0, jnp.minimum(cfg.ema, since / (since + 9)), 0.0)
+    alternates = train.distil.critic_updates if objectives.of(train).critic is not None else 1
+    since = state.step // alternates + 1 - train.ema_from
+    keep = jnp.where(since > 0, jnp.minimum(train.ema, since / (since + 9)), 0.0)
     return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, state.ema, dict(params))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from packforcing_jax import pytrees
-from packforcing_jax.config import DistilConfig, Experiment, SampleConfig
+from packforcing_jax.config import DistilConfig, Experiment, SampleConfig, TrainConfig
 from packforcing_jax.convert import rules, wan_dit
 from packforcing_jax.errors import require
 from packforcing_jax.networks import dit
@@ -32,13 +32,6 @@ def _ours(latent: np.ndarray) -> jax.Array:
 
 def _theirs(latent: jax.Array) -> jax.Array:
     return jnp.moveaxis(latent, -1, -3)
-
-
-def _distilling(exp: Experiment, shift: float, **distil: Any) -> Experiment:
-    """`exp` with settings of distillation."""
-    return dataclasses.replace(
-        exp, train=dataclasses.replace(exp.train, shift=shift, distil=DistilConfig(**distil))
-    )
 
 
 def _named(
@@ -71,13 +64,15 @@ def dmd_math(fixture: Fixture) -> Outputs:
     )
     count = config.get("num_train_timestep", schedules.TIMESTEPS)
     low, high = (count * bound for bound in TIMESTEP_BOUNDS)
-    exp = _distilling(
-        transformer.experiment(config, frames=x.shape[1], latent=(x.shape[2], x.shape[3])),
-        float(config["generator_timestep_shift"]),
-        guidance=float(config["guidance_scale"]),
-        score_shift=float(config["score_timestep_shift"]),
-        low=low,
-        high=high,
+    exp = transformer.experiment(config, frames=x.shape[1], latent=(x.shape[2], x.shape[3]))
+    train = TrainConfig(
+        shift=float(config["generator_timestep_shift"]),
+        distil=DistilConfig(
+            guidance=float(config["guidance_scale"]),
+            score_shift=float(config["score_timestep_shift"]),
+            low=low,
+            high=high,
+        ),
     )
     weights = {
         net: {
@@ -91,21 +86,22 @@ def dmd_math(fixture: Fixture) -> Outputs:
     given = (x, *(_ours(fixture.inputs[name]) for name in ("dmd_noise", "critic_noise")))
     texts = [jnp.asarray(fixture.inputs[name])[None] for name in ("context", "context_uncond")]
     raw = [jnp.asarray(config[name]) for name in ("raw_timestep", "critic_raw_timestep")]
-    out = jax.jit(_pulled, static_argnames="exp")(
-        exp, real, fake, given[0], given[1], raw[0], texts
+    out = jax.jit(_pulled, static_argnames=("exp", "train"))(
+        exp, train, real, fake, given[0], given[1], raw[0], texts
     )
-    told, grads = jax.jit(_criticised, static_argnames="exp")(
-        exp, fake, given[0], given[2], raw[1], texts[0]
+    told, grads = jax.jit(_criticised, static_argnames=("exp", "train"))(
+        exp, train, fake, given[0], given[2], raw[1], texts[0]
     )
     return out | told | _named("critic", fixture, weights["fake"], grads)
 
 
-def _timestep(exp: Experiment, raw: jax.Array) -> jax.Array:
-    return schedules.warp_uniform(raw, exp.train.shift, exp.train.distil.low, exp.train.distil.high)
+def _timestep(train: TrainConfig, raw: jax.Array) -> jax.Array:
+    return schedules.warp_uniform(raw, train.shift, train.distil.low, train.distil.high)
 
 
 def _pulled(
     exp: Experiment,
+    train: TrainConfig,
     real: dit.WanDiT,
     fake: dit.WanDiT,
     x: Latent,
@@ -114,15 +110,15 @@ def _pulled(
     texts: list[jax.Array],
 ) -> Outputs:
     """What both scores see, and the loss they make, over all frames and without the first block."""
-    timestep = _timestep(exp, raw)
-    noisy = distillation.noised(exp, x, noise, timestep)
+    timestep = _timestep(train, raw)
+    noisy = distillation.noised(train, x, noise, timestep)
     seen = {
-        "real_cond": distillation.score(real, exp, noisy, timestep, texts[0]),
-        "real_uncond": distillation.score(real, exp, noisy, timestep, texts[1]),
-        "fake": distillation.score(fake, exp, noisy, timestep, texts[0]),
+        "real_cond": distillation.score(real, exp, train.distil, noisy, timestep, texts[0]),
+        "real_uncond": distillation.score(real, exp, train.distil, noisy, timestep, texts[1]),
+        "fake": distillation.score(fake, exp, train.distil, noisy, timestep, texts[0]),
     }
     pull = distillation.pull(
-        x, seen["fake"], distillation.guided(seen["real_cond"], seen["real_uncond"], exp)
+        x, seen["fake"], distillation.guided(train.distil, seen["real_cond"], seen["real_uncond"])
     )
     counts = jnp.broadcast_to(jnp.arange(x.shape[1]) >= exp.cache.block, x.shape[:2])
     graded = jax.value_and_grad(distillation.matching_loss)
@@ -140,15 +136,21 @@ def _pulled(
 
 
 def _criticised(
-    exp: Experiment, fake: dit.WanDiT, x: Latent, noise: Latent, raw: jax.Array, text: jax.Array
+    exp: Experiment,
+    train: TrainConfig,
+    fake: dit.WanDiT,
+    x: Latent,
+    noise: Latent,
+    raw: jax.Array,
+    text: jax.Array,
 ) -> tuple[Outputs, dit.WanDiT]:
     """What the critic is told of the clip, and the gradients of its weights."""
-    timestep = _timestep(exp, raw)
-    noisy = distillation.noised(exp, x, noise, timestep)
-    sigma = schedules.sigma_at(schedules.table(exp.train.shift), timestep)
+    timestep = _timestep(train, raw)
+    noisy = distillation.noised(train, x, noise, timestep)
+    sigma = schedules.sigma_at(schedules.table(train.shift), timestep)
 
     def loss(fake: dit.WanDiT) -> tuple[jax.Array, Latent]:
-        clean = distillation.score(fake, exp, noisy, timestep, text)
+        clean = distillation.score(fake, exp, train.distil, noisy, timestep, text)
         return distillation.flow_loss(x, clean, noise, noisy, sigma), clean
 
     (value, clean), grads = jax.value_and_grad(loss, has_aux=True)(fake)
@@ -188,29 +190,32 @@ def self_forcing_train_rollout(fixture: Fixture) -> Outputs:
         noise=blocks,
         renoise=_ours(inputs["renoise"]),
         context=_ours(inputs["context_pass_noise"]),
-        lots=jnp.zeros((blocks.shape[0], exp.dit.layers, blocks.shape[1], 0)),
+        random=jnp.zeros((blocks.shape[0], exp.dit.layers, blocks.shape[1], 0)),
         gap=jnp.float32(0),
         exit=jnp.int32(config["exit_index"]),
     )
     context, weights = jnp.asarray(inputs["context"])[None], _ours(inputs["loss_weights"])
-    graded = jax.jit(_graded, static_argnames="exp")
+    graded = jax.jit(_graded, static_argnames=("exp", "distil"))
     out: Outputs = {"denoised_timestep_from_to": _bounds(sample, config["exit_index"])}
     for name, gradient in GRADIENTS.items():
-        settings = _distilling(
-            exp, sample.shift, gradient=gradient, noised_context=True, finished=False
-        )
-        loss, latents, (grads, _) = graded(settings, model, drawn, context, weights)
+        distil = DistilConfig(gradient=gradient, noised_context=True, finished=False)
+        loss, latents, (grads, _) = graded(exp, distil, model, drawn, context, weights)
         out |= {"loss": loss, "latents": _theirs(latents)} | _named(
             name, fixture, fixture.weights, grads
         )
         first = dataclasses.replace(drawn, exit=jnp.int32(0))
-        by_noise = graded(settings, model, first, context, weights)[2][1]
+        by_noise = graded(exp, distil, model, first, context, weights)[2][1]
         out[f"exit0_{name}.grad_wrt_noise"] = _theirs(batches.by_clip(by_noise))
     return out
 
 
 def _graded(
-    exp: Experiment, model: dit.WanDiT, drawn: rollout.Draws, context: jax.Array, weights: Latent
+    exp: Experiment,
+    distil: DistilConfig,
+    model: dit.WanDiT,
+    drawn: rollout.Draws,
+    context: jax.Array,
+    weights: Latent,
 ) -> tuple[jax.Array, Latent, tuple[dit.WanDiT, jax.Array]]:
     """(the weighted sum of a clip, the clip, the sum's gradients in the weights and in what the exit steps read)."""
     packs_nothing: Any = None
@@ -218,11 +223,13 @@ def _graded(
     def nets(model: dit.WanDiT) -> block_step.Nets:
         return block_step.Nets(dit=model, compressor=packs_nothing)
 
-    clip = rollout.draw(nets(model), exp, None, drawn, batches.text_kv(model, context))
+    clip = rollout.draw(nets(model), exp, distil, None, drawn, batches.text_kv(model, context))
 
     def total(model: dit.WanDiT, noisy: jax.Array) -> tuple[jax.Array, Latent]:
         text = batches.text_kv(model, context)
-        again = rollout.again(nets(model), exp, dataclasses.replace(clip, noisy=noisy), drawn, text)
+        again = rollout.again(
+            nets(model), exp, distil, dataclasses.replace(clip, noisy=noisy), drawn, text
+        )
         return (batches.by_clip(again) * weights).sum(), batches.by_clip(again)
 
     (loss, latents), grads = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(

@@ -12,11 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from packforcing_jax import pytrees
-from packforcing_jax.config import CacheConfig, DiTConfig, Experiment, SampleConfig, VAEConfig
+from packforcing_jax.config import (
+    CacheConfig,
+    DiTConfig,
+    Experiment,
+    SampleConfig,
+    StepConfig,
+    VAEConfig,
+)
 from packforcing_jax.convert import rules, wan_dit
 from packforcing_jax.errors import require
 from packforcing_jax.memory import cache
+from packforcing_jax.memory import layout as layouts
+from packforcing_jax.memory.cache import Memory
 from packforcing_jax.networks import dit
+from packforcing_jax.pytrees import PerLayer
 from packforcing_jax.sampling import block_step
 from packforcing_jax.types import KV, Latent
 from packforcing_jax.verify import parts
@@ -104,8 +114,7 @@ def _block_ends(frames: int, size: int) -> tuple[int, ...]:
 def _cache_config(config: Mapping[str, Any], frames: int) -> CacheConfig:
     """Self-Forcing's cache for clips of `frames`: all of it recent, or a sink and a window that rolls behind it.
 
-    The window counts the current block, and the oldest frames go when the next block needs their room: they are held
-    one block longer (`spare`) than they are seen.
+    The window counts the current block; the oldest frames go when the next block needs their room.
     """
     block, window = config["frames_per_block"], config.get("local_attn_size", -1)
     plain = CacheConfig(
@@ -120,7 +129,7 @@ def _cache_config(config: Mapping[str, Any], frames: int) -> CacheConfig:
     if window == -1:
         return plain
     sink = config["sink_size"]
-    return dataclasses.replace(plain, sink=sink, recent=window - sink - block, spare=block)
+    return dataclasses.replace(plain, sink=sink, recent=window - sink - block)
 
 
 def experiment(
@@ -148,7 +157,7 @@ def experiment(
 def _nets(fixture: Fixture, exp: Experiment) -> block_step.Nets:
     packs_nothing: Any = None
     return block_step.Nets(
-        dit=dit.unrolled(transformer(exp.dit, fixture.weights)), compressor=packs_nothing
+        dit=transformer(exp.dit, fixture.weights).unrolled(), compressor=packs_nothing
     )
 
 
@@ -161,43 +170,36 @@ def _by_layer(prefix: str, kept: list[KV]) -> Outputs:
     }
 
 
-@partial(jax.jit, static_argnames="exp")
+@partial(jax.jit, static_argnames="cfg")
 def _noisy_then_clean(
     nets: block_step.Nets,
-    exp: Experiment,
-    memory: cache.Memory,
+    cfg: StepConfig,
+    memory: Memory,
     noisy: Latent,
     times: jax.Array,
     clean: Latent,
-    text: list[KV],
-) -> tuple[Latent, Latent, cache.Memory]:
+    text: PerLayer[KV],
+) -> tuple[Latent, Latent, Memory]:
     """The network's output for a noisy block and for the clean one at timestep 0, and the memory after the latter."""
-    flow, _ = _flow(nets, exp, memory, noisy, times, text)
-    flow_clean, drawn = _flow(nets, exp, memory, clean, jnp.zeros_like(times), text)
-    memory, *_ = block_step.remember(
-        nets, exp, memory, latent=clean, low=clean, drawn=drawn, text=text
+    flow = _flow(nets, cfg, memory, noisy, times, text)
+    flow_clean = _flow(nets, cfg, memory, clean, jnp.zeros_like(times), text)
+    memory, _ = block_step.commit_block(
+        nets, cfg, memory, latent=clean, low=clean, selection=None, text=text
     )
     return flow, flow_clean, memory
 
 
 def _flow(
     nets: block_step.Nets,
-    exp: Experiment,
-    memory: cache.Memory,
+    cfg: StepConfig,
+    memory: Memory,
     latent: Latent,
     times: jax.Array,
-    text: list[KV],
-) -> tuple[Latent, block_step.Drawn]:
-    """The network's output for the next block at a timestep per frame [b, t], and what each layer looked back on."""
-    seen, no_lots = (
-        cache.plan(exp.cache, memory.num_blocks),
-        [jnp.zeros((len(latent), 0))] * exp.dit.layers,
-    )
-    past = pytrees.zipped(memory.layers, no_lots)
-    flow, kept = block_step.guess(
-        nets, exp, seen, latent, times, times / 1000, text, past, look=block_step.first_look
-    )
-    return flow, block_step.Drawn(flow, *pytrees.unzip(kept))
+    text: PerLayer[KV],
+) -> Latent:
+    """The network's output for the next block at a timestep per frame [b, t]."""
+    layout, views = layouts.layout(cfg.cache, memory.progress), block_step.views_of(memory)
+    return block_step.predict_x0(nets, cfg, layout, latent, times, times / 1000, text, views)[0]
 
 
 def causal_dit_kvcache(fixture: Fixture) -> Outputs:
@@ -207,12 +209,12 @@ def causal_dit_kvcache(fixture: Fixture) -> Outputs:
     raw = SampleConfig(prediction="clean")  # what the network returns is what the file holds
     exp = experiment(fixture.config, frames=blocks * size, latent=noisy.shape[-2:], sample=raw)
     nets = _nets(fixture, exp)
-    text = jax.jit(dit.text_kv)(nets.dit, _context(fixture, exp.dit))
-    memory, out = cache.init(exp, batch), _by_layer("crossattn", text)
+    text = jax.jit(dit.WanDiT.text_kv)(nets.dit, _context(fixture, exp.dit))
+    memory, out = cache.init(exp.memory, batch), _by_layer("crossattn", text)
     for block, times in enumerate(fixture.inputs["t"]):
         flow, flow_clean, memory = _noisy_then_clean(
             nets,
-            exp,
+            exp.step,
             memory,
             parts.ours(noisy[block]),
             jnp.asarray(np.tile(times, (batch, 1))),
@@ -223,9 +225,9 @@ def causal_dit_kvcache(fixture: Fixture) -> Outputs:
         out[f"block{block}.flow_clean_t0"] = parts.theirs(flow_clean)
         out |= _by_layer(
             f"block{block}.after_clean.kv",
-            pytrees.unstack(cache.export(exp, memory), exp.dit.layers),
+            pytrees.unstack(cache.export(exp.memory, memory), exp.dit.layers),
         )
-        ends = cache.end_indices(exp, memory)
+        ends = cache.end_indices(exp.memory, memory)
         out |= {
             f"block{block}.after_clean.kv.{layer}.end_index_global_local": ends
             for layer in range(exp.dit.layers)
@@ -233,24 +235,24 @@ def causal_dit_kvcache(fixture: Fixture) -> Outputs:
     return out
 
 
-@partial(jax.jit, static_argnames="exp")
-def _draw_and_remember(
+@partial(jax.jit, static_argnames="cfg")
+def _next_block(
     nets: block_step.Nets,
-    exp: Experiment,
-    memory: cache.Memory,
+    cfg: StepConfig,
+    memory: Memory,
     noise: Latent,
     renoise: jax.Array,
-    text: list[KV],
-) -> tuple[Latent, cache.Memory]:
+    text: PerLayer[KV],
+) -> tuple[Latent, Memory]:
     """The next block and the memory that holds it."""
-    chance = block_step.Chance(
-        noise=noise, renoise=renoise, lots=jnp.zeros((exp.dit.layers, len(noise), 0))
+    no_scores = jnp.zeros((cfg.memory.layers, len(noise), 0))
+    given = block_step.Noise(noise=noise, renoise=renoise, random=no_scores)
+    memory, denoised = block_step.denoise_block(nets, cfg, memory, noise=given, text=text)
+    latent, selection = denoised.latent, denoised.selection
+    memory, _ = block_step.commit_block(
+        nets, cfg, memory, latent=latent, low=latent, selection=selection, text=text
     )
-    drawn = block_step.draw(nets, exp, memory, chance=chance, text=text)
-    memory, *_ = block_step.remember(
-        nets, exp, memory, latent=drawn.latent, low=drawn.latent, drawn=drawn, text=text
-    )
-    return drawn.latent, memory
+    return latent, memory
 
 
 def causal_rollout(fixture: Fixture) -> Outputs:
@@ -272,16 +274,16 @@ def causal_rollout(fixture: Fixture) -> Outputs:
     exp = experiment(
         config, frames=noise.shape[1], latent=(noise.shape[2], noise.shape[3]), sample=sample
     )
-    nets, memory, latents = _nets(fixture, exp), cache.init(exp, len(noise)), []
-    text = jax.jit(dit.text_kv)(nets.dit, _context(fixture, exp.dit))
+    nets, memory, latents = _nets(fixture, exp), cache.init(exp.memory, len(noise)), []
+    text = jax.jit(dit.WanDiT.text_kv)(nets.dit, _context(fixture, exp.dit))
     for block, fresh in enumerate(renoise):
         start = block * exp.cache.block
-        latent, memory = _draw_and_remember(
-            nets, exp, memory, noise[:, start : start + exp.cache.block], fresh, text
+        latent, memory = _next_block(
+            nets, exp.step, memory, noise[:, start : start + exp.cache.block], fresh, text
         )
         latents.append(latent)
     return {
         "denoising_step_list_warped": block_step.step_table(sample)[0],
         "latents": einops.rearrange(jnp.concatenate(latents, axis=1), "b t y x c -> b t c y x"),
-        **_by_layer("final_kv", pytrees.unstack(cache.export(exp, memory), exp.dit.layers)),
+        **_by_layer("final_kv", pytrees.unstack(cache.export(exp.memory, memory), exp.dit.layers)),
     }

@@ -1,0 +1,182 @@
+"""Who the next block sees, and at which positions in time: functions of how far the video has come, nothing else.
+
+Positions are laid out behind the sink, or moved so that the current block lies at its true frame: attention depends on
+differences only, so both are the same (paper fig. 2c adds to each position what was dropped behind it).
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+from jaxtyping import Float, Int
+
+from packforcing_jax.config import CacheConfig, MemorySpec
+from packforcing_jax.networks import rope
+from packforcing_jax.policies.eviction import FIFO
+from packforcing_jax.types import Length
+
+
+@struct.dataclass
+class Progress:
+    """How far a video has come; every mask, slot and position of the memory is derived from it.
+
+    A scene cut moves `scene_start` and `first_visible` to the next block, a flush moves `first_visible` alone.
+    """
+
+    num_blocks: Int[Array, ""]  # finished blocks of the video
+    scene_start: Int[Array, ""]  # block that the sink begins with
+    first_visible: Int[Array, ""]  # first block that may be seen behind the sink
+
+    def after_block(self) -> "Progress":
+        """The same with one more finished block."""
+        return dataclasses.replace(self, num_blocks=self.num_blocks + 1)
+
+
+@struct.dataclass
+class Layout:
+    """Counts and positions in time of what the next block sees."""
+
+    num_blocks: Array
+    start: Array  # true number of the current block's first frame
+    scene: Array  # true number of the sink's first frame
+    origin: Array  # true number of the first frame that went into the ring behind the sink
+    sink: Array  # valid sink frames
+    recent: Array  # visible recent frames
+    chosen: Array  # attended packed blocks
+    ids: Array  # [slot] block whose packed twin lies in each slot of the archive, -1 where none is visible
+    step: Array  # positions that one packed block takes
+    sink_at: Array  # position of the sink's first frame
+    mid_at: Array  # where a row of packed blocks that ends before `recent` begins
+    recent_at: Array
+    current_at: Array
+
+
+def begin(blocks: int | Array = 0) -> Progress:
+    """The progress of a video of so many finished blocks, without a cut or a flush."""
+    return Progress(*(jnp.asarray(x, jnp.int32) for x in (blocks, 0, 0)))
+
+
+def layout(cfg: CacheConfig, progress: Progress, gap: Array | float = 0.0) -> Layout:
+    """What the next block sees, everything before `recent` moved `gap` frames further back (training jitter).
+
+    `rope_adjustment="none"` leaves the sink at its true frames.
+    """
+    start, scene = progress.num_blocks * cfg.block, progress.scene_start * cfg.block
+    origin = jnp.maximum(scene + cfg.sink, progress.first_visible * cfg.block)
+    sink = jnp.minimum(start - scene, cfg.sink)
+    behind = jnp.maximum(start - origin, 0)
+    recent = jnp.minimum(behind, cfg.recent)
+    ids, visible = _visible(cfg, origin // cfg.block, behind // cfg.block)
+    chosen = jnp.minimum(visible, cfg.attended)
+
+    step = jnp.float32(cfg.block)
+    if cfg.span == "fit":
+        room = float(max(cfg.trained - cfg.sink - cfg.recent - cfg.block, 1))
+        step = jnp.minimum(step, room / jnp.maximum(chosen, 1))
+    row = sink + chosen * step + gap + recent
+    moved = 0.0 if cfg.rope_adjustment == "sink" else start - row
+    positions = {
+        "sink_at": scene if cfg.rope_adjustment == "none" else moved,
+        "mid_at": moved + sink,
+        "recent_at": moved + row - recent,
+        "current_at": moved + row,
+    }
+    return Layout(
+        num_blocks=progress.num_blocks,
+        start=start,
+        scene=scene,
+        origin=origin,
+        sink=sink,
+        recent=recent,
+        chosen=chosen,
+        ids=ids,
+        step=step,
+        **{name: jnp.asarray(value, jnp.float32) for name, value in positions.items()},
+    )
+
+
+def _visible(cfg: CacheConfig, origin: Array, written: Array) -> tuple[Array, Array]:
+    """Ids [slot] of the archive's blocks that have left `recent`, -1 elsewhere, and how many these are."""
+    if cfg.slots == 0:
+        return jnp.zeros(0, jnp.int32), jnp.int32(0)
+    held = cfg.evicts.ids_in(written, cfg.slots)
+    visible = (held >= 0) & (held < written - cfg.recent // cfg.block)
+    return jnp.where(visible, held + origin, -1).astype(jnp.int32), visible.sum()
+
+
+def packed_slot(cfg: CacheConfig, layout: Layout) -> Array:
+    """Slot of the archive that the current block's packed twin goes to, negative where it is not kept."""
+    written = (layout.start - layout.origin) // cfg.block
+    return jnp.where(written >= 0, cfg.evicts.slot_of(jnp.maximum(written, 0), cfg.slots), -1)
+
+
+# The frames of a view, which begins with the sink and a ring of recent frames and the current block
+
+
+def frame_slots(cfg: CacheConfig, layout: Layout, frames: Array) -> Array:
+    """Where in a view, in frames, the frames of true numbers `frames` lie."""
+    in_sink = frames - layout.scene
+    in_ring = cfg.sink + FIFO.slot_of(frames - layout.origin, cfg.ring)
+    return jnp.where(in_sink < cfg.sink, in_sink, in_ring)
+
+
+def frame_positions(cfg: CacheConfig, layout: Layout, frames: Array) -> Array:
+    """Positions in time of frames of the sink, of `recent` and of the current block, by their true numbers."""
+    in_sink = frames - layout.scene
+    behind = layout.current_at + frames - layout.start
+    return jnp.where(in_sink < cfg.sink, layout.sink_at + in_sink, behind)
+
+
+def recent_frames(cfg: CacheConfig, layout: Layout) -> Int[Array, " frame"]:
+    """True numbers of the `cfg.recent` frames that may be visible, in order; the first `layout.recent` of them are."""
+    return layout.start - layout.recent + jnp.arange(cfg.recent)
+
+
+def recent_block(layout: Layout, first: int) -> Layout:
+    """The layout of the recent block that begins `first` frames into `recent`, behind the sink and those before it."""
+    return dataclasses.replace(
+        layout,
+        start=layout.start - layout.recent + first,
+        recent=jnp.full_like(layout.recent, first),
+        chosen=jnp.zeros_like(layout.chosen),
+        current_at=layout.recent_at + first,
+    )
+
+
+def length(spec: MemorySpec, layout: Layout, frames: int | None = None) -> Length:
+    """Valid keys of a view, the `frames` that are denoised together (one block) among them."""
+    full_res = layout.sink + layout.recent + (frames or spec.cache.block)
+    return full_res * spec.tokens_per_frame + layout.chosen * spec.tokens_per_packed_block
+
+
+# Positions of tokens
+
+
+def packed_positions(spec: MemorySpec) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of a packed block's tokens: (frames after the block's first [p], grid positions [p, 2]).
+
+    Each token sits at the centre of the cells it stands for; frames that only pad the block do not count.
+    """
+    slots, rows, columns = spec.packed_grid
+    block, (frames_each, *tokens_each) = spec.cache.block, spec.packed_stride
+    frames = np.minimum(np.arange(slots * frames_each), spec.packed_frames - 1).reshape(slots, -1)
+    frames = np.ma.masked_greater_equal(frames, block).mean(axis=1).filled(block - 1)
+    down, across = np.arange(rows), np.arange(columns)
+    if spec.packed_places == "stretched":
+        down, across = (
+            (np.arange(size) + 0.5) * each - 0.5 for size, each in zip((rows, columns), tokens_each)
+        )
+    return np.repeat(frames, rows * columns).astype(np.float32), rope.grid(down, across, slots)
+
+
+def current_times(spec: MemorySpec, layout: Layout, frames: int) -> Float[Array, " q"]:
+    """Position in time of each token of the next `frames` frames."""
+    places = np.repeat(np.arange(frames), spec.tokens_per_frame).astype(np.float32)
+    return layout.current_at + jnp.asarray(places)
+
+
+def packed_times(spec: MemorySpec, layout: Layout) -> Float[Array, " p"]:
+    """Position in time of each token of the current block's packed twin."""
+    return layout.current_at + jnp.asarray(packed_positions(spec)[0])

@@ -1,0 +1,227 @@
+"""The player: the one function that makes the next block of a batch of videos, whatever archive, dtype and selection.
+
+`Pipeline`, evaluation, previews and benchmarks call `next_block`; plans are counted from its programs.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+from jaxtyping import Int
+
+from packforcing_jax import pytrees
+from packforcing_jax.config import Experiment, MemorySpec, StepConfig
+from packforcing_jax.memory import cache
+from packforcing_jax.memory.cache import Memory, Selection
+from packforcing_jax.networks import codec
+from packforcing_jax.pytrees import PerLayer
+from packforcing_jax.sampling import block_step, host_archive
+from packforcing_jax.sampling.block_step import Denoised, Nets
+from packforcing_jax.types import KV, Latent, TextStates, Video
+
+
+class Model(Protocol):
+    """What the player needs of a model."""
+
+    @property
+    def experiment(self) -> Experiment: ...
+    @property
+    def nets(self) -> Nets: ...
+    @property
+    def pixels(self) -> codec.Codec: ...
+
+
+@struct.dataclass
+class State:
+    """Everything between two blocks of a batch of videos; one pytree, to be saved and gone on from anywhere.
+
+    The block counter of the memory is also the position in the timeline.
+    """
+
+    memory: Memory
+    archive: host_archive.Archive  # packed blocks in host memory; empty where they lie in `memory`
+    decoder: Any
+    seeds: Int[Array, " b"]
+    videos: Int[Array, " b"]  # ids, which with the seed decide the noise
+
+
+@struct.dataclass
+class Block:
+    """The next block of every video: as it was denoised, shown, and committed."""
+
+    frames: Array  # [b, t, height, width, 3] in [-1, 1]
+    latent: Array  # [b, t, y, x, c]
+    selection: PerLayer[Selection]
+
+
+def start(model: Model, *, seeds: Any, videos: Any) -> State:
+    """The state before the first block; `seeds` is one for all videos, or one for each.
+
+    It lies where the weights do, as what a block leaves behind: a program compiled for one fits the other.
+    """
+    exp, batch, dtype = model.experiment, len(videos), jnp.dtype(model.experiment.dtypes.cache)
+    videos = jnp.asarray(videos, jnp.uint32)
+    state = State(
+        memory=cache.init(exp.memory, batch, dtype),
+        archive=[],
+        decoder=codec.init_decoder(model.pixels, batch, *exp.latent),
+        seeds=jnp.broadcast_to(jnp.asarray(seeds, jnp.uint32), videos.shape),
+        videos=videos,
+    )
+    state = jax.device_put(state, beside(model.nets))
+    return dataclasses.replace(state, archive=host_archive.init(exp.memory, batch, dtype))
+
+
+def beside(nets: Nets) -> Any:
+    """Where what belongs to these weights is put, None for weights of which only shapes are known."""
+    return getattr(jax.tree.leaves(nets)[0], "sharding", None)
+
+
+def next_block(
+    model: Model, state: State, text: Any, *, given: Latent | None = None
+) -> tuple[State, Block]:
+    """One more block of every video, its text as keys and values per layer; `state` is used up.
+
+    A block that is `given` [b, t, y, x, c] is committed in place of the denoised one.
+    """
+    exp = model.experiment
+    progress = jax.tree.map(jnp.copy, state.memory.progress)  # the memory it lies in is used up
+    opens = exp.codec.time_factor > 1 and int(progress.num_blocks) == 0
+    memory, denoised = denoise(model, state, text)
+    frames, low, decoder = show_program(
+        model.pixels,
+        state.decoder,
+        denoised.latent,
+        given,
+        first=opens,
+        latents=exp.packed_grid[0],
+        pool=exp.compressor.pool,
+    )
+    latent = denoised.latent if given is None else given
+    memory, packed = commit_program(
+        model.nets, exp.step, memory, latent, low, denoised.selection, text
+    )
+    if packed is not None:
+        host_archive.put(exp.memory, state.archive, progress, packed)
+    state = dataclasses.replace(state, memory=memory, decoder=decoder)
+    return state, Block(frames=frames, latent=denoised.latent, selection=denoised.selection)
+
+
+def denoise(model: Model, state: State, text: Any) -> tuple[Memory, Denoised]:
+    """The next block as it is denoised, and the memory with other scratch; the memory of `state` is used up."""
+    cfg = model.experiment.step
+    if cfg.cache.archive == "device":
+        return denoise_program(model.nets, cfg, state.memory, state.seeds, state.videos, text)
+    noise = noise_program(cfg, state.seeds, state.videos, state.memory.num_blocks)
+    return host_archive.denoise(
+        model.nets, cfg, state.memory, state.archive, noise=noise, text=text
+    )
+
+
+# The programs
+
+
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="memory")
+def denoise_program(
+    nets: Nets, cfg: StepConfig, memory: Memory, seeds: Array, videos: Array, text: Any
+) -> tuple[Memory, Denoised]:
+    """`block_step.denoise_block` with the noise of (seed, video, block), in place."""
+    noise = block_step.draw_noise(cfg, seeds, videos, memory.num_blocks)
+    nets = pytrees.cast(nets, cfg.compute)
+    return block_step.denoise_block(nets, cfg, memory, noise=noise, text=text)
+
+
+noise_program = jax.jit(block_step.draw_noise, static_argnames="cfg")
+
+
+@functools.partial(jax.jit, static_argnames=("first", "latents", "pool"))
+def show_program(
+    pixels: codec.Codec,
+    decoder: Any,
+    latent: Latent,
+    given: Latent | None = None,
+    *,
+    first: bool,
+    latents: int,
+    pool: tuple[int, int, int],
+) -> tuple[Video, Latent, Any]:
+    """(frames of `latent`, `latents` low-resolution latents for packing, the decoder after them).
+
+    What is packed, and what the decoder goes on from, is the block that is `given`, if one is.
+    """
+    frames, after = codec.decode_chunk(pixels, decoder, latent, first=first)
+    committed = frames
+    if given is not None:
+        committed, after = codec.decode_chunk(pixels, decoder, given, first=first)
+    low = codec.low_resolution(pixels, committed, latents=latents, pool=pool)
+    return frames, low, after
+
+
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="memory")
+def commit_program(
+    nets: Nets,
+    cfg: StepConfig,
+    memory: Memory,
+    latent: Latent,
+    low: Latent,
+    selection: PerLayer[Selection],
+    text: Any,
+) -> tuple[Memory, PerLayer[KV] | None]:
+    """`block_step.commit_block`, in place."""
+    nets = pytrees.cast(nets, cfg.compute)
+    return block_step.commit_block(
+        nets, cfg, memory, latent=latent, low=low, selection=selection, text=text
+    )
+
+
+@functools.partial(jax.jit, static_argnames="compute")
+def text_program(model: Any, compute: str, states: TextStates) -> PerLayer[Any]:
+    """What each layer reads of prompts."""
+    return pytrees.cast(model, compute).text_kv(states)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def sink_sum(spec: MemorySpec, memory: Memory) -> Array:
+    """The bits of all sink values, and of its keys where they stay, added up as one unsigned number."""
+    tokens = spec.cache.sink * spec.tokens_per_frame
+    moves = spec.cache.rope_adjustment in ("incremental", "sink_only")
+    sizes = {2: jnp.uint16, 4: jnp.uint32}
+    total = jnp.uint32(0)
+    layers: Any = memory.layers  # one by one, as in sampling
+    for layer in layers:
+        kept = (layer.view.v,) if moves else (layer.view.k, layer.view.v)
+        for store in kept:
+            bits = jax.lax.bitcast_convert_type(store[:, :tokens], sizes[store.dtype.itemsize])
+            total = total + bits.sum(dtype=jnp.uint32)
+    return total
+
+
+# What has to be kept of a state to go on from it
+
+
+def strip_scratch(model: Model, state: State) -> State:
+    """`state` without its scratch."""
+    memory = cache.strip_scratch(model.experiment.memory, state.memory)
+    return dataclasses.replace(state, memory=memory)
+
+
+def with_scratch(model: Model, state: State) -> State:
+    """A state that was stripped, with new scratch, beside the weights."""
+    archive, spec = state.archive, model.experiment.memory
+    state = dataclasses.replace(state, memory=cache.with_scratch(spec, state.memory), archive=[])
+    return dataclasses.replace(jax.device_put(state, beside(model.nets)), archive=archive)
+
+
+def abstract_state(model: Model, videos: int = 1) -> State:
+    """Shapes and dtypes of a stripped state; packed blocks in host memory stand there as themselves."""
+    exp = model.experiment
+
+    def stripped() -> State:
+        return strip_scratch(model, start(model, seeds=0, videos=[0] * videos))
+
+    archive = host_archive.init(exp.memory, videos, jnp.dtype(exp.dtypes.cache))
+    return dataclasses.replace(jax.eval_shape(stripped), archive=archive)

@@ -1,0 +1,260 @@
+"""Blocks that are not denoised one by one: given ones, windows of several, and recent ones committed again."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from packforcing_jax.errors import InputError
+from packforcing_jax.memory import cache
+from packforcing_jax.memory import layout as layouts
+from packforcing_jax.networks import dit
+from packforcing_jax.sampling import block_step
+
+ADJUSTMENTS = ("sink", "incremental", "sink_only", "none")
+CONTEXT, OTHER = tiny.normal(2, 2, 15, 10), tiny.normal(3, 2, 15, 10)
+LATENTS, LOWS = tiny.latents(9, seed=21), tiny.lows(9, seed=22)
+
+
+def text_of(context, exp=tiny.EXP):
+    return tiny.text_kv(tiny.apart(exp).dit, context)
+
+
+def give(exp, memory, block, context, selection=None):
+    """`memory` with block number `block` of LATENTS committed as it is."""
+    return tiny.commit(
+        tiny.apart(exp) if exp.dit != tiny.EXP.dit else tiny.apart(),
+        exp.step,
+        memory,
+        latent=LATENTS[block],
+        low=LOWS[block],
+        selection=selection,
+        text=text_of(context, exp) if exp.dit != tiny.EXP.dit else text_of(context),
+    )[0]
+
+
+def given(exp, blocks, context=CONTEXT, memory=None):
+    """A memory of given blocks."""
+    memory = cache.init(exp.memory, tiny.BATCH) if memory is None else memory
+    for block in blocks:
+        memory = give(exp, memory, block, context)
+    return memory
+
+
+def close(ours, theirs, atol=1e-5):
+    jax.tree.map(partial(np.testing.assert_allclose, atol=atol), ours, theirs)
+
+
+# Given blocks
+
+
+@pytest.mark.parametrize("rule", ADJUSTMENTS)
+def test_a_given_block_is_committed_behind_the_newest_packed_ones(rule):
+    """As one that was denoised with them; none of what its place in the views held before is seen."""
+    exp = tiny.with_cache(rope_adjustment=rule, selection="recency")
+    memory, text = given(exp, range(6)), text_of(CONTEXT)
+    after, done = tiny.denoise(tiny.apart(), exp.step, memory, noise=tiny.noise(exp, 6), text=text)
+    assert (tiny.ids(done) == [3, 4]).all()
+    ours = give(exp, memory, 6, CONTEXT)
+    theirs = give(exp, after, 6, CONTEXT, done.selection)
+    close(tiny.committed(exp, ours), tiny.committed(exp, theirs), atol=1e-6)
+    for one, other in zip(ours.layers, theirs.layers, strict=True):
+        close((one.packed, one.at, one.recent), (other.packed, other.at, other.recent), atol=1e-6)
+    there = layouts.recent_block(layouts.layout(exp.cache, ours.progress), 0)
+    np.testing.assert_array_equal(cache.recent_latents(exp.memory, ours, there), LATENTS[6])
+
+
+# Windows
+
+NO_PACKED = {"top": 0, "capacity": 0, "sink": 3, "recent": 3}
+
+
+def windowed(layers, window, rule="sink"):
+    """An experiment in which blocks are denoised together; its prediction is the network's output."""
+    exp = tiny.with_cache(**NO_PACKED, window=window, rope_adjustment=rule)
+    return dataclasses.replace(
+        exp,
+        dit=dataclasses.replace(exp.dit, layers=layers),
+        sample=dataclasses.replace(exp.sample, prediction="clean"),
+    )
+
+
+@partial(tiny.jit, static_argnums=0)
+def predict(exp, nets, memory, noisy, times, text):
+    """(the network's output for frames that are denoised together, the memory with them in its views)"""
+    layout = layouts.layout(exp.cache, memory.progress)
+    views = block_step.views_of(memory)
+    output, views = block_step.predict_x0(
+        nets, exp.step, layout, noisy, times, times / 1000, text, views
+    )
+    return output, block_step.with_views(memory, views)
+
+
+parallel = tiny.jit(dit.parallel, static_argnames="block_ends")
+
+
+def dense(exp, clean, noisy, times):
+    """One pass over clean frames and a window behind them, by the transformer's own attention."""
+    frames = jnp.concatenate([*clean, noisy], axis=1)
+    at = jnp.concatenate([jnp.zeros((2, frames.shape[1] - times.shape[1])), times], axis=1)
+    ends = (*(3 * (i + 1) for i in range(len(clean))), frames.shape[1])
+    whole = parallel(tiny.nets(exp).dit, frames, at, CONTEXT, block_ends=ends)
+    return whole[:, -times.shape[1] :]
+
+
+WINDOWS = [  # layers, blocks before it, frames of the largest window, and of this one
+    (2, 0, 6, 6),  # an empty memory
+    (2, 1, 6, 6),  # the sink alone
+    (2, 2, 6, 6),  # nothing has left `recent` yet
+    (1, 3, 6, 6),  # with one layer, what has left does not matter
+    (1, 4, 6, 6),
+    (1, 5, 6, 6),
+    (1, 5, 9, 9),
+    (1, 5, 9, 6),  # the last window of a video
+    (1, 5, 9, 3),
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "layers", "blocks", "window", "frames"),
+    [("sink", *one) for one in WINDOWS]
+    + [("none", *one) for one in WINDOWS[:3]],  # later its sink is further away than in one pass
+)
+def test_a_window_with_levels_of_its_own_is_one_dense_pass(rule, layers, blocks, window, frames):
+    """Over the sink, the recent block and all frames of the window, whatever had been laid there before."""
+    exp = windowed(layers, window, rule)
+    memory = given(exp, range(blocks))
+    noisy = tiny.normal(31, 2, frames, *exp.latent, 12)
+    times = jnp.abs(tiny.normal(32, 2, frames)) * 300 + jnp.arange(frames)[None] * 20
+    clean = [
+        LATENTS[b] for b in sorted({*range(min(blocks, 1)), *range(max(blocks - 1, 0), blocks)})
+    ]
+    text = text_of(CONTEXT, exp)
+    _, memory = predict(exp, tiny.apart(exp), memory, 9 * noisy, times, text)
+    output, memory = predict(exp, tiny.apart(exp), memory, noisy, times, text)
+    expected = dense(exp, clean, noisy, times)
+    np.testing.assert_allclose(output, expected, atol=1e-5 * np.abs(expected).max())
+    apart = predict(exp, tiny.apart(exp), memory, noisy[:, :3], times[:, :3], text)[0]
+    assert (np.abs(apart - output[:, :3]).max() > 1e-3) == (frames > 3)  # frames hear each other
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2, 3, 4, 5])
+def test_a_window_leaves_the_memory_alone_and_its_first_block_is_committed_as_one(blocks):
+    exp = windowed(2, 6)
+    memory, text = given(exp, range(blocks)), text_of(CONTEXT, exp)
+    noisy, times = tiny.normal(31, 2, 6, *exp.latent, 12), jnp.full((2, 6), 700.0)
+    _, after = predict(exp, tiny.apart(exp), memory, noisy, times, text)
+    jax.tree.map(
+        np.testing.assert_array_equal, tiny.committed(exp, memory), tiny.committed(exp, after)
+    )
+    ours, theirs = (give(exp, x, blocks, CONTEXT) for x in (after, memory))
+    jax.tree.map(
+        np.testing.assert_array_equal, tiny.committed(exp, ours), tiny.committed(exp, theirs)
+    )
+    one_by_one = given(tiny.with_cache(exp, window=0), range(blocks + 1))
+    close(tiny.committed(exp, ours), tiny.committed(exp, one_by_one), atol=1e-6)
+
+
+# Committing again
+
+recommit = tiny.jit(block_step.recommit, static_argnames="cfg")
+LONG = {"sink": 3, "recent": 6, "capacity": 4}
+
+
+def again(exp, memory, context):
+    return recommit(tiny.apart(), exp.step, memory, text=text_of(context))
+
+
+@pytest.mark.parametrize("rule", ADJUSTMENTS)
+@pytest.mark.parametrize("blocks", [0, 1, 2, 3])
+def test_the_same_text_gives_back_what_was_committed(rule, blocks):
+    """While nothing has left `recent`, and so every block still sees what it saw."""
+    exp = tiny.with_cache(**LONG, rope_adjustment=rule)
+    memory = given(exp, range(blocks))
+    after = again(exp, memory, CONTEXT)
+    close(tiny.committed(exp, after), tiny.committed(exp, memory))
+    for one, other in zip(after.layers, memory.layers, strict=True):
+        close((one.sink, one.recent), (other.sink, other.recent))
+
+
+@pytest.mark.parametrize("rule", ADJUSTMENTS)
+@pytest.mark.parametrize("blocks", [2, 3])
+def test_another_text_gives_the_keys_of_blocks_that_were_committed_under_it(rule, blocks):
+    """All but the sink's, now and once another block has followed."""
+    exp = tiny.with_cache(**LONG, rope_adjustment=rule)
+    memory = given(exp, range(blocks))
+    after = again(exp, memory, OTHER)
+    expected = given(exp, range(1, blocks), OTHER, given(exp, range(1)))
+    close(tiny.committed(exp, after), tiny.committed(exp, expected))
+    now, before = (tiny.committed(exp, x) for x in (after, memory))
+    np.testing.assert_array_equal(now.v[:, :, :3], before.v[:, :, :3])
+    assert np.abs(now.v[1, :, 3:] - before.v[1, :, 3:]).max() > 1e-2  # a layer behind the text
+    later, wanted = (given(exp, [blocks], OTHER, x) for x in (after, expected))
+    ours, theirs = (tiny.committed(exp, x) for x in (later, wanted))
+    close(ours.v[0], theirs.v[0], atol=1e-6)
+    if blocks == 2:  # nothing packed is seen yet, which was packed under the first text
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("rule", ADJUSTMENTS)
+def test_packed_blocks_and_all_that_is_not_recent_stay_bit_for_bit(rule):
+    exp = tiny.with_cache(**LONG, rope_adjustment=rule)
+    memory = given(exp, range(7))
+    after = again(exp, memory, OTHER)
+    for one, other in zip(after.layers, memory.layers, strict=True):
+        parts = ((x.packed, x.sink, x.at, x.sink_at) for x in (one, other))
+        jax.tree.map(np.testing.assert_array_equal, *parts)
+    same = ((x.latents, x.progress) for x in (after, memory))
+    jax.tree.map(np.testing.assert_array_equal, *same)
+    now, before = (tiny.committed(exp, x) for x in (after, memory))
+    for name in ("k", "v"):
+        old, new = getattr(before, name), getattr(now, name)
+        np.testing.assert_array_equal(old[:, :, :3], new[:, :, :3])
+        assert (old[1, :, 3:] != new[1, :, 3:]).all(axis=(0, 2, 3, 4)).all()
+
+
+def test_recent_blocks_see_the_sink_and_the_recent_blocks_before_them_alone():
+    """After six blocks of one text, as if the last two had followed the sink at once under the other."""
+    exp = tiny.with_cache(**{**LONG, "top": 0, "capacity": 0})
+    after = again(exp, given(exp, range(6)), OTHER)
+    behind_sink = cache.flush(exp.memory, given(exp, range(4)))
+    expected = given(exp, [4, 5], OTHER, behind_sink)
+    close(tiny.committed(exp, after), tiny.committed(exp, expected))
+
+
+@pytest.mark.parametrize(("sink", "recent"), [(1, 6), (3, 4)])
+def test_what_is_not_whole_blocks_cannot_be_committed_again(sink, recent):
+    exp = tiny.with_cache(top=0, capacity=0, sink=sink, recent=recent)
+    with pytest.raises(
+        InputError, match=rf"cache\.sink={sink} and recent={recent} must be whole blocks of 3"
+    ):
+        again(exp, given(exp, range(3)), OTHER)
+
+
+# Scratch
+
+
+@pytest.mark.parametrize("rule", ADJUSTMENTS)
+@pytest.mark.parametrize("blocks", [0, 1, 6])
+def test_a_memory_without_scratch_goes_on_as_if_it_had_kept_it(rule, blocks):
+    exp = tiny.with_cache(rope_adjustment=rule)
+    memory, spec, text = tiny.rollout(exp, blocks)[1], exp.memory, tiny.words()
+    kept = cache.strip_scratch(spec, memory)
+    empty = cache.init(spec, tiny.BATCH, scratch=False)
+    assert jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, empty)
+    assert all(layer.view.k.shape[1] == spec.full_res for layer in kept.layers)
+    again = cache.with_scratch(spec, kept)
+    assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, memory)
+    jax.tree.map(np.testing.assert_array_equal, cache.strip_scratch(spec, again), kept)
+    found = [tiny.one_block(exp, x, text, blocks, tiny.lows(1)[0]) for x in (memory, again)]
+    (one, after), (other, later) = found
+    np.testing.assert_array_equal(one.latent, other.latent)
+    remembered = [cache.strip_scratch(spec, x) for x in (after, later)]
+    for ours, theirs in zip(*(x.layers for x in remembered), strict=True):
+        stores = ((x.packed, x.sink, x.recent, x.at) for x in (ours, theirs))
+        jax.tree.map(np.testing.assert_array_equal, *stores)
+    jax.tree.map(np.testing.assert_array_equal, *(tiny.committed(exp, x) for x in (after, later)))
