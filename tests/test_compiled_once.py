@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-OURS = {"denoise_program", "commit_program", "show_program", "text_program", "sink_sum"}
+OURS = {"denoise_program", "commit_program", "show_program", "text_program", "layout", "sink_sum"}
 HOST = {"_first_pass", "_score", "_decide", "_remaining_passes", "_newest", "draw_noise"}
 AUTOENCODER = f"""
 import dataclasses, sys

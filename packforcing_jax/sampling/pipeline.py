@@ -15,7 +15,6 @@ from packforcing_jax import pytrees
 from packforcing_jax.config import PROFILES, Experiment, overrides
 from packforcing_jax.errors import nearest, require
 from packforcing_jax.io import model_folder, text_encoder, video
-from packforcing_jax.memory import layout as layouts
 from packforcing_jax.memory.layout import Progress
 from packforcing_jax.networks import base_model, codec, compressor, text, tokenizer
 from packforcing_jax.sampling import block_step, player
@@ -223,7 +222,7 @@ class Pipeline:
         state: State,
     ) -> Finished:
         exp = self.experiment
-        layout = layouts.layout(exp.cache, before)
+        layout = player.layout_program(exp.cache, before)
         names = ("sink", "recent", "chosen", "step", "sink_at", "mid_at", "recent_at", "current_at")
         chosen: Any = block.selection  # layers one by one
         per_layer = {

@@ -16,6 +16,7 @@ from jaxtyping import Int
 from packforcing_jax import pytrees
 from packforcing_jax.config import Experiment, MemorySpec, StepConfig
 from packforcing_jax.memory import cache
+from packforcing_jax.memory import layout as layouts
 from packforcing_jax.memory.cache import Memory, Selection
 from packforcing_jax.networks import codec
 from packforcing_jax.pytrees import PerLayer
@@ -136,6 +137,7 @@ def denoise_program(
 
 
 noise_program = jax.jit(block_step.draw_noise, static_argnames="cfg")
+layout_program = jax.jit(layouts.layout, static_argnames="cfg")
 
 
 @functools.partial(jax.jit, static_argnames=("first", "latents", "pool"))
