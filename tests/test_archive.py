@@ -103,11 +103,11 @@ def packed(number):
 def test_blocks_of_the_sink_are_not_kept_and_the_oldest_gives_way():
     spec = tiny.with_cache(HOST, sink=6).memory
     store = host_archive.init(spec, 2)
-    host_archive.put(spec, store, layouts.begin(0), packed(1))
-    host_archive.put(spec, store, layouts.begin(1), packed(2))
+    host_archive.put(store, host_archive.slot(spec, layouts.begin(0)), packed(1))
+    host_archive.put(store, host_archive.slot(spec, layouts.begin(1)), packed(2))
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(store))
     for block in range(2, 8):
-        host_archive.put(spec, store, layouts.begin(block), packed(block + 1))
+        host_archive.put(store, host_archive.slot(spec, layouts.begin(block)), packed(block + 1))
     for layer in range(2):
         held = np.asarray([7, 8, 5, 6]) + 0.25 * layer  # blocks 2 to 7 in turn, in a ring of four
         np.testing.assert_array_equal(
@@ -123,7 +123,7 @@ def test_the_host_ring_and_the_devices_plan_agree_on_who_lies_where():
         for slot, held in enumerate(np.asarray(plan.ids)):
             if held >= 0:
                 assert (store[1].k[:, slot] == held + 0.25).all()
-        host_archive.put(SPEC, store, layouts.begin(block), packed(block))
+        host_archive.put(store, host_archive.slot(SPEC, layouts.begin(block)), packed(block))
     assert (np.asarray(plan.ids) >= 0).sum() == exp.cache.capacity
 
 
@@ -131,7 +131,7 @@ def test_the_chosen_slots_are_taken_for_each_video_from_every_layer():
     rng = np.random.default_rng(4)
     store = [KV(*rng.normal(size=(2, 2, 4, 8, 3, 12)).astype(np.float32)) for _ in range(3)]
     slots = jnp.asarray([[3, 0, 1], [2, 2, 0]])
-    chosen = cache.Selection(slots=slots, ids=slots, scores=slots, at=slots, sink_at=jnp.zeros(()))
+    chosen = cache.Selection(slots=slots, ids=slots, scores=slots, at=slots)
     for kv, picked in zip(store, host_archive.gather(store, chosen), strict=True):
         for name in ("k", "v"):
             wanted = np.stack(

@@ -201,7 +201,7 @@ def played(exp, blocks):
             text=text,
         )
         if packed is not None:
-            host_archive.put(exp.memory, archive, progress, packed)
+            host_archive.put(archive, host_archive.slot(exp.memory, progress), packed)
         found.append((np.asarray(done.latent), tiny.ids(done)))
     return found
 

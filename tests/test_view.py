@@ -272,7 +272,9 @@ def test_chosen_blocks_stand_in_a_row_or_where_they_truly_were(rope_adjustment, 
     np.testing.assert_array_equal(chosen.ids, [[2, 5]] * 2)
     np.testing.assert_array_equal(chosen.scores, [[9, 5]] * 2)
     np.testing.assert_array_equal(chosen.at, [positions] * 2)
-    np.testing.assert_array_equal(chosen.sink_at, {"sink": 0, "none": 0}.get(rope_adjustment, 9))
+    np.testing.assert_array_equal(
+        here.layout.sink_at, {"sink": 0, "none": 0}.get(rope_adjustment, 9)
+    )
 
 
 def test_what_is_gathered_is_as_it_was_stored():

@@ -69,7 +69,6 @@ class Selection:
     ids: Array  # [b, chosen]
     scores: Array  # [b, chosen]
     at: Array  # [b, chosen] position of each block's first frame
-    sink_at: Array  # []
 
 
 def init(

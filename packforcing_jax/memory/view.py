@@ -147,7 +147,7 @@ def select(spec: MemorySpec, layout: Layout, scores: Float[Array, "b slot"]) -> 
     in_row = layout.mid_at + jnp.arange(cfg.attended) * layout.step
     at = in_row[None] if cfg.rope_adjustment in ("sink", "incremental") else ids * cfg.block
     at = jnp.broadcast_to(at, ids.shape).astype(jnp.float32)
-    return Selection(slots=slots, ids=ids, scores=best, at=at, sink_at=layout.sink_at)
+    return Selection(slots=slots, ids=ids, scores=best, at=at)
 
 
 def newest(spec: MemorySpec, layout: Layout, batch: int) -> Selection:

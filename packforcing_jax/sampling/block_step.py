@@ -25,11 +25,11 @@ from packforcing_jax.memory.cache import LayerCache, Memory, Selection
 from packforcing_jax.memory.layout import Layout
 from packforcing_jax.networks import rope
 from packforcing_jax.networks.base_model import BaseModel
-from packforcing_jax.networks.dit import Attend, SelfAttention
+from packforcing_jax.networks.dit import SelfAttention
 from packforcing_jax.policies import attention
 from packforcing_jax.pytrees import PerLayer
 from packforcing_jax.sampling import schedules
-from packforcing_jax.types import KV, Heads, Latent
+from packforcing_jax.types import KV, Heads, Latent, Tokens
 
 RANDOM_SCORES = (
     2**32 - 1
@@ -210,14 +210,7 @@ def predict_x0(
     self_attention = block_attention(cfg, layout, noisy.shape[1], access)
     if attends is not None:
         self_attention = attends(cfg, layout, self_attention)
-    x, kept = nets.dit.run(
-        nets.dit.embed(noisy),
-        time,
-        text,
-        past=past,
-        self_attention=self_attention,
-        cross_attention=_cross_attention(cfg, text),
-    )
+    x, kept = _run(nets, cfg, nets.dit.embed(noisy), time, text, past, self_attention)
     output = nets.dit.output(x, time, cfg.grid).astype(noisy.dtype)
     if cfg.sample.prediction == "clean":
         return output, kept
@@ -289,15 +282,8 @@ def read_clean(
 ) -> Any:
     """What each layer keeps of a pass of a clean block, at timestep 0, by default its view with the block in it."""
     time = nets.dit.embed_time(jnp.zeros(latent.shape[:2]))
-    _, kept = nets.dit.run(
-        nets.dit.embed(latent),
-        time,
-        text,
-        past=past,
-        self_attention=block_attention(cfg, layout, latent.shape[1], access),
-        cross_attention=_cross_attention(cfg, text),
-    )
-    return kept
+    self_attention = block_attention(cfg, layout, latent.shape[1], access)
+    return _run(nets, cfg, nets.dit.embed(latent), time, text, past, self_attention)[1]
 
 
 def read_packed(
@@ -334,15 +320,7 @@ def read_packed(
         valid=length + cfg.tokens_per_packed_block,
         access=access,
     )
-    _, kept = nets.dit.run(
-        tokens,
-        time,
-        text,
-        past=past,
-        self_attention=self_attention,
-        cross_attention=_cross_attention(cfg, text),
-    )
-    return kept
+    return _run(nets, cfg, tokens, time, text, past, self_attention)[1]
 
 
 def recommit(nets: Nets, cfg: StepConfig, memory: Memory, *, text: Any) -> Memory:
@@ -477,10 +455,26 @@ def _attention(
     return self_attention
 
 
-def _cross_attention(cfg: StepConfig, text: Any) -> Attend:
-    """The attention that reads the text, if any."""
+def _run(
+    nets: Nets,
+    cfg: StepConfig,
+    x: Tokens,
+    time: Any,
+    text: Any,
+    past: Any,
+    self_attention: SelfAttention,
+) -> tuple[Tokens, Any]:
+    """Tokens after all layers, which read the text, if there is any, by the attention that the config names."""
     read = jax.tree.leaves(text)
-    return attention.backend(cfg.attention, read[0].dtype if read else cfg.compute)
+    cross_attention = attention.backend(cfg.attention, read[0].dtype if read else cfg.compute)
+    return nets.dit.run(
+        x,
+        time,
+        text,
+        past=past,
+        self_attention=self_attention,
+        cross_attention=cross_attention,
+    )
 
 
 # Views

@@ -35,9 +35,18 @@ def init(spec: MemorySpec, batch: int, dtype=jnp.float32) -> Archive:
     return [KV(k=store(), v=store()) for _ in range(spec.layers)]
 
 
-def put(spec: MemorySpec, archive: Archive, progress: Progress, packed: list[KV]) -> None:
-    """Writes the packed twin of the block that follows `progress` into its slot, if the archive keeps it."""
-    slot = int(layouts.packed_slot(spec.cache, layouts.layout(spec.cache, progress)))
+def slot(spec: MemorySpec, progress: Progress) -> int:
+    """Slot that the packed twin of the block behind `progress` goes to, negative where it is not kept."""
+    return int(_slot(spec, progress))
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _slot(spec: MemorySpec, progress: Progress) -> Array:
+    return layouts.packed_slot(spec.cache, layouts.layout(spec.cache, progress))
+
+
+def put(archive: Archive, slot: int, packed: list[KV]) -> None:
+    """Writes a block's packed twin into its slot, unless that is negative."""
     if slot < 0:
         return
     for store, new in zip(archive, packed, strict=True):

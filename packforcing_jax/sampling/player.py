@@ -90,8 +90,8 @@ def next_block(
     A block that is `given` [b, t, y, x, c] is committed in place of the denoised one.
     """
     exp = model.experiment
-    progress = jax.tree.map(jnp.copy, state.memory.progress)  # the memory it lies in is used up
-    opens = exp.codec.time_factor > 1 and int(progress.num_blocks) == 0
+    opens = exp.codec.time_factor > 1 and int(state.memory.num_blocks) == 0
+    slot = host_archive.slot(exp.memory, state.memory.progress) if state.archive else -1
     memory, denoised = denoise(model, state, text)
     frames, low, decoder = show_program(
         model.pixels,
@@ -107,7 +107,7 @@ def next_block(
         model.nets, exp.step, memory, latent, low, denoised.selection, text
     )
     if packed is not None:
-        host_archive.put(exp.memory, state.archive, progress, packed)
+        host_archive.put(state.archive, slot, packed)
     state = dataclasses.replace(state, memory=memory, decoder=decoder)
     return state, Block(frames=frames, latent=denoised.latent, selection=denoised.selection)
 
