@@ -54,7 +54,7 @@ def test_no_more_than_a_layer_is_read_at_a_time(model, tmp_path):
         tmp_path / "m", config.Experiment("x", text=CFG), {"text": model}, dtype="float32"
     )
     opened = model_folder.opened(tmp_path / "m")
-    encoder = text_encoder.of_folder(opened, config.DtypeConfig())
+    encoder = text_encoder.of_folder(opened, opened.experiment.text, config.DtypeConfig())
     assert encoder.store is None  # a small one is quicker to ask again
     np.testing.assert_array_equal(encoder(IDS, MASK), held(model)(IDS, MASK))
 

@@ -2,6 +2,7 @@
 
 import ast
 import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 
 from packforcing_jax.cli.main import main
 from packforcing_jax.config import overrides
-from packforcing_jax.sampling.pipeline import Pipeline
+from packforcing_jax.errors import InputError
+from packforcing_jax.io import model_folder
+from packforcing_jax.sampling.pipeline import SHIPPED, Pipeline
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 POLICIES = ("own_score", "own_eviction")
@@ -96,3 +99,14 @@ def test_a_base_model_of_ones_own_is_sampled_and_planned(capsys):
     printed = capsys.readouterr().out
     assert "DIFFERS" not in printed
     assert "attended" in printed
+
+
+def test_a_model_exported_with_a_policy_of_ones_own_is_read_with_its_config(tmp_path):
+    own = overrides.load_experiment(path_of("own_score"), ["sample.steps=(1000,)"])
+    folder = tmp_path / "model"
+    shutil.copytree(SHIPPED, folder)
+    (folder / model_folder.CONFIG).write_text(model_folder.experiment_to_json(own))
+    with pytest.raises(InputError, match="best_agreement.*--config"):
+        Pipeline.from_pretrained(folder)
+    pipe = Pipeline.from_pretrained(folder, experiment=own)
+    assert next(pipe.stream([SENTENCE])).latent.shape[0] == own.cache.block

@@ -336,6 +336,7 @@ def test_broken_folders_are_refused_by_file_and_remedy(tmp_path):
     (folder / "dit.safetensors").unlink()
     refused("has no dit.safetensors; fetch the model again, or convert that part")
     (folder / "config.json").write_bytes(b"\xff{")
-    refused("config.json is not JSON")
+    with pytest.raises(InputError, match="config.json is not JSON"):
+        _ = model_folder.opened(folder).experiment
     (folder / "config.json").unlink()
     refused("has no config.json")

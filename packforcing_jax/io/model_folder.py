@@ -1,6 +1,7 @@
 """Model folders: the experiment as JSON, one safetensors file per part, read tensor by tensor into place."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,8 +112,14 @@ class Opened:
     """A model folder whose weights have not been read yet: tensors by path for every part it holds."""
 
     folder: Path
-    experiment: config.Experiment
     parts: Mapping[str, Mapping[str, Tensor]]
+    known: Sequence[type] = ()
+
+    @functools.cached_property
+    def experiment(self) -> config.Experiment:
+        """The folder's own settings, decoded where they are asked for: a caller may bring others."""
+        text = (self.folder / CONFIG).read_text(encoding="utf-8", errors="replace")
+        return experiment_from_json(text, str(self.folder / CONFIG), self.known)
 
     def part(self, name: str) -> Mapping[str, Tensor]:
         """The tensors of a part; raises `InputError` if the folder lacks it."""
@@ -135,12 +142,11 @@ def opened(folder: str | Path, known: Sequence[type] = ()) -> Opened:
         (folder / CONFIG).is_file(),
         f"Model folder {folder} has no {CONFIG}; fetch or convert the model again.",
     )
-    text = (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
     files = {part: folder / weights_file(part) for part in PARTS}
     return Opened(
         folder,
-        experiment_from_json(text, str(folder / CONFIG), known),
         {part: safetensors_io.opened(path) for part, path in files.items() if path.is_file()},
+        known,
     )
 
 
@@ -215,12 +221,13 @@ def _found(held: Mapping[str, Tensor], path: str) -> tuple[str, np.ndarray | Non
 
 
 @jax.jit
-def _finite(leaf: jax.Array) -> jax.Array:
-    return jnp.isfinite(leaf).all()
+def _finite(leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(leaf).all() for leaf in leaves]
 
 
 def _require_finite(flat: Mapping[str, jax.Array], source: str) -> None:
-    broken = [path for path, leaf in flat.items() if not _finite(leaf)]
+    finite = jax.device_get(_finite(list(flat.values())))  # one program a part, not one a shape
+    broken = [path for path, whole in zip(flat, finite, strict=True) if not whole]
     require(
         not broken,
         f"{source} hold values that are not finite in {len(broken)} tensors ({', '.join(broken[:3])}); "

@@ -82,11 +82,11 @@ class Encoder:
             ) from error
 
 
-def of_folder(model: model_folder.Opened, dtypes: DtypeConfig) -> Encoder:
-    """The encoder of a model folder."""
+def of_folder(model: model_folder.Opened, cfg: TextConfig, dtypes: DtypeConfig) -> Encoder:
+    """The encoder of a model folder, of the sizes `cfg`."""
     held = model.part("text")
     large = sum(tensor.nbytes for tensor in held.values()) >= WORTH
-    return Encoder(model.experiment.text, held, dtypes.text, default_store() if large else None)
+    return Encoder(cfg, held, dtypes.text, default_store() if large else None)
 
 
 def of_module(model: text.UMT5, dtypes: DtypeConfig) -> Encoder:
@@ -118,7 +118,7 @@ def encode(encoder: Encoder, ids: np.ndarray, mask: np.ndarray) -> list[Array]:
         states = [
             _layer(block, x, valid, cfg=encoder.cfg) for x, valid in zip(states, real, strict=True)
         ]
-    norm = _module(encoder, lambda cfg, _: layers.RMSNorm(cfg.dim, text.EPS), NORM)
+    norm = _module(encoder, _last_norm, NORM)
     return [_finish(norm, x, valid)[0] for x, valid in zip(states, real, strict=True)]
 
 
@@ -135,6 +135,11 @@ def _module(encoder: Encoder, build, inside: str):
     )
 
 
+def _last_norm(cfg: TextConfig, _: nnx.Rngs) -> layers.RMSNorm:
+    return layers.RMSNorm(cfg.dim, text.EPS)
+
+
+@functools.cache  # every layer of every prompt asks
 def _shapes(build, cfg: TextConfig):
     return jax.eval_shape(lambda: build(cfg, nnx.Rngs(0)))
 

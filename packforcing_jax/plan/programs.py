@@ -162,6 +162,7 @@ def _words_of(cfg: ModelConfig, compute: str, params: str, text: str, batch: int
     return jax.eval_shape(read, _model_of(cfg, params), context_of(cfg, text, batch))
 
 
+@functools.cache
 def nets_of(cfg: StepConfig, dtype: str) -> Nets:
     """Shapes of the trained parts, layers one by one."""
     return Nets(

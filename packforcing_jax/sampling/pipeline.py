@@ -127,7 +127,7 @@ class Pipeline:
         return cls(
             experiment=exp,
             nets=nets,
-            text=text_encoder.of_folder(model, exp.dtypes),
+            text=text_encoder.of_folder(model, exp.text, exp.dtypes),
             tokenizer=words,
             pixels=_read(
                 model, "codec", lambda: codec.make(exp.codec, nnx.Rngs(0)), exp.dtypes.vae

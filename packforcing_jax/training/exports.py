@@ -104,7 +104,8 @@ def hidden(exp: Experiment, train: TrainConfig) -> np.ndarray | None:
         "model folder with one, or leave it empty.",
     )
     ids, mask = words(exp, train).encode([train.negative])
-    states = text_encoder.of_folder(model_folder.opened(Path(folder or "")), exp.dtypes)(ids, mask)
+    encoder = text_encoder.of_folder(model_folder.opened(Path(folder or "")), exp.text, exp.dtypes)
+    states = encoder(ids, mask)
     return np.asarray(states[0, : int(mask.sum())])
 
 

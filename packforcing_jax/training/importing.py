@@ -432,7 +432,9 @@ def parts_of(
             model.folder / model_folder.TOKENIZER, exp.text.max_words
         )
         parts = replace(
-            parts, text=replace(text_encoder.of_folder(model, exp.dtypes), store=None), words=read
+            parts,
+            text=replace(text_encoder.of_folder(model, exp.text, exp.dtypes), store=None),
+            words=read,
         )
     if "teacher" in needs:
         form = jax.eval_shape(lambda: dit.WanDiT(exp.dit, nnx.Rngs(0)))
