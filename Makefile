@@ -22,7 +22,7 @@ define install
 	@touch $(VENV)/.installed $@
 endef
 
-.PHONY: setup demo test test-slow wheel-test overfit parity check format lint types h200 clean
+.PHONY: setup demo test test-slow wheel-test docs docs-test overfit parity check format lint types h200 clean
 
 setup: $(VENV)/.installed$(EXTRAS:%=-%)
 
@@ -43,6 +43,18 @@ test-slow: $(VENV)/.installed-dev
 
 wheel-test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m wheel tests/test_wheel.py
+
+# What pdoc documents: it goes into a folder by itself, unless the folder's `__all__` lists no modules.
+MODULES = import pkgutil, packforcing_jax as top; \
+  found = [each.name for each in pkgutil.walk_packages(top.__path__, "packforcing_jax.")]; \
+  print("packforcing_jax packforcing_jax.configs packforcing_jax.convert", \
+  *(name for name in found if (name.count(".") == 1 or ".config." in name) and "__main__" not in name))
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m pdoc --output-directory out/docs $$($(BIN)/python -c '$(MODULES)')
+
+docs-test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m docs tests/test_docs.py
 
 overfit: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.overfit --out runs/overfit

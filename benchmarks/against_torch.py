@@ -46,7 +46,7 @@ class Size:
     ffn_dim: int
     layers: int
     latent: tuple[int, int, int]
-    words: int
+    argv: int
     text_dim: int
     channels: int = 16
 
@@ -58,10 +58,10 @@ class Size:
 
 SIZES = {
     "tiny": Size(
-        heads=3, head_dim=22, ffn_dim=94, layers=2, latent=(3, 10, 6), words=11, text_dim=38
+        heads=3, head_dim=22, ffn_dim=94, layers=2, latent=(3, 10, 6), argv=11, text_dim=38
     ),
     "small": Size(
-        heads=4, head_dim=48, ffn_dim=900, layers=6, latent=(6, 14, 18), words=60, text_dim=100
+        heads=4, head_dim=48, ffn_dim=900, layers=6, latent=(6, 14, 18), argv=60, text_dim=100
     ),
 }
 
@@ -89,7 +89,7 @@ def contest(size: Size) -> Contest:
     inputs = (
         torch.randn(1, size.channels, *size.latent),
         torch.tensor([TIMESTEP]),
-        torch.randn(1, size.words, size.text_dim),
+        torch.randn(1, size.argv, size.text_dim),
     )
     return Contest(theirs=_theirs(network, inputs), ours=_ours(network, inputs, size))
 
@@ -104,7 +104,7 @@ def _theirs(network: Any, inputs: Sequence[torch.Tensor]) -> Callable[[], np.nda
 
 def _ours(network: Any, inputs: Sequence[torch.Tensor], size: Size) -> Callable[[], np.ndarray]:
     latent, timestep, context = (tensor.numpy() for tensor in inputs)
-    cfg = wan_dit.config_from_diffusers(network.config, text_len=size.words)
+    cfg = wan_dit.config_from_diffusers(network.config, text_len=size.argv)
     weights = rules.rename(
         {name: value.numpy() for name, value in network.state_dict().items()}, wan_dit.DIFFUSERS
     )
@@ -209,7 +209,7 @@ def _shown(row: dict[str, Any]) -> str:
     )
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints the ratios; 1 if the networks disagree."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -225,7 +225,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "--cores", type=int, default=CORES, metavar="N", help=f"cores for both (default: {CORES})"
     )
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     if args.turns < 15:
         parser.error(f"--turns={args.turns} is too few for quartiles; give 15 or more")
     cores = limited(args.cores)

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from packforcing_jax.config import HALF, Experiment, overrides
+from packforcing_jax.config import HALF, Experiment, loading
 from packforcing_jax.errors import InputError, require
 from packforcing_jax.memory.cache import Memory
 from packforcing_jax.plan import hlo, programs
@@ -104,11 +104,11 @@ def build(exp: Experiment) -> Iterator[Built]:
         where,
         held.memory,
         *numbers,
-        held.words,
+        held.text_kv,
         nets=held.nets,
     )
     selection = [held.selection] * exp.dit.layers
-    given = held.latent, held.low, selection, held.words
+    given = held.latent, held.low_res, selection, held.text_kv
     yield compiled(COMMIT, player.commit_program, exp, where, held.memory, *given, nets=held.nets)
 
 
@@ -297,7 +297,7 @@ def program(
         metavar="A.B=VALUE",
         action="append",
         default=[],
-        dest="sets",
+        dest="overrides",
         help="change one value",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -314,7 +314,7 @@ def program(
 def run(args: argparse.Namespace) -> int:
     """The block step's report; 1 if a check failed."""
     exp = dataclasses.replace(
-        overrides.load_experiment(args.config, args.sets), attention="cudnn", dtypes=HALF
+        loading.load_experiment(args.config, args.overrides), attention="cudnn", dtypes=HALF
     )
     require(
         exp.cache.archive == "device",

@@ -70,11 +70,11 @@ def private_memory(pid: int) -> int:
     )
 
 
-def run(*words: str) -> Run:
+def run(*argv: str) -> Run:
     """`packforcing WORDS` in a process of its own."""
     start, most = time.monotonic(), 0
     process = subprocess.Popen(
-        [sys.executable, "-m", "packforcing_jax", *words],
+        [sys.executable, "-m", "packforcing_jax", *argv],
         stderr=subprocess.PIPE,
         text=True,
         stdout=subprocess.DEVNULL,
@@ -84,7 +84,7 @@ def run(*words: str) -> Run:
         time.sleep(OFTEN)
     if process.returncode:
         raise InputError(
-            f"packforcing {words[0]} ended with {process.returncode}: {process.communicate()[1][-500:]}"
+            f"packforcing {argv[0]} ended with {process.returncode}: {process.communicate()[1][-500:]}"
         )
     return Run(time.monotonic() - start, most)
 

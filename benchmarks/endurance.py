@@ -26,7 +26,7 @@ from packforcing_jax.config import (
     SampleConfig,
     SpaceToDepthConfig,
     TextConfig,
-    overrides,
+    loading,
 )
 from packforcing_jax.errors import InputError
 from packforcing_jax.sampling import player
@@ -208,7 +208,7 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints the findings; 1 if any breaks its bound."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -229,15 +229,15 @@ def main(words: Sequence[str] | None = None) -> int:
         metavar="A.B=VALUE",
         action="append",
         default=[],
-        dest="sets",
+        dest="overrides",
         help="change one setting, such as cache.rope_adjustment=incremental; may be repeated",
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     if args.blocks < 100 or args.every < 1:
         parser.error(f"--blocks {args.blocks} and --every {args.every} must be at least 100 and 1")
     try:
-        exp = overrides.override(TOY, args.sets)
+        exp = loading.override(TOY, args.overrides)
     except InputError as error:
         parser.error(str(error))
     jitted = (

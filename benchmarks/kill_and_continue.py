@@ -34,7 +34,7 @@ class Run:
     """One `sample` command and the files it writes."""
 
     folder: Path
-    words: tuple[str, ...]
+    argv: tuple[str, ...]
     environment: dict[str, str]
 
     @property
@@ -52,7 +52,7 @@ class Run:
     def start(self) -> subprocess.Popen:
         """The command in a process group of its own."""
         files = ["--out", self.video, "--trace", self.trace, "--state", self.saves]
-        command = [sys.executable, "-m", "packforcing_jax", "sample", *self.words, *files]
+        command = [sys.executable, "-m", "packforcing_jax", "sample", *self.argv, *files]
         with (self.folder / "said.txt").open("ab") as said:
             return subprocess.Popen(
                 list(map(str, command)),
@@ -157,9 +157,9 @@ def prepared(folder: Path, blocks: int, every: int) -> list[Run]:
     """Runs of the same model and the same story: a short one, one that stays unbroken and one that is killed."""
     exp, built = endurance.TOY, endurance.weights()
     parts = {"dit": built.nets.dit, "compressor": built.nets.compressor, "text": built.text}
-    words = tokenizer.word_tokenizer(captions.VOCABULARY).to_str()
+    argv = tokenizer.word_tokenizer(captions.VOCABULARY).to_str()
     model_folder.save(
-        folder / "model", exp, parts, dtype="float32", texts={model_folder.TOKENIZER: words}
+        folder / "model", exp, parts, dtype="float32", texts={model_folder.TOKENIZER: argv}
     )
     story = folder / "story.txt"
     story.write_text(
@@ -238,7 +238,7 @@ def table(found: dict) -> str:
     )
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints what came out; 1 if anything does not hold."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -251,7 +251,7 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         found = experiment(Path(folder), blocks=args.blocks, every=args.every, seed=args.seed)
     print(json.dumps(found) if args.json else table(found))

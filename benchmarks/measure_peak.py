@@ -29,7 +29,7 @@ from flax import nnx
 
 from benchmarks.endurance import held
 from packforcing_jax import pytrees
-from packforcing_jax.config import Experiment, overrides
+from packforcing_jax.config import Experiment, loading
 from packforcing_jax.errors import InputError
 from packforcing_jax.io import model_folder, safetensors_io
 from packforcing_jax.networks import codec, compressor, dit, text, tokenizer
@@ -157,7 +157,7 @@ def child(folder: Path, room: Path) -> dict[str, int]:
 
 def run_child(folder: Path, room: Path) -> dict[str, int]:
     """A child's figures."""
-    words = [
+    argv = [
         sys.executable,
         "-m",
         "benchmarks.measure_peak",
@@ -168,7 +168,7 @@ def run_child(folder: Path, room: Path) -> dict[str, int]:
     ]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     return json.loads(
-        subprocess.run(words, env=environment, stdout=subprocess.PIPE, check=True).stdout
+        subprocess.run(argv, env=environment, stdout=subprocess.PIPE, check=True).stdout
     )
 
 
@@ -233,7 +233,7 @@ def table(found: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints what came out; 1 if it is off by more than it may."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -249,18 +249,18 @@ def main(words: Sequence[str] | None = None) -> int:
         metavar="A.B=VALUE",
         action="append",
         default=[],
-        dest="sets",
+        dest="overrides",
         help=f"change one setting more, behind {' '.join(SETS[:2])} ...",
     )
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
     parser.add_argument("--child", metavar="DIR", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     if args.child is not None:
         print(json.dumps(child(args.child, args.room)))
         return 0
     jax.config.update("jax_platforms", "cpu")
     try:
-        found = measure(args.room, overrides.load_experiment(args.config, [*SETS, *args.sets]))
+        found = measure(args.room, loading.load_experiment(args.config, [*SETS, *args.overrides]))
     except InputError as error:
         print(f"measure_peak: {error}", file=sys.stderr)
         return error.exit_code

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from packforcing_jax.cli import bench as verb
-from packforcing_jax.config import Experiment, overrides
+from packforcing_jax.config import Experiment, loading
 from packforcing_jax.errors import InputError, brief, nearest, require
 from packforcing_jax.plan import bench, timing
 from packforcing_jax.policies import attention
@@ -127,7 +127,7 @@ def cudnn(q, k, v, length):
     """cuDNN over the first `length` keys, or over all without a mask."""
     if jax.default_backend() != "gpu":
         raise Skipped("cuDNN needs an NVIDIA GPU")
-    return attention.BACKENDS["cudnn"].attend(q, k, v, length)
+    return attention.BACKENDS["cudnn"].attention_fn(q, k, v, length)
 
 
 def mosaic(q, k, v, length):
@@ -153,7 +153,7 @@ ATTENTION = [
     ("cudnn, no mask", cudnn, lambda exp: None),
     ("tokamax mosaic, traced length, full view", mosaic, bench.attended),
     ("tokamax mosaic, no mask", mosaic, lambda exp: None),
-    ("xla, traced length, full view", attention.BACKENDS["xla"].attend, bench.attended),
+    ("xla, traced length, full view", attention.BACKENDS["xla"].attention_fn, bench.attended),
     ("written out, traced length, full view", attention.reference, bench.attended),
 ]
 
@@ -326,7 +326,7 @@ def outcome(trial: Trial, exp: Experiment) -> Row:
 
 
 def experiment(toy: bool) -> Experiment:
-    return overrides.load_experiment(CONFIG, TOY if toy else ())
+    return loading.load_experiment(CONFIG, TOY if toy else ())
 
 
 def child(numbers: Sequence[int], toy: bool) -> None:
@@ -362,7 +362,7 @@ def smi(fields: str) -> str | None:
 
 def launch(numbers: Sequence[int], flags: str, toy: bool) -> tuple[list[Row], str]:
     """The results of trials in a new process, and how that ended."""
-    words = [
+    argv = [
         sys.executable,
         "-m",
         "benchmarks.on_h200",
@@ -373,7 +373,7 @@ def launch(numbers: Sequence[int], flags: str, toy: bool) -> tuple[list[Row], st
     env = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
     try:
         done = subprocess.run(
-            words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60 * MINUTES
+            argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60 * MINUTES
         )
         out, said = done.stdout, (done.stderr.strip().splitlines() or [""])[-1][:200]
         ended = f"the process ended with code {done.returncode}: {said}"
@@ -452,7 +452,7 @@ def run(args: argparse.Namespace, start: Callable[..., tuple[list[Row], str]] = 
     return 1 if failed else 0
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -466,7 +466,7 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--toy", action="store_true", help="tiny sizes, on any device")
     parser.add_argument("--child", type=int, nargs="*", help=argparse.SUPPRESS)
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     try:
         if args.child is not None:
             child(args.child, args.toy)

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from packforcing_jax.cli import main as program
-from packforcing_jax.config import Stage, overrides
+from packforcing_jax.config import Stage, loading
 from packforcing_jax.evaluation import stage_figures
 from packforcing_jax.networks import mesh
 from packforcing_jax.sampling.pipeline import Pipeline
@@ -96,7 +96,7 @@ def from_ends(stage: Stage, folders: Sequence[Path]) -> list[float]:
             batches.encode(exp, batches.as_codec(exp, {}), raw),
         )
         states, noise = (
-            batches.text_states(model, batch.words),
+            batches.text_states(model, batch.text),
             jax.random.normal(key, batch.latent.shape),
         )
         way = paths.way(batches.as_model(exp, teacher), exp, train, noise, states, behind=batch)
@@ -132,22 +132,22 @@ def ways(out: Path) -> Path:
     return made
 
 
-def run(*words: object) -> None:
+def run(*argv: object) -> None:
     """One command of the program; exits if it fails."""
-    code = program.main([str(word) for word in words])
+    code = program.main([str(word) for word in argv])
     if code:
         sys.exit(code)
 
 
 def rows(out: Path) -> Iterator[Row]:
     """Trains stage after stage and measures each."""
-    recipe = overrides.load_recipe(CONFIG)
+    recipe = loading.load_recipe(CONFIG)
     for stage in (each.name for each in recipe):
         began = time.monotonic()
-        sets = (
+        overrides = (
             ["--set", f"trajectory:train.source.path={ways(out)}"] if stage == "trajectory" else []
         )
-        run("train", "--config", CONFIG, "--stage", stage, "--out", out, "--seed", SEED, *sets)
+        run("train", "--config", CONFIG, "--stage", stage, "--out", out, "--seed", SEED, *overrides)
         seconds = time.monotonic() - began
         if not (out / stage / runs.MODEL).is_dir():
             sys.exit(f"{stage} was stopped; the same command goes on from there.")
@@ -161,12 +161,12 @@ def rows(out: Path) -> Iterator[Row]:
             yield Row(stage, "distance", *map(distance, models), DISTANCE[stage], seconds)
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Overfits every objective on eight clips.")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/overfit"), metavar="DIR", help="where the runs go"
     )
-    asked = parser.parse_args(words)
+    asked = parser.parse_args(argv)
     asked.out.mkdir(parents=True, exist_ok=True)
     failed = 0
     for row in rows(asked.out):

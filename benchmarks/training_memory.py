@@ -27,7 +27,7 @@ from jax.experimental import topologies
 from benchmarks import compile_for_h200
 from benchmarks.compile_for_h200 import Row
 from packforcing_jax import pytrees
-from packforcing_jax.config import Experiment, TrainConfig, overrides
+from packforcing_jax.config import Experiment, TrainConfig, loading
 from packforcing_jax.networks import codec, dit, mesh
 from packforcing_jax.plan import hlo
 from packforcing_jax.training import rollout, runs
@@ -73,12 +73,12 @@ def frozen(exp: Experiment, form: Any, grid: jax.sharding.Mesh) -> dict[str, Any
         if path.startswith("dit/")
     }
     everywhere = jax.sharding.NamedSharding(grid, jax.sharding.PartitionSpec())
-    pixels = pytrees.flatten(jax.eval_shape(lambda: codec.make(exp.codec, nnx.Rngs(0))))
+    vae = pytrees.flatten(jax.eval_shape(lambda: codec.make(exp.codec, nnx.Rngs(0))))
     return {
         "teacher": teacher,
         "codec": {
             path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(exp.dtypes.vae), sharding=everywhere)
-            for path, leaf in pixels.items()
+            for path, leaf in vae.items()
         },
     }
 
@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the report; 1 if a check failed."""
     on_gpus = gpus() and not args.cpu
     found = devices(on_gpus)
-    stage = overrides.load_stage(args.config, (*SETTINGS, *args.sets))
+    stage = loading.load_stage(args.config, (*SETTINGS, *args.overrides))
     exp, train = stage.experiment, stage.train
     exp = dataclasses.replace(
         rollout.for_training(exp, exp.blocks, exp.cache.sink, top=train.cover.top),

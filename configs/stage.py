@@ -52,7 +52,7 @@ train = TrainConfig(
     steps=6000,
     batch=8,
     shift=6.0,
-    trained=("dit", "compressor", "text"),
+    trainable=("dit", "compressor", "text"),
     ema=0.995,
     cover=CoverConfig(sinks=(0, 0, 0, 4, 8), gap=64.0, gap_share=0.5, matching=0.1),
     generator=MUON,

@@ -37,7 +37,7 @@ def stage_of(name, **settings):
         stage.train,
         generator=MUON,
         compressor=MUON,
-        trained=("dit", "compressor"),
+        trainable=("dit", "compressor"),
         generator_from="start",
         source=DataConfig(limit=8),
         cover=CoverConfig(sinks=(0,)),
@@ -64,7 +64,7 @@ def distilled(objective):
 
 
 recipe = (
-    stage_of("start", generator_from="", trained=("dit", "compressor", "text"), steps=60),
+    stage_of("start", generator_from="", trainable=("dit", "compressor", "text"), steps=60),
     stage_of("teacher", objective="flow_matching", steps=400, generator=SETTLED),
     stage_of("causal", steps=300, generator=SETTLED, compressor=SETTLED),
     stage_of("forced", steps=150, history="clean"),

@@ -23,14 +23,14 @@ FADING = dataclasses.replace(FINE, cooldown=0.5)
 ALERT = dataclasses.replace(FINE, rate=4e-4)
 
 
-def trained(name, sample=stage.experiment.sample, **settings):
+def stage_of(name, sample=stage.experiment.sample, **settings):
     experiment = dataclasses.replace(stage.experiment, name="stage_student", sample=sample)
     return Stage(name, experiment, dataclasses.replace(stage.train, **settings))
 
 
 recipe = (
-    trained("causal", steps=3000),
-    trained(
+    stage_of("causal", steps=3000),
+    stage_of(
         "consistency",
         sample=FEW,
         objective="consistency",
@@ -38,31 +38,31 @@ recipe = (
         teacher_from="causal",
         steps=2000,
         grid=24,
-        trained=("dit", "compressor"),
+        trainable=("dit", "compressor"),
         ema=0.95,
         cover=COVER,
         distil=DistilConfig(guidance=1.0),
         generator=GENTLE,
         compressor=GENTLE,
     ),
-    trained(
+    stage_of(
         "teacher",
         objective="flow_matching",
         generator_from="causal",
         steps=4000,
-        trained=("dit",),
+        trainable=("dit",),
         drop_text=0.1,
         cover=CoverConfig(),
         generator=STEADY,
     ),
-    trained(
+    stage_of(
         "student",
         sample=FEW,
         objective="dmd",
         generator_from="consistency",
         teacher_from="teacher",
         steps=1200,
-        trained=("dit", "compressor"),
+        trainable=("dit", "compressor"),
         ema=0.99,
         blend_from="causal",
         blend=0.25,

@@ -12,7 +12,7 @@ from packforcing_jax.config import DataConfig, TrainConfig
 
 train = TrainConfig(
     objective="flow_matching",
-    trained=("dit",),
+    trainable=("dit",),
     shift=5.0,
     drop_text=0.1,
     steps=3000,

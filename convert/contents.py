@@ -16,14 +16,9 @@ from packforcing_jax.convert.sources import Found, Group
 from packforcing_jax.errors import InputError, require
 from packforcing_jax.io.safetensors_io import Tensor
 
-PREFERRED = (
-    "generator_ema",
-    "generator",
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "module",
-)  # tables of trainers
+WHOLE = ("state_dict", "model_state_dict", "model", "module")  # tables that name no network
+PREFERRED = ("generator_ema", "generator", *WHOLE)  # tables of trainers
+FIRST = "patch_embedding.weight"  # a tensor of every transformer, called so in both layouts
 LORA = "lora"  # the kind of a source that holds additions to a network
 LORA_NAME = re.compile(r"(^|.*\.)lora_.*")
 ALPHA = re.compile(r"(^|.*\.)alpha")
@@ -85,6 +80,16 @@ def sort(found: Found, network: str | None = None, kind: str | None = None) -> C
 
 
 # Tables inside each other
+
+
+def transformers(group: Group) -> tuple[str, ...]:
+    """The entries of a file that hold a transformer, such as `generator`; "" is a table that names no network."""
+    places = [
+        place
+        for place, table in _tables(group.content).items()
+        if any(WRAPPERS.sub("", name) == FIRST for name in table)
+    ]
+    return tuple(next((key for key in place if key not in WHOLE), "") for place in places)
 
 
 def _tables(content: Any, place: tuple[str, ...] = ()) -> dict[tuple[str, ...], dict[str, Tensor]]:
@@ -236,8 +241,8 @@ def _by_part(
     )
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in rest.items():
-        if name == umt5.EMBEDDING_TWIN and name in meant and "shared.weight" in rest:
-            _check_twin(tensor, rest["shared.weight"], contents)
+        if name == umt5.EMBEDDING_COPY and name in meant and "shared.weight" in rest:
+            _check_copy(tensor, rest["shared.weight"], contents)
         elif name in meant:
             part, original = meant[name]
             _put(parts[part], original, tensor, contents.wrong)
@@ -298,7 +303,7 @@ def digest(array: np.ndarray) -> str:
     return hashlib.sha256(plain_bytes(array).data).hexdigest()
 
 
-def _check_twin(twin: Tensor, shared: Tensor, contents: Contents) -> None:
+def _check_copy(twin: Tensor, shared: Tensor, contents: Contents) -> None:
     """Leaves out the second copy of the embedding, which must be one."""
     same = (twin.shape, twin.dtype) == (shared.shape, shared.dtype) and digest(
         twin.read()

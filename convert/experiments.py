@@ -7,7 +7,7 @@ from typing import Any
 from packforcing_jax.convert import networks, wan_dit, wan_vae
 from packforcing_jax.convert.contents import Contents
 
-from packforcing_jax.config import Experiment, VAEConfig, overrides
+from packforcing_jax.config import Experiment, VAEConfig, loading
 from packforcing_jax.io import model_folder
 
 
@@ -16,7 +16,7 @@ def describe(
     taken: Mapping[str, model_folder.Opened],
     template: Experiment,
     *,
-    sets: Sequence[str],
+    overrides: Sequence[str],
     notes: list[str],
 ) -> Experiment:
     """The template with the sizes of what was found, then with the user's `sets`.
@@ -29,7 +29,7 @@ def describe(
     if "codec" not in found:
         found["codec"] = _codec_for(dit.in_channels, template.codec, notes)
     if "dit" in contents.networks and "dit" not in taken:
-        _note_heads(contents, dit, template, sets, notes)
+        _note_heads(contents, dit, template, overrides, notes)
     found.setdefault("compressor", dataclasses.replace(template.compressor, branches="lr"))
     codec = found.pop("codec")
     start = dataclasses.replace(
@@ -40,7 +40,7 @@ def describe(
         for part, cfg in found.items()
         for field in dataclasses.fields(cfg)
     ]
-    return overrides.override(start, [*given, *sets])
+    return loading.override(start, [*given, *overrides])
 
 
 def _from_weights(part: str, contents: Contents, template: Experiment) -> Any:
@@ -75,9 +75,9 @@ def _codec_for(channels: int, codec: Any, notes: list[str]) -> Any:
 
 
 def _note_heads(
-    contents: Contents, dit: Any, template: Experiment, sets: Sequence[str], notes: list[str]
+    contents: Contents, dit: Any, template: Experiment, overrides: Sequence[str], notes: list[str]
 ) -> None:
-    told = any(each.partition("=")[0].strip() == "dit.heads" for each in sets)
+    told = any(each.partition("=")[0].strip() == "dit.heads" for each in overrides)
     assumed = (
         None if told or _settings("dit", contents, dit) else wan_dit.assumption(dit, template.dit)
     )

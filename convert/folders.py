@@ -14,14 +14,17 @@ from packforcing_jax.convert import (
     lora,
     manifest,
     networks,
+    recognition,
     rules,
     sources,
+    wan_dit,
     writing,
 )
 from packforcing_jax.convert.contents import LORA, Contents, Ignored
+from packforcing_jax.convert.recognition import Recognised
 from packforcing_jax.convert.sources import Found
 
-from packforcing_jax.config import DTYPES, Experiment, overrides
+from packforcing_jax.config import DTYPES, Experiment, cards, loading
 from packforcing_jax.errors import require
 from packforcing_jax.io import model_folder
 from packforcing_jax.networks.tokenizer import Tokenizer
@@ -32,12 +35,17 @@ KINDS = (*networks.KINDS, LORA)
 
 @dataclass(frozen=True)
 class Request:
-    """What to convert into which folder. `config` None: that of a model folder among the sources, else Wan2.1 1.3B."""
+    """What to convert into which folder.
+
+    `card` None: as the file's name says. `config` None: the settings of the card, else of a model folder among the
+    sources, else of Wan2.1 1.3B.
+    """
 
     given: tuple[Path, ...]
     out: Path
+    card: str | None = None
     config: str | None = None
-    sets: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
     network: str | None = None
     kind: str | None = None
     dtype: str | None = None
@@ -59,10 +67,14 @@ def convert(request: Request, watch: exporting.Watch = lambda steps, count: step
     """Writes the model folder, complete or not at all; one `InputError` names everything that does not fit."""
     _check_request(request)
     found = sources.gather(list(request.given))
-    held = contents.sort(found, request.network, request.kind)
-    taken, notes = _taken(found, held), list(found.notes)
-    exp = _experiment(request, found, held, taken, notes)
-    jobs = _jobs(request, held, taken, exp, notes)
+    notes = list(found.notes)
+    recognised = recognition.recognise(found, _wish(request), notes)
+    held = contents.sort(found, recognised.network, request.kind)
+    taken = _taken(found, held)
+    _require_lora(request, recognised, held, taken, notes)
+    exp = _experiment(request, recognised, found, held=held, taken=taken, notes=notes)
+    jobs = _jobs(request, recognised, held, taken=taken, exp=exp, notes=notes)
+    notes += _remarks(recognised, held)
     words = _tokenizer(request, found, exp, notes)
     _require_fit(jobs, held.wrong, watch)
     with model_folder.replacing(request.out) as fresh:
@@ -73,7 +85,13 @@ def convert(request: Request, watch: exporting.Watch = lambda steps, count: step
         texts = {
             model_folder.CONFIG: model_folder.experiment_to_json(exp),
             model_folder.CARD: _card(exp, found, jobs),
-            model_folder.MANIFEST: manifest.text(found, entries, held.ignored, notes),
+            model_folder.MANIFEST: manifest.text(
+                found,
+                entries,
+                held.ignored,
+                origin={"card": exp.card, "method": exp.method, "network": recognised.network},
+                notes=notes,
+            ),
         }
         for name, text in texts.items():
             (fresh / name).write_text(text, encoding="utf-8")
@@ -148,25 +166,108 @@ def _taken(found: Found, held: Contents) -> dict[str, model_folder.Opened]:
     return taken
 
 
+# Settings
+
+
+def _wish(request: Request) -> recognition.Wish:
+    """What the user says of the sources."""
+    return recognition.Wish(
+        request.card, request.network, request.kind, settled=request.config is not None
+    )
+
+
 def _experiment(
     request: Request,
+    recognised: Recognised,
     found: Found,
+    *,
     held: Contents,
     taken: Mapping[str, model_folder.Opened],
     notes: list[str],
 ) -> Experiment:
     """What the folder says of itself, named after it."""
-    if request.config is None and found.folders:
-        template = taken.get("dit", found.folders[0]).experiment
-    else:
-        template = overrides.load_experiment(request.config or TEMPLATE)
+    template = _template(request, recognised, found, taken, notes)
     template = replace(template, name=request.out.resolve().name)
-    return experiments.describe(held, taken, template, sets=request.sets, notes=notes)
+    exp = experiments.describe(held, taken, template, overrides=request.overrides, notes=notes)
+    told = {each.partition("=")[0].strip() for each in request.overrides}
+    if request.config is None and told.isdisjoint({"dit.dim", "dit.layers"}):
+        recognition.check_sizes(recognised, exp.dit, notes)
+    return exp
+
+
+def _template(
+    request: Request,
+    recognised: Recognised,
+    found: Found,
+    taken: Mapping[str, model_folder.Opened],
+    notes: list[str],
+) -> Experiment:
+    """The settings to begin with: of a config, else of the card, else of a model folder, else of Wan2.1 1.3B."""
+    card = recognised.card
+    if request.config is not None:
+        exp = loading.load_experiment(request.config)
+        if card is not None and exp != card.experiment:
+            notes.append(
+                f"the settings are those of --config {request.config}, not of card {card.name}"
+            )
+        return replace(exp, card=card.name) if card else exp
+    if card is not None:
+        return card.experiment
+    if "dit" in taken:
+        return taken["dit"].experiment
+    # the settings of a folder that has another checkpoint's card are that checkpoint's
+    own = [model.experiment for model in found.folders if not model.experiment.card]
+    exp = own[0] if own else loading.load_experiment(TEMPLATE)
+    if recognised.file is not None:
+        sample = exp.sample
+        notes.append(
+            f"nothing says which published checkpoint {recognised.file} is: its settings are those of "
+            f"{'the model folder ' + exp.name if own else 'config ' + TEMPLATE} (steps "
+            f"{' '.join(map(str, sample.steps))}, shift {sample.shift:g}, blocks of {exp.cache.block}); give "
+            "--card NAME if it is one (`packforcing download --list` has them), else --config or --set"
+        )
+    return exp
+
+
+def _require_lora(
+    request: Request,
+    recognised: Recognised,
+    held: Contents,
+    taken: Mapping[str, model_folder.Opened],
+    notes: list[str],
+) -> None:
+    """Raises `InputError` if a card's LoRA is not among the sources, unless a config asks for the base alone."""
+    card = recognised.card
+    merged = card is not None and "dit" in taken and taken["dit"].experiment.card == card.name
+    if card is None or card.lora is None or held.adapters or merged:
+        return
+    require(
+        request.config is not None,
+        f"card {card.name} is {' and '.join(card.files)} with the LoRA {card.lora.file}, which is not among the "
+        f"sources; give it too, or --config {card.experiment.name} to convert the network alone.",
+    )
+    notes.append(
+        f"the LoRA of card {card.name} is not among the sources: the network alone is converted"
+    )
+
+
+def _remarks(recognised: Recognised, held: Contents) -> list[str]:
+    """What has to be known of a card, and of what was left out for want of a place."""
+    card, remarks = recognised.card, []
+    if any(each.reason == wan_dit.OTHER_COMPRESSOR for each in held.ignored):
+        remarks.append(f"pack_compressor is left out: it is the {wan_dit.OTHER_COMPRESSOR}")
+    if card is not None and card.unconfirmed:
+        remarks.append(f"not confirmed of card {card.name}: {'; '.join(card.unconfirmed)}")
+    if card is not None and card.samples:
+        remarks.append(f"card {card.name} cannot be sampled block by block: {card.samples}")
+    return remarks
 
 
 def _jobs(
     request: Request,
+    recognised: Recognised,
     held: Contents,
+    *,
     taken: Mapping[str, model_folder.Opened],
     exp: Experiment,
     notes: list[str],
@@ -177,12 +278,14 @@ def _jobs(
         "a LoRA was given without the network it adds to; give the base checkpoint as well.",
     )
     require(bool(held.networks or taken), "the sources hold no weights; give a checkpoint.")
-    jobs = []
+    jobs, lora_of_card = [], recognised.card.lora if recognised.card else None
+    scale = lora_of_card.scale if lora_of_card else 1.0
     for part in model_folder.PARTS:
         adapters = held.adapters if part == "dit" else {}
         if part in held.networks or (adapters and part in taken):
             base = held.networks.get(part) or exporting.originals(taken[part], part, held.wrong)
-            added = lora.additions(adapters, base, _alpha(request, held, notes), held.wrong)
+            alpha = _alpha(request, held, notes)
+            added = lora.additions(adapters, base, alpha, held.wrong, scale)
             jobs.append(writing.job(part, base, exp, held.wrong, added=added, dtype=request.dtype))
         elif part in taken and networks.wanted(part, exp):
             jobs.append(writing.taking(part, taken[part], exp, held.wrong, request.dtype))
@@ -248,6 +351,17 @@ def _card(exp: Experiment, found: Found, jobs: Sequence[writing.Job]) -> str:
             parts,
             "out of",
             files,
-            f"`{model_folder.MANIFEST}` says what became of every tensor. The licence of those files applies.\n",
+            f"`{model_folder.MANIFEST}` says what became of every tensor. {_terms(exp)}\n",
         ]
     )
+
+
+def _terms(exp: Experiment) -> str:
+    """What is known of the licence of the weights."""
+    card = cards.cards().get(exp.card)
+    if card is None:
+        return "The licence of those files applies."
+    known = f"licence {card.licence or 'not recorded'}" + (
+        f" ({card.unsettled})" if card.unsettled else ""
+    )
+    return f"The transformer is card {card.name} of {card.repository}, {known}."

@@ -40,10 +40,11 @@ def additions(
     held: Mapping[str, Tensor],
     alpha: float | None,
     wrong: rules.Mismatches,
+    otherwise: float = 1.0,
 ) -> dict[str, Addition]:
     """What the tensors `adapters` add, by the original name of the weight; those that add nothing are noted.
 
-    `alpha` holds for weights that have none of their own; without either it is the rank.
+    `alpha` holds for weights that have none of their own; without either, `otherwise` is alpha / rank.
     """
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in adapters.items():
@@ -59,7 +60,7 @@ def additions(
             wrong["named twice"].append(f"{tensor.name} and {found[weight][side].name}")
         found[weight][side] = tensor
     return {
-        weight: _addition(used, alpha)
+        weight: _addition(used, alpha, otherwise)
         for weight, used in found.items()
         if _fits(used, held[weight], wrong)
     }
@@ -90,7 +91,7 @@ def _fits(used: Mapping[str, Tensor], weight: Tensor, wrong: rules.Mismatches) -
     return True
 
 
-def _addition(used: Mapping[str, Tensor], alpha: float | None) -> Addition:
+def _addition(used: Mapping[str, Tensor], alpha: float | None, otherwise: float) -> Addition:
     rank = used["down"].shape[0]
     own = float(used["alpha"].read().reshape(())) if "alpha" in used else alpha
-    return Addition(used["down"], used["up"], 1.0 if own is None else own / rank, used)
+    return Addition(used["down"], used["up"], otherwise if own is None else own / rank, used)

@@ -42,13 +42,22 @@ def row(part: str, forms: Iterable[Form], *, tensors: int, ignored: int = 0) -> 
 
 
 def text(
-    found: Found, entries: Sequence[Entry], ignored: Sequence[Ignored], notes: Sequence[str]
+    found: Found,
+    entries: Sequence[Entry],
+    ignored: Sequence[Ignored],
+    *,
+    origin: Mapping[str, str | None],
+    notes: Sequence[str],
 ) -> str:
-    """The manifest as JSON; it names files as the user does, and nothing else of this machine."""
+    """The manifest as JSON; it names files as the user does, and nothing else of this machine.
+
+    `origin`: the checkpoint that the transformer comes from, by which method it is sampled, and its network's entry.
+    """
     return (
         json.dumps(
             {
                 "format": FORMAT,
+                **origin,
                 "sources": [
                     {"file": name, "bytes": path.stat().st_size}
                     for name, path in found.files.items()

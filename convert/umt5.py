@@ -38,14 +38,14 @@ UMT5_TRANSFORMERS = {
     "norm.weight": "encoder.final_layer_norm.weight",
 }
 
-EMBEDDING_TWIN = (
+EMBEDDING_COPY = (
     "encoder.embed_tokens.weight"  # transformers may write the shared embedding a second time
 )
 
 
 def renamings(names: Collection[str]) -> dict[str, list[str]]:
     """What each name of a transformers checkpoint is called originally; two of them may be the same tensor."""
-    rows = [*UMT5_TRANSFORMERS.items(), ("token_embedding.weight", EMBEDDING_TWIN)]
+    rows = [*UMT5_TRANSFORMERS.items(), ("token_embedding.weight", EMBEDDING_COPY)]
     return rules.renamings(names, rows)
 
 

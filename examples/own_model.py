@@ -127,4 +127,4 @@ def pipeline(exp=experiment):
 if __name__ == "__main__":
     sentence = "a red disc walks slowly before the moss curtain in scene one"
     for block in pipeline().stream([sentence] * 8, seed=1):
-        print(block.index, block.frames.shape, block.chosen.tolist())
+        print(block.index, block.frames.shape, block.block_ids.tolist())

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         TextConfig,
         VAEConfig,
     )
-    from packforcing_jax.config.overrides import load_experiment
+    from packforcing_jax.config.loading import load_experiment
     from packforcing_jax.errors import InputError, MachineError
     from packforcing_jax.sampling.pipeline import Pipeline
 
@@ -36,7 +36,7 @@ _HOME = {
     "TextConfig": "config",
     "VAEConfig": "config",
     "PROFILES": "config",
-    "load_experiment": "config.overrides",
+    "load_experiment": "config.loading",
     "InputError": "errors",
     "MachineError": "errors",
 }

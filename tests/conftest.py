@@ -1,13 +1,12 @@
 """Strict settings for every test: no silent rank promotion, exact matrix products, two fake CPU devices."""
 
 import os
-from importlib import metadata
 from pathlib import Path
 
-# Most of a test's time is compiling, and small programs need no optimised machine code. Read when a backend starts.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] += (
-    " --xla_cpu_use_fusion_emitters=false" if metadata.version("jaxlib") < "0.11" else ""
+import quick
+
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} {quick.FLAGS}"  # read when a backend starts
 )
 
 import signal

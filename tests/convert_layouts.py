@@ -331,7 +331,7 @@ def layout(build):
 @layout
 def original_file(tmp, dtype):
     path = put(tmp / "wan.safetensors", dit(dtype))
-    return Layout([path], dit(dtype), told(path.name, dit(dtype)), {"sets": HEADS})
+    return Layout([path], dit(dtype), told(path.name, dit(dtype)), {"overrides": HEADS})
 
 
 @layout
@@ -348,7 +348,7 @@ def original_index_named(tmp, dtype):
         [tmp / "Wan" / "diffusion_pytorch_model.safetensors.index.json"],
         dit(dtype),
         stored,
-        {"sets": HEADS},
+        {"overrides": HEADS},
     )
 
 
@@ -403,7 +403,9 @@ def diffusers_transformer(tmp, dtype):
 @layout
 def diffusers_transformer_without_config(tmp, dtype):
     path = put(tmp / "student.safetensors", as_diffusers(dit(dtype)))
-    return Layout([path], dit(dtype), told(path.name, as_diffusers(dit(dtype))), {"sets": HEADS})
+    return Layout(
+        [path], dit(dtype), told(path.name, as_diffusers(dit(dtype))), {"overrides": HEADS}
+    )
 
 
 @layout
@@ -440,7 +442,7 @@ def _trainer(tmp, content, expected, **request):
             path.name,
             {name: value for name, value in named.items() if isinstance(value, np.ndarray)},
         )
-    return Layout([path], expected, stored, {"sets": HEADS} | request)
+    return Layout([path], expected, stored, {"overrides": HEADS} | request)
 
 
 @layout
@@ -505,14 +507,14 @@ def causvid(tmp, dtype):
         [path.parent],
         dit(dtype),
         told("autoregressive_checkpoint/model.pt", prefixed("generator.model.", dit(dtype))),
-        {"sets": HEADS},
+        {"overrides": HEADS},
     )
 
 
 @layout
 def flat(tmp, dtype):
     path = put(tmp / "causal_model.pt", torchfiles.state_dict(dit(dtype)))
-    return Layout([path], dit(dtype), told(path.name, dit(dtype)), {"sets": HEADS})
+    return Layout([path], dit(dtype), told(path.name, dit(dtype)), {"overrides": HEADS})
 
 
 @layout
@@ -520,7 +522,7 @@ def flat_bin_in_a_table(tmp, dtype):
     named = prefixed("model.diffusion_model.", dit(dtype))
     path = put(tmp / "pytorch_model.bin", {"state_dict": named, "epoch": 3})
     return Layout(
-        [path], dit(dtype), told(path.name, prefixed("state_dict.", named)), {"sets": HEADS}
+        [path], dit(dtype), told(path.name, prefixed("state_dict.", named)), {"overrides": HEADS}
     )
 
 
@@ -547,7 +549,7 @@ def longlive(tmp, dtype):
     stored |= told(
         "models/lora.pt", prefixed("generator_lora.", peft(pairs)) | prefixed("critic_lora.", other)
     )
-    return Layout([tmp / "models"], merged(base, pairs, 1.0), stored, {"sets": HEADS})
+    return Layout([tmp / "models"], merged(base, pairs, 1.0), stored, {"overrides": HEADS})
 
 
 @layout
@@ -559,7 +561,7 @@ def bare_lora(tmp, dtype):
         given,
         merged(base, pairs, 6 / 3),
         told("base.safetensors", base) | told("lora.safetensors", named),
-        {"sets": HEADS, "lora_alpha": 6.0},
+        {"overrides": HEADS, "lora_alpha": 6.0},
     )
 
 
@@ -571,7 +573,7 @@ def lora_that_says_how_strong(tmp, dtype):
     put_json(tmp / "lora" / "adapter_config.json", {"peft_type": "LORA", "r": 3, "lora_alpha": 12})
     given = [put(tmp / "base.safetensors", base), tmp / "lora"]
     stored = told("base.safetensors", base) | told("lora/adapter_model.safetensors", named)
-    return Layout(given, merged(base, pairs, 12 / 3), stored, {"sets": HEADS})
+    return Layout(given, merged(base, pairs, 12 / 3), stored, {"overrides": HEADS})
 
 
 @layout
@@ -592,14 +594,14 @@ def lora_of_diffusers_with_alphas(tmp, dtype):
         put(tmp / "base.safetensors", as_diffusers(base)),
     ]
     stored = told("lora.safetensors", named) | told("base.safetensors", as_diffusers(base))
-    return Layout(given, merged(base, pairs, 1 / 2), stored, {"sets": HEADS})
+    return Layout(given, merged(base, pairs, 1 / 2), stored, {"overrides": HEADS})
 
 
 @layout
 def several_networks_in_one_file(tmp, dtype):
     held = dit(dtype) | umt5("bfloat16") | vae("float32")
     path = put(tmp / "all.safetensors", held)
-    return Layout([path], held, told(path.name, held), {"sets": HEADS}, ALL)
+    return Layout([path], held, told(path.name, held), {"overrides": HEADS}, ALL)
 
 
 @layout
@@ -608,7 +610,7 @@ def original_folder_and_a_student(tmp, dtype):
     path = put(tmp / "student.pt", {"generator_ema": prefixed("model.", dit(dtype))})
     stored |= told(path.name, prefixed("generator_ema.model.", dit(dtype)))
     return Layout(
-        [tmp / "Wan2.1-T2V-tiny", path], expected | dit(dtype), stored, {"sets": HEADS}, ALL
+        [tmp / "Wan2.1-T2V-tiny", path], expected | dit(dtype), stored, {"overrides": HEADS}, ALL
     )
 
 

@@ -8,7 +8,9 @@ import numpy as np
 from packforcing_jax.config import CacheConfig
 from packforcing_jax.sampling import trace
 
-SMALL = CacheConfig(block=3, sink=6, recent=3, top=4, capacity=7, trained=20, score_pool=(1, 1, 1))
+SMALL = CacheConfig(
+    block=3, sink=6, recent=3, top=4, capacity=7, max_position=20, score_pool=(1, 1, 1)
+)
 HEAD = {"seed": 5, "prompts": [[0, "a fox"], [9, "ein Mädchen 狐"]]}
 LAYERS = 3
 
@@ -35,13 +37,13 @@ def _past(cfg, block):
 def _row(cfg, block, count):
     """First places of (sink, each of `count` packed blocks, recent, current), and what a packed block takes."""
     sink, _, recent = _past(cfg, block)
-    step, left = float(cfg.block), cfg.trained - cfg.sink - cfg.recent - cfg.block
+    step, left = float(cfg.block), cfg.max_position - cfg.sink - cfg.recent - cfg.block
     if cfg.span == "fit" and left < max(count, 1) * step:
         step = left / max(count, 1)
     at = np.cumsum([0, len(sink), *[step] * count, len(recent)])
     moved = at if cfg.rope_adjustment == "sink" else at + block * cfg.block - at[-1]
-    sink_at = 0 if cfg.rope_adjustment == "none" else moved[0]
-    return sink_at, moved[1:-2], moved[-2], moved[-1], step
+    sink_position = 0 if cfg.rope_adjustment == "none" else moved[0]
+    return sink_position, moved[1:-2], moved[-2], moved[-1], step
 
 
 def finished(cfg=SMALL, blocks=40, layers=LAYERS, seed=0, first=0):
@@ -50,7 +52,7 @@ def finished(cfg=SMALL, blocks=40, layers=LAYERS, seed=0, first=0):
     for block in range(first, blocks):
         sink, packed, recent = _past(cfg, block)
         count = min(len(packed), cfg.attended)
-        sink_at, row, recent_at, current_at, step = _row(cfg, block, count)
+        sink_position, row, recent_position, current_position, step = _row(cfg, block, count)
         chosen = np.full((layers, cfg.attended), -1)
         places = np.full((layers, cfg.attended), np.nan)
         scores = np.full((layers, cfg.attended), -np.inf)
@@ -64,20 +66,20 @@ def finished(cfg=SMALL, blocks=40, layers=LAYERS, seed=0, first=0):
         yield types.SimpleNamespace(
             index=block,
             prompt="a fox" if block < 9 else "ein Mädchen 狐",
-            chosen=chosen,
+            block_ids=chosen,
             scores=scores.astype("f4"),
-            places=places.astype("f4"),
+            positions=places.astype("f4"),
             latent=rng.normal(size=(cfg.block, 2, 3, 5)).astype("f4"),
             sink_sum=zlib.crc32(held.tobytes()),
             layout={
-                "sink_at": sink_at,
+                "sink_position": sink_position,
                 "sink": len(sink),
-                "recent_at": recent_at,
+                "recent_position": recent_position,
                 "recent": len(recent),
-                "current_at": current_at,
+                "current_position": current_position,
                 "block": cfg.block,
                 "step": step,
-                "chosen": count,
+                "num_selected": count,
             },
         )
 

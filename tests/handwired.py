@@ -233,7 +233,7 @@ class Player:
             self.exp.step,
             memory,
             latent=latent,
-            low=low(latent),
+            low_res=low(latent),
             selection=denoised.selection,
             text=text,
         )

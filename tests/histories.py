@@ -150,12 +150,12 @@ def block_of(story, number):
 
 
 def check_layout(seen, layout):
-    for name in ("sink_at", "mid_at", "recent_at", "current_at", "step"):
+    for name in ("sink_position", "mid_position", "recent_position", "current_position", "step"):
         np.testing.assert_allclose(layout[name], vars(seen)[name], atol=1e-4, err_msg=name)
     sizes = {
         "sink": len(seen.sink),
         "recent": len(seen.recent),
-        "chosen": seen.count,
+        "num_selected": seen.count,
         "start": seen.start,
     }
     assert {name: int(layout[name]) for name in sizes} == sizes
@@ -183,7 +183,7 @@ def check_choice(exp, seen, selection, points):
         selection.scores[..., :count], np.take_along_axis(points, ranks, -1), atol=slack, rtol=1e-3
     )
     begin = slow_memory.begins(exp.cache, seen, ids[..., :count])
-    np.testing.assert_allclose(selection.at[..., :count], begin, atol=1e-4)
+    np.testing.assert_allclose(selection.positions[..., :count], begin, atol=1e-4)
 
 
 def in_order_of(v, shown):

@@ -10,11 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import quick
+
 for name in [each for each in os.environ if "proxy" in each.lower()]:
     del os.environ[name]  # processes that look for each other would ask it
 
 SEED, BATCH = 3, 8
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # compiling is what takes time
 
 
 def child(devices=8, **wanted):
@@ -29,7 +30,7 @@ def child(devices=8, **wanted):
         env=there
         | {
             "PYTHONPATH": str(Path(__file__).parent.parent),
-            "XLA_FLAGS": QUICK,
+            "XLA_FLAGS": quick.FLAGS,
             "TF_CPP_MIN_LOG_LEVEL": "2",
         },
     )
@@ -88,7 +89,7 @@ def examples(exp, step):
     draw, blocks = np.random.default_rng((SEED, step)), exp.blocks
     shapes = {
         "latent": (exp.clip, *exp.latent, exp.dit.in_channels),
-        "low": (blocks, *sources.low_form(exp)),
+        "low_res": (blocks, *sources.low_res_shape(exp)),
         "states": (exp.dit.text_len - 1, exp.dit.text_dim),
     }
     return {

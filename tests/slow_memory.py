@@ -44,7 +44,7 @@ def packed_grid(exp):
             exp.latent[axis - 1] // size[axis] * size[axis]
         )  # latent cells, counted in tokens
         middles = ((cells + 0.5) / exp.dit.patch[axis] - 0.5).reshape(-1, size[axis]).mean(axis=1)
-        return middles if exp.compressor.places == "stretched" else np.arange(len(middles))
+        return middles if exp.compressor.positions == "stretched" else np.arange(len(middles))
 
     return [place.ravel() for place in np.meshgrid(frames, along(1), along(2), indexing="ij")]
 
@@ -66,7 +66,7 @@ def visible(cfg, blocks, gap=0.0, scene=0, first=0):
     slot_of = {b: slot for slot, b in held.items() if slot >= 0 and b in middle}
     archive = sorted(slot_of)
     count = min(len(archive), cfg.capacity if cfg.selection == "all" else cfg.top)
-    fitted = max(cfg.trained - cfg.sink - cfg.recent - cfg.block, 1) / max(count, 1)
+    fitted = max(cfg.max_position - cfg.sink - cfg.recent - cfg.block, 1) / max(count, 1)
     step = min(cfg.block, fitted) if cfg.span == "fit" else cfg.block
     behind_sink = [
         0,
@@ -75,8 +75,10 @@ def visible(cfg, blocks, gap=0.0, scene=0, first=0):
         len(sink) + count * step + gap + len(recent),
     ]
     moved = 0 if cfg.rope_adjustment == "sink" else start - behind_sink[-1]
-    sink_at, mid_at, recent_at, current_at = (position + moved for position in behind_sink)
-    sink_at = begin if cfg.rope_adjustment == "none" else sink_at
+    sink_position, mid_position, recent_position, current_position = (
+        position + moved for position in behind_sink
+    )
+    sink_position = begin if cfg.rope_adjustment == "none" else sink_position
     return types.SimpleNamespace(
         blocks=blocks,
         start=start,
@@ -89,10 +91,10 @@ def visible(cfg, blocks, gap=0.0, scene=0, first=0):
         count=count,
         step=step,
         gap=gap,
-        sink_at=sink_at,
-        mid_at=mid_at,
-        recent_at=recent_at,
-        current_at=current_at,
+        sink_position=sink_position,
+        mid_position=mid_position,
+        recent_position=recent_position,
+        current_position=current_position,
     )
 
 
@@ -133,7 +135,7 @@ def both_ends(exp, story, seen):
     """Keys and values of the sink and of the recent frames, each at its position."""
     return [
         full_res(exp, story, *part)
-        for part in ((seen.sink, seen.sink_at), (seen.recent, seen.recent_at))
+        for part in ((seen.sink, seen.sink_position), (seen.recent, seen.recent_position))
     ]
 
 
@@ -157,13 +159,13 @@ def pooled_queries(exp, seen, q):
     grid = q.reshape(*q.shape[:2], cfg.block, rows, columns, *q.shape[3:]).astype(float)
     pooled = [grid[:, :, t : t + pt, y : y + py, x : x + px].mean((2, 3, 4)) for t, y, x in corners]
     t, y, x = (np.asarray(corners) + (np.asarray(cfg.score_pool) - 1) / 2).T
-    return turn(np.stack(pooled, axis=2), angles_of(exp, seen.current_at + t, y, x))
+    return turn(np.stack(pooled, axis=2), angles_of(exp, seen.current_position + t, y, x))
 
 
 def affinity(exp, story, seen, q, archive):
     """Softmax over archive, sink and recent; each block's mass to the fourth, summed over queries and heads."""
     frames = packed_grid(exp)[0] * seen.step / exp.cache.block
-    packed, _ = twins(exp, story, archive, seen.mid_at + seen.count * seen.step / 2 + frames)
+    packed, _ = twins(exp, story, archive, seen.mid_position + seen.count * seen.step / 2 + frames)
     asked = pooled_queries(exp, seen, q)
     size = np.sqrt(asked.shape[-1])
     keys = [
@@ -223,14 +225,16 @@ def own(exp, story, seen):
     """(queries, keys, values) [layer, b, k, n, h] of the block that looks back, turned to their positions."""
     frames = range(seen.start, seen.start + exp.cache.block)
     rows, columns = np.tile(frame_grid(exp), exp.cache.block)
-    times = np.repeat(seen.current_at + np.arange(exp.cache.block), len(rows) // exp.cache.block)
+    times = np.repeat(
+        seen.current_position + np.arange(exp.cache.block), len(rows) // exp.cache.block
+    )
     return (
         turn(story.q[seen.blocks], angles_of(exp, times, rows, columns)),
-        *full_res(exp, story, frames, seen.current_at),
+        *full_res(exp, story, frames, seen.current_position),
     )
 
 
-def attend(q, k, v):
+def attention_fn(q, k, v):
     """Softmax attention [layer, b, q, n, h] in 64 bit."""
     logits = np.einsum(
         "...qnh,...knh->...nqk", q.astype(float), k.astype(float), optimize=True

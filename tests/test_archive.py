@@ -22,7 +22,7 @@ BLOCKS, HALF = 9, 5  # the ring of four turns over twice
 def play(model, state, blocks):
     """Latents and ids of `blocks`, and the state behind them."""
     words = [
-        model.words([first, "lime square"]) for first in ("a red disc", "the blue figure walks")
+        model.text_kv([first, "lime square"]) for first in ("a red disc", "the blue figure walks")
     ]
     found = []
     for index in blocks:
@@ -131,14 +131,14 @@ def test_the_chosen_slots_are_taken_for_each_video_from_every_layer():
     rng = np.random.default_rng(4)
     store = [KV(*rng.normal(size=(2, 2, 4, 8, 3, 12)).astype(np.float32)) for _ in range(3)]
     slots = jnp.asarray([[3, 0, 1], [2, 2, 0]])
-    chosen = cache.Selection(slots=slots, ids=slots, scores=slots, at=slots)
+    chosen = cache.Selection(slots=slots, ids=slots, scores=slots, positions=slots)
     for kv, picked in zip(store, host_archive.gather(store, chosen), strict=True):
         for name in ("k", "v"):
             wanted = np.stack(
                 [getattr(kv, name)[video, np.asarray(slots)[video]] for video in range(2)]
             )
             np.testing.assert_array_equal(getattr(picked.kv, name), wanted)
-        np.testing.assert_array_equal(picked.at, np.zeros((2, 3)))
+        np.testing.assert_array_equal(picked.positions, np.zeros((2, 3)))
 
 
 @pytest.mark.parametrize(

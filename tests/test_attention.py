@@ -67,27 +67,29 @@ def test_what_lies_behind_the_valid_keys_changes_no_bit(name, length):
         jnp.where(jnp.arange(13)[None, :, None, None] < length, x, 1e4 * y)
         for x, y in zip((k, v), inputs(name, seed=1)[1:])
     ]
-    attend = attend_with(name)
+    attention_fn = attend_with(name)
     np.testing.assert_array_equal(
-        attend(q, *noise, jnp.int32(length)), attend(q, k, v, jnp.int32(length))
+        attention_fn(q, *noise, jnp.int32(length)), attention_fn(q, k, v, jnp.int32(length))
     )
 
 
 def test_without_a_length_all_keys_are_valid(name):
     q, k, v = inputs(name)
-    attend = attend_with(name)
+    attention_fn = attend_with(name)
     np.testing.assert_allclose(
-        np.asarray(attend(q, k, v), np.float32),
-        np.asarray(attend(q, k, v, jnp.int32(13)), np.float32),
+        np.asarray(attention_fn(q, k, v), np.float32),
+        np.asarray(attention_fn(q, k, v, jnp.int32(13)), np.float32),
         atol=1e-6,
     )
 
 
 def test_the_length_may_be_known_only_at_run_time(name):
     q, k, v = inputs(name)
-    attend = tiny.jit(lambda *inputs: attention.backend(name)(*inputs))
-    outputs = [np.asarray(attend(q, k, v, jnp.int32(length)), np.float32) for length in LENGTHS]
-    assert attend._cache_size() == 1
+    attention_fn = tiny.jit(lambda *inputs: attention.backend(name)(*inputs))
+    outputs = [
+        np.asarray(attention_fn(q, k, v, jnp.int32(length)), np.float32) for length in LENGTHS
+    ]
+    assert attention_fn._cache_size() == 1
     assert np.abs(outputs[0] - outputs[1]).max() > 0.1
 
 
@@ -132,35 +134,35 @@ def test_an_unknown_backend_is_refused_by_name():
 
 def test_auto_is_the_default_of_this_machine():
     for dtype in (jnp.float32, jnp.bfloat16):
-        assert attention.chosen("auto", dtype) == attention.default_backend(dtype)
+        assert attention.resolve("auto", dtype) == attention.default_backend(dtype)
         assert (
             attention.backend("auto", dtype)
-            is attention.BACKENDS[attention.default_backend(dtype)[0]].attend
+            is attention.BACKENDS[attention.default_backend(dtype)[0]].attention_fn
         )
-    assert attention.chosen("xla")[0] == "xla"
+    assert attention.resolve("xla")[0] == "xla"
 
 
 def test_the_table_is_what_backend_answers_from():
     for name, one in attention.BACKENDS.items():
         assert one.name == name
-        assert attention.backend(name) is attention.backend(one) is one.attend
+        assert attention.backend(name) is attention.backend(one) is one.attention_fn
 
 
 def test_a_backend_of_ones_own_is_the_one_that_runs():
     """Of a block's self-attention and of what reads the text, in every layer."""
     calls = []
 
-    def attend(q, k, v, length=None, mask=None):
+    def attention_fn(q, k, v, length=None, mask=None):
         calls.append((q.shape[1], k.shape[1]))
         return attention.reference(q, k, v, length, mask)
 
-    own = dataclasses.replace(tiny.EXP, attention=attention.Backend("own", attend))
-    assert attention.chosen(own.attention) == ("own", "as the config says")
+    own = dataclasses.replace(tiny.EXP, attention=attention.Backend("own", attention_fn))
+    assert attention.resolve(own.attention) == ("own", "as the config says")
     memory, noise = cache.init(own.memory, tiny.BATCH), tiny.noise(own, 0)
-    latent = tiny.denoise(tiny.apart(), own.step, memory, noise=noise, text=tiny.words())[1].latent
+    latent = tiny.denoise(tiny.apart(), own.step, memory, noise=noise, text=tiny.text())[1].latent
     assert set(calls) == {(24, own.memory.room), (24, own.dit.text_len)}
     as_is = dataclasses.replace(tiny.EXP, attention="reference")
-    _, expected = tiny.denoise(tiny.apart(), as_is.step, memory, noise=noise, text=tiny.words())
+    _, expected = tiny.denoise(tiny.apart(), as_is.step, memory, noise=noise, text=tiny.text())
     np.testing.assert_array_equal(latent, expected.latent)
 
 

@@ -13,7 +13,7 @@ from packforcing_jax import pytrees
 from packforcing_jax.errors import InputError
 from packforcing_jax.networks import codec, text
 from packforcing_jax.training import batches
-from packforcing_jax.training.batches import Model, Words
+from packforcing_jax.training.batches import Model, TokenizedText
 
 EXP = tiny.EXP
 BLOCKS, SIZE = 4, EXP.cache.block
@@ -41,7 +41,7 @@ def latents():
     rng = np.random.default_rng(2)
     return {
         "latent": rng.normal(size=(5, BLOCKS * SIZE, 8, 4, 12)).astype(np.float16),
-        "low": rng.normal(size=(5, BLOCKS, 2, 4, 4, 12)).astype(np.float16),
+        "low_res": rng.normal(size=(5, BLOCKS, 2, 4, 4, 12)).astype(np.float16),
         "trajectory": rng.normal(size=(5, 6, BLOCKS * SIZE, 8, 4, 12)).astype(np.float16),
         "states": rng.normal(size=(5, 9, 10)).astype(np.float16),
     }
@@ -57,8 +57,8 @@ def test_pixels_are_encoded_block_by_block():
     np.testing.assert_allclose(
         codec.decode(PIXELS, batch.latent[2]), raw["video"][:, 6:9], atol=1e-6
     )
-    np.testing.assert_array_equal(batch.words.ids[3], raw["ids"][:, 3])
-    np.testing.assert_array_equal(batch.words.mask[3], raw["mask"][:, 3])
+    np.testing.assert_array_equal(batch.text.ids[3], raw["ids"][:, 3])
+    np.testing.assert_array_equal(batch.text.mask[3], raw["mask"][:, 3])
     np.testing.assert_array_equal(batch.called[3], raw["called"][:, 3])
     assert batch.called.dtype == bool
     assert batch.trajectory is None
@@ -69,7 +69,7 @@ def test_pixels_are_seen_in_low_resolution():
     raw = pixels()
     frames = raw["video"][:, 6:9][:, [0, 0, 1, 2]]
     expected = frames.reshape(2, 2, 2, 8, 2, 8, 3).mean(axis=(2, 4))
-    np.testing.assert_allclose(codec.decode(PIXELS, encode(raw).low[2]), expected, atol=1e-6)
+    np.testing.assert_allclose(codec.decode(PIXELS, encode(raw).low_res[2]), expected, atol=1e-6)
 
 
 def test_weights_are_averaged_over_the_pixels_of_a_latent_cell():
@@ -83,11 +83,11 @@ def test_latents_are_taken_as_they_are_in_float32():
     batch = encode(raw)
     assert {leaf.dtype for leaf in jax.tree.leaves(batch)} == {np.dtype(np.float32)}
     np.testing.assert_array_equal(batch.latent[3], raw["latent"][:, 9:12])
-    np.testing.assert_array_equal(batch.low[3], raw["low"][:, 3])
+    np.testing.assert_array_equal(batch.low_res[3], raw["low_res"][:, 3])
     assert batch.trajectory.shape == (6, BLOCKS, 5, SIZE, 8, 4, 12)
     np.testing.assert_array_equal(batch.trajectory[4, 1], raw["trajectory"][:, 4, 3:6])
-    assert batch.words.shape == (1, 5, 9, 10)  # one prompt for all blocks
-    np.testing.assert_array_equal(batch.words[0], raw["states"])
+    assert batch.text.shape == (1, 5, 9, 10)  # one prompt for all blocks
+    np.testing.assert_array_equal(batch.text[0], raw["states"])
     assert batch.weight is None
     assert batch.called is None
 
@@ -113,7 +113,7 @@ def test_what_there_is_once_is_there_for_every_block():
 
 def words():
     raw = pixels()
-    return Words(
+    return TokenizedText(
         ids=jnp.asarray(raw["ids"]).swapaxes(0, 1), mask=jnp.asarray(raw["mask"]).swapaxes(0, 1)
     )
 
@@ -150,15 +150,17 @@ def test_keys_and_values_of_the_text_are_those_of_each_block():
 def test_hidden_text_is_nothing():
     states = tiny.normal(3, 2, 4, 6, 10)
     chosen = jnp.asarray([True, False, False, True])
-    hidden = batches.hide(states, None, chosen)
+    hidden = batches.without_text(states, None, chosen)
     np.testing.assert_array_equal(hidden[:, [1, 2]], states[:, [1, 2]])
     assert not np.asarray(hidden)[:, [0, 3]].any()
-    assert not np.asarray(batches.hide(states, None)).any()
+    assert not np.asarray(batches.without_text(states, None)).any()
 
 
 def test_hidden_text_is_the_negative_prompt_where_there_is_one():
     states, negative = tiny.normal(3, 2, 4, 6, 10), tiny.normal(4, 5, 10)
-    hidden = np.asarray(batches.hide(states, negative, jnp.asarray([True, False, True, True])))
+    hidden = np.asarray(
+        batches.without_text(states, negative, jnp.asarray([True, False, True, True]))
+    )
     np.testing.assert_array_equal(hidden[:, 1], states[:, 1])
     for clip in (0, 2, 3):
         for block in range(2):
@@ -168,7 +170,7 @@ def test_hidden_text_is_the_negative_prompt_where_there_is_one():
 
 def test_a_negative_prompt_longer_than_the_datas_text_is_refused():
     with pytest.raises(InputError, match="train.negative has 7 words, but the data's text holds 6"):
-        batches.hide(tiny.normal(3, 2, 4, 6, 10), tiny.normal(4, 7, 10))
+        batches.without_text(tiny.normal(3, 2, 4, 6, 10), tiny.normal(4, 7, 10))
 
 
 # networks -------------------------------------------------------------------------------------------------------------

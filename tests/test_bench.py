@@ -14,7 +14,7 @@ import tiny
 
 from benchmarks import on_h200
 from packforcing_jax import config, pytrees
-from packforcing_jax.config import overrides
+from packforcing_jax.config import loading
 from packforcing_jax.errors import InputError
 from packforcing_jax.memory import layout as layouts
 from packforcing_jax.memory import view
@@ -56,9 +56,9 @@ def found(quick):
 @pytest.mark.parametrize("cfg", [*config.PROFILES.values(), tiny.EXP.cache, PLAIN.cache], ids=str)
 def test_nothing_is_empty_behind_the_block_that_is_timed(cfg):
     exp = dataclasses.replace(tiny.EXP, cache=dataclasses.replace(cfg, score_pool=(1, 1, 1)))
-    full = budget.full_at(exp)
+    full = budget.full_position(exp)
     seen, before = (layouts.layout(cfg, layouts.begin(full - back)) for back in (0, 1))
-    assert (int(seen.sink), int(seen.recent), int(seen.chosen)) == (
+    assert (int(seen.sink), int(seen.recent), int(seen.num_selected)) == (
         cfg.sink,
         cfg.recent,
         cfg.attended,
@@ -77,7 +77,7 @@ def test_what_is_there_is_random_finite_and_in_its_dtype():
     held = bench.scene(model(halves), ALL)
     own = (
         held.model.nets,
-        held.model.pixels,
+        held.model.vae,
         held.state.memory.layers,
         held.given["frames"],
     )
@@ -88,7 +88,7 @@ def test_what_is_there_is_random_finite_and_in_its_dtype():
     views = block_step.views_of(held.state.memory)
     assert {x.dtype.name for x in jax.tree.leaves(views)} == {"bfloat16"}
     assert {x.dtype.name for x in jax.tree.leaves(held.model.nets)} == {"float32"}
-    assert int(held.state.memory.num_blocks) == budget.full_at(halves)
+    assert int(held.state.memory.num_blocks) == budget.full_position(halves)
     assert all((np.asarray(one.ids) >= 0).all() for one in held.given["selection"])
 
 
@@ -105,7 +105,7 @@ def test_storing_is_given_what_committing_makes():
         packed = block_step.read_packed(nets, exp.step, layout, latent, low, words, views, own)
         return full, packed, nets.dit.blocks[0].attn.queries(nets.dit.embed(latent))
 
-    given = (held.given[name] for name in ("latent", "low", "words"))
+    given = (held.given[name] for name in ("latent", "low_res", "text_kv"))
     want = jax.eval_shape(made, held.model.nets, *given, held.state.memory)
     given = held.given["full"], held.given["packed"], held.given["queries"][0]
     assert forms_of(given) == forms_of(want)
@@ -159,7 +159,7 @@ def test_forward_is_the_first_step_of_a_block():
         layout, views = layouts.layout(cfg.cache, memory.progress), block_step.views_of(memory)
         return block_step.first_step(nets, cfg, layout, noise, words, views)[0]
 
-    want = tiny.jit(step)(held.model.nets, noise, held.given["words"], memory)
+    want = tiny.jit(step)(held.model.nets, noise, held.given["text_kv"], memory)
     _, clean = held.run("forward")(held.state)
     np.testing.assert_allclose(clean, want, atol=1e-5)
 
@@ -207,7 +207,7 @@ def test_an_archive_on_the_host_is_refused():
 
 def test_operations_are_those_that_plan_counts(found):
     exp, ours = tiny.EXP, found.operations
-    rows = budget.of(exp, budget.full_at(exp) + 1, dtype="float32").rows
+    rows = budget.of(exp, budget.full_position(exp) + 1, dtype="float32").rows
     plan = {name.removeprefix("operations/"): row.counted for name, row in rows.items()}
     padding = plan["one step"] - plan["one step, keys attended"]
     steps = len(exp.sample.steps)
@@ -278,17 +278,17 @@ def test_metrics_are_ratios_with_a_direction():
 
 
 def test_a_full_size_model_is_built_without_being_made():
-    exp = overrides.load_experiment("wan_t2v_1_3b_paper", ["dit.layers=1"])
+    exp = loading.load_experiment("wan_t2v_1_3b_paper", ["dit.layers=1"])
     held = bench.shapes(exp)
     views = block_step.views_of(held.state.memory)
-    own = held.model.nets, held.model.pixels, views
+    own = held.model.nets, held.model.vae, views
     assert {x.dtype.name for x in jax.tree.leaves(own)} == {"bfloat16"}
     assert views[0].k.shape == (1, exp.memory.room, 12, 128)
     assert held.given["full"][0].k.shape == (1, 6_240, 12, 128)
     assert held.given["packed"][0].v.shape == (1, 182, 12, 128)
     assert held.given["frames"].shape == (1, 16, 480, 832, 3)
     assert bench.attended(exp) == 27_872
-    given = held.state.memory, held.given["latent"], held.given["words"]
+    given = held.state.memory, held.given["latent"], held.given["text_kv"]
     program = bench.forward.lower(held.model.nets, exp.step, *given)
     assert program.as_text().count("tf.aliasing_output") == len(jax.tree.leaves(given[0]))
     one_layer = 2 * 6_240 * 1_536 * (4 * 1_536 + 2 * 27_872 + 2 * 8_960 + 2 * 1_536 + 2 * 512)

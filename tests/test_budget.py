@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from packforcing_jax import config
-from packforcing_jax.config import overrides
+from packforcing_jax.config import loading
 from packforcing_jax.errors import InputError
 from packforcing_jax.memory import cache, view
 from packforcing_jax.memory import layout as layouts
@@ -96,7 +96,7 @@ def test_keys_bytes_and_last_block_of_awkward_sizes(exp, keys):
         tiny.with_cache(selection="log_sum_exp", scope="shared"),  # one more pass, to ask in
         tiny.with_cache(selection="random", scope="shared"),
         compressed(keys="projected", branches="hr"),
-        compressed(branches="lr", places="native"),
+        compressed(branches="lr", positions="native"),
     ],
     ids=lambda exp: f"{exp.cache.selection}-{exp.cache.scope}-{exp.compressor.keys}",
 )
@@ -139,7 +139,12 @@ OWN_PARTS = [
 INSIDES = [
     {"last block/packed blocks it attends"},
     {"parameters/compressor", "operations/packing pass", "share/selection"},
-    {"parameters/transformer", "weights/transformer", "held/words", "operations/one step"},
+    {
+        "parameters/transformer",
+        "weights/transformer",
+        "held/text_kv",
+        "operations/one step",
+    },
     {"operations/selection", "operations/whole block"},
 ]
 
@@ -175,7 +180,7 @@ def test_every_use_has_its_own_dtype():
     assert counted(found, "bytes", "cached") == (
         270 * 3 * 2 * 3 * 30 * 4,
     )  # keys, videos, k and v, layers, d, bytes
-    assert counted(found, "held", "words") == (11 * 3 * 2 * 3 * 30 * 2,)
+    assert counted(found, "held", "text_kv") == (11 * 3 * 2 * 3 * 30 * 2,)
     assert counted(found, "weights", "transformer") == (
         2 * found.rows["parameters/transformer"].counted,
     )
@@ -186,7 +191,7 @@ def test_every_use_has_its_own_dtype():
 @pytest.fixture(scope="module")
 def paper():
     """The paper's memory at full size, two minutes: 120 blocks."""
-    exp = overrides.load_experiment("wan_t2v_1_3b_paper")
+    exp = loading.load_experiment("wan_t2v_1_3b_paper")
     return budget.of(exp, pipeline.blocks_of(exp, 120))
 
 
@@ -232,7 +237,7 @@ def test_the_default_selection_costs_at_most_three_thousandths_of_a_block(paper)
 
 
 def test_the_published_profile_attends_26312_keys():
-    exp = overrides.load_experiment("wan_t2v_1_3b")
+    exp = loading.load_experiment("wan_t2v_1_3b")
     one_layer = dataclasses.replace(exp, dit=dataclasses.replace(exp.dit, layers=1))
     found = budget.of(one_layer, 160)
     assert found.wrong == []
@@ -248,7 +253,7 @@ def test_the_parts_of_the_paper_profile_in_memory(paper):
         "un-rotated keys": 0.575,
         "keys and values": 10.093,
         "recent latents": 0.002,
-        "words": 0.094,
+        "text_kv": 0.094,
         "decoder": 1.889,
         "on the device": 15.211,
         "on the host": 0,
@@ -279,7 +284,7 @@ def test_the_compiler_counts_the_operations_of_the_full_size_step_too(paper):
         views = block_step.views_of(memory)
         return block_step.predict_x0(nets, cfg, layout, latent, none, none, words, views)
 
-    lowered = jax.jit(step).lower(held.computed, held.latent, held.words, held.memory)
+    lowered = jax.jit(step).lower(held.computed, held.latent, held.text_kv, held.memory)
     theirs, ours = (
         (lowered.cost_analysis() or {})["flops"],
         paper.rows["operations/one step"].counted,
@@ -309,7 +314,7 @@ def test_packed_blocks_on_the_host_are_not_on_the_device():
 
 def test_budgets_are_counted_not_recited(monkeypatch):
     """What the step really does decides: queries that are not pooled, and a view with more room, are found out."""
-    exp = tiny.with_cache(trained=15)  # its programs were not traced before
+    exp = tiny.with_cache(max_position=15)  # its programs were not traced before
     monkeypatch.setattr(selection, "pool", lambda q, grid, window: q)
     monkeypatch.setattr(
         view, "_pool_angles", lambda spec, layout: jnp.zeros((exp.cache.block * 8, 6))
@@ -329,7 +334,7 @@ def test_budgets_are_counted_not_recited(monkeypatch):
 def test_what_each_block_sees_by_formula_is_what_the_plan_says(exp):
     for blocks in range(1, 15):
         seen = layouts.layout(exp.cache, layouts.begin(blocks - 1))
-        want = ((seen.ids >= 0).sum(), seen.chosen, layouts.length(exp.memory, seen))
+        want = ((seen.ids >= 0).sum(), seen.num_selected, layouts.length(exp.memory, seen))
         assert tuple(formulas.last_block(exp, blocks).values()) == tuple(map(int, want)), blocks
 
 
@@ -380,7 +385,7 @@ def test_nothing_is_allocated():
 )
 def test_blocks_of_a_length(seconds, blocks):
     """The first of four latent frames is one frame, each of the others four."""
-    assert pipeline.blocks_of(overrides.load_experiment("wan_t2v_1_3b_paper"), seconds) == blocks
+    assert pipeline.blocks_of(loading.load_experiment("wan_t2v_1_3b_paper"), seconds) == blocks
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ FITTED = CacheConfig(
     top=3,
     capacity=3,
     span="fit",
-    trained=17,
+    max_position=17,
     selection="all",
     score_pool=(2, 1, 1),
 )
@@ -156,17 +156,17 @@ def test_layers_apart_and_stacked_remember_the_same():
 
 
 def test_only_differences_of_positions_matter():
-    exp = histories.experiment(dataclasses.replace(PACKING, span="fit", trained=11))
+    exp = histories.experiment(dataclasses.replace(PACKING, span="fit", max_position=11))
     spec, story, look = exp.memory, told(exp, blocks=10), histories.looker(exp)
     story.full, story.packed = ((k, np.sin(7 * v)) for k, v in (story.full, story.packed))
     *_, (shown, memory, _) = walk(exp, story)
     block = jax.tree.map(jnp.asarray, histories.block_of(story, 9))
-    names = ("sink_at", "mid_at", "recent_at", "current_at")
+    names = ("sink_position", "mid_position", "recent_position", "current_position")
 
     def shifted(layout, by, ahead):
         moved = {name: getattr(layout, name) + by for name in names}
         layout = layout.replace(**moved)
-        return layout.replace(current_at=layout.current_at + ahead)
+        return layout.replace(current_position=layout.current_position + ahead)
 
     @histories.jit
     def recall(layout, ahead, by):
@@ -179,7 +179,7 @@ def test_only_differences_of_positions_matter():
             keys = layer.view.k.at[:, :sink].set(rope.rotate(layer.view.k[:, :sink], turn))
             layer = layer.replace(view=layer.view.replace(k=keys))
             layer = cache.reposition(
-                spec, layout.replace(current_at=layout.current_at - ahead), layer
+                spec, layout.replace(current_position=layout.current_position - ahead), layer
             )
             recalled, selection = view.recall(spec, layout, layer, q, random)
             own = histories.in_space(exp, own, histories.block_grid(exp))
@@ -226,9 +226,9 @@ def test_packing_nothing_and_seeing_all_is_full_causal_attention(sink, recent, a
     rows, columns = np.tile(slow_memory.frame_grid(exp), frames)
     angles = slow_memory.angles_of(exp, np.repeat(np.arange(frames), FRAME), rows, columns)
     q, k, v = (np.concatenate(list(x), axis=2) for x in (story.q, *story.full))
-    expected = slow_memory.attend(slow_memory.turn(q, angles), slow_memory.turn(k, angles), v)[
-        :, :, -3 * FRAME :
-    ]
+    expected = slow_memory.attention_fn(
+        slow_memory.turn(q, angles), slow_memory.turn(k, angles), v
+    )[:, :, -3 * FRAME :]
     shown = {name: histories.stack(part) for name, part in shown.items()}
     np.testing.assert_allclose(
         histories.looker(exp)(shown, histories.block_of(story, 6)), expected, atol=2e-5
@@ -243,11 +243,13 @@ def test_packing_nothing_and_seeing_all_is_full_causal_attention(sink, recent, a
 def test_a_fitted_span_stays_within_the_trained_range(cfg, trained, blocks):
     fixed = cfg.sink + cfg.recent + cfg.block
     cfg = dataclasses.replace(
-        cfg, span="fit", rope_adjustment="sink", trained=max(trained, fixed + 1)
+        cfg, span="fit", rope_adjustment="sink", max_position=max(trained, fixed + 1)
     )
     seen = layouts.layout(cfg, layouts.begin(blocks))
-    assert seen.current_at + cfg.block <= cfg.trained + 1e-4
-    assert seen.recent_at - seen.sink <= seen.chosen * cfg.block  # squeezed, never stretched
+    assert seen.current_position + cfg.block <= cfg.max_position + 1e-4
+    assert (
+        seen.recent_position - seen.sink <= seen.num_selected * cfg.block
+    )  # squeezed, never stretched
 
 
 @pytest.mark.parametrize(
@@ -270,8 +272,8 @@ def test_positions_stay_or_follow_the_true_frames(adjustment, current, sink):
         rope_adjustment=adjustment,
     )
     found = [layouts.layout(cfg, layouts.begin(n)) for n in (0, 1, 2, 3, 4, 5, 90)]
-    assert [float(seen.current_at) for seen in found] == current
-    assert [float(seen.sink_at) for seen in found] == sink
+    assert [float(seen.current_position) for seen in found] == current
+    assert [float(seen.sink_position) for seen in found] == sink
     assert [int(seen.start) for seen in found] == [0, 3, 6, 9, 12, 15, 270]
 
 
@@ -292,7 +294,7 @@ def test_packed_tokens_sit_in_the_middle_of_what_they_stand_for(block, frames):
         grid, np.tile(np.stack([rows, columns], axis=-1).reshape(-1, 2), (2, 1))
     )
     native = dataclasses.replace(
-        exp, compressor=dataclasses.replace(exp.compressor, places="native")
+        exp, compressor=dataclasses.replace(exp.compressor, positions="native")
     )
     np.testing.assert_array_equal(layouts.packed_positions(native.memory)[1], (grid - 1.5) / 4)
     np.testing.assert_array_equal(layouts.packed_positions(native.memory)[0], times)

@@ -17,7 +17,7 @@ import pytest
 import packforcing_jax
 from packforcing_jax import config, versions
 from packforcing_jax.cli import common, main
-from packforcing_jax.config import overrides
+from packforcing_jax.config import loading
 from packforcing_jax.errors import InputError, MachineError
 
 VERBS = list(main.VERBS)
@@ -248,7 +248,7 @@ def test_a_broken_pair_stops_a_checked_verb_before_it_runs(capsys, verb, monkeyp
 
 def test_public_names_are_those_listed_and_load_when_used(monkeypatch):
     assert packforcing_jax.Experiment is config.Experiment
-    assert packforcing_jax.load_experiment is overrides.load_experiment
+    assert packforcing_jax.load_experiment is loading.load_experiment
     assert set(packforcing_jax.__all__) == set(packforcing_jax._HOME)
     for name in packforcing_jax.__all__:
         assert getattr(packforcing_jax, name).__class__ is not types.ModuleType
@@ -341,5 +341,5 @@ def test_experiment_flags_are_read_back():
     parser = argparse.ArgumentParser()
     common.add_experiment_arguments(parser, default="wan_t2v_1_3b")
     args = parser.parse_args(["--set", "fps=5", "--set", "cache.top=2"])
-    got = common.load_experiment(args.config, args.sets)
+    got = common.load_experiment(args.config, args.overrides)
     assert (got.name, got.fps, got.cache.top) == ("wan_t2v_1_3b", 5, 2)

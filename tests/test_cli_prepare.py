@@ -57,7 +57,7 @@ def test_prompts_become_text_states(prompts, folder, tmp_path, capsys):
     held = records.opened(tmp_path / "set")
     assert [bytes(held[at]["prompt"]).decode() for at in range(5)] == SAID
     parts = importing.parts_of(tiny.EXP, model_folder.opened(folder))
-    whole = np.asarray(parts.text(*parts.words.encode(SAID)))
+    whole = np.asarray(parts.text(*parts.tokenizer.encode(SAID)))
     for at in range(5):
         states = held[at]["states"]
         assert np.array_equal(states, whole[at, : len(states)])
@@ -70,11 +70,11 @@ def test_videos_become_latents_and_those_too_short_are_named(films, folder, tmp_
     assert "left out: " in said.err
     assert "1.mp4 has 4 frames at 5 a second, 15 are needed" in said.err
     assert said.out.startswith(
-        "2 examples of latent float16[15, 8, 4, 12], low float16[5, 2, 4, 4, 12], prompt uint8"
+        "2 examples of latent float16[15, 8, 4, 12], low_res float16[5, 2, 4, 4, 12], prompt uint8"
     )
     held = records.opened(tmp_path / "set")
     assert [bytes(held[at]["prompt"]).decode() for at in range(2)] == [SAID[0], SAID[2]]
-    assert set(held[0]) == {"latent", "low", "prompt", "states"}
+    assert set(held[0]) == {"latent", "low_res", "prompt", "states"}
     assert held.notes.about["fps"] == 5
     assert not np.array_equal(held[0]["latent"], held[1]["latent"])
 
@@ -142,7 +142,7 @@ def test_public_trajectories_come_with_their_timesteps(tmp_path, capsys):
     assert run(*wanted, "--timesteps", "1000,757,0") == 0
     held = records.opened(tmp_path / "set")
     assert held[1]["trajectory"].shape == (3, 20, 8, 8, 48)
-    assert set(held[1]) == {"latent", "low", "prompt", "trajectory"}
+    assert set(held[1]) == {"latent", "low_res", "prompt", "trajectory"}
     assert held.notes.about["timesteps"] == [1000, 757, 0]
     assert held.notes.about["config"] == stage.experiment.name
 

@@ -33,7 +33,7 @@ jit = functools.partial(
 encode = jit(codec_lib.encode)
 decode = jit(codec_lib.decode)
 decode_chunk = jit(codec_lib.decode_chunk, static_argnames="first")
-low_resolution = jit(codec_lib.low_resolution, static_argnames=("latents", "pool"))
+low_res_latents = jit(codec_lib.low_res_latents, static_argnames=("latents", "pool"))
 
 
 @functools.cache
@@ -121,7 +121,7 @@ def test_pooling_averages_and_keeps_every_frame():
 def test_every_pixel_of_a_block_counts_in_its_low_resolution_latents(frames):
     """Blocks of 3 and 4 latents at the original's time factor, and the first block of a video, whose first is alone."""
     slope = jit(
-        jax.grad(lambda x: jnp.square(codec_lib.low_resolution(make(WAN), x, latents=2)).sum())
+        jax.grad(lambda x: jnp.square(codec_lib.low_res_latents(make(WAN), x, latents=2)).sum())
     )
     assert np.all(np.abs(slope(film(1, frames, 16, 32))) > 0)
 
@@ -132,36 +132,36 @@ def test_a_short_block_is_filled_on_the_left_and_its_first_latent_dropped():
     )  # the last row, and the columns beyond 28 and then 24, do not fill pools and cells
     small = codec_lib.pooled(video, (2, 4, 4))[:, :, :, :4]
     filled = jnp.concatenate([small[:, :1]] * 3 + [small], axis=1)
-    latent = low_resolution(make(WAN), video, latents=2)
+    latent = low_res_latents(make(WAN), video, latents=2)
     assert latent.shape == (2, 2, 1, 1, 3)
     np.testing.assert_allclose(latent, encode(make(WAN), filled)[:, 1:], atol=1e-6)
 
 
 def test_cells_encode_one_latent_per_pooled_frame():
     cells, video = make(CELLS), film(1, 4, 16, 24)
-    latent = low_resolution(cells, video, latents=2)
+    latent = low_res_latents(cells, video, latents=2)
     small = codec_lib.pooled(video, (2, 4, 4))
     np.testing.assert_allclose(latent, encode(cells, small), atol=1e-6)
     filled = small[:, jnp.asarray([0, 0, 1])]
     np.testing.assert_allclose(
-        low_resolution(cells, video, latents=3), encode(cells, filled), atol=1e-6
+        low_res_latents(cells, video, latents=3), encode(cells, filled), atol=1e-6
     )
 
 
 def test_too_many_frames_for_the_latents_are_refused():
     with pytest.raises(InputError, match="20 frames pooled by 2 exceed the 9"):
-        codec_lib.low_resolution(make(WAN), film(1, 20, 16, 16), latents=2)
+        codec_lib.low_res_latents(make(WAN), film(1, 20, 16, 16), latents=2)
 
 
 def test_pictures_too_small_for_a_pooled_cell_are_refused():
     with pytest.raises(InputError, match="8x40 pixels"):
-        codec_lib.low_resolution(make(WAN), film(1, 4, 8, 40), latents=1)
+        codec_lib.low_res_latents(make(WAN), film(1, 4, 8, 40), latents=1)
 
 
 def test_the_codec_is_frozen_and_the_pixels_are_not():
     video = film(1, 4, 16, 16)
     slope_of = jax.grad(
-        lambda *args: codec_lib.low_resolution(*args, latents=1).sum(), argnums=(0, 1)
+        lambda *args: codec_lib.low_res_latents(*args, latents=1).sum(), argnums=(0, 1)
     )
     slope = jit(slope_of)(make(WAN), video)
     assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(slope[0]))

@@ -17,7 +17,7 @@ from packforcing_jax.sampling import block_step
 
 ADJUSTMENTS = ("sink", "incremental", "sink_only", "none")
 CONTEXT, OTHER = tiny.normal(2, 2, 15, 10), tiny.normal(3, 2, 15, 10)
-LATENTS, LOWS = tiny.latents(9, seed=21), tiny.lows(9, seed=22)
+LATENTS, LOWS = tiny.latents(9, seed=21), tiny.low_res(9, seed=22)
 
 
 def text_of(context, exp=tiny.EXP):
@@ -31,7 +31,7 @@ def give(exp, memory, block, context, selection=None):
         exp.step,
         memory,
         latent=LATENTS[block],
-        low=LOWS[block],
+        low_res=LOWS[block],
         selection=selection,
         text=text_of(context, exp) if exp.dit != tiny.EXP.dit else text_of(context),
     )[0]
@@ -63,7 +63,11 @@ def test_a_given_block_is_committed_behind_the_newest_packed_ones(rule):
     theirs = give(exp, after, 6, CONTEXT, done.selection)
     close(tiny.committed(exp, ours), tiny.committed(exp, theirs), atol=1e-6)
     for one, other in zip(ours.layers, theirs.layers, strict=True):
-        close((one.packed, one.at, one.recent), (other.packed, other.at, other.recent), atol=1e-6)
+        close(
+            (one.packed, one.packed_positions, one.recent),
+            (other.packed, other.packed_positions, other.recent),
+            atol=1e-6,
+        )
     there = layouts.recent_block(layouts.layout(exp.cache, ours.progress), 0)
     np.testing.assert_array_equal(cache.recent_latents(exp.memory, ours, there), LATENTS[6])
 
@@ -206,7 +210,7 @@ def test_packed_blocks_and_all_that_is_not_recent_stay_bit_for_bit(rule):
     memory = given(exp, range(7))
     after = again(exp, memory, OTHER)
     for one, other in zip(after.layers, memory.layers, strict=True):
-        parts = ((x.packed, x.sink, x.at, x.sink_at) for x in (one, other))
+        parts = ((x.packed, x.sink, x.packed_positions, x.sink_position) for x in (one, other))
         jax.tree.map(np.testing.assert_array_equal, *parts)
     same = ((x.latents, x.progress) for x in (after, memory))
     jax.tree.map(np.testing.assert_array_equal, *same)
@@ -242,7 +246,7 @@ def test_what_is_not_whole_blocks_cannot_be_committed_again(sink, recent):
 @pytest.mark.parametrize("blocks", [0, 1, 6])
 def test_a_memory_without_scratch_goes_on_as_if_it_had_kept_it(rule, blocks):
     exp = tiny.with_cache(rope_adjustment=rule)
-    memory, spec, text = tiny.rollout(exp, blocks)[1], exp.memory, tiny.words()
+    memory, spec, text = tiny.rollout(exp, blocks)[1], exp.memory, tiny.text()
     kept = cache.strip_scratch(spec, memory)
     empty = cache.init(spec, tiny.BATCH, scratch=False)
     assert jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, empty)
@@ -250,11 +254,11 @@ def test_a_memory_without_scratch_goes_on_as_if_it_had_kept_it(rule, blocks):
     again = cache.with_scratch(spec, kept)
     assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, memory)
     jax.tree.map(np.testing.assert_array_equal, cache.strip_scratch(spec, again), kept)
-    found = [tiny.one_block(exp, x, text, blocks, tiny.lows(1)[0]) for x in (memory, again)]
+    found = [tiny.one_block(exp, x, text, blocks, tiny.low_res(1)[0]) for x in (memory, again)]
     (one, after), (other, later) = found
     np.testing.assert_array_equal(one.latent, other.latent)
     remembered = [cache.strip_scratch(spec, x) for x in (after, later)]
     for ours, theirs in zip(*(x.layers for x in remembered), strict=True):
-        stores = ((x.packed, x.sink, x.recent, x.at) for x in (ours, theirs))
+        stores = ((x.packed, x.sink, x.recent, x.packed_positions) for x in (ours, theirs))
         jax.tree.map(np.testing.assert_array_equal, *stores)
     jax.tree.map(np.testing.assert_array_equal, *(tiny.committed(exp, x) for x in (after, later)))

@@ -44,7 +44,7 @@ def compiled(*command):
 
 
 @pytest.mark.parametrize(
-    ("sets", "programs"),
+    ("overrides", "programs"),
     [
         ([], OURS),
         (
@@ -55,8 +55,8 @@ def compiled(*command):
     ],
     ids=["default", "host archive", "incremental in bfloat16"],
 )
-def test_sampling_compiles_every_program_once(tmp_path, sets, programs):
-    flags = [word for each in sets for word in ("--set", each)]
+def test_sampling_compiles_every_program_once(tmp_path, overrides, programs):
+    flags = [word for each in overrides for word in ("--set", each)]
     out = ["--out", str(tmp_path / "a.mp4")]
     found = compiled("-m", "packforcing_jax", "sample", "--blocks", "4", *out, *flags)
     assert found == dict.fromkeys(programs, 1)

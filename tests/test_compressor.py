@@ -11,10 +11,10 @@ import tiny
 from flax import nnx
 
 from packforcing_jax import config, pytrees
-from packforcing_jax.config import overrides
+from packforcing_jax.config import loading
 from packforcing_jax.networks import codec, compressor, dit
 
-LATENT, LOW = tiny.latents(1)[0], tiny.lows(1)[0]
+LATENT, LOW = tiny.latents(1)[0], tiny.low_res(1)[0]
 
 
 def with_branches(branches):
@@ -26,8 +26,8 @@ def with_branches(branches):
 _pack = tiny.jit(compressor.Compressor.pack, static_argnums=2)
 
 
-def pack(nets, latent=LATENT, low=LOW, exp=tiny.EXP):
-    return _pack(nets.compressor, nets.dit, exp.step, latent, low)
+def pack(nets, latent=LATENT, low_res=LOW, exp=tiny.EXP):
+    return _pack(nets.compressor, nets.dit, exp.step, latent, low_res)
 
 
 def test_before_training_only_low_resolution_speaks():
@@ -61,7 +61,7 @@ def test_a_branch_alone_reads_only_its_own_input(branch, latent_counts, low_coun
     exp, nets = with_branches(branch), tiny.nets()
     plain = pack(nets, exp=exp)
     assert (pack(nets, latent=LATENT + 1, exp=exp) != plain).any() == latent_counts
-    assert (pack(nets, low=LOW + 1, exp=exp) != plain).any() == low_counts
+    assert (pack(nets, low_res=LOW + 1, exp=exp) != plain).any() == low_counts
 
 
 def test_a_compressor_of_ones_own_is_built_by_its_settings():
@@ -78,8 +78,8 @@ def test_a_compressor_of_ones_own_is_built_by_its_settings():
     class Mean:
         gain: float
 
-        def pack(self, model, step, latent, low):
-            return self.gain * model.embed(low)
+        def pack(self, model, step, latent, low_res):
+            return self.gain * model.embed(low_res)
 
     settings = Averaging(**vars(tiny.EXP.compressor))
     exp = dataclasses.replace(tiny.EXP, compressor=settings)
@@ -96,9 +96,9 @@ def test_token_counts_are_the_configs():
     )
 
 
-@pytest.mark.parametrize("name", overrides.names())
+@pytest.mark.parametrize("name", loading.names())
 def test_token_counts_are_the_configs_at_full_size(name):
-    exp = overrides.load_experiment(name)
+    exp = loading.load_experiment(name)
     module = jax.eval_shape(lambda: compressor.build(exp.step, nnx.Rngs(0)))
     latent = jax.ShapeDtypeStruct(
         (1, exp.compressor.frames, *exp.latent, exp.dit.in_channels), jnp.float32
@@ -127,7 +127,7 @@ def test_a_short_block_repeats_its_last_frame():
 
 def test_low_resolution_cells_beyond_the_packed_grid_are_dropped():
     larger = jnp.pad(LOW, ((0, 0), (0, 1), (0, 1), (0, 3), (0, 0)), constant_values=9.0)
-    np.testing.assert_array_equal(pack(tiny.nets(), low=larger), pack(tiny.nets()))
+    np.testing.assert_array_equal(pack(tiny.nets(), low_res=larger), pack(tiny.nets()))
 
 
 def test_tokens_lie_in_the_order_time_row_column():
@@ -200,7 +200,7 @@ SEEN += [(tiny.EXP.codec, block, False) for block in (3, 4)]
 
 
 @functools.cache
-def pixels(cfg):
+def codec_of(cfg):
     """A codec with random weights that keep the size of features."""
     shapes = jax.eval_shape(lambda: codec.make(cfg, nnx.Rngs(0)))
     rng = np.random.default_rng(0)
@@ -227,14 +227,14 @@ def test_every_pixel_frame_of_a_block_is_felt_by_its_packed_tokens(cfg, block, f
     video = np.where(np.eye(count + 1, count, dtype=bool)[..., None, None, None], other, plain)
 
     @tiny.jit
-    def packed(nets, pixels, video):
-        low = codec.low_resolution(
-            pixels, video, latents=exp.packed_grid[0], pool=exp.compressor.pool
+    def packed(nets, vae, video):
+        low_res = codec.low_res_latents(
+            vae, video, latents=exp.packed_grid[0], pool=exp.compressor.pool
         )
         latent = jnp.zeros((len(video), block, 8, 4, 12))
-        return nets.compressor.pack(nets.dit, exp.step, latent, low)
+        return nets.compressor.pack(nets.dit, exp.step, latent, low_res)
 
-    tokens = np.asarray(packed(tiny.nets(), pixels(cfg), video))
+    tokens = np.asarray(packed(tiny.nets(), codec_of(cfg), video))
     assert tokens.shape == (count + 1, exp.tokens_per_packed_block, exp.dit.dim)
     moved = np.abs(tokens[:count] - tokens[count]).max(axis=(1, 2))
     assert (moved > 1e-4).all(), moved

@@ -83,8 +83,8 @@ from packforcing_jax.errors import InputError
             "squeezes them; set span=true or .*=sink",
         ),
         (
-            lambda: CompressorConfig(places="odd"),
-            r"compressor\.places='odd' is unknown; choose one of stretched, native",
+            lambda: CompressorConfig(positions="odd"),
+            r"compressor\.positions='odd' is unknown; choose one of stretched, native",
         ),
         (
             lambda: CompressorConfig(keys="own"),

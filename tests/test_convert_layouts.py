@@ -191,7 +191,7 @@ def test_how_weights_are_stored_is_not_how_they_are_held(tmp_path):
 
 
 def test_heads_that_no_file_tells_are_assumed_aloud(tmp_path):
-    done, held = converted(tmp_path, "original_file", sets=())
+    done, held = converted(tmp_path, "original_file", overrides=())
     assert held.experiment.dit.heads == 1
     assert [
         note
@@ -216,8 +216,10 @@ def test_heads_are_as_wide_as_in_released_models(dim, heads):
 
 
 def test_the_users_settings_have_the_last_word(tmp_path):
-    sets = ("dit.heads=5", "cache.top=2", "name=mine")
-    _, held = converted(tmp_path, "original_folder", sets=sets, config="wan_t2v_1_3b_paper")
+    overrides = ("dit.heads=5", "cache.top=2", "name=mine")
+    _, held = converted(
+        tmp_path, "original_folder", overrides=overrides, config="wan_t2v_1_3b_paper"
+    )
     assert (held.experiment.dit.heads, held.experiment.cache.top, held.experiment.name) == (
         5,
         2,

@@ -549,7 +549,9 @@ def test_it_is_refused_in_one_sentence_and_nothing_is_left(name, tmp_path, capsy
 def model(tmp_path):
     """A model folder."""
     path = put(tmp_path / "wan.safetensors", dit())
-    folders.convert(folders.Request(given=(path,), out=tmp_path / "model", sets=("dit.heads=3",)))
+    folders.convert(
+        folders.Request(given=(path,), out=tmp_path / "model", overrides=("dit.heads=3",))
+    )
     return tmp_path / "model"
 
 
@@ -580,7 +582,7 @@ def test_a_folder_of_something_else_is_not_replaced(model):
 def test_a_model_folder_is_replaced_only_when_all_went_well(model, tmp_path):
     before = contents(model)
     path = put(tmp_path / "broken.safetensors", spoilt(dit(seed=1), "head.head.bias", np.nan))
-    request = functools.partial(folders.Request, out=model, sets=("dit.heads=3",))
+    request = functools.partial(folders.Request, out=model, overrides=("dit.heads=3",))
     with pytest.raises(InputError, match="not finite"):
         folders.convert(request(given=(path,)))
     assert contents(model) == before

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from packforcing_jax.convert import folders, lora, networks, rules, writing
 
-from packforcing_jax.config import overrides
+from packforcing_jax.config import loading
 from packforcing_jax.io import model_folder, safetensors_io
 from packforcing_jax.io.safetensors_io import Tensor
 
@@ -29,7 +29,7 @@ SETS = (
 
 @pytest.fixture(scope="module")
 def exp():
-    return overrides.load_experiment("wan_t2v_1_3b", SETS)
+    return loading.load_experiment("wan_t2v_1_3b", SETS)
 
 
 class Watched(np.ndarray):
@@ -109,7 +109,7 @@ def test_arrays_that_do_not_lie_in_order_are_written_in_order(exp, tmp_path):
 def test_large_tables_are_cast_row_by_row(monkeypatch, tmp_path):
     table = convert_layouts.umt5("bfloat16")
     sizes = {"vocab": 97, "dim": 48, "dim_attn": 64, "dim_ffn": 80, "heads": 4, "layers": 3}
-    exp = overrides.load_experiment(
+    exp = loading.load_experiment(
         "wan_t2v_1_3b", [f"text.{name}={size}" for name, size in sizes.items()]
     )
     puts = []
@@ -156,4 +156,4 @@ def test_a_sum_is_made_in_float32_and_stored_as_the_weight_was(exp):
 def test_the_planned_parts_are_those_of_the_networks(exp):
     assert set(networks.NETWORKS) == set(model_folder.PARTS)
     assert set(folders.KINDS) == {"dit", "vae", "text", "compressor", "lora"}
-    assert networks.wanted("compressor", overrides.override(exp, ["compressor.branches=lr"])) == {}
+    assert networks.wanted("compressor", loading.override(exp, ["compressor.branches=lr"])) == {}

@@ -17,7 +17,7 @@ from packforcing_jax.config import (
     TrainConfig,
     VAEConfig,
     decode,
-    overrides,
+    loading,
 )
 from packforcing_jax.errors import InputError
 from packforcing_jax.io import model_folder
@@ -186,12 +186,12 @@ def test_it_is_read_where_the_class_is_known_and_else_refused_with_what_to_do(tm
         model_folder.experiment_from_json(text, "here.json")
     model_folder.save(tmp_path / "model", OWN, {})
     with pytest.raises(InputError, match=r"config.json: dit\.kind='OtherDiT'"):
-        model_folder.opened(tmp_path / "model")
+        _ = model_folder.opened(tmp_path / "model").experiment
     assert model_folder.opened(tmp_path / "model", known).experiment == OWN
 
 
 def test_a_class_of_ones_own_is_set_by_its_own_fields():
-    found = overrides.override(OWN, ["codec.shifts=(1, 2)", "dit.turns=5"])
+    found = loading.override(OWN, ["codec.shifts=(1, 2)", "dit.turns=5"])
     assert (found.codec, found.dit.turns) == (Woven(shifts=(1.0, 2.0)), 5)  # type: ignore[union-attr]
 
 
@@ -229,7 +229,7 @@ def test_an_objective_is_written_by_its_name():
 )
 def test_keys_of_training_are_refused_like_all_others(text, said):
     with pytest.raises(InputError) as raised:
-        overrides.load_stage("stage", [text])
+        loading.load_stage("stage", [text])
     assert said in str(raised.value)
 
 
@@ -237,8 +237,8 @@ def test_a_command_that_does_not_train_refuses_settings_of_training():
     with pytest.raises(
         InputError, match=r"--set train\.steps=3: train\.\* are settings of `packforcing train`"
     ):
-        overrides.load_experiment("stage", ["train.steps=3"])
-    assert overrides.load_stage("stage", ["train.steps=3", "fps=5"]).experiment.fps == 5
+        loading.load_experiment("stage", ["train.steps=3"])
+    assert loading.load_stage("stage", ["train.steps=3", "fps=5"]).experiment.fps == 5
 
 
 def test_a_train_that_is_none_is_refused(tmp_path):
@@ -248,12 +248,12 @@ def test_a_train_that_is_none_is_refused(tmp_path):
         "experiment, train = Experiment('e'), {'steps': 3}\n"
     )
     with pytest.raises(InputError, match=r"c\.py: `train` must be a TrainConfig"):
-        overrides.load_stage(path)
+        loading.load_stage(path)
 
 
-@pytest.mark.parametrize("name", overrides.names())
+@pytest.mark.parametrize("name", loading.names())
 def test_the_settings_of_every_config_come_back(name):
-    for stage in overrides.load_recipe(name):
+    for stage in loading.load_recipe(name):
         assert back(stage.experiment) == stage.experiment
         assert back(stage.train) == stage.train
-    assert isinstance(overrides.load_stage(name).train, config.TrainConfig)
+    assert isinstance(loading.load_stage(name).train, config.TrainConfig)

@@ -85,7 +85,9 @@ def test_both_forms_of_guidance_are_one_at_guidance_one_apart():
 
 
 def test_timesteps_are_shifted_whole_numbers_within_their_bounds():
-    drawn = np.asarray(distillation.timesteps(KEY, training(low=50.0, high=960.0), 20_000))
+    drawn = np.asarray(
+        distillation.timesteps(KEY, training(min_timestep=50.0, max_timestep=960.0), 20_000)
+    )
     assert (drawn.min(), drawn.max()) == (50.0, 960.0)
     inner = drawn[(drawn > 50) & (drawn < 960)] / 1000
     raw = 1000 * inner / (5 - 4 * inner)
@@ -179,7 +181,7 @@ def given_clips(monkeypatch):
     """Objectives read the generator as the clip itself, so that gradients in the clip can be looked at."""
 
     def given(nets, batch, key, exp, train, *, graded=True):
-        return nets.generator, batch.words, {}
+        return nets.generator, batch.text, {}
 
     monkeypatch.setattr(distillation, "clip_again", given)
 
@@ -191,9 +193,12 @@ def loss_of(objective, train, exp=BASE):
     @functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
     def graded(x, teacher, critic):
         networks = Networks(
-            generator=x, teacher=Model(dit=teacher, compressor=None), critic=critic, hidden=HIDDEN
+            generator=x,
+            teacher=Model(dit=teacher, compressor=None),
+            critic=critic,
+            null_text=HIDDEN,
         )
-        return objective(networks, Batch(words=STATES), KEY, exp, train)[0]
+        return objective(networks, Batch(text=STATES), KEY, exp, train)[0]
 
     return graded(X, TEACHER, CRITIC)
 
@@ -210,7 +215,7 @@ def seen(train, x_critic, x_teacher, timestep, noise):
     fake = distillation.score(CRITIC, BASE, train.distil, noised[0], timestep, STATES)
     told, untold = (
         distillation.score(TEACHER, BASE, train.distil, noised[1], timestep, states)
-        for states in (STATES, batches.hide(STATES, HIDDEN))
+        for states in (STATES, batches.without_text(STATES, HIDDEN))
     )
     return fake, told + train.distil.guidance * (told - untold)
 
@@ -269,7 +274,7 @@ def test_the_critic_alone_learns_from_its_loss(given_clips):
 def test_a_critic_that_names_the_clean_clip_learns_it_at_every_level_alike(given_clips):
     networks = Networks(generator=X, critic=CRITIC)
     loss = tiny.jit(
-        lambda key: distillation.critic_loss(networks, Batch(words=STATES), key, CLEAN, PLAIN)[0]
+        lambda key: distillation.critic_loss(networks, Batch(text=STATES), key, CLEAN, PLAIN)[0]
     )(KEY)
     np.testing.assert_allclose(loss, expected_of_the_critic(PLAIN, CLEAN), rtol=1e-3)
 
@@ -286,7 +291,7 @@ def test_only_the_last_blocks_are_scored_with_their_prompts_where_that_is_asked(
     )
     monkeypatch.setattr(rollout, "covered", lambda exp, clip, drawn: {})
     x, states, _ = distillation.clip_again(
-        networks, Batch(words=STATES), KEY, BASE, training(scored=scored)
+        networks, Batch(text=STATES), KEY, BASE, training(scored=scored)
     )
     count = scored or BLOCKS
     np.testing.assert_array_equal(x, batches.by_clip(latent[-count:]))
@@ -301,8 +306,8 @@ def test_a_clip_is_what_is_remembered_and_has_the_gradient_of_its_exit_step(fini
     packing = tiny.nets(exp).compressor
 
     def clip_again(model, **how):
-        networks = Networks(generator=Model(dit=model, compressor=packing), pixels=pixels)
-        return distillation.clip_again(networks, Batch(words=STATES), KEY, exp, train, **how)[0]
+        networks = Networks(generator=Model(dit=model, compressor=packing), vae=pixels)
+        return distillation.clip_again(networks, Batch(text=STATES), KEY, exp, train, **how)[0]
 
     def by_hand(model):
         nets, text = block_step.Nets(dit=model, compressor=packing), batches.text_kv(model, STATES)

@@ -113,7 +113,7 @@ def behind_memory(exp, memory, noisy, clean, times, text):
     views, selection = pytrees.unzip(kept)
     memory = block_step.with_views(memory, views)
     after, _ = block_step.commit_block(
-        APART, exp.step, memory, latent=clean, low=clean, selection=selection, text=text
+        APART, exp.step, memory, latent=clean, low_res=clean, selection=selection, text=text
     )
     return output, after
 

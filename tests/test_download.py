@@ -15,6 +15,7 @@ import pytest
 import test_hub
 
 from packforcing_jax.cli import main
+from packforcing_jax.config import cards
 from packforcing_jax.io import hub
 
 VERB = main.Verb("download", "fetch public weights", "packforcing download --list", checked=False)
@@ -83,13 +84,23 @@ def run(capsys, *words):
 def test_without_a_name_it_lists_what_there_is(site, capsys, words):
     code, out, err = run(capsys, *words)
     assert (code, err, site.asked) == (0, "", [])
-    for name, source in hub.SOURCES.items():
+    for name, source in hub.sources().items():
         assert f"{name}\n    {source.repository}, " in out
         assert source.what in out
+        method = out.partition(f"{name}\n    {source.repository}, ")[2].partition("    method ")[2]
+        card = cards.find(source.card)
+        told = (
+            f"{card.method}; cannot be sampled block by block: "
+            if card.samples
+            else f"{card.method}\n"
+        )
+        assert method.startswith(told)
     assert "Wan-AI/Wan2.1-T2V-1.3B, about 17.5 GB, apache-2.0\n" in out
     assert (
-        "LongLive-1.3B, size not recorded, licence not recorded here; read the model card\n" in out
+        "LongLive-1.3B, size not recorded, licence unsettled\n    licence unsettled: its README"
+        in out
     )
+    assert "    not confirmed: its network generator_ema; the name of its file\n" in out
     assert max(map(len, out.splitlines())) <= 120
 
 
@@ -97,18 +108,27 @@ def test_the_list_as_json(site, capsys):
     code, out, _ = run(capsys, "--json")
     rows = {row["name"]: row for row in json.loads(out)["sources"]}
     assert code == 0
-    assert list(rows) == list(hub.SOURCES)
-    assert rows["self-forcing"]["licence"] == "cc-by-nc-sa-4.0"
+    assert list(rows) == list(hub.sources())
+    assert rows["self-forcing-dmd"]["licence"] == "cc-by-nc-sa-4.0"
     assert rows["longlive"]["bytes"] is None
+    assert "its README says apache-2.0" in rows["longlive"]["unsettled"]
+    assert rows["causal-forcing-chunkwise"]["network"] == "generator"
+    assert rows["causvid-4step"]["method"] == "causvid"
+    assert "bidirectional" in rows["wan2.1-t2v-14b"]["samples"]
     assert rows["wan2.1-t2v-14b"]["parts"] == ["dit", "codec", "text"]
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (
+            ["self-forcing"],
+            "the weights 'self-forcing' are called self-forcing-dmd now (beside self-forcing-ode-init, "
+            "self-forcing-sid); give that name.",
+        ),
         (["wan2.1-t2v-1.3"], "no weights 'wan2.1-t2v-1.3'; did you mean wan2.1-t2v-1.3b?"),
         (
-            ["self-forcing", "--part", "codec"],
+            ["self-forcing-dmd", "--part", "codec"],
             "gdhe17/Self-Forcing has no part 'codec'; it has dit.",
         ),
     ],
@@ -134,7 +154,8 @@ def test_free_weights_come_without_a_question_into_plain_files(site, capsys, tmp
     assert count == "6 files in weights/wan2.1-t2v-1.3b"
     assert (
         following
-        == "next: packforcing convert weights/wan2.1-t2v-1.3b --out models/wan2.1-t2v-1.3b"
+        == "next: packforcing convert weights/wan2.1-t2v-1.3b --out models/wan2.1-t2v-1.3b "
+        "--card wan2.1-t2v-1.3b"
     )
 
 
@@ -162,10 +183,11 @@ def test_a_second_run_fetches_nothing_and_says_so(site, capsys):
 @pytest.mark.parametrize(
     ("name", "terms"),
     [
-        ("self-forcing", "gdhe17/Self-Forcing: cc-by-nc-sa-4.0, not for commercial use"),
+        ("self-forcing-dmd", "gdhe17/Self-Forcing: cc-by-nc-sa-4.0, not for commercial use"),
         (
             "longlive",
-            "licence not recorded here; read the model card at Efficient-Large-Model/LongLive-1.3B",
+            "Efficient-Large-Model/LongLive-1.3B: licence unsettled: its README says apache-2.0 since 2025-11, a "
+            "stored copy of its model card cc-by-nc-sa-4.0",
         ),
     ],
 )
@@ -189,13 +211,16 @@ def test_with_yes_the_licence_is_said_first_and_the_files_come(site, capsys, tmp
         return act(*given, **more)
 
     monkeypatch.setattr(hub, "fetch", fetch)
-    code, out, _ = run(capsys, "self-forcing", "--yes")
+    code, out, _ = run(capsys, "self-forcing-dmd", "--yes")
     assert code == 0
     assert "not for commercial use" in said[0]
-    assert test_hub.present(tmp_path / "weights" / "self-forcing") == [
+    assert test_hub.present(tmp_path / "weights" / "self-forcing-dmd") == [
         "checkpoints/self_forcing_dmd.pt"
     ]
-    assert " weights/self-forcing/checkpoints/self_forcing_dmd.pt --out models/self-forcing" in out
+    assert (
+        " weights/self-forcing-dmd/checkpoints/self_forcing_dmd.pt --out models/self-forcing-dmd"
+        in out
+    )
 
 
 @pytest.mark.parametrize(
@@ -219,14 +244,17 @@ def test_a_licence_that_changed_since_is_asked_about(site, capsys):
 
 def test_json_reports_what_came_from_where(site, capsys):
     site.licences = {"gdhe17/Self-Forcing": "cc-by-nc-sa-4.0"}
-    code, out, _ = run(capsys, "self-forcing", "--yes", "--json", "--out", "sf")
+    code, out, _ = run(capsys, "self-forcing-dmd", "--yes", "--json", "--out", "sf")
     got = json.loads(out)
     content = OTHERS["checkpoints/self_forcing_dmd.pt"]
     assert code == 0
     base = "packforcing convert weights/wan2.1-t2v-1.3b"
-    assert got.pop("next") == f"{base} sf/checkpoints/self_forcing_dmd.pt --out models/self-forcing"
+    following = (
+        "sf/checkpoints/self_forcing_dmd.pt --out models/self-forcing-dmd --card self-forcing-dmd"
+    )
+    assert got.pop("next") == f"{base} {following}"
     assert got == {
-        "name": "self-forcing",
+        "name": "self-forcing-dmd",
         "repository": "gdhe17/Self-Forcing",
         "commit": test_hub.COMMIT,
         "licence": "cc-by-nc-sa-4.0",
@@ -248,12 +276,12 @@ def test_a_damaged_file_is_exit_code_3_and_the_next_run_fetches_it_anew(site, ca
     good = site.files["gdhe17/Self-Forcing"]
     site.recorded = {"checkpoints/self_forcing_dmd.pt": good["checkpoints/self_forcing_dmd.pt"]}
     good["checkpoints/self_forcing_dmd.pt"] = test_hub.content(8009, 77)
-    code, out, err = run(capsys, "self-forcing", "--yes")
+    code, out, err = run(capsys, "self-forcing-dmd", "--yes")
     assert (code, out) == (3, "")
     assert "arrived damaged" in err
     assert test_hub.present(tmp_path) == []
     good["checkpoints/self_forcing_dmd.pt"] = site.recorded["checkpoints/self_forcing_dmd.pt"]
-    assert run(capsys, "self-forcing", "--yes")[0] == 0
+    assert run(capsys, "self-forcing-dmd", "--yes")[0] == 0
 
 
 def test_a_full_disk_is_found_before_anything_is_fetched(site, capsys, monkeypatch):
@@ -271,7 +299,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing_that_looks_finished(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(hub.os, "fsync", full)
-    code, _, err = run(capsys, "self-forcing", "--yes")
+    code, _, err = run(capsys, "self-forcing-dmd", "--yes")
     assert code == 3
     assert "cannot write: No space left on device; free space or choose another --out." in err
     assert [name.rsplit(".", 1)[1] for name in test_hub.present(tmp_path)] == ["part"]
@@ -279,7 +307,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing_that_looks_finished(
 
 def test_a_folder_that_is_a_file_is_bad_input(site, capsys, tmp_path):
     (tmp_path / "taken").write_text("mine")
-    code, _, err = run(capsys, "self-forcing", "--yes", "--out", "taken")
+    code, _, err = run(capsys, "self-forcing-dmd", "--yes", "--out", "taken")
     assert code == 2
     assert "taken" in err
     assert (tmp_path / "taken").read_text() == "mine"
@@ -313,7 +341,7 @@ def test_the_program_itself_goes_on_after_ctrl_c(site, tmp_path):
         sys.executable,
         "-c",
         PROGRAM,
-        "self-forcing",
+        "self-forcing-dmd",
         "--yes",
         "--out",
         str(tmp_path / "sf"),

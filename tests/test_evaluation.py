@@ -224,7 +224,7 @@ def test_a_video_is_the_one_that_sampling_makes_bit_for_bit(model, free, name):
     changed, (prompts, who) = model.with_settings(SETTINGS[name]), video(0)
     alone = list(changed.stream(prompts, seed=SEED))
     wanted = np.concatenate([block.frames for block in alone])
-    chosen = np.stack([block.chosen for block in alone])
+    chosen = np.stack([block.block_ids for block in alone])
     frames, found = stage_figures.play(changed, [prompts], **who)
     np.testing.assert_array_equal(frames[0], wanted)
     np.testing.assert_array_equal(found[:, :, 0], chosen)
@@ -246,7 +246,9 @@ def test_videos_made_together_are_those_made_alone(model, free, name):
         alone = list(changed.stream(prompts[i], seed=SEED + i))
         wanted = np.concatenate([block.frames for block in alone])
         np.testing.assert_allclose(frames[i], wanted, atol=1e-5)
-        np.testing.assert_array_equal(chosen[:, :, i], np.stack([block.chosen for block in alone]))
+        np.testing.assert_array_equal(
+            chosen[:, :, i], np.stack([block.block_ids for block in alone])
+        )
 
 
 def test_blocks_before_the_first_one_only_look_back(model, free):
@@ -386,8 +388,8 @@ def test_the_program_evaluates_a_run(run, tiny, capsys):
 
 def test_the_program_evaluates_half_precision_and_the_host_archive(run, tiny, capsys):
     words = ["--run", str(run[0]), "--config", tiny, "--mode", "forced", "--gaps", "3", "--json"]
-    sets = [word for each in HALF + HOST for word in ("--set", each)]
-    assert main.main(["evaluate", *words, "--videos", "1", "--ways", "affinity", *sets]) == 0
+    overrides = [word for each in HALF + HOST for word in ("--set", each)]
+    assert main.main(["evaluate", *words, "--videos", "1", "--ways", "affinity", *overrides]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["videos"] == 1
     assert "(cpu), bfloat16, attention" in err
@@ -468,7 +470,7 @@ def test_captions_of_held_out_clips_are_understood(model):
     texts, which = stage_figures.read_texts(model, [sentences, sentences[::-1]])
     assert [len(kv.k) for kv in texts] == [len(set(sentences))] * 2
     np.testing.assert_array_equal(which[0], which[1][::-1])
-    alone = model.words([sentences[3]])
+    alone = model.text_kv([sentences[3]])
     for kv, one in zip(texts, alone, strict=True):
         np.testing.assert_array_equal(kv.k[which[0, 3]], one.k[0])
         np.testing.assert_array_equal(kv.v[which[0, 3]], one.v[0])

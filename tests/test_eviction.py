@@ -179,7 +179,7 @@ LATE = {"scope": "shared", "timing": "late", "capacity": 3}
 
 def played(exp, blocks):
     """Latents and ids of blocks made by the archive that `exp` says."""
-    nets, text = tiny.apart(), tiny.words()
+    nets, text = tiny.apart(), tiny.text()
     memory = cache.init(exp.memory, tiny.BATCH)
     archive = host_archive.init(exp.memory, tiny.BATCH)
     found = []
@@ -196,7 +196,7 @@ def played(exp, blocks):
             exp.step,
             memory,
             latent=done.latent,
-            low=tiny.lows(1)[0],
+            low_res=tiny.low_res(1)[0],
             selection=done.selection,
             text=text,
         )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from packforcing_jax.cli.main import main
-from packforcing_jax.config import overrides
+from packforcing_jax.config import loading
 from packforcing_jax.errors import InputError
 from packforcing_jax.io import model_folder
 from packforcing_jax.sampling.pipeline import SHIPPED, Pipeline
@@ -60,24 +60,24 @@ def test_a_policy_of_ones_own_is_sampled_planned_and_inspected(name, tmp_path, c
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_policy_of_ones_own_does_the_same_on_the_device_and_on_the_host(name):
-    pipe = Pipeline.from_pretrained(experiment=overrides.load_experiment(path_of(name), SHARED))
+    pipe = Pipeline.from_pretrained(experiment=loading.load_experiment(path_of(name), SHARED))
     host = pipe.with_settings(["cache.archive=host"])
     pairs = zip(*(list(each.stream([SENTENCE] * 18, seed=2)) for each in (pipe, host)), strict=True)
     recalled = set()
     for one, other in pairs:
-        np.testing.assert_array_equal(one.chosen, other.chosen)
+        np.testing.assert_array_equal(one.block_ids, other.block_ids)
         # Other programs round otherwise, and each block goes on from the last: 7.5e-5 was seen behind eighteen blocks.
         np.testing.assert_allclose(one.latent, other.latent, atol=5e-4)
-        recalled |= set(one.chosen[one.chosen >= 0].tolist())
+        recalled |= set(one.block_ids[one.block_ids >= 0].tolist())
     assert len(recalled) > 5
 
 
 def test_a_rule_of_ones_own_keeps_its_first_blocks():
-    experiment = overrides.load_experiment(path_of("own_eviction"), ["sample.steps=(1000,)"])
+    experiment = loading.load_experiment(path_of("own_eviction"), ["sample.steps=(1000,)"])
     first = experiment.cache.sink // experiment.cache.block
-    everything = overrides.override(experiment, ["cache.selection=all", "cache.top=8"])
+    everything = loading.override(experiment, ["cache.selection=all", "cache.top=8"])
     *_, last = Pipeline.from_pretrained(experiment=everything).stream([SENTENCE] * 20)
-    seen = last.chosen[0]
+    seen = last.block_ids[0]
     assert seen[:4].tolist() == [first, first + 1, first + 2, first + 3]
     assert seen[4:].tolist() == [14, 15, 16, 17]  # 18 is at full size
 
@@ -87,12 +87,12 @@ def test_a_base_model_of_ones_own_is_sampled_and_planned(capsys):
     model = runpy.run_path(path_of("own_model"))["pipeline"]()
     blocks = list(model.stream([SENTENCE] * 7, seed=1))
     assert all(np.isfinite(block.latent).all() for block in blocks)
-    assert blocks[-1].chosen.shape == (2, 2)
-    assert (blocks[-1].chosen >= 0).all()
+    assert blocks[-1].block_ids.shape == (2, 2)
+    assert (blocks[-1].block_ids >= 0).all()
     late = model.with_settings(["cache.scope=shared", "cache.timing=late"])
     host = late.with_settings(["cache.archive=host"])
     for one, other in zip(late.stream([SENTENCE] * 7), host.stream([SENTENCE] * 7), strict=True):
-        np.testing.assert_array_equal(one.chosen, other.chosen)
+        np.testing.assert_array_equal(one.block_ids, other.block_ids)
         scale = np.abs(one.latent).max()  # random weights know no bound
         np.testing.assert_allclose(one.latent / scale, other.latent / scale, atol=1e-4)
     assert main(["plan", "--config", path_of("own_model")]) == 0
@@ -102,7 +102,7 @@ def test_a_base_model_of_ones_own_is_sampled_and_planned(capsys):
 
 
 def test_a_model_exported_with_a_policy_of_ones_own_is_read_with_its_config(tmp_path):
-    own = overrides.load_experiment(path_of("own_score"), ["sample.steps=(1000,)"])
+    own = loading.load_experiment(path_of("own_score"), ["sample.steps=(1000,)"])
     folder = tmp_path / "model"
     shutil.copytree(SHIPPED, folder)
     (folder / model_folder.CONFIG).write_text(model_folder.experiment_to_json(own))

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from packforcing_jax import config
-from packforcing_jax.config import overrides
+from packforcing_jax.config import loading
 from packforcing_jax.errors import InputError
 from packforcing_jax.plan import budget, formulas, jaxpr_cost, memory_fit, programs
 from packforcing_jax.plan.memory_fit import Room
@@ -103,7 +103,7 @@ def test_a_cpu_computes_halves_in_float32():
     assert half == single
 
 
-EVERY = [tiny.EXP, HOST, FILM, *map(overrides.load_experiment, ("stage", "wan_t2v_1_3b_paper"))]
+EVERY = [tiny.EXP, HOST, FILM, *map(loading.load_experiment, ("stage", "wan_t2v_1_3b_paper"))]
 
 
 @pytest.mark.parametrize("exp", EVERY, ids=["tiny", "host", "film", "stage", "paper"])
@@ -143,13 +143,13 @@ def room_below(exp, share=0.999, platform="gpu"):
 
 def test_what_fits_is_left_alone(roughly):
     verdict = memory_fit.judge(tiny.EXP, Room("large", 10**9))
-    assert (verdict.sets, verdict.then) == ((), verdict.need)
+    assert (verdict.overrides, verdict.then) == ((), verdict.need)
     assert verdict.lacks == verdict.need.on_device - 10**9 < 0
 
 
 def test_the_most_harmless_change_that_is_enough_is_named(roughly):
     verdict = memory_fit.judge(FILM, room_below(FILM))
-    assert verdict.sets == ("dtypes.vae=bfloat16",)
+    assert verdict.overrides == ("dtypes.vae=bfloat16",)
     assert verdict.lacks > 0 >= verdict.room.lacks(verdict.then)
 
 
@@ -158,21 +158,21 @@ def test_the_most_harmless_change_that_is_enough_is_named(roughly):
 def test_flags_that_are_named_make_it_fit_and_none_is_in_vain(roughly, exp, share):
     room = room_below(exp, share)
     verdict = memory_fit.judge(exp, room)
-    if verdict.sets is None:
+    if verdict.overrides is None:
         assert room.lacks(verdict.then) > 0
         return
-    assert room.lacks(memory_fit._need(overrides.override(exp, verdict.sets), room, 1)) <= 0
+    assert room.lacks(memory_fit._need(loading.override(exp, verdict.overrides), room, 1)) <= 0
     taken = [
         change
         for change in itertools.chain(*memory_fit.attempts(exp))
-        if set(change) <= set(verdict.sets)
+        if set(change) <= set(verdict.overrides)
     ]
-    assert set(itertools.chain(*taken)) == set(verdict.sets)
+    assert set(itertools.chain(*taken)) == set(verdict.overrides)
     for change in set(taken):
-        rest = [each for each in verdict.sets if each not in change]
-        assert (
-            not rest or room.lacks(memory_fit._need(overrides.override(exp, rest), room, 1)) > 0
-        ), change
+        rest = [each for each in verdict.overrides if each not in change]
+        assert not rest or room.lacks(memory_fit._need(loading.override(exp, rest), room, 1)) > 0, (
+            change
+        )
 
 
 def test_the_picture_shrinks_only_when_all_else_is_not_enough():
@@ -199,14 +199,14 @@ def test_a_change_to_more_or_to_nothing_is_none():
 def test_packed_blocks_move_to_a_host_that_has_room(roughly):
     exp = dataclasses.replace(tiny.with_cache(capacity=150), dtypes=config.HALF)
     verdict = memory_fit.judge(exp, room_below(exp))
-    assert verdict.sets == memory_fit.CHANGES[5]
+    assert verdict.overrides == memory_fit.CHANGES[5]
     narrow = dataclasses.replace(room_below(exp), host=1000)
-    assert "cache.archive=host" not in (memory_fit.judge(exp, narrow).sets or ())
+    assert "cache.archive=host" not in (memory_fit.judge(exp, narrow).overrides or ())
 
 
 def test_nothing_is_said_to_help_where_nothing_does(roughly):
     verdict = memory_fit.judge(tiny.EXP, Room("pocket", 1000))
-    assert verdict.sets is None
+    assert verdict.overrides is None
     assert 1000 < verdict.then.on_device < verdict.need.on_device
     assert "settings alone bring it down to 0.00 GB at best" in memory_fit.refusal("tiny", verdict)
 
@@ -223,7 +223,7 @@ def test_a_model_that_is_too_large_is_refused_by_name_with_what_would_fit():
     assert str(refused.value).startswith(
         "tiny needs 0.00 GB of memory, this NVIDIA H200 has 0.00 GB; "
     )
-    wan = overrides.load_experiment("wan_t2v_1_3b_paper")
+    wan = loading.load_experiment("wan_t2v_1_3b_paper")
     verdict = memory_fit.judge(wan, memory_fit.parse("22GB"))
     said = memory_fit.refusal(wan.name, verdict)
     assert said.startswith("wan_t2v_1_3b_paper needs 23.")
@@ -235,9 +235,9 @@ def test_a_model_that_is_too_large_is_refused_by_name_with_what_would_fit():
 
 def test_nothing_is_traced_for_a_model_that_fits_easily(monkeypatch):
     monkeypatch.setattr(programs, "workspace", lambda *args: pytest.fail("traced"))
-    memory_fit.require_fits(overrides.load_experiment("stage"), batch=3)
+    memory_fit.require_fits(loading.load_experiment("stage"), batch=3)
     with pytest.raises(pytest.fail.Exception, match="traced"):
-        memory_fit.require_fits(overrides.load_experiment("stage"), room=Room("small", 10**7))
+        memory_fit.require_fits(loading.load_experiment("stage"), room=Room("small", 10**7))
 
 
 # Rooms
@@ -327,6 +327,6 @@ def test_this_machine_has_one_memory():
 
 
 def test_logits_and_largest_arrays_at_full_size():
-    wan = overrides.load_experiment("wan_t2v_1_3b_paper")
+    wan = loading.load_experiment("wan_t2v_1_3b_paper")
     assert formulas.logits(wan, 1) == 12 * 6240 * 28160 * 4 == formulas.largest(wan, 1)
     assert jaxpr_cost.nbytes(programs.shapes_of(wan).latent) == 4 * 60 * 104 * 16 * 4

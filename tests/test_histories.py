@@ -34,11 +34,11 @@ def drawn(number):
         rope_adjustment=adjustment,
         selection=selection,
         span="true" if adjustment == "incremental" else pick("true", "fit"),
-        trained=pick(9, 13, 22),
+        max_position=pick(9, 13, 22),
         key_multiple=pick(1, 8),
         score_pool=pick((1, 1, 1), (min(block, 2), 2, 1), (1, 1, 2)),
     )
-    return histories.experiment(cfg, places=pick("stretched", "native"))
+    return histories.experiment(cfg, positions=pick("stretched", "native"))
 
 
 def events_of(rng, blocks):
@@ -101,11 +101,11 @@ def test_nothing_moves_until_something_is_dropped(adjustment):
     for blocks in range(11):
         seen = slow_memory.visible(cfg, blocks)
         layout = layouts.layout(cfg, layouts.begin(blocks))
-        assert (layout.sink_at, layout.recent_at, layout.current_at) == (
+        assert (layout.sink_position, layout.recent_position, layout.current_position) == (
             0,
             len(seen.sink) + 3 * seen.count,
             3 * blocks,
         )
         begin = slow_memory.begins(cfg, seen, np.asarray(seen.archive, int))
         np.testing.assert_array_equal(begin, 3 * np.asarray(seen.archive))
-        assert layout.chosen == len(seen.archive) == max(0, blocks - 3)
+        assert layout.num_selected == len(seen.archive) == max(0, blocks - 3)

@@ -498,6 +498,44 @@ def test_terms_say_what_is_known_and_who_has_to_accept_them(licence, declared, a
     assert hub.needs_consent(source, declared) is asks
 
 
+@pytest.mark.parametrize(
+    ("licence", "sentence"),
+    [
+        ("apache-2.0", "some/model: apache-2.0, unsettled: it was not read"),
+        (None, "some/model: licence unsettled: it was not read"),
+    ],
+)
+def test_an_unsettled_licence_is_said_so_and_has_to_be_accepted(licence, sentence):
+    source = replace(SOURCE, licence=licence, unsettled="it was not read")
+    assert hub.terms(source, licence) == sentence
+    assert hub.needs_consent(source, licence)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("self-forcing", r"called self-forcing-dmd now \(beside self-forcing-ode-init, self-forcing-sid\);"),
+        ("causvid", r"called causvid-3step now \(beside causvid-4step\); give that name\."),
+        ("causal-forcing", "called causal-forcing-chunkwise now"),
+        ("packforcing-unofficial", "no file of packforcing-unofficial is published; train it with"),
+    ],
+)  # fmt: skip
+def test_an_earlier_name_gets_the_new_one(name, sentence):
+    with pytest.raises(InputError, match=sentence):
+        hub.find(name)
+
+
+def test_every_card_with_a_file_can_be_fetched():
+    from packforcing_jax.config import cards
+
+    published = {name for name, card in cards.cards().items() if card.files}
+    assert set(hub.sources()) == published | set(hub.OTHER_LAYOUTS)
+    for name, card in cards.cards().items():
+        assert card.licence or card.unsettled, name
+        if card.lora:
+            assert card.lora.file in hub.sources()[name].files[0].names
+
+
 def test_the_declared_licence_is_read_from_the_card(site):
     assert listed(site).declared is None
     site.licences = {"some/model": "cc-by-4.0"}
@@ -505,20 +543,20 @@ def test_the_declared_licence_is_read_from_the_card(site):
 
 
 def test_an_unknown_name_gets_the_nearest():
-    assert hub.find("causvid").repository == "tianweiy/CausVid"
-    with pytest.raises(InputError, match="no weights 'self-forcin'; did you mean self-forcing?"):
-        hub.find("self-forcin")
+    assert hub.find("causvid-3step").repository == "tianweiy/CausVid"
+    with pytest.raises(InputError, match="no weights 'longlve'; did you mean longlive?"):
+        hub.find("longlve")
 
 
 def test_sizes_are_summed_only_if_all_are_recorded():
     assert SOURCE.size is None
-    assert hub.SOURCES["wan2.1-t2v-1.3b"].size == pytest.approx(17.55e9, rel=1e-3)
-    assert hub.SOURCES["longlive"].size is None
+    assert hub.sources()["wan2.1-t2v-1.3b"].size == pytest.approx(17.55e9, rel=1e-3)
+    assert hub.sources()["longlive"].size is None
 
 
-@pytest.mark.parametrize("name", list(hub.SOURCES))
+@pytest.mark.parametrize("name", list(hub.sources()))
 def test_every_source_names_parts_once_and_files_by_relative_paths(name):
-    source = hub.SOURCES[name]
+    source = hub.sources()[name]
     assert len(set(source.parts)) == len(source.parts)
     assert set(source.parts) <= {"dit", "codec", "text"}
     for files in source.files:

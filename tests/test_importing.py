@@ -90,38 +90,40 @@ def test_a_video_becomes_its_latents_and_those_of_its_blocks_in_low_resolution(f
     made = item.made(parts)
     frames = importing.frames_of(films / "deep" / "a.mp4", count=15, fps=5, size=PIXELS)
     clip = jnp.asarray(to_floats(frames))[None]
-    wanted = codec.encode(parts.pixels, clip)[0]
+    wanted = codec.encode(parts.vae, clip)[0]
     assert made["latent"].dtype == np.float16
     np.testing.assert_allclose(made["latent"], wanted, atol=1e-3)
     for block in range(BLOCKS):
-        low = codec.low_resolution(
-            parts.pixels, clip[:, 3 * block : 3 * block + 3], latents=2, pool=(2, 2, 1)
+        low_res = codec.low_res_latents(
+            parts.vae, clip[:, 3 * block : 3 * block + 3], latents=2, pool=(2, 2, 1)
         )
-        np.testing.assert_allclose(made["low"][block], low[0], atol=1e-3)
+        np.testing.assert_allclose(made["low_res"][block], low_res[0], atol=1e-3)
 
 
 def test_a_codec_that_groups_frames_is_run_as_a_stream(films, monkeypatch):
     """Three latent frames a block: five pixel frames first, six at a time then."""
     exp = dataclasses.replace(tiny.EXP, clip=6, codec=WAN)
-    pixels = tiny.filled(jax.eval_shape(lambda: codec.make(exp.codec, nnx.Rngs(0))))
+    vae = tiny.filled(jax.eval_shape(lambda: codec.make(exp.codec, nnx.Rngs(0))))
     quick = tiny.jit(importing._encode_block.__wrapped__, static_argnames=("exp", "first"))
     monkeypatch.setattr(importing, "_encode_block", quick)
     monkeypatch.setattr(
-        codec, "low_resolution", lambda pixels, video, **sizes: video.mean(1)
+        codec, "low_res_latents", lambda vae, video, **sizes: video.mean(1)
     )  # half the compiling
     item = next(
         item for item in importing.KINDS["videos"].items(films) if item.name.startswith("b.mp4")
     )
-    made = item.made(importing.Parts(exp, pixels))
+    made = item.made(importing.Parts(exp, vae))
     frames = importing.frames_of(films / "b.mp4", count=11, fps=5, size=PIXELS)
     clip = jnp.asarray(to_floats(frames))[None]
     np.testing.assert_allclose(
-        made["latent"], tiny.jit(codec.encode)(pixels, clip)[0], atol=2e-3, rtol=2e-3
+        made["latent"], tiny.jit(codec.encode)(vae, clip)[0], atol=2e-3, rtol=2e-3
     )
     assert np.abs(np.diff(made["latent"], axis=0)).max() > 0.05, (
         "frames tell one latent from the next"
     )
-    np.testing.assert_allclose(made["low"], [clip[0, :5].mean(0), clip[0, 5:].mean(0)], atol=1e-3)
+    np.testing.assert_allclose(
+        made["low_res"], [clip[0, :5].mean(0), clip[0, 5:].mean(0)], atol=1e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -231,7 +233,7 @@ def test_every_prompt_is_read_once_and_only_as_far_as_it_goes(parts, monkeypatch
     assert np.array_equal(read([said[0]])[0], states[0])
     assert walks == [[said[0], said[1], said[3]]]
     assert [len(each) for each in states] == [5, 6, 5, 4]
-    ids, mask = parts.words.encode(said[:2])
+    ids, mask = parts.tokenizer.encode(said[:2])
     whole = np.asarray(parts.text(ids, mask))
     assert np.array_equal(states[1], whole[1, :6])
     assert not whole[1, 6:].any()
@@ -248,10 +250,10 @@ def test_a_digest_changes_with_names_prompts_and_order():
 
 def test_a_model_gives_what_it_has(folder, tmp_path):
     parts = importing.parts_of(tiny.EXP, None)
-    assert parts.pixels is not None, "an exact codec needs no weights"
+    assert parts.vae is not None, "an exact codec needs no weights"
     assert parts.text is None
     wan = dataclasses.replace(tiny.EXP, codec=WAN)
-    assert importing.parts_of(wan, None).pixels is None
+    assert importing.parts_of(wan, None).vae is None
     with pytest.raises(InputError, match="other sizes than --config asks for"):
         importing.parts_of(wan, model_folder.opened(folder))
 
@@ -284,9 +286,9 @@ def test_public_trajectories_are_turned_into_ours(tmp_path, parts):
     assert np.array_equal(made["trajectory"][2, 7, 5, 3], latents[1, 2, 7, :, 5, 3])
     assert np.array_equal(made["latent"], made["trajectory"][-1])
     assert made["latent"].dtype == np.float16
-    clip = codec.decode(parts.pixels, jnp.asarray(made["latent"], jnp.float32)[None])
-    low = codec.low_resolution(parts.pixels, clip[:, 3:6], latents=2, pool=(2, 2, 1))
-    np.testing.assert_allclose(made["low"][1], low[0], atol=2e-3)
+    clip = codec.decode(parts.vae, jnp.asarray(made["latent"], jnp.float32)[None])
+    low_res = codec.low_res_latents(parts.vae, clip[:, 3:6], latents=2, pool=(2, 2, 1))
+    np.testing.assert_allclose(made["low_res"][1], low_res[0], atol=2e-3)
 
 
 def test_clips_without_states_and_folders_of_folders(tmp_path):

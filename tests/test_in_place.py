@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from packforcing_jax import pytrees
-from packforcing_jax.config import overrides
+from packforcing_jax.config import loading
 from packforcing_jax.memory import cache, view
 from packforcing_jax.memory import layout as layouts
 from packforcing_jax.plan import hlo, programs
@@ -44,7 +44,7 @@ def build(function, donated, *args):
 
 
 def full_size(config, mode, layers=1):
-    exp = overrides.load_experiment(config, [f"dit.layers={layers}"])
+    exp = loading.load_experiment(config, [f"dit.layers={layers}"])
     return tiny.with_cache(exp, rope_adjustment=mode)
 
 

@@ -73,10 +73,10 @@ def test_figure_2c(adjustment, sink, packed, recent, block):
     story = with_scores(told(exp, 1, 11), {8: [2, 3, 4, 5], 9: [2, 4, 5, 6], 10: [3, 4, 5, 7]})
     *_, (shown, _) = steps(exp, story)
     assert (shown["selection"].ids == [3, 4, 5, 7]).all()
-    assert (shown["selection"].at == np.multiply(packed, block)).all()
+    assert (shown["selection"].positions == np.multiply(packed, block)).all()
     seen = shown["layout"]
-    assert (seen.sink_at, seen.recent_at) == (sink[0] * block, recent[0] * block)
-    assert seen.current_at == (recent[1] + 1) * block
+    assert (seen.sink_position, seen.recent_position) == (sink[0] * block, recent[0] * block)
+    assert seen.current_position == (recent[1] + 1) * block
     offsets = slow_memory.packed_grid(exp)[0]
     frames = [
         slow_memory.full_res(exp, story, np.arange(block) + b * block, at * block)
@@ -103,8 +103,8 @@ def test_a_block_seen_again_after_others_steps_back():
     for number, (shown, memory) in enumerate(steps(exp, story)):
         shown = jax.tree.map(np.asarray, shown)
         histories.check_view(exp, story, slow_memory.visible(exp.cache, number), shown)
-        positions.append(shown["selection"].at[0, 0].tolist())
-        stored.append(memory.layers[0].at[0].tolist())
+        positions.append(shown["selection"].positions[0, 0].tolist())
+        stored.append(memory.layers[0].packed_positions[0].tolist())
     assert positions[7:] == [[2, 3, 4], [3, 4, 5], [4, 5, 6], [5, 6, 7], [6, 7, 8]]
     assert stored[9] == [4, 5, 6, 5, 6, 7, 8, 9, 0, 0]  # of blocks 2, 3, ...
     assert stored[10] == [4, 5, 5, 5, 6, 7, 8, 9, 10, 0]  # what was not attended to stays
@@ -128,8 +128,8 @@ def test_moved_keys_give_the_attention_of_keys_turned_once(selection):
         np.testing.assert_allclose(*seen, atol=1e-5)
         if ids.min() >= 0:
             dropped += (ids[..., -1] - ids[..., 0] >= cfg.top).sum()
-            back += (b["selection"].at < np.take_along_axis(positions, ids, axis=-1)).sum()
-            np.put_along_axis(positions, ids, b["selection"].at, axis=-1)
+            back += (b["selection"].positions < np.take_along_axis(positions, ids, axis=-1)).sum()
+            np.put_along_axis(positions, ids, b["selection"].positions, axis=-1)
     assert dropped > 100
     assert back > 10
 
@@ -150,7 +150,7 @@ def test_rounding_piles_up_in_moved_keys_only(capsys):
         held = histories.in_order_of(v, shown)
         held, (k, v) = ([x[:, :, : -own_k.shape[2]] for x in kv] for kv in (held, (k, v)))
         looks = [
-            slow_memory.attend(
+            slow_memory.attention_fn(
                 q, *(np.concatenate(pair, axis=2) for pair in zip(past, (own_k, own_v)))
             )
             for past in (held, (k, v))

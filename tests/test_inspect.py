@@ -22,8 +22,8 @@ def path(tmp_path):
 def broken(path):
     """The same run, but layer 1 of block 12 recalls one block twice and layer 2 of block 9 a sink block."""
     blocks = list(diaries.finished(blocks=15))
-    blocks[12].chosen[1] = [4, 7, 7, 9]
-    blocks[9].chosen[2, 0] = 0
+    blocks[12].block_ids[1] = [4, 7, 7, 9]
+    blocks[9].block_ids[2, 0] = 0
     with trace.Writer(path, diaries.head()) as writer:
         for block in blocks:
             writer.write(block)
@@ -65,7 +65,7 @@ def test_many_problems_are_cut_short_for_people_but_not_for_machines(tmp_path, c
     file = tmp_path / "a.jsonl"
     with trace.Writer(file, diaries.head()) as writer:
         for block in diaries.finished(blocks=15):
-            block.places += 1
+            block.positions += 1
             writer.write(block)
     assert call(file, "--no-map") == 1
     out = capsys.readouterr().out

@@ -18,9 +18,11 @@ MEMORIES = {
         rule: dataclasses.replace(diaries.SMALL, rope_adjustment=rule)
         for rule in CHOICES["cache.rope_adjustment"]
     },
-    "fit": dataclasses.replace(diaries.SMALL, span="fit", trained=19),
-    "fit, none": dataclasses.replace(diaries.SMALL, span="fit", trained=19, rope_adjustment="none"),
-    "fit, no room": dataclasses.replace(diaries.SMALL, span="fit", trained=13),
+    "fit": dataclasses.replace(diaries.SMALL, span="fit", max_position=19),
+    "fit, none": dataclasses.replace(
+        diaries.SMALL, span="fit", max_position=19, rope_adjustment="none"
+    ),
+    "fit, no room": dataclasses.replace(diaries.SMALL, span="fit", max_position=13),
     "all": dataclasses.replace(diaries.SMALL, selection="all"),
     "shared": dataclasses.replace(diaries.SMALL, scope="shared"),
     "two recent, no sink": dataclasses.replace(diaries.SMALL, sink=0, recent=6),
@@ -98,14 +100,14 @@ def exchange(name):
 
 def drop(blocks):
     """Takes the last packed block from one layer of block 12."""
-    blocks[12].chosen[2, 3] = -1
+    blocks[12].block_ids[2, 3] = -1
 
 
 def chosen(*ids):
     """Layer 1 of block 12, which may recall 4 of 4 .. 10, recalls these."""
 
     def edit(blocks):
-        blocks[12].chosen[1] = ids
+        blocks[12].block_ids[1] = ids
 
     return edit
 
@@ -127,7 +129,7 @@ BROKEN = {
     ),
     "the full sink is written next": (change("sink_sum", 1, 77), [r"Block 2: .* from 77"]),
     "the sink moves": (
-        lay(sink_at=3),
+        lay(sink_position=3),
         [
             "the place of the sink is 3, but 0",
             "behind the packed row, is 18, but 21",
@@ -147,13 +149,16 @@ BROKEN = {
         ["recent blocks is 2, but 3", "behind the recent frames, is 21, but 20"],
     ),
     "recent frames overlap": (
-        lay(recent_at=16),
+        lay(recent_position=16),
         ["recent frames, is 21, but 19", "packed row, is 16, but 18"],
     ),
-    "the block overlaps": (lay(current_at=20.5), ["behind the recent frames, is 20.5, but 21"]),
+    "the block overlaps": (
+        lay(current_position=20.5),
+        ["behind the recent frames, is 20.5, but 21"],
+    ),
     "a short block": (lay(block=2), ["frames of the block is 2, but 3"]),
     "the row is uncounted": (
-        lay(chosen=3),
+        lay(num_selected=3),
         ["packed blocks is 3, but 4", "packed row, is 18, but 15"],
     ),
     "the row is squeezed": (
@@ -164,13 +169,13 @@ BROKEN = {
             *[f"begins at {at}, but {due} was" for at, due in ((9, 8.5), (12, 11), (15, 13.5))] * 3,
         ],
     ),
-    "a place is unknown": (lay(current_at=np.nan), ["is nan, but 21"]),
+    "a place is unknown": (lay(current_position=np.nan), ["is nan, but 21"]),
     "a gap in the row": (
-        put("places", 1, 2, 12.1),
+        put("positions", 1, 2, 12.1),
         [WHERE + r"packed block \d+ begins at 12\.1\d*, but 12 was due\."],
     ),
     "a place is infinite": (
-        put("places", 1, 2, np.inf),
+        put("positions", 1, 2, np.inf),
         [WHERE + r"packed block \d+ begins at nan"],
     ),
     "a score is infinite": (
@@ -216,12 +221,12 @@ def test_each_invariant_is_caught_where_it_is_broken_once(tmp_path, name):
     [
         (
             "incremental",
-            lay(sink_at=0.0, recent_at=18.0, current_at=21.0),
+            lay(sink_position=0.0, recent_position=18.0, current_position=21.0),
             "true frame, is 21, but 36",
         ),
-        ("sink_only", exchange("places"), "begins at"),
-        ("none", put("places", 1, 0, 6.0), "begins at 6, but"),
-        ("none", lay(sink_at=15), "the place of the sink is 15, but 0"),
+        ("sink_only", exchange("positions"), "begins at"),
+        ("none", put("positions", 1, 0, 6.0), "begins at 6, but"),
+        ("none", lay(sink_position=15), "the place of the sink is 15, but 0"),
         ("fit", lay(step=3.0), "span of a packed block is 3, but 1.75"),
         ("fit", lay(step=1.0), "span of a packed block is 1, but 1.75"),
         ("shared", chosen(4, 5, 6, 7), r"layer 1: recalled \[4, 5, 6, 7\], but layer 0 recalled"),
@@ -253,7 +258,7 @@ def test_float32_places_far_out_are_no_problem_and_a_real_shift_there_is_one(tmp
         (99_999, 1.0, 3),
     ):
         (last,) = diaries.finished(cfg, first + 1, first=first)
-        last.places[:, 2] += np.float32(shift)
+        last.positions[:, 2] += np.float32(shift)
         with trace.Writer(tmp_path / "a", diaries.head(cfg)) as writer:
             writer.write(last)
         assert (
@@ -261,14 +266,16 @@ def test_float32_places_far_out_are_no_problem_and_a_real_shift_there_is_one(tmp
         )  # the blocks before are missing
 
 
-def choices(*sets, blocks=40):
+def choices(*overrides, blocks=40):
     """Replaces what every layer recalls: layer i of each block takes the ids that sets[i] gives for it."""
 
     def edit(run):
         for block in run:
-            for layer, ids in enumerate(sets):
-                valid = block.chosen[layer] >= 0
-                block.chosen[layer, valid] = ids(block.index)[-valid.sum() :] if valid.any() else []
+            for layer, ids in enumerate(overrides):
+                valid = block.block_ids[layer] >= 0
+                block.block_ids[layer, valid] = (
+                    ids(block.index)[-valid.sum() :] if valid.any() else []
+                )
 
     return edit
 
@@ -354,17 +361,20 @@ def test_the_table_fits_a_terminal(tmp_path, name, blocks):
 def test_the_map_shows_who_recalled_what(tmp_path):
     cfg = dataclasses.replace(diaries.SMALL, capacity=7)
     found = run(tmp_path / "a", cfg, blocks=23, layers=2)
-    image = inspect_trace.heat_map(found)
+    image = inspect_trace.cells(found)
     scale = 720 // 23
     assert (image.shape, image.dtype) == ((23 * scale, 23 * scale, 3), np.uint8)
     cells = image[scale // 2 :: scale, scale // 2 :: scale]
     np.testing.assert_array_equal(cells.repeat(scale, 0).repeat(scale, 1), image)
     none, _, _, both = inspect_trace.RAMP
     for block in found.blocks:
-        sets = [set(layer.ids.tolist()) for layer in block.layers]
+        overrides = [set(layer.ids.tolist()) for layer in block.layers]
         seen = inspect_trace.visible(cfg, block.index)
         for id in range(23):
-            colour, count = tuple(cells[block.index, id].tolist()), sum(id in each for each in sets)
+            colour, count = (
+                tuple(cells[block.index, id].tolist()),
+                sum(id in each for each in overrides),
+            )
             if count or id in seen:
                 assert (colour == none, colour == both) == (count == 0, count == 2)
             elif id < block.index:
@@ -378,7 +388,7 @@ def test_the_map_shows_who_recalled_what(tmp_path):
 def test_the_map_of_a_long_run_shrinks_and_loses_no_choice(tmp_path, monkeypatch):
     monkeypatch.setattr(inspect_trace, "MOST", 25)
     found = run(tmp_path / "a", blocks=61, layers=1)
-    image = inspect_trace.heat_map(found)
+    image = inspect_trace.cells(found)
     scale = 720 // 21
     assert image.shape == (21 * scale, 21 * scale, 3)  # three blocks to a cell
     cells = image[::scale, ::scale]
@@ -388,12 +398,36 @@ def test_the_map_of_a_long_run_shrinks_and_loses_no_choice(tmp_path, monkeypatch
                 assert tuple(cells[block.index // 3, id // 3].tolist()) == inspect_trace.RAMP[-1]
 
 
+@pytest.mark.parametrize("blocks", [1, 16, 61, 400])
+def test_the_map_stands_in_a_frame_that_names_its_axes_and_colours(tmp_path, blocks):
+    found = run(tmp_path / "a", blocks=blocks, layers=1)
+    inner, image = inspect_trace.cells(found), inspect_trace.heat_map(found)
+    left, top, side = inspect_trace.LEFT, inspect_trace.TOP, len(inner)
+    np.testing.assert_array_equal(image[top : top + side, left : left + side], inner)
+    written = (image != np.array(inspect_trace.PAPER)).any(axis=-1)
+    assert not written[[0, -1]].any()  # nothing is cut off at an edge
+    assert not written[:, [0, -1]].any()
+    assert written[top : top + side, :30].any()  # the title of the rows
+    assert written[top + side + 25 :, left : left + side].any()  # and of the columns
+    legend = {tuple(pixel) for pixel in image[:, left + side :].reshape(-1, 3).tolist()}
+    colours = {inspect_trace.SHARP, inspect_trace.NOW, inspect_trace.GONE, *inspect_trace.RAMP[::3]}
+    assert colours <= legend
+
+
+@pytest.mark.parametrize(
+    ("count", "side", "step"), [(1, 720, 1), (16, 720, 1), (61, 720, 5), (400, 400, 50)]
+)
+def test_axes_number_round_blocks_that_do_not_touch(count, side, step):
+    assert inspect_trace._tick_step(count, side) == step
+
+
 def test_a_broken_trace_is_still_shown(tmp_path):
     def edit(blocks):
-        blocks[12].chosen[1] = [0, 900, 900, 2**40]
+        blocks[12].block_ids[1] = [0, 900, 900, 2**40]
         blocks[14].index, blocks[15].index = 2000, 3
 
     found = run(tmp_path / "a", edit=edit, blocks=16)
-    assert inspect_trace.heat_map(found).shape == (720, 720, 3)
+    assert inspect_trace.cells(found).shape == (720, 720, 3)
+    assert inspect_trace.heat_map(found).dtype == np.uint8
     assert "random" in inspect_trace.table(found)
     assert len(inspect_trace.problems(found)) > 6

@@ -29,7 +29,7 @@ def test_json_lines_hold_settings(tmp_path):
     }
     (job,) = read(tmp_path, json.dumps(line))
     assert job.entries == ((0, "a"), (7, "b: c"))
-    assert (job.seconds, job.seed, job.memory, job.sets, job.blocks) == (
+    assert (job.seconds, job.seed, job.memory, job.overrides, job.blocks) == (
         2.5,
         4,
         "paper",

@@ -101,9 +101,11 @@ def test_a_run_is_kept_after_every_few_blocks_and_behind_its_last(pipe, tmp_path
     assert kept == [4, 8, 11]
 
 
-@pytest.mark.parametrize("sets", [[], ["cache.rope_adjustment=incremental"], HOST, ["cache.top=0"]])
-def test_what_was_kept_comes_back_with_new_scratch(pipe, tmp_path, sets):
-    model = pipe.with_settings(sets)
+@pytest.mark.parametrize(
+    "overrides", [[], ["cache.rope_adjustment=incremental"], HOST, ["cache.top=0"]]
+)
+def test_what_was_kept_comes_back_with_new_scratch(pipe, tmp_path, overrides):
+    model = pipe.with_settings(overrides)
     state, _ = keep(keeper(tmp_path, model), 8)
     at = keeper(tmp_path, model).resume()
     same_bits(at.state, state)
@@ -164,16 +166,16 @@ def test_another_story_is_refused(pipe, tmp_path, story):
     ("changed", "named"),
     [
         ({"seed": 4}, "seed: 3 saved, 4 wanted"),
-        ({"sets": ["cache.top=1"]}, "experiment.cache.top: 2 saved, 1 wanted"),
+        ({"overrides": ["cache.top=1"]}, "experiment.cache.top: 2 saved, 1 wanted"),
         (
-            {"sets": ["fps=6", "cache.selection=random"]},
+            {"overrides": ["fps=6", "cache.selection=random"]},
             'selection: "affinity" saved, "random" wanted; experiment.fps: 5',
         ),
     ],
 )
 def test_another_run_is_refused_by_what_differs(pipe, tmp_path, changed, named):
     keep(keeper(tmp_path / "saves", pipe), 4)
-    model = pipe.with_settings(changed.pop("sets", []))
+    model = pipe.with_settings(changed.pop("overrides", []))
     with pytest.raises(
         InputError, match=f"saves.4 belongs to another run .*{named}.*; continue with the settings"
     ):

@@ -251,7 +251,7 @@ def test_two_real_processes_train_and_leave_a_model(room):
     real = room / "real"
     real.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -m packforcing_jax "$@"\n')
     real.chmod(0o755)
-    sets = [word for each in SMALL for word in ("--set", each)]
+    overrides = [word for each in SMALL for word in ("--set", each)]
     train = start(
         "local_processes.sh",
         room,
@@ -259,7 +259,7 @@ def test_two_real_processes_train_and_leave_a_model(room):
         "stage",
         "--out",
         room / "run",
-        *sets,
+        *overrides,
         PACKFORCING=str(real),
         JAX_PLATFORMS="cpu",
         COORDINATOR=f"127.0.0.1:{port}",

@@ -17,13 +17,13 @@ from hypothesis import strategies as some
 from jax.sharding import PartitionSpec as P
 
 from packforcing_jax import pytrees, sharding
-from packforcing_jax.config import CacheConfig, MeshConfig, TrainConfig, overrides
+from packforcing_jax.config import CacheConfig, MeshConfig, TrainConfig, loading
 from packforcing_jax.errors import InputError
 from packforcing_jax.networks import codec, mesh
 from packforcing_jax.sharding import AXES
 from packforcing_jax.training import batches
 
-CONFIGS = overrides.names()
+CONFIGS = loading.names()
 Q, NORM = "dit/blocks/attn/q/kernel", "dit/blocks/norm3/scale"
 
 
@@ -40,8 +40,8 @@ def shapes(exp):
 @functools.cache
 def of_sizes(exp):
     model = jax.eval_shape(lambda: batches.new_model(exp, jax.random.key(0)))
-    pixels = jax.eval_shape(lambda: codec.make(exp.codec, nnx.Rngs(0)))
-    return pytrees.flatten(model) | pytrees.flatten({"codec": pixels})
+    vae = jax.eval_shape(lambda: codec.make(exp.codec, nnx.Rngs(0)))
+    return pytrees.flatten(model) | pytrees.flatten({"codec": vae})
 
 
 def held(tree, where):
@@ -61,7 +61,7 @@ def bytes_of(tree):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_parameter_is_matched_by_exactly_one_rule(name):
-    stages = [shapes(stage.experiment) for stage in overrides.load_recipe(name)]
+    stages = [shapes(stage.experiment) for stage in loading.load_recipe(name)]
     for path, leaf in [each for stage in stages for each in stage.items()]:
         found = [spec for pattern, spec in mesh._PATTERNS if pattern.fullmatch(path)]
         assert len(found) == 1, path
@@ -69,7 +69,7 @@ def test_every_parameter_is_matched_by_exactly_one_rule(name):
 
 
 def test_every_rule_is_of_use():
-    paths = {path for name in CONFIGS for path in shapes(overrides.load_experiment(name))}
+    paths = {path for name in CONFIGS for path in shapes(loading.load_experiment(name))}
     assert all(any(pattern.fullmatch(path) for path in paths) for pattern, _ in mesh._PATTERNS)
 
 
@@ -94,7 +94,7 @@ def test_layers_are_never_divided():
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"tensor": 4}])
 def test_the_transformer_at_full_size_falls_into_equal_parts(sizes):
-    exp, over = overrides.load_experiment("wan_t2v_1_3b"), described(**sizes)
+    exp, over = loading.load_experiment("wan_t2v_1_3b"), described(**sizes)
     params = {path: leaf for path, leaf in shapes(exp).items() if path.startswith("dit/")}
     share = (
         bytes_of(params) / held(params, mesh.shardings(params, over)) / math.prod(sizes.values())
@@ -238,7 +238,7 @@ def test_a_batch_is_divided_over_copies_and_shards():
 
 
 def test_twelve_heads_over_eight_devices_are_refused_with_the_sizes_that_work():
-    exp, train = overrides.load_experiment("wan_t2v_1_3b"), TrainConfig(batch=8)
+    exp, train = loading.load_experiment("wan_t2v_1_3b"), TrainConfig(batch=8)
     with pytest.raises(
         InputError, match=r"12 heads.* tensor x context = 8 x 1 = 8 .*work: 1, 2, 3, 4, 6, 12\."
     ):

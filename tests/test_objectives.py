@@ -48,9 +48,9 @@ def losses(given, key=KEY, exp=None, train=TRAIN):
 def clips():
     weight = np.random.default_rng(2).uniform(0.5, 2, (BLOCKS, tiny.BATCH, 3, 8, 4, 1))
     return Batch(
-        words=STATES,
+        text=STATES,
         latent=tiny.latents(BLOCKS),
-        low=tiny.lows(BLOCKS),
+        low_res=tiny.low_res(BLOCKS),
         weight=jnp.asarray(weight, jnp.float32),
         called=jnp.asarray(CALLED),
     )
@@ -83,13 +83,13 @@ def gradients():
     """What each block's loss depends on behind a sink of one block: latents, low-resolution latents, the compressor."""
 
     def by_block(latent, low, packer):
-        given = dataclasses.replace(clips(), latent=latent, low=low)
+        given = dataclasses.replace(clips(), latent=latent, low_res=low)
         networks = Networks(generator=Model(dit=MODEL.dit, compressor=packer))
         return objectives.forcing(networks, given, KEY, training(3), TRAIN)[1]["loss_by_block"]
 
     given = clips()
     return tiny.jit(jax.jacrev(by_block, argnums=(0, 1, 2)))(
-        given.latent, given.low, MODEL.compressor
+        given.latent, given.low_res, MODEL.compressor
     )
 
 
@@ -106,7 +106,7 @@ def test_a_loss_depends_on_the_packed_twins_that_show(gradients):
 def test_without_a_sink_the_first_twin_shows_too():
     given, depends = clips(), []
     for block in range(BLOCKS):
-        other = dataclasses.replace(given, low=given.low.at[block].add(0.5))
+        other = dataclasses.replace(given, low_res=given.low_res.at[block].add(0.5))
         depends.append(losses(other) != losses(given))
     np.testing.assert_array_equal(np.stack(depends, axis=1), twins_seen(0))
 
@@ -161,7 +161,7 @@ def test_training_guesses_behind_the_memory_that_sampling_fills():
             exp.step,
             memory,
             latent=given.latent[block],
-            low=given.low[block],
+            low_res=given.low_res[block],
             selection=selection,
             text=prompt,
         )
@@ -176,7 +176,7 @@ def test_weights_scale_the_loss_of_their_cells():
 
 def saying(given, block):
     """`given` with another prompt for one block."""
-    return dataclasses.replace(given, words=given.words.at[block].add(0.5))
+    return dataclasses.replace(given, text=given.text.at[block].add(0.5))
 
 
 def test_a_block_hears_its_own_prompt():
@@ -242,11 +242,11 @@ def test_nothing_called_or_nothing_packed_is_no_surprise_and_no_gradient():
 
 
 def test_noise_levels_are_uniform_draws_warped_towards_noise():
-    plain, warped = (objectives.noise_levels(KEY, (40, 50), shift) for shift in (1.0, 6.0))
-    np.testing.assert_allclose(warped, 6 * plain / (1 + 5 * plain), rtol=1e-6)
+    plain, shifted = (objectives.noise_levels(KEY, (40, 50), shift) for shift in (1.0, 6.0))
+    np.testing.assert_allclose(shifted, 6 * plain / (1 + 5 * plain), rtol=1e-6)
     np.testing.assert_allclose(np.quantile(plain, [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.03)
-    assert np.median(warped) == pytest.approx(6 / 7, abs=0.02)
-    assert 0 <= warped.min() <= warped.max() < 1
+    assert np.median(shifted) == pytest.approx(6 / 7, abs=0.02)
+    assert 0 <= shifted.min() <= shifted.max() < 1
 
 
 # other histories ------------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def test_teacher_forcing_in_one_pass_is_what_a_memory_of_sharp_blocks_gives():
 
 def test_diffusion_forcing_sees_noise_and_not_the_truth():
     noisy, given = with_train(history="noisy"), clips()
-    far = dataclasses.replace(given, latent=given.latent.at[1].add(1.0), low=given.low + 1)
+    far = dataclasses.replace(given, latent=given.latent.at[1].add(1.0), low_res=given.low_res + 1)
     plain, other = (losses(each, exp=BASE, train=noisy) for each in (given, far))
     assert plain[0] == other[0]
     assert (plain[1:] != other[1:]).all()  # the noisy block 1 is seen by those behind it
@@ -291,7 +291,7 @@ def test_a_velocity_is_weighed_by_wans_bell():
 
 def test_data_without_low_resolution_latents_are_refused_where_packing_reads_them():
     with pytest.raises(InputError, match="no low-resolution latents"):
-        run(dataclasses.replace(clips(), low=None), KEY, training(0))
+        run(dataclasses.replace(clips(), low_res=None), KEY, training(0))
 
 
 # the teacher ----------------------------------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ CLEAN = with_train(history="clean", grid=7)
 def guess(model, latent, sample, sigma, states):
     """The guess of noisy blocks behind the clean ones before them."""
     return objectives.causal(
-        model, BASE, CLEAN, Batch(words=None, latent=latent), sample, sigma, states
+        model, BASE, CLEAN, Batch(text=None, latent=latent), sample, sigma, states
     ).clean
 
 
@@ -334,7 +334,7 @@ def with_trajectory(seed=3):
     way = jnp.stack(
         [tiny.latents(BLOCKS, seed=seed + i) for i in range(len(BASE.sample.steps) + 1)]
     )
-    return Batch(words=STATES, trajectory=way)
+    return Batch(text=STATES, trajectory=way)
 
 
 def test_a_trajectory_is_followed_from_a_step_of_its_own_for_each_block():

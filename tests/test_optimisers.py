@@ -96,7 +96,7 @@ PARAMS = {
     ],
 )
 def test_what_is_trained_is_what_moves_the_compressor_apart(trained, expected):
-    cfg = TrainConfig(trained=trained)
+    cfg = TrainConfig(trainable=trained)
     assert optimisers.groups(cfg, PARAMS) == expected | {"critic": {"dit/a": 5}}
     assert optimisers.groups(cfg, {"generator": PARAMS["generator"]}) == expected
 

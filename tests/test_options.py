@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packforcing_jax.config import CacheConfig, DiTConfig, Experiment, SpaceToDepthConfig, overrides
+from packforcing_jax.config import (
+    CacheConfig,
+    DiTConfig,
+    Experiment,
+    SpaceToDepthConfig,
+    choices,
+    loading,
+)
 from packforcing_jax.errors import InputError
 
 SMALL = Experiment(
@@ -17,8 +24,8 @@ SMALL = Experiment(
 )
 
 
-def changed(*sets):
-    return overrides.override(SMALL, sets)
+def changed(*overrides):
+    return loading.override(SMALL, overrides)
 
 
 def test_nothing_set_changes_nothing():
@@ -145,20 +152,20 @@ def test_any_text_is_a_value_or_an_input_error(text):
 
 
 def test_an_experiment_is_found_by_name_and_by_path(tmp_path):
-    by_name = overrides.load_experiment("wan_t2v_1_3b")
-    assert overrides.load_experiment(overrides.CONFIGS / "wan_t2v_1_3b.py") == by_name
+    by_name = loading.load_experiment("wan_t2v_1_3b")
+    assert loading.load_experiment(loading.CONFIGS / "wan_t2v_1_3b.py") == by_name
     own = tmp_path / "mine.py"
     own.write_text(
         "from packforcing_jax.config import Experiment\nexperiment = Experiment(name='mine', fps=9)\n"
     )
-    assert overrides.load_experiment(str(own), ["fps=11"]) == Experiment(name="mine", fps=11)
+    assert loading.load_experiment(str(own), ["fps=11"]) == Experiment(name="mine", fps=11)
 
 
 def test_an_unknown_experiment_names_the_nearest():
     with pytest.raises(InputError, match="no experiment 'wan_t2v_13b'.*did you mean wan_t2v_1_3b"):
-        overrides.load_experiment("wan_t2v_13b")
+        loading.load_experiment("wan_t2v_13b")
     with pytest.raises(InputError, match="no experiment '/nowhere/wan_t2v_14b.py'"):
-        overrides.load_experiment("/nowhere/wan_t2v_14b.py")
+        loading.load_experiment("/nowhere/wan_t2v_14b.py")
 
 
 @pytest.mark.parametrize(
@@ -175,5 +182,11 @@ def test_a_file_that_gives_no_experiment_is_named(tmp_path, source, sentence):
     path = tmp_path / "broken.py"
     path.write_text(source)
     with pytest.raises(InputError) as raised:
-        overrides.load_experiment(path)
+        loading.load_experiment(path)
     assert sentence in str(raised.value)
+
+
+@pytest.mark.parametrize(("old", "new"), list(choices.RENAMED.items()))
+def test_a_key_of_an_earlier_version_is_told_by_its_name_of_today(old, new):
+    with pytest.raises(InputError, match=f"called {new} now"):
+        loading.load_stage("stage", [f"{old}=1"])

@@ -51,12 +51,14 @@ def test_a_bidirectional_teacher_draws_whole_clips():
         )
         return batches.by_block(clean, EXP.cache.block)
 
-    way = tiny.jit(paths.way, static_argnames=("exp", "train"))(TEACHER, EXP, TRAIN, NOISE, STATES)
+    way = tiny.jit(paths.trajectory, static_argnames=("exp", "train"))(
+        TEACHER, EXP, TRAIN, NOISE, STATES
+    )
     np.testing.assert_allclose(way, by_hand(guess), atol=2e-4)
 
 
 def test_a_causal_teacher_draws_behind_the_truth():
-    true = Batch(words=STATES, latent=tiny.latents(BLOCKS, seed=9))
+    true = Batch(text=STATES, latent=tiny.latents(BLOCKS, seed=9))
 
     @tiny.jit
     def guess(x, sigma, text):
@@ -64,26 +66,26 @@ def test_a_causal_teacher_draws_behind_the_truth():
             TEACHER, EXP, TRAIN, true, x, jnp.full(x.shape[:2], sigma), text
         ).clean
 
-    way = tiny.jit(paths.way, static_argnames=("exp", "train"))(
+    way = tiny.jit(paths.trajectory, static_argnames=("exp", "train"))(
         TEACHER, EXP, TRAIN, NOISE, STATES, behind=true
     )
     np.testing.assert_allclose(way, by_hand(guess), atol=2e-4)
 
 
 def test_states_stand_at_the_students_steps():
-    assert paths.kept(EXP, 5) == (0, 2, 4, 5)
-    sigmas = np.append(schedules.table(3.0, steps=5).sigmas, 0)[list(paths.kept(EXP, 5))]
+    assert paths.grid_steps(EXP, 5) == (0, 2, 4, 5)
+    sigmas = np.append(schedules.table(3.0, steps=5).sigmas, 0)[list(paths.grid_steps(EXP, 5))]
     np.testing.assert_allclose(paths.timesteps(EXP), 1000 * sigmas, rtol=1e-5)
 
 
 def test_a_grid_that_misses_a_step_is_refused_with_one_that_does_not():
     with pytest.raises(InputError, match=r"train\.grid=6 .* choose a multiple of 5\."):
-        paths.kept(EXP, 6)
+        paths.grid_steps(EXP, 6)
 
 
 def test_the_seed_decides_what_is_drawn():
     one, same, other = (
-        paths.drawn(TEACHER, EXP, TRAIN, jnp.uint32(seed), STATES) for seed in (1, 1, 2)
+        paths.noise_to_clip(TEACHER, EXP, TRAIN, jnp.uint32(seed), STATES) for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(one, same)
     assert np.abs(np.asarray(one - other)).max() > 0.1

@@ -29,7 +29,7 @@ SMALL = ["cache.sink=9", "cache.top=3", "cache.capacity=5", "cache.score_pool=(3
 LATE = ["cache.scope=shared", "cache.timing=late"]
 # Memories of the tiny networks: a profile or none, and settings. Changes that do not meet share a run.
 MEMORIES = {
-    "published": (None, [*SMALL, "cache.span=fit", "cache.trained=21"]),  # in the room of two
+    "published": (None, [*SMALL, "cache.span=fit", "cache.max_position=21"]),  # in the room of two
     "host_sink_only": (
         None,
         [*SMALL, *LATE, "cache.archive=host", "cache.rope_adjustment=sink_only"],
@@ -54,7 +54,7 @@ def few(latents, every):
 def streamed(pipe, prompts, *, seed, every):
     blocks = list(pipe.stream(prompts, seed=seed))
     latent = few([block.latent for block in blocks], every)
-    return {"latent": latent, "chosen": np.stack([block.chosen for block in blocks])}
+    return {"latent": latent, "chosen": np.stack([block.block_ids for block in blocks])}
 
 
 def what_ships():
@@ -74,13 +74,13 @@ def in_training(blocks=6):
     distil = DistilConfig(gradient="packed")
     exp = dataclasses.replace(tiny.EXP, clip=blocks * tiny.EXP.cache.block)
     exp = rollout.for_training(exp, blocks, 3, 3, top=1)
-    nets, pixels = tiny.nets(), codec.make(exp.codec, nnx.Rngs(0))
+    nets, vae = tiny.nets(), codec.make(exp.codec, nnx.Rngs(0))
     states = tiny.normal(7, blocks, tiny.BATCH, exp.dit.text_len - 1, exp.dit.text_dim)
     text = tiny.jit(batches.text_kv)(nets.dit, states)
     drawn = rollout.draws(exp, CoverConfig(), jax.random.key(3), blocks, tiny.BATCH)
     drawn = dataclasses.replace(drawn, gap=jnp.float32(2.5), exit=jnp.int32(1))
     draw = tiny.jit(rollout.draw, static_argnames=("exp", "distil"))
-    clip = draw(nets, exp, distil, pixels, drawn, text)
+    clip = draw(nets, exp, distil, vae, drawn, text)
     weights = tiny.normal(9, *clip.latent.shape)
 
     def total(nets):

@@ -45,8 +45,8 @@ def test_blocks_say_what_they_are(pipe):
     assert all(
         block.frames.shape == (3, 16, 8, 3) and abs(block.frames).max() <= 1 for block in blocks
     )
-    assert (blocks[1].chosen == -1).all()  # nothing is packed yet
-    assert [set(block.chosen.ravel().tolist()) for block in blocks[3:]] == [{1, -1}, {1, 2}]
+    assert (blocks[1].block_ids == -1).all()  # nothing is packed yet
+    assert [set(block.block_ids.ravel().tolist()) for block in blocks[3:]] == [{1, -1}, {1, 2}]
 
 
 def test_a_longer_run_begins_with_the_shorter_one(pipe):
@@ -90,7 +90,7 @@ def test_a_state_can_be_kept_and_continued(pipe):
             found.append(np.asarray(block.latent))
         return state, found
 
-    words = pipe.words([RED, BLUE])
+    words = pipe.text_kv([RED, BLUE])
     start = {"seed": 3, "videos": [5, 8]}
     _, whole = run(pipe.start(**start), 0, 7)
     half, first = run(pipe.start(**start), 0, 4)
@@ -106,8 +106,8 @@ SETTINGS = {"plain": [], "incremental": ["cache.rope_adjustment=incremental"]}
 def streams(pipe):
     """For each of `SETTINGS`: the model, its blocks of one video, and copies of the state after each."""
     found = {}
-    for name, sets in SETTINGS.items():
-        model = pipe.with_settings(sets)
+    for name, overrides in SETTINGS.items():
+        model = pipe.with_settings(overrides)
         pairs = [(block, copied(block.state)) for block in model.stream(PROMPTS, seed=3)]
         found[name] = (model, *zip(*pairs, strict=True))
     return found
@@ -126,11 +126,11 @@ def test_a_stream_goes_on_from_the_state_a_block_left(streams, name, after):
             expected.layout,
             expected.sink_sum,
         )
-        for field in ("frames", "latent", "chosen", "scores", "places"):
+        for field in ("frames", "latent", "block_ids", "scores", "positions"):
             np.testing.assert_array_equal(
                 getattr(block, field), getattr(expected, field), err_msg=field
             )
-    assert len({block.chosen.tobytes() for block in rest}) > 1
+    assert len({block.block_ids.tobytes() for block in rest}) > 1
 
 
 def test_a_state_at_the_end_of_its_prompts_has_nothing_left_to_draw(streams):
@@ -179,30 +179,34 @@ def test_partitions_lie_behind_one_another_without_a_hole(streams, name):
     model, blocks, _ = streams[name]
     cfg = model.experiment.cache
     for block in blocks:
-        layout, count = block.layout, int(block.layout["chosen"])
+        layout, count = block.layout, int(block.layout["num_selected"])
         assert layout["block"] == layout["step"] == 3
-        assert layout["mid_at"] == layout["sink_at"] + layout["sink"]
-        assert layout["recent_at"] == layout["mid_at"] + count * layout["step"]
-        assert layout["current_at"] == layout["recent_at"] + layout["recent"]
-        begin = block.index * 3 if cfg.rope_adjustment == "incremental" else layout["current_at"]
-        assert layout["current_at"] == begin
-        assert layout["sink_at"] == 0 or cfg.rope_adjustment == "incremental"
-        np.testing.assert_array_equal((block.chosen >= 0).sum(axis=1), count)
-        in_row = np.broadcast_to(layout["mid_at"] + 3 * np.arange(count), (2, count))
-        np.testing.assert_array_equal(block.places[:, :count], in_row)
+        assert layout["mid_position"] == layout["sink_position"] + layout["sink"]
+        assert layout["recent_position"] == layout["mid_position"] + count * layout["step"]
+        assert layout["current_position"] == layout["recent_position"] + layout["recent"]
+        begin = (
+            block.index * 3 if cfg.rope_adjustment == "incremental" else layout["current_position"]
+        )
+        assert layout["current_position"] == begin
+        assert layout["sink_position"] == 0 or cfg.rope_adjustment == "incremental"
+        np.testing.assert_array_equal((block.block_ids >= 0).sum(axis=1), count)
+        in_row = np.broadcast_to(layout["mid_position"] + 3 * np.arange(count), (2, count))
+        np.testing.assert_array_equal(block.positions[:, :count], in_row)
         assert np.isfinite(block.scores[:, :count]).all()
-    assert max(int(block.layout["chosen"]) for block in blocks) == cfg.top
+    assert max(int(block.layout["num_selected"]) for block in blocks) == cfg.top
 
 
 def test_keys_left_turned_in_place_show_the_same_video(streams):
     """`incremental`, its memory donated from block to block, against a memory that turns every key afresh."""
     dropped = 0
     for one, other in zip(streams["plain"][1], streams["incremental"][1], strict=True):
-        np.testing.assert_array_equal(one.chosen, other.chosen)
+        np.testing.assert_array_equal(one.block_ids, other.block_ids)
         np.testing.assert_allclose(one.latent, other.latent, atol=1e-4)
-        dropped += (np.diff(one.chosen, axis=-1) > 1).sum()
+        dropped += (np.diff(one.block_ids, axis=-1) > 1).sum()
     assert dropped > 0
-    first, second = (layer.at for layer in streams["incremental"][2][-1].memory.layers)
+    first, second = (
+        layer.packed_positions for layer in streams["incremental"][2][-1].memory.layers
+    )
     assert (first != second).any()  # layers that chose differently turned differently
 
 
@@ -210,7 +214,7 @@ def test_videos_of_a_batch_do_not_meet(pipe):
     def drawn(prompts, videos):
         state, found = pipe.start(seed=3, videos=videos), []
         for _ in range(5):
-            state, block = player.next_block(pipe, state, pipe.words(prompts))
+            state, block = player.next_block(pipe, state, pipe.text_kv(prompts))
             found.append(np.asarray(block.latent))
         return np.stack(found)
 

@@ -21,7 +21,7 @@ BASE = {"block": 2, "sink": 4, "recent": 2, "top": 2, "capacity": 4, "score_pool
 KINDS = {
     "affinity": CacheConfig(**BASE),
     "true frames": CacheConfig(**BASE, selection="paper_sum", rope_adjustment="none"),
-    "squeezed": CacheConfig(**BASE, selection="random", span="fit", trained=11),
+    "squeezed": CacheConfig(**BASE, selection="random", span="fit", max_position=11),
     "long ring": CacheConfig(**{**BASE, "recent": 4}, selection="recency"),
     "incremental": CacheConfig(
         **{**BASE, "top": 4, "capacity": 9}, selection="random", rope_adjustment="incremental"
@@ -67,19 +67,21 @@ def _(patch):
         view,
         "select",
         lambda original, spec, layout, scores: original(
-            spec, layout.replace(mid_at=layout.mid_at + 1), scores
+            spec, layout.replace(mid_position=layout.mid_position + 1), scores
         ),
     )
 
 
 @fault("the current block's position ignores recent", "affinity")
 def _(patch):
-    wrap_layout(patch, lambda cfg, found: {"current_at": found.current_at - found.recent})
+    wrap_layout(
+        patch, lambda cfg, found: {"current_position": found.current_position - found.recent}
+    )
 
 
 @fault("a sink that stays behind", "sink alone")
 def _(patch):
-    wrap_layout(patch, lambda cfg, found: {"sink_at": jnp.zeros_like(found.sink_at)})
+    wrap_layout(patch, lambda cfg, found: {"sink_position": jnp.zeros_like(found.sink_position)})
 
 
 @fault("the sink's keys not turned along", "sink alone")
@@ -121,7 +123,7 @@ def _(patch):
 @fault("packed tokens on a grid of their own", "affinity")
 def _(patch):
     def wrong(original, spec):
-        native = dataclasses.replace(spec, packed_places="native")
+        native = dataclasses.replace(spec, packed_position_rule="native")
         return original(native)
 
     wrap(patch, layouts, "packed_positions", wrong)
@@ -294,7 +296,7 @@ def _(patch):
 @fault("packed keys scored in another place", "affinity")
 def _(patch):
     def wrong(original, spec, layout, *args):
-        return original(spec, layout.replace(mid_at=layout.mid_at + layout.step), *args)
+        return original(spec, layout.replace(mid_position=layout.mid_position + layout.step), *args)
 
     wrap(patch, view, "score_inputs", wrong)
 
@@ -314,7 +316,7 @@ def _(patch):
         view,
         "_pool_angles",
         lambda original, spec, layout: original(
-            spec, layout.replace(current_at=layout.current_at + 0.5)
+            spec, layout.replace(current_position=layout.current_position + 0.5)
         ),
     )
 
@@ -368,17 +370,19 @@ def _(patch):
         patch,
         cache,
         "_settle",
-        lambda original, spec, layer, chosen: original(spec, layer, chosen).replace(at=layer.at),
+        lambda original, spec, layer, chosen: original(spec, layer, chosen).replace(
+            packed_positions=layer.packed_positions
+        ),
     )
 
 
 @fault("keys never turned back", "incremental")
 def _(patch):
     def wrong(original, spec, layer, chosen):
-        stored = jnp.take_along_axis(layer.at, chosen.slots, axis=1)
-        return original(spec, layer, chosen.replace(at=jnp.maximum(chosen.at, stored))).replace(
-            at=original(spec, layer, chosen).at
-        )
+        stored = jnp.take_along_axis(layer.packed_positions, chosen.slots, axis=1)
+        return original(
+            spec, layer, chosen.replace(positions=jnp.maximum(chosen.positions, stored))
+        ).replace(positions=original(spec, layer, chosen).positions)
 
     wrap(patch, cache, "_settle", wrong)
 
@@ -386,7 +390,7 @@ def _(patch):
 @fault("the sink's keys turned twice", "incremental")
 def _(patch):
     def wrong(original, spec, layout, layer):
-        return original(spec, layout, layer).replace(sink_at=layer.sink_at)
+        return original(spec, layout, layer).replace(sink_position=layer.sink_position)
 
     wrap(patch, cache, "reposition", wrong)
 

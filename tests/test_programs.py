@@ -31,7 +31,7 @@ def test_a_program_is_handed_what_is_held_and_nothing_else():
         ]
     )
     numbers = 2 * 4 * batch  # ids of the videos and their seeds
-    whole = jaxpr_cost.nbytes((model, held.memory, held.words))
+    whole = jaxpr_cost.nbytes((model, held.memory, held.text_kv))
     assert found[DENOISING].arguments == whole - prompt + numbers
     assert found[DENOISING].reused == jaxpr_cost.nbytes(held.memory)
     assert found[programs.PROMPT].arguments == prompt + jaxpr_cost.nbytes(held.context)
@@ -39,7 +39,7 @@ def test_a_program_is_handed_what_is_held_and_nothing_else():
         held.latent
     )  # this codec has no weights and remembers nothing
     assert found[SHOWING].results == pytest.approx(
-        jaxpr_cost.nbytes((held.frames, held.low)), abs=64
+        jaxpr_cost.nbytes((held.frames, held.low_res)), abs=64
     )
     assert set(found) == {
         programs.ENCODING,

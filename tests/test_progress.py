@@ -31,7 +31,7 @@ def sight(cfg, at):
     seen = layouts.layout(cfg, at)
     sink = int(seen.scene) + np.arange(int(seen.sink))
     recent = int(seen.start) - int(seen.recent) + np.arange(int(seen.recent))
-    positions = (seen.sink_at, seen.mid_at, seen.recent_at, seen.current_at)
+    positions = (seen.sink_position, seen.mid_position, seen.recent_position, seen.current_position)
     packed = sorted(i for i in seen.ids.tolist() if i >= 0)
     return sink.tolist(), recent.tolist(), packed, [float(x) for x in positions]
 
@@ -107,7 +107,7 @@ def test_frames_are_counted_where_sizes_are_not_whole_blocks(at, sink, recent, p
 
 @pytest.fixture(scope="module")
 def text():
-    return tiny.words()
+    return tiny.text()
 
 
 def memory_of(exp, blocks, text):
@@ -117,13 +117,13 @@ def memory_of(exp, blocks, text):
 def one_more(exp, memory, text, noise):
     """(latent, ids, memory) of one more block."""
     memory, done = tiny.denoise(tiny.apart(), exp.step, memory, noise=noise, text=text)
-    low = tiny.lows(1, exp)[0]
+    low_res = tiny.low_res(1, exp)[0]
     memory, _ = tiny.commit(
         tiny.apart(),
         exp.step,
         memory,
         latent=done.latent,
-        low=low,
+        low_res=low_res,
         selection=done.selection,
         text=text,
     )
@@ -183,7 +183,7 @@ def test_a_cut_and_a_flush_change_only_what_is_counted_where_keys_stay(text):
     for forget in (cut, flush):
         after = forget(exp.memory, memory)
         for one, other in zip(memory.layers, after.layers, strict=True):
-            stores = ((x.packed, x.at, x.view) for x in (one, other))
+            stores = ((x.packed, x.packed_positions, x.view) for x in (one, other))
             jax.tree.map(np.testing.assert_array_equal, *stores)
         np.testing.assert_array_equal(after.latents, memory.latents)
 

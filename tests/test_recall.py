@@ -198,10 +198,10 @@ def test_a_sum_of_raw_products_misses_what_one_place_asks(story):
     """Paper eq. 8 without its sub-sampling: the many tokens that do not ask outvote the few that do."""
     exp, memory, nets = story.player.exp, story.memories[-1], story.nets
 
-    def keep_queries(cfg, layout, attend):
+    def keep_queries(cfg, layout, attention_fn):
         def self_attention(q, k, v, layer):
             recalled, _ = view.recall(cfg.memory, layout, layer, q, None)
-            return attend(q, k, v, recalled)[0], q
+            return attention_fn(q, k, v, recalled)[0], q
 
         return self_attention
 

@@ -133,8 +133,8 @@ def test_every_policy_is_a_way_and_every_way_a_memory():
 def test_a_fitted_row_has_the_room_of_the_best(way, chosen, room):
     exp = recall.changed(SMALL, recall.WAYS[way])
     layout = layouts.layout(exp.cache, layouts.begin(20))
-    assert int(layout.chosen) == chosen
-    assert float(layout.recent_at - layout.mid_at) == room
+    assert int(layout.num_selected) == chosen
+    assert float(layout.recent_position - layout.mid_position) == room
     assert (exp.dit, exp.compressor, exp.cache.capacity) == (
         SMALL.dit,
         SMALL.compressor,
@@ -233,13 +233,13 @@ HOST = ["cache.archive=host", "cache.scope=shared", "cache.timing=late"]
 
 
 @pytest.mark.parametrize(
-    "sets",
+    "overrides",
     [[], [*HALF, *HOST], ["cache.rope_adjustment=incremental"]],
     ids=["default", "bfloat16 host", "incremental"],
 )
-def test_the_last_block_is_the_one_that_follows_the_true_frames(model, told, sets):
+def test_the_last_block_is_the_one_that_follows_the_true_frames(model, told, overrides):
     """Bit for bit: `play` makes it in place, the study behind a copy of the memory."""
-    model = recall.with_way(model.with_settings(sets), recall.WAYS["recency"])
+    model = recall.with_way(model.with_settings(overrides), recall.WAYS["recency"])
     state, last = recall.history(model, told, seed=7, videos=range(2)), len(told[0].guests) - 1
     prompts = [[captions.caption(story, block) for block in range(last + 1)] for story in told]
     texts, which = stage_figures.read_texts(model, prompts)

@@ -55,9 +55,9 @@ def loaded(folder, name):
     model = Pipeline.from_pretrained(folder)
     if name != "autoencoder":
         return model.with_settings(SETTINGS[name])
-    pixels = tiny.filled(jax.eval_shape(lambda: codec.make(WAN, nnx.Rngs(0))), seed=3)
+    vae = tiny.filled(jax.eval_shape(lambda: codec.make(WAN, nnx.Rngs(0))), seed=3)
     return dataclasses.replace(
-        model, experiment=dataclasses.replace(model.experiment, codec=WAN), pixels=pixels
+        model, experiment=dataclasses.replace(model.experiment, codec=WAN), vae=vae
     )
 
 
@@ -107,7 +107,7 @@ def test_a_run_goes_on_from_the_disk_bit_for_bit(run, folder, after):
             expected.layout,
             expected.sink_sum,
         )
-        for field in ("latent", "frames", "chosen", "scores", "places"):
+        for field in ("latent", "frames", "block_ids", "scores", "positions"):
             np.testing.assert_array_equal(
                 getattr(block, field), getattr(expected, field), err_msg=field
             )
@@ -117,8 +117,8 @@ def test_the_awkward_blocks_are_awkward(run):
     """What is recalled changes behind every one of them, and the oldest packed blocks are gone behind the last."""
     name, whole, _ = run
     for after in AWKWARD[1:]:
-        assert len({block.chosen.tobytes() for block in whole[after:]}) == len(STORY) - after
-    assert min(whole[-1].chosen.ravel()) > 1
+        assert len({block.block_ids.tobytes() for block in whole[after:]}) == len(STORY) - after
+    assert min(whole[-1].block_ids.ravel()) > 1
     assert all(np.isfinite(block.latent).all() and abs(block.latent).max() < 100 for block in whole)
     if name == "autoencoder":
         assert [len(block.frames) for block in whole] == [5] + [6] * (len(STORY) - 1)

@@ -57,19 +57,19 @@ def sampled(text):
             noise=given.noise[block], renoise=given.renoise[block], random=given.random[block]
         )
         memory, drawn = tiny.denoise(apart, EXP.step, memory, text=words, noise=noise)
-        low = codec.low_resolution(
+        low_res = codec.low_res_latents(
             PIXELS,
             codec.decode(PIXELS, drawn.latent),
             latents=EXP.packed_grid[0],
             pool=EXP.compressor.pool,
         )
-        out.append((memory, drawn, low))
+        out.append((memory, drawn, low_res))
         memory, _ = tiny.commit(
             apart,
             EXP.step,
             memory,
             latent=drawn.latent,
-            low=low,
+            low_res=low_res,
             selection=drawn.selection,
             text=words,
         )
@@ -80,15 +80,15 @@ def sampled(text):
 
 
 def test_a_rollout_to_the_last_step_is_the_samplers_clip(clip, sampled):
-    for block, (_, drawn, low) in enumerate(sampled):
+    for block, (_, drawn, low_res) in enumerate(sampled):
         np.testing.assert_allclose(clip.latent[block], drawn.latent, atol=1e-5)
-        np.testing.assert_allclose(clip.low[block], low, atol=1e-5)
+        np.testing.assert_allclose(clip.low_res[block], low_res, atol=1e-5)
 
 
 def test_both_look_at_the_same_blocks_in_the_same_places(clip, sampled):
     looked = 0
     for block, (_, drawn, _) in enumerate(sampled):
-        for name in ("ids", "slots", "at"):
+        for name in ("ids", "slots", "positions"):
             ours, theirs = (
                 np.asarray(getattr(one, name))
                 for one in (clip.selection, pytrees.stack(drawn.selection))
@@ -256,7 +256,7 @@ def test_a_drawn_clip_and_all_it_leaves_behind_are_constants(text):
         drawn = rollout.draw(nets, EXP, PLAIN, PIXELS, draws(), text)
         return sum(
             leaf.sum()
-            for leaf in jax.tree.leaves((drawn.latent, drawn.noisy, drawn.low, drawn.stored))
+            for leaf in jax.tree.leaves((drawn.latent, drawn.noisy, drawn.low_res, drawn.stored))
         )
 
     assert not any(

@@ -18,7 +18,7 @@ import tiny
 
 from packforcing_jax import config
 from packforcing_jax.cli import main
-from packforcing_jax.config import DataConfig, MeshConfig, OptimiserConfig, TrainConfig, overrides
+from packforcing_jax.config import DataConfig, MeshConfig, OptimiserConfig, TrainConfig, loading
 from packforcing_jax.errors import InputError, MachineError
 from packforcing_jax.io import checkpoints, model_folder
 from packforcing_jax.training import exports, logs, runs, state
@@ -197,11 +197,11 @@ def test_the_average_is_exported(straight):
     assert (
         run.state.ema["dit/head/kernel"] != run.state.params["generator"]["dit/head/kernel"]
     ).all()
-    again = exports.words(EXP, TRAIN).from_file(
+    again = exports.tokenizer_of(EXP, TRAIN).from_file(
         run.folder / runs.MODEL / model_folder.TOKENIZER, 16
     )
     np.testing.assert_array_equal(
-        again.encode(["a red disc"])[0], exports.words(EXP, TRAIN).encode(["a red disc"])[0]
+        again.encode(["a red disc"])[0], exports.tokenizer_of(EXP, TRAIN).encode(["a red disc"])[0]
     )
 
 
@@ -500,32 +500,32 @@ def steps_of(stages):
 
 
 def test_a_setting_changes_every_stage_or_the_one_it_names(recipe):
-    assert steps_of(overrides.load_recipe(recipe)) == {"teacher": 2, "causal-1": 3, "student": 4}
-    assert set(steps_of(overrides.load_recipe(recipe, ["train.steps=9"])).values()) == {9}
-    sets = ["train.steps=9", "causal-1:train.steps=7", "student : fps=11"]
-    stages = overrides.load_recipe(recipe, sets)
+    assert steps_of(loading.load_recipe(recipe)) == {"teacher": 2, "causal-1": 3, "student": 4}
+    assert set(steps_of(loading.load_recipe(recipe, ["train.steps=9"])).values()) == {9}
+    overrides = ["train.steps=9", "causal-1:train.steps=7", "student : fps=11"]
+    stages = loading.load_recipe(recipe, overrides)
     assert steps_of(stages) == {"teacher": 9, "causal-1": 7, "student": 9}
     assert [stage.experiment.fps for stage in stages] == [5, 5, 11]
 
 
 def test_an_experiment_is_a_recipe_of_one_stage():
-    (stage,) = overrides.load_recipe("stage", ["train.steps=3"])
+    (stage,) = loading.load_recipe("stage", ["train.steps=3"])
     assert (stage.name, stage.train.steps) == ("", 3)
-    assert stage == overrides.load_stage("stage", ["train.steps=3"])
-    assert stage.experiment == overrides.load_experiment("stage")
+    assert stage == loading.load_stage("stage", ["train.steps=3"])
+    assert stage.experiment == loading.load_experiment("stage")
 
 
 @pytest.mark.parametrize(
-    ("sets", "said"),
+    ("overrides", "said"),
     [
         (["studnet:fps=3"], "no stage 'studnet' in this recipe; did you mean student?"),
         ([":fps=3"], "no stage ''"),
         (["teacher:fqs=3"], "unknown key; did you mean fps?"),
     ],
 )
-def test_settings_of_unknown_stages_are_refused(recipe, sets, said):
+def test_settings_of_unknown_stages_are_refused(recipe, overrides, said):
     with pytest.raises(InputError, match=said):
-        overrides.load_recipe(recipe, sets)
+        loading.load_recipe(recipe, overrides)
 
 
 @pytest.mark.parametrize(
@@ -547,11 +547,11 @@ def test_broken_recipes_are_refused(tmp_path, text):
         f"e, t = Experiment(name='e'), TrainConfig()\n{text}\n"
     )
     with pytest.raises(InputError, match=r"c\.py: .*recipe"):
-        overrides.load_recipe(tmp_path / "c.py")
+        loading.load_recipe(tmp_path / "c.py")
 
 
 def test_stages_begin_from_the_models_of_earlier_ones(recipe, tmp_path):
-    plan = runs.planned(overrides.load_recipe(recipe), tmp_path)
+    plan = runs.planned(loading.load_recipe(recipe), tmp_path)
     assert [folder for folder, _ in plan] == [
         tmp_path / name for name in ("teacher", "causal-1", "student")
     ]
@@ -561,7 +561,7 @@ def test_stages_begin_from_the_models_of_earlier_ones(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sets", "only", "said"),
+    ("overrides", "only", "said"),
     [
         (
             ["teacher:train.generator_from=student"],
@@ -582,9 +582,9 @@ def test_stages_begin_from_the_models_of_earlier_ones(recipe, tmp_path):
         ),
     ],
 )
-def test_beginnings_that_do_not_exist_are_refused(recipe, tmp_path, sets, only, said):
+def test_beginnings_that_do_not_exist_are_refused(recipe, tmp_path, overrides, only, said):
     with pytest.raises(InputError, match=said):
-        runs.planned(overrides.load_recipe(recipe, sets), tmp_path / "run", only)
+        runs.planned(loading.load_recipe(recipe, overrides), tmp_path / "run", only)
 
 
 # the command ----------------------------------------------------------------------------------------------------------
@@ -703,7 +703,7 @@ def real(**changes):
         tiny.EXP.dit, dim=24, heads=2, rope_pairs=None, in_channels=48, out_channels=48
     )
     train = TrainConfig(
-        **{"steps": 2, "batch": 2, "trained": ("dit", "compressor", "text")} | changes
+        **{"steps": 2, "batch": 2, "trainable": ("dit", "compressor", "text")} | changes
     )
     exp = dataclasses.replace(
         tiny.EXP,
@@ -737,10 +737,10 @@ def test_real_networks_have_a_place_and_are_read_into_it(folder):
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
-        ({}, ("latent", "low")),
+        ({}, ("latent", "low_res")),
         ({"history": "clean"}, ("latent",)),
         ({"objective": "flow_matching"}, ("latent",)),
-        ({"objective": "trajectory"}, ("trajectory", "low")),
+        ({"objective": "trajectory"}, ("trajectory", "low_res")),
         ({"objective": "dmd"}, ()),
     ],
 )

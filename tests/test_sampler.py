@@ -25,7 +25,7 @@ CHANGE = 17  # from this block on, another prompt
 
 @pytest.fixture(scope="module")
 def text():
-    return tiny.words()
+    return tiny.text()
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,8 @@ def moved(memory):
     return memory.replace(
         layers=[
             layer.replace(
-                at=tiny.normal(i, *layer.packed.k.shape[:2]) + 5, sink_at=jnp.float32(2 + i)
+                packed_positions=tiny.normal(i, *layer.packed.k.shape[:2]) + 5,
+                sink_position=jnp.float32(2 + i),
             )
             for i, layer in enumerate(memory.layers)
         ]
@@ -113,7 +114,9 @@ def moved(memory):
 
 def remembered(exp, memory):
     """All of a memory but its scratch: what the next block may see of the views, and every other store as it is."""
-    layers = [(x.packed, x.sink, x.recent, x.sink_at, x.at) for x in memory.layers]
+    layers = [
+        (x.packed, x.sink, x.recent, x.sink_position, x.packed_positions) for x in memory.layers
+    ]
     return tiny.committed(exp, memory), layers, memory.latents, memory.progress
 
 
@@ -282,19 +285,25 @@ def sums(exp, memory):
 
 def test_the_block_never_sees_its_packed_twin_and_the_twin_sees_the_block(filled, text):
     lr = dataclasses.replace(EXP, compressor=dataclasses.replace(EXP.compressor, branches="lr"))
-    latent, low = tiny.latents(1)[0], tiny.lows(1)[0]
+    latent, low_res = tiny.latents(1)[0], tiny.low_res(1)[0]
     memory, done = denoised(filled[1], text, tiny.noise(EXP, 5))
 
-    def stored(latent, low, views):
+    def stored(latent, low_res, views):
         behind = block_step.with_views(memory, views)
         after, _ = block_step.commit_block(
-            NETS, lr.step, behind, latent=latent, low=low, selection=done.selection, text=text
+            NETS,
+            lr.step,
+            behind,
+            latent=latent,
+            low_res=low_res,
+            selection=done.selection,
+            text=text,
         )
         return sums(lr, after)
 
     views = block_step.views_of(memory)
     by_latent, by_low, by_views = tiny.jit(jax.jacrev(stored, argnums=(0, 1, 2)))(
-        latent, low, views
+        latent, low_res, views
     )
     np.testing.assert_array_equal(
         jnp.abs(by_latent).max(axis=(1, 2, 3, 4, 5)) > 0, [False, True, True]
@@ -321,9 +330,9 @@ def test_the_block_never_sees_its_packed_twin_and_the_twin_sees_the_block(filled
 def after(memory, text, exp=EXP):
     """The memory once random latents are committed with the views that a block was denoised behind."""
     memory, done = denoised(memory, text, tiny.noise(EXP, 5))
-    latent, low = tiny.latents(1)[0], tiny.lows(1)[0]
+    latent, low_res = tiny.latents(1)[0], tiny.low_res(1)[0]
     return tiny.commit(
-        NETS, exp.step, memory, latent=latent, low=low, selection=done.selection, text=text
+        NETS, exp.step, memory, latent=latent, low_res=low_res, selection=done.selection, text=text
     )[0]
 
 
@@ -351,12 +360,12 @@ def with_packing(**changes):
 
 
 @tiny.jit
-def projected_by_hand(latent, low):
+def projected_by_hand(latent, low_res):
     """Keys without positions and values [layer, b, p, n, h] that each layer makes of the packed tokens at timestep 0,
     from the raw weights."""
     model = STACKED.dit
     states = model.embed_time(jnp.zeros((2, 1))).rows[:, 0]
-    tokens = STACKED.compressor.pack(model, EXP.step, latent, low)
+    tokens = STACKED.compressor.pack(model, EXP.step, latent, low_res)
     exact = tokens - tokens.mean(-1, keepdims=True)
     normed = exact / jnp.sqrt((exact**2).mean(-1, keepdims=True) + EXP.dit.eps)
     keys, values = [], []
@@ -392,7 +401,7 @@ def test_a_packed_twin_is_stored_as_clean_at_its_position_on_the_grid(filled, te
     """Its first layer's keys, worked out from its tokens at timestep 0."""
     stored, (k, v) = (
         packed_in(after(filled[1], text)),
-        projected_by_hand(tiny.latents(1)[0], tiny.lows(1)[0]),
+        projected_by_hand(tiny.latents(1)[0], tiny.low_res(1)[0]),
     )
     np.testing.assert_allclose(stored.k[0], turned(k, EXP)[0], atol=1e-5)
     np.testing.assert_allclose(stored.v[0], v[0], atol=1e-5)
@@ -403,7 +412,7 @@ def test_projected_twins_are_what_each_layer_makes_of_the_same_packed_tokens(fil
     exp = with_packing(keys="projected")
     stored, (k, v) = (
         packed_in(after(filled[1], text, exp)),
-        projected_by_hand(tiny.latents(1)[0], tiny.lows(1)[0]),
+        projected_by_hand(tiny.latents(1)[0], tiny.low_res(1)[0]),
     )
     np.testing.assert_allclose(stored.k, turned(k, EXP), atol=1e-5)
     np.testing.assert_allclose(stored.v, v, atol=1e-5)
@@ -411,7 +420,7 @@ def test_projected_twins_are_what_each_layer_makes_of_the_same_packed_tokens(fil
 
 def test_where_packed_tokens_stand_changes_the_rotation_of_their_keys_only(filled, text):
     stretched, native = (
-        with_packing(keys="projected", places=places) for places in ("stretched", "native")
+        with_packing(keys="projected", positions=places) for places in ("stretched", "native")
     )
     grids = [layouts.packed_positions(exp.memory)[1] for exp in (stretched, native)]
     np.testing.assert_array_equal(grids[1], [[0, 0], [0, 1], [1, 0], [1, 1]] * 2)
@@ -436,7 +445,7 @@ FULL = 7  # blocks, after which as many packed ones show as the archive holds
 @pytest.fixture(scope="module")
 def full(text):
     """A memory whose archive shows more packed blocks than are attended, and other text for the next block."""
-    return tiny.rollout(EXP, FULL, lambda block: text)[1], tiny.words(seed=71)
+    return tiny.rollout(EXP, FULL, lambda block: text)[1], tiny.text(seed=71)
 
 
 @pytest.mark.parametrize(
@@ -459,7 +468,7 @@ def test_scanned_layers_denoise_and_commit_what_layers_one_by_one_do(full, exp):
             exp.step,
             middle,
             latent=done.latent,
-            low=tiny.lows(1)[0],
+            low_res=tiny.low_res(1)[0],
             selection=done.selection,
             text=words,
         )
@@ -480,11 +489,11 @@ def test_scanned_layers_denoise_and_commit_what_layers_one_by_one_do(full, exp):
 # when and by whom it is chosen ----------------------------------------------------------------------------------------
 
 
-def asking(cfg, layout, attend):
+def asking(cfg, layout, attention_fn):
     """Chooses as `choosing` does, and keeps the layer's queries."""
 
     def self_attention(q, k, v, past):
-        mixed, (view, _) = block_step.choosing(cfg, layout, attend)(q, k, v, past)
+        mixed, (view, _) = block_step.choosing(cfg, layout, attention_fn)(q, k, v, past)
         return mixed, (view, q)
 
     return self_attention
@@ -560,7 +569,7 @@ def test_a_choice_is_made_by_what_the_first_step_asks_behind_the_newest_blocks(
 def long(text):
     """(blocks of one prompt, blocks of another prompt from CHANGE on, programs compiled for it all)."""
     before = [function._cache_size() for function in (tiny.denoise, tiny.commit)]
-    other = tiny.words(seed=70)
+    other = tiny.text(seed=70)
     plain, _ = tiny.rollout(EXP, BLOCKS, lambda block: text)
     changed, _ = tiny.rollout(EXP, BLOCKS, lambda block: text if block < CHANGE else other)
     return (
@@ -621,7 +630,7 @@ def test_a_memory_without_packed_blocks_runs_without_a_compressor(text):
     memory, latent = cache.init(exp.memory, 2), tiny.latents(1)[0]
     memory, done = denoised(memory, text, tiny.noise(exp, 0), exp)
     later, packed = tiny.commit(
-        bare, exp.step, memory, latent=latent, low=latent, selection=done.selection, text=text
+        bare, exp.step, memory, latent=latent, low_res=latent, selection=done.selection, text=text
     )
     assert int(later.num_blocks) == 1
     assert packed is None

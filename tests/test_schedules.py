@@ -86,23 +86,23 @@ def test_an_euler_step_matches_the_original(shift, to_final):
 def test_warped_steps_and_draws_match_the_original(shift):
     name = f"shift{shift:.0f}."
     check(
-        schedules.warped((1000, 750, 500, 250), shift),
+        schedules.shifted_timesteps((1000, 750, 500, 250), shift),
         name + "denoising_step_list_1000_750_500_250_warped",
     )
     check(
-        schedules.warp_uniform(INPUTS["raw_timestep_int"], shift),
+        schedules.shift_uniform(INPUTS["raw_timestep_int"], shift),
         name + "raw_timestep_warped_clamped",
     )
 
 
 def test_a_listed_zero_is_timestep_zero():
     np.testing.assert_allclose(
-        schedules.warped((1000, 500, 0), 5.0), [1000.0, 833.33333, 0.0], rtol=1e-6
+        schedules.shifted_timesteps((1000, 500, 0), 5.0), [1000.0, 833.33333, 0.0], rtol=1e-6
     )
 
 
 def test_warped_draws_stay_within_their_bounds():
-    drawn = schedules.warp_uniform(jnp.arange(1001), 5.0, low=35.0, high=910.0)
+    drawn = schedules.shift_uniform(jnp.arange(1001), 5.0, low=35.0, high=910.0)
     assert drawn.dtype == jnp.float32
     assert drawn.min() == 35.0
     assert drawn.max() == 910.0
@@ -214,8 +214,8 @@ def test_equal_settings_share_one_read_only_table():
     [
         (lambda: schedules.table(0.0), "shift=0.0"),
         (lambda: schedules.table(5.0, steps=0), "steps=0"),
-        (lambda: schedules.warped((1000, -250), 5.0), "-250"),
-        (lambda: schedules.warped((1001,), 5.0), "1001"),
+        (lambda: schedules.shifted_timesteps((1000, -250), 5.0), "-250"),
+        (lambda: schedules.shifted_timesteps((1001,), 5.0), "1001"),
     ],
 )
 def test_impossible_settings_are_refused(call, named):

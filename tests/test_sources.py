@@ -41,7 +41,7 @@ def example(number, **left_out):
     found = {
         "latent": rng.normal(size=LATENT).astype(np.float16),
         "trajectory": rng.normal(size=(3, *LATENT)).astype(np.float16),
-        "low": rng.normal(size=(BLOCKS, *sources.low_form(tiny.EXP))).astype(np.float16),
+        "low_res": rng.normal(size=(BLOCKS, *sources.low_res_shape(tiny.EXP))).astype(np.float16),
         "states": rng.normal(size=(3 + number % 4, 10)).astype(ml_dtypes.bfloat16),
         "prompt": np.frombuffer(f"clip {number}".encode(), np.uint8),
     }
@@ -86,14 +86,14 @@ def test_records_come_as_they_were_prepared_with_states_padded(folder):
     assert {name: value.shape for name, value in raw.items()} == {
         "latent": (4, *LATENT),
         "trajectory": (4, 3, *LATENT),
-        "low": (4, BLOCKS, 2, 4, 4, 12),
+        "low_res": (4, BLOCKS, 2, 4, 4, 12),
         "states": (4, 16, 10),
     }
     for row in range(4):
         whole = known[raw["latent"][row].tobytes()]
         words = len(whole["states"])
         assert np.array_equal(raw["trajectory"][row], whole["trajectory"])
-        assert np.array_equal(raw["low"][row], whole["low"])
+        assert np.array_equal(raw["low_res"][row], whole["low_res"])
         assert np.array_equal(raw["states"][row, :words], whole["states"])
         assert words < 16
         assert not raw["states"][row, words:].any()
@@ -233,7 +233,7 @@ WRONG_SIZES = {
     ),
     "blocks": (
         of_size(clip=18),
-        r"low float16\[5, 2, 4, 4, 12\].*cache.block=3.* need \[6, 2, 4, 4, 12\]",
+        r"low_res float16\[5, 2, 4, 4, 12\].*cache.block=3.* need \[6, 2, 4, 4, 12\]",
     ),
 }
 
@@ -241,7 +241,7 @@ WRONG_SIZES = {
 @pytest.mark.parametrize("case", WRONG_SIZES)
 def test_records_of_other_sizes_are_refused(case, tmp_path):
     exp, named = WRONG_SIZES[case]
-    only = {"text": ["states"], "blocks": ["low", "states"]}.get(case, ["latent", "states"])
+    only = {"text": ["states"], "blocks": ["low_res", "states"]}.get(case, ["latent", "states"])
     folder = prepared(
         tmp_path / "set", 1, make=lambda number: {name: example(number)[name] for name in only}
     )
@@ -288,4 +288,4 @@ def test_a_kind_that_does_not_exist_names_the_nearest(lines):
 
 
 def test_the_form_of_low_latents_is_the_codecs():
-    assert tiny.lows(1).shape[2:] == sources.low_form(tiny.EXP)
+    assert tiny.low_res(1).shape[2:] == sources.low_res_shape(tiny.EXP)

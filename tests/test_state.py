@@ -20,7 +20,7 @@ from packforcing_jax.config import (
 from packforcing_jax.errors import InputError
 from packforcing_jax.networks import codec, text
 from packforcing_jax.training import rollout, state
-from packforcing_jax.training.batches import Batch, Model, Words
+from packforcing_jax.training.batches import Batch, Model, TokenizedText
 
 BLOCKS, KEY = 4, jax.random.key(4)
 RATES = {"generator": 2e-3, "compressor": 7e-3, "critic": 5e-4}
@@ -50,12 +50,14 @@ def with_train(**settings):
 def clips(batch=2):
     rng = np.random.default_rng(2)
     shape = (BLOCKS, batch, 7)
-    words = Words(
+    words = TokenizedText(
         ids=jnp.asarray(rng.integers(3, 46, shape), jnp.int32),
         mask=jnp.asarray(np.arange(7) < rng.integers(2, 8, (*shape[:2], 1)), jnp.int32),
     )
     return Batch(
-        words=words, latent=tiny.latents(BLOCKS, batch=batch), low=tiny.lows(BLOCKS, batch=batch)
+        text=words,
+        latent=tiny.latents(BLOCKS, batch=batch),
+        low_res=tiny.low_res(BLOCKS, batch=batch),
     )
 
 
@@ -143,7 +145,7 @@ def test_a_critic_starts_as_what_is_given_for_it_else_as_the_teacher_else_as_the
         del networks[name]
     began = init(
         BASE,
-        with_train(objective="dmd", trained=("dit",)),
+        with_train(objective="dmd", trainable=("dit",)),
         KEY,
         networks | {"generator": GENERATOR},
     )
@@ -154,7 +156,7 @@ def test_a_critic_starts_as_what_is_given_for_it_else_as_the_teacher_else_as_the
 
 # one objective, step by step ------------------------------------------------------------------------------------------
 
-WHOLE = with_train(objective="flow_matching", trained=("dit",))
+WHOLE = with_train(objective="flow_matching", trainable=("dit",))
 
 
 @pytest.fixture(scope="module")
@@ -245,9 +247,9 @@ def test_a_batch_in_parts_gives_the_mean_of_the_parts():
     each = [
         compiled(
             Batch(
-                words=jax.tree.map(lambda x, at=at: x[:, jnp.asarray(at)], batch.words),
+                text=jax.tree.map(lambda x, at=at: x[:, jnp.asarray(at)], batch.text),
                 latent=batch.latent[:, jnp.asarray(at)],
-                low=batch.low[:, jnp.asarray(at)],
+                low_res=batch.low_res[:, jnp.asarray(at)],
                 trajectory=way[:, :, jnp.asarray(at)],
             ),
             key,
@@ -301,15 +303,15 @@ def test_consistency_asks_the_average_and_a_whole_teacher():
 
 
 def test_distillation_asks_the_transformers_of_critic_and_teacher():
-    networks = networks_of("dmd", {"teacher": TEACHER, "hidden": jnp.ones((3, 10))})
+    networks = networks_of("dmd", {"teacher": TEACHER, "null_text": jnp.ones((3, 10))})
     assert networks.average is None
     assert same(
         pytrees.flatten(networks.critic),
         {path.removeprefix("dit/"): leaf for path, leaf in TEACHER.items()},
     )
     assert same(networks.teacher.dit, networks.critic)
-    assert networks.hidden.shape == (3, 10)
-    assert isinstance(networks.pixels, codec.SpaceToDepth)
+    assert networks.null_text.shape == (3, 10)
+    assert isinstance(networks.vae, codec.SpaceToDepth)
 
 
 def test_what_is_under_the_gradient_takes_its_place():
@@ -330,7 +332,7 @@ def test_networks_compute_in_the_dtype_of_computing():
 HR = dataclasses.replace(BASE, compressor=dataclasses.replace(BASE.compressor, branches="hr"))
 SHORT = dataclasses.replace(rollout.for_training(HR, 3, 0), clip=9)
 DMD = with_train(objective="dmd", source=DataConfig(kind="records"), distil=DistilConfig(scored=1))
-WORDS = Batch(words=tiny.normal(3, 1, 2, 7, BASE.dit.text_dim))
+WORDS = Batch(text=tiny.normal(3, 1, 2, 7, BASE.dit.text_dim))
 
 
 @pytest.fixture(scope="module")

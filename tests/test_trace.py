@@ -34,11 +34,13 @@ def test_what_comes_back_is_what_was_recalled(path):
         )
         assert block.latent == hashlib.sha256(true.latent.tobytes()).hexdigest()
         for number, layer in enumerate(block.layers):
-            valid = true.chosen[number] >= 0
-            np.testing.assert_array_equal(layer.ids, true.chosen[number][valid])
+            valid = true.block_ids[number] >= 0
+            np.testing.assert_array_equal(layer.ids, true.block_ids[number][valid])
             np.testing.assert_array_equal(layer.scores.astype("f4"), true.scores[number][valid])
-            np.testing.assert_array_equal(layer.at.astype("f4"), true.places[number][valid])
-            np.testing.assert_array_equal(layer.ages, true.index - true.chosen[number][valid])
+            np.testing.assert_array_equal(
+                layer.positions.astype("f4"), true.positions[number][valid]
+            )
+            np.testing.assert_array_equal(layer.ages, true.index - true.block_ids[number][valid])
     assert [len(block.layers[1].ids) for block in found.blocks] == [
         0,
         0,
@@ -57,7 +59,7 @@ def test_what_comes_back_is_what_was_recalled(path):
 
 def test_values_that_are_not_finite_never_reach_the_file(tmp_path):
     *_, block = diaries.finished(blocks=9)
-    block.scores[1, 2], block.scores[2, 0], block.places[0, 1], block.layout["step"] = (
+    block.scores[1, 2], block.scores[2, 0], block.positions[0, 1], block.layout["step"] = (
         np.nan,
         np.inf,
         -np.inf,
@@ -71,7 +73,7 @@ def test_values_that_are_not_finite_never_reach_the_file(tmp_path):
     )
     layers = trace.read(tmp_path / "a").blocks[0].layers
     assert [np.isnan(layers[row].scores).tolist() for row in (1, 2)] == [[0, 0, 1, 0], [1, 0, 0, 0]]
-    assert np.isnan(layers[0].at).tolist() == [0, 1, 0, 0]
+    assert np.isnan(layers[0].positions).tolist() == [0, 1, 0, 0]
 
 
 def test_a_memory_that_packs_nothing_leaves_empty_layers(tmp_path):
@@ -209,7 +211,7 @@ def edited(path, number, edit):
 @pytest.mark.parametrize(
     ("number", "edit", "said"),
     [
-        (1, lambda line: line.update(trace=2), "is version 2, but 1 is read here"),
+        (1, lambda line: line.update(trace=3), "is version 3, but 2 is read here"),
         (1, lambda line: line.pop("trace"), "has no 'trace'"),
         (1, lambda line: line.update(layers=0), "has 0 layers"),
         (1, lambda line: line["cache"].pop("top"), "differ from this version's in top"),
@@ -221,20 +223,28 @@ def edited(path, number, edit):
         (4, lambda line: line.update(block="3"), "'block' is no int"),
         (4, lambda line: line.update(block=-1), "is of block -1"),
         (4, lambda line: line["layers"].pop(), "has 2 layers instead of 3"),
-        (4, lambda line: line["layout"].pop("recent_at"), "its layout has no recent_at"),
+        (
+            4,
+            lambda line: line["layout"].pop("recent_position"),
+            "its layout has no recent_position",
+        ),
         (
             4,
             lambda line: line["layout"].update(step="3"),
             "'step' holds something that is no number",
         ),
-        (9, lambda line: line["layers"][1]["ids"].pop(), "ids, scores, ages, at differ in length"),
+        (
+            9,
+            lambda line: line["layers"][1]["ids"].pop(),
+            "ids, scores, ages, positions differ in length",
+        ),
         (
             9,
             lambda line: line["layers"][1].update(ids=[1, 2, 3, 0.5]),
             "'ids' holds something that is no number",
         ),
         (9, lambda line: line["layers"][1].update(ids=[1, 2, 3, 10**30]), "too large"),
-        (9, lambda line: line["layers"][1].update(at=[1, 2, 3, float("nan")]), "holds NaN"),
+        (9, lambda line: line["layers"][1].update(positions=[1, 2, 3, float("nan")]), "holds NaN"),
         (9, lambda line: line.update(layers=[3, 4, 5]), "is no JSON object"),
     ],
 )
@@ -252,7 +262,7 @@ def test_what_is_wrong_is_named_with_its_line(path, number, edit, said):
     [
         (b"", "line 1: is not JSON"),
         (b"\n", "line 1: is not JSON"),
-        (b'{"trace": 1, "exp', "line 1: is not JSON"),
+        (b'{"trace": 2, "exp', "line 1: is not JSON"),
         (b"\x00\x00\x00 ftypisom\n\xff\xfe", "line 1: is not JSON"),
         (b"[" * 100000 + b"\n", "line 1: is not JSON"),
         (b"3\n", "line 1: is no JSON object"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from packforcing_jax.config import overrides
+from packforcing_jax.config import loading
 from packforcing_jax.errors import InputError
 from packforcing_jax.memory import cache, view
 from packforcing_jax.memory import layout as layouts
@@ -53,8 +53,8 @@ def situation(rope_adjustment="sink", **changes):
         packed=KV(k=draw(empty.packed.k), v=draw(empty.packed.v)),
         sink=draw(empty.sink),
         recent=draw(empty.recent),
-        sink_at=jnp.float32(rope_adjustment == "incremental"),
-        at=3 * draw(empty.at),
+        sink_position=jnp.float32(rope_adjustment == "incremental"),
+        packed_positions=3 * draw(empty.packed_positions),
     )
     return types.SimpleNamespace(exp=exp, layout=layout_of(exp, NUMBER), layer=layer, random=random)
 
@@ -95,7 +95,7 @@ def test_a_block_asks_with_all_its_queries_and_with_their_averages_over_windows(
         total = total + turned(grid[:, t, y, x], t, y, x)
     np.testing.assert_allclose(asked.total, total, atol=1e-4)
     now, windows = (
-        float(here.layout.current_at),
+        float(here.layout.current_position),
         [],
     )  # windows of 2 frames and 2 rows; the third frame fills none
     for y, x in np.ndindex(2, 2):
@@ -117,11 +117,13 @@ def test_packed_blocks_of_one_content_are_scored_alike_whatever_their_age(rope_a
     keys = np.stack([same] * slots, axis=1)
     if rope_adjustment == "incremental":
         for video, slot in np.ndindex(2, slots):
-            keys[video, slot] = turned_each(same[video], here.layer.at[video, slot] + offsets)
+            keys[video, slot] = turned_each(
+                same[video], here.layer.packed_positions[video, slot] + offsets
+            )
     packed = here.layer.packed.replace(k=jnp.asarray(keys, jnp.float32))
     layer = here.layer.replace(packed=packed)
     found = _score_inputs(here.exp.memory, here.layout, layer, QUERIES, here.random)
-    middle = float(here.layout.mid_at + here.layout.chosen * here.layout.step / 2)
+    middle = float(here.layout.mid_position + here.layout.num_selected * here.layout.step / 2)
     expected = turned_each(same, middle + offsets)
     np.testing.assert_allclose(found.packed, np.stack([expected] * slots, axis=1), atol=1e-5)
     for slot, number in enumerate(np.asarray(here.layout.ids)):
@@ -195,13 +197,19 @@ def test_a_score_of_ones_own_is_computed_per_head_where_it_says_so(
     assert set(HEADS_SEEN) == {seen}
     asked = view.pool_queries(here.exp.memory, here.layout, Q).pooled
     offset = float(layouts.packed_positions(here.exp.memory)[0][0])
-    position = float(here.layout.mid_at + here.layout.chosen * here.layout.step / 2) + offset
+    position = (
+        float(here.layout.mid_position + here.layout.num_selected * here.layout.step / 2) + offset
+    )
     over_heads = np.max if across_heads is jnp.max else np.sum
     for video in range(2):
         scores = {}
         for slot, block in enumerate(np.asarray(here.layout.ids)):
             key = np.asarray(here.layer.packed.k[video, slot, 0])
-            lies = float(here.layer.at[video, slot]) + offset if here.layer.at.size else 0.0
+            lies = (
+                float(here.layer.packed_positions[video, slot]) + offset
+                if here.layer.packed_positions.size
+                else 0.0
+            )
             key = turned(key, position - lies)
             products = [
                 max(float(np.asarray(q[head]) @ key[head]) for q in asked[video])
@@ -225,7 +233,7 @@ def test_an_unknown_score_is_refused_with_the_nearest_one():
 
 def test_scoring_at_full_size_makes_no_array_as_large_as_the_keys_of_the_sink():
     """What is turned to be scored belongs to one head: traced, so that nothing is allocated."""
-    exp = overrides.load_experiment("wan_t2v_1_3b_paper", ["dit.layers=1"])
+    exp = loading.load_experiment("wan_t2v_1_3b_paper", ["dit.layers=1"])
     spec, s = exp.memory, exp.tokens_per_frame
     layer = jax.eval_shape(lambda: cache.init(spec, 1, jnp.bfloat16)).layers[0]
     q = jax.ShapeDtypeStruct((1, exp.cache.block * s, 12, 128), jnp.bfloat16)
@@ -271,9 +279,9 @@ def test_chosen_blocks_stand_in_a_row_or_where_they_truly_were(rope_adjustment, 
     chosen = select(here.exp.memory, here.layout, jnp.stack([wanted, wanted]))
     np.testing.assert_array_equal(chosen.ids, [[2, 5]] * 2)
     np.testing.assert_array_equal(chosen.scores, [[9, 5]] * 2)
-    np.testing.assert_array_equal(chosen.at, [positions] * 2)
+    np.testing.assert_array_equal(chosen.positions, [positions] * 2)
     np.testing.assert_array_equal(
-        here.layout.sink_at, {"sink": 0, "none": 0}.get(rope_adjustment, 9)
+        here.layout.sink_position, {"sink": 0, "none": 0}.get(rope_adjustment, 9)
     )
 
 
@@ -286,7 +294,9 @@ def test_what_is_gathered_is_as_it_was_stored():
         for name in ("k", "v"):
             stored = getattr(here.layer.packed, name)[video, slot]
             np.testing.assert_array_equal(getattr(gathered.kv, name)[video, rank], stored)
-        np.testing.assert_array_equal(gathered.at[video, rank], here.layer.at[video, slot])
+        np.testing.assert_array_equal(
+            gathered.positions[video, rank], here.layer.packed_positions[video, slot]
+        )
 
 
 # laying down
@@ -317,7 +327,7 @@ def test_what_the_scratch_held_is_never_seen(number):
         np.testing.assert_array_equal(ours[:, seen], theirs[:, seen])
         np.testing.assert_array_equal(theirs[:, committed], getattr(covered, name)[:, committed])
     assert spec.room - length >= 8  # the packed twin
-    assert len(seen) == 8 * len(frames) + 8 * int(layout.chosen)
+    assert len(seen) == 8 * len(frames) + 8 * int(layout.num_selected)
 
 
 def test_a_block_is_laid_down_where_it_is_told_to_be():
@@ -358,7 +368,7 @@ def test_keys_stand_at_their_positions_and_values_as_they_were(rope_adjustment):
     offsets = np.asarray(layouts.packed_positions(exp.memory)[0])
     assert (chosen.ids[0] != chosen.ids[1]).any()
     assert (chosen.ids >= 0).all()
-    assert float(put.sink_at) == float(layout.sink_at)
+    assert float(put.sink_position) == float(layout.sink_position)
     for video in range(2):
         k, v, by, at = [], [], [], []
         for frame in range(3):  # of the sink
@@ -384,7 +394,11 @@ def test_keys_stand_at_their_positions_and_values_as_they_were(rope_adjustment):
             begin = {"sink": 3 + 3 * rank, "incremental": 12 + 3 * rank}.get(
                 rope_adjustment, 3 * number
             )
-            by += list(begin + (-float(layer.at[video, slot]) if moves else offsets) + 0 * offsets)
+            by += list(
+                begin
+                + (-float(layer.packed_positions[video, slot]) if moves else offsets)
+                + 0 * offsets
+            )
             at.append(9 * 8 + 8 * rank + np.arange(8))
         at = np.concatenate(at)
         np.testing.assert_allclose(

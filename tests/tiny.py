@@ -39,7 +39,7 @@ EXP = config.Experiment(
         recent=3,
         top=2,
         capacity=4,
-        trained=16,
+        max_position=16,
         score_pool=(2, 2, 1),
         key_multiple=5,
     ),
@@ -116,14 +116,14 @@ def latents(blocks, exp=EXP, batch=BATCH, seed=5):
     return normal(seed, blocks, batch, exp.cache.block, *exp.latent, exp.dit.in_channels)
 
 
-def lows(blocks, exp=EXP, batch=BATCH, seed=6):
+def low_res(blocks, exp=EXP, batch=BATCH, seed=6):
     """Random low-resolution twins of blocks [block, b, t', y', x', c], of the shape the codec gives."""
     pixels, frames = codec.make(exp.codec, nnx.Rngs(0)), exp.cache.block
     video = jax.ShapeDtypeStruct(
         (batch, frames, *(n * exp.codec.space_factor for n in exp.latent), 3), jnp.float32
     )
     shape = jax.eval_shape(
-        lambda video: codec.low_resolution(
+        lambda video: codec.low_res_latents(
             pixels, video, latents=exp.packed_grid[0], pool=exp.compressor.pool
         ),
         video,
@@ -137,7 +137,7 @@ commit = jit(block_step.commit_block, static_argnames="cfg")
 _noise = jit(block_step.draw_noise, static_argnames="cfg")
 
 
-def words(exp=EXP, batch=BATCH, seed=7):
+def text(exp=EXP, batch=BATCH, seed=7):
     """Cross-attention keys and values per layer of a random prompt, one word shorter than the longest."""
     return text_kv(apart(exp).dit, normal(seed, batch, exp.dit.text_len - 1, exp.dit.text_dim))
 
@@ -168,7 +168,7 @@ def committed(exp, memory):
     return jax.tree.map(frames, pytrees.stack(block_step.views_of(memory)))
 
 
-def one_block(exp, memory, text, block, low):
+def one_block(exp, memory, text, block, low_res):
     """A block denoised and committed: what was denoised, and the memory after it."""
     memory, denoised = denoise(apart(), exp.step, memory, noise=noise(exp, block), text=text)
     memory, _ = commit(
@@ -176,18 +176,18 @@ def one_block(exp, memory, text, block, low):
         exp.step,
         memory,
         latent=denoised.latent,
-        low=low,
+        low_res=low_res,
         selection=denoised.selection,
         text=text,
     )
     return denoised, memory
 
 
-def rollout(exp, blocks, text_of=lambda block: words()):
+def rollout(exp, blocks, text_of=lambda block: text()):
     """What was denoised block by block, and the memory at the end."""
-    memory, denoised, low = cache.init(exp.memory, BATCH), [], lows(1, exp)[0]
+    memory, denoised, small = cache.init(exp.memory, BATCH), [], low_res(1, exp)[0]
     for block in range(blocks):
-        one, memory = one_block(exp, memory, text_of(block), block, low)
+        one, memory = one_block(exp, memory, text_of(block), block, small)
         denoised.append(one)
     return denoised, memory
 

@@ -74,13 +74,13 @@ def run(args: argparse.Namespace) -> int:
     machine = timing.machine()
     own = {
         "config": exp.name,
-        "set": sorted(args.sets),
+        "set": sorted(args.overrides),
         "dtype": exp.dtypes.compute,
         "device": machine["device"],
         "machine": machine,
     }
     before = _before(args, own)
-    backend, why = attention.chosen(exp.attention, jnp.dtype(exp.dtypes.cache))
+    backend, why = attention.resolve(exp.attention, jnp.dtype(exp.dtypes.cache))
     common.start_line("bench", experiment=exp, dtype=exp.dtypes.compute, attention=backend, why=why)
     found = bench.report(
         bench.measure(
@@ -122,8 +122,8 @@ def _model(args: argparse.Namespace):
     from packforcing_jax.sampling.pipeline import Pipeline
 
     if args.weights is not None:
-        return Pipeline.from_pretrained(args.weights, sets=args.sets)
-    exp = common.load_experiment(args.config or DEFAULT, args.sets)
+        return Pipeline.from_pretrained(args.weights, overrides=args.overrides)
+    exp = common.load_experiment(args.config or DEFAULT, args.overrides)
     bench.parts_of(exp, args.parts)
     return bench.random_model(exp)
 

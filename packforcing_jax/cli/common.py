@@ -18,22 +18,22 @@ SECONDS_BETWEEN_LINES = (
 )
 
 
-def load_experiment(config: str | Path, sets: Sequence[str] = ()) -> "Experiment":
+def load_experiment(config: str | Path, overrides: Sequence[str] = ()) -> "Experiment":
     """`config.overrides.load_experiment`, which loads jax."""
-    from packforcing_jax.config import overrides
+    from packforcing_jax.config import loading
 
-    return overrides.load_experiment(config, sets)
+    return loading.load_experiment(config, overrides)
 
 
-def override(experiment: "Experiment", sets: Sequence[str]) -> "Experiment":
+def override(experiment: "Experiment", overrides: Sequence[str]) -> "Experiment":
     """`config.overrides.override`: of an experiment that came with its weights."""
-    from packforcing_jax.config import overrides
+    from packforcing_jax.config import loading
 
-    return overrides.override(experiment, sets)
+    return loading.override(experiment, overrides)
 
 
 def add_experiment_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """Adds `--config` and `--set`, read back as `args.config` and `args.sets`."""
+    """Adds `--config` and `--set`, read back as `args.config` and `args.overrides`."""
     shown = f" (default: {default})" if default else ""
     parser.add_argument(
         "--config",
@@ -46,7 +46,7 @@ def add_experiment_arguments(parser: argparse.ArgumentParser, default: str | Non
         metavar="A.B=VALUE",
         action="append",
         default=[],
-        dest="sets",
+        dest="overrides",
         help="change one setting, such as cache.top=8; may be repeated",
     )
 

@@ -38,9 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--part", choices=PARTS, help="with --to-torch, only this part")
     parser.add_argument(
+        "--card",
+        metavar="NAME",
+        help="which published checkpoint it is: its settings, and which network of its file (default: as the file's "
+        "name says; `packforcing download --list` shows all)",
+    )
+    parser.add_argument(
         "--network",
         metavar="NAME",
-        help="which network of a trainer's file (default: generator_ema, else generator)",
+        help="which network of a trainer's file (default: the card's; without a card the only generator there)",
     )
     parser.add_argument(
         "--kind", choices=NETWORKS, help="what the files hold, where names do not tell"
@@ -78,8 +84,9 @@ def _to_folder(args: argparse.Namespace) -> int:
         folders.Request(
             given=tuple(map(Path, args.sources)),
             out=Path(args.out),
+            card=args.card,
             config=args.config,
-            sets=tuple(args.sets),
+            overrides=tuple(args.overrides),
             network=args.network,
             kind=args.kind,
             dtype=args.dtype,

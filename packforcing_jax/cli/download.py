@@ -7,18 +7,21 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from packforcing_jax.cli import common, plan
 from packforcing_jax.errors import require
 from packforcing_jax.io import hub
 
+WIDTH, INDENT = 118, "    "  # of the list
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `download`."""
     parser.add_argument(
-        "name", nargs="?", metavar="NAME", help="which weights; without it, all are listed"
+        "name", nargs="?", metavar="NAME", help="which card; without it, all are listed"
     )
     parser.add_argument(
         "--list", action="store_true", help="list all: repository, size, licence, what for"
@@ -39,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the table, or fetches what is missing and prints every file with its SHA-256."""
     if args.list or args.name is None:
         print(
-            json.dumps({"sources": [row(*each) for each in hub.SOURCES.items()]})
+            json.dumps({"sources": [row(*each) for each in hub.sources().items()]})
             if args.json
             else table()
         )
@@ -58,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         received.append(hub.fetch(listed, file, folder, watch=watch))
         if not args.json:
             print(line(received[-1]), flush=True)
-    command = following(args.name, folder)
+    command = following(args.name, folder, args.parts)
     print(
         json.dumps(report(args.name, listed, received, folder) | {"next": command})
         if args.json
@@ -86,11 +89,18 @@ def watch(pieces: Iterable[bytes], what: str, size: int) -> Iterable[bytes]:
     return common.progress(pieces, name=what, unit="MiB", total=math.ceil(size / hub.PIECE))
 
 
-def following(name: str, folder: Path) -> str:
+def following(name: str, folder: Path, parts: Sequence[str] = ()) -> str:
     """The command that makes a model folder out of what was fetched."""
-    source = hub.SOURCES[name]
-    files = " ".join(str(folder / each) for part in source.files for each in part.names)
-    return "packforcing convert " + source.convert.format(folder=folder, name=name, files=files)
+    source = hub.sources()[name]
+    files = " ".join(
+        str(folder / each)
+        for part in source.files
+        if not parts or part.part in parts
+        for each in part.names
+    )
+    card = f" --card {source.card}" if source.card and (not parts or "dit" in parts) else ""
+    filled = source.convert.format(folder=folder, name=name, files=files)
+    return f"packforcing convert {filled}{card}"
 
 
 def line(received: hub.Received) -> str:
@@ -100,29 +110,51 @@ def line(received: hub.Received) -> str:
 
 
 def table() -> str:
-    """All sources as text, three lines each."""
-    return "\n".join(entry(name, source) for name, source in hub.SOURCES.items())
+    """All sources as text, a few lines each."""
+    return "\n".join(entry(name, source) for name, source in hub.sources().items())
 
 
 def entry(name: str, source: hub.Source) -> str:
-    """One source: its name; where it is, how large and under which licence; what it is."""
+    """One source: its name; where it is, how large and under which licence; what it is; what has to be known of it."""
+    from packforcing_jax.config import cards
+
     size = "size not recorded" if source.size is None else f"about {source.size / 1e9:.1f} GB"
-    licence = source.licence or "licence not recorded here; read the model card"
-    return (
-        f"{name}\n    {source.repository}, {size}, {licence}\n"
-        f"    {source.what} ({', '.join(source.parts)})"
-    )
+    unknown = "licence unsettled" if source.unsettled else "licence not recorded here"
+    card = cards.find(source.card)
+    lines = [
+        f"{source.repository}, {size}, {source.licence or unknown}",
+        f"licence unsettled: {source.unsettled}" if source.unsettled else "",
+        f"{source.what} ({', '.join(source.parts)})",
+        f"method {card.method}"
+        + (f"; cannot be sampled block by block: {card.samples}" if card.samples else ""),
+        f"not confirmed: {'; '.join(card.unconfirmed)}" if card.unconfirmed else "",
+    ]
+    wrapped = [
+        textwrap.fill(each, WIDTH, initial_indent=INDENT, subsequent_indent=2 * INDENT)
+        for each in lines
+        if each
+    ]
+    return "\n".join([name, *wrapped])
 
 
 def row(name: str, source: hub.Source) -> dict:
     """The same as data."""
+    from packforcing_jax.config import cards
+
+    card = cards.find(source.card)
     return {
         "name": name,
         "repository": source.repository,
         "what": source.what,
         "licence": source.licence,
+        "unsettled": source.unsettled,
         "bytes": source.size,
         "parts": source.parts,
+        "card": card.name,
+        "method": card.method,
+        "network": card.network,
+        "samples": card.samples,
+        "unconfirmed": card.unconfirmed,
     }
 
 
@@ -132,7 +164,7 @@ def report(name: str, listed: hub.Listing, received: list[hub.Received], folder:
         "name": name,
         "repository": listed.repository,
         "commit": listed.commit,
-        "licence": hub.SOURCES[name].licence,
+        "licence": hub.sources()[name].licence,
         "declared_licence": listed.declared,
         "folder": str(folder),
         "files": [dataclasses.asdict(each) for each in received],

@@ -60,13 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def gaps(words: str) -> tuple[int, ...]:
+def gaps(listed: str) -> tuple[int, ...]:
     """`2,64` as numbers."""
     try:
-        return tuple(int(word) for word in words.split(","))
+        return tuple(int(word) for word in listed.split(","))
     except ValueError as error:
         raise InputError(
-            f"--gaps {words} is not a list of whole numbers; write it as 2,8,64."
+            f"--gaps {listed} is not a list of whole numbers; write it as 2,8,64."
         ) from error
 
 
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     ways = recall.ways_of(args.ways)
     model = _model(args)
     exp = model.experiment
-    backend, why = attention.chosen(exp.attention, exp.dtypes.cache)
+    backend, why = attention.resolve(exp.attention, exp.dtypes.cache)
     common.start_line(
         "evaluate", experiment=exp, dtype=exp.dtypes.compute, attention=backend, why=why
     )
@@ -114,16 +114,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _model(args: argparse.Namespace):
     """The model that the flags name, with the memory and the settings they ask for."""
-    from packforcing_jax.config import overrides
+    from packforcing_jax.config import loading
     from packforcing_jax.evaluation import stage_figures
     from packforcing_jax.sampling import pipeline
 
     if args.run is None:
-        return pipeline.Pipeline.from_pretrained(args.weights, memory=args.memory, sets=args.sets)
+        return pipeline.Pipeline.from_pretrained(
+            args.weights, memory=args.memory, overrides=args.overrides
+        )
     checkpoint = stage_figures.newest(args.run)
     print(f"evaluate: averaged weights of {checkpoint}", file=sys.stderr)
-    training = [each for each in args.sets if overrides.of_training(each)]
-    stage = overrides.load_stage(args.config or "stage", training)
-    sets = [each for each in args.sets if each not in training]
-    exp = pipeline.asked_for(stage.experiment, args.memory, sets)
+    training = [each for each in args.overrides if loading.of_training(each)]
+    stage = loading.load_stage(args.config or "stage", training)
+    overrides = [each for each in args.overrides if each not in training]
+    exp = pipeline.with_overrides(stage.experiment, args.memory, overrides)
     return stage_figures.of_checkpoint(exp, stage.train, checkpoint)

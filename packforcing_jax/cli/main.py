@@ -104,10 +104,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{self.verb}: {message}; see {self.prog} --help.")
 
-    def refuse_unknown_flags(self, words: Sequence[str]) -> None:
+    def refuse_unknown_flags(self, argv: Sequence[str]) -> None:
         """Raises `InputError` for the first word that looks like a flag and is none (before `--`)."""
         known = self._option_string_actions
-        for word in words[: words.index("--")] if "--" in words else words:
+        for word in argv[: argv.index("--")] if "--" in argv else argv:
             flag = word.partition("=")[0]
             if re.match(r"--?[a-zA-Z]", word) and " " not in flag and flag not in known:
                 raise InputError(f"{self.verb} has no flag {flag}; {nearest(flag, known)}")
@@ -143,11 +143,11 @@ def parser_of(name: str) -> tuple[Parser, object]:
     return parser, module
 
 
-def run(words: Sequence[str]) -> int:
+def run(argv: Sequence[str]) -> int:
     """The exit code of one command; failures are exceptions."""
-    if not words:
+    if not argv:
         raise InputError(f"give a verb ({', '.join(VERBS)}); packforcing --help shows examples.")
-    name, *rest = words
+    name, *rest = argv
     if name in ("-h", "--help", "help"):
         print(overview())
         return 0
@@ -193,12 +193,12 @@ def outcome(error: BaseException) -> tuple[int, str] | None:
     return None
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs `packforcing WORDS` and returns the exit code."""
-    words = list(sys.argv[1:] if words is None else words)
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
         with interrupts.raised():
-            return run(words)
+            return run(argv)
     except SystemExit as done:  # argparse after --help
         return int(done.code or 0)
     except BaseException as error:
@@ -208,7 +208,7 @@ def main(words: Sequence[str] | None = None) -> int:
         code, sentence = found[0], " ".join(found[1].split())
         if isinstance(error, BrokenPipeError):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  nothing more can be said there, at exit neither
-        if "--json" in words:
+        if "--json" in argv:
             print(json.dumps({"error": sentence}))
         print(f"packforcing: {sentence}", file=sys.stderr)
         return code

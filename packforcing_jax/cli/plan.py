@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     from packforcing_jax.sampling import pipeline
 
     rooms = [memory_fit.parse(size) for size in args.rooms or CARDS]
-    exp = pipeline.asked_for(exp, args.memory, args.sets)
+    exp = pipeline.with_overrides(exp, args.memory, args.overrides)
     blocks = pipeline.blocks_of(exp, args.seconds) if args.blocks is None else args.blocks
     found = budget.of(exp, blocks, batch=args.batch, dtype=args.dtype, compiled=args.compile)
     known = found.peaks if args.compile and jax.default_backend() == "gpu" else None
@@ -205,8 +205,8 @@ def fit(verdict: Verdict) -> Iterator[str]:
         yield f"  {room.name:<10}does not fit, {spell(verdict.lacks, 'bytes')} are missing"
         most = (
             f"no setting helps enough: {spell(then, 'bytes')} at best"
-            if verdict.sets is None
-            else f"needs {spell(then, 'bytes')} with {memory_fit.flags(verdict.sets)}"
+            if verdict.overrides is None
+            else f"needs {spell(then, 'bytes')} with {memory_fit.flags(verdict.overrides)}"
         )
         yield from textwrap.wrap(
             most, WIDTH, initial_indent=" " * 12, subsequent_indent=" " * 12, break_on_hyphens=False
@@ -234,7 +234,7 @@ def report(found: Budget, verdicts: Sequence[Verdict]) -> dict:
             "bytes": one.room.device,
             "needs": one.need.on_device,
             "fits": one.lacks <= 0,
-            "set": None if one.sets is None else list(one.sets),
+            "set": None if one.overrides is None else list(one.overrides),
             "then_needs": one.then.on_device,
         }
         for one in verdicts

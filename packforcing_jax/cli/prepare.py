@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 KINDS = ("lmdb", "videos", "prompts", "trajectories")
 GROUP = 64  # prompts that one walk through the text encoder reads
-NEEDED = {"pixels": "a codec", "text": "a text encoder", "teacher": "a transformer"}
+NEEDED = {"vae": "a codec", "text": "a text encoder", "teacher": "a transformer"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
             "give a model folder that has one with --weights.",
         )
     about = made_with(parts, model) | {"source": importing.digest(items), "timesteps": times}
-    backend, why = attention.chosen(exp.attention)
+    backend, why = attention.resolve(exp.attention)
     common.start_line("prepare", experiment=exp, dtype=exp.dtypes.vae, attention=backend, why=why)
     with records.Writer(out, kind=kind, about=about) as writer:
         left_out = [] if writer.complete else _write(writer, items, parts, times)
@@ -93,18 +93,18 @@ def run(args: argparse.Namespace) -> int:
     return _tell(args, writer.notes, left_out)
 
 
-def timesteps(words: str | None) -> list[float] | None:
+def timesteps(listed: str | None) -> list[float] | None:
     """`1000,937.5,0` as numbers that do not rise."""
-    if words is None:
+    if listed is None:
         return None
     try:
-        found = [float(word) for word in words.split(",")]
+        found = [float(word) for word in listed.split(",")]
     except ValueError as error:
         raise InputError(
-            f"--timesteps {words} is not a list of numbers; write it as 1000,937.5,0."
+            f"--timesteps {listed} is not a list of numbers; write it as 1000,937.5,0."
         ) from error
     falling = all(1000 >= a >= b >= 0 for a, b in itertools.pairwise([1000.0, *found]))
-    require(falling, f"--timesteps {words} must fall from at most 1000 to 0; correct them.")
+    require(falling, f"--timesteps {listed} must fall from at most 1000 to 0; correct them.")
     return found
 
 
@@ -112,18 +112,18 @@ def _model(
     args: argparse.Namespace,
 ) -> tuple[Experiment, TrainConfig, model_folder.Opened | None]:
     """The sizes that are asked for, how a teacher draws, and the model folder that is given."""
-    from packforcing_jax.config import Stage, overrides
+    from packforcing_jax.config import Stage, loading
     from packforcing_jax.io import model_folder
 
     require(
         args.weights is not None or args.config is not None,
         "give --weights MODEL, or --config for the sizes alone (as for an LMDB folder).",
     )
-    stage = overrides.load_stage(args.config) if args.config is not None else None
+    stage = loading.load_stage(args.config) if args.config is not None else None
     known = decode.classes_in(stage.experiment) if stage is not None else ()
     model = model_folder.opened(args.weights, known) if args.weights is not None else None
     given = stage or Stage("", model.experiment, TrainConfig())  # type: ignore[union-attr]
-    asked = overrides.override_stage(given, args.sets)
+    asked = loading.override_stage(given, args.overrides)
     return asked.experiment, asked.train, model
 
 

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     _writable(args)
     _require_fits(args)
     pipeline = Pipeline.from_pretrained(
-        args.weights, experiment=_config(args), memory=args.memory, sets=args.sets
+        args.weights, experiment=_config(args), memory=args.memory, overrides=args.overrides
     )
     exp = pipeline.experiment
     if not wanted:
@@ -94,7 +94,7 @@ def _require_fits(args: argparse.Namespace) -> None:
 
     exp = _config(args) or model_folder.opened(args.weights or pipeline.SHIPPED).experiment
     if not args.anyway:
-        memory_fit.require_fits(pipeline.asked_for(exp, args.memory, args.sets))
+        memory_fit.require_fits(pipeline.with_overrides(exp, args.memory, args.overrides))
 
 
 def _config(args: argparse.Namespace):
@@ -121,7 +121,7 @@ class Film:
             "seed": self.seed,
             "memory": args.memory,
             "blocks": self.blocks,
-            "set": args.sets,
+            "set": args.overrides,
             "config": args.config,
             "weights": args.weights,
             "prompts": _runs(self.prompts),
@@ -141,7 +141,7 @@ def _of_job(args: argparse.Namespace, pipeline, job: prompt_files.Job) -> Film:
             "out": str(Path(args.out, f"{job.name}.mp4")),
             "seed": args.seed if job.seed is None else job.seed,
             "state": args.state and str(Path(args.state, str(job.name))),
-            "sets": [*args.sets, *job.sets],
+            "overrides": [*args.overrides, *job.overrides],
             "memory": job.memory or args.memory,
         }
     )
@@ -149,9 +149,9 @@ def _of_job(args: argparse.Namespace, pipeline, job: prompt_files.Job) -> Film:
         own.blocks, own.seconds = job.blocks, job.seconds
     try:
         if job.memory is not None:
-            pipeline = pipeline.with_memory(job.memory).with_settings(args.sets)
-        if job.sets:
-            pipeline = pipeline.with_settings(job.sets)
+            pipeline = pipeline.with_memory(job.memory).with_settings(args.overrides)
+        if job.overrides:
+            pipeline = pipeline.with_settings(job.overrides)
         return _film(
             own, pipeline, timelines.spread(list(job.entries), _blocks(own, pipeline.experiment))
         )
@@ -193,7 +193,7 @@ def _make(film: Film) -> int:
     args, pipeline, exp = film.args, film.pipeline, film.pipeline.experiment
     began = time.monotonic()
     keeper, at = _kept(args, pipeline, film.prompts)
-    backend, why = attention.chosen(exp.attention, exp.dtypes.cache)
+    backend, why = attention.resolve(exp.attention, exp.dtypes.cache)
     common.start_line(
         "sample", experiment=exp, dtype=exp.dtypes.compute, attention=backend, why=why
     )

@@ -54,10 +54,10 @@ def run(args: argparse.Namespace) -> int:
         0 <= args.seed < 2**32,
         f"--seed {args.seed} does not fit into 32 bits; give 0 to {2**32 - 1}.",
     )
-    sets = args.sets + ([f"train.steps={args.steps}"] if args.steps is not None else [])
-    from packforcing_jax.config import overrides
+    overrides = args.overrides + ([f"train.steps={args.steps}"] if args.steps is not None else [])
+    from packforcing_jax.config import loading
 
-    recipe = overrides.load_recipe(args.config, sets)
+    recipe = loading.load_recipe(args.config, overrides)
     join(args)
     from packforcing_jax.training import runs
 
@@ -125,7 +125,7 @@ def train(stage: "Stage", folder: Path, seed: int, asked: Callable[[], bool]) ->
     if runs.finished(exp, settings, folder, seed=seed):
         say(f"train: {told['model']} is there already")
         return told
-    backend, why = attention.chosen(exp.attention)
+    backend, why = attention.resolve(exp.attention)
     if first():
         common.start_line(
             "train", experiment=exp, dtype=exp.dtypes.compute, attention=backend, why=why

@@ -12,12 +12,20 @@ CHOICES = {
     "cache.timing": ("first", "late"),
     "cache.archive": ("device", "host"),
     "compressor.branches": ("both", "hr", "lr"),
-    "compressor.places": ("stretched", "native"),
+    "compressor.positions": ("stretched", "native"),
     "compressor.keys": ("blocks", "projected"),
     "sample.prediction": ("velocity", "clean"),
     "train.history": ("memory", "clean", "noisy"),
     "train.remat": ("layers", "blocks"),
     **{f"dtypes.{name}": DTYPES for name in ("params", "compute", "cache", "vae", "text")},
+}
+
+RENAMED = {  # keys of earlier versions, and what they are called now
+    "cache.trained": "cache.max_position",
+    "compressor.places": "compressor.positions",
+    "train.trained": "train.trainable",
+    "train.distil.low": "train.distil.min_timestep",
+    "train.distil.high": "train.distil.max_timestep",
 }
 
 

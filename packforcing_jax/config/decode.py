@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import ml_collections
 
+from packforcing_jax.config.choices import RENAMED
 from packforcing_jax.errors import InputError, nearest, require
 
 Settings = TypeVar("Settings")
@@ -123,6 +124,8 @@ def _taken(values: Iterable[Any], hint: Any, key: str, said: str) -> Any:
 def _require_known(key: str, where: str, known: Collection[str], said: str) -> None:
     """Raises `InputError` naming the nearest unless the group at `where` has the field `key`."""
     if key not in known:
+        now = RENAMED.get(where + key)
+        require(now is None, f"{said}: the key is called {now} now; rename it.")
         hint = nearest(where + key, {where + each for each in known})
         raise InputError(f"{said}: unknown key; {hint}")
 
@@ -240,15 +243,15 @@ def parse(text: str, hint: Any, key: str) -> Any:
 
 
 def override(
-    settings: Settings, sets: Sequence[str], *, inside: str = "", beside: Sequence[str] = ()
+    settings: Settings, overrides: Sequence[str], *, inside: str = "", beside: Sequence[str] = ()
 ) -> Settings:
-    """`settings` with every `a.b=value` of `sets` applied together; combinations are checked only at the end.
+    """`settings` with every `a.b=value` of `overrides` applied together; combinations are checked only at the end.
 
     `inside` begins every key, such as `train.`, and names no field. `beside` are names that other settings have, which
     an unknown key may be nearest to.
     """
     values = ml_collections.ConfigDict(_tree(settings), type_safe=False)
-    for each in sets:
+    for each in overrides:
         key, equals, text = (part.strip() for part in each.partition("="))
         if not equals:
             raise InputError(f"--set {each} has no value; write it as --set {each}=VALUE.")

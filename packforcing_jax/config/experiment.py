@@ -69,7 +69,7 @@ class StepConfig:
             packed_grid=self.packed_grid,
             packed_stride=(stride(0), stride(1) / dit.patch[1], stride(2) / dit.patch[2]),
             packed_frames=self.compressor.frames,
-            packed_places=self.compressor.places,
+            packed_position_rule=self.compressor.positions,
         )
 
 
@@ -89,6 +89,8 @@ class Experiment:
     fps: int = 16
     clip: int = 20  # latent frames of a training clip
     attention: str | Backend = "auto"  # a name of policies.attention.BACKENDS, or a backend
+    method: str = "packforcing"  # by which the past is kept and shown
+    card: str = ""  # of the published checkpoint that the weights come from
 
     def __post_init__(self):
         for axis, size in zip((1, 2), self.latent):

@@ -16,7 +16,7 @@ from packforcing_jax.policies.table import named
 class CacheConfig:
     """The memory (paper sec. 3.2): all sizes in latent frames, `top` and `capacity` in packed blocks.
 
-    `trained` is the range of positions seen in training; span `fit` squeezes mid into what is left of it.
+    `max_position` is the range of positions seen in training; span `fit` squeezes mid into what is left of it.
     `selection` scores packed blocks, `eviction` says which of them the archive keeps: names of
     `policies.selection.SCORES` and `policies.eviction.EVICTIONS`, or values of one's own.
     """
@@ -29,7 +29,7 @@ class CacheConfig:
     window: int = 0  # frames denoised together, whole blocks of them; 0: one block
     rope_adjustment: str = "sink"
     span: str = "true"
-    trained: int = 20
+    max_position: int = 20
     selection: str | Score = "affinity"
     eviction: str | Eviction = "fifo"
     scope: str = "layer"  # every layer chooses for itself, or one choice is shared by all
@@ -126,7 +126,7 @@ class MemorySpec:
         int, float, float
     ]  # what one of them stands for: frames, rows, columns of tokens
     packed_frames: int  # latent frames packed together
-    packed_places: str  # compressor.places
+    packed_position_rule: str  # compressor.positions
 
     @property
     def tokens_per_frame(self) -> int:
@@ -166,7 +166,7 @@ class MemorySpec:
 PROFILES = {
     "paper": CacheConfig(),
     "published": CacheConfig(
-        block=3, sink=9, recent=3, span="fit", trained=21, score_pool=(3, 4, 4)
+        block=3, sink=9, recent=3, span="fit", max_position=21, score_pool=(3, 4, 4)
     ),
     "stage": CacheConfig(score_pool=(4, 1, 1), key_multiple=32),
     "no-mid": CacheConfig(top=0, capacity=0, key_multiple=32),

@@ -166,9 +166,9 @@ class CompressorConfig:
     """The packing of one block (paper sec. 3.3): HR strided 3-D convolutions plus LR pooled re-encoding.
 
     `strides` are (t, y, x) per HR convolution; a stride-2 spatial convolution has kernel 4 and padding 1, a
-    temporal one kernel 3. `pool` is the pixel pooling (t, y, x) of the LR branch. `places`: packed tokens stand at the
-    centres of the patches they cover, or (`native`) on a grid of their own. `keys`: their keys and values come out of
-    a pass through all transformer blocks, or (`projected`) from each layer's own projections of the packed tokens.
+    temporal one kernel 3. `pool` is the pixel pooling (t, y, x) of the LR branch. `positions`: packed tokens stand
+    at the centres of the patches they cover, or (`native`) on a grid of their own. `keys`: their keys and values come
+    out of a pass through all blocks, or (`projected`) from each layer's own projections of the packed tokens.
     """
 
     channels: tuple[int, ...] = (32, 128, 512, 2048)
@@ -176,7 +176,7 @@ class CompressorConfig:
     frames: int = 4  # latent frames packed together; a shorter block repeats its last frame
     pool: tuple[int, int, int] = (2, 4, 4)
     branches: str = "both"
-    places: str = "stretched"
+    positions: str = "stretched"
     keys: str = "blocks"
 
     def __post_init__(self):

@@ -8,19 +8,26 @@ from packforcing_jax.errors import require
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How a block is drawn: nominal `steps` warped by `shift` (Self-Forcing), re-noised after each but the last."""
+    """How a block is denoised: nominal `steps` warped by `shift` (Self-Forcing), re-noised after each but the last.
+
+    `first_steps` are those of the first generated block, if they are others (Causal-Forcing++). Without `warp` the
+    steps are timesteps as they stand (CausVid).
+    """
 
     steps: tuple[int, ...] = (1000, 750, 500, 250)
+    first_steps: tuple[int, ...] = ()
     shift: float = 5.0
+    warp: bool = True
     prediction: str = "velocity"  # what the network returns: velocity or clean
 
     def __post_init__(self):
-        require(
-            len(self.steps) > 0
-            and all(0 < s <= 1000 for s in self.steps)
-            and all(a > b for a, b in zip(self.steps, self.steps[1:])),
-            f"sample.steps={self.steps} must fall strictly within 1000..1.",
-        )
+        for name, least in (("steps", 1), ("first_steps", 0)):
+            steps = getattr(self, name)
+            falling = all(a > b for a, b in zip(steps, steps[1:]))
+            require(
+                len(steps) >= least and falling and all(0 < step <= 1000 for step in steps),
+                f"sample.{name}={steps} must fall strictly within 1000..1.",
+            )
         require_choices("sample", self)
 
 

@@ -97,8 +97,8 @@ class DistilConfig:
     noised_context: bool = False
     finished: bool = True
     gradient: str = "packed"
-    low: float = 20.0  # timesteps of the scores lie between
-    high: float = 980.0
+    min_timestep: float = 20.0  # timesteps of the scores lie between
+    max_timestep: float = 980.0
     scored: int = 0  # last blocks that are scored; 0: all
     alpha: float = 1.0  # SiD
 
@@ -159,7 +159,7 @@ class TrainConfig:
     steps: int = 3000
     batch: int = 8  # clips, over all devices
     accumulate: int = 1  # parts that a batch is computed in, one after the other
-    trained: tuple[str, ...] = ("dit", "compressor")  # parts of the generator that move
+    trainable: tuple[str, ...] = ("dit", "compressor")  # parts of the generator that move
     generator_from: str = ""
     teacher_from: str = ""
     critic_from: str = ""

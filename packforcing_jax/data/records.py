@@ -23,7 +23,7 @@ from array_record.python import array_record_module  # type: ignore[reportAttrib
 from packforcing_jax.errors import InputError, MachineError, brief, require
 from packforcing_jax.io import append_file, atomic, safetensors_io
 
-FORMAT = "packforcing-jax data 1"
+FORMAT = "packforcing-jax data 2"
 COMPLETE, UNFINISHED = "dataset.json", "unfinished.json"
 SHARD = re.compile(r"part-\d{5}\.array_record")
 OPTIONS = "group_size:1,uncompressed"  # every record can be read alone; latents hardly compress

@@ -29,8 +29,8 @@ STAGE = (
     "weight",
     "called",
 )  # of what the Stage world tells, what training reads
-FROM_VIDEO = ("latent", "low")  # what the codec makes of pixels on the way
-ARRAYS = ("latent", "low", "trajectory", "states")  # of what records hold, what training reads
+FROM_VIDEO = ("latent", "low_res")  # what the codec makes of pixels on the way
+ARRAYS = ("latent", "low_res", "trajectory", "states")  # of what records hold, what training reads
 
 
 @dataclass(frozen=True)
@@ -174,12 +174,12 @@ class Kind:
 
     opened: Callable[[Experiment, DataConfig, int, Encode | None], Source]
     threads: int
-    words: bool = True  # whether it holds words, which the generator's own text encoder reads
+    tokenized: bool = True  # whether it holds words, which the generator's own text encoder reads
 
 
 KINDS = {
     "stage": Kind(_stage, 1),  # drawing is Python, which one thread at a time can run
-    "records": Kind(_records, 4, words=False),
+    "records": Kind(_records, 4, tokenized=False),
     "prompts": Kind(_prompts, 1),
 }
 
@@ -223,28 +223,28 @@ def _padded(states: np.ndarray, words: int, called: str) -> np.ndarray:
     return np.concatenate([states, np.zeros((words - len(states), states.shape[1]), states.dtype)])
 
 
-def low_form(exp: Experiment) -> tuple[int, ...]:
+def low_res_shape(exp: Experiment) -> tuple[int, ...]:
     """The shape [t', y', x', c] of a block's low-resolution latents."""
 
-    def low() -> Any:
+    def low_res() -> Any:
         pixels, sides = (
             codec.make(exp.codec, nnx.Rngs(0)),
             (side * exp.codec.space_factor for side in exp.latent),
         )
         video = jax.numpy.zeros((1, exp.cache.block * exp.codec.time_factor, *sides, 3))
-        return codec.low_resolution(
+        return codec.low_res_latents(
             pixels, video, latents=exp.packed_grid[0], pool=exp.compressor.pool
         )
 
-    return jax.eval_shape(low).shape[1:]
+    return jax.eval_shape(low_res).shape[1:]
 
 
 def check_forms(exp: Experiment, fields: Mapping[str, records.Field], called: str) -> None:
     """Raises `InputError` for the first field that is not of the sizes of `exp`."""
     latent = (exp.clip, *exp.latent, exp.dit.in_channels)
     wanted = {"latent": latent, "trajectory": (None, *latent), "states": (None, exp.text.dim)}
-    if "low" in fields:
-        wanted["low"] = exp.blocks, *low_form(exp)
+    if "low_res" in fields:
+        wanted["low_res"] = exp.blocks, *low_res_shape(exp)
     for name in fields.keys() & wanted.keys():
         shape, form = fields[name].shape, wanted[name]
         fits = len(shape) == len(form) and all(b in (None, a) for a, b in zip(shape, form))

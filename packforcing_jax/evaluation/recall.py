@@ -62,7 +62,9 @@ def changed(exp: Experiment, way: dict) -> Experiment:
     """`exp` choosing packed blocks in this way; a fitted span holds all of them in the room of the best `top`."""
     cfg = exp.cache
     held = cfg.sink + (cfg.top + 1) * cfg.block + cfg.recent
-    return dataclasses.replace(exp, cache=dataclasses.replace(cfg, **({"trained": held} | way)))
+    return dataclasses.replace(
+        exp, cache=dataclasses.replace(cfg, **({"max_position": held} | way))
+    )
 
 
 def with_way(model: Pipeline, way: dict) -> Pipeline:
@@ -188,7 +190,7 @@ def last_block(model: Pipeline, state: State, text: Any) -> tuple[np.ndarray, np
     """
     copied = dataclasses.replace(state, memory=_copied(model.experiment.memory, state.memory))
     _, denoised = player.denoise(model, copied, text)
-    frames, _ = codec.decode_chunk(model.pixels, state.decoder, denoised.latent, first=False)
+    frames, _ = codec.decode_chunk(model.vae, state.decoder, denoised.latent, first=False)
     return np.asarray(frames), np.asarray(pytrees.stack(denoised.selection).ids)
 
 

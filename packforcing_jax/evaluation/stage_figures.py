@@ -99,7 +99,7 @@ def true_block(
 ) -> Latent:
     """The latent of one block of true frames."""
     frames = truth[:, block * world.BLOCK : (block + 1) * world.BLOCK]
-    return codec.encode(model.pixels, jnp.asarray(frames, jnp.float32))
+    return codec.encode(model.vae, jnp.asarray(frames, jnp.float32))
 
 
 def play(

@@ -1,21 +1,27 @@
 """Public weights: where they lie and under which licence, and fetching them resumably, whole and checked."""
 
+from __future__ import annotations
+
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import packforcing_jax
 from packforcing_jax.errors import InputError, MachineError, brief, nearest, require
 from packforcing_jax.io import atomic
+
+if TYPE_CHECKING:
+    from packforcing_jax.config.cards import Card
 
 FREE = ("apache-2.0", "mit")  # licences that need no consent
 PIECE = 1 << 20  # bytes written at a time, and the unit in which progress is shown
@@ -43,13 +49,18 @@ class Files:
 
 @dataclass(frozen=True)
 class Source:
-    """A public repository; `licence` None: not recorded here. `convert` follows `packforcing convert`."""
+    """A public repository; `licence` None: not recorded here. `convert` follows `packforcing convert`.
+
+    `unsettled` says why somebody has to look at the licence.
+    """
 
     repository: str
     what: str
     licence: str | None
     files: tuple[Files, ...]
     convert: str
+    unsettled: str = ""
+    card: str = ""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -66,30 +77,17 @@ WAN_CODEC = Files("codec", ("Wan2.1_VAE.pth",), 0.508e9)
 WAN_TEXT = Files("text", ("models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/*"), 11.36e9)
 WHOLE = "{folder} --out models/{name}"
 ALONE = "weights/wan2.1-t2v-1.3b {files} --out models/{name}"  # the other parts come from there
-
-
-def _dit(*names: str, size: float | None = None) -> tuple[Files, ...]:
-    return (Files("dit", names, size),)
-
-
-SOURCES = {
-    "wan2.1-t2v-1.3b": Source(
-        "Wan-AI/Wan2.1-T2V-1.3B",
-        "Wan2.1 1.3B as published: all parts, bidirectional",
-        "apache-2.0",
-        (
-            *_dit("config.json", "diffusion_pytorch_model.safetensors", size=5.68e9),
-            WAN_CODEC,
-            WAN_TEXT,
-        ),
-        WHOLE,
-    ),
+BASES = {  # cards that have more parts than the transformer
+    "wan2.1-t2v-1.3b": (WAN_CODEC, WAN_TEXT),
+    "wan2.1-t2v-14b": (WAN_CODEC, WAN_TEXT),
+}
+OTHER_LAYOUTS = {
     "wan2.1-t2v-1.3b-diffusers": Source(
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         "the same weights in the layout of diffusers, text encoder in float32",
         "apache-2.0",
         (
-            *_dit("transformer/*.json", "transformer/*.safetensors", size=5.68e9),
+            Files("dit", ("transformer/*.json", "transformer/*.safetensors"), 5.68e9),
             Files("codec", ("vae/*.json", "vae/*.safetensors"), 0.508e9),
             Files(
                 "text",
@@ -98,56 +96,56 @@ SOURCES = {
             ),
         ),
         WHOLE,
+        card="wan2.1-t2v-1.3b",
     ),
-    "wan2.1-t2v-14b": Source(
-        "Wan-AI/Wan2.1-T2V-14B",
-        "Wan2.1 14B as published: all parts, bidirectional",
-        "apache-2.0",
-        (*_dit("config.json", "diffusion_pytorch_model*", size=57.15e9), WAN_CODEC, WAN_TEXT),
-        WHOLE,
-    ),
-    "self-forcing": Source(
-        "gdhe17/Self-Forcing",
-        "causal 1.3B in four steps (DMD); a transformer for Wan2.1's other parts",
-        "cc-by-nc-sa-4.0",
-        _dit("checkpoints/self_forcing_dmd.pt", size=5.68e9),
-        ALONE,
-    ),
-    "causal-forcing": Source(
-        "zhuhz22/Causal-Forcing",
-        "causal 1.3B in four steps, drawn in chunks; a transformer for Wan2.1's other parts",
-        "apache-2.0",
-        _dit("chunkwise/causal_forcing.pt"),
-        ALONE,
-    ),
-    "longlive": Source(
-        "Efficient-Large-Model/LongLive-1.3B",
-        "causal 1.3B for long videos, with its LoRA; a transformer only",
-        None,
-        _dit("models/longlive_base.pt", "models/lora.pt"),
-        ALONE,
-    ),
-    "causvid": Source(
-        "tianweiy/CausVid",
-        "causal 1.3B in three steps, the first of its kind; a transformer only",
-        "cc-by-nc-4.0",
-        _dit("autoregressive_checkpoint/model.pt"),
-        ALONE,
-    ),
-    "rolling-forcing": Source(
-        "TencentARC/RollingForcing",
-        "causal 1.3B that denoises a rolling window; a transformer only",
-        "academic use only (licence of its code)",
-        _dit("checkpoints/rolling_forcing_dmd.pt"),
-        ALONE,
-    ),
+}
+RENAMED = {  # names of earlier versions, and the card that they fetched
+    "self-forcing": "self-forcing-dmd",
+    "causal-forcing": "causal-forcing-chunkwise",
+    "causvid": "causvid-3step",
 }
 
 
+@functools.cache
+def sources() -> Mapping[str, Source]:
+    """What can be fetched, by name: every card with a published file, Wan2.1 before what was made of it."""
+    from packforcing_jax.config import cards  # loads jax, which `--help` needs not wait for
+
+    found = {name: _source(card) for name, card in cards.cards().items() if card.files}
+    return {**{name: found[name] for name in BASES}, **OTHER_LAYOUTS, **found}
+
+
+def _source(card: Card) -> Source:
+    files = (*card.files, card.lora.file) if card.lora else card.files
+    return Source(
+        card.repository,
+        card.what,
+        card.licence,
+        (Files("dit", files, card.size), *BASES.get(card.name, ())),
+        WHOLE if card.name in BASES else ALONE,
+        card.unsettled,
+        card.name,
+    )
+
+
 def find(name: str) -> Source:
-    """The source of that name; `InputError` names the nearest one."""
-    require(name in SOURCES, f"no weights {name!r}; {nearest(name, SOURCES)}")
-    return SOURCES[name]
+    """The source of that name; `InputError` names the nearest one, or what an earlier name is called now."""
+    from packforcing_jax.config import cards
+
+    now = RENAMED.get(name, "")
+    others = [each for each in sources() if each.startswith(f"{name}-") and each != now]
+    require(
+        not now,
+        f"the weights {name!r} are called {now} now (beside {', '.join(others)}); give that name.",
+    )
+    unpublished = cards.cards().get(name)
+    if unpublished is not None and name not in sources():
+        raise InputError(
+            f"no file of {name} is published; train it with {unpublished.repository}, then "
+            f"convert what that saves with --card {name}."
+        )
+    require(name in sources(), f"no weights {name!r}; {nearest(name, sources())}")
+    return sources()[name]
 
 
 # What the hub says of them
@@ -235,6 +233,9 @@ def _matches(source: Source, part: str, name: str, info) -> list[Remote]:
 def terms(source: Source, declared: str | None) -> str:
     """What the weights may be used for, as one line: as recorded here, and as the model card says today."""
     card = f"; the card says {declared} today" if declared != source.licence and declared else ""
+    if source.unsettled:
+        known = f"{source.licence}, " if source.licence else "licence "
+        return f"{source.repository}: {known}unsettled: {source.unsettled}{card}"
     if source.licence is None:
         return f"licence not recorded here; read the model card at {source.repository}{card}"
     kind = "" if source.licence in FREE else ", not for commercial use"
@@ -242,8 +243,9 @@ def terms(source: Source, declared: str | None) -> str:
 
 
 def needs_consent(source: Source, declared: str | None) -> bool:
-    """Whether somebody has to accept the licence: restricted, unknown, or changed since it was recorded here."""
-    return source.licence not in FREE or declared not in (None, source.licence)
+    """Whether somebody has to accept the licence: restricted, unknown, unsettled, or changed since it was recorded."""
+    free = source.licence in FREE and not source.unsettled
+    return not free or declared not in (None, source.licence)
 
 
 @contextlib.contextmanager

@@ -41,8 +41,8 @@ class LayerCache:
     packed: KV  # [b, slot, p, n, h]  the archive
     sink: Array  # [b, frame, s, n, h]
     recent: Array  # [b, frame, s, n, h]
-    sink_at: Array  # []       position that the sink's first frame is turned to
-    at: Array  # [b, slot]     and each packed block's first frame
+    sink_position: Array  # []       position that the sink's first frame is turned to
+    packed_positions: Array  # [b, slot]     and each packed block's first frame
 
 
 @struct.dataclass
@@ -65,10 +65,10 @@ class Memory:
 class Selection:
     """Which packed blocks a layer attends to, in time order; behind the last valid one ids are -1."""
 
-    slots: Array  # [b, chosen] where they lie in the archive
-    ids: Array  # [b, chosen]
-    scores: Array  # [b, chosen]
-    at: Array  # [b, chosen] position of each block's first frame
+    slots: Array  # [b, selected] where they lie in the archive
+    ids: Array  # [b, selected]
+    scores: Array  # [b, selected]
+    positions: Array  # [b, selected] of each block's first frame
 
 
 def init(
@@ -92,8 +92,8 @@ def init(
             packed=KV(*(store(kept, spec.tokens_per_packed_block) for _ in "kv")),
             sink=store(cfg.sink if spec.sink_moves else 0, s),
             recent=store(cfg.recent if spec.recent_moves else 0, s),
-            sink_at=jnp.zeros(()),
-            at=jnp.zeros((batch, turned)),
+            sink_position=jnp.zeros(()),
+            packed_positions=jnp.zeros((batch, turned)),
         )
 
     return Memory(
@@ -170,9 +170,11 @@ def commit(
     times = layouts.frame_positions(spec.cache, following, now.start + jnp.arange(spec.cache.block))
     angles = rope.time_angles(jnp.repeat(times, spec.tokens_per_frame), spec)
 
-    def one(layer: LayerCache, own: KV, twin: KV | None, chosen: Selection | None) -> LayerCache:
+    def one(
+        layer: LayerCache, own: KV, packed_kv: KV | None, chosen: Selection | None
+    ) -> LayerCache:
         layer = keep_unrotated(spec, now, layer, own.k)
-        layer = conclude(spec, now, following, layer, twin, chosen)
+        layer = finish_layer(spec, now, following, layer, packed_kv, chosen)
         own = KV(k=rope.rotate(own.k.astype(layer.view.k.dtype), angles), v=own.v)
         return dataclasses.replace(layer, view=write_block(spec, now, layer.view, own))
 
@@ -206,7 +208,7 @@ def keep_unrotated(spec: MemorySpec, layout: Layout, layer: LayerCache, keys: He
     return dataclasses.replace(layer, sink=sink, recent=recent)
 
 
-def conclude(
+def finish_layer(
     spec: MemorySpec,
     now: Layout,
     following: Layout,
@@ -236,7 +238,11 @@ def _archive(spec: MemorySpec, layout: Layout, layer: LayerCache, packed: KV) ->
             k=_overwrite(layer.packed.k, packed.k[:, None], **there),
             v=_overwrite(layer.packed.v, packed.v[:, None], **there),
         ),
-        at=_overwrite(layer.at, jnp.broadcast_to(first, (layer.at.shape[0], 1)), **there),
+        packed_positions=_overwrite(
+            layer.packed_positions,
+            jnp.broadcast_to(first, (layer.packed_positions.shape[0], 1)),
+            **there,
+        ),
     )
 
 
@@ -245,23 +251,23 @@ def _settle(spec: MemorySpec, layer: LayerCache, selection: Selection) -> LayerC
     b, slots, p, n, h = layer.packed.k.shape
     chosen = selection.slots[..., None] == jnp.arange(slots)[None, None]
     chosen = chosen & (selection.ids >= 0)[..., None]
-    target = jnp.where(chosen, selection.at[..., None], 0.0).sum(axis=1)
-    at = jnp.where(chosen.any(axis=1), target, layer.at)
-    turn = rope.time_angles(jnp.repeat(at - layer.at, p, axis=1), spec)
+    target = jnp.where(chosen, selection.positions[..., None], 0.0).sum(axis=1)
+    positions = jnp.where(chosen.any(axis=1), target, layer.packed_positions)
+    turn = rope.time_angles(jnp.repeat(positions - layer.packed_positions, p, axis=1), spec)
     keys = rope.rotate(layer.packed.k.reshape(b, slots * p, n, h), turn)
     packed = KV(k=keys.reshape(layer.packed.k.shape), v=layer.packed.v)
-    return dataclasses.replace(layer, packed=packed, at=at)
+    return dataclasses.replace(layer, packed=packed, packed_positions=positions)
 
 
 def reposition(spec: MemorySpec, layout: Layout, layer: LayerCache) -> LayerCache:
     """`layer` with the keys of sink and recent frames at their positions in `layout`."""
     cfg, s, keys = spec.cache, spec.tokens_per_frame, layer.view.k
     if cfg.rope_adjustment == "incremental":
-        turn = jnp.full(cfg.sink * s, layout.sink_at - layer.sink_at)
+        turn = jnp.full(cfg.sink * s, layout.sink_position - layer.sink_position)
         sink = rope.rotate(keys[:, : cfg.sink * s], rope.time_angles(turn, spec))
         keys = jax.lax.dynamic_update_slice_in_dim(keys, sink, 0, axis=1)
     if spec.sink_moves:
-        sink = _rotated(spec, layer.sink, layout.sink_at + jnp.arange(cfg.sink))
+        sink = _rotated(spec, layer.sink, layout.sink_position + jnp.arange(cfg.sink))
         keys = jax.lax.dynamic_update_slice_in_dim(keys, sink, 0, axis=1)
     if spec.recent_moves:
         frames = layouts.recent_frames(cfg, layout)
@@ -273,7 +279,7 @@ def reposition(spec: MemorySpec, layout: Layout, layer: LayerCache) -> LayerCach
             slot = layouts.frame_slots(cfg, layout, part[0])
             keys = jax.lax.dynamic_update_slice_in_dim(keys, new, slot * s, axis=1)
     view = KV(k=keys, v=layer.view.v)
-    return dataclasses.replace(layer, view=view, sink_at=layout.sink_at)
+    return dataclasses.replace(layer, view=view, sink_position=layout.sink_position)
 
 
 def _rotated(spec: MemorySpec, frames: Array, times: Float[Array, " frame"]) -> Heads:
@@ -393,8 +399,8 @@ def layer_at(spec: MemorySpec, layout: Layout, full: KV, packed: KV) -> LayerCac
         packed=KV(k=taken(packed.k, blocks), v=taken(packed.v, blocks)),
         sink=nothing,
         recent=nothing,
-        sink_at=layout.sink_at,
-        at=jnp.zeros((b, 0)),
+        sink_position=layout.sink_position,
+        packed_positions=jnp.zeros((b, 0)),
     )
 
 

@@ -44,13 +44,13 @@ class Layout:
     origin: Array  # true number of the first frame that went into the ring behind the sink
     sink: Array  # valid sink frames
     recent: Array  # visible recent frames
-    chosen: Array  # attended packed blocks
+    num_selected: Array  # attended packed blocks
     ids: Array  # [slot] block whose packed twin lies in each slot of the archive, -1 where none is visible
     step: Array  # positions that one packed block takes
-    sink_at: Array  # position of the sink's first frame
-    mid_at: Array  # where a row of packed blocks that ends before `recent` begins
-    recent_at: Array
-    current_at: Array
+    sink_position: Array  # position of the sink's first frame
+    mid_position: Array  # where a row of packed blocks that ends before `recent` begins
+    recent_position: Array
+    current_position: Array
 
 
 def begin(blocks: int | Array = 0) -> Progress:
@@ -69,19 +69,19 @@ def layout(cfg: CacheConfig, progress: Progress, gap: Array | float = 0.0) -> La
     behind = jnp.maximum(start - origin, 0)
     recent = jnp.minimum(behind, cfg.recent)
     ids, visible = _visible(cfg, origin // cfg.block, behind // cfg.block)
-    chosen = jnp.minimum(visible, cfg.attended)
+    num_selected = jnp.minimum(visible, cfg.attended)
 
     step = jnp.float32(cfg.block)
     if cfg.span == "fit":
-        room = float(max(cfg.trained - cfg.sink - cfg.recent - cfg.block, 1))
-        step = jnp.minimum(step, room / jnp.maximum(chosen, 1))
-    row = sink + chosen * step + gap + recent
+        room = float(max(cfg.max_position - cfg.sink - cfg.recent - cfg.block, 1))
+        step = jnp.minimum(step, room / jnp.maximum(num_selected, 1))
+    row = sink + num_selected * step + gap + recent
     moved = 0.0 if cfg.rope_adjustment == "sink" else start - row
     positions = {
-        "sink_at": scene if cfg.rope_adjustment == "none" else moved,
-        "mid_at": moved + sink,
-        "recent_at": moved + row - recent,
-        "current_at": moved + row,
+        "sink_position": scene if cfg.rope_adjustment == "none" else moved,
+        "mid_position": moved + sink,
+        "recent_position": moved + row - recent,
+        "current_position": moved + row,
     }
     return Layout(
         num_blocks=progress.num_blocks,
@@ -90,7 +90,7 @@ def layout(cfg: CacheConfig, progress: Progress, gap: Array | float = 0.0) -> La
         origin=origin,
         sink=sink,
         recent=recent,
-        chosen=chosen,
+        num_selected=num_selected,
         ids=ids,
         step=step,
         **{name: jnp.asarray(value, jnp.float32) for name, value in positions.items()},
@@ -125,8 +125,8 @@ def frame_slots(cfg: CacheConfig, layout: Layout, frames: Array) -> Array:
 def frame_positions(cfg: CacheConfig, layout: Layout, frames: Array) -> Array:
     """Positions in time of frames of the sink, of `recent` and of the current block, by their true numbers."""
     in_sink = frames - layout.scene
-    behind = layout.current_at + frames - layout.start
-    return jnp.where(in_sink < cfg.sink, layout.sink_at + in_sink, behind)
+    behind = layout.current_position + frames - layout.start
+    return jnp.where(in_sink < cfg.sink, layout.sink_position + in_sink, behind)
 
 
 def recent_frames(cfg: CacheConfig, layout: Layout) -> Int[Array, " frame"]:
@@ -140,15 +140,15 @@ def recent_block(layout: Layout, first: int) -> Layout:
         layout,
         start=layout.start - layout.recent + first,
         recent=jnp.full_like(layout.recent, first),
-        chosen=jnp.zeros_like(layout.chosen),
-        current_at=layout.recent_at + first,
+        num_selected=jnp.zeros_like(layout.num_selected),
+        current_position=layout.recent_position + first,
     )
 
 
 def length(spec: MemorySpec, layout: Layout, frames: int | None = None) -> Length:
     """Valid keys of a view, the `frames` that are denoised together (one block) among them."""
     full_res = layout.sink + layout.recent + (frames or spec.cache.block)
-    return full_res * spec.tokens_per_frame + layout.chosen * spec.tokens_per_packed_block
+    return full_res * spec.tokens_per_frame + layout.num_selected * spec.tokens_per_packed_block
 
 
 # Positions of tokens
@@ -164,7 +164,7 @@ def packed_positions(spec: MemorySpec) -> tuple[np.ndarray, np.ndarray]:
     frames = np.minimum(np.arange(slots * frames_each), spec.packed_frames - 1).reshape(slots, -1)
     frames = np.ma.masked_greater_equal(frames, block).mean(axis=1).filled(block - 1)
     down, across = np.arange(rows), np.arange(columns)
-    if spec.packed_places == "stretched":
+    if spec.packed_position_rule == "stretched":
         down, across = (
             (np.arange(size) + 0.5) * each - 0.5 for size, each in zip((rows, columns), tokens_each)
         )
@@ -174,9 +174,9 @@ def packed_positions(spec: MemorySpec) -> tuple[np.ndarray, np.ndarray]:
 def current_times(spec: MemorySpec, layout: Layout, frames: int) -> Float[Array, " q"]:
     """Position in time of each token of the next `frames` frames."""
     places = np.repeat(np.arange(frames), spec.tokens_per_frame).astype(np.float32)
-    return layout.current_at + jnp.asarray(places)
+    return layout.current_position + jnp.asarray(places)
 
 
 def packed_times(spec: MemorySpec, layout: Layout) -> Float[Array, " p"]:
     """Position in time of each token of the current block's packed twin."""
-    return layout.current_at + jnp.asarray(packed_positions(spec)[0])
+    return layout.current_position + jnp.asarray(packed_positions(spec)[0])

@@ -15,7 +15,7 @@ from packforcing_jax.memory import layout as layouts
 from packforcing_jax.memory.cache import LayerCache, Selection
 from packforcing_jax.memory.layout import Layout
 from packforcing_jax.networks import rope
-from packforcing_jax.policies import selection
+from packforcing_jax.policies import selection as policy
 from packforcing_jax.types import KV, Heads
 
 
@@ -31,8 +31,8 @@ class PooledQueries:
 class Gathered:
     """Packed blocks taken out of the archive, their keys as stored."""
 
-    kv: KV  # [b, chosen, p, n, h]
-    at: Array  # [b, chosen] position that the stored keys are turned to
+    kv: KV  # [b, selected, p, n, h]
+    positions: Array  # [b, selected] that the stored keys are turned to
 
 
 def recall(
@@ -45,8 +45,8 @@ def recall(
     scores = jnp.zeros((q.shape[0], 0))
     if spec.cache.attended:
         scores = score(spec, layout, layer, pool_queries(spec, layout, q), random)
-    chosen = select(spec, layout, scores)
-    return lay(spec, layout, layer, gather(layer, chosen), chosen), chosen
+    selection = select(spec, layout, scores)
+    return lay(spec, layout, layer, gather(layer, selection), selection), selection
 
 
 # Choosing
@@ -58,7 +58,7 @@ def pool_queries(spec: MemorySpec, layout: Layout, q: Heads) -> PooledQueries:
     frames = np.repeat(np.arange(block), spec.tokens_per_frame).astype(np.float32)
     grid = rope.grid(*(np.arange(size) for size in spec.grid), frames=block)
     own = rope.time_angles(jnp.asarray(frames), spec) + rope.space_angles(jnp.asarray(grid), spec)
-    pooled = selection.pool(q, spec.grid, spec.cache.score_pool)
+    pooled = policy.pool(q, spec.grid, spec.cache.score_pool)
     return PooledQueries(
         pooled=rope.rotate(pooled, _pool_angles(spec, layout)),
         total=rope.rotate(q.astype(jnp.float32), own).sum(axis=1),
@@ -73,13 +73,13 @@ def _pool_angles(spec: MemorySpec, layout: Layout) -> Array:
     )
     times = np.repeat(frames, len(rows) * len(columns)).astype(np.float32)
     grid = rope.grid(rows, columns, len(frames))
-    in_time = rope.time_angles(layout.current_at + jnp.asarray(times), spec)
+    in_time = rope.time_angles(layout.current_position + jnp.asarray(times), spec)
     return in_time + rope.space_angles(jnp.asarray(grid), spec)
 
 
 def score_inputs(
     spec: MemorySpec, layout: Layout, layer: LayerCache, queries: PooledQueries, random: Array
-) -> selection.ScoreInputs:
+) -> policy.ScoreInputs:
     """What one layer's packed blocks are scored by.
 
     All lie at one common distance, the middle of the row they will form, so that age does not decide. The paper's
@@ -89,11 +89,15 @@ def score_inputs(
     offsets = jnp.asarray(layouts.packed_positions(spec)[0])[None, None]
     lies = jnp.zeros((1, 1, 1))
     if cfg.rope_adjustment == "incremental":
-        lies = layer.at[..., None] + offsets
-    common = layout.mid_at + layout.chosen * layout.step / 2 + offsets * layout.step / cfg.block
+        lies = layer.packed_positions[..., None] + offsets
+    common = (
+        layout.mid_position
+        + layout.num_selected * layout.step / 2
+        + offsets * layout.step / cfg.block
+    )
     true = (layout.ids * cfg.block - layout.start)[None, :, None] + offsets
     sizes = [(cfg.sink, layout.sink), (cfg.recent, layout.recent)]
-    return selection.ScoreInputs(
+    return policy.ScoreInputs(
         queries=queries.pooled,
         packed=_turn(spec, packed, common - lies),
         ids=layout.ids,
@@ -143,11 +147,11 @@ def _head(tree: Any, head: Array) -> Any:
 def select(spec: MemorySpec, layout: Layout, scores: Float[Array, "b slot"]) -> Selection:
     """The best packed blocks in time order, and their positions: in a row behind the sink, or at their true frames."""
     cfg = spec.cache
-    slots, ids, best = selection.choose(scores, layout.ids, cfg.attended)
-    in_row = layout.mid_at + jnp.arange(cfg.attended) * layout.step
-    at = in_row[None] if cfg.rope_adjustment in ("sink", "incremental") else ids * cfg.block
-    at = jnp.broadcast_to(at, ids.shape).astype(jnp.float32)
-    return Selection(slots=slots, ids=ids, scores=best, at=at)
+    slots, ids, best = policy.choose(scores, layout.ids, cfg.attended)
+    in_row = layout.mid_position + jnp.arange(cfg.attended) * layout.step
+    positions = in_row[None] if cfg.rope_adjustment in ("sink", "incremental") else ids * cfg.block
+    positions = jnp.broadcast_to(positions, ids.shape).astype(jnp.float32)
+    return Selection(slots=slots, ids=ids, scores=best, positions=positions)
 
 
 def newest(spec: MemorySpec, layout: Layout, batch: int) -> Selection:
@@ -156,21 +160,21 @@ def newest(spec: MemorySpec, layout: Layout, batch: int) -> Selection:
     return select(spec, layout, jnp.broadcast_to(ages, (batch, spec.cache.slots)))
 
 
-def gather(layer: LayerCache, chosen: Selection) -> Gathered:
+def gather(layer: LayerCache, selection: Selection) -> Gathered:
     """The chosen packed blocks."""
-    slots = chosen.slots[:, :, None, None, None]
-    stored = jnp.zeros(chosen.ids.shape)
-    if layer.at.shape[1]:
-        stored = jnp.take_along_axis(layer.at, chosen.slots, axis=1)
+    slots = selection.slots[:, :, None, None, None]
+    stored = jnp.zeros(selection.ids.shape)
+    if layer.packed_positions.shape[1]:
+        stored = jnp.take_along_axis(layer.packed_positions, selection.slots, axis=1)
     kv = KV(*(jnp.take_along_axis(x, slots, axis=1) for x in (layer.packed.k, layer.packed.v)))
-    return Gathered(kv=kv, at=stored)
+    return Gathered(kv=kv, positions=stored)
 
 
 # Laying down
 
 
 def lay(
-    spec: MemorySpec, layout: Layout, layer: LayerCache, gathered: Gathered, chosen: Selection
+    spec: MemorySpec, layout: Layout, layer: LayerCache, gathered: Gathered, selection: Selection
 ) -> KV:
     """One layer's view [b, room, n, h], the gathered packed blocks behind sink, recent frames and the current block.
 
@@ -180,18 +184,20 @@ def lay(
     view = cache.with_room(spec, layer.view)
     if spec.cache.attended == 0:
         return view
-    packed = _positioned(spec, layout, gathered, chosen)
-    behind = layouts.length(spec, layout) - layout.chosen * spec.tokens_per_packed_block
+    packed = _positioned(spec, layout, gathered, selection)
+    behind = layouts.length(spec, layout) - layout.num_selected * spec.tokens_per_packed_block
     return cache.extend(view, packed, behind)
 
 
-def _positioned(spec: MemorySpec, layout: Layout, gathered: Gathered, chosen: Selection) -> KV:
-    """The gathered packed blocks [b, chosen*p, n, h], keys turned from where they lie to their positions."""
+def _positioned(spec: MemorySpec, layout: Layout, gathered: Gathered, selection: Selection) -> KV:
+    """The gathered packed blocks [b, selected*p, n, h], keys turned from where they lie to their positions."""
     cfg, (b, _, _, n, h) = spec.cache, gathered.kv.k.shape
     scale = layout.step / cfg.block if cfg.rope_adjustment == "sink" else 1.0
     inside = jnp.asarray(layouts.packed_positions(spec)[0])[None, None] * scale
     inside = 0.0 if cfg.rope_adjustment == "incremental" else inside
-    times = jnp.broadcast_to((chosen.at - gathered.at)[..., None] + inside, gathered.kv.k.shape[:3])
+    times = jnp.broadcast_to(
+        (selection.positions - gathered.positions)[..., None] + inside, gathered.kv.k.shape[:3]
+    )
     keys = _turn(spec, gathered.kv.k, times)
     return KV(k=keys.reshape(b, -1, n, h), v=gathered.kv.v.reshape(b, -1, n, h))
 

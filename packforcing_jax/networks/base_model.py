@@ -8,7 +8,7 @@ from jax import Array
 from jaxtyping import Float
 
 from packforcing_jax.config import DiTConfig
-from packforcing_jax.networks.dit import Attend, SelfAttention, WanDiT
+from packforcing_jax.networks.dit import AttentionFn, SelfAttention, WanDiT
 from packforcing_jax.pytrees import PerLayer
 from packforcing_jax.types import Latent, TextStates, Tokens
 
@@ -36,7 +36,7 @@ class BaseModel(Protocol):
         *,
         past: PerLayer[Any] | None,
         self_attention: SelfAttention,
-        cross_attention: Attend,
+        cross_attention: AttentionFn,
     ) -> tuple[Tokens, PerLayer[Any]]:
         """Tokens after all layers, and what `self_attention` kept in each.
 

@@ -120,7 +120,7 @@ def latents_of(cfg: Config, frames: int) -> int:
     return 1 + (frames - 1) // cfg.time_factor if frames else 0
 
 
-def low_resolution(
+def low_res_latents(
     codec: Codec, video: Video, *, latents: int, pool: tuple[int, int, int] = (2, 4, 4)
 ) -> Latent:
     """`latents` latents of a block's pixels averaged over `pool` (t, y, x), seen through the frozen codec.

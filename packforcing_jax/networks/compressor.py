@@ -42,12 +42,12 @@ class Compressor(nnx.Module):
             x = jax.nn.silu(conv(x))
         return self.out(x).reshape(x.shape[0], -1, self.out.out_features)
 
-    def pack(self, model: BaseModel, step: StepConfig, latent: Latent, low: Latent) -> Tokens:
+    def pack(self, model: BaseModel, step: StepConfig, latent: Latent, low_res: Latent) -> Tokens:
         """Packed tokens [b, p, d] of one clean block `latent` and its low-resolution twin `low`."""
         slots, rows, columns = step.packed_grid
         missing = step.compressor.frames - latent.shape[1]
         padded = jnp.pad(latent, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)), mode="edge")
-        small = low[:, :slots, : rows * step.dit.patch[1], : columns * step.dit.patch[2]]
+        small = low_res[:, :slots, : rows * step.dit.patch[1], : columns * step.dit.patch[2]]
         if step.compressor.branches == "both":
             return self(padded) + model.embed(small)
         return self(padded) if step.compressor.branches == "hr" else model.embed(small)

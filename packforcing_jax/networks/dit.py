@@ -24,7 +24,7 @@ from packforcing_jax.policies import attention
 from packforcing_jax.pytrees import PerLayer
 from packforcing_jax.types import KV, Heads, Latent, Tokens
 
-Attend = Callable[..., Heads]  # attend(q, k, v), as in attention.BACKENDS
+AttentionFn = Callable[..., Heads]  # attend(q, k, v), as in attention.BACKENDS
 # (q, k, v, past) -> (attended values, anything worth keeping); q, k without positions, past = this layer's share
 SelfAttention = Callable[[Heads, Heads, Heads, Any], tuple[Heads, Any]]
 
@@ -80,15 +80,15 @@ class Block(nnx.Module):
         text: KV,
         past: Any,
         self_attention: SelfAttention,
-        cross_attention: Attend,
+        cross_attention: AttentionFn,
     ) -> tuple[Tokens, Any]:
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.rows(time)
         y = layers.modulate(layers.standardize(x, self.eps), shift, scale)
         own = self.attn.keys_values(y)
         mixed, kept = self_attention(self.attn.queries(y), own.k, own.v, past)
         x = x + self.attn.merge(mixed) * layers.per_frame(x, gate)
-        words = cross_attention(self.cross.queries(self.norm3(x)), text.k, text.v)
-        x = x + self.cross.merge(words)
+        text_kv_in = cross_attention(self.cross.queries(self.norm3(x)), text.k, text.v)
+        x = x + self.cross.merge(text_kv_in)
         y = layers.modulate(layers.standardize(x, self.eps), shift_mlp, scale_mlp)
         return x + self.ffn_out(jax.nn.gelu(self.ffn_in(y), approximate=True)) * layers.per_frame(
             x, gate_mlp
@@ -147,9 +147,9 @@ class WanDiT(nnx.Module):
         Padding is attended to, as in the original: its zero rows pass the text MLP like any others.
         """
         padded = jnp.pad(states, ((0, 0), (0, self.cfg.text_len - states.shape[1]), (0, 0)))
-        words = self.text_in(padded.astype(self.text_in.kernel.dtype))
-        words = self.text_out(jax.nn.gelu(words, approximate=True))
-        return pytrees.over(lambda block: block.cross.keys_values(words), self._layers())
+        text_kv_in = self.text_in(padded.astype(self.text_in.kernel.dtype))
+        text_kv_in = self.text_out(jax.nn.gelu(text_kv_in, approximate=True))
+        return pytrees.over(lambda block: block.cross.keys_values(text_kv_in), self._layers())
 
     def run(
         self,
@@ -159,7 +159,7 @@ class WanDiT(nnx.Module):
         *,
         past: Any,
         self_attention: SelfAttention,
-        cross_attention: Attend = attention.reference,
+        cross_attention: AttentionFn = attention.reference,
     ) -> tuple[Tokens, Any]:
         """Tokens after all blocks, and what each layer's `self_attention` kept.
 
@@ -169,18 +169,18 @@ class WanDiT(nnx.Module):
         """
         if isinstance(self.blocks, nnx.List):
             kept = []
-            for block, words, before in zip(
+            for block, text_kv_in, before in zip(
                 self.blocks, text, past or [None] * len(self.blocks), strict=True
             ):
-                x, one = block(x, time.rows, words, before, self_attention, cross_attention)
+                x, one = block(x, time.rows, text_kv_in, before, self_attention, cross_attention)
                 kept.append(one)
             return x, kept
 
         @partial(jax.checkpoint, prevent_cse=False)
         def layer(x, inputs):
-            block, words, before = inputs
+            block, text_kv_in, before = inputs
             x = sharding.by_tokens(x)
-            return block(x, time.rows, words, before, self_attention, cross_attention)
+            return block(x, time.rows, text_kv_in, before, self_attention, cross_attention)
 
         return jax.lax.scan(layer, x, (self.blocks, text, past))
 
@@ -221,7 +221,7 @@ def token_grid(cfg: DiTConfig, latent: Latent) -> tuple[int, int]:
     return latent.shape[2] // cfg.patch[1], latent.shape[3] // cfg.patch[2]
 
 
-def frame_places(cfg: DiTConfig, latent: Latent) -> np.ndarray:
+def grid_positions(cfg: DiTConfig, latent: Latent) -> np.ndarray:
     """Grid places [t*s, 2] of the tokens of `latent`."""
     rows, columns = token_grid(cfg, latent)
     return rope.grid(np.arange(rows), np.arange(columns), latent.shape[1])
@@ -234,7 +234,7 @@ def _whole(
     context: Array,
     frames: np.ndarray,
     mask: Array | None,
-    attend: Attend,
+    attention_fn: AttentionFn,
 ) -> Latent:
     """One pass over all frames with rotary time positions `frames` and an optional dense mask over tokens.
 
@@ -243,26 +243,28 @@ def _whole(
     cfg, size = model.cfg, np.prod(token_grid(model.cfg, latent))
     angles = rope.time_angles(
         jnp.asarray(np.repeat(frames, size), jnp.float32), cfg
-    ) + rope.space_angles(jnp.asarray(frame_places(cfg, latent)), cfg)
+    ) + rope.space_angles(jnp.asarray(grid_positions(cfg, latent)), cfg)
     texts = context if context.ndim == 4 else context[:, None]
     blocks = texts.shape[1]
 
     def self_attention(q, k, v, past):
         q, k = rope.rotate(q, angles), rope.rotate(k, angles)
-        return (attend(q, k, v) if mask is None else attention.reference(q, k, v, mask=mask)), None
+        return (
+            attention_fn(q, k, v) if mask is None else attention.reference(q, k, v, mask=mask)
+        ), None
 
     def read(q, k, v):
         by_block = einops.rearrange(q, "b (block q) n h -> (b block) q n h", block=blocks)
         return einops.rearrange(
-            attend(by_block, k, v), "(b block) q n h -> b (block q) n h", block=blocks
+            attention_fn(by_block, k, v), "(b block) q n h -> b (block q) n h", block=blocks
         )
 
     time = model.embed_time(timesteps)
-    words = model.text_kv(einops.rearrange(texts, "b block w d -> (b block) w d"))
+    text_kv_in = model.text_kv(einops.rearrange(texts, "b block w d -> (b block) w d"))
     x, _ = model.run(
         model.embed(latent),
         time,
-        words,
+        text_kv_in,
         past=None,
         self_attention=self_attention,
         cross_attention=read,
@@ -276,13 +278,13 @@ def bidirectional(
     timesteps: Float[Array, "b t"],
     context: Array,
     *,
-    attend: Attend = attention.reference,
+    attention_fn: AttentionFn = attention.reference,
 ) -> Latent:
     """The network's output when every frame sees every frame (the original Wan2.1; teacher and critic).
 
     `context` holds one prompt's states per clip [b, words, text], or per block of the clip [b, block, words, text].
     """
-    return _whole(model, latent, timesteps, context, np.arange(latent.shape[1]), None, attend)
+    return _whole(model, latent, timesteps, context, np.arange(latent.shape[1]), None, attention_fn)
 
 
 def block_of_frame(block_ends: tuple[int, ...]) -> np.ndarray:

@@ -36,7 +36,7 @@ class Model:
 
     experiment: Experiment
     nets: Nets
-    pixels: codec.Codec
+    vae: codec.Codec
 
 
 # The parts. Each runs what sampling runs, takes a state to the next, and says what came out.
@@ -44,12 +44,12 @@ class Model:
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="memory")
 def forward(
-    nets: Nets, cfg: StepConfig, memory: Memory, noisy: Latent, words: Any
+    nets: Nets, cfg: StepConfig, memory: Memory, noisy: Latent, text_kv: Any
 ) -> tuple[Memory, Latent]:
     """The first denoising step, its views in place."""
     times, sigmas = (jnp.asarray(x) for x in block_step.step_table(cfg.sample))
     nets, layout = pytrees.cast(nets, cfg.compute), layouts.layout(cfg.cache, memory.progress)
-    given = noisy, times[0], sigmas[0], words, block_step.views_of(memory)
+    given = noisy, times[0], sigmas[0], text_kv, block_step.views_of(memory)
     clean, views = block_step.predict_x0(nets, cfg, layout, *given)
     return block_step.with_views(memory, views), clean
 
@@ -68,11 +68,13 @@ def choose(
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def pack(nets: Nets, pixels: codec.Codec, cfg: StepConfig, latent: Latent, frames: Video) -> Tokens:
+def pack(nets: Nets, vae: codec.Codec, cfg: StepConfig, latent: Latent, frames: Video) -> Tokens:
     """The packed tokens of a block, from its latent and its frames."""
-    low = codec.low_resolution(pixels, frames, latents=cfg.packed_grid[0], pool=cfg.compressor.pool)
+    low_res = codec.low_res_latents(
+        vae, frames, latents=cfg.packed_grid[0], pool=cfg.compressor.pool
+    )
     nets = pytrees.cast(nets, cfg.compute)
-    return nets.compressor.pack(nets.dit, cfg, latent, low)
+    return nets.compressor.pack(nets.dit, cfg, latent, low_res)
 
 
 store = jax.jit(cache.commit, static_argnames="spec", donate_argnames="memory")
@@ -81,13 +83,13 @@ decode = jax.jit(codec.decode_chunk, static_argnames="first")
 
 def _forward(model: player.Model, state: State, given: Given) -> tuple[State, Any]:
     memory, clean = forward(
-        model.nets, model.experiment.step, state.memory, given["latent"], given["words"]
+        model.nets, model.experiment.step, state.memory, given["latent"], given["text_kv"]
     )
     return dataclasses.replace(state, memory=memory), clean
 
 
 def _denoise(model: player.Model, state: State, given: Given) -> tuple[State, Any]:
-    memory, denoised = player.denoise(model, state, given["words"])
+    memory, denoised = player.denoise(model, state, given["text_kv"])
     return dataclasses.replace(state, memory=memory), denoised
 
 
@@ -96,13 +98,13 @@ def _selection(model: player.Model, state: State, given: Given) -> tuple[State, 
 
 
 def _decode(model: player.Model, state: State, given: Given) -> tuple[State, Any]:
-    frames, decoder = decode(model.pixels, state.decoder, given["latent"], first=False)
+    frames, decoder = decode(model.vae, state.decoder, given["latent"], first=False)
     return dataclasses.replace(state, decoder=decoder), frames
 
 
 def _compression(model: player.Model, state: State, given: Given) -> tuple[State, Any]:
     cfg = model.experiment.step
-    return state, pack(model.nets, model.pixels, cfg, given["latent"], given["frames"])
+    return state, pack(model.nets, model.vae, cfg, given["latent"], given["frames"])
 
 
 def _store(model: player.Model, state: State, given: Given) -> tuple[State, Any]:
@@ -118,7 +120,7 @@ def _commit(model: player.Model, state: State, given: Given) -> tuple[State, Any
 
 
 def _second(model: player.Model, state: State, given: Given) -> tuple[State, Any]:
-    return player.next_block(model, state, given["words"])
+    return player.next_block(model, state, given["text_kv"])
 
 
 @dataclass(frozen=True)
@@ -131,14 +133,14 @@ class Part:
 
 
 PARTS = {
-    "forward": Part(_forward, ("latent", "words")),
-    "denoise": Part(_denoise, ("words",)),
+    "forward": Part(_forward, ("latent", "text_kv")),
+    "denoise": Part(_denoise, ("text_kv",)),
     "selection": Part(_selection, ("queries", "random"), packs=True),
     "decode": Part(_decode, ("latent",)),
     "compression": Part(_compression, ("latent", "frames"), packs=True),
     "store": Part(_store, ("latent", "full", "packed", "selection")),
-    "commit": Part(_commit, ("latent", "low", "selection", "words")),
-    "second": Part(_second, ("words",)),
+    "commit": Part(_commit, ("latent", "low_res", "selection", "text_kv")),
+    "second": Part(_second, ("text_kv",)),
 }
 
 
@@ -175,7 +177,7 @@ class Scene:
 
 def full(exp: Experiment) -> layouts.Progress:
     """How far a video is whose memory is full."""
-    return layouts.begin(budget.full_at(exp))
+    return layouts.begin(budget.full_position(exp))
 
 
 def attended(exp: Experiment) -> int:
@@ -198,10 +200,10 @@ def shapes(exp: Experiment) -> Scene:
 
     own = tokens(exp.cache.block * exp.tokens_per_frame)
     given = {
-        "words": held.words,
+        "text_kv": held.text_kv,
         "latent": held.latent,
         "frames": held.frames,
-        "low": held.low,
+        "low_res": held.low_res,
         "full": own,
         "packed": tokens(exp.tokens_per_packed_block) if exp.cache.top else None,
         "queries": [kv.k for kv in own],
@@ -215,7 +217,7 @@ def shapes(exp: Experiment) -> Scene:
         seeds=held.seeds,
         videos=held.videos,
     )
-    return Scene(Model(exp, held.nets, held.pixels), state, given)
+    return Scene(Model(exp, held.nets, held.vae), state, given)
 
 
 def filled(forms: Any, scale: Callable[[tuple[int, ...]], float] = lambda shape: 1.0) -> Any:
@@ -234,7 +236,7 @@ def random_model(exp: Experiment) -> Model:
     """A model with random weights, made on the device in the dtypes of the config."""
     model = shapes(exp).model
     spread = lambda shape: math.prod(shape[:-1]) ** -0.5  # noqa: E731  so that activations keep their size
-    return Model(exp, *filled((model.nets, model.pixels), spread))
+    return Model(exp, *filled((model.nets, model.vae), spread))
 
 
 def _behind(state: State, progress: layouts.Progress) -> State:
@@ -267,7 +269,7 @@ def operations(exp: Experiment, names: Collection[str]) -> dict[str, int]:
         def run(own: tuple[Nets, codec.Codec], state: State, given: Given) -> Any:
             return part.run(Model(exp, *own), _behind(state, progress), given)
 
-        own = held.model.nets, held.model.pixels
+        own = held.model.nets, held.model.vae
         traced = jaxpr_cost.trace(run, own, held.state, held.given)
         attending = jaxpr_cost.operations(traced, on=whole)
         return jaxpr_cost.operations(traced) - attending + attending // whole[1] * keys
@@ -333,7 +335,7 @@ def blocks_a_second(exp: Experiment) -> float:
 def report(found: Found) -> dict[str, Any]:
     """All figures in seconds, operations and bytes; those of `second` are of a second of video, not of one block."""
     exp, best = found.experiment, found.ceiling
-    backend, why = attention.chosen(exp.attention, jnp.dtype(exp.dtypes.cache))
+    backend, why = attention.resolve(exp.attention, jnp.dtype(exp.dtypes.cache))
     ceiling = best.operations / found.times[best.name].median
     rows = {name: _row(found, name, ceiling) for name in found.operations}
     speed = (

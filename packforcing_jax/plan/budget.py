@@ -119,7 +119,7 @@ def count(exp: Experiment, shapes: Shapes, traced: Traced, blocks: int) -> dict[
     seen = layouts.layout(exp.cache, layouts.begin(blocks - 1))
     last = {
         "last block/packed blocks it chooses from": int((seen.ids >= 0).sum()),
-        "last block/packed blocks it attends": int(seen.chosen),
+        "last block/packed blocks it attends": int(seen.num_selected),
         "last block/keys it attends": int(layouts.length(exp.memory, seen)),
     }
     views = jaxpr_cost.nbytes([layer.view for layer in shapes.layers])
@@ -143,7 +143,7 @@ def count(exp: Experiment, shapes: Shapes, traced: Traced, blocks: int) -> dict[
     )
 
 
-def full_at(exp: Experiment) -> int:
+def full_position(exp: Experiment) -> int:
     """The number of a block behind which nothing is empty any more: sink, recent frames and the whole archive."""
     return -(-(exp.cache.sink + exp.cache.recent) // exp.cache.block) + exp.cache.capacity
 
@@ -153,7 +153,7 @@ def _keys(exp: Experiment, shapes: Shapes, traced: Traced) -> dict[str, int]:
 
     Those of sink and recent frames lie where commits left them, the others are laid down for each block.
     """
-    full, whole = layouts.layout(exp.cache, layouts.begin(full_at(exp))), shapes.view
+    full, whole = layouts.layout(exp.cache, layouts.begin(full_position(exp))), shapes.view
     parts = {
         "keys/sink": int(full.sink) * exp.tokens_per_frame,
         "keys/packed": sum(jaxpr_cost.writes(traced.lay, whole)) // 2,  # keys, then values
@@ -173,7 +173,7 @@ def _keys(exp: Experiment, shapes: Shapes, traced: Traced) -> dict[str, int]:
 
 def held(exp: Experiment, shapes: Shapes) -> dict[str, int]:
     """Bytes that lie there from the first block to the last, however long the video is."""
-    layers, nets = shapes.layers, (shapes.nets, shapes.pixels)
+    layers, nets = shapes.layers, (shapes.nets, shapes.vae)
     views, archive = [layer.view for layer in layers], [layer.packed for layer in layers]
     unrotated = [(layer.sink, layer.recent) for layer in layers]
     trees = {
@@ -183,11 +183,11 @@ def held(exp: Experiment, shapes: Shapes) -> dict[str, int]:
         "un-rotated keys": unrotated,
         "keys and values": (views, archive, unrotated),
         "recent latents": shapes.memory.latents,
-        "words": shapes.words,
+        "text_kv": shapes.text_kv,
         "decoder": shapes.decoder,
     }
     host = jaxpr_cost.nbytes(archive) if exp.cache.archive == "host" else 0
-    every = jaxpr_cost.nbytes((nets, shapes.memory, shapes.words, shapes.decoder))
+    every = jaxpr_cost.nbytes((nets, shapes.memory, shapes.text_kv, shapes.decoder))
     totals = {"held/on the device": every - host, "held/on the host": host}
     return {f"held/{name}": jaxpr_cost.nbytes(tree) for name, tree in trees.items()} | totals
 
@@ -199,7 +199,7 @@ def _weights(exp: Experiment, shapes: Shapes) -> dict[str, int]:
     modules = {
         "transformer": shapes.nets.dit,
         "compressor": shapes.nets.compressor,
-        "codec": shapes.pixels,
+        "codec": shapes.vae,
     }
     found = {f"parameters/{name}": jaxpr_cost.count(module) for name, module in modules.items()}
     found["parameters/text encoder"] = jaxpr_cost.count(encoder)

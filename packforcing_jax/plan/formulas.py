@@ -44,7 +44,7 @@ TERMS = {
     "held/archive": "(capacity + N_recent / B) p 2 L d bytes b",
     "held/un-rotated keys": "N_recent s L d bytes b; N_sink if that moves",
     "held/recent latents": "N_recent cells channels 4 b",
-    "held/words": "W 2 L d bytes b",
+    "held/text_kv": "W 2 L d bytes b",
     "held/weights": "transformer + compressor + codec",
     "held/decoder": "what the codec remembers of frames before",
     "held/on the device": "all of it that does not lie on the host",
@@ -171,7 +171,7 @@ def held(exp: Experiment, batch: int) -> Figures:
     found["held/recent latents"] = 4 * batch * cfg.recent * math.prod(spec.latent)
     found["held/on the host"] = found["held/archive"] if cfg.archive == "host" else 0
     if _is_ours(exp.dit):
-        found["held/words"] = exp.dit.text_len * token_bytes(exp, batch, exp.dtypes.compute)
+        found["held/text_kv"] = exp.dit.text_len * token_bytes(exp, batch, exp.dtypes.compute)
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from packforcing_jax.config import Experiment, overrides
+from packforcing_jax.config import Experiment, loading
 from packforcing_jax.errors import InputError, require
 from packforcing_jax.plan import formulas, jaxpr_cost, programs
 from packforcing_jax.plan.programs import COMMITTING, DENOISING, ENCODING, PROMPT, SHOWING, Use
@@ -104,7 +104,7 @@ def _results(exp: Experiment, batch: int) -> dict[str, int]:
     each = exp.tokens_per_packed_block * formulas.token_bytes(exp, batch, exp.dtypes.compute)
     return {
         ENCODING: jaxpr_cost.nbytes(states),
-        PROMPT: resting(exp, batch)["words"],
+        PROMPT: resting(exp, batch)["text_kv"],
         DENOISING: jaxpr_cost.nbytes(_latent_of(exp, batch)),
         SHOWING: jaxpr_cost.nbytes((programs.shown_of(shown, batch), decoder)),
         COMMITTING: bool(exp.cache.top) * (exp.cache.archive == "host") * each,
@@ -126,16 +126,16 @@ def _widened(exp: Experiment) -> Experiment:
 
 def resting(exp: Experiment, batch: int = 1) -> dict[str, int]:
     """Bytes on the device between two blocks, by part."""
-    pixels, decoder = programs.codec_of(exp.codec, exp.latent, batch, exp.dtypes.vae)
+    vae, decoder = programs.codec_of(exp.codec, exp.latent, batch, exp.dtypes.vae)
     nets, stored = programs.nets_of(exp.step, exp.dtypes.params), formulas.held(exp, batch)
     kept = ("views", "archive", "un-rotated keys", "recent latents")
     found = {name: int(stored[f"held/{name}"]) for name in kept}
     found["archive"] -= int(stored["held/on the host"])
     trees = {
-        "words": programs.words_of(exp.step, exp.dtypes.params, exp.dtypes.text, batch),
+        "text_kv": programs.text_kv_of(exp.step, exp.dtypes.params, exp.dtypes.text, batch),
         "transformer": nets.dit,
         "compressor": nets.compressor,
-        "codec": pixels,
+        "codec": vae,
         "decoder": decoder,
     }
     return found | {name: jaxpr_cost.nbytes(tree) for name, tree in trees.items()}
@@ -149,7 +149,7 @@ def peaks(exp: Experiment, batch: int, uses: Uses) -> Peaks:
     """
     held, text = resting(exp, batch), formulas.weights(exp)
     whole, state = sum(held.values()), int(text["weights/text states of one prompt"])
-    frames, low, latent = map(
+    frames, low_res, latent = map(
         jaxpr_cost.nbytes,
         (*programs.shown_of(programs.showing(exp), batch), _latent_of(exp, batch)),
     )
@@ -164,7 +164,12 @@ def peaks(exp: Experiment, batch: int, uses: Uses) -> Peaks:
         READING: whole + frames + reading,
         DENOISING: whole + frames + fetched + taken(uses, DENOISING),
         SHOWING: whole + frames + latent + taken(uses, SHOWING),
-        COMMITTING: whole + 2 * frames + latent + low + held["decoder"] + taken(uses, COMMITTING),
+        COMMITTING: whole
+        + 2 * frames
+        + latent
+        + low_res
+        + held["decoder"]
+        + taken(uses, COMMITTING),
     }
     models, encoder = _largest_tensors(exp)
     kept = archived + 2 * frames // batch
@@ -191,10 +196,10 @@ def _fetched(exp: Experiment, batch: int) -> int:
 def _largest_tensors(exp: Experiment) -> tuple[int, int]:
     """Bytes of the largest tensor that passes host memory: of what stays on the device, and of the text encoder."""
     nets = programs.nets_of(programs.shallow(exp.step), exp.dtypes.params)
-    pixels = programs.codec_of(exp.codec, exp.latent, 1, exp.dtypes.vae)[0]
+    vae = programs.codec_of(exp.codec, exp.latent, 1, exp.dtypes.vae)[0]
     layer = programs.encoder_layer(exp.text, exp.dtypes.text)
     of_nets, of_text = (
-        max(map(jaxpr_cost.nbytes, jax.tree.leaves(tree))) for tree in ((nets, pixels), layer)
+        max(map(jaxpr_cost.nbytes, jax.tree.leaves(tree))) for tree in ((nets, vae), layer)
     )
     return of_nets, of_text
 
@@ -289,7 +294,7 @@ class Verdict:
 
     room: Room
     need: Peaks
-    sets: Setting | None
+    overrides: Setting | None
     then: Peaks  # with `sets`, or with all that are known
 
     @property
@@ -305,9 +310,11 @@ def judge(exp: Experiment, room: Room, batch: int = 1, need: Peaks | None = None
     last: tuple[Setting, ...] = ()
     for last in attempts(exp):
         if _enough(exp, last, room, batch):
-            sets = _flat(_pruned(exp, last, room, batch))
-            return Verdict(room, need, sets, _need(overrides.override(exp, sets), room, batch))
-    return Verdict(room, need, None, _need(overrides.override(exp, _flat(last)), room, batch))
+            overrides = _flat(_pruned(exp, last, room, batch))
+            return Verdict(
+                room, need, overrides, _need(loading.override(exp, overrides), room, batch)
+            )
+    return Verdict(room, need, None, _need(loading.override(exp, _flat(last)), room, batch))
 
 
 def attempts(exp: Experiment) -> Iterator[tuple[Setting, ...]]:
@@ -328,7 +335,7 @@ def attempts(exp: Experiment) -> Iterator[tuple[Setting, ...]]:
 def _possible(exp: Experiment, change: Setting) -> bool:
     """Whether a change is one, to less, and leaves settings that go together."""
     try:
-        changed = overrides.override(exp, change)
+        changed = loading.override(exp, change)
     except InputError:
         return False
     more = changed.cache.capacity > exp.cache.capacity or changed.cache.top > exp.cache.top
@@ -338,7 +345,7 @@ def _possible(exp: Experiment, change: Setting) -> bool:
 def _enough(exp: Experiment, changed: tuple[Setting, ...], room: Room, batch: int) -> bool:
     """Whether it fits with changes. What shows at once that it does not is looked at first."""
     try:
-        exp = overrides.override(exp, _flat(changed))
+        exp = loading.override(exp, _flat(changed))
     except InputError:
         return False
     least = peaks(exp, batch, _floor(exp, batch, room.platform))
@@ -386,14 +393,14 @@ def refusal(name: str, verdict: Verdict) -> str:
     room, lacks = verdict.room, verdict.lacks
     said = f"{name} needs {spell(room.device + lacks)} of memory, {room.name} has {spell(room.device)}; "
     then = spell(room.device + room.lacks(verdict.then))
-    if verdict.sets is None:
+    if verdict.overrides is None:
         return f"{said}settings alone bring it down to {then} at best; use a larger device or a smaller model."
-    return f"{said}{flags(verdict.sets)} brings it down to {then}."
+    return f"{said}{flags(verdict.overrides)} brings it down to {then}."
 
 
-def flags(sets: Setting) -> str:
+def flags(overrides: Setting) -> str:
     """Settings as they are typed."""
-    return " ".join(f"--set {each}" for each in sets)
+    return " ".join(f"--set {each}" for each in overrides)
 
 
 def spell(size: float) -> str:

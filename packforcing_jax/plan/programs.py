@@ -46,7 +46,7 @@ class BlockShapes:
     seeds: Any
     videos: Any
     context: Any  # text states
-    words: Any  # what each layer reads of them
+    text_kv: Any  # what each layer reads of them
     latent: Any
     selection: Selection  # of one layer
 
@@ -66,10 +66,10 @@ class Shapes(BlockShapes):
     """What a sampler holds between two blocks, and what comes into a block, as shapes; all packed blocks are there."""
 
     computed: Nets  # as they are computed with
-    pixels: Any
+    vae: Any
     decoder: Any
     frames: Any
-    low: Any
+    low_res: Any
 
 
 @dataclass(frozen=True)
@@ -111,15 +111,15 @@ def plain(cfg: StepConfig) -> StepConfig:
 def shapes_of(exp: Experiment, batch: int = 1) -> Shapes:
     """All shapes of `batch` videos in the dtypes of the experiment."""
     cfg, dtypes, shown = plain(exp.step), exp.dtypes, showing(exp)
-    pixels, decoder = codec_of(shown.codec, shown.latent, batch, shown.dtype)
-    frames, low = shown_of(shown, batch)
+    vae, decoder = codec_of(shown.codec, shown.latent, batch, shown.dtype)
+    frames, low_res = shown_of(shown, batch)
     return Shapes(
         **vars(block_shapes(cfg, dtypes.params, dtypes.cache, dtypes.text, batch)),
         computed=nets_of(cfg, dtypes.compute),
-        pixels=pixels,
+        vae=vae,
         decoder=decoder,
         frames=frames,
-        low=low,
+        low_res=low_res,
     )
 
 
@@ -135,7 +135,7 @@ def block_shapes(cfg: StepConfig, params: str, stored: str, text: str, batch: in
         seeds=numbers,
         videos=numbers,
         context=context,
-        words=words_of(cfg, params, text, batch),
+        text_kv=text_kv_of(cfg, params, text, batch),
         latent=latent_of(cfg.latent, cfg.cache.block, cfg.dit.in_channels, batch),
         selection=jax.eval_shape(
             lambda progress: view.newest(spec, layouts.layout(cfg.cache, progress), batch),
@@ -149,13 +149,13 @@ def context_of(cfg: ModelConfig, dtype: str, batch: int) -> jax.ShapeDtypeStruct
     return jax.ShapeDtypeStruct((batch, cfg.text_len, cfg.text_dim), dtype)
 
 
-def words_of(cfg: StepConfig, params: str, text: str, batch: int) -> Any:
+def text_kv_of(cfg: StepConfig, params: str, text: str, batch: int) -> Any:
     """Shapes of what each layer reads of the text."""
-    return _words_of(cfg.dit, cfg.compute, params, text, batch)
+    return _text_kv_of(cfg.dit, cfg.compute, params, text, batch)
 
 
 @functools.cache
-def _words_of(cfg: ModelConfig, compute: str, params: str, text: str, batch: int) -> Any:
+def _text_kv_of(cfg: ModelConfig, compute: str, params: str, text: str, batch: int) -> Any:
     def read(model, states):
         return player.text_program(model, compute, states)
 
@@ -190,8 +190,8 @@ def shallow(cfg: StepConfig) -> StepConfig:
 @functools.cache
 def codec_of(cfg: codec.Config, latent: tuple[int, int], batch: int, dtype: str) -> tuple[Any, Any]:
     """Shapes of a codec and of its decoder's state."""
-    pixels = jax.eval_shape(lambda pixels: pytrees.cast(pixels, dtype), codec.shapes(cfg))
-    return pixels, jax.eval_shape(lambda pixels: codec.init_decoder(pixels, batch, *latent), pixels)
+    vae = jax.eval_shape(lambda vae: pytrees.cast(vae, dtype), codec.shapes(cfg))
+    return vae, jax.eval_shape(lambda vae: codec.init_decoder(vae, batch, *latent), vae)
 
 
 def latent_of(
@@ -238,65 +238,67 @@ class Traced:
 def trace(exp: Experiment, shapes: Shapes) -> Traced:
     """The programs whose operations are counted: the player's, and the parts that they consist of."""
     cfg, shown, progress = plain(exp.step), showing(exp), shapes.memory.progress
-    own = shapes.computed, shapes.latent, shapes.words, shapes.memory
+    own = shapes.computed, shapes.latent, shapes.text_kv, shapes.memory
 
     def lay(layer, progress):
         layout = layouts.layout(cfg.cache, progress)
         chosen = view.newest(cfg.memory, layout, shapes.latent.shape[0])
         return view.lay(cfg.memory, layout, layer, view.gather(layer, chosen), chosen)
 
-    def step(nets, latent, words, memory):
+    def step(nets, latent, text_kv, memory):
         none, layout = jnp.zeros(()), layouts.layout(cfg.cache, memory.progress)
         views = block_step.views_of(memory)
-        return block_step.predict_x0(nets, cfg, layout, latent, none, none, words, views)
+        return block_step.predict_x0(nets, cfg, layout, latent, none, none, text_kv, views)
 
-    def clean(nets, latent, words, memory):
+    def clean(nets, latent, text_kv, memory):
         layout = layouts.layout(cfg.cache, memory.progress)
-        return block_step.read_clean(nets, cfg, layout, latent, words, block_step.views_of(memory))
+        return block_step.read_clean(
+            nets, cfg, layout, latent, text_kv, block_step.views_of(memory)
+        )
 
-    def packed(nets, latent, words, memory, low):
+    def packed(nets, latent, text_kv, memory, low_res):
         layout = layouts.layout(cfg.cache, memory.progress)
         own = block_step.Access(keep=lambda own, view, past: own)
         views = block_step.views_of(memory)
-        return block_step.read_packed(nets, cfg, layout, latent, low, words, views, own)
+        return block_step.read_packed(nets, cfg, layout, latent, low_res, text_kv, views, own)
 
     return Traced(
         lay=jaxpr_cost.trace(lay, shapes.layers[0], progress),
         step=jaxpr_cost.trace(step, *own),
         denoise=_traced_denoising(cfg, shapes, shapes.computed),
         clean=jaxpr_cost.trace(clean, *own),
-        packed=jaxpr_cost.trace(packed, *own, shapes.low) if cfg.cache.top else None,
-        decode=jaxpr_cost.trace(_decode, shapes.pixels, shapes.decoder, shapes.latent),
-        shrink=jaxpr_cost.trace(functools.partial(_shrink, shown), shapes.pixels, shapes.frames),
+        packed=jaxpr_cost.trace(packed, *own, shapes.low_res) if cfg.cache.top else None,
+        decode=jaxpr_cost.trace(_decode, shapes.vae, shapes.decoder, shapes.latent),
+        shrink=jaxpr_cost.trace(functools.partial(_shrink, shown), shapes.vae, shapes.frames),
     )
 
 
 def _traced_denoising(cfg: StepConfig, held: BlockShapes, nets: Nets) -> core.ClosedJaxpr:
-    def denoise(nets, memory, seeds, videos, words):
-        return player.denoise_program(nets, cfg, memory, seeds, videos, words)
+    def denoise(nets, memory, seeds, videos, text_kv):
+        return player.denoise_program(nets, cfg, memory, seeds, videos, text_kv)
 
-    return jaxpr_cost.trace(denoise, nets, held.memory, held.seeds, held.videos, held.words)
+    return jaxpr_cost.trace(denoise, nets, held.memory, held.seeds, held.videos, held.text_kv)
 
 
-def _traced_committing(cfg: StepConfig, held: BlockShapes, low: Any) -> core.ClosedJaxpr:
-    def commit(nets, memory, latent, low, selection, words):
+def _traced_committing(cfg: StepConfig, held: BlockShapes, low_res: Any) -> core.ClosedJaxpr:
+    def commit(nets, memory, latent, low_res, selection, text_kv):
         each = [selection] * cfg.memory.layers
-        return player.commit_program(nets, cfg, memory, latent, low, each, words)
+        return player.commit_program(nets, cfg, memory, latent, low_res, each, text_kv)
 
-    given = held.nets, held.memory, held.latent, low, held.selection, held.words
+    given = held.nets, held.memory, held.latent, low_res, held.selection, held.text_kv
     return jaxpr_cost.trace(commit, *given)
 
 
-def _decode(pixels: Any, decoder: Any, latent: Any) -> Any:
-    return codec.decode_chunk(pixels, decoder, latent, first=False)
+def _decode(vae: Any, decoder: Any, latent: Any) -> Any:
+    return codec.decode_chunk(vae, decoder, latent, first=False)
 
 
-def _shrink(shown: Showing, pixels: Any, frames: Any) -> Any:
-    return codec.low_resolution(pixels, frames, **shown.packing)
+def _shrink(shown: Showing, vae: Any, frames: Any) -> Any:
+    return codec.low_res_latents(vae, frames, **shown.packing)
 
 
-def _show(shown: Showing, pixels: Any, decoder: Any, latent: Any) -> Any:
-    return player.show_program(pixels, decoder, latent, first=False, **shown.packing)
+def _show(shown: Showing, vae: Any, decoder: Any, latent: Any) -> Any:
+    return player.show_program(vae, decoder, latent, first=False, **shown.packing)
 
 
 # How much memory each takes while it runs, estimated from the traced programs
@@ -311,19 +313,19 @@ def workspace(exp: Experiment, batch: int = 1) -> dict[str, int]:
     cfg, dtypes, shown = plain(exp.step), exp.dtypes, showing(exp)
     casts = dtypes.params != dtypes.compute
     cast = casts * jaxpr_cost.nbytes(nets_of(cfg, dtypes.compute))
-    low = shown_of(shown, batch)[1]
+    low_res = shown_of(shown, batch)[1]
     block = {
         name: size + cast * (name != PROMPT)
-        for name, size in _block_workspace(shallow(cfg), dtypes.cache, dtypes.text, low).items()
+        for name, size in _block_workspace(shallow(cfg), dtypes.cache, dtypes.text, low_res).items()
     }
     return _text_workspace(exp.text, dtypes.text) | block | _show_workspace(shown, batch)
 
 
 @functools.cache
 def _block_workspace(
-    cfg: StepConfig, stored: str, text: str, low: jax.ShapeDtypeStruct
+    cfg: StepConfig, stored: str, text: str, low_res: jax.ShapeDtypeStruct
 ) -> dict[str, int]:
-    batch = low.shape[0]
+    batch = low_res.shape[0]
     held = block_shapes(cfg, cfg.compute, stored, text, batch)
     _, room, heads, _ = held.view
     queries = cfg.cache.block * cfg.tokens_per_frame
@@ -331,15 +333,15 @@ def _block_workspace(
     stores = {leaf.shape for leaf in jax.tree.leaves(held.layers) if leaf.ndim >= 4}
     programs = {
         DENOISING: (_traced_denoising(cfg, held, held.nets), {held.view}),
-        COMMITTING: (_traced_committing(cfg, held, low), stores),
+        COMMITTING: (_traced_committing(cfg, held, low_res), stores),
     }
-    words = jaxpr_cost.trace(
+    text_kv = jaxpr_cost.trace(
         lambda dit, states: player.text_program(dit, cfg.compute, states),
         held.nets.dit,
         held.context,
     )
     kinds = {FUSED: logits, WRITTEN: []}
-    return {PROMPT: jaxpr_cost.peak(words, results=False)} | {
+    return {PROMPT: jaxpr_cost.peak(text_kv, results=False)} | {
         f"{name}, {kind}": jaxpr_cost.peak(program, besides={*besides, *more}, results=False)
         for name, (program, besides) in programs.items()
         for kind, more in kinds.items()
@@ -427,7 +429,7 @@ def lowered_programs(exp: Experiment, batch: int = 1) -> Iterator[tuple[str, jax
             held.latent,
             shown_of(shown, batch)[1],
             [held.selection] * cfg.memory.layers,
-            held.words,
+            held.text_kv,
         ),
     )
 
@@ -440,7 +442,7 @@ def _lowered_denoising(
         yield (
             DENOISING,
             player.denoise_program.lower(
-                held.nets, cfg, held.memory, held.seeds, held.videos, held.words
+                held.nets, cfg, held.memory, held.seeds, held.videos, held.text_kv
             ),
         )
         return
@@ -449,15 +451,15 @@ def _lowered_denoising(
         functools.partial(player.noise_program, cfg), held.seeds, held.videos, number
     )
     gathered = [jax.eval_shape(view.gather, archived, held.selection)] * cfg.memory.layers
-    own = held.nets, cfg, held.memory, noise, held.words
+    own = held.nets, cfg, held.memory, noise, held.text_kv
     _, clean, asked = jax.eval_shape(
-        lambda nets, memory, noise, words, gathered, selection: host_archive._first_pass(
-            nets, cfg, memory, noise, words, gathered, selection
+        lambda nets, memory, noise, text_kv, gathered, selection: host_archive._first_pass(
+            nets, cfg, memory, noise, text_kv, gathered, selection
         ),
         held.nets,
         held.memory,
         noise,
-        held.words,
+        held.text_kv,
         gathered,
         held.selection,
     )

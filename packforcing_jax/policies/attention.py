@@ -47,7 +47,7 @@ def _fused(
     )
 
 
-Attend = Callable[..., Heads]
+AttentionFn = Callable[..., Heads]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Backend:
     """A way to compute attention: `attend(q, k, v, length=None, mask=None)`, as `reference` does."""
 
     name: str
-    attend: Attend
+    attention_fn: AttentionFn
 
 
 BACKENDS = {
@@ -77,21 +77,21 @@ def default_backend(dtype=jnp.float32) -> tuple[str, str]:
     return "reference", f"float32 softmax on {platform}; cudnn needs a GPU and half precision"
 
 
-def chosen(choice: str | Backend, dtype=jnp.float32) -> tuple[str, str]:
+def resolve(choice: str | Backend, dtype=jnp.float32) -> tuple[str, str]:
     """(backend, reason) for a config's `attention`: the one it names, or for `auto` the default of this machine."""
     if choice == "auto":
         return default_backend(dtype)
     return (choice if isinstance(choice, str) else choice.name), "as the config says"
 
 
-def backend(choice: str | Backend, dtype=jnp.float32) -> Attend:
+def backend(choice: str | Backend, dtype=jnp.float32) -> AttentionFn:
     """The attention function of a config's `attention`; an unknown name is an `InputError`, never replaced."""
     if isinstance(choice, Backend):
-        return choice.attend
-    name = chosen(choice, dtype)[0]
+        return choice.attention_fn
+    name = resolve(choice, dtype)[0]
     known = f"choose one of auto, {', '.join(BACKENDS)}"
     require(name in BACKENDS, f"attention backend {name!r} is unknown; {known}.")
-    return BACKENDS[name].attend
+    return BACKENDS[name].attention_fn
 
 
 def working_backends() -> dict[str, str]:
@@ -100,7 +100,7 @@ def working_backends() -> dict[str, str]:
     q = jnp.ones((1, 128, 1, 64), jnp.bfloat16)
     for name, one in BACKENDS.items():
         try:
-            jax.block_until_ready(one.attend(q, q, q, jnp.int32(100)))
+            jax.block_until_ready(one.attention_fn(q, q, q, jnp.int32(100)))
             found[name] = "ok"
         except Exception as error:  # noqa: BLE001  a backend may refuse in many ways; each is the answer
             found[name] = (str(error).splitlines() or [type(error).__name__])[0][:120]

@@ -226,7 +226,7 @@ def commit_block(
     memory: Memory,
     *,
     latent: Latent,
-    low: Latent,
+    low_res: Latent,
     selection: PerLayer[Selection] | None,
     text: Any,
 ) -> tuple[Memory, PerLayer[KV] | None]:
@@ -248,13 +248,17 @@ def commit_block(
         layer, chosen = past
         layer = dataclasses.replace(layer, view=whole)
         layer = cache.keep_unrotated(spec, now, layer, own.k)
-        return layer if cache_cfg.top else cache.conclude(spec, now, following, layer, None, chosen)
+        return (
+            layer
+            if cache_cfg.top
+            else cache.finish_layer(spec, now, following, layer, None, chosen)
+        )
 
     def keep_packed(own: KV, whole: KV, past: Any) -> tuple[LayerCache, KV | None]:
         layer, chosen = past
         layer = dataclasses.replace(layer, view=whole)
         stored, handed = (own, None) if cache_cfg.archive == "device" else (None, own)
-        return cache.conclude(spec, now, following, layer, stored, chosen), handed
+        return cache.finish_layer(spec, now, following, layer, stored, chosen), handed
 
     past = pytrees.zipped(memory.layers, selection)
     writes = Access(view_of=lambda past: past[0].view, keep=keep_full, writes=True)
@@ -262,10 +266,10 @@ def commit_block(
     packed = None
     if cache_cfg.top:
         # Without the barrier a layer's view may be wanted before and after the twin is laid into it: two copies of it.
-        layers, latent, low = jax.lax.optimization_barrier((layers, latent, low))
+        layers, latent, low_res = jax.lax.optimization_barrier((layers, latent, low_res))
         past = pytrees.zipped(layers, selection)
         writes = dataclasses.replace(writes, keep=keep_packed)
-        kept = read_packed(nets, cfg, now, latent, low, text, past, writes)
+        kept = read_packed(nets, cfg, now, latent, low_res, text, past, writes)
         layers, packed = pytrees.unzip(kept)
     memory = cache.advanced(spec, dataclasses.replace(memory, layers=layers), latent)
     return memory, packed if cache_cfg.archive == "host" else None
@@ -291,7 +295,7 @@ def read_packed(
     cfg: StepConfig,
     layout: Layout,
     latent: Latent,
-    low: Latent,
+    low_res: Latent,
     text: Any,
     past: Any,
     access: Access = READS,
@@ -300,7 +304,7 @@ def read_packed(
 
     The twin passes through all layers, or (`projected`) each layer projects the packed tokens themselves.
     """
-    tokens = nets.compressor.pack(nets.dit, cfg, latent, low)
+    tokens = nets.compressor.pack(nets.dit, cfg, latent, low_res)
     time = nets.dit.embed_time(jnp.zeros((latent.shape[0], 1)))
     grid = jnp.asarray(layouts.packed_positions(cfg.memory)[1])
     if cfg.compressor.keys == "projected":
@@ -369,7 +373,7 @@ def recommit(nets: Nets, cfg: StepConfig, memory: Memory, *, text: Any) -> Memor
 Attends = Callable[[StepConfig, Layout, SelfAttention], SelfAttention]
 
 
-def choosing(cfg: StepConfig, layout: Layout, attend: SelfAttention) -> SelfAttention:
+def choosing(cfg: StepConfig, layout: Layout, attention_fn: SelfAttention) -> SelfAttention:
     """`attend` in a view recalled by the layer's own queries from its (memory, random scores).
 
     Keeps (view, selection).
@@ -378,23 +382,23 @@ def choosing(cfg: StepConfig, layout: Layout, attend: SelfAttention) -> SelfAtte
     def self_attention(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, Any]:
         layer, random = past
         recalled, selection = view.recall(cfg.memory, layout, layer, q, random)
-        mixed, whole = attend(q, k, v, recalled)
+        mixed, whole = attention_fn(q, k, v, recalled)
         return mixed, (whole, selection)
 
     return self_attention
 
 
-def asking(cfg: StepConfig, layout: Layout, attend: SelfAttention) -> SelfAttention:
+def asking(cfg: StepConfig, layout: Layout, attention_fn: SelfAttention) -> SelfAttention:
     """`attend` that also keeps what the layer's queries ask."""
 
     def self_attention(q: Heads, k: Heads, v: Heads, past: KV) -> tuple[Heads, Any]:
-        mixed, whole = attend(q, k, v, past)
+        mixed, whole = attention_fn(q, k, v, past)
         return mixed, (whole, view.pool_queries(cfg.memory, layout, q))
 
     return self_attention
 
 
-def watching(cfg: StepConfig, layout: Layout, attend: SelfAttention) -> SelfAttention:
+def watching(cfg: StepConfig, layout: Layout, attention_fn: SelfAttention) -> SelfAttention:
     """`choosing` that also keeps the affinity [b, slot] of every packed block, whatever the score: for training."""
     wanted = dataclasses.replace(
         cfg.memory, cache=dataclasses.replace(cfg.cache, selection="affinity")
@@ -402,7 +406,7 @@ def watching(cfg: StepConfig, layout: Layout, attend: SelfAttention) -> SelfAtte
 
     def self_attention(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, Any]:
         layer, random = past
-        mixed, (whole, selection) = choosing(cfg, layout, attend)(q, k, v, past)
+        mixed, (whole, selection) = choosing(cfg, layout, attention_fn)(q, k, v, past)
         queries = view.pool_queries(wanted, layout, q)
         return mixed, (whole, selection, view.score(wanted, layout, layer, queries, random))
 
@@ -443,9 +447,9 @@ def _attention(
     def self_attention(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, Any]:
         own = KV(k=rope.rotate(k, in_space), v=v)
         whole = write(access.view_of(past), KV(k=rope.rotate(own.k, in_time), v=v))
-        attend = attention.backend(cfg.attention, whole.k.dtype)
+        attention_fn = attention.backend(cfg.attention, whole.k.dtype)
         turned = rope.rotate(q, in_time + in_space).astype(whole.k.dtype)
-        mixed = attend(turned, whole.k, whole.v, valid).astype(q.dtype)
+        mixed = attention_fn(turned, whole.k, whole.v, valid).astype(q.dtype)
         if not access.writes:
             return mixed, access.keep(own, whole, past)
         # The first barrier: what is read now is written only afterwards, or it is copied. The second: it is then done.
@@ -513,7 +517,7 @@ def laid(
 
 def step_table(cfg: SampleConfig):
     """(timesteps, sigmas) of the denoising steps: nominal steps warped by the shift, sigma by nearest grid entry."""
-    times = schedules.warped(cfg.steps, cfg.shift)
+    times = schedules.shifted_timesteps(cfg.steps, cfg.shift)
     return times, schedules.sigma_at(schedules.table(cfg.shift), jnp.asarray(times))
 
 

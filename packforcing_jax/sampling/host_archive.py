@@ -58,7 +58,7 @@ def gather(archive: Archive, selection: Selection) -> list[view.Gathered]:
     slots = np.asarray(selection.slots)[:, :, None, None, None]
     fetch = lambda x: jnp.asarray(np.take_along_axis(x, slots, axis=1))
     at = jnp.zeros(selection.ids.shape)
-    return [view.Gathered(kv=KV(k=fetch(one.k), v=fetch(one.v)), at=at) for one in archive]
+    return [view.Gathered(kv=KV(k=fetch(one.k), v=fetch(one.v)), positions=at) for one in archive]
 
 
 def denoise(

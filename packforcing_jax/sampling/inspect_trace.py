@@ -7,6 +7,7 @@ from typing import Any
 
 import einops
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from packforcing_jax.config import CacheConfig
 from packforcing_jax.sampling.trace import Block, Trace
@@ -26,6 +27,16 @@ RAMP = (
     (255, 240, 160),
 )  # recalled by no layer ... by all
 GONE, SHARP, NOW = (0, 0, 0), (44, 72, 66), (255, 255, 255)
+MEANINGS = (  # colours of the map beside RAMP
+    (NOW, "the block itself"),
+    (SHARP, "seen at full size", "(sink, recent)"),
+    (GONE, "forgotten, or", "still to come"),
+)
+PAPER, INK = (250, 250, 250), (30, 30, 30)
+LEFT, TOP, RIGHT, BOTTOM = 66, 16, 172, 52  # pixels around the cells, for axes and legend
+FONT, TITLE, SWATCH, BAR = 13, 15, 18, 120
+LEGEND_HEIGHT = 40 + BAR + 24 + 42 * len(MEANINGS)
+TICK_ROOM = 44  # pixels between two numbers of an axis, at least
 COLUMNS = (  # of the table: figure, title, width, form
     ("layer", "layer", 6, "d"),
     ("recalled", "recalled", 9, ".1f"),
@@ -77,13 +88,13 @@ def _layout(cfg: CacheConfig, before: Block | None, block: Block) -> Iterator[st
     has, start, rule = block.layout, block.index * cfg.block, cfg.rope_adjustment
     sink, count = min(start, cfg.sink), due(cfg, block.index)
     left = max(
-        cfg.trained - cfg.sink - cfg.recent - cfg.block, 1
+        cfg.max_position - cfg.sink - cfg.recent - cfg.block, 1
     )  # trained frames for the packed row
     wanted = [
         ("number of frames of the sink", "sink", sink),
         ("number of frames of the recent blocks", "recent", min(start - sink, cfg.recent)),
         ("number of frames of the block", "block", cfg.block),
-        ("number of packed blocks", "chosen", count),
+        ("number of packed blocks", "num_selected", count),
         (
             "span of a packed block",
             "step",
@@ -91,17 +102,19 @@ def _layout(cfg: CacheConfig, before: Block | None, block: Block) -> Iterator[st
         ),
         (
             "place of the block, behind the recent frames,",
-            "current_at",
-            has["recent_at"] + has["recent"],
+            "current_position",
+            has["recent_position"] + has["recent"],
         ),
     ]
     if rule in ("sink", "none"):
-        wanted.append(("place of the sink", "sink_at", 0))
+        wanted.append(("place of the sink", "sink_position", 0))
     if rule != "sink":
-        wanted.append(("place of the block, its true frame,", "current_at", start))
+        wanted.append(("place of the block, its true frame,", "current_position", start))
     if rule != "none":
-        row_ends = has["sink_at"] + has["sink"] + has["chosen"] * has["step"]
-        wanted.append(("place of the recent frames, behind the packed row,", "recent_at", row_ends))
+        row_ends = has["sink_position"] + has["sink"] + has["num_selected"] * has["step"]
+        wanted.append(
+            ("place of the recent frames, behind the packed row,", "recent_position", row_ends)
+        )
     for what, name, value in wanted:
         if not _same(has[name], value):
             yield f"Block {block.index}: the {what} is {has[name]:.9g}, but {value:.9g} was due."
@@ -126,12 +139,12 @@ def _recalled(cfg: CacheConfig, before: Block | None, block: Block) -> Iterator[
 
 def _places(cfg: CacheConfig, before: Block | None, block: Block) -> Iterator[str]:
     """Packed blocks stand in one row behind the sink, or at their true frames, with finite scores and true ages."""
-    row, step = block.layout["sink_at"] + block.layout["sink"], block.layout["step"]
+    row, step = block.layout["sink_position"] + block.layout["sink"], block.layout["step"]
     in_row = cfg.rope_adjustment in IN_ROW
     for number, layer in enumerate(block.layers):
         where = f"Block {block.index}, layer {number}: packed block"
         for rank, (id, score, age, at) in enumerate(
-            zip(layer.ids, layer.scores, layer.ages, layer.at)
+            zip(layer.ids, layer.scores, layer.ages, layer.positions)
         ):
             wanted = row + rank * step if in_row else id * cfg.block
             if not _same(at, wanted):
@@ -325,14 +338,20 @@ def _shares(trace: Trace, size: int, step: int) -> tuple[np.ndarray, np.ndarray]
     return share, may
 
 
-def heat_map(trace: Trace) -> np.ndarray:
-    """The picture [h, w, 3], uint8: a row per block, a column per packed block, brighter if more layers recalled it.
-
-    White is the block itself, green what it saw at full size, black what is gone or still to come.
-    """
-    cfg, count = trace.cache, len(trace.blocks)
+def _grid(trace: Trace) -> tuple[int, int]:
+    """How many cells a side of the map has, and how many blocks stand in one of them."""
+    count = len(trace.blocks)
     step = -(-count // MOST)
-    size = -(-count // step)
+    return -(-count // step), step
+
+
+def cells(trace: Trace) -> np.ndarray:
+    """The map without its frame [h, w, 3], uint8: a row per block, a column per packed block.
+
+    A cell is brighter if more layers recalled it. White is the block itself, green what it saw at full size,
+    black what is gone or still to come.
+    """
+    cfg, (size, step) = trace.cache, _grid(trace)
     share, may = _shares(trace, size, step)
     row, column = np.ogrid[:size, :size]
     kept = (column * step < cfg.sink // cfg.block) | (
@@ -351,3 +370,67 @@ def heat_map(trace: Trace) -> np.ndarray:
     return einops.repeat(
         np.rint(shown).astype(np.uint8), "h w c -> (h a) (w b) c", a=scale, b=scale
     )
+
+
+def heat_map(trace: Trace) -> np.ndarray:
+    """The picture [h, w, 3], uint8: the cells, axes that number their blocks, and what the colours say."""
+    inner, (size, step) = cells(trace), _grid(trace)
+    side, scale = len(inner), len(inner) // size
+    shape = LEFT + side + RIGHT, TOP + max(side, LEGEND_HEIGHT) + BOTTOM
+    image = Image.new("RGB", shape, PAPER)
+    image.paste(Image.fromarray(inner), (LEFT, TOP))
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(FONT)
+    for block in range(0, len(trace.blocks), _tick_step(len(trace.blocks), side)):
+        at = (block // step + 0.5) * scale
+        across, down = LEFT + at, TOP + at
+        draw.line((across, TOP + side, across, TOP + side + 4), INK)
+        draw.text((across, TOP + side + 7), str(block), INK, font, anchor="mt")
+        draw.line((LEFT - 5, down, LEFT - 1, down), INK)
+        draw.text((LEFT - 9, down), str(block), INK, font, anchor="rm")
+    draw.text(
+        (LEFT + side / 2, TOP + side + 27),
+        "block recalled",
+        INK,
+        ImageFont.load_default(TITLE),
+        "mt",
+    )
+    _write_upwards(image, "block being made", (8, TOP + side // 2))
+    _legend(draw, (LEFT + side + 20, TOP))
+    return np.asarray(image)
+
+
+def _tick_step(count: int, side: int) -> int:
+    """Blocks between two numbers of an axis: 1, 2 or 5 times a power of ten, so that numbers do not touch."""
+    wanted = count * TICK_ROOM / side
+    powers = (10**power for power in itertools.count())
+    return next(n * power for power in powers for n in (1, 2, 5) if n * power >= wanted)
+
+
+def _write_upwards(image: Image.Image, text: str, middle: tuple[int, int]) -> None:
+    """Writes a title that reads from below to above, its left edge and middle at `middle`."""
+    font = ImageFont.load_default(TITLE)
+    _, _, width, height = map(math.ceil, font.getbbox(text))
+    strip = Image.new("RGB", (width, height + 2), PAPER)
+    ImageDraw.Draw(strip).text((0, 0), text, INK, font)
+    left, down = middle
+    image.paste(strip.transpose(Image.Transpose.ROTATE_90), (left, max(0, down - width // 2)))
+
+
+def _legend(draw: ImageDraw.ImageDraw, corner: tuple[int, int]) -> None:
+    """The colours and what they say, one below the other."""
+    left, top = corner
+    font, stops = ImageFont.load_default(FONT), np.linspace(0, 1, len(RAMP))
+    draw.text((left, top), "layers that recall", INK, font)
+    draw.text((left, top + 17), "the packed block", INK, font)
+    for row in range(BAR):
+        colour = [np.interp(1 - row / (BAR - 1), stops, level) for level in np.transpose(RAMP)]
+        y = top + 40 + row
+        draw.line((left, y, left + SWATCH - 1, y), tuple(int(round(value)) for value in colour))
+    for share, name in ((0, "all"), (0.5, "half"), (1, "none")):
+        y = top + 40 + share * (BAR - 1)
+        draw.text((left + SWATCH + 8, y), name, INK, font, anchor="lm")
+    for number, (colour, *lines) in enumerate(MEANINGS):
+        y = top + 40 + BAR + 24 + number * 42
+        draw.rectangle((left, y, left + SWATCH - 1, y + SWATCH - 1), colour, INK)
+        for row, line in enumerate(lines):
+            draw.text((left + SWATCH + 8, y - 2 + 16 * row), line, INK, font)

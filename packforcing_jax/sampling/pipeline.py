@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from packforcing_jax import pytrees
-from packforcing_jax.config import PROFILES, Experiment, overrides
+from packforcing_jax.config import PROFILES, Experiment, loading
 from packforcing_jax.errors import nearest, require
 from packforcing_jax.io import model_folder, text_encoder, video
 from packforcing_jax.memory.layout import Progress
@@ -20,8 +20,8 @@ from packforcing_jax.networks import base_model, codec, compressor, text, tokeni
 from packforcing_jax.sampling import block_step, player
 from packforcing_jax.sampling.player import State
 
-Words: TypeAlias = tokenizer.Tokenizer
 TextEncoder: TypeAlias = text.UMT5
+Tokenizer: TypeAlias = tokenizer.Tokenizer
 SHIPPED = Path(__file__).parents[1] / "weights" / "stage"
 
 
@@ -33,11 +33,11 @@ class Finished:
     prompt: str
     frames: np.ndarray  # [t, height, width, 3] in [-1, 1]
     latent: np.ndarray  # [t, y, x, c]
-    chosen: (
+    block_ids: (
         np.ndarray
     )  # [layer, top] packed blocks each layer attended to, in time order, -1 where fewer exist
     scores: np.ndarray  # [layer, top] by which it chose them
-    places: np.ndarray  # [layer, top] position in time of the first frame of each
+    positions: np.ndarray  # [layer, top] position in time of the first frame of each
     layout: Mapping[
         str, float
     ]  # counts and positions of the other partitions: fields of `Layout`, and `block`
@@ -60,14 +60,14 @@ def blocks_of(exp: Experiment, seconds: float) -> int:
     return max(1, -(-latents // exp.cache.block))
 
 
-def asked_for(exp: Experiment, memory: str | None, sets: Sequence[str]) -> Experiment:
+def with_overrides(exp: Experiment, memory: str | None, overrides: Sequence[str]) -> Experiment:
     """`exp` with a memory profile by name and then single settings changed."""
     require(
         memory in (None, *PROFILES),
         f"memory profile {memory!r} is unknown; {nearest(str(memory), PROFILES)}",
     )
-    return overrides.override(
-        dataclasses.replace(exp, cache=PROFILES[memory]) if memory else exp, list(sets)
+    return loading.override(
+        dataclasses.replace(exp, cache=PROFILES[memory]) if memory else exp, list(overrides)
     )
 
 
@@ -87,8 +87,8 @@ class Pipeline:
     experiment: Experiment
     nets: block_step.Nets
     text: text_encoder.Encoder
-    pixels: codec.Codec
-    tokenizer: tokenizer.Tokenizer
+    vae: codec.Codec
+    tokenizer: Tokenizer
 
     @classmethod
     def from_pretrained(
@@ -97,7 +97,7 @@ class Pipeline:
         *,
         experiment: Experiment | None = None,
         memory: str | None = None,
-        sets: Sequence[str] = (),
+        overrides: Sequence[str] = (),
     ) -> "Pipeline":
         """The model of a folder, by default the one that ships, with another memory profile or settings if asked for.
 
@@ -106,7 +106,7 @@ class Pipeline:
         Weights are read tensor by tensor into their places; the text encoder stays on disk.
         """
         model = model_folder.opened(folder or SHIPPED)
-        exp = asked_for(experiment or model.experiment, memory, sets)
+        exp = with_overrides(experiment or model.experiment, memory, overrides)
         nets = block_step.Nets(
             dit=_read(
                 model,
@@ -121,47 +121,48 @@ class Pipeline:
                 exp.dtypes.params,
             ),
         )
-        words = tokenizer.Tokenizer.from_file(
-            model.folder / model_folder.TOKENIZER, exp.text.max_words
-        )
         return cls(
             experiment=exp,
             nets=nets,
             text=text_encoder.of_folder(model, exp.text, exp.dtypes),
-            tokenizer=words,
-            pixels=_read(
-                model, "codec", lambda: codec.make(exp.codec, nnx.Rngs(0)), exp.dtypes.vae
+            tokenizer=tokenizer.Tokenizer.from_file(
+                model.folder / model_folder.TOKENIZER, exp.text.max_words
             ),
+            vae=_read(model, "codec", lambda: codec.make(exp.codec, nnx.Rngs(0)), exp.dtypes.vae),
         )
 
     @classmethod
     def of(
-        cls, exp: Experiment, nets: block_step.Nets, encoder: TextEncoder, words: Words
+        cls,
+        exp: Experiment,
+        nets: block_step.Nets,
+        encoder: TextEncoder,
+        reader: Tokenizer,
     ) -> "Pipeline":
         """Networks in memory, layers stacked as in training, ready to sample."""
         apart = dataclasses.replace(nets, dit=nets.dit.unrolled())
         return cls(
             experiment=exp,
             nets=pytrees.cast(apart, exp.dtypes.params),
-            tokenizer=words,
+            tokenizer=reader,
             text=text_encoder.of_module(encoder, exp.dtypes),
-            pixels=codec.make(exp.codec, nnx.Rngs(0)),
+            vae=codec.make(exp.codec, nnx.Rngs(0)),
         )
 
     def with_memory(self, profile: str) -> "Pipeline":
         """The same model with another memory: a name in `config.PROFILES`."""
-        return self._with(asked_for(self.experiment, profile, ()))
+        return self._with(with_overrides(self.experiment, profile, ()))
 
-    def with_settings(self, sets: Sequence[str]) -> "Pipeline":
+    def with_settings(self, overrides: Sequence[str]) -> "Pipeline":
         """The same weights with settings changed, such as `cache.top=8`."""
-        return self._with(asked_for(self.experiment, None, sets))
+        return self._with(with_overrides(self.experiment, None, overrides))
 
     def _with(self, exp: Experiment) -> "Pipeline":
         return dataclasses.replace(
             self,
             experiment=exp,
             nets=pytrees.cast(self.nets, exp.dtypes.params),
-            pixels=pytrees.cast(self.pixels, exp.dtypes.vae),
+            vae=pytrees.cast(self.vae, exp.dtypes.vae),
             text=dataclasses.replace(self.text, dtype=exp.dtypes.text),
         )
 
@@ -169,7 +170,7 @@ class Pipeline:
         """The state before the first block of `videos`."""
         return player.start(self, seeds=seed, videos=videos)
 
-    def words(self, prompts: Sequence[str]) -> Any:
+    def text_kv(self, prompts: Sequence[str]) -> Any:
         """Text keys and values per layer of one prompt per video."""
         states = self.text(*self.tokenizer.encode(prompts))
         return player.text_program(self.nets.dit, self.experiment.dtypes.compute, states)
@@ -200,14 +201,14 @@ class Pipeline:
         return self._stream(prompts, state)
 
     def _stream(self, prompts: Sequence[str], state: State) -> Iterator[Finished]:
-        words, first = None, int(state.memory.num_blocks)
+        text_kv, first = None, int(state.memory.num_blocks)
         if prompts[first:]:
             self.text.prepare(*self.tokenizer.encode(list(dict.fromkeys(prompts[first:]))))
         for index in range(first, len(prompts)):
-            if words is None or prompts[index] != prompts[index - 1]:
-                words = self.words([prompts[index]])
+            if text_kv is None or prompts[index] != prompts[index - 1]:
+                text_kv = self.text_kv([prompts[index]])
             before = jax.tree.map(np.asarray, state.memory.progress)
-            state, block = player.next_block(self, state, words)
+            state, block = player.next_block(self, state, text_kv)
             shown = np.asarray(block.frames[0])
             video.guard(shown, first=index * len(shown))
             yield self._finished(index, prompts[index], shown, block, before, state)
@@ -223,23 +224,32 @@ class Pipeline:
     ) -> Finished:
         exp = self.experiment
         layout = player.layout_program(exp.cache, before)
-        names = ("sink", "recent", "chosen", "step", "sink_at", "mid_at", "recent_at", "current_at")
-        chosen: Any = block.selection  # layers one by one
+        names = (
+            "sink",
+            "recent",
+            "num_selected",
+            "step",
+            "sink_position",
+            "mid_position",
+            "recent_position",
+            "current_position",
+        )
+        selections: Any = block.selection  # layers one by one
         per_layer = {
-            name: np.stack([np.asarray(getattr(one, name)[0]) for one in chosen])
-            for name in ("ids", "scores", "at")
+            name: np.stack([np.asarray(getattr(one, name)[0]) for one in selections])
+            for name in ("ids", "scores", "positions")
         }
-        places = {name: np.asarray(getattr(layout, name)).item() for name in names}
+        counts = {name: np.asarray(getattr(layout, name)).item() for name in names}
         return Finished(
             index=index,
             prompt=prompt,
             frames=shown,
             latent=np.asarray(block.latent[0]),
-            chosen=per_layer["ids"],
+            block_ids=per_layer["ids"],
             scores=per_layer["scores"],
-            places=per_layer["at"],
+            positions=per_layer["positions"],
             state=state,
-            layout={"block": exp.cache.block} | places,
+            layout={"block": exp.cache.block} | counts,
             sink_sum=int(player.sink_sum(exp.memory, state.memory)),
         )
 

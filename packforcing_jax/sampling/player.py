@@ -33,7 +33,7 @@ class Model(Protocol):
     @property
     def nets(self) -> Nets: ...
     @property
-    def pixels(self) -> codec.Codec: ...
+    def vae(self) -> codec.Codec: ...
 
 
 @struct.dataclass
@@ -69,7 +69,7 @@ def start(model: Model, *, seeds: Any, videos: Any) -> State:
     state = State(
         memory=cache.init(exp.memory, batch, dtype),
         archive=[],
-        decoder=codec.init_decoder(model.pixels, batch, *exp.latent),
+        decoder=codec.init_decoder(model.vae, batch, *exp.latent),
         seeds=jnp.broadcast_to(jnp.asarray(seeds, jnp.uint32), videos.shape),
         videos=videos,
     )
@@ -93,8 +93,8 @@ def next_block(
     opens = exp.codec.time_factor > 1 and int(state.memory.num_blocks) == 0
     slot = host_archive.slot(exp.memory, state.memory.progress) if state.archive else -1
     memory, denoised = denoise(model, state, text)
-    frames, low, decoder = show_program(
-        model.pixels,
+    frames, low_res, decoder = show_program(
+        model.vae,
         state.decoder,
         denoised.latent,
         given,
@@ -104,7 +104,7 @@ def next_block(
     )
     latent = denoised.latent if given is None else given
     memory, packed = commit_program(
-        model.nets, exp.step, memory, latent, low, denoised.selection, text
+        model.nets, exp.step, memory, latent, low_res, denoised.selection, text
     )
     if packed is not None:
         host_archive.put(state.archive, slot, packed)
@@ -142,7 +142,7 @@ layout_program = jax.jit(layouts.layout, static_argnames="cfg")
 
 @functools.partial(jax.jit, static_argnames=("first", "latents", "pool"))
 def show_program(
-    pixels: codec.Codec,
+    vae: codec.Codec,
     decoder: Any,
     latent: Latent,
     given: Latent | None = None,
@@ -155,12 +155,12 @@ def show_program(
 
     What is packed, and what the decoder goes on from, is the block that is `given`, if one is.
     """
-    frames, after = codec.decode_chunk(pixels, decoder, latent, first=first)
+    frames, after = codec.decode_chunk(vae, decoder, latent, first=first)
     committed = frames
     if given is not None:
-        committed, after = codec.decode_chunk(pixels, decoder, given, first=first)
-    low = codec.low_resolution(pixels, committed, latents=latents, pool=pool)
-    return frames, low, after
+        committed, after = codec.decode_chunk(vae, decoder, given, first=first)
+    low_res = codec.low_res_latents(vae, committed, latents=latents, pool=pool)
+    return frames, low_res, after
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="memory")
@@ -169,14 +169,14 @@ def commit_program(
     cfg: StepConfig,
     memory: Memory,
     latent: Latent,
-    low: Latent,
+    low_res: Latent,
     selection: PerLayer[Selection],
     text: Any,
 ) -> tuple[Memory, PerLayer[KV] | None]:
     """`block_step.commit_block`, in place."""
     nets = pytrees.cast(nets, cfg.compute)
     return block_step.commit_block(
-        nets, cfg, memory, latent=latent, low=low, selection=selection, text=text
+        nets, cfg, memory, latent=latent, low_res=low_res, selection=selection, text=text
     )
 
 

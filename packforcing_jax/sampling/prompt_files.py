@@ -27,7 +27,7 @@ class Job:
     seconds: float | None = None
     seed: int | None = None
     memory: str | None = None
-    sets: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
     source: str = "--prompts"
 
     def __post_init__(self):
@@ -108,12 +108,12 @@ def _from_json(line: str, source: str) -> Job:
     told = {
         key: table[key] for key in ("name", "blocks", "seconds", "seed", "memory") if key in table
     }
-    sets = table.get("set", [])
+    overrides = table.get("set", [])
     require(
-        all(isinstance(each, str) for each in sets),
-        f'{source}: set={sets!r} must be a list of "a.b=value".',
+        all(isinstance(each, str) for each in overrides),
+        f'{source}: set={overrides!r} must be a list of "a.b=value".',
     )
-    return Job(entries=_entries(table, source), sets=tuple(sets), source=source, **told)
+    return Job(entries=_entries(table, source), overrides=tuple(overrides), source=source, **told)
 
 
 def _entries(table: dict[str, Any], source: str) -> Entries:

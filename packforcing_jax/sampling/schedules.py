@@ -55,13 +55,13 @@ def table(
     return Table(sigmas=_frozen(sigmas), timesteps=_frozen(sigmas * TIMESTEPS))
 
 
-def falls(table: Table) -> np.ndarray:
-    """The noise levels of a way along the table: its sigmas, then 0, float32 [steps + 1]."""
+def sigmas_to_zero(table: Table) -> np.ndarray:
+    """The noise levels of a trajectory along the table: its sigmas, then 0, float32 [steps + 1]."""
     return np.append(table.sigmas, np.float32(0))
 
 
 @functools.cache
-def warped(steps: tuple[int, ...], shift: float) -> np.ndarray:
+def shifted_timesteps(steps: tuple[int, ...], shift: float) -> np.ndarray:
     """The timesteps a step list stands for, float32 [len(steps)]: listed n is grid entry 1000 - n, listed 0 is 0."""
     require(
         all(0 <= step <= TIMESTEPS for step in steps),
@@ -127,12 +127,12 @@ def euler_step(
 ) -> Array:
     """`sample` moved along `velocity` to the next entry of the table; from the last one, or `to_final`, to sigma 0."""
     here = nearest_id(table, timestep)
-    below = jnp.asarray(falls(table)[1:])[here]
+    below = jnp.asarray(sigmas_to_zero(table)[1:])[here]
     step = (0.0 if to_final else below) - jnp.asarray(table.sigmas)[here]
     return sample + over(step, sample) * velocity
 
 
-def warp_uniform(raw: ArrayLike, shift: float, low: float = 20.0, high: float = 980.0) -> Array:
+def shift_uniform(raw: ArrayLike, shift: float, low: float = 20.0, high: float = 980.0) -> Array:
     """Uniform draws from 0..1000 as shifted timesteps within [low, high], in float32."""
     fraction = jnp.asarray(raw, jnp.float32) / TIMESTEPS
     return jnp.clip(shift * fraction / (1 + (shift - 1) * fraction) * TIMESTEPS, low, high)

@@ -16,8 +16,17 @@ from packforcing_jax.errors import InputError, MachineError, require
 from packforcing_jax.io import append_file
 from packforcing_jax.policies import eviction, selection
 
-VERSION = 1
-LAYOUT = ("sink_at", "sink", "recent_at", "recent", "current_at", "block", "step", "chosen")
+VERSION = 2
+LAYOUT = (
+    "sink_position",
+    "sink",
+    "recent_position",
+    "recent",
+    "current_position",
+    "block",
+    "step",
+    "num_selected",
+)
 BLOCK = {
     "block": int,
     "prompt": str,
@@ -26,7 +35,7 @@ BLOCK = {
     "layout": dict,
     "layers": list,
 }
-LAYER = ("ids", "scores", "ages", "at")
+LAYER = ("ids", "scores", "ages", "positions")
 SAME_RUN = (
     "trace",
     "experiment",
@@ -43,7 +52,7 @@ class Layer:
     ids: np.ndarray
     scores: np.ndarray
     ages: np.ndarray  # blocks since
-    at: np.ndarray  # place of the first frame
+    positions: np.ndarray  # of the first frames
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +103,9 @@ def _number(value: float) -> float | None:
 def line(finished: Any) -> dict[str, Any]:
     """The line of one finished block (a `pipeline.Finished`): padding and values that are not finite stay out."""
     layers = []
-    for ids, scores, places in zip(finished.chosen, finished.scores, finished.places, strict=True):
+    for ids, scores, positions in zip(
+        finished.block_ids, finished.scores, finished.positions, strict=True
+    ):
         valid = np.asarray(ids) >= 0
         kept = np.asarray(ids)[valid].tolist()
         layers.append(
@@ -102,7 +113,7 @@ def line(finished: Any) -> dict[str, Any]:
                 "ids": kept,
                 "scores": list(map(_number, np.asarray(scores)[valid].tolist())),
                 "ages": [finished.index - id for id in kept],
-                "at": list(map(_number, np.asarray(places)[valid].tolist())),
+                "positions": list(map(_number, np.asarray(positions)[valid].tolist())),
             }
         )
     return {
@@ -294,9 +305,9 @@ def _block(found: Any, layers: int) -> Block:
         held.append(Layer(*parts))
     missing = [name for name in LAYOUT if name not in layout]
     require(not missing, f"its layout has no {', '.join(missing)}")
-    places = {name: _numbers({name: [layout[name]]}, name, float).item() for name in LAYOUT}
+    layout = {name: _numbers({name: [layout[name]]}, name, float).item() for name in LAYOUT}
     return Block(
-        index=index, prompt=prompt, latent=latent, sink_sum=total, layout=places, layers=tuple(held)
+        index=index, prompt=prompt, latent=latent, sink_sum=total, layout=layout, layers=tuple(held)
     )
 
 

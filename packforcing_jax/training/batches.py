@@ -12,7 +12,8 @@ from jax import Array
 from packforcing_jax import pytrees
 from packforcing_jax.config import Experiment
 from packforcing_jax.errors import require
-from packforcing_jax.networks import codec, compressor, dit, text
+from packforcing_jax.networks import codec, compressor, dit
+from packforcing_jax.networks import text as umt5
 from packforcing_jax.sampling import block_step
 from packforcing_jax.types import KV
 
@@ -20,7 +21,7 @@ Flat = dict[str, Array]
 
 
 @struct.dataclass
-class Words:
+class TokenizedText:
     """A prompt per block as tokens."""
 
     ids: Array  # [block, b, words]
@@ -31,9 +32,9 @@ class Words:
 class Batch:
     """Clips, `block` latent frames at a time; what an objective does not need may be None."""
 
-    words: Any  # Words, or encoder states [block or 1, b, words, d]
+    text: Any  # TokenizedText, or encoder states [block or 1, b, words, d]
     latent: Any = None  # [block, b, t, y, x, c]
-    low: Any = None  # [block, b, t', y', x', c]  low-resolution latents of the same frames
+    low_res: Any = None  # [block, b, t', y', x', c]  low-resolution latents of the same frames
     trajectory: Any = None  # [k, block, b, t, y, x, c]  a teacher's way from noise to its clip
     weight: Any = None  # [block, b, t, y, x, 1]  scales the loss of each latent cell
     called: Any = (
@@ -62,8 +63,8 @@ class Networks:
     teacher: Any = None  # Model
     critic: Any = None  # WanDiT
     average: Any = None  # Model, the generator's running average
-    pixels: Any = None  # the codec, by which a rollout sees its own frames
-    hidden: Any = None  # [words, d]  what is read where the text is hidden; None: nothing
+    vae: Any = None  # the codec, by which a rollout sees its own frames
+    null_text: Any = None  # [words, d]  states of the null text; None: zeros
 
 
 def new_model(exp: Experiment, key: Array, *, reads: bool = True) -> Model:
@@ -75,7 +76,7 @@ def new_model(exp: Experiment, key: Array, *, reads: bool = True) -> Model:
     model = Model(
         dit=dit.WanDiT(exp.dit, nnx.Rngs(keys[0])),
         compressor=compressor.build(exp.step, nnx.Rngs(keys[1])),
-        text=text.UMT5(exp.text, nnx.Rngs(keys[2])) if reads else None,
+        text=umt5.UMT5(exp.text, nnx.Rngs(keys[2])) if reads else None,
     )
     attn = model.dit.blocks.attn
     attn.k.kernel = nnx.Param(jnp.copy(attn.q.kernel[...]))
@@ -112,12 +113,12 @@ def as_codec(exp: Experiment, params: Mapping[str, Any] | None) -> codec.Codec |
     return pytrees.fill(shapes, params or {}, put=pytrees.as_given)
 
 
-def encode(exp: Experiment, pixels: codec.Codec, raw: Mapping[str, Array]) -> Batch:
+def encode(exp: Experiment, vae: codec.Codec, raw: Mapping[str, Array]) -> Batch:
     """A raw batch, clips in front, as objectives read it; pixels are encoded here, latents were before."""
     blocked = {"latent": by_block(raw["latent"], exp.cache.block)} if "latent" in raw else {}
-    swapped = {name: jnp.moveaxis(raw[name], 1, 0) for name in ("low", "called") if name in raw}
+    swapped = {name: jnp.moveaxis(raw[name], 1, 0) for name in ("low_res", "called") if name in raw}
     if "video" in raw:
-        blocked |= seen_pixels(exp, pixels, raw["video"])
+        blocked |= encode_blocks(exp, vae, raw["video"])
     if "trajectory" in raw:
         blocked["trajectory"] = einops.rearrange(
             raw["trajectory"], "b k (block t) y x c -> k block b t y x c", t=exp.cache.block
@@ -131,49 +132,53 @@ def encode(exp: Experiment, pixels: codec.Codec, raw: Mapping[str, Array]) -> Ba
             j=exp.codec.space_factor,
         )
     if "states" in raw:
-        words: Any = raw["states"].astype(jnp.float32)[None]
+        text: Any = raw["states"].astype(jnp.float32)[None]
     else:
-        words = Words(*(jnp.moveaxis(raw[name], 1, 0) for name in ("ids", "mask")))
+        text = TokenizedText(*(jnp.moveaxis(raw[name], 1, 0) for name in ("ids", "mask")))
     floats = {
         name: leaf.astype(jnp.float32) if leaf.dtype != bool else leaf
         for name, leaf in {**blocked, **swapped}.items()
     }
-    return Batch(words=words, **floats)
+    return Batch(text=text, **floats)
 
 
-def seen_pixels(exp: Experiment, pixels: codec.Codec, video: Array) -> dict[str, Array]:
+def encode_blocks(exp: Experiment, vae: codec.Codec, video: Array) -> dict[str, Array]:
     """The latents of whole clips [b, frames, height, width, 3], block by block, and of each block in low resolution."""
     blocks = einops.rearrange(video, "b (block t) y x c -> (block b) t y x c", t=exp.cache.block)
-    low = codec.low_resolution(pixels, blocks, latents=exp.packed_grid[0], pool=exp.compressor.pool)
+    low_res = codec.low_res_latents(
+        vae, blocks, latents=exp.packed_grid[0], pool=exp.compressor.pool
+    )
     return {
-        "latent": by_block(codec.encode(pixels, video), exp.cache.block),
-        "low": einops.rearrange(low, "(block b) t y x c -> block b t y x c", b=video.shape[0]),
+        "latent": by_block(codec.encode(vae, video), exp.cache.block),
+        "low_res": einops.rearrange(
+            low_res, "(block b) t y x c -> block b t y x c", b=video.shape[0]
+        ),
     }
 
 
-def text_states(model: Model, words: Any) -> Array:
+def text_states(model: Model, text: Any) -> Array:
     """Encoder states [block or 1, b, words, d] of every block's prompt."""
-    if not isinstance(words, Words):
-        return words
-    flat = [
-        einops.rearrange(x, "block b words -> (block b) words") for x in (words.ids, words.mask)
-    ]
-    states = text.encode(model.text, *flat)
-    return einops.rearrange(states, "(block b) words d -> block b words d", b=words.ids.shape[1])
+    if not isinstance(text, TokenizedText):
+        return text
+    flat = [einops.rearrange(x, "block b words -> (block b) words") for x in (text.ids, text.mask)]
+    states = umt5.encode(model.text, *flat)
+    return einops.rearrange(states, "(block b) words d -> block b words d", b=text.ids.shape[1])
 
 
-def hide(states: Array, hidden: Array | None, chosen: Array | bool = True) -> Array:
-    """`states` with those of the `chosen` clips [b] replaced by what is read where the text is hidden."""
+def without_text(states: Array, null_text: Array | None, where: Array | bool = True) -> Array:
+    """`states` with those of the clips [b] `where` it is hidden replaced by the null text."""
     nothing = jnp.zeros_like(states)
-    if hidden is not None:
-        short = states.shape[2] - hidden.shape[0]
+    if null_text is not None:
+        short = states.shape[2] - null_text.shape[0]
         require(
             short >= 0,
-            f"train.negative has {hidden.shape[0]} words, but the data's text holds {states.shape[2]}; "
+            f"train.negative has {null_text.shape[0]} words, but the data's text holds {states.shape[2]}; "
             "shorten it or prepare the data with longer text.",
         )
-        nothing = nothing + jnp.pad(hidden, ((0, short), (0, 0)))[None, None].astype(states.dtype)
-    return jnp.where(jnp.reshape(chosen, (1, -1, 1, 1)), nothing, states)
+        nothing = nothing + jnp.pad(null_text, ((0, short), (0, 0)))[None, None].astype(
+            states.dtype
+        )
+    return jnp.where(jnp.reshape(where, (1, -1, 1, 1)), nothing, states)
 
 
 def text_kv(transformer: dit.WanDiT, states: Array) -> KV:

@@ -40,7 +40,7 @@ def score(
         jnp.moveaxis(states, 0, 1),
         attention.backend(exp.attention, model.patch.kernel.dtype),
     )
-    output = dit.bidirectional(model, noisy, times, context, attend=backend)
+    output = dit.bidirectional(model, noisy, times, context, attention_fn=backend)
     if exp.sample.prediction == "clean":
         return output
     return schedules.clean_from_velocity(noisy, output, score_sigma(distil, timestep))
@@ -62,19 +62,23 @@ def guided(distil: DistilConfig, conditional: Latent, unconditional: Latent) -> 
     return base + distil.guidance * (conditional - unconditional)
 
 
-def steered(guess: Callable[[Array], Latent], states: Array, hidden: Any, scale: float) -> Latent:
+def steered(
+    guess: Callable[[Array], Latent], states: Array, null_text: Any, scale: float
+) -> Latent:
     """`guess(states)` under guidance in its usual form; without text it is asked only where that has a weight."""
     conditional = guess(states)
     if scale == 1:
         return conditional
-    unconditional = guess(batches.hide(states, hidden))
+    unconditional = guess(batches.without_text(states, null_text))
     return unconditional + scale * (conditional - unconditional)
 
 
 def timesteps(key: Array, train: TrainConfig, batch: int) -> Float[Array, " b"]:
     """One timestep per clip: a whole number uniform in 0..999, shifted towards noise, within the bounds."""
     raw = jax.random.randint(key, (batch,), 0, schedules.TIMESTEPS)
-    return schedules.warp_uniform(raw, train.shift, train.distil.low, train.distil.high)
+    return schedules.shift_uniform(
+        raw, train.shift, train.distil.min_timestep, train.distil.max_timestep
+    )
 
 
 def noised(
@@ -141,10 +145,10 @@ def clip_again(
     The clip is what its history remembers. Where it is `graded`, every block has the gradient of its exit step, drawn
     again: straight through the steps behind that one.
     """
-    states = batches.text_states(nets.generator, batch.words)
+    states = batches.text_states(nets.generator, batch.text)
     text, count = batches.text_kv(nets.generator.dit, states), exp.blocks
     drawn = rollout.draws(exp, train.cover, key, count, states.shape[1])
-    clip = rollout.draw(nets.generator.nets, exp, train.distil, nets.pixels, drawn, text)
+    clip = rollout.draw(nets.generator.nets, exp, train.distil, nets.vae, drawn, text)
     first = count - (train.distil.scored or count)
     latent = clip.latent[first:]
     if graded:
@@ -187,8 +191,8 @@ def _student_loss(
     real = score(teacher, exp, distil, noisy, timestep, states)
     if (distil.form, distil.guidance) != ("extra", 0):
         # With these the unconditional score has no weight, and is not computed.
-        hidden = batches.hide(states, nets.hidden)
-        real = guided(distil, real, score(teacher, exp, distil, noisy, timestep, hidden))
+        null_text = batches.without_text(states, nets.null_text)
+        real = guided(distil, real, score(teacher, exp, distil, noisy, timestep, null_text))
     fake = score(critic, exp, distil, noisy, timestep, states)
     gradient = pull(x, fake, real)
     loss = identity_loss(x, fake, real, distil.alpha) if through else matching_loss(x, gradient)

@@ -46,7 +46,7 @@ def holding(train: TrainConfig, file: str) -> Path | None:
     )
 
 
-def words(exp: Experiment, train: TrainConfig) -> tokenizer.Tokenizer:
+def tokenizer_of(exp: Experiment, train: TrainConfig) -> tokenizer.Tokenizer:
     """The tokenizer of the model that training begins from; without one, the closed vocabulary of the Stage world."""
     folder = holding(train, model_folder.TOKENIZER)
     if folder is not None:
@@ -93,7 +93,7 @@ def codec_weights(exp: Experiment, train: TrainConfig, grid: Mesh) -> Flat | Non
     )
 
 
-def hidden(exp: Experiment, train: TrainConfig) -> np.ndarray | None:
+def null_text(exp: Experiment, train: TrainConfig) -> np.ndarray | None:
     """Encoder states [words, d] of the negative prompt, if there is one."""
     if not train.negative:
         return None
@@ -103,7 +103,7 @@ def hidden(exp: Experiment, train: TrainConfig) -> np.ndarray | None:
         f"train.negative={train.negative!r} needs a text encoder to read it; begin from a "
         "model folder with one, or leave it empty.",
     )
-    ids, mask = words(exp, train).encode([train.negative])
+    ids, mask = tokenizer_of(exp, train).encode([train.negative])
     encoder = text_encoder.of_folder(model_folder.opened(Path(folder or "")), exp.text, exp.dtypes)
     states = encoder(ids, mask)
     return np.asarray(states[0, : int(mask.sum())])
@@ -154,7 +154,7 @@ def save(
                 exp,
                 {name: held for name, held in parts.items() if held},
                 texts={
-                    model_folder.TOKENIZER: words(exp, train).inner.to_str(pretty=True),
+                    model_folder.TOKENIZER: tokenizer_of(exp, train).inner.to_str(pretty=True),
                     **texts,
                 },
             )
@@ -208,17 +208,17 @@ def _draw(
         (1,), ("data",), devices=jax.local_devices()[:1], axis_types=(jax.sharding.AxisType.Auto,)
     )
     model = batches.as_model(exp, jax.tree.map(jnp.asarray, flat))
-    pixels, nothing = batches.as_codec(exp, codec_weights(exp, train, here)), cast(Any, None)
-    if pixels is None:
+    vae, nothing = batches.as_codec(exp, codec_weights(exp, train, here)), cast(Any, None)
+    if vae is None:
         raise InputError(
             "the codec's weights are in none of the model folders that training began from."
         )
     told = {name: jnp.asarray(raw[name][:1]) for name in ("ids", "mask", "states") if name in raw}
-    states = batches.text_states(model, batches.encode(exp, pixels, told).words)
+    states = batches.text_states(model, batches.encode(exp, vae, told).text)
     apart = pytrees.cast(model.dit.unrolled(), exp.dtypes.params)
     nets = pytrees.cast(model.nets, exp.dtypes.params)
     shown = pipeline.Pipeline(
-        experiment=exp, nets=nets.replace(dit=apart), pixels=pixels, text=nothing, tokenizer=nothing
+        experiment=exp, nets=nets.replace(dit=apart), vae=vae, text=nothing, tokenizer=nothing
     )
     rows = exp.latent[0] * exp.codec.space_factor
     size, scale = (exp.latent[1] * exp.codec.space_factor, rows), max(1, PREVIEW_ROWS // rows)

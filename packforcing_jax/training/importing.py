@@ -22,7 +22,9 @@ from packforcing_jax import pytrees
 from packforcing_jax.config import Experiment, TrainConfig
 from packforcing_jax.errors import InputError, require
 from packforcing_jax.io import ffmpeg, model_folder, text_encoder
-from packforcing_jax.networks import codec, dit, tokenizer, vae
+from packforcing_jax.networks import codec, dit
+from packforcing_jax.networks import vae as autoencoder
+from packforcing_jax.networks.tokenizer import Tokenizer, clean
 from packforcing_jax.sampling import player, prompt_files
 from packforcing_jax.training import batches, paths
 
@@ -40,9 +42,9 @@ class Parts:
     """What turns items into examples: the sizes of `exp`, the codec and the text encoder, None where there is none."""
 
     exp: Experiment
-    pixels: codec.Codec | None = None
+    vae: codec.Codec | None = None
     text: text_encoder.Encoder | None = None
-    words: tokenizer.Tokenizer | None = None
+    tokenizer: Tokenizer | None = None
     teacher: batches.Model | None = None
     train: TrainConfig = TrainConfig()  # by which a teacher draws trajectories
 
@@ -114,7 +116,7 @@ def _beside(folder: Path) -> Iterable[tuple[Path, Path, str]]:
     for file in sorted(each for each in folder.rglob("*") if each.suffix.lower() in VIDEOS):
         caption = file.with_suffix(".txt")
         require(caption.is_file(), f"{file} has no caption; write it into {caption}.")
-        prompt = tokenizer.clean(caption.read_text(encoding="utf-8", errors="replace"))
+        prompt = clean(caption.read_text(encoding="utf-8", errors="replace"))
         require(prompt != "", f"{caption} is empty; say what {file.name} shows.")
         yield folder, file, prompt
 
@@ -129,7 +131,7 @@ def _listed(path: Path) -> Iterable[tuple[Path, Path, str]]:
             f"{path}, video {number}: {json.dumps(table)[:80]} is not "
             '{"file": "...", "prompt": "..."}; write it so.',
         )
-        file, prompt = path.parent / table["file"], tokenizer.clean(table["prompt"])
+        file, prompt = path.parent / table["file"], clean(table["prompt"])
         require(file.is_file(), f"{path}, video {number}: {file} does not exist; correct it.")
         require(
             prompt != "", f"{path}, video {number}: prompt is empty; say what {file.name} shows."
@@ -194,43 +196,46 @@ def frames_of(path: Path, *, count: int, fps: int, size: tuple[int, int]) -> np.
 
 # A codec as a stream: the state before the first frame, and the latents of the next frames
 STREAMS: Mapping[type, tuple[Callable, Callable]] = {
-    vae.WanVAE: (vae.init_encoder, vae.encode_chunk),
+    autoencoder.WanVAE: (autoencoder.init_encoder, autoencoder.encode_chunk),
     codec.SpaceToDepth: (
-        lambda pixels, batch, height, width: (),
-        lambda pixels, state, frames, first: (codec.encode(pixels, frames), state),
+        lambda vae, batch, height, width: (),
+        lambda vae, state, frames, first: (codec.encode(vae, frames), state),
     ),
 }
 
 
 @functools.partial(jax.jit, static_argnames=("exp", "first"))
-def _encode_block(pixels: codec.Codec, exp: Experiment, state: Any, frames: Array, *, first: bool):
+def _encode_block(vae: codec.Codec, exp: Experiment, state: Any, frames: Array, *, first: bool):
     """(latents, low-resolution latents, the codec's state) of the frames of one block, uint8 [1, t, h, w, 3]."""
     seen = frames.astype(jnp.float32) / 127.5 - 1
-    latent, state = STREAMS[type(pixels)][1](pixels, state, seen, first=first)
+    latent, state = STREAMS[type(vae)][1](vae, state, seen, first=first)
     return (
         latent,
-        codec.low_resolution(pixels, seen, latents=exp.packed_grid[0], pool=exp.compressor.pool),
+        codec.low_res_latents(vae, seen, latents=exp.packed_grid[0], pool=exp.compressor.pool),
         state,
     )
 
 
 def _of_video(path: Path, parts: Parts, said: np.ndarray | None = None) -> Example:
     """The latents of a video's beginning, and the low-resolution ones of each of its blocks."""
-    exp, pixels = parts.exp, parts.pixels
+    exp, vae = parts.exp, parts.vae
     size = (exp.latent[0] * exp.codec.space_factor, exp.latent[1] * exp.codec.space_factor)
     count = codec.frames_of(exp.codec, exp.clip)
     frames = frames_of(path, count=count, fps=exp.fps, size=size)
     if len(frames) < count:
         raise LeftOut(f"{path} has {len(frames)} frames at {exp.fps} a second, {count} are needed")
     starts = [codec.frames_of(exp.codec, at) for at in range(0, exp.clip, exp.cache.block)]
-    state, blocks = STREAMS[type(pixels)][0](pixels, 1, *size), []
+    state, blocks = STREAMS[type(vae)][0](vae, 1, *size), []
     for start, end in zip(starts, [*starts[1:], count], strict=True):
-        latent, low, state = _encode_block(
-            pixels, exp, state, frames[None, start:end], first=start == 0
+        latent, low_res, state = _encode_block(
+            vae, exp, state, frames[None, start:end], first=start == 0
         )
-        blocks.append((latent[0], low[0]))
-    latents, lows = zip(*jax.device_get(blocks), strict=True)
-    return {"latent": np.concatenate(latents).astype(STORED), "low": np.stack(lows).astype(STORED)}
+        blocks.append((latent[0], low_res[0]))
+    latents, low_res = zip(*jax.device_get(blocks), strict=True)
+    return {
+        "latent": np.concatenate(latents).astype(STORED),
+        "low_res": np.stack(low_res).astype(STORED),
+    }
 
 
 # Prompts
@@ -332,25 +337,26 @@ def _of_clip(
         f"latent={exp.latent} and dit.in_channels={exp.dit.in_channels}; give another --config.",
     )
     states = states[:, : exp.clip]
-    low = {} if parts.pixels is None else {"low": _lows(parts.pixels, exp, states[-1])}
-    return {"latent": states[-1]} | ({"trajectory": states} if len(states) > 1 else {}) | low
+    low_res = {} if parts.vae is None else {"low_res": _low_res(parts.vae, exp, states[-1])}
+    return {"latent": states[-1]} | ({"trajectory": states} if len(states) > 1 else {}) | low_res
 
 
-def _lows(pixels: codec.Codec, exp: Experiment, latent: np.ndarray) -> np.ndarray:
+def _low_res(vae: codec.Codec, exp: Experiment, latent: np.ndarray) -> np.ndarray:
     """The low-resolution latents of each block of a clip's latents, through its pixels as when sampling."""
-    decoder, lows = codec.init_decoder(pixels, 1, *exp.latent), []
+    decoder = codec.init_decoder(vae, 1, *exp.latent)
+    blocks = []
     for start in range(0, exp.clip, exp.cache.block):
         block = jnp.asarray(latent[None, start : start + exp.cache.block], jnp.float32)
-        _, low, decoder = player.show_program(
-            pixels,
+        _, low_res, decoder = player.show_program(
+            vae,
             decoder,
             block,
             first=start == 0,
             latents=exp.packed_grid[0],
             pool=exp.compressor.pool,
         )
-        lows.append(low[0])
-    return np.stack(jax.device_get(lows)).astype(STORED)
+        blocks.append(low_res[0])
+    return np.stack(jax.device_get(blocks)).astype(STORED)
 
 
 # A teacher's ways
@@ -373,11 +379,11 @@ def _of_teacher(number: int, parts: Parts, said: np.ndarray | None = None) -> Ex
     read[0, 0, : len(said)] = said  # type: ignore[arg-type]
     teacher: Any = parts.teacher
     states = np.asarray(
-        paths.drawn(teacher, exp, parts.train, jnp.uint32(number), jnp.asarray(read))
+        paths.noise_to_clip(teacher, exp, parts.train, jnp.uint32(number), jnp.asarray(read))
     )
     clip = einops.rearrange(states, "k block 1 t y x c -> k (block t) y x c").astype(STORED)
-    low = {} if parts.pixels is None else {"low": _lows(parts.pixels, exp, clip[-1])}
-    return {"latent": clip[-1], "trajectory": clip} | low
+    low_res = {} if parts.vae is None else {"low_res": _low_res(parts.vae, exp, clip[-1])}
+    return {"latent": clip[-1], "trajectory": clip} | low_res
 
 
 KINDS = {
@@ -390,7 +396,7 @@ KINDS = {
     "videos": Kind(
         _holds_videos,
         _videos,
-        ("pixels",),
+        ("vae",),
         "a folder of videos, each with a .txt, or JSONL with file",
     ),
     "prompts": Kind(_holds_prompts, _prompts, ("text",), "a text or JSONL file of prompts"),
@@ -419,22 +425,18 @@ def parts_of(
         (exp.codec, exp.text) == (model.experiment.codec, model.experiment.text),
         f"the codec or the text encoder of {model.folder} has other sizes than --config asks for; leave it out.",
     )
-    if "codec" in model.parts and parts.pixels is None:
+    if "codec" in model.parts and parts.vae is None:
         source = f"the codec weights of {model.folder}"
         parts = replace(
             parts,
-            pixels=model_folder.fill(
-                shapes, model.part("codec"), dtype=exp.dtypes.vae, source=source
-            ),
+            vae=model_folder.fill(shapes, model.part("codec"), dtype=exp.dtypes.vae, source=source),
         )
     if "text" in model.parts:
-        read = tokenizer.Tokenizer.from_file(
-            model.folder / model_folder.TOKENIZER, exp.text.max_words
-        )
+        read = Tokenizer.from_file(model.folder / model_folder.TOKENIZER, exp.text.max_words)
         parts = replace(
             parts,
             text=replace(text_encoder.of_folder(model, exp.text, exp.dtypes), store=None),
-            words=read,
+            tokenizer=read,
         )
     if "teacher" in needs:
         form = jax.eval_shape(lambda: dit.WanDiT(exp.dit, nnx.Rngs(0)))
@@ -468,7 +470,7 @@ class Texts:
         return found
 
     def _walk(self, prompts: list[str]) -> list[np.ndarray]:
-        ids, mask = self._parts.words.encode(prompts)  # type: ignore[union-attr]
+        ids, mask = self._parts.tokenizer.encode(prompts)  # type: ignore[union-attr]
         states = np.asarray(self._parts.text(ids, mask))  # type: ignore[misc]
         return [each[: real.sum()] for each, real in zip(states, mask, strict=True)]
 

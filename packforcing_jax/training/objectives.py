@@ -28,7 +28,7 @@ Metrics = dict[str, Array]
 
 
 @struct.dataclass
-class Guess:
+class Prediction:
     """What a causal network makes of noisy blocks, and, behind a memory, which packed blocks its last layer wants."""
 
     clean: Array  # [block, b, t, y, x, c]
@@ -56,13 +56,13 @@ def denoising_loss(
     return jnp.mean(error if weight is None else weight * error, axis=range(1, error.ndim))
 
 
-def _text(nets: Model, batch: Batch, key: Array, train: TrainConfig, hidden: Any) -> Array:
+def _text(nets: Model, batch: Batch, key: Array, train: TrainConfig, null_text: Any) -> Array:
     """The states of the text, some clips' hidden so that guidance has something to lean on."""
-    states = batches.text_states(nets, batch.words)
+    states = batches.text_states(nets, batch.text)
     if train.drop_text == 0:
         return states
-    return batches.hide(
-        states, hidden, jax.random.bernoulli(key, train.drop_text, (states.shape[1],))
+    return batches.without_text(
+        states, null_text, jax.random.bernoulli(key, train.drop_text, (states.shape[1],))
     )
 
 
@@ -78,7 +78,7 @@ def causal(
     sigma: Float[Array, "block b"],
     states: Array,
     gap: Array | float = 0.0,
-) -> Guess:
+) -> Prediction:
     """The guess of every noisy block behind the history that `train.history` names."""
     if train.history == "memory":
         return behind_memory(model, exp, train, batch, noisy, sigma, states, gap)
@@ -96,7 +96,7 @@ def causal(
     output = batches.by_block(output, size)
     if exp.sample.prediction == "velocity":
         output = schedules.clean_from_velocity(noisy, output, sigma)
-    return Guess(clean=output)
+    return Prediction(clean=output)
 
 
 def behind_memory(
@@ -108,7 +108,7 @@ def behind_memory(
     sigma: Float[Array, "block b"],
     states: Array,
     gap: Array | float,
-) -> Guess:
+) -> Prediction:
     """The guess of every noisy block behind a memory of the true ones.
 
     The memory is filled as sampling fills it: a clean pass and a packing pass per block, then `commit`. Gradients
@@ -122,9 +122,9 @@ def behind_memory(
     keep_own = block_step.Access(keep=lambda own, view, past: own)
 
     def one_block(memory: cache.Memory, inputs):
-        latent, low, noised, level = inputs
+        latent, low_res, noised, level = inputs
         layout = layouts.layout(exp.cache, memory.progress, gap)
-        words, past = batches.of_block(text, memory.num_blocks), (memory.layers, random)
+        text_kv, past = batches.of_block(text, memory.num_blocks), (memory.layers, random)
         clean, (views, selection, *scores) = block_step.predict_x0(
             nets,
             exp.step,
@@ -132,31 +132,33 @@ def behind_memory(
             noised,
             schedules.TIMESTEPS * level,
             level,
-            words,
+            text_kv,
             past,
             attends=attends,
         )
-        full, views = block_step.read_clean(nets, exp.step, layout, latent, words, views, keep_both)
+        full, views = block_step.read_clean(
+            nets, exp.step, layout, latent, text_kv, views, keep_both
+        )
         packed = None
         if exp.cache.top:
             packed = block_step.read_packed(
-                nets, exp.step, layout, latent, low, words, views, keep_own
+                nets, exp.step, layout, latent, low_res, text_kv, views, keep_own
             )
         memory = cache.commit(exp.memory, memory, latent, full, packed, selection, gap)
         return memory, (clean, scores[0][-1] if asks else None, layout.ids)
 
-    low = batch.latent[:, :, :0] if batch.low is None else batch.low
+    low_res = batch.latent[:, :, :0] if batch.low_res is None else batch.low_res
     require(
-        batch.low is not None or not rollout.sees_pixels(exp),
+        batch.low_res is not None or not rollout.packs_pixels(exp),
         "the data hold no low-resolution latents, which packing reads; prepare them again with the VAE, or set "
         "compressor.branches=hr.",
     )
     body = jax.checkpoint(one_block) if train.remat == "blocks" else one_block
-    xs = (batch.latent, low, noisy, sigma)
+    xs = (batch.latent, low_res, noisy, sigma)
     _, (clean, scores, ids) = jax.lax.scan(
         body, cache.init(exp.memory, count, noisy.dtype, stacked=True, scratch=False), xs
     )
-    return Guess(clean=clean, scores=scores, ids=ids)
+    return Prediction(clean=clean, scores=scores, ids=ids)
 
 
 def forcing(
@@ -166,7 +168,7 @@ def forcing(
     keys = jax.random.split(key, 4)
     sigma = noise_levels(keys[0], batch.latent.shape[:2], train.shift)
     noise = jax.random.normal(keys[1], batch.latent.shape)
-    states = _text(nets.generator, batch, keys[2], train, nets.hidden)
+    states = _text(nets.generator, batch, keys[2], train, nets.null_text)
     guess = causal(
         nets.generator,
         exp,
@@ -185,7 +187,7 @@ def forcing(
     }
 
 
-def _missed(guess: Guess, batch: Batch) -> Array:
+def _missed(guess: Prediction, batch: Batch) -> Array:
     """`matching` over all blocks, 0 where nothing is asked."""
     if guess.scores is None or batch.called is None:
         return jnp.float32(0)
@@ -220,7 +222,7 @@ def flow_matching(
     keys = jax.random.split(key, 3)
     sigma = noise_levels(keys[0], batch.latent.shape[1:2], train.shift)
     noise = jax.random.normal(keys[1], batch.latent.shape)
-    states = _text(nets.generator, batch, keys[2], train, nets.hidden)
+    states = _text(nets.generator, batch, keys[2], train, nets.null_text)
     levels = jnp.broadcast_to(sigma, batch.latent.shape[:2])
     noisy = schedules.add_noise(batch.latent, noise, levels)
     guess = distillation.score(
@@ -251,7 +253,7 @@ def trajectory(
         f"the data hold {batch.trajectory.shape[0]} states a clip, but sample.steps={exp.sample.steps} needs "
         f"{len(times) + 1}, the last one clean; prepare trajectories with these steps.",
     )
-    states = _text(nets.generator, batch, keys[0], train, nets.hidden)
+    states = _text(nets.generator, batch, keys[0], train, nets.null_text)
     index = jax.random.randint(keys[1], batch.trajectory.shape[1:3], 0, len(times))
     noisy = jnp.take_along_axis(
         batch.trajectory, jnp.expand_dims(index, (0, *range(3, 7))), axis=0
@@ -281,13 +283,15 @@ def consistency(
     a clean sample is its own end: the last step's target is therefore where it leads (Causal-Forcing stops before).
     """
     keys, count = jax.random.split(key, 4), batch.latent.shape[:2]
-    falls = jnp.asarray(schedules.falls(schedules.table(train.shift, steps=train.grid)))
+    sigmas_to_zero = jnp.asarray(
+        schedules.sigmas_to_zero(schedules.table(train.shift, steps=train.grid))
+    )
     at = jax.random.randint(keys[0], count, 0, train.grid)
-    here, there = falls[at], falls[at + 1]
+    here, there = sigmas_to_zero[at], sigmas_to_zero[at + 1]
     noisy = schedules.add_noise(batch.latent, jax.random.normal(keys[1], batch.latent.shape), here)
     gap, states = (
         rollout.gap(train.cover, keys[3]),
-        batches.text_states(nets.generator, batch.words),
+        batches.text_states(nets.generator, batch.text),
     )
 
     def guess(model: Model, sample: Array, sigma: Array, text: Array) -> Array:
@@ -297,7 +301,7 @@ def consistency(
     clean = distillation.steered(
         lambda text: guess(teacher, noisy, here, text),
         states,
-        nets.hidden,
+        nets.null_text,
         train.distil.guidance,
     )
     nearer = noisy + schedules.over(there - here, noisy) * schedules.velocity_from_clean(

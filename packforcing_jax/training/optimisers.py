@@ -77,7 +77,7 @@ def groups(cfg: TrainConfig, params: Mapping[str, Flat]) -> dict[str, Flat]:
     own = {
         path: leaf
         for path, leaf in params["generator"].items()
-        if path.split("/")[0] in cfg.trained
+        if path.split("/")[0] in cfg.trainable
     }
     split = {
         "generator": {

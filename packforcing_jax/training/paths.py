@@ -15,7 +15,7 @@ from packforcing_jax.training import batches, distillation, objectives
 from packforcing_jax.training.batches import Batch, Model
 
 
-def kept(exp: Experiment, grid: int) -> tuple[int, ...]:
+def grid_steps(exp: Experiment, grid: int) -> tuple[int, ...]:
     """The entries of the teacher's grid at which the student's steps stand, and the end."""
     entries = [
         grid * (schedules.TIMESTEPS - step) / schedules.TIMESTEPS for step in exp.sample.steps
@@ -31,13 +31,13 @@ def kept(exp: Experiment, grid: int) -> tuple[int, ...]:
     return (*map(int, entries), grid)
 
 
-def way(
+def trajectory(
     teacher: Model,
     exp: Experiment,
     train: TrainConfig,
     noise: Array,
     states: Array,
-    hidden: Any = None,
+    null_text: Any = None,
     *,
     behind: Batch | None = None,
 ) -> Array:
@@ -46,7 +46,9 @@ def way(
     Euler steps on the table of `sample.shift`, guided in the usual form by `train.distil.guidance`. A bidirectional
     teacher draws whole clips; a causal one draws each block `behind` true clips (Causal-Forcing).
     """
-    falls = jnp.asarray(schedules.falls(schedules.table(exp.sample.shift, steps=train.grid)))
+    sigmas = jnp.asarray(
+        schedules.sigmas_to_zero(schedules.table(exp.sample.shift, steps=train.grid))
+    )
 
     def guess(noisy: Array, sigma: Array, text: Array) -> Array:
         if behind is not None:
@@ -63,27 +65,32 @@ def way(
 
     def step(noisy: Array, i: Array) -> tuple[Array, Array]:
         clean = distillation.steered(
-            lambda text: guess(noisy, falls[i], text), states, hidden, train.distil.guidance
+            lambda text: guess(noisy, sigmas[i], text), states, null_text, train.distil.guidance
         )
-        velocity = schedules.velocity_from_clean(noisy, clean, falls[i])
-        return noisy + (falls[i + 1] - falls[i]) * velocity, noisy
+        velocity = schedules.velocity_from_clean(noisy, clean, sigmas[i])
+        return noisy + (sigmas[i + 1] - sigmas[i]) * velocity, noisy
 
     end, before = jax.lax.scan(step, noise, jnp.arange(train.grid))
-    return jnp.concatenate([before[jnp.asarray(kept(exp, train.grid)[:-1])], end[None]])
+    return jnp.concatenate([before[jnp.asarray(grid_steps(exp, train.grid)[:-1])], end[None]])
 
 
 def timesteps(exp: Experiment) -> list[float]:
     """The timesteps of these states."""
-    return [*(float(time) for time in schedules.warped(exp.sample.steps, exp.sample.shift)), 0.0]
+    return [
+        *(float(time) for time in schedules.shifted_timesteps(exp.sample.steps, exp.sample.shift)),
+        0.0,
+    ]
 
 
-def drawn(teacher: Model, exp: Experiment, train: TrainConfig, seed: Array, states: Array) -> Array:
+def noise_to_clip(
+    teacher: Model, exp: Experiment, train: TrainConfig, seed: Array, states: Array
+) -> Array:
     """A bidirectional teacher's way [k, block, b, t, y, x, c] out of the noise of `seed`, to clips of `exp.clip`."""
-    return _drawn(teacher, exp, train.grid, train.distil, seed, states)
+    return _noise_to_clip(teacher, exp, train.grid, train.distil, seed, states)
 
 
 @functools.partial(jax.jit, static_argnames=("exp", "grid", "distil"))
-def _drawn(
+def _noise_to_clip(
     teacher: Model,
     exp: Experiment,
     grid: int,
@@ -93,4 +100,4 @@ def _drawn(
 ) -> Array:
     shape = (exp.blocks, states.shape[1], exp.cache.block, *exp.latent, exp.dit.in_channels)
     noise = jax.random.normal(jax.random.key(seed), shape)
-    return way(teacher, exp, TrainConfig(grid=grid, distil=distil), noise, states)
+    return trajectory(teacher, exp, TrainConfig(grid=grid, distil=distil), noise, states)

@@ -59,7 +59,7 @@ class Clip:
 
     noisy: Array  # [block, b, t, y, x, c]  what the exit step read
     latent: Array  # [block, b, t, y, x, c]  the block as later ones remember it
-    low: Array  # [block, b, t', y', x', c]
+    low_res: Array  # [block, b, t', y', x', c]
     stored: Stored  # all layers
     selection: Any  # [block, layer, ...]
 
@@ -149,14 +149,14 @@ def behind_block(spec: MemorySpec, layout: Layout) -> Access:
     )
 
 
-def choosing(cfg: StepConfig, layout: Layout, attend: dit.SelfAttention) -> dit.SelfAttention:
+def choosing(cfg: StepConfig, layout: Layout, attention_fn: dit.SelfAttention) -> dit.SelfAttention:
     """`attend` in a view chosen by the layer's own queries from its (stored clip, random scores); keeps the choice."""
 
     def self_attention(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, Any]:
         stored, random = past
         layer = cache.layer_at(cfg.memory, layout, stored.full, stored.packed)
         recalled, selection = view.recall(cfg.memory, layout, layer, q, random)
-        return attend(q, k, v, recalled)[0], selection
+        return attention_fn(q, k, v, recalled)[0], selection
 
     return self_attention
 
@@ -165,7 +165,7 @@ def draw(
     nets: block_step.Nets,
     exp: Experiment,
     distil: DistilConfig,
-    pixels: Any,
+    vae: Any,
     drawn: Draws,
     text: Any,
 ) -> Clip:
@@ -176,39 +176,39 @@ def draw(
     nets, text = jax.lax.stop_gradient((nets, text))
     blocks, batch = drawn.noise.shape[:2]
     start = empty(exp, blocks, batch, jax.tree.leaves(text)[0].dtype)
-    decoder = codec.init_decoder(pixels, batch, *exp.latent) if sees_pixels(exp) else ()
+    decoder = codec.init_decoder(vae, batch, *exp.latent) if packs_pixels(exp) else ()
     given = (jnp.arange(blocks), drawn.noise, drawn.renoise, drawn.context, drawn.random)
 
     def one_block(carry, inputs, first: bool = False):
         (stored, decoder), (n, noise, renoise, context, random) = carry, inputs
-        layout, words = (
+        layout, text_kv = (
             layouts.layout(exp.cache, layouts.begin(n), drawn.gap),
             batches.of_block(text, n),
         )
         noisy, latent, selection = _steps(
-            nets, exp, distil, layout, stored, words, (noise, renoise, random, drawn.exit)
+            nets, exp, distil, layout, stored, text_kv, (noise, renoise, random, drawn.exit)
         )
-        low, decoder = low_resolution(exp, pixels, decoder, latent, first=first)
+        low_res, decoder = low_res_latents(exp, vae, decoder, latent, first=first)
         stored = _remembered(
             nets,
             exp,
             layout,
             dataclasses.replace(stored, selection=selection),
-            words,
-            (_context(exp, distil, latent, context), latent, low),
+            text_kv,
+            (_context(exp, distil, latent, context), latent, low_res),
         )
-        return (stored, decoder), (noisy, latent, low, selection)
+        return (stored, decoder), (noisy, latent, low_res, selection)
 
     carry, opened = (start, decoder), []
     if exp.codec.time_factor > 1:  # the first latent of a video is decoded by a program of its own
         carry, out = one_block(carry, jax.tree.map(lambda x: x[0], given), first=True)
         opened, given = [jax.tree.map(lambda x: x[None], out)], jax.tree.map(lambda x: x[1:], given)
     (stored, _), rest = jax.lax.scan(one_block, carry, given)
-    noisy, latent, low, selection = jax.tree.map(
+    noisy, latent, low_res, selection = jax.tree.map(
         lambda *parts: jnp.concatenate(parts), *opened, rest
     )
     return jax.lax.stop_gradient(
-        Clip(noisy=noisy, latent=latent, low=low, selection=selection, stored=stored)
+        Clip(noisy=noisy, latent=latent, low_res=low_res, selection=selection, stored=stored)
     )
 
 
@@ -231,7 +231,7 @@ def _steps(
     distil: DistilConfig,
     layout: Layout,
     stored: Stored,
-    words: KV,
+    text_kv: KV,
     drawn: Any,
 ):
     """(what the exit step read, the block as its history keeps it, what each layer attended to)."""
@@ -239,7 +239,7 @@ def _steps(
     cfg, access = exp.step, in_clip(exp.memory, layout)
     times, sigmas = (jnp.asarray(x) for x in block_step.step_table(exp.sample))
     clean, selection = block_step.predict_x0(
-        nets, cfg, layout, noise, times[0], sigmas[0], words, (stored, random), attends=choosing
+        nets, cfg, layout, noise, times[0], sigmas[0], text_kv, (stored, random), attends=choosing
     )
     behind = dataclasses.replace(stored, selection=selection)
 
@@ -248,7 +248,7 @@ def _steps(
         noisy = schedules.add_noise(before, renoise[i], sigmas[i + 1])
         time, sigma = times[i + 1], sigmas[i + 1]
         clean, _ = block_step.predict_x0(
-            nets, cfg, layout, noisy, time, sigma, words, behind, access=access
+            nets, cfg, layout, noisy, time, sigma, text_kv, behind, access=access
         )
         return jnp.where(i < exit, noisy, read), clean
 
@@ -266,12 +266,12 @@ def _context(exp: Experiment, distil: DistilConfig, latent: Array, noise: Array)
 
 
 def _remembered(
-    nets: block_step.Nets, exp: Experiment, layout: Layout, stored: Stored, words: KV, blocks
+    nets: block_step.Nets, exp: Experiment, layout: Layout, stored: Stored, text_kv: KV, blocks
 ) -> Stored:
     """`stored` with one more block, as `block_step.commit_block` reads it: clean, then its packed twin."""
-    read, latent, low = blocks
+    read, latent, low_res = blocks
     access = in_clip(exp.memory, layout)
-    full = block_step.read_clean(nets, exp.step, layout, read, words, stored, access)
+    full = block_step.read_clean(nets, exp.step, layout, read, text_kv, stored, access)
     frames = KV(
         *(
             einops.rearrange(x, "layer b (t s) n h -> layer b t s n h", t=exp.cache.block)
@@ -282,7 +282,7 @@ def _remembered(
         stored, full=_put(stored.full, frames, layout.num_blocks * exp.cache.block)
     )
     if exp.cache.top:
-        packed = _packed(nets, exp, layout, stored, words, latent, low)
+        packed = _packed(nets, exp, layout, stored, text_kv, latent, low_res)
         stored = dataclasses.replace(
             stored,
             packed=_put(
@@ -297,13 +297,13 @@ def _packed(
     exp: Experiment,
     layout: Layout,
     stored: Stored,
-    words: KV,
+    text_kv: KV,
     latent: Array,
-    low: Array,
+    low_res: Array,
 ) -> KV:
     """Keys and values [layer, b, p, n, h] of a block's packed twin."""
     access = behind_block(exp.memory, layout)
-    return block_step.read_packed(nets, exp.step, layout, latent, low, words, stored, access)
+    return block_step.read_packed(nets, exp.step, layout, latent, low_res, text_kv, stored, access)
 
 
 def _put(store: KV, new: KV, at: Array) -> KV:
@@ -315,25 +315,25 @@ def _put(store: KV, new: KV, at: Array) -> KV:
     )
 
 
-def sees_pixels(exp: Experiment) -> bool:
+def packs_pixels(exp: Experiment) -> bool:
     """Whether packing needs the pixels of a block."""
     return exp.cache.top > 0 and exp.compressor.branches != "hr"
 
 
-def low_resolution(
-    exp: Experiment, pixels: Any, decoder: Any, latent: Array, *, first: bool
+def low_res_latents(
+    exp: Experiment, vae: Any, decoder: Any, latent: Array, *, first: bool
 ) -> tuple[Array, Any]:
     """A drawn block in low resolution, through its pixels, and the decoder after it."""
-    if not sees_pixels(exp):
+    if not packs_pixels(exp):
         return latent[:, :0], decoder
     require(
-        pixels is not None,
+        vae is not None,
         "packing by pixels needs the codec; give a model folder with one, or set "
         "compressor.branches=hr.",
     )
-    frames, decoder = codec.decode_chunk(pixels, decoder, latent, first=first)
-    return codec.low_resolution(
-        pixels, frames, latents=exp.packed_grid[0], pool=exp.compressor.pool
+    frames, decoder = codec.decode_chunk(vae, decoder, latent, first=first)
+    return codec.low_res_latents(
+        vae, frames, latents=exp.packed_grid[0], pool=exp.compressor.pool
     ), decoder
 
 
@@ -362,7 +362,7 @@ def again(
 
     def one_block(leaked, inputs):
         n, noisy, selection = inputs
-        layout, words = (
+        layout, text_kv = (
             layouts.layout(exp.cache, layouts.begin(n), drawn.gap),
             batches.of_block(text, n),
         )
@@ -375,7 +375,7 @@ def again(
             noisy,
             times[drawn.exit],
             sigmas[drawn.exit],
-            words,
+            text_kv,
             behind,
             access=in_clip(exp.memory, layout),
         )
@@ -403,15 +403,15 @@ def _through_packed(
         return clip.stored
 
     def one_block(_, inputs):
-        n, latent, low, selection = inputs
+        n, latent, low_res, selection = inputs
         stored = dataclasses.replace(clip.stored, selection=selection)
-        layout, words = (
+        layout, text_kv = (
             layouts.layout(exp.cache, layouts.begin(n), drawn.gap),
             batches.of_block(text, n),
         )
-        return None, _packed(nets, exp, layout, stored, words, latent, low)
+        return None, _packed(nets, exp, layout, stored, text_kv, latent, low_res)
 
-    given = (jnp.arange(clip.latent.shape[0]), clip.latent, clip.low, clip.selection)
+    given = (jnp.arange(clip.latent.shape[0]), clip.latent, clip.low_res, clip.selection)
     packed = jax.lax.scan(one_block, None, given)[1]
     return dataclasses.replace(
         clip.stored,
@@ -430,8 +430,8 @@ def covered(exp: Experiment, clip: Clip, drawn: Draws) -> dict[str, Array]:
     layout = jax.vmap(lambda n: layouts.layout(exp.cache, layouts.begin(n), drawn.gap))(blocks)
     visible = (layout.ids >= 0).sum(axis=1)
     return {
-        "packed_seen": layout.chosen.sum(),
-        "choices": (visible > layout.chosen).sum(),
-        "reach": (layout.current_at - layout.sink_at).max() + exp.cache.block,
+        "packed_seen": layout.num_selected.sum(),
+        "choices": (visible > layout.num_selected).sum(),
+        "reach": (layout.current_position - layout.sink_position).max() + exp.cache.block,
         "exit": drawn.exit,
     }

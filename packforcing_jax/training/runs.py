@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from packforcing_jax.config import Experiment, Stage, TrainConfig, decode, overrides
+from packforcing_jax.config import Experiment, Stage, TrainConfig, decode, loading
 from packforcing_jax.data import sources
 from packforcing_jax.errors import MachineError, nearest, require
 from packforcing_jax.io import append_file, checkpoints, model_folder
@@ -180,8 +180,8 @@ def start(
 def needs(exp: Experiment, train: TrainConfig) -> tuple[str, ...]:
     """What the objective reads of the data besides text; low-resolution latents where true blocks are packed."""
     objective = objectives.of(train)
-    packs = objectives.remembers(train) and not objective.own_clips and rollout.sees_pixels(exp)
-    return (*objective.needs, "low") if packs else objective.needs
+    packs = objectives.remembers(train) and not objective.own_clips and rollout.packs_pixels(exp)
+    return (*objective.needs, "low_res") if packs else objective.needs
 
 
 def data(exp: Experiment, train: TrainConfig, seed: int, program: Program) -> Any:
@@ -194,7 +194,7 @@ def data(exp: Experiment, train: TrainConfig, seed: int, program: Program) -> An
         process=jax.process_index(),
         needs=needs(exp, train),
         processes=jax.process_count(),
-        encode=exports.words(exp, train).encode,
+        encode=exports.tokenizer_of(exp, train).encode,
     )
 
 
@@ -237,7 +237,7 @@ def others(exp: Experiment, train: TrainConfig, form: Any, grid: Mesh) -> dict[s
     """What steps read and leave alone: the teacher, the codec, the states of the negative prompt."""
     found = {
         "codec": exports.codec_weights(exp, train, grid),
-        "hidden": exports.hidden(exp, train),
+        "null_text": exports.null_text(exp, train),
     }
     parts = tuple(f"{part}/" for part in objectives.of(train).teacher)
     if parts:
@@ -457,7 +457,7 @@ def trained_as(path: Path) -> dict[str, Any] | None:
 
 
 def planned(
-    recipe: overrides.Recipe, folder: Path, only: str | None = None
+    recipe: loading.Recipe, folder: Path, only: str | None = None
 ) -> list[tuple[Path, Stage]]:
     """The folder of each stage, and the stage with the models of earlier ones in place of their names.
 

@@ -59,7 +59,7 @@ def variant(exp: Experiment, train: TrainConfig, seed: int, step: int) -> Experi
 
 def init(exp: Experiment, train: TrainConfig, key: Array, given: Mapping[str, Flat]) -> TrainState:
     """The state before the first step: networks that are `given`, the others drawn; a critic starts as the teacher."""
-    drawn = pytrees.flatten(batches.new_model(exp, key, reads=sources.of(train.source).words))
+    drawn = pytrees.flatten(batches.new_model(exp, key, reads=sources.of(train.source).tokenized))
     params = {"generator": completed(train, given.get("generator", {}), drawn)}
     if objectives.of(train).critic is not None:
         own = given.get("critic", given.get("teacher", params["generator"]))
@@ -219,8 +219,8 @@ def assembled(
         teacher=None if teacher is None else _teacher(exp, objective.teacher, teacher, half),
         critic=_transformer(exp, flat["critic"], half) if "critic" in flat else None,
         average=model(state.ema) if objective.average else None,
-        hidden=frozen.get("hidden"),
-        pixels=batches.as_codec(exp, frozen.get("codec")),
+        null_text=frozen.get("null_text"),
+        vae=batches.as_codec(exp, frozen.get("codec")),
     )
 
 

@@ -103,7 +103,7 @@ def _tables(fixture: Fixture, prefix: str, shift: float) -> Outputs:
         "sigmas": table.sigmas,
         "timesteps": table.timesteps,
         "linear_timesteps_weights": schedules.training_weights(table),
-        "raw_timestep_warped_clamped": schedules.warp_uniform(
+        "raw_timestep_warped_clamped": schedules.shift_uniform(
             fixture.inputs["raw_timestep_int"], shift
         ),
     }
@@ -114,7 +114,7 @@ def _tables(fixture: Fixture, prefix: str, shift: float) -> Outputs:
     for name, steps in _named(
         fixture, re.escape(prefix) + r"(?P<name>denoising_step_list_(?P<numbers>[\d_]+)_warped)"
     ):
-        out[name] = schedules.warped(steps, float(shift))
+        out[name] = schedules.shifted_timesteps(steps, float(shift))
     return out
 
 

@@ -70,8 +70,8 @@ def dmd_math(fixture: Fixture) -> Outputs:
         distil=DistilConfig(
             guidance=float(config["guidance_scale"]),
             score_shift=float(config["score_timestep_shift"]),
-            low=low,
-            high=high,
+            min_timestep=low,
+            max_timestep=high,
         ),
     )
     weights = {
@@ -96,7 +96,9 @@ def dmd_math(fixture: Fixture) -> Outputs:
 
 
 def _timestep(train: TrainConfig, raw: jax.Array) -> jax.Array:
-    return schedules.warp_uniform(raw, train.shift, train.distil.low, train.distil.high)
+    return schedules.shift_uniform(
+        raw, train.shift, train.distil.min_timestep, train.distil.max_timestep
+    )
 
 
 def _pulled(
@@ -241,6 +243,6 @@ def _graded(
 def _bounds(sample: SampleConfig, last: int) -> np.ndarray:
     """[from, to]: listed timesteps of the exit step and the one after it, 0 behind the last."""
     table = schedules.table(sample.shift)
-    times = schedules.warped(sample.steps, sample.shift)[last : last + 2]
+    times = schedules.shifted_timesteps(sample.steps, sample.shift)[last : last + 2]
     nearest = schedules.TIMESTEPS - np.asarray(schedules.nearest_id(table, times))
     return np.append(nearest, 0)[:2]

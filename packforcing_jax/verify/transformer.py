@@ -184,7 +184,7 @@ def _noisy_then_clean(
     flow = _flow(nets, cfg, memory, noisy, times, text)
     flow_clean = _flow(nets, cfg, memory, clean, jnp.zeros_like(times), text)
     memory, _ = block_step.commit_block(
-        nets, cfg, memory, latent=clean, low=clean, selection=None, text=text
+        nets, cfg, memory, latent=clean, low_res=clean, selection=None, text=text
     )
     return flow, flow_clean, memory
 
@@ -250,7 +250,7 @@ def _next_block(
     memory, denoised = block_step.denoise_block(nets, cfg, memory, noise=given, text=text)
     latent, selection = denoised.latent, denoised.selection
     memory, _ = block_step.commit_block(
-        nets, cfg, memory, latent=latent, low=latent, selection=selection, text=text
+        nets, cfg, memory, latent=latent, low_res=latent, selection=selection, text=text
     )
     return latent, memory
 

@@ -81,7 +81,9 @@ def test_a_shorter_grid_agrees(steps, shift):
 
 def test_a_step_list_means_the_same_timesteps():
     assert (
-        twins.error(schedules.warped((1000, 750, 500, 250), 5.0), flow_matching(5.0, 4).timesteps)
+        twins.error(
+            schedules.shifted_timesteps((1000, 750, 500, 250), 5.0), flow_matching(5.0, 4).timesteps
+        )
         <= TOLERANCE
     )
 

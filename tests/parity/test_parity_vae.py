@@ -77,9 +77,9 @@ class Twins(NamedTuple):
 
     def moments(self, video):
         """Their mean and log-variance [b, 2c, t, y, x], the mean first."""
-        return twins.called(lambda pixels: self.theirs.encode(pixels).latent_dist.parameters, video)
+        return twins.called(lambda vae: self.theirs.encode(vae).latent_dist.parameters, video)
 
-    def pixels(self, latent):
+    def vae(self, latent):
         """Their video, none of which was cut off."""
         video = twins.called(lambda cells: self.theirs.decode(cells).sample, latent)
         assert np.abs(video).max() < 1, "lower the gain of the last convolution"
@@ -118,16 +118,14 @@ def test_moments_of_a_video_agree(name, seed):
 @pytest.mark.parametrize("name", SIZES)
 def test_pixels_of_latents_agree(name, seed):
     pair = twin(name, seed)
-    assert (
-        twins.error(computed(DECODE, pair.ours, pair.latent), pair.pixels(pair.latent)) <= TOLERANCE
-    )
+    assert twins.error(computed(DECODE, pair.ours, pair.latent), pair.vae(pair.latent)) <= TOLERANCE
 
 
 def test_the_first_frame_alone_agrees():
     pair = twin("as in Wan", 0)
     video, latent = pair.video[:, :, :1], pair.latent[:, :, :1]
     assert twins.error(computed(MOMENTS, pair.ours, video), pair.moments(video)) <= TOLERANCE
-    assert twins.error(computed(DECODE, pair.ours, latent), pair.pixels(latent)) <= TOLERANCE
+    assert twins.error(computed(DECODE, pair.ours, latent), pair.vae(latent)) <= TOLERANCE
 
 
 def test_frames_that_do_not_fill_a_group_are_ignored_by_both():
@@ -146,8 +144,8 @@ def test_latents_are_normalised_as_the_configuration_says(name):
     )
     mu = np.split(pair.moments(pair.video), 2, axis=1)[0]
     assert twins.error(computed(ENCODE, pair.ours, pair.video), (mu - mean) / std) <= TOLERANCE
-    pixels = pair.pixels((pair.latent * std + mean).astype(np.float32))
-    assert twins.error(computed(DECODE, pair.ours, pair.latent), pixels) <= TOLERANCE
+    vae = pair.vae((pair.latent * std + mean).astype(np.float32))
+    assert twins.error(computed(DECODE, pair.ours, pair.latent), vae) <= TOLERANCE
 
 
 def test_faint_features_agree():
@@ -158,16 +156,14 @@ def test_faint_features_agree():
     assert (
         twins.error(computed(MOMENTS, pair.ours, pair.video), pair.moments(pair.video)) <= TOLERANCE
     )
-    assert (
-        twins.error(computed(DECODE, pair.ours, pair.latent), pair.pixels(pair.latent)) <= TOLERANCE
-    )
+    assert twins.error(computed(DECODE, pair.ours, pair.latent), pair.vae(pair.latent)) <= TOLERANCE
 
 
 HALVES = [
     ("encoder", MOMENTS, Twins.moments, "video"),
     ("quant", MOMENTS, Twins.moments, "video"),
-    ("decoder", DECODE, Twins.pixels, "latent"),
-    ("post_quant", DECODE, Twins.pixels, "latent"),
+    ("decoder", DECODE, Twins.vae, "latent"),
+    ("post_quant", DECODE, Twins.vae, "latent"),
 ]
 
 

@@ -104,46 +104,46 @@ def of_training(setting: str) -> bool:
     return setting.partition("=")[0].strip().partition(".")[0] == TRAIN
 
 
-def override(experiment: Experiment, sets: Sequence[str]) -> Experiment:
+def override(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
     """`experiment` with every `a.b=value` of `sets`; raises `InputError` for one that is about training."""
-    for each in filter(of_training, sets):
+    for each in filter(of_training, overrides):
         raise InputError(
             f"--set {each}: {TRAIN}.* are settings of `packforcing train`, which this command does not read; "
             "leave it out."
         )
-    return decode.override(experiment, sets)
+    return decode.override(experiment, overrides)
 
 
-def override_stage(stage: Stage, sets: Sequence[str]) -> Stage:
+def override_stage(stage: Stage, overrides: Sequence[str]) -> Stage:
     """`stage` with every `a.b=value` of `sets`, where `train.` begins the keys of its training."""
-    for each in sets:
+    for each in overrides:
         if each.partition("=")[0].strip() == TRAIN:
             fields = ", ".join(f"{TRAIN}.{name}" for name in decode.hints_of(TrainConfig))
             raise InputError(f"--set {TRAIN}: {TRAIN} is a group; set one of {fields}.")
-    own = [each for each in sets if of_training(each)]
+    own = [each for each in overrides if of_training(each)]
     return Stage(
         stage.name,
         decode.override(
-            stage.experiment, [each for each in sets if not of_training(each)], beside=(TRAIN,)
+            stage.experiment, [each for each in overrides if not of_training(each)], beside=(TRAIN,)
         ),
         decode.override(stage.train, own, inside=f"{TRAIN}."),
     )
 
 
-def load_experiment(config: str | pathlib.Path, sets: Sequence[str] = ()) -> Experiment:
+def load_experiment(config: str | pathlib.Path, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment of a file or a name in `configs/`, with `a.b=value` overrides."""
-    return override(read(find(config)).experiment, sets)
+    return override(read(find(config)).experiment, overrides)
 
 
-def load_stage(config: str | pathlib.Path, sets: Sequence[str] = ()) -> Stage:
+def load_stage(config: str | pathlib.Path, overrides: Sequence[str] = ()) -> Stage:
     """The same with the file's module-level `train`, whose keys begin with `train.`."""
-    return override_stage(read(find(config)), sets)
+    return override_stage(read(find(config)), overrides)
 
 
-def load_recipe(config: str | pathlib.Path, sets: Sequence[str] = ()) -> Recipe:
+def load_recipe(config: str | pathlib.Path, overrides: Sequence[str] = ()) -> Recipe:
     """The stages of a file or a name in `configs/`; `a.b=value` changes every stage, `STAGE:a.b=value` only one."""
     recipe = read_recipe(find(config))
-    addressed = [_address(each, [stage.name for stage in recipe]) for each in sets]
+    addressed = [_address(each, [stage.name for stage in recipe]) for each in overrides]
     return tuple(
         override_stage(stage, [each for name, each in addressed if name in (None, stage.name)])
         for stage in recipe
