@@ -39,7 +39,8 @@ CUDNN = {
 TEMPORARY = (
     0.3e9  # bytes: the largest values of one layer side by side, and nothing of a second one
 )
-DENOISE, COMMIT = "denoise", "commit"
+DENOISE = "denoise"
+COMMIT = "commit"
 LENGTH = 4  # operand of cuDNN's attention, after queries, keys, values and the queries' lengths
 
 
@@ -95,7 +96,8 @@ def answer_for_cudnn() -> None:
 
 def build(exp: Experiment) -> Iterator[Built]:
     """`player.denoise_program` and `player.commit_program` of one video."""
-    where, held = device(), programs.shapes_of(exp)
+    where = device()
+    held = programs.shapes_of(exp)
     numbers = held.seeds, held.videos
     yield compiled(
         DENOISE,
@@ -141,11 +143,13 @@ def rows(exp: Experiment, built: Built) -> Iterator[Row]:
     """What is checked of one program."""
     shapes = stores(built.memory)
     least = min(map(hlo.size, shapes))
-    given, kept = total(built.memory), built.stats.alias_size_in_bytes
+    given = total(built.memory)
+    kept = built.stats.alias_size_in_bytes
     yield Row(
         built.name, "donated buffers handed back", f"{kept:,} of {given:,} bytes", kept == given
     )
-    places, astray = len(hlo.written(built.program, shapes)), hlo.astray(built.assignment, shapes)
+    places = len(hlo.written(built.program, shapes))
+    astray = hlo.astray(built.assignment, shapes)
     yield Row(built.name, "stores updated by slices", f"{places} times", places > 0)
     yield Row(
         built.name,

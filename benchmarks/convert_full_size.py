@@ -20,7 +20,8 @@ from packforcing_jax.config import Experiment
 from packforcing_jax.errors import InputError
 from packforcing_jax.io import model_folder, safetensors_io
 
-LONGEST, MOST = 240.0, 3e9  # seconds, bytes of private memory
+LONGEST = 240.0
+MOST = 3e9  # seconds, bytes of private memory
 OFTEN = 0.05  # seconds between two looks at the memory
 
 
@@ -33,7 +34,8 @@ class Run(NamedTuple):
 
 def shapes(exp: Experiment) -> dict[str, rules.Shape]:
     """The tensors of the published transformer by original name."""
-    wanted, sizes = networks.wanted("dit", exp), networks.merged_axes(exp)
+    wanted = networks.wanted("dit", exp)
+    sizes = networks.merged_axes(exp)
     places = rules.sources(wanted, networks.NETWORKS["dit"].table, rules.no_mismatches())
     return {
         name: place.inverse(
@@ -45,10 +47,8 @@ def shapes(exp: Experiment) -> dict[str, rules.Shape]:
 
 def write(path: Path, exp: Experiment, seed: int) -> dict[str, str]:
     """A checkpoint of random numbers, written one tensor at a time, and the SHA-256 of each."""
-    rng, forms = (
-        np.random.default_rng(seed),
-        {name: (shape, np.dtype("f4")) for name, shape in shapes(exp).items()},
-    )
+    rng = np.random.default_rng(seed)
+    forms = {name: (shape, np.dtype("f4")) for name, shape in shapes(exp).items()}
     digests = {}
     with safetensors_io.Writer(path, forms, {"format": "pt"}) as file:
         for name, (shape, _) in forms.items():
@@ -72,7 +72,8 @@ def private_memory(pid: int) -> int:
 
 def run(*argv: str) -> Run:
     """`packforcing WORDS` in a process of its own."""
-    start, most = time.monotonic(), 0
+    start = time.monotonic()
+    most = 0
     process = subprocess.Popen(
         [sys.executable, "-m", "packforcing_jax", *argv],
         stderr=subprocess.PIPE,
@@ -91,7 +92,8 @@ def run(*argv: str) -> Run:
 
 def measured(room: Path, exp: Experiment, seed: int) -> dict:
     """Figures of one conversion there and back, in an empty folder."""
-    source, model = room / "Wan" / "diffusion_pytorch_model.safetensors", room / "model"
+    source = room / "Wan" / "diffusion_pytorch_model.safetensors"
+    model = room / "model"
     back = room / "back.safetensors"
     source.parent.mkdir()
     digests = write(source, exp, seed)

@@ -59,15 +59,14 @@ TOY = Experiment(
 )
 COMPILED = "/jax/core/compile/backend_compile_duration"  # the event JAX reports once for everything it compiles
 OPENING = 2  # blocks in which everything is compiled: the first of a video is shown by a program of its own
-MEMORY, TIME = 1.02, 1.1  # highest ratio of the second half's median to the first's
+MEMORY = 1.02
+TIME = 1.1  # highest ratio of the second half's median to the first's
 
 
 def weights(exp: Experiment = TOY, seed: int = 0) -> batches.Model:
     """Random weights, none of which is zero or one as some are before training."""
-    shapes, rng = (
-        jax.eval_shape(lambda: batches.new_model(exp, jax.random.key(0))),
-        np.random.default_rng(seed),
-    )
+    shapes = jax.eval_shape(lambda: batches.new_model(exp, jax.random.key(0)))
+    rng = np.random.default_rng(seed)
     draws = {
         name: name.endswith("scale")
         + rng.normal(size=leaf.shape) * max(leaf.shape[-2:-1] + (4,)) ** -0.5
@@ -130,11 +129,14 @@ def endure(model: Pipeline, prompts: Sequence[str], *, seed: int) -> dict[str, n
     read = {name: np.zeros(len(prompts)) for name in (*readers, "wall", "processor", "yardstick")}
     stream = model.stream(prompts, seed=seed)
     for index in common.progress(range(len(prompts)), name="endurance", unit="blocks"):
-        began, busy = time.perf_counter(), time.process_time()
+        began = time.perf_counter()
+        busy = time.process_time()
         block = next(stream)
-        ended, done = time.perf_counter(), time.process_time()
+        ended = time.perf_counter()
+        done = time.process_time()
         yardstick()
-        read["wall"][index], read["processor"][index] = ended - began, done - busy
+        read["wall"][index] = ended - began
+        read["processor"][index] = done - busy
         read["yardstick"][index] = time.process_time() - done
         for name, gauge in readers.items():
             read[name][index] = gauge(block)

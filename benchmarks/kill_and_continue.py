@@ -111,7 +111,9 @@ def moments(rng: random.Random, *, blocks: int, every: int, start: float) -> lis
 
 def killed(run: Run, moment: Moment) -> dict:
     """Starts the run, kills its whole process group at the moment, and says where that was and what is left."""
-    drawn, since, until = run.drawn(), time.time(), time.monotonic() + PATIENCE
+    drawn = run.drawn()
+    since = time.time()
+    until = time.monotonic() + PATIENCE
     process = run.start()
 
     def comes() -> bool:
@@ -155,7 +157,8 @@ def playing(run: Run) -> dict:
 
 def prepared(folder: Path, blocks: int, every: int) -> list[Run]:
     """Runs of the same model and the same story: a short one, one that stays unbroken and one that is killed."""
-    exp, built = endurance.TOY, endurance.weights()
+    exp = endurance.TOY
+    built = endurance.weights()
     parts = {"dit": built.nets.dit, "compressor": built.nets.compressor, "text": built.text}
     argv = tokenizer.word_tokenizer(captions.VOCABULARY).to_str()
     model_folder.save(
@@ -191,7 +194,8 @@ def experiment(folder: Path, *, blocks: int, every: int, seed: int) -> dict:
     """One unbroken run, ten kills with a continuation each, and what came out."""
     short, whole, broken = prepared(folder, blocks, every)
     short.start().wait()  # leaves what is compiled behind, so that the others start alike
-    began, process = time.monotonic(), whole.start()
+    began = time.monotonic()
+    process = whole.start()
     while whole.drawn() == 0 and process.poll() is None:
         time.sleep(0.1)
     start = time.monotonic() - began

@@ -19,7 +19,8 @@ from pathlib import Path
 import jax
 
 DEVICES = 4
-WIDTH, INNER = 1536, 8960
+WIDTH = 1536
+INNER = 8960
 
 
 def shapes(gigabytes: float) -> dict[str, tuple[int, ...]]:
@@ -92,7 +93,8 @@ def measure(folder: Path, turns: int) -> dict[str, list[float]]:
     """Seconds of each turn by form, taken in turn."""
     import numpy as np
 
-    read, seconds = readers(folder), {}
+    read = readers(folder)
+    seconds = {}
     first = {name: load() for name, load in read.items()}
     for name, array in first["orbax"].items():
         np.testing.assert_array_equal(first["safetensors"][name], array, err_msg=name)

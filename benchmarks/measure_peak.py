@@ -101,7 +101,8 @@ class Watch:
     """Reads what this process takes of memory that is its own, again and again, in a thread."""
 
     def __init__(self):
-        self.most, self._ended = 0, threading.Event()
+        self.most = 0
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def _watch(self) -> None:
@@ -110,7 +111,8 @@ class Watch:
 
     def since(self) -> int:
         """The most since this was asked before."""
-        most, self.most = self.most, 0
+        most = self.most
+        self.most = 0
         return most
 
     def __enter__(self) -> "Watch":
@@ -125,8 +127,10 @@ class Watch:
 def sample(folder: Path, room: Path, watch: Watch) -> dict[str, int]:
     """Loads the model and draws blocks; the most in each part of that. Text states are kept in `room`."""
     os.environ["XDG_CACHE_HOME"] = str(room)
-    pipe, most = pipeline.Pipeline.from_pretrained(folder), {}
-    most[PARTS[0]], began = watch.since(), time.monotonic()
+    pipe = pipeline.Pipeline.from_pretrained(folder)
+    most = {}
+    most[PARTS[0]] = watch.since()
+    began = time.monotonic()
     prompt = captions.write(captions.Prompt(0, 0, 0, 0, 0, 0))
     for block, part in zip(pipe.stream([prompt] * 2, seed=0), PARTS[1:], strict=True):
         most[part] = watch.since()

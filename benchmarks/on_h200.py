@@ -49,10 +49,12 @@ TOY = (
     "sample.steps=(1000, 500)",
     "dtypes.vae=float32",
 )
-WARMUP, REPEATS = 3, 10
+WARMUP = 3
+REPEATS = 10
 MINUTES = 15  # for the trials of one process, or for one that takes longer alone
 QUERIES = 64  # whose attention is compared with float32
-NHWC, NO_TRITON = "--xla_gpu_force_conv_nhwc=true", "--xla_gpu_enable_triton_gemm=false"
+NHWC = "--xla_gpu_force_conv_nhwc=true"
+NO_TRITON = "--xla_gpu_enable_triton_gemm=false"
 MARK = "trial: "  # begins the lines of a child's output that are results
 
 Row = dict[str, Any]
@@ -102,8 +104,10 @@ def attending(
     call: Callable[..., jax.Array], keys: Callable[[Experiment], int | None], exp: Experiment
 ) -> Row:
     """`call`(q, k, v, length) over a view, of which the first `keys` count, and how far from float32 it is."""
-    length, room = keys(exp), exp.memory.room
-    queries, own = exp.cache.block * exp.tokens_per_frame, (exp.dit.heads, exp.dit.head_dim)
+    length = keys(exp)
+    room = exp.memory.room
+    queries = exp.cache.block * exp.tokens_per_frame
+    own = (exp.dit.heads, exp.dit.head_dim)
     every = [
         tuple(
             timing.normal(3 * seed + part, (1, size, *own), jnp.bfloat16)
@@ -167,7 +171,8 @@ def multiplying(
     exp: Experiment,
 ) -> Row:
     """Tokens of a block [rows, inner] times weights; eight-bit floats with the weights stored [columns, inner]."""
-    rows, small = exp.cache.block * exp.tokens_per_frame, dtype.startswith("float8")
+    rows = exp.cache.block * exp.tokens_per_frame
+    small = dtype.startswith("float8")
     right = (columns(exp), inner(exp)) if small else (inner(exp), columns(exp))
     every = [
         tuple(
@@ -223,7 +228,8 @@ def _taps(x) -> list[jax.Array]:
 
 
 def frames_on_channels(x, kernel):
-    seen, weights = jnp.concatenate(_taps(x), axis=-1), jnp.concatenate(list(kernel), axis=-2)
+    seen = jnp.concatenate(_taps(x), axis=-1)
+    weights = jnp.concatenate(list(kernel), axis=-2)
     flat = _convolve(seen, weights, ("NHWC", "HWIO", "NHWC"))
     return flat.reshape(x.shape[0], -1, *flat.shape[1:])
 
@@ -247,7 +253,8 @@ CONVOLUTIONS = {
 
 def convolving(call: Callable[..., jax.Array], exp: Experiment) -> Row:
     """A convolution at the size of decoded frames, and how far it is from the first form."""
-    width, frames = exp.codec.dim, exp.cache.block * exp.codec.time_factor
+    width = exp.codec.dim
+    frames = exp.cache.block * exp.codec.time_factor
     rows, columns = (size * exp.codec.space_factor for size in exp.latent)
     x = timing.normal(0, (1, frames + 2, rows, columns, width), exp.dtypes.vae)
     kernel = timing.normal(1, (3, 3, 3, width, width), exp.dtypes.vae, (27 * width) ** -0.5)
@@ -375,7 +382,8 @@ def launch(numbers: Sequence[int], flags: str, toy: bool) -> tuple[list[Row], st
         done = subprocess.run(
             argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60 * MINUTES
         )
-        out, said = done.stdout, (done.stderr.strip().splitlines() or [""])[-1][:200]
+        out = done.stdout
+        said = (done.stderr.strip().splitlines() or [""])[-1][:200]
         ended = f"the process ended with code {done.returncode}: {said}"
     except subprocess.TimeoutExpired as late:
         out = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""

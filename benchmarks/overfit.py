@@ -27,7 +27,9 @@ from packforcing_jax.sampling.pipeline import Pipeline
 from packforcing_jax.stage import captions, data, oracle, world
 from packforcing_jax.training import batches, exports, logs, objectives, paths, runs, state
 
-CONFIG, CLIPS, SEED = "stage_overfit", 8, 0
+CONFIG = "stage_overfit"
+CLIPS = 8
+SEED = 0
 DRAWN = 4  # videos of each clip that the oracle reads
 READ = ("column", "colour", "shape", "mark", "backdrop", "scene", "poster", "guest", "guest_mark")
 LOGGED = 4  # losses that are averaged, first and last
@@ -66,7 +68,8 @@ def clips() -> list[world.Story]:
 @functools.cache  # two stages begin with one model
 def distance(folder: Path) -> float:
     """The share of the oracle's readings in which videos to the clips' prompts differ from the clips."""
-    model, told = Pipeline.from_pretrained(folder), DRAWN * clips()
+    model = Pipeline.from_pretrained(folder)
+    told = DRAWN * clips()
     prompts = [
         [captions.caption(story, block) for block in range(len(story.guests))] for story in told
     ]
@@ -83,7 +86,8 @@ def distance(folder: Path) -> float:
 
 def from_ends(stage: Stage, folders: Sequence[Path]) -> list[float]:
     """How far each model's guesses at the student's steps are, squared, from where its teacher's ways end."""
-    train, grid = stage.train, mesh.make(stage.train.mesh)
+    train = stage.train
+    grid = mesh.make(stage.train.mesh)
     exp = state.variant(stage.experiment, train, SEED, 0)
     form = runs.abstract(exp, train, runs.Program(), SEED, grid)
     taught = runs.others(exp, train, form, grid)["teacher"]
@@ -91,14 +95,10 @@ def from_ends(stage: Stage, folders: Sequence[Path]) -> list[float]:
 
     @jax.jit
     def missed(student: Any, teacher: Any, raw: Any, key: Any) -> Any:
-        model, batch = (
-            batches.as_model(exp, student),
-            batches.encode(exp, batches.as_codec(exp, {}), raw),
-        )
-        states, noise = (
-            batches.text_states(model, batch.text),
-            jax.random.normal(key, batch.latent.shape),
-        )
+        model = batches.as_model(exp, student)
+        batch = batches.encode(exp, batches.as_codec(exp, {}), raw)
+        states = batches.text_states(model, batch.text)
+        noise = jax.random.normal(key, batch.latent.shape)
         way = paths.way(batches.as_model(exp, teacher), exp, train, noise, states, behind=batch)
         batch = dataclasses.replace(batch, trajectory=way)
         return objectives.trajectory(batches.Networks(generator=model), batch, key, exp, train)[0]
@@ -115,7 +115,8 @@ def losses(folder: Path) -> tuple[float, float]:
 
 def ways(out: Path) -> Path:
     """A data set of the teacher's ways to the clips' first prompts."""
-    prompts, made = out / "prompts.txt", out / "ways"
+    prompts = out / "prompts.txt"
+    made = out / "ways"
     prompts.write_text("\n".join(captions.caption(story, 0) for story in clips()))
     run(
         "prepare",

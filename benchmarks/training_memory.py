@@ -111,7 +111,8 @@ def state_rows(exp: Experiment, form: Any, others: Mapping[str, Any], parts: int
         ("all, with gradients", (form, others["teacher"], form.params["generator"]), 32 + half),
     )
     for name, tree, each in table:
-        known, share = held(tree), each * count / parts
+        known = held(tree)
+        share = each * count / parts
         ok = known <= ROOM * share if name.startswith("all") else None
         yield Row("state", name, f"{known / 1e9:.2f} GB; {share / 1e9:.2f} of equal shares", ok)
     yield Row("state", "codec, whole on each", f"{held(others['codec']) / 1e9:.2f} GB", None)
@@ -122,7 +123,8 @@ def exchanged(text: str) -> tuple[Counter, Counter]:
 
     What stands in a loop is counted once.
     """
-    places, volume = Counter(), Counter()
+    places = Counter()
+    volume = Counter()
     for result, kind in COLLECTIVE.findall(text):
         for item, sizes in hlo.ARRAY.findall(result):
             shape = item, tuple(int(size) for size in sizes.split(",") if size)
@@ -190,7 +192,8 @@ def run(args: argparse.Namespace) -> int:
     on_gpus = gpus() and not args.cpu
     found = devices(on_gpus)
     stage = loading.load_stage(args.config, (*SETTINGS, *args.overrides))
-    exp, train = stage.experiment, stage.train
+    exp = stage.experiment
+    train = stage.train
     exp = dataclasses.replace(
         rollout.for_training(exp, exp.blocks, exp.cache.sink, top=train.cover.top),
         attention="cudnn" if on_gpus else "xla",

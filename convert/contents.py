@@ -62,7 +62,8 @@ class Offer:
 
 def sort(found: Found, network: str | None = None, kind: str | None = None) -> Contents:
     """The tensors of all groups by network; `network` and `kind` are what the user wants of them."""
-    contents, offers = Contents(), defaultdict(list)
+    contents = Contents()
+    offers = defaultdict(list)
     tables = {group.origin: _tables(group.content) for group in found.groups}
     known = {key for per_group in tables.values() for place in per_group for key in place}
     require(
@@ -101,7 +102,9 @@ def _tables(content: Any, place: tuple[str, ...] = ()) -> dict[tuple[str, ...], 
         if _listed(content)
         else ()
     )
-    own, inner, named = {}, {}, {str(key): value for key, value in items}
+    own = {}
+    inner = {}
+    named = {str(key): value for key, value in items}
     require(
         not named or len(named) == len(content),
         f"{'.'.join(place) or 'the file'} has a number and a text as keys that read alike; re-save it.",
@@ -277,7 +280,8 @@ def _put(held: dict[str, Tensor], name: str, tensor: Tensor, wrong: rules.Mismat
 def _settle(part: str, offers: Sequence[Offer], contents: Contents) -> None:
     """Takes a network from the files that the user named, else from those that were found in folders."""
     best = [offer for offer in offers if offer.group.named] or list(offers)
-    contents.groups[part], contents.networks[part] = [offer.group for offer in best], {}
+    contents.groups[part] = [offer.group for offer in best]
+    contents.networks[part] = {}
     for offer in best:
         for name, tensor in offer.tensors.items():
             _put(contents.networks[part], name, tensor, contents.wrong)

@@ -53,7 +53,8 @@ def to_torch(
     folder: Path, out: Path, part: str | None = None, watch: Watch = lambda steps, count: steps
 ) -> dict[str, dict[str, Tensor]]:
     """Writes the parts of a model folder, or one of them, to the file `out`; returns its tensors by part."""
-    model, wrong = sources.opened_model(folder), rules.no_mismatches()
+    model = sources.opened_model(folder)
+    wrong = rules.no_mismatches()
     _check_target(out, folder)
     require(
         bool(model.parts),

@@ -103,7 +103,8 @@ def convert(request: Request, watch: exporting.Watch = lambda steps, count: step
 def _rows(
     jobs: Sequence[writing.Job], entries: Sequence[writing.Entry], ignored: Sequence[Ignored]
 ) -> tuple[manifest.Row, ...]:
-    used, left = Counter(entry.part for entry in entries), Counter(each.part for each in ignored)
+    used = Counter(entry.part for entry in entries)
+    left = Counter(each.part for each in ignored)
     return tuple(
         manifest.row(job.part, job.forms.values(), tensors=used[job.part], ignored=left[job.part])
         for job in jobs
@@ -253,7 +254,8 @@ def _require_lora(
 
 def _remarks(recognised: Recognised, held: Contents) -> list[str]:
     """What has to be known of a card, and of what was left out for want of a place."""
-    card, remarks = recognised.card, []
+    card = recognised.card
+    remarks = []
     if any(each.reason == wan_dit.OTHER_COMPRESSOR for each in held.ignored):
         remarks.append(f"pack_compressor is left out: it is the {wan_dit.OTHER_COMPRESSOR}")
     if card is not None and card.unconfirmed:
@@ -278,7 +280,8 @@ def _jobs(
         "a LoRA was given without the network it adds to; give the base checkpoint as well.",
     )
     require(bool(held.networks or taken), "the sources hold no weights; give a checkpoint.")
-    jobs, lora_of_card = [], recognised.card.lora if recognised.card else None
+    jobs = []
+    lora_of_card = recognised.card.lora if recognised.card else None
     scale = lora_of_card.scale if lora_of_card else 1.0
     for part in model_folder.PARTS:
         adapters = held.adapters if part == "dit" else {}

@@ -19,7 +19,8 @@ from packforcing_jax.config import Experiment
 from packforcing_jax.errors import InputError, require
 from packforcing_jax.networks import codec, compressor, dit, text
 
-WIDTHS, LAYERS = range(1, 1 << 20), range(1, 10_000)
+WIDTHS = range(1, 1 << 20)
+LAYERS = range(1, 10_000)
 LONGEST_SETTINGS = 1 << 20  # bytes of a config.json
 
 

@@ -182,11 +182,9 @@ def _tensor(
         not hooks and not metadata,
         "holds a tensor with hooks, or one that is conjugated or negated",
     )
-    (first,), shape, stride = (
-        _counts((offset,), "offset"),
-        _counts(shape, "shape"),
-        _counts(stride, "stride"),
-    )
+    (first,) = _counts((offset,), "offset")
+    shape = _counts(shape, "shape")
+    stride = _counts(stride, "stride")
     check(len(shape) == len(stride), f"a tensor has {len(shape)} axes and {len(stride)} steps")
     available = storage.nbytes // kind.itemsize
     if 0 in shape:

@@ -13,7 +13,8 @@ from packforcing_jax.config import ModelConfig
 from packforcing_jax.config.cards import Card, cards, find
 from packforcing_jax.errors import require
 
-AVERAGE, RAW = "generator_ema", "generator"  # of one network: over the training, and at its end
+AVERAGE = "generator_ema"
+RAW = "generator"  # of one network: over the training, and at its end
 TELLS_NOTHING = re.compile(r"(ema_)?model\.pt|\*\.pt|diffusion_pytorch_model.*")  # names of files
 COMMON = ("", "checkpoints", "models", "transformer")  # folders that anything may lie in
 SILENCE = (False, False, False)  # no evidence
@@ -49,7 +50,8 @@ def _evidence(path: Path, card: Card) -> tuple[bool, bool, bool]:
 
 
 def _speaks(path: Path, card: Card, repository: str, file: str) -> tuple[bool, bool, bool]:
-    wanted, folders = PurePosixPath(file.lower()), [part.lower() for part in path.parts[:-1]]
+    wanted = PurePosixPath(file.lower())
+    folders = [part.lower() for part in path.parts[:-1]]
     inner = list(wanted.parts[:-1])
     lies_so = not inner or folders[-len(inner) :] == inner
     other = folders[-1:] != inner[-1:] and folders[-1] in _folders_of(card.repository)

@@ -67,7 +67,8 @@ class Rule:
     def name(self, path: str) -> str | None:
         """The name of what goes to `path`, with `{}` for the layer; None if this rule fills another path."""
         pieces = re.split(r"\(([^()]*)\)", self.pattern.replace(r"(\d+)", NUMBER))
-        literals, groups = [re.sub(r"\\(.)", r"\1", piece) for piece in pieces[::2]], pieces[1::2]
+        literals = [re.sub(r"\\(.)", r"\1", piece) for piece in pieces[::2]]
+        groups = pieces[1::2]
         target = re.sub(
             r"\\\\(\d)",
             lambda hit: f"(?P<g{hit[1]}>{groups[int(hit[1]) - 1]})",
@@ -302,7 +303,8 @@ def convert(
     arrays: Mapping[str, np.ndarray], table: Sequence[Rule], wanted: Mapping[str, Shape]
 ) -> dict[str, np.ndarray]:
     """The model's arrays by path; one `InputError` names every mismatch between `arrays` and the `wanted` shapes."""
-    wrong, held = no_mismatches(), in_memory(arrays)
+    wrong = no_mismatches()
+    held = in_memory(arrays)
     made = plan(held, table, wanted, wrong)
     parts: dict[str, dict[int | None, np.ndarray]] = defaultdict(dict)
     for name, place in made.places.items():

@@ -19,7 +19,8 @@ READERS: dict[str, Callable[[Path], Any]] = {
     ".bin": pickles.opened,
 }
 INDEX = ".index.json"  # ends the name of the list of a network's shards
-SETTINGS, ADAPTER = "config.json", "adapter_config.json"
+SETTINGS = "config.json"
+ADAPTER = "adapter_config.json"
 FOLDERS = (".", "transformer", "vae", "text_encoder")  # where a folder given may have weights
 TOKENIZERS = ("google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json", "tokenizer.json")
 LONGEST_INDEX = 1 << 26  # bytes
@@ -217,7 +218,8 @@ def _shards(index: Path) -> dict[str, str]:
 
 def _sharded(index: Path, folder: Folder, found: Found) -> dict[str, safetensors_io.Tensor]:
     """The tensors of all shards by name; raises `InputError` where index and shards do not agree."""
-    weight_map, held = _shards(index), {}
+    weight_map = _shards(index)
+    held = {}
     for name in sorted(set(weight_map.values())):
         shard = index.parent / name
         require(

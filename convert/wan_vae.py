@@ -242,9 +242,11 @@ def config_from_diffusers(meta: Mapping[str, Any], other: VAEConfig) -> VAEConfi
 
 def _scale(meta: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Latent means and deviations; a list of another length than z_dim is one that was never used."""
-    mean, std = tuple(meta.get("latents_mean") or ()), tuple(meta.get("latents_std") or ())
+    mean = tuple(meta.get("latents_mean") or ())
+    std = tuple(meta.get("latents_std") or ())
     if "wan2.1" in meta.get("scale", "").lower():
-        mean, std = WAN_MEAN, WAN_STD
+        mean = WAN_MEAN
+        std = WAN_STD
     unused = plain(meta["z_dim"])
     return (mean, std) if len(mean) == len(std) == meta["z_dim"] else (unused.mean, unused.std)
 

@@ -173,7 +173,8 @@ def _put(
     file: safetensors_io.Writer, job: Job, name: str, array: np.ndarray, wrong: rules.Mismatches
 ) -> None:
     """Writes one tensor into its place, with what is added to it and in its new number format."""
-    place, (_, dtype) = job.plan.places[name], job.forms[job.plan.places[name].path]
+    place = job.plan.places[name]
+    _, dtype = job.forms[job.plan.places[name].path]
     if name in job.added:
         array = job.added[name].onto(array)
     changed = name in job.added or array.dtype != dtype

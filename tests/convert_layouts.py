@@ -35,7 +35,8 @@ SIZES = {
     "eps": 1e-6,
     "model_type": "t2v",
 }
-TEXT_DIM, PATCH = 14, (1, 2, 2)
+TEXT_DIM = 14
+PATCH = (1, 2, 2)
 LINEARS = (
     "self_attn.q",
     "self_attn.k",
@@ -231,7 +232,8 @@ def lora(
     modules=("blocks.0.self_attn.q", "blocks.2.ffn.0", "blocks.1.ffn.2"),
 ):
     """(down, up) of each module."""
-    rng, shapes = np.random.default_rng(seed), shapes_of_dit()
+    rng = np.random.default_rng(seed)
+    shapes = shapes_of_dit()
     return {
         name: (
             rng.normal(size=(rank, shapes[f"{name}.weight"][1])).astype(DTYPES[dtype]),
@@ -372,7 +374,8 @@ def original_text(tmp, dtype):
 
 @layout
 def diffusers_pipeline(tmp, dtype):
-    folder, text = tmp / "Wan-Diffusers", as_transformers(umt5(dtype))
+    folder = tmp / "Wan-Diffusers"
+    text = as_transformers(umt5(dtype))
     text["encoder.embed_tokens.weight"] = text["shared.weight"]
     put_json(folder / "model_index.json", {"_class_name": "WanPipeline"})
     stored = put_shards(folder / "transformer", "diffusion_pytorch_model", as_diffusers(dit(dtype)))
@@ -540,7 +543,9 @@ def with_optimizer(tmp, dtype):
 
 @layout
 def longlive(tmp, dtype):
-    base, pairs, other = dit(dtype), lora(dtype), peft(lora(dtype, seed=8))
+    base = dit(dtype)
+    pairs = lora(dtype)
+    other = peft(lora(dtype, seed=8))
     put(tmp / "models" / "longlive_base.pt", {"generator": prefixed("model.", base)})
     put(
         tmp / "models" / "lora.pt", {"generator_lora": peft(pairs), "critic_lora": other, "step": 3}
@@ -554,7 +559,8 @@ def longlive(tmp, dtype):
 
 @layout
 def bare_lora(tmp, dtype):
-    base, pairs = dit(dtype), lora("float32", rank=3)
+    base = dit(dtype)
+    pairs = lora("float32", rank=3)
     named = peft(pairs, "base_model.model.model._fsdp_wrapped_module.{}.lora_{}.weight")
     given = [put(tmp / "base.safetensors", base), put(tmp / "lora.safetensors", named)]
     return Layout(
@@ -567,7 +573,8 @@ def bare_lora(tmp, dtype):
 
 @layout
 def lora_that_says_how_strong(tmp, dtype):
-    base, pairs = dit(dtype), lora("float32", rank=3)
+    base = dit(dtype)
+    pairs = lora("float32", rank=3)
     named = peft(pairs, "{}.lora_{}.weight")
     put(tmp / "lora" / "adapter_model.safetensors", named)
     put_json(tmp / "lora" / "adapter_config.json", {"peft_type": "LORA", "r": 3, "lora_alpha": 12})
@@ -578,7 +585,8 @@ def lora_that_says_how_strong(tmp, dtype):
 
 @layout
 def lora_of_diffusers_with_alphas(tmp, dtype):
-    pairs, base = lora("float32", modules=("blocks.1.self_attn.o", "blocks.2.ffn.0")), dit(dtype)
+    pairs = lora("float32", modules=("blocks.1.self_attn.o", "blocks.2.ffn.0"))
+    base = dit(dtype)
     theirs = {
         "blocks.1.self_attn.o": "blocks.1.attn1.to_out.0",
         "blocks.2.ffn.0": "blocks.2.ffn.net.0.proj",

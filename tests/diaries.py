@@ -27,7 +27,8 @@ def head(cfg=SMALL, layers=LAYERS):
 def _past(cfg, block):
     """(sink frames, packed blocks that can be recalled, recent frames) that stand before `block`, oldest first."""
     frames = list(range(block * cfg.block))
-    sink, rest = frames[: cfg.sink], frames[cfg.sink :]
+    sink = frames[: cfg.sink]
+    rest = frames[cfg.sink :]
     recent = rest[max(len(rest) - cfg.recent, 0) :]
     sharp = {frame // cfg.block for frame in sink + recent}
     packed = [id for id in range(block) if id not in sharp][-cfg.capacity :] if cfg.top else []
@@ -37,7 +38,8 @@ def _past(cfg, block):
 def _row(cfg, block, count):
     """First places of (sink, each of `count` packed blocks, recent, current), and what a packed block takes."""
     sink, _, recent = _past(cfg, block)
-    step, left = float(cfg.block), cfg.max_position - cfg.sink - cfg.recent - cfg.block
+    step = float(cfg.block)
+    left = cfg.max_position - cfg.sink - cfg.recent - cfg.block
     if cfg.span == "fit" and left < max(count, 1) * step:
         step = left / max(count, 1)
     at = np.cumsum([0, len(sink), *[step] * count, len(recent)])

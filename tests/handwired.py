@@ -26,10 +26,15 @@ from packforcing_jax.memory import cache
 from packforcing_jax.networks import compressor, dit
 from packforcing_jax.sampling import block_step
 
-IDS, MARKS, WORDS = 8, 6, 3  # guests, their marks, words of a prompt
-ID, MARK, CUE = 0, IDS, IDS + MARKS  # latent channels
+IDS = 8
+MARKS = 6
+WORDS = 3  # guests, their marks, words of a prompt
+ID = 0
+MARK = IDS
+CUE = IDS + MARKS  # latent channels
 PLACE = (slice(None), 1, slice(4, 8))  # of a guest: every frame, second row, right half
-CHANNELS, CELLS = 27, 2
+CHANNELS = 27
+CELLS = 2
 FREQUENCIES = (6, 3, 2)  # rotary pairs in time, rows, columns
 
 # Channels of the residual stream
@@ -39,7 +44,8 @@ SEEN_ID, SEEN_MARK, SEEN_CUE, TOLD, ASKED, ANSWER, FIXED = np.cumsum(
 LEVEL = 8.0  # of the fixed pair of channels, which makes the norms of all tokens nearly equal
 
 # Channels of the head that matches: slow pairs carry content, fast ones positions
-HEAD, HEAD_DIM = 1, 2 * sum(FREQUENCIES)
+HEAD = 1
+HEAD_DIM = 2 * sum(FREQUENCIES)
 SLOW = HEAD * HEAD_DIM + np.asarray(
     [6, 7, 8, 9, 10, 11, 14, 15, 16]
 )  # time pairs 3-5, row pairs 1-2

@@ -25,7 +25,8 @@ jit = functools.partial(
 
 def experiment(cfg, **packing):
     """2 x 3 tokens a frame, 2 x 1 x 1 a packed block, no two rotary frequencies alike."""
-    heads, pairs = 2, (3, 1, 2)
+    heads = 2
+    pairs = (3, 1, 2)
     packing = {"channels": (2, 2), "strides": ((2, 2, 1), (1, 1, 4)), **packing}
     return Experiment(
         name="numbered",
@@ -165,7 +166,8 @@ def check_layout(seen, layout):
 
 def check_choice(exp, seen, selection, points):
     """The best blocks by the slow memory's `points` in time order, up to what 32 bit cannot tell apart."""
-    ids, count = selection.ids, seen.count
+    ids = selection.ids
+    count = seen.count
     assert (ids[..., count:] == -1).all()
     assert (np.diff(ids[..., :count], axis=-1) > 0).all()
     assert np.isin(ids[..., :count], seen.archive).all()
@@ -173,10 +175,8 @@ def check_choice(exp, seen, selection, points):
         return
     taken = (np.asarray(seen.archive) == ids[..., :count, None]).any(axis=2)
     slack = 1e-4 * np.abs(points).max()
-    worst, passed = (
-        np.where(taken, points, np.inf).min(-1),
-        np.where(taken, -np.inf, points).max(-1),
-    )
+    worst = np.where(taken, points, np.inf).min(-1)
+    passed = np.where(taken, -np.inf, points).max(-1)
     assert (worst >= passed - slack).all()
     ranks = np.searchsorted(seen.archive, ids[..., :count])
     np.testing.assert_allclose(
@@ -225,11 +225,14 @@ def changed(old, new, *, axis):
 
 def check_commit(exp, story, seen, before, after):
     """Only the block's frames and its packed twin were written, into as many slots, and what is behind what is seen."""
-    cfg, spec, rule = exp.cache, exp.memory, exp.cache.rope_adjustment
+    cfg = exp.cache
+    spec = exp.memory
+    rule = exp.cache.rope_adjustment
     late = sum(frame >= seen.behind for frame in range(seen.start, seen.start + cfg.block))
     item = (seen.start - seen.behind) // cfg.block
     kept = int(cfg.top > 0 and item >= 0 and cfg.evicts.slot_of(item, cfg.slots) >= 0)
-    old, new = before.layers, after.layers
+    old = before.layers
+    new = after.layers
     counts = {
         "packed values": (old.packed.v, new.packed.v, kept),
         "sink": (old.sink, new.sink, cfg.block - late if spec.sink_moves else 0),
@@ -282,14 +285,18 @@ def check_history(exp, story, step, gap=0.0, *, stacked=False, events=None):
 
     `events` says before which blocks there is a "cut" or a "flush".
     """
-    blocks, videos, tally = len(story.q), story.q.shape[2], collections.Counter()
-    memory, before = empty(exp, videos, stacked=stacked), None
+    blocks = len(story.q)
+    videos = story.q.shape[2]
+    tally = collections.Counter()
+    memory = empty(exp, videos, stacked=stacked)
+    before = None
     scene = first = 0
     on_host = lambda memory: jax.tree.map(np.asarray, memory.replace(layers=stack(memory.layers)))  # noqa: E731
     for number in range(blocks):
         if event := (events or {}).get(number):
             memory = forgetter(exp, event)(memory)
-            scene, first = number if event == "cut" else scene, number
+            scene = number if event == "cut" else scene
+            first = number
             tally[event] += videos
         old = on_host(memory)
         shown, memory = step(memory, block_of(story, number), gap)

@@ -15,7 +15,8 @@ import quick
 for name in [each for each in os.environ if "proxy" in each.lower()]:
     del os.environ[name]  # processes that look for each other would ask it
 
-SEED, BATCH = 3, 8
+SEED = 3
+BATCH = 8
 
 
 def child(devices=8, **wanted):
@@ -86,7 +87,8 @@ def examples(exp, step):
 
     from packforcing_jax.data import sources
 
-    draw, blocks = np.random.default_rng((SEED, step)), exp.blocks
+    draw = np.random.default_rng((SEED, step))
+    blocks = exp.blocks
     shapes = {
         "latent": (exp.clip, *exp.latent, exp.dit.in_channels),
         "low_res": (blocks, *sources.low_res_shape(exp)),
@@ -108,7 +110,8 @@ def trained(objective, steps, sizes):
     from packforcing_jax.networks import mesh
     from packforcing_jax.training import runs
 
-    (exp, train), program = settings(objective, sizes), runs.Program()
+    exp, train = settings(objective, sizes)
+    program = runs.Program()
     grid = mesh.make(train.mesh, jax.devices()[: math.prod(sizes)])
     mesh.check(exp, train, grid)
     rows = BATCH // jax.process_count()
@@ -116,10 +119,8 @@ def trained(objective, steps, sizes):
     with jax.set_mesh(grid):
         form = runs.abstract(exp, train, program, SEED, grid)
         frozen = teacher(exp, train, form)
-        state, update = (
-            runs.born(exp, train, program, SEED, form, grid),
-            runs.compiled(exp, train, program, form, grid),
-        )
+        state = runs.born(exp, train, program, SEED, form, grid)
+        update = runs.compiled(exp, train, program, form, grid)
         history = []
         for step in range(steps):
             raw = sources.global_batch(

@@ -54,7 +54,8 @@ def visible(cfg, blocks, gap=0.0, scene=0, first=0):
 
     The sink begins with block `scene`; of what is behind it nothing from before block `first` is seen.
     """
-    start, begin = blocks * cfg.block, scene * cfg.block
+    start = blocks * cfg.block
+    begin = scene * cfg.block
     sink = range(begin, start)[: cfg.sink]
     behind = range(max(begin + cfg.sink, first * cfg.block), start)
     recent = behind[max(len(behind) - cfg.recent, 0) :]
@@ -119,7 +120,8 @@ def packed_span(cfg, seen):
 
 def full_res(exp, story, frames, first):
     """Keys turned to the positions first, first+1, ... and values of whole frames, [layer, b, k, n, h]."""
-    size, block = exp.grid[0] * exp.grid[1], exp.cache.block
+    size = exp.grid[0] * exp.grid[1]
+    block = exp.cache.block
     tokens = (np.asarray(frames, int)[:, None] * size + np.arange(size)).ravel()
     k, v = (
         np.moveaxis(x[tokens // (block * size), :, :, tokens % (block * size)], 0, 2)
@@ -148,7 +150,8 @@ def twins(exp, story, ids, times):
 
 def pooled_queries(exp, seen, q):
     """Queries averaged over windows and turned to the windows' centres, [layer, b, window, n, h]."""
-    cfg, (rows, columns) = exp.cache, exp.grid
+    cfg = exp.cache
+    rows, columns = exp.grid
     pt, py, px = cfg.score_pool
     corners = [
         (t, y, x)
@@ -258,7 +261,8 @@ def tell(exp, rng, *, blocks, layers, videos):
     Every block shows one of three themes. Queries ask for one of them and change their mind once, as a prompt does.
     No two tokens of all blocks share a value, so that a value tells where it was taken from.
     """
-    heads, video = (exp.dit.heads, exp.dit.head_dim), np.arange(videos)
+    heads = (exp.dit.heads, exp.dit.head_dim)
+    video = np.arange(videos)
     themes = 0.7 * rng.normal(size=(3, videos, layers, 1, *heads))
     shown, before, after = rng.integers(3, size=(3, blocks, videos))
     asked = np.where(
@@ -274,7 +278,8 @@ def tell(exp, rng, *, blocks, layers, videos):
         number = number + np.arange(layers).reshape(-1, 1, 1) / 4 + video[:, None] / 64
         return np.broadcast_to(number[..., None, None], (*number.shape, *heads)).astype(np.float32)
 
-    full, packed = exp.cache.block * exp.tokens_per_frame, exp.tokens_per_packed_block
+    full = exp.cache.block * exp.tokens_per_frame
+    packed = exp.tokens_per_packed_block
     return types.SimpleNamespace(
         full=(keys(full, shown), values(full, 1)),
         packed=(keys(packed, shown), values(packed, 501)),

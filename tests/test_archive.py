@@ -16,7 +16,8 @@ from packforcing_jax.types import KV
 LATE = {"scope": "shared", "timing": "late", "capacity": 3}
 HOST = tiny.with_cache(**LATE, archive="host")
 SPEC = HOST.memory
-BLOCKS, HALF = 9, 5  # the ring of four turns over twice
+BLOCKS = 9
+HALF = 5  # the ring of four turns over twice
 
 
 def play(model, state, blocks):
@@ -37,7 +38,8 @@ def played(folder):
 
     And for the host the second half once more, "resumed" from a copy of the state behind the first.
     """
-    loaded, found = pipeline.Pipeline.from_pretrained(folder), {}
+    loaded = pipeline.Pipeline.from_pretrained(folder)
+    found = {}
     for place in ("device", "host"):
         model = loaded.with_settings(
             [*(f"cache.{name}={value}" for name, value in LATE.items()), f"cache.archive={place}"]
@@ -65,7 +67,8 @@ def test_choices_and_latents_are_those_of_an_archive_on_the_device(played):
 
 
 def test_from_a_copy_of_its_state_the_video_goes_on_bit_for_bit(played):
-    whole, resumed = played["host"], played["resumed"]
+    whole = played["host"]
+    resumed = played["resumed"]
     for (latent, ids), (expected, chosen) in zip(resumed[0], whole[0][HALF:], strict=True):
         np.testing.assert_array_equal(ids, chosen)
         np.testing.assert_array_equal(latent, expected)
@@ -117,7 +120,8 @@ def test_blocks_of_the_sink_are_not_kept_and_the_oldest_gives_way():
 
 
 def test_the_host_ring_and_the_devices_plan_agree_on_who_lies_where():
-    store, exp = host_archive.init(SPEC, 2), HOST
+    store = host_archive.init(SPEC, 2)
+    exp = HOST
     for block in range(12):
         plan = layouts.layout(exp.cache, layouts.begin(block))
         for slot, held in enumerate(np.asarray(plan.ids)):

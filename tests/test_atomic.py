@@ -95,7 +95,8 @@ def test_a_failure_at_the_last_moment_changes_nothing(
     """Each of the calls that put the new one there fails once, the first time it is about the new one."""
     path = tmp_path / "there"
     write(path, "before")
-    original, failed = getattr(os, function), []
+    original = getattr(os, function)
+    failed = []
 
     def fails(*arguments):
         about_new = function == "fsync" or "unfinished" in str(arguments[0])
@@ -140,7 +141,9 @@ def test_a_link_stays_one(tmp_path, write):
 
 
 def test_the_disk_has_all_of_it_before_it_gets_its_name(tmp_path, monkeypatch):
-    synced, fsync, rename = [], os.fsync, os.rename
+    synced = []
+    fsync = os.fsync
+    rename = os.rename
 
     def noted(handle):
         synced.append(pathlib.Path(os.readlink(f"/proc/self/fd/{handle}")).name)
@@ -188,7 +191,8 @@ def killed(child):
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_a_kill_leaves_is_known_and_removed_by_the_next_writer(tmp_path, kind):
-    path, write = tmp_path / "there", {"file": write_file, "folder": write_folder}[kind]
+    path = tmp_path / "there"
+    write = {"file": write_file, "folder": write_folder}[kind]
     write(path, "before")
     for _ in range(2):
         killed(writing(path, kind))
@@ -205,7 +209,8 @@ def test_what_a_kill_leaves_is_known_and_removed_by_the_next_writer(tmp_path, ki
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_writer_that_is_alive_is_left_alone(tmp_path, kind):
-    path, write = tmp_path / "there", {"file": write_file, "folder": write_folder}[kind]
+    path = tmp_path / "there"
+    write = {"file": write_file, "folder": write_folder}[kind]
     child = writing(path, kind)
     write(path, "ours")
     assert read(path) == "ours"

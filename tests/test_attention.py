@@ -158,7 +158,8 @@ def test_a_backend_of_ones_own_is_the_one_that_runs():
 
     own = dataclasses.replace(tiny.EXP, attention=attention.Backend("own", attention_fn))
     assert attention.resolve(own.attention) == ("own", "as the config says")
-    memory, noise = cache.init(own.memory, tiny.BATCH), tiny.noise(own, 0)
+    memory = cache.init(own.memory, tiny.BATCH)
+    noise = tiny.noise(own, 0)
     latent = tiny.denoise(tiny.apart(), own.step, memory, noise=noise, text=tiny.text())[1].latent
     assert set(calls) == {(24, own.memory.room), (24, own.dit.text_len)}
     as_is = dataclasses.replace(tiny.EXP, attention="reference")

@@ -16,7 +16,8 @@ from packforcing_jax.training import batches
 from packforcing_jax.training.batches import Model, TokenizedText
 
 EXP = tiny.EXP
-BLOCKS, SIZE = 4, EXP.cache.block
+BLOCKS = 4
+SIZE = EXP.cache.block
 PIXELS = codec.make(EXP.codec, nnx.Rngs(0))
 READER = tiny.filled(jax.eval_shape(lambda: text.UMT5(EXP.text, nnx.Rngs(0))))
 MODEL = Model(dit=tiny.nets().dit, compressor=tiny.nets().compressor, text=READER)
@@ -100,7 +101,8 @@ def test_blocks_of_clips_and_back():
 
 
 def test_what_there_is_once_is_there_for_every_block():
-    each, once = jnp.arange(12.0).reshape(4, 3), jnp.arange(3.0).reshape(1, 3)
+    each = jnp.arange(12.0).reshape(4, 3)
+    once = jnp.arange(3.0).reshape(1, 3)
     of_block = jax.jit(batches.of_block)
     for block in range(4):
         told = of_block({"each": each, "once": once}, jnp.int32(block))
@@ -157,7 +159,8 @@ def test_hidden_text_is_nothing():
 
 
 def test_hidden_text_is_the_negative_prompt_where_there_is_one():
-    states, negative = tiny.normal(3, 2, 4, 6, 10), tiny.normal(4, 5, 10)
+    states = tiny.normal(3, 2, 4, 6, 10)
+    negative = tiny.normal(4, 5, 10)
     hidden = np.asarray(
         batches.without_text(states, negative, jnp.asarray([True, False, True, True]))
     )

@@ -96,11 +96,13 @@ def test_storing_is_given_what_committing_makes():
     exp = dataclasses.replace(
         tiny.EXP, dtypes=config.DtypeConfig(cache="bfloat16", compute="float16")
     )
-    held, layout = bench.shapes(exp), layouts.layout(exp.cache, layouts.begin(4))
+    held = bench.shapes(exp)
+    layout = layouts.layout(exp.cache, layouts.begin(4))
     own = block_step.Access(keep=lambda own, view, past: own)
 
     def made(nets, latent, low, words, memory):
-        nets, views = pytrees.cast(nets, "float16"), block_step.views_of(memory)
+        nets = pytrees.cast(nets, "float16")
+        views = block_step.views_of(memory)
         full = block_step.read_clean(nets, exp.step, layout, latent, words, views, own)
         packed = block_step.read_packed(nets, exp.step, layout, latent, low, words, views, own)
         return full, packed, nets.dit.blocks[0].attn.queries(nets.dit.embed(latent))
@@ -128,7 +130,8 @@ def test_only_what_the_parts_take_is_made():
 
 def test_every_part_hands_on_a_state_of_the_same_form():
     held = bench.scene(model(), ALL)
-    state, form = held.state, forms_of(held.state)
+    state = held.state
+    form = forms_of(held.state)
     for name in ALL:
         n = int(state.memory.num_blocks)
         state, out = held.run(name)(state)
@@ -151,12 +154,15 @@ def test_rounds_compile_nothing_again(found):
 
 
 def test_forward_is_the_first_step_of_a_block():
-    held, cfg = bench.scene(model(), ["forward"]), tiny.EXP.step
-    memory, none = held.state.memory, jnp.zeros((0, *held.given["latent"].shape))
+    held = bench.scene(model(), ["forward"])
+    cfg = tiny.EXP.step
+    memory = held.state.memory
+    none = jnp.zeros((0, *held.given["latent"].shape))
     noise = block_step.Noise(noise=held.given["latent"], renoise=none, random=none)
 
     def step(nets, noise, words, memory):
-        layout, views = layouts.layout(cfg.cache, memory.progress), block_step.views_of(memory)
+        layout = layouts.layout(cfg.cache, memory.progress)
+        views = block_step.views_of(memory)
         return block_step.first_step(nets, cfg, layout, noise, words, views)[0]
 
     want = tiny.jit(step)(held.model.nets, noise, held.given["text_kv"], memory)
@@ -165,7 +171,8 @@ def test_forward_is_the_first_step_of_a_block():
 
 
 def test_choosing_is_what_each_layer_does_on_its_way():
-    held, spec = bench.scene(model(), ["selection"]), tiny.EXP.memory
+    held = bench.scene(model(), ["selection"])
+    spec = tiny.EXP.memory
     layout = layouts.layout(spec.cache, held.state.memory.progress)
     _, chosen = held.run("selection")(held.state)
     recall = tiny.jit(lambda *args: view.recall(spec, layout, *args)[1])
@@ -206,7 +213,8 @@ def test_an_archive_on_the_host_is_refused():
 
 
 def test_operations_are_those_that_plan_counts(found):
-    exp, ours = tiny.EXP, found.operations
+    exp = tiny.EXP
+    ours = found.operations
     rows = budget.of(exp, budget.full_position(exp) + 1, dtype="float32").rows
     plan = {name.removeprefix("operations/"): row.counted for name, row in rows.items()}
     padding = plan["one step"] - plan["one step, keys attended"]

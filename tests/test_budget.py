@@ -152,7 +152,8 @@ INSIDES = [
 @pytest.mark.parametrize(("exp", "inside"), list(zip(OWN_PARTS, INSIDES, strict=True)))
 def test_what_is_ones_own_is_counted_and_only_its_insides_have_no_formula(exp, inside):
     """The same networks behind other names cost the same; what bounds them is an estimate."""
-    found, ours = budget.of(exp, 6, dtype="float32"), of(tiny.EXP, 6, dtype="float32")
+    found = budget.of(exp, 6, dtype="float32")
+    ours = of(tiny.EXP, 6, dtype="float32")
     assert found.wrong == []
     assert found.rows.keys() == ours.rows.keys()
     for name in inside:
@@ -265,10 +266,8 @@ def test_the_parts_of_the_paper_profile_in_memory(paper):
     )
     assert (on_disk / 1e9, read / 1e9) == pytest.approx((11.362, 0.772), abs=5e-4)
     phases = ("loading", "reading prompts", "denoising", "showing", "committing")
-    peak, least = (
-        counted(paper, "peak", "on the device")[0],
-        counted(paper, "held", "on the device")[0],
-    )
+    peak = counted(paper, "peak", "on the device")[0]
+    least = counted(paper, "held", "on the device")[0]
     assert (
         max(counted(paper, "peak", *phases)) == peak == counted(paper, "peak", "showing")[0] > least
     )
@@ -280,15 +279,14 @@ def test_the_compiler_counts_the_operations_of_the_full_size_step_too(paper):
     held = programs.shapes_of(paper.experiment)
 
     def step(nets, latent, words, memory):
-        none, layout = jnp.zeros(()), layouts.layout(cfg.cache, memory.progress)
+        none = jnp.zeros(())
+        layout = layouts.layout(cfg.cache, memory.progress)
         views = block_step.views_of(memory)
         return block_step.predict_x0(nets, cfg, layout, latent, none, none, words, views)
 
     lowered = jax.jit(step).lower(held.computed, held.latent, held.text_kv, held.memory)
-    theirs, ours = (
-        (lowered.cost_analysis() or {})["flops"],
-        paper.rows["operations/one step"].counted,
-    )
+    theirs = (lowered.cost_analysis() or {})["flops"]
+    ours = paper.rows["operations/one step"].counted
     assert ours / 1e12 == pytest.approx(48.585, abs=5e-4)
     assert 1 < theirs / ours < 1.02
 
@@ -367,7 +365,8 @@ def test_compiling_adds_what_the_compiler_reserves():
     temporary, results, arguments, reused = (found.rows[name].counted for name in names)
     assert min(temporary, results, arguments, reused) > 0
     assert reused == jaxpr_cost.nbytes(programs.shapes_of(exp, 2).memory)
-    held, frames = counted(found, "held", "on the device")[0], 2 * 3 * 16 * 8 * 3 * 4
+    held = counted(found, "held", "on the device")[0]
+    frames = 2 * 3 * 16 * 8 * 3 * 4
     assert counted(found, "peak", "denoising")[0] == pytest.approx(
         held + frames + temporary + results - reused, abs=32
     )

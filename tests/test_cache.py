@@ -48,7 +48,8 @@ def told(exp, seed=0, blocks=9, videos=VIDEOS):
 
 def walk(exp, story, step=None, *, stacked=False):
     """What every block of a story sees, the memory before it and the memory after it."""
-    step, videos = step or histories.compiled(exp, stacked), story.q.shape[2]
+    step = step or histories.compiled(exp, stacked)
+    videos = story.q.shape[2]
     memory = cache.init(exp.memory, videos, stacked=stacked)
     for number in range(len(story.q)):
         shown, after = step(memory, histories.block_of(story, number), 0.0)
@@ -73,7 +74,8 @@ def test_every_block_sees_what_the_slow_memory_shows(cfg, stacked):
 
 def hide_with_noise(exp, layer, seen, story, rng, number, blocks):
     """Layer `number` with noise wherever nothing lies that is seen, nor one of the packed `blocks`."""
-    block, s = exp.cache.block, exp.tokens_per_frame
+    block = exp.cache.block
+    s = exp.tokens_per_frame
     frames = np.asarray([*seen.sink, *seen.recent], int)
     values = {1 + 1000 * (f // block) + f % block * s + i for f in frames for i in range(s)}
     full, packed = (KV(k=k[:, number], v=v[:, number]) for k, v in (story.full, story.packed))
@@ -112,10 +114,13 @@ def hide_with_noise(exp, layer, seen, story, rng, number, blocks):
 )
 def test_what_is_out_of_sight_does_not_count(cfg):
     """What was never written, was dropped or is still at full size may hold anything."""
-    exp, rng = histories.experiment(cfg), np.random.default_rng(8)
-    step, story = histories.compiled(exp), told(exp, blocks=11)
+    exp = histories.experiment(cfg)
+    rng = np.random.default_rng(8)
+    step = histories.compiled(exp)
+    story = told(exp, blocks=11)
     for number, (shown, memory, after) in enumerate(walk(exp, story, step)):
-        seen, block = slow_memory.visible(cfg, number), histories.block_of(story, number)
+        seen = slow_memory.visible(cfg, number)
+        block = histories.block_of(story, number)
 
         def hidden(blocks, memory=memory, seen=seen):
             return memory.replace(
@@ -157,7 +162,9 @@ def test_layers_apart_and_stacked_remember_the_same():
 
 def test_only_differences_of_positions_matter():
     exp = histories.experiment(dataclasses.replace(PACKING, span="fit", max_position=11))
-    spec, story, look = exp.memory, told(exp, blocks=10), histories.looker(exp)
+    spec = exp.memory
+    story = told(exp, blocks=10)
+    look = histories.looker(exp)
     story.full, story.packed = ((k, np.sin(7 * v)) for k, v in (story.full, story.packed))
     *_, (shown, memory, _) = walk(exp, story)
     block = jax.tree.map(jnp.asarray, histories.block_of(story, 9))
@@ -220,7 +227,8 @@ def test_packing_nothing_and_seeing_all_is_full_causal_attention(sink, recent, a
         score_pool=(1, 1, 1),
     )
     exp = histories.experiment(cfg, channels=(2,), strides=((1, 1, 2),), frames=3)
-    story, frames = told(exp, blocks=7), 3 * 7
+    story = told(exp, blocks=7)
+    frames = 3 * 7
     story.full = story.packed = story.full[0], np.sin(7 * story.full[1])
     *_, (shown, _, _) = walk(exp, story)
     rows, columns = np.tile(slow_memory.frame_grid(exp), frames)
@@ -346,7 +354,8 @@ def commits(story, commit, memory):
     """`memory` after all blocks of a story, and before the last."""
     before = memory
     for number in range(len(story.q)):
-        before, (full, packed, _, _, latent) = memory, histories.block_of(story, number)
+        before = memory
+        full, packed, _, _, latent = histories.block_of(story, number)
         apart = (pytrees.unstack(jax.tree.map(jnp.asarray, kv), 2) for kv in (full, packed))
         memory = commit(memory, jnp.asarray(latent), *apart)
     return before, memory
@@ -359,7 +368,8 @@ def numbers(store):
 
 def test_thirty_commits_compile_once_and_keep_shape_and_sink():
     exp = histories.experiment(PACKING)
-    commit, story = committer(exp), told(exp, blocks=30)
+    commit = committer(exp)
+    story = told(exp, blocks=30)
     _, early = commits(shortened(story, 2), commit, cache.init(exp.memory, VIDEOS))
     _, late = commits(story, commit, cache.init(exp.memory, VIDEOS))
     assert commit._cache_size() == 1
@@ -381,7 +391,8 @@ def test_thirty_commits_compile_once_and_keep_shape_and_sink():
 
 def test_a_donated_memory_is_written_in_place():
     exp = histories.experiment(PACKING)
-    plain, given_away = committer(exp), committer(exp, donate_argnums=0)
+    plain = committer(exp)
+    given_away = committer(exp, donate_argnums=0)
     story = told(exp, blocks=6)
     _, expected = commits(story, plain, cache.init(exp.memory, VIDEOS))
     stores = lambda memory: [x for x in jax.tree.leaves(memory.layers) if x.ndim > 2 and x.size]  # noqa: E731
@@ -402,7 +413,8 @@ def test_looking_keeps_the_memory_and_committing_twice_is_committing_once(cfg):
     exp = histories.experiment(cfg)
     story = told(exp, blocks=9)
     *_, (_, memory, after) = walk(exp, story)
-    held, step = jax.tree.map(np.array, memory), histories.compiled(exp)
+    held = jax.tree.map(np.array, memory)
+    step = histories.compiled(exp)
     shown, again = step(memory, histories.block_of(story, 8), 0.0)
     for one in shown["views"]:
         cache.extend(one, jax.tree.map(lambda x: jnp.ones_like(x[:, :1]), one), jnp.int32(1))
@@ -424,8 +436,10 @@ def test_five_hundred_blocks_take_the_room_of_ten(adjustment):
         score_pool=(3, 1, 1),
     )
     exp = histories.experiment(cfg)
-    step, story = histories.stepper(exp), told(exp, blocks=10, videos=2)
-    memory, sizes = cache.init(exp.memory, 2), set()
+    step = histories.stepper(exp)
+    story = told(exp, blocks=10, videos=2)
+    memory = cache.init(exp.memory, 2)
+    sizes = set()
     for number in range(500):  # the same ten blocks again and again
         shown, memory = step(memory, histories.block_of(story, number % 10), 0.0)
         sizes.add(sum(leaf.nbytes for leaf in jax.tree.leaves((memory, shown))))
@@ -472,7 +486,8 @@ def test_extending_a_view_writes_only_behind_what_is_valid():
     own = KV(k=-jnp.ones((1, 2, 2, 2)), v=-2 * jnp.ones((1, 2, 2, 2)))
     longer = cache.extend(kv, own, jnp.int32(3))
     for x, value in (("k", -1), ("v", -2)):
-        old, new = np.asarray(getattr(kv, x)), np.asarray(getattr(longer, x))
+        old = np.asarray(getattr(kv, x))
+        new = np.asarray(getattr(longer, x))
         assert (new[:, 3:5] == value).all()
         np.testing.assert_array_equal(
             np.delete(new, [3, 4], axis=1), np.delete(old, [3, 4], axis=1)

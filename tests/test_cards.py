@@ -18,7 +18,9 @@ from packforcing_jax.errors import InputError
 from packforcing_jax.io import hub
 
 FOUR = (1000, 750, 500, 250)
-MEANT, LEFT, CRITIC = 0, 1, 2  # seeds of the network that is meant, of its twin, and of the critic
+MEANT = 0
+LEFT = 1
+CRITIC = 2  # seeds of the network that is meant, of its twin, and of the critic
 PACKER = {"pack_compressor.net.0.weight": (8, 4, 1, 3, 3), "pack_compressor.net.6.bias": (30,)}
 
 
@@ -104,7 +106,8 @@ def start(file, method):
     return Line(file, raw, "generator", method, samples=False)
 
 
-SF, CF = "Self-Forcing/checkpoints/", "Causal-Forcing/"
+SF = "Self-Forcing/checkpoints/"
+CF = "Causal-Forcing/"
 LINES = {
     "self-forcing-dmd": Line(SF + "self_forcing_dmd.pt", averaged, "generator_ema", "self-forcing"),
     "self-forcing-sid": Line(SF + "self_forcing_sid.pt", averaged, "generator_ema", "self-forcing"),
@@ -214,7 +217,8 @@ def convert(capsys, *words, heads=3):
 
 def expect_card(folder: Path, name: str):
     """The folder has the network and the settings of a card, and says so."""
-    line, told = LINES[name], json.loads((folder / "config.json").read_text())
+    line = LINES[name]
+    told = json.loads((folder / "config.json").read_text())
     manifest = json.loads((folder / "manifest.json").read_text())
     sample = told["sample"]
     assert (told["card"], told["method"]) == (name, line.method)

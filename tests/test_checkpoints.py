@@ -89,7 +89,8 @@ def assert_same(one, two):
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two)):
         if jnp.issubdtype(jnp.result_type(a), jax.dtypes.prng_key):
             assert a.dtype == b.dtype
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
+            a = jax.random.key_data(a)
+            b = jax.random.key_data(b)
         assert type(a) is type(b)
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), strict=True)
 
@@ -415,7 +416,8 @@ def made(leaf, rng):
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(tree=TREE, seed=st.integers(0, 2**32 - 1))
 def test_any_state_comes_back_bit_for_bit_in_kind(tmp_path_factory, tree, seed):
-    rng, is_leaf = np.random.default_rng(seed), lambda node: isinstance(node, tuple)
+    rng = np.random.default_rng(seed)
+    is_leaf = lambda node: isinstance(node, tuple)
     state = {
         "count": jnp.int32(4),
         "tree": jax.tree.map(lambda leaf: made(leaf, rng), tree, is_leaf=is_leaf),
@@ -439,7 +441,8 @@ def test_any_state_comes_back_bit_for_bit_in_kind(tmp_path_factory, tree, seed):
 
 
 def test_continuing_equals_never_having_stopped(tmp_path):
-    store, halfway = hashing(tmp_path / "new" / "saves"), later(sampler(), 4)
+    store = hashing(tmp_path / "new" / "saves")
+    halfway = later(sampler(), 4)
     assert not store.folder.parent.exists()
     store.save(4, halfway, {"written": {"bytes": 2**40, "frames": 7}, "prompts": [[0, "é"]]})
     store.wait()
@@ -452,7 +455,8 @@ def test_continuing_equals_never_having_stopped(tmp_path):
 
 
 def test_restored_arrays_can_be_given_away_and_written(tmp_path):
-    store, state = hashing(tmp_path), later(sampler(), 2)
+    store = hashing(tmp_path)
+    state = later(sampler(), 2)
     store.save(2, state, {})
     back, _ = store.restore(state)
     k = back.layers[2]["k"]
@@ -463,10 +467,8 @@ def test_restored_arrays_can_be_given_away_and_written(tmp_path):
 
 
 def test_arrays_go_where_they_are_wanted(tmp_path):
-    store, state = (
-        hashing(tmp_path),
-        {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.arange(5)},
-    )
+    store = hashing(tmp_path)
+    state = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.arange(5)}
     store.save(1, state, {})
     mesh = jax.make_mesh(
         (2,), ("batch",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,)
@@ -507,7 +509,8 @@ def test_other_settings_are_refused_by_name_and_values(tmp_path):
         return {"experiment": json.loads(model_folder.experiment_to_json(exp)), "seed": 7}
 
     exp = config.Experiment("wan")
-    store, state = hashing(tmp_path, about=told(exp)), sampler()
+    store = hashing(tmp_path, about=told(exp))
+    state = sampler()
     store.save(3, state, {"written": 5})
     same_bits(store.restore(state)[0], state)
     other = dataclasses.replace(
@@ -543,7 +546,8 @@ def test_what_a_state_belongs_to_is_compared_as_json_gives_it_back(tmp_path):
 
 
 def test_other_samplers_are_refused_leaf_by_leaf(tmp_path):
-    store, state = hashing(tmp_path), sampler()
+    store = hashing(tmp_path)
+    state = sampler()
     store.save(3, state, {})
     refused(
         lambda: store.restore(sampler(width=8)),
@@ -577,7 +581,8 @@ def damages(path):
 
 
 def test_every_damage_of_every_file_is_refused_with_the_way_out(tmp_path):
-    store, state = hashing(tmp_path / "saves"), sampler()
+    store = hashing(tmp_path / "saves")
+    state = sampler()
     store.save(3, state, {"block": 3})
     store.save(4, later(state, 1), {"block": 4})
     store.wait()
@@ -725,7 +730,8 @@ def test_killed_process_leaves_a_consistent_newest_save(tmp_path):
         np.zeros((7, 900), np.int32)
     ]
     for delay in (random.uniform(0, 0.2) for _ in range(3)):
-        reported, store = killed(tmp_path, delay), hashing(tmp_path)
+        reported = killed(tmp_path, delay)
+        store = hashing(tmp_path)
         state, about = store.restore(like)
         assert about == {"block": store.latest()}
         assert reported <= store.latest() <= reported + 1, f"killed after {delay} s"

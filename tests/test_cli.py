@@ -278,7 +278,8 @@ class Clock:
 
 def walked(seconds, **settings):
     """Lines that `progress` writes while items take the given seconds each."""
-    clock, out = Clock(), io.StringIO()
+    clock = Clock()
+    out = io.StringIO()
     for took in common.progress(
         seconds, name="sample", unit="block", out=out, clock=clock, **settings
     ):

@@ -58,7 +58,8 @@ def run(tmp_path, monkeypatch, capsys):
         )
         return code, *capsys.readouterr()
 
-    go.seconds, go.asked = dict(SECONDS), asked
+    go.seconds = dict(SECONDS)
+    go.asked = asked
     return go
 
 

@@ -93,11 +93,9 @@ def test_settings_and_limits_are_part_of_what_it_is(films, folder, tmp_path, cap
 def test_the_same_command_goes_on_and_then_has_nothing_to_do(
     prompts, folder, tmp_path, capsys, monkeypatch
 ):
-    wanted, read, put = (
-        (prompts, "--out", tmp_path / "set", "--weights", folder),
-        [],
-        records.Writer.put,
-    )
+    wanted = (prompts, "--out", tmp_path / "set", "--weights", folder)
+    read = []
+    put = records.Writer.put
 
     def interrupted(writer, example):
         put(writer, example)

@@ -59,7 +59,8 @@ def latents(*shape):
 
 
 def test_cells_are_exact_and_have_no_parameters():
-    cells, video = make(CELLS), film(2, 3, 4, 10)
+    cells = make(CELLS)
+    video = film(2, 3, 4, 10)
     latent = encode(cells, video)
     assert pytrees.flatten(cells) == {}
     assert latent.shape == (2, 3, 2, 5, CELLS.z_dim)
@@ -138,7 +139,8 @@ def test_a_short_block_is_filled_on_the_left_and_its_first_latent_dropped():
 
 
 def test_cells_encode_one_latent_per_pooled_frame():
-    cells, video = make(CELLS), film(1, 4, 16, 24)
+    cells = make(CELLS)
+    video = film(1, 4, 16, 24)
     latent = low_res_latents(cells, video, latents=2)
     small = codec_lib.pooled(video, (2, 4, 4))
     np.testing.assert_allclose(latent, encode(cells, small), atol=1e-6)

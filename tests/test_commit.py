@@ -16,8 +16,10 @@ from packforcing_jax.networks import dit
 from packforcing_jax.sampling import block_step
 
 ADJUSTMENTS = ("sink", "incremental", "sink_only", "none")
-CONTEXT, OTHER = tiny.normal(2, 2, 15, 10), tiny.normal(3, 2, 15, 10)
-LATENTS, LOWS = tiny.latents(9, seed=21), tiny.low_res(9, seed=22)
+CONTEXT = tiny.normal(2, 2, 15, 10)
+OTHER = tiny.normal(3, 2, 15, 10)
+LATENTS = tiny.latents(9, seed=21)
+LOWS = tiny.low_res(9, seed=22)
 
 
 def text_of(context, exp=tiny.EXP):
@@ -56,7 +58,8 @@ def close(ours, theirs, atol=1e-5):
 def test_a_given_block_is_committed_behind_the_newest_packed_ones(rule):
     """As one that was denoised with them; none of what its place in the views held before is seen."""
     exp = tiny.with_cache(rope_adjustment=rule, selection="recency")
-    memory, text = given(exp, range(6)), text_of(CONTEXT)
+    memory = given(exp, range(6))
+    text = text_of(CONTEXT)
     after, done = tiny.denoise(tiny.apart(), exp.step, memory, noise=tiny.noise(exp, 6), text=text)
     assert (tiny.ids(done) == [3, 4]).all()
     ours = give(exp, memory, 6, CONTEXT)
@@ -149,8 +152,10 @@ def test_a_window_with_levels_of_its_own_is_one_dense_pass(rule, layers, blocks,
 @pytest.mark.parametrize("blocks", [0, 1, 2, 3, 4, 5])
 def test_a_window_leaves_the_memory_alone_and_its_first_block_is_committed_as_one(blocks):
     exp = windowed(2, 6)
-    memory, text = given(exp, range(blocks)), text_of(CONTEXT, exp)
-    noisy, times = tiny.normal(31, 2, 6, *exp.latent, 12), jnp.full((2, 6), 700.0)
+    memory = given(exp, range(blocks))
+    text = text_of(CONTEXT, exp)
+    noisy = tiny.normal(31, 2, 6, *exp.latent, 12)
+    times = jnp.full((2, 6), 700.0)
     _, after = predict(exp, tiny.apart(exp), memory, noisy, times, text)
     jax.tree.map(
         np.testing.assert_array_equal, tiny.committed(exp, memory), tiny.committed(exp, after)
@@ -216,7 +221,8 @@ def test_packed_blocks_and_all_that_is_not_recent_stay_bit_for_bit(rule):
     jax.tree.map(np.testing.assert_array_equal, *same)
     now, before = (tiny.committed(exp, x) for x in (after, memory))
     for name in ("k", "v"):
-        old, new = getattr(before, name), getattr(now, name)
+        old = getattr(before, name)
+        new = getattr(now, name)
         np.testing.assert_array_equal(old[:, :, :3], new[:, :, :3])
         assert (old[1, :, 3:] != new[1, :, 3:]).all(axis=(0, 2, 3, 4)).all()
 
@@ -246,7 +252,9 @@ def test_what_is_not_whole_blocks_cannot_be_committed_again(sink, recent):
 @pytest.mark.parametrize("blocks", [0, 1, 6])
 def test_a_memory_without_scratch_goes_on_as_if_it_had_kept_it(rule, blocks):
     exp = tiny.with_cache(rope_adjustment=rule)
-    memory, spec, text = tiny.rollout(exp, blocks)[1], exp.memory, tiny.text()
+    memory = tiny.rollout(exp, blocks)[1]
+    spec = exp.memory
+    text = tiny.text()
     kept = cache.strip_scratch(spec, memory)
     empty = cache.init(spec, tiny.BATCH, scratch=False)
     assert jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, empty)

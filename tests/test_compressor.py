@@ -14,7 +14,8 @@ from packforcing_jax import config, pytrees
 from packforcing_jax.config import loading
 from packforcing_jax.networks import codec, compressor, dit
 
-LATENT, LOW = tiny.latents(1)[0], tiny.low_res(1)[0]
+LATENT = tiny.latents(1)[0]
+LOW = tiny.low_res(1)[0]
 
 
 def with_branches(branches):
@@ -58,7 +59,8 @@ def test_branches_add_up():
     ("branch", "latent_counts", "low_counts"), [("hr", True, False), ("lr", False, True)]
 )
 def test_a_branch_alone_reads_only_its_own_input(branch, latent_counts, low_counts):
-    exp, nets = with_branches(branch), tiny.nets()
+    exp = with_branches(branch)
+    nets = tiny.nets()
     plain = pack(nets, exp=exp)
     assert (pack(nets, latent=LATENT + 1, exp=exp) != plain).any() == latent_counts
     assert (pack(nets, low_res=LOW + 1, exp=exp) != plain).any() == low_counts
@@ -150,10 +152,8 @@ def test_tokens_lie_in_the_order_time_row_column():
 
 
 def test_one_step_opens_the_way_to_every_convolution():
-    model, target = (
-        tiny.fresh().dit,
-        tiny.normal(1, tiny.BATCH, tiny.EXP.tokens_per_packed_block, tiny.EXP.dit.dim),
-    )
+    model = tiny.fresh().dit
+    target = tiny.normal(1, tiny.BATCH, tiny.EXP.tokens_per_packed_block, tiny.EXP.dit.dim)
 
     @tiny.jit
     @jax.grad
@@ -221,7 +221,8 @@ def frames_shown(cfg, block, first):
 @pytest.mark.parametrize(("cfg", "block", "first"), SEEN)
 def test_every_pixel_frame_of_a_block_is_felt_by_its_packed_tokens(cfg, block, first):
     """Each frame alone is another one, in a batch of the block as it is and with every one of these changes."""
-    exp, count = with_branches("lr"), frames_shown(cfg, block, first)
+    exp = with_branches("lr")
+    count = frames_shown(cfg, block, first)
     size = [cfg.space_factor * cells for cells in tiny.EXP.latent]
     plain, other = np.random.default_rng(3).uniform(-1, 1, (2, count, *size, 3)).astype(np.float32)
     video = np.where(np.eye(count + 1, count, dtype=bool)[..., None, None, None], other, plain)

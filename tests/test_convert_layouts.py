@@ -323,10 +323,8 @@ def test_a_lora_is_merged_into_a_model_folder(tmp_path):
         folders.Request(given=(base.folder, tmp_path / "lora.safetensors"), out=tmp_path / "more")
     )
     exporting.to_torch(tmp_path / "more", tmp_path / "back.safetensors")
-    back, theirs = (
-        load_file(tmp_path / "back.safetensors"),
-        convert_layouts.merged(convert_layouts.dit(), pairs, 1.0),
-    )
+    back = load_file(tmp_path / "back.safetensors")
+    theirs = convert_layouts.merged(convert_layouts.dit(), pairs, 1.0)
     assert back.keys() == theirs.keys()
     for name, value in theirs.items():
         np.testing.assert_allclose(back[name], value, rtol=1e-5, atol=1e-5)
@@ -356,7 +354,8 @@ def test_the_shipped_model_goes_there_and_back(tmp_path):
             tokenizer=pipeline.SHIPPED / "tokenizer.json",
         )
     )
-    ours, theirs = model_folder.opened(tmp_path / "stage"), model_folder.opened(pipeline.SHIPPED)
+    ours = model_folder.opened(tmp_path / "stage")
+    theirs = model_folder.opened(pipeline.SHIPPED)
     assert ours.parts.keys() == theirs.parts.keys()
     for part, held in theirs.parts.items():
         assert ours.part(part).keys() == held.keys()

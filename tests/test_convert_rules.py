@@ -76,7 +76,8 @@ def test_transforms_move_axes_as_they_say(transform):
 
 
 def test_patch_convolution_becomes_a_dense_layer_with_the_channel_slowest():
-    weight, cells = counting(5, 3, 1, 2, 4), counting(3, 1, 2, 4)[None]
+    weight = counting(5, 3, 1, 2, 4)
+    cells = counting(3, 1, 2, 4)[None]
     kernel = rules.convert({"w": weight}, [Rule("w", "w", rules.patch)], {"w": (24, 5)})["w"]
     np.testing.assert_allclose(
         cells.reshape(1, -1) @ kernel, np.einsum("nctyx,octyx->no", cells, weight)
@@ -216,10 +217,8 @@ def test_two_rules_for_one_tensor_and_two_tensors_for_one_place_are_refused():
 
 
 def test_inverting_needs_every_array_and_uses_every_array():
-    flat, names = (
-        rules.convert(checkpoint(), TABLE, shapes()),
-        {name: t.shape for name, t in checkpoint().items()},
-    )
+    flat = rules.convert(checkpoint(), TABLE, shapes())
+    names = {name: t.shape for name, t in checkpoint().items()}
     with pytest.raises(InputError, match="1 without a name in the checkpoint: extra"):
         rules.invert(flat | {"extra": counting(1)}, TABLE, names)
     del flat["stem/kernel"]
@@ -268,7 +267,8 @@ def test_the_table_is_about_every_tensor_of_the_original_once():
 
 
 def test_names_are_made_from_the_paths_that_they_lead_to():
-    forms, wrong = shapes(), rules.no_mismatches()
+    forms = shapes()
+    wrong = rules.no_mismatches()
     places = rules.sources(forms, TABLE, wrong)
     assert not any(wrong.values())
     assert places == {
@@ -280,7 +280,8 @@ def test_names_are_made_from_the_paths_that_they_lead_to():
 
 @pytest.mark.parametrize(("part", "count"), [("dit", 825), ("codec", 194), ("text", 242)])
 def test_full_size_networks_have_as_many_tensors_as_were_published(part, count):
-    exp, wrong = Experiment("published"), rules.no_mismatches()
+    exp = Experiment("published")
+    wrong = rules.no_mismatches()
     places = rules.sources(networks.wanted(part, exp), networks.NETWORKS[part].table, wrong)
     assert not any(wrong.values())
     assert len(places) == count

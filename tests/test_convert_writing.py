@@ -40,7 +40,10 @@ class Reads:
     """Tensors that remember how often they were read and how many of their arrays are in use."""
 
     def __init__(self, arrays):
-        self.arrays, self.count, self.most, self.given = arrays, dict.fromkeys(arrays, 0), 0, []
+        self.arrays = arrays
+        self.count = dict.fromkeys(arrays, 0)
+        self.most = 0
+        self.given = []
 
     def read(self, name):
         self.count[name] += 1
@@ -141,7 +144,8 @@ def test_a_sum_is_made_in_float32_and_stored_as_the_weight_was(exp):
         rules.in_memory(convert_layouts.peft(pairs, "{}.lora_{}.weight")), held, 3.0, wrong
     )
     assert list(found) == ["blocks.1.cross_attn.v.weight"]
-    weight, (down, up) = held["blocks.1.cross_attn.v.weight"].read(), pairs["blocks.1.cross_attn.v"]
+    weight = held["blocks.1.cross_attn.v.weight"].read()
+    down, up = pairs["blocks.1.cross_attn.v"]
     exact = weight.astype(np.float32) + np.float32(1.5) * (
         up.astype(np.float32) @ down.astype(np.float32)
     )

@@ -181,7 +181,9 @@ def test_arrays_of_given_shapes_do_not_count_for_the_peak():
         return (jnp.sin(x @ y) @ y.T).sum(axis=1)
 
     program = jaxpr_cost.trace(f, shape(3, 5), shape(5, 101))
-    wide, tall, small = 3 * 101 * 4, 5 * 101 * 4, 3 * 5 * 4
+    wide = 3 * 101 * 4
+    tall = 5 * 101 * 4
+    small = 3 * 5 * 4
     assert jaxpr_cost.peak(program) == wide + tall + small
     assert jaxpr_cost.peak(program, besides=[(3, 101)]) == tall + small
 

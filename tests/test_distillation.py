@@ -49,7 +49,8 @@ def test_the_gradient_of_the_matching_loss_is_the_pull_over_the_count():
 
 
 def test_masked_frames_feel_no_pull_and_do_not_count():
-    pull, mask = FAKE - REAL, jnp.asarray(np.random.default_rng(1).random((2, 12)) < 0.4)
+    pull = FAKE - REAL
+    mask = jnp.asarray(np.random.default_rng(1).random((2, 12)) < 0.4)
     gradient = (
         np.asarray(jax.grad(distillation.matching_loss)(X, pull, mask))
         * int(mask.sum())
@@ -113,7 +114,8 @@ def test_the_score_identity_loss_is_its_formula():
 
 
 def test_the_critics_loss_is_nothing_when_it_is_right_and_else_the_error_of_the_velocity():
-    sigma, noise = jnp.asarray([0.35, 0.92]), tiny.normal(3, *X.shape)
+    sigma = jnp.asarray([0.35, 0.92])
+    noise = tiny.normal(3, *X.shape)
     noisy = schedules.add_noise(X, noise, sigma)
     assert distillation.flow_loss(X, X, noise, noisy, sigma) < 1e-10
     error = ((np.asarray(FAKE) - np.asarray(X)) ** 2).mean(axis=(1, 2, 3, 4))
@@ -150,7 +152,8 @@ def test_one_prompt_is_every_blocks():
 
 
 def test_velocities_are_read_by_the_table_that_is_asked_for():
-    straight, tabled = DistilConfig(), DistilConfig(score_shift=8.0)
+    straight = DistilConfig()
+    tabled = DistilConfig(score_shift=8.0)
     np.testing.assert_allclose(distillation.score_sigma(straight, TIMES), TIMES / 1000, rtol=1e-6)
     line = np.arange(1000, 0, -1) / 1000
     table = 8 * line / (1 + 7 * line)
@@ -283,7 +286,8 @@ def test_a_critic_that_names_the_clean_clip_learns_it_at_every_level_alike(given
 def test_only_the_last_blocks_are_scored_with_their_prompts_where_that_is_asked(
     scored, monkeypatch
 ):
-    latent, networks = tiny.latents(BLOCKS), Networks(generator=Model(dit=TEACHER, compressor=None))
+    latent = tiny.latents(BLOCKS)
+    networks = Networks(generator=Model(dit=TEACHER, compressor=None))
     clip = types.SimpleNamespace(latent=latent)
     monkeypatch.setattr(rollout, "draw", lambda nets, exp, distil, pixels, drawn, text: clip)
     monkeypatch.setattr(
@@ -301,8 +305,10 @@ def test_only_the_last_blocks_are_scored_with_their_prompts_where_that_is_asked(
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_clip_is_what_is_remembered_and_has_the_gradient_of_its_exit_step(finished):
     """The critic reads the same clip; where blocks stop at the exit step, that step's guess is the clip."""
-    exp, train = rollout.for_training(BASE, BLOCKS, 3), training(finished=finished, gradient="none")
-    pixels, weights = codec.make(exp.codec, nnx.Rngs(0)), tiny.normal(6, *X.shape)
+    exp = rollout.for_training(BASE, BLOCKS, 3)
+    train = training(finished=finished, gradient="none")
+    pixels = codec.make(exp.codec, nnx.Rngs(0))
+    weights = tiny.normal(6, *X.shape)
     packing = tiny.nets(exp).compressor
 
     def clip_again(model, **how):
@@ -310,7 +316,8 @@ def test_a_clip_is_what_is_remembered_and_has_the_gradient_of_its_exit_step(fini
         return distillation.clip_again(networks, Batch(text=STATES), KEY, exp, train, **how)[0]
 
     def by_hand(model):
-        nets, text = block_step.Nets(dit=model, compressor=packing), batches.text_kv(model, STATES)
+        nets = block_step.Nets(dit=model, compressor=packing)
+        text = batches.text_kv(model, STATES)
         drawn = rollout.draws(exp, train.cover, KEY, BLOCKS, 2)
         clip = rollout.draw(nets, exp, train.distil, pixels, drawn, text)
         guess = batches.by_clip(rollout.again(nets, exp, train.distil, clip, drawn, text))

@@ -24,13 +24,15 @@ APART = tiny.apart()  # its layers one by one
 CFG = tiny.EXP.dit
 ENDS = (1, 3, 4, 7)
 OWNER = np.array([0, 1, 1, 2, 3, 3, 3])
-CLIP, CLEAN = tiny.normal(0, 2, 7, 4, 6, 12), tiny.normal(1, 2, 7, 4, 6, 12)
+CLIP = tiny.normal(0, 2, 7, 4, 6, 12)
+CLEAN = tiny.normal(1, 2, 7, 4, 6, 12)
 TIMES = jnp.asarray([[999.0, 500, 500, 0, 12.5, 700, 3], [0, 1000, 900, 800, 437.5, 1, 250]])
 CONTEXT = tiny.normal(2, 2, 15, 10)
 
 parallel = tiny.jit(dit.parallel, static_argnames="block_ends")
 bidirectional = tiny.jit(dit.bidirectional)
-embed_latent, embed_time = tiny.jit(dit.WanDiT.embed), tiny.jit(dit.WanDiT.embed_time)
+embed_latent = tiny.jit(dit.WanDiT.embed)
+embed_time = tiny.jit(dit.WanDiT.embed_time)
 head = tiny.jit(dit.WanDiT.output, static_argnums=3)
 
 
@@ -123,10 +125,12 @@ def test_blocks_behind_a_full_memory_equal_one_teacher_forced_pass(rope_adjustme
     exp = tiny.with_cache(FULL, rope_adjustment=rope_adjustment, sink=sink, recent=12 - sink)
     as_is = dataclasses.replace(exp.sample, prediction="clean")  # what the network returns
     exp = dataclasses.replace(exp, sample=as_is)
-    noisy, clean = tiny.latents(BLOCKS, seed=8), tiny.latents(BLOCKS, seed=9)
+    noisy = tiny.latents(BLOCKS, seed=8)
+    clean = tiny.latents(BLOCKS, seed=9)
     times = tiny.normal(4, 2, 3 * BLOCKS) ** 2 * 300
     text = tiny.text_kv(APART.dit, CONTEXT)
-    memory, outputs = cache.init(exp.memory, 2), []
+    memory = cache.init(exp.memory, 2)
+    outputs = []
     for block in range(BLOCKS):
         now = times[:, 3 * block : 3 * block + 3]
         output, memory = behind_memory(exp, memory, noisy[block], clean[block], now, text)
@@ -164,7 +168,8 @@ def plain():
     """A small network whose patch embedding and head hand every number on as it is."""
     model = tiny.filled(jax.eval_shape(lambda: dit.WanDiT(SMALL, nnx.Rngs(0))))
     for linear in (model.patch, model.head):
-        linear.kernel, linear.bias = nnx.Param(jnp.eye(12)), nnx.Param(jnp.zeros(12))
+        linear.kernel = nnx.Param(jnp.eye(12))
+        linear.bias = nnx.Param(jnp.zeros(12))
     model.head_modulation = nnx.Param(jnp.zeros((2, 12)))
     return model
 
@@ -200,7 +205,8 @@ def test_moving_the_picture_by_a_patch_moves_the_tokens():
 
 
 def test_the_heads_shift_and_scale_are_those_of_the_frame():
-    tokens, e = tiny.normal(7, 1, 3 * 6, 36), tiny.normal(8, 1, 3, 36)
+    tokens = tiny.normal(7, 1, 3 * 6, 36)
+    e = tiny.normal(8, 1, 3, 36)
     plain, moved = (head(MODEL, tokens, states(each), (2, 3)) for each in (e, e.at[:, 1].add(1.0)))
     np.testing.assert_array_equal((plain != moved).any(axis=(0, 2, 3, 4)), [False, True, False])
 
@@ -215,11 +221,9 @@ def alone(q, k, v, past):
 
 def test_a_timestep_is_felt_in_its_own_frame_only():
     def tokens(times):
-        x, time, text = (
-            MODEL.embed(CLIP),
-            MODEL.embed_time(times),
-            MODEL.text_kv(CONTEXT),
-        )
+        x = MODEL.embed(CLIP)
+        time = MODEL.embed_time(times)
+        text = MODEL.text_kv(CONTEXT)
         return MODEL.run(x, time, text, past=None, self_attention=alone)[0]
 
     every = tiny.jit(tokens)
@@ -241,10 +245,8 @@ def test_time_states_are_one_row_a_frame_and_six_for_the_blocks():
 
 
 def test_short_prompts_are_padded_with_zero_states_that_are_attended_to():
-    short, long = (
-        tiny.text_kv(MODEL, CONTEXT),
-        tiny.text_kv(MODEL, jnp.pad(CONTEXT, ((0, 0), (0, 2), (0, 0)))),
-    )
+    short = tiny.text_kv(MODEL, CONTEXT)
+    long = tiny.text_kv(MODEL, jnp.pad(CONTEXT, ((0, 0), (0, 2), (0, 0))))
     np.testing.assert_array_equal(short.k, long.k)
     assert short.k.shape == (2, 2, 17, 3, 12)
     np.testing.assert_array_equal(short.v[:, :, 15], short.v[:, :, 16])
@@ -275,11 +277,9 @@ def one_of(stacked, index):
 
 
 def test_the_scan_is_a_loop_over_layers_and_stacks_what_they_keep():
-    x, time, text = (
-        tiny.normal(9, 2, 2 * 6, 36),
-        embed_time(MODEL, TIMES[:, :2]),
-        tiny.text_kv(MODEL, CONTEXT),
-    )
+    x = tiny.normal(9, 2, 2 * 6, 36)
+    time = embed_time(MODEL, TIMES[:, :2])
+    text = tiny.text_kv(MODEL, CONTEXT)
 
     def mix(q, k, v, past):
         return v * past, (q.sum(), k)
@@ -300,7 +300,8 @@ def test_the_scan_is_a_loop_over_layers_and_stacks_what_they_keep():
 
 
 def test_layers_one_by_one_are_the_scan_over_them():
-    x, time = tiny.normal(9, 2, 2 * 6, 36), embed_time(MODEL, TIMES[:, :2])
+    x = tiny.normal(9, 2, 2 * 6, 36)
+    time = embed_time(MODEL, TIMES[:, :2])
     gains = jnp.asarray([0.5, 2.0])
 
     def mix(q, k, v, past):
@@ -317,7 +318,8 @@ def test_layers_one_by_one_are_the_scan_over_them():
 
 
 def test_layers_come_apart_without_touching_the_model_or_its_numbers():
-    before, apart = pytrees.flatten(MODEL), pytrees.flatten(MODEL.unrolled())
+    before = pytrees.flatten(MODEL)
+    apart = pytrees.flatten(MODEL.unrolled())
     assert pytrees.flatten(MODEL).keys() == before.keys()
     for name, leaf in before.items():
         if name.startswith("blocks/"):
@@ -331,17 +333,16 @@ def test_layers_come_apart_without_touching_the_model_or_its_numbers():
 
 
 def test_words_of_layers_apart_are_those_of_the_stack():
-    stacked, listed = tiny.text_kv(MODEL, CONTEXT), tiny.text_kv(APART.dit, CONTEXT)
+    stacked = tiny.text_kv(MODEL, CONTEXT)
+    listed = tiny.text_kv(APART.dit, CONTEXT)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), stacked, pytrees.stack(listed))
 
 
 def test_projections_are_those_a_layer_hands_to_attention():
     """Caught on the way of a run through the first layer, which reads the very tokens."""
-    x, time, text = (
-        tiny.normal(9, 2, 2 * 6, 36),
-        embed_time(MODEL, TIMES[:, :2]),
-        tiny.text_kv(MODEL, CONTEXT),
-    )
+    x = tiny.normal(9, 2, 2 * 6, 36)
+    time = embed_time(MODEL, TIMES[:, :2])
+    text = tiny.text_kv(MODEL, CONTEXT)
 
     def keep(q, k, v, past):
         return jnp.zeros_like(v), KV(k=k, v=v)

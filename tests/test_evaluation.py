@@ -62,7 +62,8 @@ def repainted(story, **changes):
 @pytest.mark.parametrize("seed", range(4))
 def test_the_true_reading_is_what_the_oracle_reads(seed):
     story = data.draw_clip(np.random.default_rng(seed))
-    seen, true = oracle.read(world.render(story)), stage_figures.true_reading(story)
+    seen = oracle.read(world.render(story))
+    true = stage_figures.true_reading(story)
     for field in dataclasses.fields(oracle.Reading):
         np.testing.assert_allclose(
             getattr(seen, field.name), getattr(true, field.name), atol=2e-2, err_msg=field.name
@@ -221,7 +222,8 @@ def free(model):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_video_is_the_one_that_sampling_makes_bit_for_bit(model, free, name):
-    changed, (prompts, who) = model.with_settings(SETTINGS[name]), video(0)
+    changed = model.with_settings(SETTINGS[name])
+    prompts, who = video(0)
     alone = list(changed.stream(prompts, seed=SEED))
     wanted = np.concatenate([block.frames for block in alone])
     chosen = np.stack([block.block_ids for block in alone])
@@ -239,7 +241,8 @@ def test_a_video_is_the_one_that_sampling_makes_bit_for_bit(model, free, name):
 @pytest.mark.parametrize("name", ["default", "host"])
 def test_videos_made_together_are_those_made_alone(model, free, name):
     """Up to rounding: where matrices are higher, sums are added up in another order."""
-    changed, (prompts, ids, frames, chosen) = model.with_settings(SETTINGS[name]), free
+    changed = model.with_settings(SETTINGS[name])
+    prompts, ids, frames, chosen = free
     if name != "default":
         frames, chosen = stage_figures.play(changed, prompts, seeds=[SEED, SEED + 1], videos=ids)
     for i in range(2):

@@ -147,8 +147,10 @@ def test_a_rule_of_ones_own_is_obeyed_in_random_histories(
         selection=selection,
         score_pool=(2, 1, 1),
     )
-    exp, tally = histories.experiment(cfg), collections.Counter()
-    step, rng = histories.stepper(exp, stacked=stacked), np.random.default_rng(11)
+    exp = histories.experiment(cfg)
+    tally = collections.Counter()
+    step = histories.stepper(exp, stacked=stacked)
+    rng = np.random.default_rng(11)
     for events in (None, {9: "flush"}, {4: "cut", 12: "flush"}):
         story = slow_memory.tell(exp, rng, blocks=16, layers=2, videos=4)
         tally += histories.check_history(exp, story, step, stacked=stacked, events=events)
@@ -179,12 +181,14 @@ LATE = {"scope": "shared", "timing": "late", "capacity": 3}
 
 def played(exp, blocks):
     """Latents and ids of blocks made by the archive that `exp` says."""
-    nets, text = tiny.apart(), tiny.text()
+    nets = tiny.apart()
+    text = tiny.text()
     memory = cache.init(exp.memory, tiny.BATCH)
     archive = host_archive.init(exp.memory, tiny.BATCH)
     found = []
     for block in range(blocks):
-        noise, progress = tiny.noise(exp, block), jax.tree.map(np.asarray, memory.progress)
+        noise = tiny.noise(exp, block)
+        progress = jax.tree.map(np.asarray, memory.progress)
         if exp.cache.archive == "host":
             memory, done = host_archive.denoise(
                 nets, exp.step, memory, archive, noise=noise, text=text

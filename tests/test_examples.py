@@ -47,7 +47,8 @@ def test_a_policy_of_ones_own_takes_twenty_lines_at_most(name):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_policy_of_ones_own_is_sampled_planned_and_inspected(name, tmp_path, capsys):
-    trace, config = str(tmp_path / "a.trace.jsonl"), ["--config", path_of(name)]
+    trace = str(tmp_path / "a.trace.jsonl")
+    config = ["--config", path_of(name)]
     out = ["--out", str(tmp_path / "a.mp4"), "--trace", trace]
     assert main(["sample", *config, "--blocks", "20", *out, *QUICK]) == 0
     assert main(["inspect", trace, *config, "--no-map"]) == 0

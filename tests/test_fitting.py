@@ -49,10 +49,13 @@ def test_a_peak_is_what_lies_there_and_what_the_program_takes():
         DENOISING: Use(temporary=100, results=50, arguments=7, reused=30),
         f"{SHOWING} the first block": Use(temporary=1000, results=0, arguments=0, reused=0),
     }
-    found, held = memory_fit.peaks(FILM, 2, uses), memory_fit.resting(FILM, 2)
+    found = memory_fit.peaks(FILM, 2, uses)
+    held = memory_fit.resting(FILM, 2)
     whole = sum(held.values())
-    frames, latent = 2 * 6 * 32 * 48 * 3 * 4, 2 * 3 * 8 * 12 * 4 * 4
-    low, layers = 2 * 2 * 4 * 12 * 4 * 4, 2 * (4 * 10 * 6 + 3 * 10 * 9 + 32 * 2 + 2 * 10) * 4
+    frames = 2 * 6 * 32 * 48 * 3 * 4
+    latent = 2 * 3 * 8 * 12 * 4 * 4
+    low = 2 * 2 * 4 * 12 * 4 * 4
+    layers = 2 * (4 * 10 * 6 + 3 * 10 * 9 + 32 * 2 + 2 * 10) * 4
     assert found.device["loading"] == held["transformer"] + held["compressor"] + held["codec"]
     assert found.device["reading prompts"] == whole + frames + layers + 3 * 16 * 10 * 4
     assert found.device[DENOISING] == whole + frames + 100 + 50 - 30
@@ -71,7 +74,8 @@ def test_packed_blocks_on_the_host_are_fetched_and_counted_there():
         memory_fit.peaks(exp, 2, memory_fit.estimated(exp, 2))
         for exp in (tiny.with_cache(scope="shared", timing="late", capacity=9), HOST)
     )
-    one, slots = 8 * 2 * 2 * 2 * 36 * 4, 9 + 1  # keys, k and v, layers, videos, width, bytes
+    one = 8 * 2 * 2 * 2 * 36 * 4
+    slots = 9 + 1  # keys, k and v, layers, videos, width, bytes
     fetched = 2 * one + slots * one // (2 * 2)  # the chosen ones; one layer's keys to score
     assert host.host["sampling"] - device.host["sampling"] == slots * one + fetched
     assert device.device[SHOWING] - host.device[SHOWING] == slots * one
@@ -91,7 +95,8 @@ def test_packed_blocks_on_the_host_are_fetched_and_counted_there():
 def test_attention_is_estimated_as_it_will_run(attention, dtype, platform, fused):
     exp = dataclasses.replace(tiny.EXP, attention=attention, dtypes=config.DtypeConfig(cache=dtype))
     assert memory_fit.fused(exp, platform) == fused
-    kind, space = programs.FUSED if fused else programs.WRITTEN, programs.workspace
+    kind = programs.FUSED if fused else programs.WRITTEN
+    space = programs.workspace
     if platform == "gpu":
         assert memory_fit.estimated(exp)[DENOISING].temporary == space(exp)[f"{DENOISING}, {kind}"]
 
@@ -110,7 +115,8 @@ EVERY = [tiny.EXP, HOST, FILM, *map(loading.load_experiment, ("stage", "wan_t2v_
 @pytest.mark.parametrize("platform", ["gpu", "cpu"])
 def test_the_quick_bounds_hold_the_estimate(exp, platform):
     found = memory_fit.estimated(exp, 2, platform)
-    above, below = memory_fit.bounded(exp, 2), memory_fit._floor(exp, 2, platform)
+    above = memory_fit.bounded(exp, 2)
+    below = memory_fit._floor(exp, 2, platform)
     for name, use in found.items():
         assert below[name].temporary <= use.temporary <= above[name].temporary, name
         assert use.results == above[name].results == below[name].results
@@ -265,7 +271,8 @@ def test_a_size_without_a_meaning_is_refused(text):
 
 def machine(folder, meminfo="", group="", **files):
     """A copy of what Linux says, with what is given."""
-    proc, groups = folder / "proc", folder / "groups"
+    proc = folder / "proc"
+    groups = folder / "groups"
     (proc / "self").mkdir(parents=True)
     (proc / "meminfo").write_text(meminfo)
     (proc / "self" / "cgroup").write_text(group)
@@ -304,7 +311,8 @@ def test_what_the_system_says_is_available(tmp_path):
 def test_a_control_group_may_leave_less(tmp_path, group, files, left):
     others = {}
     for name in files:
-        start, old = name.rpartition("memory_at_")[0], "limit" in name
+        start = name.rpartition("memory_at_")[0]
+        old = "limit" in name
         others[f"{start}memory_at_{'usage_in_bytes' if old else 'current'}"] = str(80 * KB)
         others[f"{start}memory_at_stat"] = f"anon 1\n{'total_' * old}inactive_file {60 * KB}\n"
     used = (80 - 60) if left != 700 else 0  # file pages can be given up

@@ -10,7 +10,9 @@ import slow_memory
 from packforcing_jax.config import CacheConfig
 from packforcing_jax.memory import layout as layouts
 
-CONFIGURATIONS, RUNS, VIDEOS = 16, 9, 15
+CONFIGURATIONS = 16
+RUNS = 9
+VIDEOS = 15
 ADJUSTMENTS = ("sink", "incremental", "sink", "sink_only", "incremental", "sink", "none")
 SELECTIONS = ("affinity", "random", "paper_sum", "affinity", "recency", "all")
 
@@ -19,11 +21,10 @@ def drawn(number):
     """An experiment: any sizes without packed blocks, whole blocks with them; policies in turn, the rest by chance."""
     rng = np.random.default_rng(number)
     pick = lambda *values: values[rng.integers(len(values))]  # noqa: E731
-    adjustment, selection = (
-        ADJUSTMENTS[number % len(ADJUSTMENTS)],
-        SELECTIONS[number % len(SELECTIONS)],
-    )
-    block, top = int(rng.integers(1, 5)), pick(0, 1, 2, 2, 3, 3)
+    adjustment = ADJUSTMENTS[number % len(ADJUSTMENTS)]
+    selection = SELECTIONS[number % len(SELECTIONS)]
+    block = int(rng.integers(1, 5))
+    top = pick(0, 1, 2, 2, 3, 3)
     unit = block if top else 1
     cfg = CacheConfig(
         block=block,
@@ -53,9 +54,12 @@ def told(exp, rng, blocks):
 
 def test_two_thousand_histories_are_seen_as_the_slow_memory_shows(capsys):
     """Each configuration is compiled once; many videos share a run, for every video chooses for itself."""
-    tally, count = collections.Counter(), 0
+    tally = collections.Counter()
+    count = 0
     for number in range(CONFIGURATIONS):
-        exp, rng, stacked = drawn(number), np.random.default_rng((7, number)), number % 2 == 1
+        exp = drawn(number)
+        rng = np.random.default_rng((7, number))
+        stacked = number % 2 == 1
         step = histories.stepper(exp, stacked=stacked)
         for run in range(RUNS):
             gap = float(run % 3 == 1) * rng.uniform(0, 30)
@@ -70,7 +74,8 @@ def test_two_thousand_histories_are_seen_as_the_slow_memory_shows(capsys):
                     f"configuration {number}, run {run}, gap {gap}, {events}: {exp.cache}"
                 )
                 raise
-            tally, count = tally + happened, count + VIDEOS
+            tally = tally + happened
+            count = count + VIDEOS
         assert step._cache_size() == 1
     assert count >= 2000
     assert {name: n for name, n in tally.items() if n >= 100}.keys() == {

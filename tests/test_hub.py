@@ -85,7 +85,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        site, path = self.site, self.path.partition("?")[0]
+        site = self.site
+        path = self.path.partition("?")[0]
         site.asked.append((path, self.headers["Range"], self.headers["Authorization"]))
         if site.refusal is not None:
             return self.answer(site.refusal[0], b"", site.refusal[1])
@@ -103,13 +104,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if site.elsewhere is not None:
             self.answer(302, b"", {"Location": f"{site.elsewhere}{self.path}"})
             return
-        content, status, headers = site.files[repository][name], 200, {}
+        content = site.files[repository][name]
+        status = 200
+        headers = {}
         if site.ranges and self.headers["Range"]:
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-            status, headers = (
-                206,
-                {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"},
-            )
+            status = 206
+            headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
             content = content[start:]
         stops = site.cuts.get(name, [])
         sent = content[: stops.pop(0)] if stops else content
@@ -262,7 +263,8 @@ def test_a_later_run_continues_what_an_earlier_one_left(site, tmp_path):
     (left,) = tmp_path.iterdir()
     assert left.suffix == ".part"
     assert left.read_bytes() == MODEL["weights-1.bin"][:4000]
-    site.budget, site.asked = None, []
+    site.budget = None
+    site.asked = []
     assert fetched(site, tmp_path).fetched
     assert site.fetched() == [("weights-1.bin", "bytes=4000-")]
     assert present(tmp_path) == ["weights-1.bin"]
@@ -277,7 +279,8 @@ def test_it_gives_up_after_attempts_that_bring_nothing(site, tmp_path):
 
 
 def test_a_server_without_ranges_sends_all_of_it_again(site, tmp_path):
-    site.cuts, site.ranges = {"weights-1.bin": [3333]}, False
+    site.cuts = {"weights-1.bin": [3333]}
+    site.ranges = False
     fetched(site, tmp_path)
     assert [wanted for _, wanted in site.fetched()] == [None, "bytes=3000-"]
     assert (tmp_path / "weights-1.bin").read_bytes() == MODEL["weights-1.bin"]
@@ -302,7 +305,8 @@ def test_a_partial_file_of_another_version_is_not_continued(site, tmp_path):
     site.budget = 4500
     with pytest.raises(MachineError):
         fetched(site, tmp_path, tries=1)
-    site.budget, site.asked = None, []
+    site.budget = None
+    site.asked = []
     site.files["some/model"]["weights-1.bin"] = content(7321, 9)
     fetched(site, tmp_path)
     assert site.fetched() == [("weights-1.bin", None)]
@@ -311,7 +315,8 @@ def test_a_partial_file_of_another_version_is_not_continued(site, tmp_path):
 
 @pytest.mark.parametrize("name", ["weights-1.bin", "config.json"])
 def test_a_file_with_another_hash_is_removed_and_both_hashes_are_named(site, tmp_path, name):
-    sent, recorded = MODEL[name], bytes(reversed(MODEL[name]))
+    sent = MODEL[name]
+    recorded = bytes(reversed(MODEL[name]))
     site.recorded = {name: recorded}
     digest = (lambda x: hashlib.sha256(x).hexdigest()) if len(sent) >= LARGE else git_name
     with pytest.raises(
@@ -442,7 +447,8 @@ def test_the_token_stays_with_the_hub_and_the_range_goes_along(site, tmp_path, m
 
 
 def test_room_is_asked_for_what_is_missing_only(site, tmp_path, monkeypatch):
-    files, folder = listed(site).files, tmp_path / "not" / "yet"
+    files = listed(site).files
+    folder = tmp_path / "not" / "yet"
     usage = shutil.disk_usage(tmp_path)
 
     def free(count):

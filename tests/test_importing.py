@@ -223,7 +223,8 @@ def test_prompts_of_a_file(tmp_path):
 
 
 def test_every_prompt_is_read_once_and_only_as_far_as_it_goes(parts, monkeypatch):
-    walks, walk = [], importing.Texts._walk
+    walks = []
+    walk = importing.Texts._walk
     monkeypatch.setattr(
         importing.Texts, "_walk", lambda self, new: walks.append(new) or walk(self, new)
     )

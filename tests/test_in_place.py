@@ -50,7 +50,8 @@ def full_size(config, mode, layers=1):
 
 def committed(exp, batch=1):
     """(commit as a function, the shapes it takes, memory first)."""
-    spec, latent = exp.memory, (batch, exp.cache.block, *exp.memory.latent)
+    spec = exp.memory
+    latent = (batch, exp.cache.block, *exp.memory.latent)
     memory = jax.eval_shape(lambda: cache.init(spec, batch))
     tokens = lambda size: jax.ShapeDtypeStruct(
         (batch, size, spec.heads, spec.head_dim), jnp.float32
@@ -74,7 +75,8 @@ def laid(exp):
     _, (memory, *_, selection) = committed(exp)
 
     def lay(seen, layer, progress, chosen):
-        layout, layer = layouts.layout(exp.cache, progress), dataclasses.replace(layer, view=seen)
+        layout = layouts.layout(exp.cache, progress)
+        layer = dataclasses.replace(layer, view=seen)
         return view.lay(exp.memory, layout, layer, view.gather(layer, chosen), chosen)
 
     layer = memory.layers[0]
@@ -104,7 +106,8 @@ def test_incremental_remakes_the_keys_it_turns_and_nothing_else():
     exp = full_size("wan_t2v_1_3b_paper", "incremental")
     function, (memory, *others) = committed(exp)
     compiled = build(function, 0, memory, *others)
-    packed, stats = memory.layers[0].packed.k, compiled.memory_analysis()
+    packed = memory.layers[0].packed.k
+    stats = compiled.memory_analysis()
     sink = total(memory.layers[0].view.k) * exp.cache.sink * exp.tokens_per_frame / exp.memory.room
     assert stats.alias_size_in_bytes == total(memory)
     assert stats.temp_size_in_bytes < total(packed) + 2 * sink
@@ -144,9 +147,11 @@ def test_the_buffer_assignment_tells_who_lies_elsewhere(donated, tmp_path):
 def test_a_copy_would_be_found():
     exp = full_size("wan_t2v_1_3b_paper", "sink", layers=2)
     function, args = committed(exp)
-    smallest, looked_for = min(map(total, stores(args[0]))), shapes(stores(args[0]))
+    smallest = min(map(total, stores(args[0])))
+    looked_for = shapes(stores(args[0]))
     for spoilt in (build(function, (), *args), build(as_scanned(exp), 0, *args)):
-        stats, program = spoilt.memory_analysis(), hlo.read(spoilt.as_text())
+        stats = spoilt.memory_analysis()
+        program = hlo.read(spoilt.as_text())
         assert stats.temp_size_in_bytes > smallest or stats.alias_size_in_bytes < total(args[0])
         assert hlo.moved(program, looked_for)
 
@@ -196,7 +201,8 @@ def zeros(shapes):
 
 def test_stores_stay_where_they_are():
     function, (_, *new) = committed(tiny.EXP, tiny.BATCH)
-    commit, memory = jax.jit(function, donate_argnums=0), cache.init(tiny.EXP.memory, tiny.BATCH)
+    commit = jax.jit(function, donate_argnums=0)
+    memory = cache.init(tiny.EXP.memory, tiny.BATCH)
     before = [x.unsafe_buffer_pointer() for x in stores(memory)]
     for _ in range(5):
         memory = commit(memory, *zeros(new))

@@ -45,7 +45,8 @@ def told(exp, seed, blocks, videos=3):
 
 def steps(exp, story, dtype=jnp.float32):
     """What every block of a story sees, and the memory that it leaves."""
-    step, videos = histories.stepper(exp), story.q.shape[2]
+    step = histories.stepper(exp)
+    videos = story.q.shape[2]
     memory = histories.empty(exp, videos, dtype)
     for number in range(len(story.q)):
         full, packed, *others = histories.block_of(story, number)
@@ -99,7 +100,9 @@ def test_a_block_seen_again_after_others_steps_back():
     """Blocks 2 to 4 move on while what follows them is dropped; block 4 must step back once 6 and 7 are seen."""
     wanted = {7: [2, 3, 4], 8: [2, 3, 4], 9: [2, 3, 4], 10: [4, 6, 7], 11: [2, 4, 8]}
     exp = histories.experiment(dataclasses.replace(FIGURE, top=3, capacity=8))
-    story, positions, stored = with_scores(told(exp, 2, 12), wanted), [], []
+    story = with_scores(told(exp, 2, 12), wanted)
+    positions = []
+    stored = []
     for number, (shown, memory) in enumerate(steps(exp, story)):
         shown = jax.tree.map(np.asarray, shown)
         histories.check_view(exp, story, slow_memory.visible(exp.cache, number), shown)
@@ -117,8 +120,11 @@ def test_moved_keys_give_the_attention_of_keys_turned_once(selection):
         histories.experiment(dataclasses.replace(cfg, rope_adjustment=x))
         for x in ("sink", "incremental")
     )
-    story, looks = told(once, 3, 24, videos=5), [histories.looker(once), histories.looker(moved)]
-    dropped, back, positions = 0, 0, np.zeros((2, 5, 24))
+    story = told(once, 3, 24, videos=5)
+    looks = [histories.looker(once), histories.looker(moved)]
+    dropped = 0
+    back = 0
+    positions = np.zeros((2, 5, 24))
     for number, ((a, _), (b, _)) in enumerate(zip(steps(once, story), steps(moved, story))):
         ids = np.asarray(a["selection"].ids)
         np.testing.assert_array_equal(ids, b["selection"].ids)

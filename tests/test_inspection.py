@@ -371,10 +371,8 @@ def test_the_map_shows_who_recalled_what(tmp_path):
         overrides = [set(layer.ids.tolist()) for layer in block.layers]
         seen = inspect_trace.visible(cfg, block.index)
         for id in range(23):
-            colour, count = (
-                tuple(cells[block.index, id].tolist()),
-                sum(id in each for each in overrides),
-            )
+            colour = tuple(cells[block.index, id].tolist())
+            count = sum(id in each for each in overrides)
             if count or id in seen:
                 assert (colour == none, colour == both) == (count == 0, count == 2)
             elif id < block.index:
@@ -401,8 +399,11 @@ def test_the_map_of_a_long_run_shrinks_and_loses_no_choice(tmp_path, monkeypatch
 @pytest.mark.parametrize("blocks", [1, 16, 61, 400])
 def test_the_map_stands_in_a_frame_that_names_its_axes_and_colours(tmp_path, blocks):
     found = run(tmp_path / "a", blocks=blocks, layers=1)
-    inner, image = inspect_trace.cells(found), inspect_trace.heat_map(found)
-    left, top, side = inspect_trace.LEFT, inspect_trace.TOP, len(inner)
+    inner = inspect_trace.cells(found)
+    image = inspect_trace.heat_map(found)
+    left = inspect_trace.LEFT
+    top = inspect_trace.TOP
+    side = len(inner)
     np.testing.assert_array_equal(image[top : top + side, left : left + side], inner)
     written = (image != np.array(inspect_trace.PAPER)).any(axis=-1)
     assert not written[[0, -1]].any()  # nothing is cut off at an edge
@@ -424,7 +425,8 @@ def test_axes_number_round_blocks_that_do_not_touch(count, side, step):
 def test_a_broken_trace_is_still_shown(tmp_path):
     def edit(blocks):
         blocks[12].block_ids[1] = [0, 900, 900, 2**40]
-        blocks[14].index, blocks[15].index = 2000, 3
+        blocks[14].index = 2000
+        blocks[15].index = 3
 
     found = run(tmp_path / "a", edit=edit, blocks=16)
     assert inspect_trace.cells(found).shape == (720, 720, 3)

@@ -15,7 +15,9 @@ from packforcing_jax.memory import layout as layouts
 from packforcing_jax.sampling import pipeline, resume
 from packforcing_jax.sampling.pipeline import Pipeline
 
-RED, BLUE, LIME = "a red disc", "the blue figure walks", "lime square"
+RED = "a red disc"
+BLUE = "the blue figure walks"
+LIME = "lime square"
 STORY = [RED] * 5 + [BLUE] * 6
 HOST = ["cache.scope=shared", "cache.timing=late", "cache.archive=host"]
 
@@ -47,7 +49,8 @@ class Block:
 
 def scrambled(model, blocks, seed=0):
     """A state behind so many blocks in which every number is another one."""
-    rng, start = np.random.default_rng(seed), model.start(seed=3, videos=[5])
+    rng = np.random.default_rng(seed)
+    start = model.start(seed=3, videos=[5])
 
     def draws(leaf):
         drawn = rng.normal(size=leaf.shape).astype(leaf.dtype)
@@ -59,10 +62,8 @@ def scrambled(model, blocks, seed=0):
 
 def keep(keeper, blocks, *, written=video.Position(70, 8, 3), traced=900, seed=0):  # noqa: B008
     """Keeps a scrambled state behind so many blocks; the state and the two files."""
-    state, files = (
-        scrambled(keeper.model, blocks, seed),
-        (File(written), File(traced) if traced else None),
-    )
+    state = scrambled(keeper.model, blocks, seed)
+    files = (File(written), File(traced) if traced else None)
     keeper.keep(Block(blocks - 1, state), *files)
     keeper.close()
     return state, files
@@ -83,7 +84,8 @@ def same_bits(one, two):
         ]
         return pytrees.flatten(state.replace(memory=state.memory.replace(layers=layers)))
 
-    one, two = kept(one), kept(two)
+    one = kept(one)
+    two = kept(two)
     assert one.keys() == two.keys()
     for name, leaf in one.items():
         assert type(leaf) is type(two[name]), name
@@ -91,7 +93,8 @@ def same_bits(one, two):
 
 
 def test_a_run_is_kept_after_every_few_blocks_and_behind_its_last(pipe, tmp_path):
-    one, kept = keeper(tmp_path / "saves", pipe), []
+    one = keeper(tmp_path / "saves", pipe)
+    kept = []
     for blocks in range(1, 12):
         before = checkpoints.Checkpoints(tmp_path / "saves").latest()
         _, files = keep(one, blocks)

@@ -54,10 +54,8 @@ def test_rms_norm_is_its_formula(dim):
 @pytest.mark.parametrize("dim", [5, 128])
 def test_layer_norm_is_its_formula(dim):
     norm = layers.LayerNorm(dim, 1e-6)
-    norm.scale, norm.bias = (
-        nnx.Param(jnp.asarray(values(1, dim))),
-        nnx.Param(jnp.asarray(values(3, dim))),
-    )
+    norm.scale = nnx.Param(jnp.asarray(values(1, dim)))
+    norm.bias = nnx.Param(jnp.asarray(values(3, dim)))
     x = values(2, 3, 4, dim) + 2
     centred = x - x.astype(np.float64).mean(-1, keepdims=True)
     expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * values(
@@ -89,7 +87,8 @@ def test_small_inputs_feel_epsilon(kind, size, factor):
 
 @pytest.mark.parametrize("kind", NORMS)
 def test_zeros_stay_zeros_and_pass_a_finite_gradient(kind):
-    norm, zeros = NORMS[kind](6, 1e-6), jnp.zeros((2, 6))
+    norm = NORMS[kind](6, 1e-6)
+    zeros = jnp.zeros((2, 6))
     np.testing.assert_array_equal(norm(zeros), zeros)
     assert np.isfinite(jax.grad(lambda x: norm(x).sum())(zeros)).all()
 
@@ -97,7 +96,8 @@ def test_zeros_stay_zeros_and_pass_a_finite_gradient(kind):
 @pytest.mark.parametrize("kind", NORMS)
 def test_half_precision_comes_back_with_float32_statistics(kind):
     x = jnp.asarray(values(4, 3, 128, scale=300) + 100, jnp.bfloat16)
-    normed, exact = NORMS[kind](128, 1e-6)(x), NORMS[kind](128, 1e-6)(x.astype(jnp.float32))
+    normed = NORMS[kind](128, 1e-6)(x)
+    exact = NORMS[kind](128, 1e-6)(x.astype(jnp.float32))
     assert normed.dtype == jnp.bfloat16
     np.testing.assert_array_equal(normed, exact.astype(jnp.bfloat16))
 
@@ -124,7 +124,9 @@ def test_a_frames_row_meets_the_tokens_of_that_frame():
 
 
 def test_modulation_is_per_frame():
-    x, shift, scale = values(8, 2, 12, 5), values(9, 2, 3, 5), values(10, 2, 3, 5)
+    x = values(8, 2, 12, 5)
+    shift = values(9, 2, 3, 5)
+    scale = values(10, 2, 3, 5)
     out = layers.modulate(*(jnp.asarray(a) for a in (x, shift, scale)))
     for video in range(2):
         for token in range(12):
@@ -133,10 +135,12 @@ def test_modulation_is_per_frame():
 
 
 def test_modulation_by_nothing_changes_nothing():
-    x, nothing = jnp.asarray(values(11, 1, 6, 5)), jnp.zeros((1, 2, 5))
+    x = jnp.asarray(values(11, 1, 6, 5))
+    nothing = jnp.zeros((1, 2, 5))
     np.testing.assert_array_equal(layers.modulate(x, nothing, nothing), x)
 
 
 def test_modulation_keeps_half_precision():
-    x, rows = jnp.asarray(values(12, 1, 6, 5), jnp.bfloat16), jnp.asarray(values(13, 1, 2, 5))
+    x = jnp.asarray(values(12, 1, 6, 5), jnp.bfloat16)
+    rows = jnp.asarray(values(13, 1, 2, 5))
     assert layers.modulate(x, rows, rows).dtype == jnp.bfloat16

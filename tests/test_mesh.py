@@ -24,7 +24,8 @@ from packforcing_jax.sharding import AXES
 from packforcing_jax.training import batches
 
 CONFIGS = loading.names()
-Q, NORM = "dit/blocks/attn/q/kernel", "dit/blocks/norm3/scale"
+Q = "dit/blocks/attn/q/kernel"
+NORM = "dit/blocks/norm3/scale"
 
 
 def described(data=1, fsdp=1, tensor=1, context=1):
@@ -94,7 +95,8 @@ def test_layers_are_never_divided():
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"tensor": 4}])
 def test_the_transformer_at_full_size_falls_into_equal_parts(sizes):
-    exp, over = loading.load_experiment("wan_t2v_1_3b"), described(**sizes)
+    exp = loading.load_experiment("wan_t2v_1_3b")
+    over = described(**sizes)
     params = {path: leaf for path, leaf in shapes(exp).items() if path.startswith("dit/")}
     share = (
         bytes_of(params) / held(params, mesh.shardings(params, over)) / math.prod(sizes.values())
@@ -144,7 +146,8 @@ def test_moments_and_averages_lie_where_their_parameter_does(kind):
         step=jnp.int32(0),
     )
     over = described(data=2, fsdp=3, tensor=2)
-    where, seen = pytrees.flatten(mesh.shardings(state, over)), dict.fromkeys(FLAT, 0)
+    where = pytrees.flatten(mesh.shardings(state, over))
+    seen = dict.fromkeys(FLAT, 0)
     for path, leaf in pytrees.flatten(state).items():
         own = [each for each in FLAT if path.endswith(each)]
         if leaf.shape and own:
@@ -238,7 +241,8 @@ def test_a_batch_is_divided_over_copies_and_shards():
 
 
 def test_twelve_heads_over_eight_devices_are_refused_with_the_sizes_that_work():
-    exp, train = loading.load_experiment("wan_t2v_1_3b"), TrainConfig(batch=8)
+    exp = loading.load_experiment("wan_t2v_1_3b")
+    train = TrainConfig(batch=8)
     with pytest.raises(
         InputError, match=r"12 heads.* tensor x context = 8 x 1 = 8 .*work: 1, 2, 3, 4, 6, 12\."
     ):
@@ -250,14 +254,16 @@ def test_twelve_heads_over_eight_devices_are_refused_with_the_sizes_that_work():
 
 
 def test_a_batch_that_is_not_divisible_is_refused_with_one_that_is():
-    exp, train = tiny.EXP, TrainConfig(batch=10, accumulate=2)
+    exp = tiny.EXP
+    train = TrainConfig(batch=10, accumulate=2)
     mesh.check(exp, train, described(data=5))
     with pytest.raises(InputError, match=r"train.batch=10 .* 2 x 3 x 2 = 12; make it 12\."):
         mesh.check(exp, train, described(data=2, fsdp=3))
 
 
 def test_tokens_that_are_not_divisible_are_refused_with_sizes_that_work():
-    exp, train = tiny.with_cache(block=1, score_pool=(1, 2, 1)), TrainConfig(batch=1)
+    exp = tiny.with_cache(block=1, score_pool=(1, 2, 1))
+    train = TrainConfig(batch=1)
     with pytest.raises(InputError, match=r"8 tokens in a block, .*context=3 .*work: 1, 2, 4, 8\."):
         mesh.check(exp, train, described(context=3))
     mesh.check(tiny.EXP, train, described(context=3))

@@ -193,7 +193,8 @@ def folder(tmp_path_factory):
 
 
 def test_layers_are_read_stacked_or_each_for_itself(folder):
-    held, whole = model_folder.opened(folder).part("dit"), tiny.nets().dit
+    held = model_folder.opened(folder).part("dit")
+    whole = tiny.nets().dit
     stacked = model_folder.fill(shapes(), held, dtype="float32", source="weights")
     apart = model_folder.fill(
         jax.eval_shape(lambda: dit.WanDiT(tiny.EXP.dit, nnx.Rngs(0)).unrolled()),
@@ -307,7 +308,8 @@ def test_full_disk_keeps_the_old_folder(tmp_path):
 
 
 def test_failed_swap_puts_the_old_folder_back(tmp_path, monkeypatch):
-    folder, rename = saved(tmp_path / "model"), os.rename
+    folder = saved(tmp_path / "model")
+    rename = os.rename
 
     def refuse(source, target):
         if os.path.basename(source) == "new":

@@ -104,7 +104,8 @@ def test_a_loss_depends_on_the_packed_twins_that_show(gradients):
 
 
 def test_without_a_sink_the_first_twin_shows_too():
-    given, depends = clips(), []
+    given = clips()
+    depends = []
     for block in range(BLOCKS):
         other = dataclasses.replace(given, low_res=given.low_res.at[block].add(0.5))
         depends.append(losses(other) != losses(given))
@@ -119,7 +120,8 @@ def test_the_compressor_learns_from_blocks_that_see_packed_ones(gradients):
 
 def test_training_guesses_behind_the_memory_that_sampling_fills():
     """Losses recomputed behind a memory filled by the sampler, its layers apart, in views of its own drawing."""
-    exp, given = training(0), clips()
+    exp = training(0)
+    given = clips()
     memory = cache.init(exp.memory, tiny.BATCH)
     keys = jax.random.split(KEY, 4)
     levels = objectives.noise_levels(keys[0], given.latent.shape[:2], TRAIN.shift)
@@ -129,10 +131,8 @@ def test_training_guesses_behind_the_memory_that_sampling_fills():
 
     @tiny.jit
     def block_loss(memory, latent, noise, sigma, words, weight):
-        layout, past = (
-            layouts.layout(exp.cache, memory.progress),
-            pytrees.zipped(memory.layers, random),
-        )
+        layout = layouts.layout(exp.cache, memory.progress)
+        past = pytrees.zipped(memory.layers, random)
         noisy = schedules.add_noise(latent, noise, sigma)
         clean, kept = block_step.predict_x0(
             APART,
@@ -181,7 +181,8 @@ def saying(given, block):
 
 def test_a_block_hears_its_own_prompt():
     given = clips()
-    plain, other = losses(given), losses(saying(given, 2))
+    plain = losses(given)
+    other = losses(saying(given, 2))
     np.testing.assert_array_equal(plain[:2], other[:2])
     assert (plain[2:] != other[2:]).all()
 
@@ -227,13 +228,15 @@ def test_matching_is_the_surprise_at_the_called_blocks_share():
 
 
 def test_matching_raises_the_called_block_and_lowers_the_others():
-    scores, called = jnp.asarray([[1.0, 2.0, 3.0, 4.0]]), jnp.asarray([[[False, True, False]]])
+    scores = jnp.asarray([[1.0, 2.0, 3.0, 4.0]])
+    called = jnp.asarray([[[False, True, False]]])
     gradient = tiny.jit(jax.grad(objectives.matching))(scores, jnp.asarray([2, 1, 0, -1]), called)
     np.testing.assert_array_equal(jnp.sign(gradient), [[1, -1, 1, 0]])
 
 
 def test_nothing_called_or_nothing_packed_is_no_surprise_and_no_gradient():
-    scores, called = jnp.zeros((1, 2)), jnp.ones((1, 2, 3), bool)
+    scores = jnp.zeros((1, 2))
+    called = jnp.ones((1, 2, 3), bool)
     graded = tiny.jit(jax.value_and_grad(objectives.matching))
     for ids, asked in ((jnp.asarray([-1, -1]), called), (jnp.asarray([0, 2]), ~called)):
         value, gradient = graded(scores, ids, asked)
@@ -266,7 +269,8 @@ def test_teacher_forcing_in_one_pass_is_what_a_memory_of_sharp_blocks_gives():
 
 
 def test_diffusion_forcing_sees_noise_and_not_the_truth():
-    noisy, given = with_train(history="noisy"), clips()
+    noisy = with_train(history="noisy")
+    given = clips()
     far = dataclasses.replace(given, latent=given.latent.at[1].add(1.0), low_res=given.low_res + 1)
     plain, other = (losses(each, exp=BASE, train=noisy) for each in (given, far))
     assert plain[0] == other[0]
@@ -275,7 +279,8 @@ def test_diffusion_forcing_sees_noise_and_not_the_truth():
 
 
 def test_a_velocity_is_weighed_by_wans_bell():
-    sigma, exp = jnp.asarray([[0.3, 0.9]]), dataclasses.replace(BASE, sample=tiny.EXP.sample)
+    sigma = jnp.asarray([[0.3, 0.9]])
+    exp = dataclasses.replace(BASE, sample=tiny.EXP.sample)
     clean, noise, guess = tiny.normal(1, 3, 1, 2, 3, 8, 4, 12)
     ours = tiny.jit(lambda *given: objectives.denoising_loss(exp, TRAIN, *given, None))(
         guess, clean, sigma
@@ -307,7 +312,8 @@ def test_the_teacher_sees_every_frame_under_one_level_of_noise():
 
 @pytest.mark.parametrize("drop", [0.0, 1.0])
 def test_hidden_text_is_no_text(drop):
-    train, given = with_train(drop_text=drop), clips()
+    train = with_train(drop_text=drop)
+    given = clips()
     one, two = (
         run(each, KEY, BASE, train, objective="flow_matching")[0]
         for each in (given, saying(given, 1))
@@ -339,8 +345,10 @@ def with_trajectory(seed=3):
 
 def test_a_trajectory_is_followed_from_a_step_of_its_own_for_each_block():
     """Errors recomputed for every step, of which each block has one."""
-    given, (times, sigmas) = with_trajectory(), block_step.step_table(BASE.sample)
-    way, end = given.trajectory, np.asarray(given.trajectory[-1])
+    given = with_trajectory()
+    times, sigmas = block_step.step_table(BASE.sample)
+    way = given.trajectory
+    end = np.asarray(given.trajectory[-1])
     by_step = [
         guess(MODEL, way[-1], way[i], jnp.full((BLOCKS, tiny.BATCH), sigmas[i]), STATES)
         for i in range(len(times))
@@ -383,7 +391,8 @@ def test_consistency_asks_the_average_behind_one_step_of_the_teacher(guidance):
     teacher, average = (
         Model(dit=tiny.filled(MODEL.dit, seed), compressor=MODEL.compressor) for seed in (4, 6)
     )
-    given, keys = clips(), jax.random.split(KEY, 4)
+    given = clips()
+    keys = jax.random.split(KEY, 4)
     sigmas = np.append(schedules.table(6.0, steps=7).sigmas, 0.0)
     at = np.asarray(jax.random.randint(keys[0], (BLOCKS, tiny.BATCH), 0, 7))
     assert len(np.unique(at)) > 1
@@ -407,11 +416,10 @@ def test_consistency_asks_the_average_behind_one_step_of_the_teacher(guidance):
 def test_at_the_ways_last_step_consistency_is_the_teachers_clean_guess():
     """With a single step all blocks are pure noise, and one step ends the way: no average is asked."""
     train = with_train(history="clean", grid=1, distil=DistilConfig(guidance=1.0))
-    teacher, given = Model(dit=tiny.filled(MODEL.dit, 4), compressor=MODEL.compressor), clips()
-    noise, full = (
-        jax.random.normal(jax.random.split(KEY, 4)[1], given.latent.shape),
-        np.ones((BLOCKS, tiny.BATCH)),
-    )
+    teacher = Model(dit=tiny.filled(MODEL.dit, 4), compressor=MODEL.compressor)
+    given = clips()
+    noise = jax.random.normal(jax.random.split(KEY, 4)[1], given.latent.shape)
+    full = np.ones((BLOCKS, tiny.BATCH))
     target, own = (guess(model, given.latent, noise, full, STATES) for model in (teacher, MODEL))
     for seed in (6, 7):
         average = Model(dit=tiny.filled(MODEL.dit, seed), compressor=MODEL.compressor)

@@ -137,7 +137,8 @@ def moved(optimiser, gradients, start=None):
         update, opt = optimiser.update(gradient, opt, params)
         return update, opt, jax.tree.map(jnp.add, params, update)
 
-    opt, updates = optimiser.init(params), []
+    opt = optimiser.init(params)
+    updates = []
     for gradient in gradients:
         update, opt, params = step(gradient, opt, params)
         updates.append(update)
@@ -147,19 +148,22 @@ def moved(optimiser, gradients, start=None):
 @pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.95)])
 def test_adamw_is_its_formula(betas):
     cfg = OptimiserConfig(rate=0.02, betas=betas, decay=0.3, clip=0.0, warmup=2, delay=1)
-    gradients, weight = np.asarray(tiny.normal(1, 4, 3, 5)), np.asarray(tiny.normal(2, 3, 5))
+    gradients = np.asarray(tiny.normal(1, 4, 3, 5))
+    weight = np.asarray(tiny.normal(2, 3, 5))
     updates = moved(
         optimisers.optimiser(cfg, 9),
         [{"kernel": g} for g in gradients],
         {"kernel": jnp.asarray(weight)},
     )
-    first, second = np.zeros((3, 5)), np.zeros((3, 5))
+    first = np.zeros((3, 5))
+    second = np.zeros((3, 5))
     for count, (gradient, rate) in enumerate(
         zip(gradients, (0, 0, 0.01, 0.02), strict=True), start=1
     ):
         first = betas[0] * first + (1 - betas[0]) * gradient
         second = betas[1] * second + (1 - betas[1]) * gradient**2
-        mean, square = first / (1 - betas[0] ** count), second / (1 - betas[1] ** count)
+        mean = first / (1 - betas[0] ** count)
+        square = second / (1 - betas[1] ** count)
         expected = -rate * (mean / (np.sqrt(square) + 1e-8) + 0.3 * weight)
         np.testing.assert_allclose(updates[count - 1]["kernel"], expected, rtol=2e-4, atol=1e-8)
         weight = weight + expected
@@ -176,7 +180,8 @@ def test_a_gradient_is_clipped_to_its_norm_over_the_whole_group():
     assert float(optimisers.norm(gradients[1])) == pytest.approx(norm, rel=1e-5)
     by_hand = [gradients[0], jax.tree.map(lambda leaf: leaf * 2.0 / norm, gradients[1])]
     unclipped = optimisers.optimiser(dataclasses.replace(cfg, clip=0.0), 9)
-    ours, expected = moved(optimisers.optimiser(cfg, 9), gradients)[1], moved(unclipped, by_hand)[1]
+    ours = moved(optimisers.optimiser(cfg, 9), gradients)[1]
+    expected = moved(unclipped, by_hand)[1]
     for name in ("a", "b"):
         np.testing.assert_allclose(ours[name], expected[name], rtol=1e-4)
     assert np.abs(moved(unclipped, gradients)[1]["a"] - ours["a"]).max() > 1e-3
@@ -186,7 +191,8 @@ MUON = OptimiserConfig(kind="muon", rate=0.03, matrix_rate=0.01, decay=0.0, clip
 
 
 def test_muon_moves_a_stack_as_it_moves_each_of_its_matrices():
-    gradient, optimiser = tiny.normal(1, 3, 6, 4), optimisers.optimiser(MUON, 9)
+    gradient = tiny.normal(1, 3, 6, 4)
+    optimiser = optimisers.optimiser(MUON, 9)
     together = moved(optimiser, [{"dit/blocks/x/kernel": gradient}])[0]["dit/blocks/x/kernel"]
     for layer in range(3):
         alone = moved(optimiser, [{"x/kernel": gradient[layer]}])[0]["x/kernel"]

@@ -27,7 +27,9 @@ NOISE = tiny.latents(BLOCKS)
 
 def by_hand(guess):
     """Euler's steps one by one, with the states at the student's levels and the end."""
-    sigmas, x, found = np.append(schedules.table(3.0, steps=5).sigmas, 0.0), NOISE, []
+    sigmas = np.append(schedules.table(3.0, steps=5).sigmas, 0.0)
+    x = NOISE
+    found = []
     for i in range(5):
         found += [x] if i in (0, 2, 4) else []
         with_text, without = (

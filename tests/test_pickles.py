@@ -533,7 +533,8 @@ def outcome(path):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_damage_by_chance_is_refused_or_harmless(tmp_path, seed, protocol):
-    rng, path = np.random.default_rng(seed), tmp_path / "a.pt"
+    rng = np.random.default_rng(seed)
+    path = tmp_path / "a.pt"
     held = torchfiles.entries(checkpoint(), protocol=protocol)
     content = torchfiles.write(tmp_path / "sound.pt", held).read_bytes()
     opened = 0

@@ -13,7 +13,9 @@ from packforcing_jax.config import PROFILES
 from packforcing_jax.errors import InputError, MachineError
 from packforcing_jax.sampling import pipeline, player
 
-RED, BLUE, LIME = "a red disc", "the blue figure walks", "lime square"
+RED = "a red disc"
+BLUE = "the blue figure walks"
+LIME = "lime square"
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +34,8 @@ def latents(pipe, prompts, **how):
 
 def test_a_folder_comes_back_as_it_was_saved(pipe):
     assert pipe.experiment == tiny.EXP
-    saved, loaded = pytrees.flatten(tiny.apart()), pytrees.flatten(pipe.nets)
+    saved = pytrees.flatten(tiny.apart())
+    loaded = pytrees.flatten(pipe.nets)
     assert saved.keys() == loaded.keys()
     for name, leaf in saved.items():
         np.testing.assert_array_equal(leaf, loaded[name], err_msg=name)
@@ -159,7 +162,8 @@ def test_one_number_of_the_sink_changes_its_checksum_and_none_of_another_store_d
     streams, name, kept
 ):
     model, blocks, states = streams[name]
-    memory, exp = states[-1].memory, model.experiment
+    memory = states[-1].memory
+    exp = model.experiment
     sink = exp.cache.sink * exp.tokens_per_frame
     for path, token in (("view/k", 1), ("view/v", sink - 1), ("view/k", sink), ("packed/k", 0)):
         changed = copied(memory)
@@ -179,7 +183,8 @@ def test_partitions_lie_behind_one_another_without_a_hole(streams, name):
     model, blocks, _ = streams[name]
     cfg = model.experiment.cache
     for block in blocks:
-        layout, count = block.layout, int(block.layout["num_selected"])
+        layout = block.layout
+        count = int(block.layout["num_selected"])
         assert layout["block"] == layout["step"] == 3
         assert layout["mid_position"] == layout["sink_position"] + layout["sink"]
         assert layout["recent_position"] == layout["mid_position"] + count * layout["step"]
@@ -212,7 +217,8 @@ def test_keys_left_turned_in_place_show_the_same_video(streams):
 
 def test_videos_of_a_batch_do_not_meet(pipe):
     def drawn(prompts, videos):
-        state, found = pipe.start(seed=3, videos=videos), []
+        state = pipe.start(seed=3, videos=videos)
+        found = []
         for _ in range(5):
             state, block = player.next_block(pipe, state, pipe.text_kv(prompts))
             found.append(np.asarray(block.latent))

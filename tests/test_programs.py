@@ -17,11 +17,12 @@ LONG = dataclasses.replace(tiny.EXP, dit=dataclasses.replace(tiny.EXP.dit, layer
 
 def test_a_program_is_handed_what_is_held_and_nothing_else():
     """To the byte: all but what is of no use in denoising, which jit leaves out, or was donated to be handed back."""
-    exp, batch = (
-        dataclasses.replace(tiny.EXP, dtypes=config.DtypeConfig(cache="bfloat16", text="bfloat16")),
-        2,
+    exp = dataclasses.replace(
+        tiny.EXP, dtypes=config.DtypeConfig(cache="bfloat16", text="bfloat16")
     )
-    found, held = programs.compiled(exp, batch), programs.shapes_of(exp, batch)
+    batch = 2
+    found = programs.compiled(exp, batch)
+    held = programs.shapes_of(exp, batch)
     model: Any = held.nets.dit
     prompt = jaxpr_cost.nbytes(
         [
@@ -78,7 +79,8 @@ def test_denoising_from_the_host_is_several_programs():
 
 def test_two_layers_say_what_a_deep_model_sets_aside():
     """What a layer leaves behind for the next is gone after that."""
-    cfg, held = programs.plain(LONG.step), programs.shapes_of(LONG, 2)
+    cfg = programs.plain(LONG.step)
+    held = programs.shapes_of(LONG, 2)
     deep = programs._traced_denoising(cfg, held, held.computed)
     logits = [(2, cfg.dit.heads, 3 * 8, keys) for keys in (held.view[1], cfg.dit.text_len)]
     found = programs.workspace(LONG, 2)
@@ -91,7 +93,8 @@ def test_two_layers_say_what_a_deep_model_sets_aside():
 
 
 def test_attention_written_out_sets_logits_aside():
-    found, held = programs.workspace(tiny.EXP, 2), programs.shapes_of(tiny.EXP, 2)
+    found = programs.workspace(tiny.EXP, 2)
+    held = programs.shapes_of(tiny.EXP, 2)
     batch, room, heads, _ = held.view
     logits = batch * heads * held.latent.shape[1] * tiny.EXP.tokens_per_frame * room * 4
     for name in (DENOISING, COMMITTING):

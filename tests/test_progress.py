@@ -92,7 +92,8 @@ def test_true_positions_go_on_over_a_flush_and_a_cut(rule, flushed, cut):
 )
 def test_frames_are_counted_where_sizes_are_not_whole_blocks(at, sink, recent, positions):
     assert sight(UNEVEN, at) == (sink, recent, [], positions)
-    seen, chunk = layouts.layout(UNEVEN, at), UNEVEN.chunk
+    seen = layouts.layout(UNEVEN, at)
+    chunk = UNEVEN.chunk
     assert chunk == 1
     frames = jnp.asarray([*sink, *recent, *range(int(seen.start), int(seen.start) + 3)])
     slots = layouts.frame_slots(UNEVEN, seen, frames).tolist()
@@ -138,7 +139,8 @@ cut = tiny.jit(cache.cut, static_argnums=0)
 def test_after_a_flush_the_sink_stays_and_all_else_is_gone(text, rule):
     """Bit for bit what a memory gives that never held more than the sink, where positions are the same."""
     exp = tiny.with_cache(rope_adjustment=rule)
-    long, short = memory_of(exp, 7, text), memory_of(exp, 1, text)
+    long = memory_of(exp, 7, text)
+    short = memory_of(exp, 1, text)
     flushed = flush(exp.memory, long)
     assert [int(x) for x in jax.tree.leaves(flushed.progress)] == [7, 0, 7]
     sinks = [tiny.committed(exp, memory) for memory in (flushed, short)]
@@ -162,7 +164,8 @@ def test_after_a_flush_the_sink_stays_and_all_else_is_gone(text, rule):
 def test_after_a_cut_the_next_blocks_are_those_of_a_new_video(text, rule):
     """Given the same noise: bit for bit where positions are the same, else as far as other positions round."""
     exp = tiny.with_cache(rope_adjustment=rule)
-    after, new = cut(exp.memory, memory_of(exp, 7, text)), cache.init(exp.memory, tiny.BATCH)
+    after = cut(exp.memory, memory_of(exp, 7, text))
+    new = cache.init(exp.memory, tiny.BATCH)
     assert [int(x) for x in jax.tree.leaves(after.progress)] == [7, 7, 7]
     assert tiny.committed(exp, after).k.shape[2] == 0
     for number in range(5):

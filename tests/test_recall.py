@@ -13,12 +13,10 @@ from packforcing_jax.memory import layout as layouts
 from packforcing_jax.memory import view
 from packforcing_jax.sampling import block_step
 
-VIDEOS, CALLED, GAP, FIRST = (
-    11,
-    4,
-    40,
-    2,
-)  # guests 0..3 appear once in blocks 2..5, before 40 further blocks
+VIDEOS = 11
+CALLED = 4
+GAP = 40
+FIRST = 2  # guests 0..3 appear once in blocks 2..5, before 40 further blocks
 TOP = 16
 
 
@@ -126,10 +124,8 @@ def test_the_block_that_answers_was_chosen(story):
 
 def swapped(memory, first, second, what):
     """`memory` with the packed keys or values of two blocks [b] exchanged."""
-    videos, slots = (
-        np.arange(VIDEOS),
-        (np.stack([first, second]) - FIRST) % memory.layers[0].packed.k.shape[1],
-    )
+    videos = np.arange(VIDEOS)
+    slots = (np.stack([first, second]) - FIRST) % memory.layers[0].packed.k.shape[1]
 
     def one(layer):
         old = np.array(getattr(layer.packed, what))
@@ -196,7 +192,9 @@ def test_valid_keys_stop_growing_while_the_archive_grows(story):
 
 def test_a_sum_of_raw_products_misses_what_one_place_asks(story):
     """Paper eq. 8 without its sub-sampling: the many tokens that do not ask outvote the few that do."""
-    exp, memory, nets = story.player.exp, story.memories[-1], story.nets
+    exp = story.player.exp
+    memory = story.memories[-1]
+    nets = story.nets
 
     def keep_queries(cfg, layout, attention_fn):
         def self_attention(q, k, v, layer):
@@ -246,10 +244,12 @@ def covered(marks):
 @pytest.fixture(scope="module")
 def numbered(fifo):
     """A memory of 22 blocks where marks are random, and those marks [b, t, 2, 4], alike in each half of the columns."""
-    rng, blocks = np.random.default_rng(7), 22
+    rng = np.random.default_rng(7)
+    blocks = 22
     marks = np.repeat(rng.integers(0, handwired.MARKS, (blocks, VIDEOS, 3, 2, 2)), 2, axis=-1)
     latents = covered(marks)
-    nobody, nets = handwired.prompts(np.full(VIDEOS, -1)), handwired.reading(fifo.player.exp, 1.0)
+    nobody = handwired.prompts(np.full(VIDEOS, -1))
+    nets = handwired.reading(fifo.player.exp, 1.0)
     memory = fifo.player.history(nets, rng, [(nobody, latent) for latent in latents])[-1]
     return types.SimpleNamespace(
         player=fifo.player, memory=memory, marks=np.concatenate(list(marks), axis=1)

@@ -13,13 +13,15 @@ import pytest
 
 from packforcing_jax.policies import selection
 
-VIDEOS, QUERIES, HEADS, HEAD, KEEP = 12, 64, 3, 1, 16  # HEAD is the one that matches
-BLOCKS, UNSEEN, GUESTS, NOISE = (
-    109,
-    3,
-    7,
-    9,
-)  # packed blocks, empty slots, kinds of guest, channels of noise
+VIDEOS = 12
+QUERIES = 64
+HEADS = 3
+HEAD = 1
+KEEP = 16  # HEAD is the one that matches
+BLOCKS = 109
+UNSEEN = 3
+GUESTS = 7
+NOISE = 9  # packed blocks, empty slots, kinds of guest, channels of noise
 SIZE = 1 + GUESTS + NOISE  # channel 0: no guest, 1: the called one
 MATCH = 12.0  # logit of the called guest, enough for most of the attention among some thousand keys
 
@@ -88,7 +90,8 @@ def found(policy, asked, called):
 def spread(asked, called):
     """Spread over blocks of what all others sum up to, as a multiple of that of the asking token, in its head."""
     seen = np.asarray(asked.ids) >= 0
-    q, sums = np.asarray(asked.queries)[:, :, HEAD], np.asarray(asked.key_sum)[:, seen, HEAD]
+    q = np.asarray(asked.queries)[:, :, HEAD]
+    sums = np.asarray(asked.key_sum)[:, seen, HEAD]
     asking = q[:, :, 1].argmax(axis=1)
     one = q[np.arange(VIDEOS), asking]
     parts = [np.einsum("bh,bmh->bm", x, sums).std(axis=1) for x in (q.sum(axis=1) - one, one)]

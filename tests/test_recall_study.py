@@ -48,10 +48,8 @@ SMALL = config.Experiment(
 @pytest.fixture(scope="module")
 def model():
     """A model of the stage with random weights."""
-    shapes, rng = (
-        jax.eval_shape(lambda: batches.new_model(SMALL, jax.random.key(0))),
-        np.random.default_rng(1),
-    )
+    shapes = jax.eval_shape(lambda: batches.new_model(SMALL, jax.random.key(0)))
+    rng = np.random.default_rng(1)
     draws = {
         name: name.endswith("scale") + 0.2 * rng.normal(size=leaf.shape)
         for name, leaf in pytrees.flatten(shapes).items()
@@ -81,7 +79,8 @@ def test_a_called_guest_is_seen_once_and_only_at_its_gap(gaps):
 
 
 def test_others_pass_by_and_none_of_them_is_called():
-    gaps, passing = (3, 50, 8), []
+    gaps = (3, 50, 8)
+    passing = []
     for seed in range(8):
         guests = recall.forced_story(np.random.default_rng(seed), gaps).guests
         called = {int(guests[-1 - gap]) for gap in gaps}
@@ -153,7 +152,8 @@ def test_figures_count_the_last_layer_beside_blind_choices(way, held, level):
     right = np.array([False, True, False, False, True])
     found = [(looked[:, :3], right[:3]), (looked[:, 3:], right[3:])]
     rows = recall.figures(recall.changed(SMALL, recall.WAYS[way]), held, found)
-    block, mark = rows["block found, last layer"], rows["mark recalled"]
+    block = rows["block found, last layer"]
+    mark = rows["mark recalled"]
     assert (block["chance"], block["value"][0], block["n"]) == (level, 2 / 5, 5)
     assert (mark["chance"], mark["value"][0], mark["n"]) == (1 / 16, 2 / 5, 5)
     assert block["value"][1] < 2 / 5 < block["value"][2]
@@ -163,7 +163,8 @@ def test_figures_count_the_last_layer_beside_blind_choices(way, held, level):
 
 
 def test_one_history_serves_every_gap_and_way(model, monkeypatch):
-    histories, asked = [], []
+    histories = []
+    asked = []
 
     def history(model, told, *, seed, videos):
         histories.append((told, seed, list(videos)))
@@ -240,7 +241,8 @@ HOST = ["cache.archive=host", "cache.scope=shared", "cache.timing=late"]
 def test_the_last_block_is_the_one_that_follows_the_true_frames(model, told, overrides):
     """Bit for bit: `play` makes it in place, the study behind a copy of the memory."""
     model = recall.with_way(model.with_settings(overrides), recall.WAYS["recency"])
-    state, last = recall.history(model, told, seed=7, videos=range(2)), len(told[0].guests) - 1
+    state = recall.history(model, told, seed=7, videos=range(2))
+    last = len(told[0].guests) - 1
     prompts = [[captions.caption(story, block) for block in range(last + 1)] for story in told]
     texts, which = stage_figures.read_texts(model, prompts)
     frames, ids = recall.last_block(model, state, stage_figures.text_of(texts, which[:, last]))

@@ -146,7 +146,8 @@ def test_items_left_out_are_not_asked_for_again(tmp_path):
 
 
 def test_a_full_disk_keeps_the_files_before(tmp_path):
-    folder, limits = tmp_path / "set", resource.getrlimit(resource.RLIMIT_FSIZE)
+    folder = tmp_path / "set"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.raises(KeyboardInterrupt):
         write(folder, 4, stop=KeyboardInterrupt)
     resource.setrlimit(

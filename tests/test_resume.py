@@ -20,7 +20,9 @@ from packforcing_jax.networks import codec
 from packforcing_jax.sampling import host_archive, player, resume, trace
 from packforcing_jax.sampling.pipeline import Pipeline
 
-RED, BLUE, LIME = "a red disc", "the blue figure walks", "lime square"
+RED = "a red disc"
+BLUE = "the blue figure walks"
+LIME = "lime square"
 STORY = [RED] * 4 + [BLUE] * 5 + [LIME] * 2
 WAN = config.VAEConfig(
     dim=2,
@@ -84,7 +86,9 @@ def quick():
 @pytest.fixture(scope="module", params=[*SETTINGS, "autoencoder"])
 def run(request, folder, quick, tmp_path_factory):
     """One unbroken run: (name, its blocks, the folder in which it was kept behind each of the awkward blocks)."""
-    place, model, blocks = tmp_path_factory.mktemp("runs"), loaded(folder, request.param), []
+    place = tmp_path_factory.mktemp("runs")
+    model = loaded(folder, request.param)
+    blocks = []
     for block in model.stream(STORY, seed=3):
         if block.index + 1 in AWKWARD:
             one = keeper(model, place / f"{block.index + 1}")
@@ -127,7 +131,8 @@ def test_the_awkward_blocks_are_awkward(run):
 @pytest.mark.parametrize("first", [0, 2])
 def test_a_run_stopped_twice_is_still_the_same(folder, quick, tmp_path, first):
     """The state that comes back can be drawn from, kept and taken up again."""
-    model, latents = loaded(folder, "incremental"), []
+    model = loaded(folder, "incremental")
+    latents = []
     for until in (first + 2, first + 5, len(STORY)):
         one = keeper(model, tmp_path, every=until)
         for block in model.stream(STORY, seed=3, state=one.resume().state):
@@ -165,7 +170,8 @@ def test_a_killed_command_goes_on_as_if_it_had_not_been(folder, tmp_path, capsys
             *given,
         ]
 
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
     alike = {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "JAX_NUM_CPU_DEVICES": "2"}
     command = [sys.executable, "-m", "packforcing_jax", *words("broken")]
     with subprocess.Popen(

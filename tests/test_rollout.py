@@ -17,10 +17,13 @@ from packforcing_jax.networks import codec
 from packforcing_jax.sampling import block_step, schedules
 from packforcing_jax.training import batches, rollout, state
 
-BLOCKS, SINK, RECENT = 5, 3, 3
+BLOCKS = 5
+SINK = 3
+RECENT = 3
 BASE = dataclasses.replace(tiny.EXP, clip=3 * BLOCKS)
 EXP = rollout.for_training(BASE, BLOCKS, SINK, RECENT)
-NETS, PIXELS = tiny.nets(), codec.make(EXP.codec, nnx.Rngs(0))
+NETS = tiny.nets()
+PIXELS = codec.make(EXP.codec, nnx.Rngs(0))
 STATES = tiny.normal(
     7, BLOCKS, tiny.BATCH, EXP.dit.text_len - 1, EXP.dit.text_dim
 )  # another prompt for each block
@@ -50,7 +53,10 @@ def clip(text):
 @pytest.fixture(scope="module")
 def sampled(text):
     """The same clip made by the sampler, layers one by one: memories behind each block's steps, blocks, lows."""
-    memory, out, apart, given = cache.init(SPEC, tiny.BATCH), [], tiny.apart(), draws()
+    memory = cache.init(SPEC, tiny.BATCH)
+    out = []
+    apart = tiny.apart()
+    given = draws()
     for block in range(BLOCKS):
         words = pytrees.unstack(batches.of_block(text, block), EXP.dit.layers)
         noise = block_step.Noise(
@@ -105,7 +111,8 @@ def test_both_see_the_same_keys_and_values(clip, sampled):
         stored = dataclasses.replace(
             clip.stored, selection=jax.tree.map(lambda x, at=block: x[at], clip.selection)
         )
-        laid, views = lay(layout, stored), pytrees.stack(block_step.views_of(memory))
+        laid = lay(layout, stored)
+        views = pytrees.stack(block_step.views_of(memory))
         past = np.ones(int(layouts.length(SPEC, layout)), bool)
         own = int(layouts.frame_slots(EXP.cache, layout, layout.start)) * EXP.tokens_per_frame
         past[own : own + 24] = False  # the block's own keys, which are not there yet
@@ -125,7 +132,8 @@ def test_what_a_layer_remembers_is_what_commits_leave(sink, recent):
         for tokens in (3 * exp.tokens_per_frame, exp.tokens_per_packed_block)
     )
     stored = jax.tree.map(lambda x: x[0], rollout.empty(exp, BLOCKS, 1, jnp.float32))
-    memory, latent = cache.init(exp.memory, 1), jnp.zeros((1, 3, *exp.memory.latent))
+    memory = cache.init(exp.memory, 1)
+    latent = jnp.zeros((1, 3, *exp.memory.latent))
     for block in range(BLOCKS):
         layout = layouts.layout(exp.cache, memory.progress)
         read = cache.layer_at(exp.memory, layout, stored.full, stored.packed)
@@ -158,7 +166,8 @@ def _with(store, values, at):
 def test_a_rollout_stops_at_its_step_and_goes_on_from_there(text, clip):
     """The first block up to each step: what a step reads is what the one before it made, under new noise."""
     _, sigmas = block_step.step_table(EXP.sample)
-    stops, chance = DistilConfig(finished=False), draws()
+    stops = DistilConfig(finished=False)
+    chance = draws()
     reached = [draw(NETS, EXP, stops, PIXELS, draws(exit), text) for exit in (0, 1)] + [clip]
     np.testing.assert_array_equal(reached[0].noisy, chance.noise)
     for step in (1, 2):
@@ -219,10 +228,8 @@ def by_block(clip, text):
     weights = tiny.normal(9, *clip.latent.shape)
 
     def sums(compressor, noisy, transformer, gradient):
-        nets, given = (
-            block_step.Nets(dit=transformer, compressor=compressor),
-            dataclasses.replace(clip, noisy=noisy),
-        )
+        nets = block_step.Nets(dit=transformer, compressor=compressor)
+        given = dataclasses.replace(clip, noisy=noisy)
         latent = rollout.again(nets, EXP, DistilConfig(gradient=gradient), given, draws(), text)
         return (latent * weights).sum(axis=range(1, 6)), latent
 
@@ -285,7 +292,8 @@ def test_the_gradient_of_a_block_without_packed_ones_is_that_of_its_last_step_al
     by_block, clip, sampled, text
 ):
     """Block 2 sees sink and recent alone: differentiated behind the sampler's memory, a constant."""
-    weights, times_sigmas = tiny.normal(9, *clip.latent.shape)[2], block_step.step_table(EXP.sample)
+    weights = tiny.normal(9, *clip.latent.shape)[2]
+    times_sigmas = block_step.step_table(EXP.sample)
     memory = sampled[2][0]
     random = jnp.zeros((EXP.dit.layers, tiny.BATCH, EXP.cache.slots))
     past = pytrees.stack(memory.layers), random

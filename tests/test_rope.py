@@ -56,14 +56,16 @@ def test_rotation_is_the_one_of_float64(pairs):
 
 def scores(frames_q, frames_k, places_q, places_k):
     q, k = (jnp.asarray(heads(seed, 1, 5, 3, 12)) for seed in (1, 2))
-    q, k = rotate(q, both(frames_q, places_q)), rotate(k, both(frames_k, places_k))
+    q = rotate(q, both(frames_q, places_q))
+    k = rotate(k, both(frames_k, places_k))
     return np.einsum("bqnh,bknh->bnqk", q, k)
 
 
 def test_only_differences_are_felt():
     near = scores(FRAMES, FRAMES[::-1], PLACES, PLACES[::-1])
     for frames, place in ((40.0, (0, 0)), (-3.5, (2, 0)), (0.0, (-1.25, 7))):
-        later, aside = FRAMES + np.float32(frames), PLACES + np.array([place], np.float32)
+        later = FRAMES + np.float32(frames)
+        aside = PLACES + np.array([place], np.float32)
         moved = scores(later, later[::-1], aside, aside[::-1])
         np.testing.assert_allclose(moved, near, atol=2e-5)
     for shift in np.eye(3, dtype=np.float32):
@@ -73,22 +75,22 @@ def test_only_differences_are_felt():
 
 def test_space_then_time_is_both_at_once():
     x = jnp.asarray(heads(3, 2, 5, 3, 12))
-    time, space = (
-        rope.time_angles(jnp.asarray(FRAMES), CFG),
-        rope.space_angles(jnp.asarray(PLACES), CFG),
-    )
+    time = rope.time_angles(jnp.asarray(FRAMES), CFG)
+    space = rope.space_angles(jnp.asarray(PLACES), CFG)
     np.testing.assert_allclose(rotate(rotate(x, space), time), rotate(x, space + time), atol=1e-6)
     np.testing.assert_allclose(rotate(rotate(x, time), space), rotate(x, space + time), atol=1e-6)
 
 
 def test_two_half_steps_are_one():
-    x, half = jnp.asarray(heads(4, 1, 5, 2, 12)), rope.time_angles(jnp.full(5, 0.5), CFG)
+    x = jnp.asarray(heads(4, 1, 5, 2, 12))
+    half = rope.time_angles(jnp.full(5, 0.5), CFG)
     whole = rope.time_angles(jnp.full(5, 1.0), CFG)
     np.testing.assert_allclose(rotate(rotate(x, half), half), rotate(x, whole), atol=1e-6)
 
 
 def test_every_video_may_have_its_own_places_in_time():
-    x, frames = jnp.asarray(heads(5, 3, 4, 2, 12)), jnp.asarray(heads(6, 3, 4) * 9)
+    x = jnp.asarray(heads(5, 3, 4, 2, 12))
+    frames = jnp.asarray(heads(6, 3, 4) * 9)
     together = rotate(x, rope.time_angles(frames, CFG))
     for video in range(3):
         alone = rotate(x[video : video + 1], rope.time_angles(frames[video], CFG))
@@ -140,7 +142,8 @@ def test_frequencies_fall_from_one():
 
 
 def test_half_precision_comes_back_as_it_went_in_and_is_rounded_once():
-    x, angles = jnp.asarray(heads(7, 1, 5, 3, 12)).astype(jnp.bfloat16), both(FRAMES, PLACES)
+    x = jnp.asarray(heads(7, 1, 5, 3, 12)).astype(jnp.bfloat16)
+    angles = both(FRAMES, PLACES)
     turned = rotate(x, angles)
     assert turned.dtype == jnp.bfloat16
     np.testing.assert_array_equal(

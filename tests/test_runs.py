@@ -32,7 +32,8 @@ class Counted:
     bad: tuple[int, ...] = ()
 
     def __init__(self, rows):
-        self.rows, self.next = rows, 0
+        self.rows = rows
+        self.next = 0
 
     def __next__(self):
         x = np.random.default_rng(self.next).normal(size=(self.rows, 5)).astype(np.float32)
@@ -95,7 +96,8 @@ EXP = dataclasses.replace(
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
     """The small program does not depend on the experiment, so it is compiled once per mesh."""
-    whole, kept = runs.compiled, {}
+    whole = runs.compiled
+    kept = {}
 
     def compiled(exp, train, program, form, grid):
         if program is not PROGRAM:
@@ -117,7 +119,8 @@ def begin(folder, train=TRAIN, seed=7, exp=EXP):
 
 def trained(folder, train=TRAIN, seed=7, until=None):
     """A run started or continued in `folder`, asked to stop in step `until`, and the metrics of its steps."""
-    run, metrics = begin(folder, train, seed), []
+    run = begin(folder, train, seed)
+    metrics = []
     for each in runs.steps(run, lambda: run.step == until):
         metrics.append(each)
     runs.finish(run)
@@ -236,7 +239,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(straight, tmp_path):
 
 def test_a_run_killed_at_random_points_is_the_unbroken_one_in_the_end(straight, tmp_path):
     """In process: what lay in memory is lost, whatever the disk has is taken up, a torn line included."""
-    rng, killed = np.random.default_rng(5), []
+    rng = np.random.default_rng(5)
+    killed = []
     while len(killed) < 5:
         run = begin(tmp_path)
         killed.append((run.step, int(rng.integers(1, 5))))
@@ -297,7 +301,8 @@ def test_a_bad_update_is_left_out_and_the_run_goes_on(tmp_path, monkeypatch):
 
 def test_too_many_in_a_row_end_the_run_with_the_last_good_state_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(Counted, "bad", (4, 5, 6))
-    run, good = begin(tmp_path), []
+    run = begin(tmp_path)
+    good = []
     states = (jax.tree.map(np.array, run.state) for _ in runs.steps(run))
     with pytest.raises(
         MachineError, match=r"Step 6 was number 2 in a row .*\(not finite: .*loss.*lower the rates"
@@ -418,7 +423,8 @@ def test_a_generator_begins_as_the_model_of_a_folder(straight, tmp_path):
 
 def test_a_model_is_written_on_the_line_to_another(straight, tmp_path):
     """Another share asks for another model, but for no step."""
-    source, folder = str(straight[0].folder / runs.MODEL), tmp_path / "run"
+    source = str(straight[0].folder / runs.MODEL)
+    folder = tmp_path / "run"
     for share, steps in ((0.25, 11), (0.75, 0)):
         train = with_train(blend_from=source, blend=share)
         assert not runs.finished(EXP, train, folder, seed=8)
@@ -725,7 +731,8 @@ def test_real_networks_have_a_place_and_are_read_into_it(folder):
     train = TrainConfig(mesh=MeshConfig(fsdp=2))
     grid = runs.mesh.make(train.mesh)
     shapes = runs.abstract(tiny.EXP, train, runs.Program(), 0, grid).params["generator"]
-    read, held = exports.network(str(folder), shapes, grid), model_folder.opened(folder)
+    read = exports.network(str(folder), shapes, grid)
+    held = model_folder.opened(folder)
     assert read.keys() == shapes.keys()
     for path, leaf in read.items():
         part, _, name = path.partition("/")
@@ -839,10 +846,13 @@ def test_a_command_killed_at_five_random_points_is_the_unbroken_one_in_the_end(t
     """`kill -9` while it starts, trains and saves: losses and weights equal to the last bit."""
     (tmp_path / "c.py").write_text(KILLED)
     rng = np.random.default_rng(int.from_bytes(os.urandom(2), "big"))
-    whole, broken, killed = tmp_path / "whole", tmp_path / "broken", []
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
+    killed = []
     assert started(tmp_path, whole).wait(600) == 0
     for point in sorted(rng.choice(13, size=5, replace=False)):
-        process, deadline = started(tmp_path, broken), time.monotonic() + 600
+        process = started(tmp_path, broken)
+        deadline = time.monotonic() + 600
         while told_of(broken) <= point and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.2))

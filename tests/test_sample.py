@@ -22,7 +22,8 @@ def run(capsys, folder, *words):
 
 
 def test_a_prompt_becomes_a_file_with_its_settings_inside(capsys, folder, tmp_path):
-    out, sheet = tmp_path / "new" / "video.mp4", tmp_path / "sheet.png"
+    out = tmp_path / "new" / "video.mp4"
+    sheet = tmp_path / "sheet.png"
     words = ("--blocks", 3, "--seed", 5, "--out", out, "--sheet", sheet)
     code, said, _ = run(capsys, folder, "--prompt", "a red disc", *words)
     assert code == 0
@@ -222,7 +223,8 @@ def test_a_line_gives_the_video_that_the_prompt_alone_gives(capsys, folder, tmp_
 
 
 def test_finished_lines_are_skipped_and_changed_ones_made_again(capsys, folder, tmp_path):
-    story, made = tmp_path / "lines.txt", tmp_path / "made"
+    story = tmp_path / "lines.txt"
+    made = tmp_path / "made"
 
     def again(text):
         story.write_text(text)
@@ -341,7 +343,8 @@ def test_tracing_and_keeping_leave_the_video_alone(capsys, folder, story, tmp_pa
 
 def test_a_run_goes_on_from_its_last_save(capsys, folder, story, tmp_path):
     """What was drawn behind that save, and a line that was cut off, are drawn and written again."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
     assert kept(capsys, folder, story, whole, 11)[0] == 0
     shutil.copytree(whole, broken)
     assert checkpoints.Checkpoints(broken / "saves").latest() == 11
@@ -358,7 +361,8 @@ def test_a_run_goes_on_from_its_last_save(capsys, folder, story, tmp_path):
 
 
 def test_a_finished_run_can_be_asked_again_and_made_longer(capsys, folder, story, tmp_path):
-    whole, grown = tmp_path / "whole", tmp_path / "grown"
+    whole = tmp_path / "whole"
+    grown = tmp_path / "grown"
     assert kept(capsys, folder, story, grown, 6)[0] == 0
     before = contents(grown)
     assert kept(capsys, folder, story, grown, 6)[0] == 0

@@ -17,7 +17,8 @@ from packforcing_jax.networks import rope
 from packforcing_jax.sampling import block_step, schedules
 
 EXP = tiny.EXP
-NETS, STACKED = tiny.apart(), tiny.nets()
+NETS = tiny.apart()
+STACKED = tiny.nets()
 ONE_STEP = dataclasses.replace(EXP, sample=dataclasses.replace(EXP.sample, steps=(1000,)))
 BLOCKS = 30
 CHANGE = 17  # from this block on, another prompt
@@ -67,7 +68,8 @@ def test_random_scores_are_uniform_one_for_each_layer_video_and_slot():
 
 def test_noise_knows_neither_the_batch_nor_its_order():
     three = tiny.noise(EXP, 4, [70, 5, 2**31 - 1])
-    alone, turned = tiny.noise(EXP, 4, [5]), tiny.noise(EXP, 4, [5, 2**31 - 1, 70])
+    alone = tiny.noise(EXP, 4, [5])
+    turned = tiny.noise(EXP, 4, [5, 2**31 - 1, 70])
     for name, axis in (("noise", 0), ("renoise", 1), ("random", 1)):  # where the videos are
         whole = getattr(three, name)
         np.testing.assert_array_equal(whole.take(jnp.asarray([1]), axis), getattr(alone, name))
@@ -87,7 +89,8 @@ def test_every_number_that_names_a_noise_changes_it():
 
 def test_more_steps_leave_the_noise_of_the_first_ones_and_the_random_scores_alone():
     more = dataclasses.replace(EXP, sample=SampleConfig(steps=(1000, 800, 600, 400, 200)))
-    short, long = tiny.noise(EXP, 3), tiny.noise(more, 3)
+    short = tiny.noise(EXP, 3)
+    long = tiny.noise(more, 3)
     np.testing.assert_array_equal(short.noise, long.noise)
     np.testing.assert_array_equal(short.renoise, long.renoise[:2])
     np.testing.assert_array_equal(short.random, long.random)
@@ -126,7 +129,8 @@ def test_denoising_again_gives_the_same_bits_and_writes_scratch_alone(
     filled, text, rope_adjustment, blocks
 ):
     exp = tiny.with_cache(ONE_STEP, rope_adjustment=rope_adjustment)
-    memory, noise = filled[1] if blocks == 5 else tiny.rollout(exp, blocks)[1], tiny.noise(exp, 5)
+    memory = filled[1] if blocks == 5 else tiny.rollout(exp, blocks)[1]
+    noise = tiny.noise(exp, 5)
     memory = moved(memory) if rope_adjustment == "incremental" and blocks == 5 else memory
     before = [np.array(leaf) for leaf in jax.tree.leaves(memory)]
     once, again = (denoised(memory, text, noise, exp) for _ in range(2))
@@ -144,7 +148,8 @@ def test_of_a_view_the_slots_of_the_block_and_of_packed_blocks_are_written_and_n
     filled, text, exp
 ):
     """In particular not the room behind them, which is the packed twin's."""
-    memory, s = filled[1], EXP.tokens_per_frame
+    memory = filled[1]
+    s = EXP.tokens_per_frame
     after, _ = denoised(memory, text, tiny.noise(exp, 5), exp)
     views, others = (block_step.views_of(x) for x in (memory, after))
     written = np.arange(EXP.memory.room) // s
@@ -199,7 +204,8 @@ def packed_of(exp, memory):
 
 
 def test_the_scan_over_steps_is_a_loop(filled, text):
-    memory, noise = filled[1], tiny.noise(EXP, 5)
+    memory = filled[1]
+    noise = tiny.noise(EXP, 5)
     latent, views = tiny.jit(by_hand, static_argnums=0)(EXP, memory, text, noise)
     after, scanned = denoised(memory, text, noise)
     np.testing.assert_allclose(scanned.latent, latent, atol=2e-5)
@@ -212,7 +218,8 @@ def test_the_scan_over_steps_is_a_loop(filled, text):
 
 
 def test_the_first_step_alone_decides_what_is_attended_to(filled, text):
-    memory, noise = filled[1], tiny.noise(EXP, 5)
+    memory = filled[1]
+    noise = tiny.noise(EXP, 5)
     (one, plain), (two, other) = (
         denoised(memory, text, noise.replace(renoise=noise.renoise + more)) for more in (0, 1)
     )
@@ -231,7 +238,8 @@ def test_a_single_step_needs_no_renoise(filled, text):
 def predict(prediction, memory, noise, text, timestep, sigma):
     """The clean block that a network returning `prediction` sees behind noise."""
     exp = dataclasses.replace(EXP, sample=dataclasses.replace(EXP.sample, prediction=prediction))
-    layout, past = layouts.layout(exp.cache, memory.progress), recalled(memory, noise)
+    layout = layouts.layout(exp.cache, memory.progress)
+    past = recalled(memory, noise)
     level = (timestep, sigma)
     return block_step.predict_x0(
         NETS, exp.step, layout, noise.noise, *level, text, past, attends=block_step.choosing
@@ -250,7 +258,8 @@ def test_levels_may_be_given_per_block_per_video_or_per_frame(filled, text):
 
 
 def test_a_velocity_is_turned_into_the_clean_block_it_points_at(filled, text):
-    noise, level = tiny.noise(EXP, 5), (jnp.float32(600), jnp.float32(0.6))
+    noise = tiny.noise(EXP, 5)
+    level = (jnp.float32(600), jnp.float32(0.6))
     clean, returned = (
         predict(name, filled[1], noise, text, *level) for name in ("velocity", "clean")
     )
@@ -285,7 +294,8 @@ def sums(exp, memory):
 
 def test_the_block_never_sees_its_packed_twin_and_the_twin_sees_the_block(filled, text):
     lr = dataclasses.replace(EXP, compressor=dataclasses.replace(EXP.compressor, branches="lr"))
-    latent, low_res = tiny.latents(1)[0], tiny.low_res(1)[0]
+    latent = tiny.latents(1)[0]
+    low_res = tiny.low_res(1)[0]
     memory, done = denoised(filled[1], text, tiny.noise(EXP, 5))
 
     def stored(latent, low_res, views):
@@ -311,7 +321,8 @@ def test_the_block_never_sees_its_packed_twin_and_the_twin_sees_the_block(filled
     np.testing.assert_array_equal(
         jnp.abs(by_low).max(axis=(1, 2, 3, 4, 5)) > 0, [False, True, False]
     )
-    s, valid = EXP.tokens_per_frame, EXP.memory.full_res + 2 * EXP.tokens_per_packed_block
+    s = EXP.tokens_per_frame
+    valid = EXP.memory.full_res + 2 * EXP.tokens_per_packed_block
     block = np.isin(np.arange(EXP.memory.room) // s, 3 + (np.arange(15, 18) - 3) % 6)
     seen = (np.arange(EXP.memory.room) < valid) & ~block
     packed = np.arange(EXP.memory.room) >= EXP.memory.full_res
@@ -330,16 +341,19 @@ def test_the_block_never_sees_its_packed_twin_and_the_twin_sees_the_block(filled
 def after(memory, text, exp=EXP):
     """The memory once random latents are committed with the views that a block was denoised behind."""
     memory, done = denoised(memory, text, tiny.noise(EXP, 5))
-    latent, low_res = tiny.latents(1)[0], tiny.low_res(1)[0]
+    latent = tiny.latents(1)[0]
+    low_res = tiny.low_res(1)[0]
     return tiny.commit(
         NETS, exp.step, memory, latent=latent, low_res=low_res, selection=done.selection, text=text
     )[0]
 
 
 def test_committing_counts_and_writes_one_block_only(filled, text):
-    memory, later = filled[1], after(filled[1], text)
+    memory = filled[1]
+    later = after(filled[1], text)
     assert int(later.num_blocks) == int(memory.num_blocks) + 1 == 6
-    before, now = tiny.committed(EXP, memory), tiny.committed(EXP, later)
+    before = tiny.committed(EXP, memory)
+    now = tiny.committed(EXP, later)
     np.testing.assert_array_equal(now.k[:, :, :3], before.k[:, :, :3])
     np.testing.assert_array_equal(now.v[:, :, :3], before.v[:, :, :3])
     assert (now.v[:, :, 3:] != before.v[:, :, 3:]).all(axis=(0, 1, 3, 4, 5)).all()
@@ -368,7 +382,8 @@ def projected_by_hand(latent, low_res):
     tokens = STACKED.compressor.pack(model, EXP.step, latent, low_res)
     exact = tokens - tokens.mean(-1, keepdims=True)
     normed = exact / jnp.sqrt((exact**2).mean(-1, keepdims=True) + EXP.dit.eps)
-    keys, values = [], []
+    keys = []
+    values = []
     for layer in range(EXP.dit.layers):
         block = jax.tree.map(lambda leaf: leaf[layer], model.blocks)  # noqa: B023
         shift, scale = (block.modulation[...][None, i] + states[:, i] for i in (0, 1))
@@ -399,10 +414,8 @@ def packed_in(memory):
 
 def test_a_packed_twin_is_stored_as_clean_at_its_position_on_the_grid(filled, text):
     """Its first layer's keys, worked out from its tokens at timestep 0."""
-    stored, (k, v) = (
-        packed_in(after(filled[1], text)),
-        projected_by_hand(tiny.latents(1)[0], tiny.low_res(1)[0]),
-    )
+    stored = packed_in(after(filled[1], text))
+    k, v = projected_by_hand(tiny.latents(1)[0], tiny.low_res(1)[0])
     np.testing.assert_allclose(stored.k[0], turned(k, EXP)[0], atol=1e-5)
     np.testing.assert_allclose(stored.v[0], v[0], atol=1e-5)
     assert np.abs(stored.v[1] - v[1]).max() > 0.1  # behind a layer, the twin has listened
@@ -410,10 +423,8 @@ def test_a_packed_twin_is_stored_as_clean_at_its_position_on_the_grid(filled, te
 
 def test_projected_twins_are_what_each_layer_makes_of_the_same_packed_tokens(filled, text):
     exp = with_packing(keys="projected")
-    stored, (k, v) = (
-        packed_in(after(filled[1], text, exp)),
-        projected_by_hand(tiny.latents(1)[0], tiny.low_res(1)[0]),
-    )
+    stored = packed_in(after(filled[1], text, exp))
+    k, v = projected_by_hand(tiny.latents(1)[0], tiny.low_res(1)[0])
     np.testing.assert_allclose(stored.k, turned(k, EXP), atol=1e-5)
     np.testing.assert_allclose(stored.v, v, atol=1e-5)
 
@@ -425,7 +436,8 @@ def test_where_packed_tokens_stand_changes_the_rotation_of_their_keys_only(fille
     grids = [layouts.packed_positions(exp.memory)[1] for exp in (stretched, native)]
     np.testing.assert_array_equal(grids[1], [[0, 0], [0, 1], [1, 0], [1, 1]] * 2)
     ours, theirs = (after(filled[1], text, exp) for exp in (stretched, native))
-    mine, yours = packed_in(ours), packed_in(theirs)
+    mine = packed_in(ours)
+    yours = packed_in(theirs)
     np.testing.assert_array_equal(mine.v, yours.v)
     angles = rope.space_angles(jnp.asarray(grids[1] - grids[0]), EXP.dit)
     np.testing.assert_allclose(
@@ -457,7 +469,8 @@ def full(text):
     ids=["plain", "shared-late-incremental"],
 )
 def test_scanned_layers_denoise_and_commit_what_layers_one_by_one_do(full, exp):
-    (memory, text), noise = full, tiny.noise(exp, FULL)
+    memory, text = full
+    noise = tiny.noise(exp, FULL)
     memory = memory if exp is EXP else moved(memory)
     stacked = memory.replace(layers=pytrees.stack(memory.layers))
     found = []
@@ -546,7 +559,8 @@ def test_a_choice_is_made_by_what_the_first_step_asks_behind_the_newest_blocks(
     full, scope, timing, selection
 ):
     exp = tiny.with_cache(scope=scope, timing=timing, selection=selection)
-    (memory, text), noise = full, tiny.noise(exp, FULL)
+    memory, text = full
+    noise = tiny.noise(exp, FULL)
     _, done = denoised(memory, text, noise, exp)
     clean, scores = behind_the_newest(tiny.with_cache(selection=selection), memory, text, noise)
     ids = layouts.layout(exp.cache, memory.progress).ids
@@ -604,7 +618,8 @@ def test_a_longer_video_starts_with_the_shorter_one(long, filled):
 
 
 def test_chosen_blocks_are_visible_ones_in_time_order(long):
-    cfg, orders = EXP.cache, set()
+    cfg = EXP.cache
+    orders = set()
     for block, each in enumerate(long[0]):
         newest = block - cfg.recent // cfg.block  # this one is still recent
         visible = set(range(max(cfg.sink // cfg.block, newest - cfg.capacity), newest))
@@ -627,7 +642,8 @@ def test_layers_and_videos_choose_for_themselves(long):
 def test_a_memory_without_packed_blocks_runs_without_a_compressor(text):
     exp = tiny.with_cache(top=0, capacity=0)
     bare = block_step.Nets(dit=NETS.dit, compressor=None)
-    memory, latent = cache.init(exp.memory, 2), tiny.latents(1)[0]
+    memory = cache.init(exp.memory, 2)
+    latent = tiny.latents(1)[0]
     memory, done = denoised(memory, text, tiny.noise(exp, 0), exp)
     later, packed = tiny.commit(
         bare, exp.step, memory, latent=latent, low_res=latent, selection=done.selection, text=text

@@ -54,7 +54,8 @@ def test_a_table_with_its_end_point_matches_the_original():
 
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_looking_up_and_mixing_match_the_original(shift):
-    grid, name = schedules.table(shift), f"shift{shift:.0f}."
+    grid = schedules.table(shift)
+    name = f"shift{shift:.0f}."
     ids = schedules.nearest_id(grid, INPUTS["timestep"])
     np.testing.assert_array_equal(ids, GOLDEN[f"outputs/{name}nearest_id"])
     sigma = schedules.sigma_at(grid, INPUTS["timestep"])
@@ -144,11 +145,9 @@ def test_tables_fall_from_pure_noise_and_shift_towards_it(shift, steps):
 
 
 def test_velocity_and_clean_are_two_views_of_one_prediction():
-    clean, noise, sigma = (
-        sample(0, 2, 3, 5, 7),
-        sample(1, 2, 3, 5, 7),
-        jnp.array([[1.0, 0.6, 0.05], [0.3, 0.9, 0.4]]),
-    )
+    clean = sample(0, 2, 3, 5, 7)
+    noise = sample(1, 2, 3, 5, 7)
+    sigma = jnp.array([[1.0, 0.6, 0.05], [0.3, 0.9, 0.4]])
     noisy = schedules.add_noise(clean, noise, sigma)
     velocity = schedules.training_target(clean, noise)
     np.testing.assert_allclose(
@@ -161,7 +160,8 @@ def test_velocity_and_clean_are_two_views_of_one_prediction():
 
 
 def test_each_frame_gets_its_own_sigma():
-    clean, noise = jnp.zeros((2, 3, 4, 5)), jnp.ones((2, 3, 4, 5))
+    clean = jnp.zeros((2, 3, 4, 5))
+    noise = jnp.ones((2, 3, 4, 5))
     sigma = jnp.arange(6.0).reshape(2, 3) / 10
     noisy = schedules.add_noise(clean, noise, sigma)
     np.testing.assert_allclose(
@@ -170,7 +170,9 @@ def test_each_frame_gets_its_own_sigma():
 
 
 def test_mixing_runs_in_float32_and_returns_the_dtype_it_was_given():
-    clean, noise, sigma = sample(2, 3, 11), sample(3, 3, 11), jnp.array([0.00498, 0.5, 0.99])
+    clean = sample(2, 3, 11)
+    noise = sample(3, 3, 11)
+    sigma = jnp.array([0.00498, 0.5, 0.99])
     half = jnp.bfloat16
     noisy = schedules.add_noise(clean.astype(half), noise.astype(half), sigma)
     exact = schedules.add_noise(
@@ -184,7 +186,8 @@ def test_mixing_runs_in_float32_and_returns_the_dtype_it_was_given():
 
 def test_euler_along_the_true_velocity_follows_the_noise_levels_to_the_clean_sample():
     grid = schedules.table(5.0, steps=6)
-    clean, noise = sample(4, 2, 3, 4), sample(5, 2, 3, 4)
+    clean = sample(4, 2, 3, 4)
+    noise = sample(5, 2, 3, 4)
     noisy = noise
     for index, timestep in enumerate(grid.timesteps):
         np.testing.assert_allclose(

@@ -11,7 +11,12 @@ from packforcing_jax import config
 from packforcing_jax.errors import InputError
 from packforcing_jax.policies import selection
 
-VIDEOS, QUERIES, HEADS, SIZE, PACKED, WINDOW = 2, 5, 3, 7, 4, 6
+VIDEOS = 2
+QUERIES = 5
+HEADS = 3
+SIZE = 7
+PACKED = 4
+WINDOW = 6
 IDS = (9, -1, 2, 5, -1, 11, 3)
 BY_CONTENT = (
     "affinity",
@@ -32,8 +37,10 @@ def inputs_of(rng, ids=IDS, full_res_valid=(True, True, False), *, scale=1.5):
     def normal(*shape):
         return scale * rng.normal(size=(VIDEOS, *shape, HEADS, SIZE))
 
-    q, packed = np.sqrt(WINDOW) * normal(QUERIES, WINDOW), normal(len(ids), PACKED)
-    random, near = rng.uniform(size=(VIDEOS, len(ids))), normal(len(full_res_valid))
+    q = np.sqrt(WINDOW) * normal(QUERIES, WINDOW)
+    packed = normal(len(ids), PACKED)
+    random = rng.uniform(size=(VIDEOS, len(ids)))
+    near = normal(len(full_res_valid))
     arrays = (q.mean(axis=2), packed, near, q.sum(axis=(1, 2)), packed.sum(axis=2), random)
     queries, packed, near, query_sum, key_sum, random = (
         jnp.asarray(x, jnp.float32) for x in arrays
@@ -68,7 +75,8 @@ def slow_logits(asked):
 def slow_mass(asked):
     """Attention mass [b, slot, q, n] of every block, of which one at least is visible."""
     packed, near = slow_logits(asked)
-    visible, valid = np.asarray(asked.ids) >= 0, np.concatenate(asked.full_res_valid)
+    visible = np.asarray(asked.ids) >= 0
+    valid = np.concatenate(asked.full_res_valid)
     top = max(packed.max(), near.max(initial=-np.inf))
     packed = np.exp(packed - top).sum(axis=2) * visible[None, :, None, None]
     total = packed.sum(axis=1, keepdims=True)
@@ -120,7 +128,8 @@ def test_an_unknown_score_is_refused_with_the_nearest_one(name, hint):
 @pytest.mark.parametrize("policy", SLOW)
 def test_scores_are_those_of_a_sum_over_single_queries(policy, ids, full_res_valid):
     asked = inputs_of(np.random.default_rng(len(set(ids))), ids, full_res_valid)
-    scores, visible = SCORES[policy].fn(asked), np.asarray(ids) >= 0
+    scores = SCORES[policy].fn(asked)
+    visible = np.asarray(ids) >= 0
     assert scores.dtype == jnp.float32
     np.testing.assert_allclose(
         scores[:, visible], SLOW[policy](asked)[:, visible], rtol=1e-5, atol=1e-6
@@ -129,10 +138,8 @@ def test_scores_are_those_of_a_sum_over_single_queries(policy, ids, full_res_val
 
 def test_the_papers_sum_is_the_double_sum_over_all_queries_and_keys():
     rng = np.random.default_rng(12)
-    q, archive = (
-        rng.normal(size=(VIDEOS, 11, HEADS, SIZE)),
-        rng.normal(size=(VIDEOS, 3, PACKED, HEADS, SIZE)),
-    )
+    q = rng.normal(size=(VIDEOS, 11, HEADS, SIZE))
+    archive = rng.normal(size=(VIDEOS, 3, PACKED, HEADS, SIZE))
     sums = (jnp.asarray(x, jnp.float32) for x in (q.sum(axis=1), archive.sum(axis=2)))
     asked = inputs_of(rng, (4, 0, 2)).replace(
         **dict(zip(("query_sum", "key_sum"), sums, strict=True))
@@ -150,27 +157,31 @@ def test_half_precision_is_rounded_once(policy):
     asked = inputs_of(np.random.default_rng(3))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 2 else x, asked)
     exact = jax.tree.map(lambda x, like: x.astype(like.dtype), half, asked)
-    scores, expected = SCORES[policy].fn(half), SCORES[policy].fn(exact)
+    scores = SCORES[policy].fn(half)
+    expected = SCORES[policy].fn(exact)
     assert scores.dtype == jnp.float32
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("policy", SCORES)
 def test_scores_move_with_their_slots(policy):
-    asked, order = inputs_of(np.random.default_rng(5)), np.asarray((4, 6, 0, 3, 5, 1, 2))
+    asked = inputs_of(np.random.default_rng(5))
+    order = np.asarray((4, 6, 0, 3, 5, 1, 2))
     moved = asked.replace(
         packed=asked.packed[:, order],
         ids=asked.ids[order],
         key_sum=asked.key_sum[:, order],
         random=asked.random[:, order],
     )
-    seen, policy = np.asarray(moved.ids) >= 0, SCORES[policy].fn
+    seen = np.asarray(moved.ids) >= 0
+    policy = SCORES[policy].fn
     np.testing.assert_allclose(policy(moved)[:, seen], policy(asked)[:, order][:, seen], rtol=1e-5)
 
 
 @pytest.mark.parametrize("policy", SCORES)
 def test_what_lies_in_unseen_slots_and_keys_does_not_count(policy):
-    asked, unseen = inputs_of(np.random.default_rng(6)), np.asarray(IDS) < 0
+    asked = inputs_of(np.random.default_rng(6))
+    unseen = np.asarray(IDS) < 0
     best = 60 * asked.queries[:, None, :PACKED]  # what every head likes best
     noisy = asked.replace(
         packed=asked.packed.at[:, unseen].set(best),
@@ -255,7 +266,8 @@ def test_random_depends_on_the_random_scores_alone():
 @given(st.integers(0, 9), st.sampled_from((0, 1, 4, 9)), st.integers(0, 99))
 @settings(max_examples=30, derandomize=True, deadline=None)
 def test_the_best_visible_are_chosen_in_time_order(visible, keep, seed):
-    rng, size = np.random.default_rng(seed), 9
+    rng = np.random.default_rng(seed)
+    size = 9
     ids = np.full(size, -1)
     ids[rng.permutation(size)[:visible]] = rng.choice(40, visible, replace=False)
     scores = rng.permutation(2 * size).reshape(2, size).astype(np.float32)
@@ -282,7 +294,9 @@ def test_a_pool_averages_whole_windows_and_leaves_the_rest_out():
     ]
     np.testing.assert_allclose(pooled, np.stack(expected, axis=1), atol=1e-6)
     noisy = q.copy()
-    noisy[:, 2:], noisy[:, :, 4:], noisy[:, :, :, 6:] = 9, 9, 9
+    noisy[:, 2:] = 9
+    noisy[:, :, 4:] = 9
+    noisy[:, :, :, 6:] = 9
     again = selection.pool(jnp.asarray(noisy.reshape(VIDEOS, -1, HEADS, SIZE)), (5, 7), (2, 2, 3))
     np.testing.assert_array_equal(again, pooled)
 

@@ -129,7 +129,8 @@ def test_batches_do_not_depend_on_the_number_of_processes(kind, folder, lines):
 
 
 def test_a_process_reads_only_its_own_rows(folder, monkeypatch):
-    asked, read = [], records.Records.__getitem__
+    asked = []
+    read = records.Records.__getitem__
     held = sources.batches(*reading("records", folder), seed=3, batch=6, process=1, processes=3)
     monkeypatch.setattr(
         records.Records, "__getitem__", lambda self, at: asked.append(at) or read(self, at)
@@ -161,11 +162,11 @@ def test_the_first_few_again_and_again(lines):
 
 def test_the_stage_draws_new_clips_or_the_first_few_again():
     read = reading("stage", exp=stage.experiment)
-    (first, second) = take(read, 2, batch=3)
+    first, second = take(read, 2, batch=3)
     assert set(first) == set(sources.STAGE)
     assert first["video"].shape == (3, 20, 32, 32, 3)
     assert len({clip.tobytes() for clip in (*first["video"], *second["video"])}) == 6
-    (few, more) = take(reading("stage", limit=3, exp=stage.experiment), 2, batch=3)
+    few, more = take(reading("stage", limit=3, exp=stage.experiment), 2, batch=3)
     for raw in (few, more):
         assert {clip.tobytes() for clip in raw["video"]} == {
             clip.tobytes() for clip in first["video"]

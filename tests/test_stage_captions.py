@@ -32,7 +32,8 @@ def test_every_prompt_survives_the_way_to_words_and_back():
 
 
 def test_sentences_use_the_closed_vocabulary_and_leave_room_for_the_end():
-    lengths, used = set(), set()
+    lengths = set()
+    used = set()
     for prompt in all_prompts():
         words = captions.write(prompt).split()
         lengths.add(len(words))

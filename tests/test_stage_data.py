@@ -155,7 +155,8 @@ def test_a_remembering_encoder_answers_the_same_and_asks_once():
         return encode(sentences)
 
     lookup = data.remembering(counting)
-    red, blue = "a red disc", "a blue disc walks"
+    red = "a red disc"
+    blue = "a blue disc walks"
     for sentences in ([red, blue, red], [blue], [red, red]):
         for found, expected in zip(lookup(sentences), encode(sentences), strict=True):
             np.testing.assert_array_equal(found, expected)
@@ -169,7 +170,8 @@ def shown(guests, scenes):
 
 def test_what_is_called_back_is_told_apart_from_what_stays_or_is_new():
     called = data.called_back(shown([2, 5, 2, 2, -1], [0, 1, 1, 0, 1]))
-    guest, scene = called[:, 0], called[:, 1]
+    guest = called[:, 0]
+    scene = called[:, 1]
     assert [np.flatnonzero(row).tolist() for row in guest] == [
         [],
         [],

@@ -197,7 +197,8 @@ def test_posters_are_compared_scene_by_scene():
 
 
 def test_a_linear_hue_ramp_drifts_by_its_closed_form():
-    slope, frames = 0.25, 60
+    slope = 0.25
+    frames = 60
     reading = script(frames, hue=slope * np.arange(frames))
     start = slope * 9.5
     last = np.sqrt(np.mean((slope * np.arange(40, 60) - start) ** 2))
@@ -257,7 +258,8 @@ GUESTS = [2, -1, 5, 5, 2, 2, -1, -1, 5]
 
 
 def test_a_guest_recalled_wrongly_is_one_wrong_row_with_its_gap():
-    guest, mark = by_block(GUESTS), by_block([3, -1, 6, 6, 3, 3, -1, -1, 12])
+    guest = by_block(GUESTS)
+    mark = by_block([3, -1, 6, 6, 3, 3, -1, -1, 12])
     rows = metrics.recall(script(36, guest=guest, guest_mark=mark), calls(GUESTS))
     assert rows == [("guest", 4, True), ("guest", 5, False)]
 

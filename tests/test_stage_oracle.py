@@ -54,7 +54,8 @@ def draw(seed: int, blocks: int = 5) -> world.Story:
 def truth(story: world.Story) -> dict[str, np.ndarray]:
     """What a perfect reading of the story holds."""
     block = np.arange(len(story.columns)) // world.BLOCK
-    guest, scene = story.guests[block], story.scenes[block]
+    guest = story.guests[block]
+    scene = story.scenes[block]
     still = {
         name: np.full(len(block), getattr(story, name))
         for name in ("colour", "shape", "mark", "backdrop", "hue", "gain")
@@ -160,7 +161,8 @@ def torn(cut: np.ndarray, column: np.ndarray, *half):
     here = np.arange(len(cut))[:, None, None], 2, column[:, None, None]
     there = (here[0], 2, (here[2] + 1) % 4)
     y, x = (part[half] for part in np.indices((8, 8)))
-    y, x = np.atleast_2d(y), np.atleast_2d(x)
+    y = np.atleast_2d(y)
+    x = np.atleast_2d(x)
     cut[*here, y, x], cut[*there, y, x] = cut[*there, y, x], cut[*here, y, x]
 
 
@@ -214,7 +216,8 @@ def test_tau_calls_frames_with_one_wrong_cell_invalid(shown, damage):
 
 def test_the_nearest_legal_frame_is_never_further_than_the_one_that_was_damaged(shown):
     frames, _ = shown
-    cut, rng = cells(frames), np.random.default_rng(8)
+    cut = cells(frames)
+    rng = np.random.default_rng(8)
     source, target = rng.integers(16, size=(2, len(frames)))
     frame = np.arange(len(frames))
     cut[frame, target // 4, target % 4] = cut[frame, source // 4, source % 4]
@@ -279,7 +282,8 @@ def test_frames_are_read_one_by_one(shown):
     part = frames[: oracle.CHUNK + 5] + 0.1 * np.random.default_rng(1).standard_normal(
         (oracle.CHUNK + 5, 32, 32, 3)
     )
-    together, alone = oracle.read(part), oracle.read(part[oracle.CHUNK + 2 : oracle.CHUNK + 3])
+    together = oracle.read(part)
+    alone = oracle.read(part[oracle.CHUNK + 2 : oracle.CHUNK + 3])
     for field in dataclasses.fields(oracle.Reading):
         mine = getattr(together, field.name)[oracle.CHUNK + 2]
         np.testing.assert_allclose(
@@ -290,7 +294,8 @@ def test_frames_are_read_one_by_one(shown):
 def test_a_frame_that_is_not_finite_is_invalid_and_leaves_its_neighbours_alone(shown):
     frames, state = shown
     spoilt = frames[:6].copy()
-    spoilt[2, 3, 4, 1], spoilt[4, 0, 0, 0] = np.nan, np.inf
+    spoilt[2, 3, 4, 1] = np.nan
+    spoilt[4, 0, 0, 0] = np.inf
     reading = oracle.read(spoilt)
     np.testing.assert_array_equal(reading.valid, [True, True, False, True, False, True])
     np.testing.assert_array_equal(reading.mark[reading.valid], state["mark"][:6][reading.valid])

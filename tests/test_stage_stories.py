@@ -51,7 +51,8 @@ def test_no_guest_comes_before_the_opening_and_whole_chapters_call_each_one_back
 
 
 def test_two_minutes_have_guests_in_about_two_fifths_of_the_blocks_at_every_gap():
-    gaps, share = [], []
+    gaps = []
+    share = []
     for seed in SEEDS:
         guests, _ = columns(seed, 120)
         share.append((guests >= 0).mean())

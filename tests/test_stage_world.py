@@ -42,14 +42,16 @@ def assert_all_differ(videos, pixels=1):
 
 
 def test_the_same_story_gives_the_same_pixels():
-    one, two = world.render(story()), world.render(story())
+    one = world.render(story())
+    two = world.render(story())
     assert one.shape == (12, 32, 32, 3)
     assert one.dtype == np.float32
     np.testing.assert_array_equal(one, two)
 
 
 def test_rendering_leaves_the_story_and_the_tables_alone():
-    before, base = world.BACKGROUNDS.copy(), story()
+    before = world.BACKGROUNDS.copy()
+    base = story()
     marks = base.guest_marks.copy()
     world.render(base)
     np.testing.assert_array_equal(world.BACKGROUNDS, before)
@@ -186,7 +188,8 @@ def test_the_subject_stands_where_the_walk_says():
     body = world.body_colour(base.colour, base.hue)
     corners = video[np.arange(12), 16, base.columns * 8]
     np.testing.assert_allclose(corners, np.broadcast_to(body, corners.shape), atol=1e-6)
-    left, right = video[5, 19, base.columns[5] * 8 + 3], video[5, 19, base.columns[5] * 8 + 4]
+    left = video[5, 19, base.columns[5] * 8 + 3]
+    right = video[5, 19, base.columns[5] * 8 + 4]
     np.testing.assert_allclose(left, world.MARK_COLOURS[base.mark // 4], atol=1e-6)
     np.testing.assert_allclose(right, world.MARK_COLOURS[base.mark % 4], atol=1e-6)
 
@@ -212,7 +215,8 @@ def test_guest_pixels_follow_the_tables():
 
 
 def test_hidden_factors_do_not_depend_on_the_prompt():
-    free, fixed = story(), story(colour=5, shape=2, backdrop=1)
+    free = story()
+    fixed = story(colour=5, shape=2, backdrop=1)
     assert (fixed.colour, fixed.shape, fixed.backdrop, fixed.speed) == (5, 2, 1, free.speed)
     for name in ("mark", "hue", "gain", "guest_marks", "posters", "columns"):
         np.testing.assert_array_equal(getattr(free, name), getattr(fixed, name))
@@ -264,7 +268,9 @@ def test_a_walk_starts_where_told_and_goes_either_way():
 
 def test_the_walk_turns_round_only_at_block_starts_with_the_promised_chance():
     walks = np.stack([world.walk(np.random.default_rng(seed), 40, 1) for seed in range(600)])
-    before, here, after = walks[:, :-2], walks[:, 1:-1], walks[:, 2:]
+    before = walks[:, :-2]
+    here = walks[:, 1:-1]
+    after = walks[:, 2:]
     inner = (here > 0) & (here < world.LANES - 1)
     turned = (after == before) & inner
     at_block_start = np.arange(2, 40) % world.BLOCK == 0

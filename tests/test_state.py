@@ -22,7 +22,8 @@ from packforcing_jax.networks import codec, text
 from packforcing_jax.training import rollout, state
 from packforcing_jax.training.batches import Batch, Model, TokenizedText
 
-BLOCKS, KEY = 4, jax.random.key(4)
+BLOCKS = 4
+KEY = jax.random.key(4)
 RATES = {"generator": 2e-3, "compressor": 7e-3, "critic": 5e-4}
 BASE = dataclasses.replace(
     tiny.EXP,
@@ -86,7 +87,9 @@ def drawn():
 
 
 def test_keys_start_equal_to_queries_and_nowhere_else(drawn):
-    params, attn, cross = drawn.params["generator"], "dit/blocks/attn", "dit/blocks/cross"
+    params = drawn.params["generator"]
+    attn = "dit/blocks/attn"
+    cross = "dit/blocks/cross"
     np.testing.assert_array_equal(params[f"{attn}/k/kernel"], params[f"{attn}/q/kernel"])
     assert (params[f"{attn}/v/kernel"] != params[f"{attn}/q/kernel"]).all()
     assert (params[f"{cross}/k/kernel"] != params[f"{cross}/q/kernel"]).all()
@@ -241,7 +244,8 @@ def test_a_batch_in_parts_gives_the_mean_of_the_parts():
     def graded(batch, key, train):
         return state.gradients(moving, now, {}, batch, key, BASE, train, "generator")
 
-    compiled, keys = tiny.jit(graded, static_argnames="train"), jax.random.split(KEY, 3)
+    compiled = tiny.jit(graded, static_argnames="train")
+    keys = jax.random.split(KEY, 3)
     ours = compiled(batch, KEY, dataclasses.replace(train, accumulate=3))
     taken = [[at for at in range(6) if at % 3 == number] for number in range(3)]
     each = [
@@ -269,7 +273,8 @@ def test_a_batch_in_parts_gives_the_mean_of_the_parts():
 
 def test_a_critic_moves_in_every_step_and_the_generator_in_one_of_five_the_first_included():
     train = with_train(objective="dmd")
-    both, alone = ("generator", "critic"), ("critic",)
+    both = ("generator", "critic")
+    alone = ("critic",)
     assert [state.movers(train, step) for step in range(11)] == [
         both,
         *[alone] * 4,
@@ -284,7 +289,8 @@ def test_a_critic_moves_in_every_step_and_the_generator_in_one_of_five_the_first
 
 
 def networks_of(objective, frozen=None, **settings):
-    exp, train = dataclasses.replace(BASE, **settings), with_train(objective=objective)
+    exp = dataclasses.replace(BASE, **settings)
+    train = with_train(objective=objective)
     params = {"generator": GENERATOR} | ({"critic": TEACHER} if objective == "dmd" else {})
     ema = {path: leaf + 1 for path, leaf in GENERATOR.items()}
     now = state.TrainState(params=params, ema=ema, opt={}, step=jnp.int32(0), skipped=jnp.int32(0))
@@ -345,7 +351,8 @@ def test_a_generator_step_moves_the_generator_alone(before):
     after, metrics = update(
         before, {"teacher": TEACHER}, WORDS, KEY, SHORT, DMD, moves=("generator",)
     )
-    old, new = before.params["generator"], after.params["generator"]
+    old = before.params["generator"]
+    new = after.params["generator"]
     assert moves_of(old, new) == set(old)
     assert same(
         (before.params["critic"], before.opt["critic"]),

@@ -111,12 +111,14 @@ def test_padding_changes_no_real_state(small):
 
 
 def test_a_boolean_mask_and_an_integer_mask_are_the_same(small):
-    ids, mask = jnp.array([[4, 9, 1, 0, 0]]), jnp.array([[1, 1, 1, 0, 0]])
+    ids = jnp.array([[4, 9, 1, 0, 0]])
+    mask = jnp.array([[1, 1, 1, 0, 0]])
     np.testing.assert_array_equal(encode(small, ids, mask), encode(small, ids, mask.astype(bool)))
 
 
 def test_order_matters_only_through_the_position_bias(small):
-    ids, mask = jnp.array([[4, 9, 2, 7, 3]]), jnp.ones((1, 5), int)
+    ids = jnp.array([[4, 9, 2, 7, 3]])
+    mask = jnp.ones((1, 5), int)
     swapped = encode(small, ids[:, ::-1], mask)[:, ::-1]
     assert jnp.abs(swapped - encode(small, ids, mask)).max() > 1e-2
     flat = pytrees.flatten(small)
@@ -149,7 +151,8 @@ def test_a_text_without_words_stays_finite(small):
 
 def test_half_precision_weights_give_half_precision_states_close_to_exact_ones(small):
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), small)
-    ids, mask = jnp.array([[4, 9, 2, 7, 1, 0]]), jnp.array([[1, 1, 1, 1, 1, 0]])
+    ids = jnp.array([[4, 9, 2, 7, 1, 0]])
+    mask = jnp.array([[1, 1, 1, 1, 1, 0]])
     states = encode(half, ids, mask)
     assert states.dtype == jnp.bfloat16
     np.testing.assert_allclose(states.astype(jnp.float32), encode(small, ids, mask), atol=0.15)

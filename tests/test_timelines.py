@@ -45,7 +45,8 @@ def test_a_length_of_nothing_is_refused(blocks):
 
 
 def test_a_file_is_read_and_a_missing_or_binary_one_is_refused(tmp_path):
-    good, binary = tmp_path / "story.txt", tmp_path / "story.bin"
+    good = tmp_path / "story.txt"
+    binary = tmp_path / "story.bin"
     good.write_text("0: a red disc\n12: a lime figure\n")
     binary.write_bytes(b"\xff\xfe\x00")
     assert timelines.read(good) == [(0, "a red disc"), (12, "a lime figure")]

@@ -24,7 +24,8 @@ class Late:
     """A result that takes its time when it is waited for, as a device's does."""
 
     def __init__(self, clock, seconds):
-        self.clock, self.seconds = clock, seconds
+        self.clock = clock
+        self.seconds = seconds
 
     def block_until_ready(self):
         self.clock.now += self.seconds
@@ -33,7 +34,8 @@ class Late:
 
 def steps_of(clock, seconds):
     """(steps by name, the order in which they ran): each run of a step takes the next of its `seconds`."""
-    order, left = [], {name: iter(each) for name, each in seconds.items()}
+    order = []
+    left = {name: iter(each) for name, each in seconds.items()}
 
     def step(name):
         def run(state):
@@ -103,7 +105,8 @@ def test_a_spread_is_median_quartiles_and_best():
 
 def test_a_ratio_is_of_the_same_rounds():
     drift = np.asarray([1.0, 10.0, 3.0, 40.0])
-    short, far = timing.Times(0, tuple(2 * drift)), timing.Times(0, tuple(3 * drift * [1, 1, 1, 9]))
+    short = timing.Times(0, tuple(2 * drift))
+    far = timing.Times(0, tuple(3 * drift * [1, 1, 1, 9]))
     assert timing.ratio(far, short) == pytest.approx(1.5)
 
 

@@ -59,12 +59,10 @@ def test_what_comes_back_is_what_was_recalled(path):
 
 def test_values_that_are_not_finite_never_reach_the_file(tmp_path):
     *_, block = diaries.finished(blocks=9)
-    block.scores[1, 2], block.scores[2, 0], block.positions[0, 1], block.layout["step"] = (
-        np.nan,
-        np.inf,
-        -np.inf,
-        np.nan,
-    )
+    block.scores[1, 2] = np.nan
+    block.scores[2, 0] = np.inf
+    block.positions[0, 1] = -np.inf
+    block.layout["step"] = np.nan
     with trace.Writer(tmp_path / "a", diaries.head()) as writer:
         writer.write(block)
     text = (tmp_path / "a").read_text()
@@ -104,7 +102,8 @@ def test_without_a_block_there_is_no_file_and_an_old_one_stays(tmp_path, path):
 
 @pytest.mark.parametrize("cut", [1, 5, 12])
 def test_a_run_that_goes_on_writes_the_file_of_an_unbroken_one(tmp_path, path, cut):
-    whole, again = path.read_bytes(), tmp_path / "again"
+    whole = path.read_bytes()
+    again = tmp_path / "again"
     blocks = list(diaries.finished(blocks=12))
     with trace.Writer(again, diaries.head()) as writer:
         positions = [writer.write(block) or writer.position for block in blocks]
@@ -117,7 +116,8 @@ def test_a_run_that_goes_on_writes_the_file_of_an_unbroken_one(tmp_path, path, c
 
 
 def test_only_the_file_of_the_same_run_is_continued(tmp_path, path):
-    size, before = path.stat().st_size, path.read_bytes()
+    size = path.stat().st_size
+    before = path.read_bytes()
     other = diaries.head(dataclasses.replace(diaries.SMALL, top=3))
     cases = [
         (path, diaries.head(), size + 1, f"has {size} bytes"),
@@ -160,7 +160,8 @@ def room_for(size):
 
 
 def test_a_full_disk_keeps_the_lines_before(tmp_path, path):
-    file, blocks = tmp_path / "full", list(diaries.finished(blocks=12))
+    file = tmp_path / "full"
+    blocks = list(diaries.finished(blocks=12))
     lines = path.read_bytes().splitlines(keepends=True)
     room = sum(map(len, lines[:9])) + 40  # the header, eight blocks and a bit
     writer = trace.Writer(file, diaries.head())

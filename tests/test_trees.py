@@ -121,7 +121,8 @@ def test_stacking_and_taking_apart_undo_each_other():
 
 @pytest.mark.parametrize("form", [0, 1], ids=["list", "stacked"])
 def test_a_function_is_asked_once_per_layer_and_answers_in_the_form_it_was_asked(form):
-    layers, shifts = both_forms()[form], [jnp.arange(3.0)[i] for i in range(3)]
+    layers = both_forms()[form]
+    shifts = [jnp.arange(3.0)[i] for i in range(3)]
     shifts = shifts if form == 0 else pytrees.stack(shifts)
     sums = pytrees.over(
         lambda layer, shift: layer["a"].sum() - layer["b"].sum() + shift, layers, shifts
@@ -132,7 +133,8 @@ def test_a_function_is_asked_once_per_layer_and_answers_in_the_form_it_was_asked
 
 @pytest.mark.parametrize("form", [0, 1], ids=["list", "stacked"])
 def test_nothing_is_nothing_for_every_layer(form):
-    layers, asked = both_forms()[form], []
+    layers = both_forms()[form]
+    asked = []
     pytrees.over(lambda layer, other: asked.append(other) or layer, layers, None)
     assert set(asked) == {None}
 

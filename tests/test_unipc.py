@@ -27,7 +27,8 @@ def final(solver, latent, velocity_of):
 
 @pytest.mark.parametrize(("steps", "shift"), [*RUNS, (50, 5.0), (50, 8.0), (30, 3.0)])
 def test_noise_levels_match_the_original(steps, shift):
-    solver, name = unipc.UniPC(steps, shift), f"outputs/steps{steps}_shift{shift:.0f}."
+    solver = unipc.UniPC(steps, shift)
+    name = f"outputs/steps{steps}_shift{shift:.0f}."
     np.testing.assert_allclose(solver.sigmas, GOLDEN[name + "sigmas"], rtol=0, atol=1e-7)
     assert np.issubdtype(solver.timesteps.dtype, np.integer)
     np.testing.assert_array_equal(solver.timesteps, GOLDEN[name + "timesteps"])
@@ -35,7 +36,8 @@ def test_noise_levels_match_the_original(steps, shift):
 
 @pytest.mark.parametrize(("steps", "shift"), RUNS)
 def test_every_step_matches_the_original(steps, shift):
-    solver, name = unipc.UniPC(steps, shift), f"steps{steps}_shift{shift:.0f}."
+    solver = unipc.UniPC(steps, shift)
+    name = f"steps{steps}_shift{shift:.0f}."
     velocities = GOLDEN[f"inputs/{name}velocity_per_step"]
     state = unipc.init(GOLDEN[f"inputs/{name}latent"])
     for index, expected in enumerate(GOLDEN[f"outputs/{name}latent_after_each_step"]):
@@ -47,7 +49,8 @@ def test_every_step_matches_the_original(steps, shift):
 
 def test_a_scan_equals_a_python_loop():
     solver = unipc.UniPC(7, 3.0)
-    latent, velocities = sample(0, 2, 3, 5), sample(1, 7, 2, 3, 5)
+    latent = sample(0, 2, 3, 5)
+    velocities = sample(1, 7, 2, 3, 5)
 
     def body(state, inputs):
         state = unipc.step(solver, state, *inputs)
@@ -65,13 +68,16 @@ def test_a_scan_equals_a_python_loop():
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 9])
 def test_the_velocity_towards_one_clean_sample_leads_there(steps):
-    solver, clean = unipc.UniPC(steps, 5.0), sample(2, 3, 4, 5)
+    solver = unipc.UniPC(steps, 5.0)
+    clean = sample(2, 3, 4, 5)
     reached = final(solver, sample(3, 3, 4, 5), lambda x, index: (x - clean) / solver.sigmas[index])
     np.testing.assert_allclose(reached, clean, atol=1e-5)
 
 
 def test_all_latents_between_lie_at_their_noise_level():
-    solver, clean, noise = unipc.UniPC(6, 4.0), sample(4, 5, 3), sample(5, 5, 3)
+    solver = unipc.UniPC(6, 4.0)
+    clean = sample(4, 5, 3)
+    noise = sample(5, 5, 3)
     state = unipc.init((1 - solver.sigmas[0]) * clean + solver.sigmas[0] * noise)
     for index in range(solver.steps):
         state = unipc.step(solver, state, noise - clean, index)
@@ -112,7 +118,8 @@ def test_weights_keep_the_sum_of_signal_and_noise(steps):
     solver = unipc.UniPC(steps, 5.0)
     sigma = solver.sigmas.astype(np.float64)
     alpha = 1 - sigma
-    predictor, corrector = solver.predictor.astype(np.float64), solver.corrector.astype(np.float64)
+    predictor = solver.predictor.astype(np.float64)
+    corrector = solver.corrector.astype(np.float64)
     np.testing.assert_allclose(predictor[:, 0] * sigma[:-1], sigma[1:], atol=1e-6)
     np.testing.assert_allclose(
         predictor[:, 0] * alpha[:-1] + predictor[:, 1:].sum(1), alpha[1:], atol=1e-6

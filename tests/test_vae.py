@@ -74,7 +74,8 @@ def golden(name: str) -> Golden:
     with safe_open(GOLDEN / f"{name}.safetensors", "np") as file:
         meta = json.loads(file.metadata()["meta"])
         arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    cfg, tensors = wan_vae.vae_config(meta["config"]), weights(arrays)
+    cfg = wan_vae.vae_config(meta["config"])
+    tensors = weights(arrays)
     if name.startswith("diffusers"):
         cfg = wan_vae.unscaled(cfg)
         tensors = rules.rename(tensors, wan_vae.diffusers_names(cfg).items())
@@ -88,7 +89,8 @@ def golden(name: str) -> Golden:
 
 def drawn(build):
     """The module with random weights that keep the size of features; NumPy draws, as JAX compiles once per shape."""
-    shapes, rng = jax.eval_shape(build), np.random.default_rng(0)
+    shapes = jax.eval_shape(build)
+    rng = np.random.default_rng(0)
     draws = {
         path: rng.normal(size=leaf.shape) / math.sqrt(math.prod(leaf.shape[:-1]))
         for path, leaf in pytrees.flatten(shapes).items()
@@ -137,7 +139,8 @@ def test_every_output_of_the_original(name):
 
 def stream(chunk, net, state, x, sizes):
     """Outputs of `chunk` over consecutive pieces of `x` of these sizes, joined, and the last state."""
-    parts, done = [], 0
+    parts = []
+    done = 0
     for size in sizes:
         part, state = chunk(net, state, x[:, done : done + size], first=done == 0)
         parts.append(part)
@@ -219,7 +222,8 @@ def test_a_chunk_of_incomplete_latents_is_refused(count, first):
 
 
 def test_no_pixel_sees_a_later_latent_and_no_latent_a_later_pixel():
-    latent, video = noise(2, 5, 3, 5, 3), noise(2, 7, 12, 20, 3)
+    latent = noise(2, 5, 3, 5, 3)
+    video = noise(2, 7, 12, 20, 3)
     groups = [0, 1, 1, 2, 2, 3, 3, 4, 4]  # the latent of each frame
     for z in range(5):
         changed = changed_by(decode, latent, z)

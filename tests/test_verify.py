@@ -38,7 +38,8 @@ def computed(path):
 
 def compared(path, *, ours=None, theirs=None):
     fixture, answer, right = computed(path)
-    ours, theirs = answer if ours is None else ours, right if theirs is None else theirs
+    ours = answer if ours is None else ours
+    theirs = right if theirs is None else theirs
     return kinds.compare(path.name, fixture.kind, ours, theirs)
 
 
@@ -308,7 +309,8 @@ def test_an_unknown_kind_on_the_command_line_is_exit_code_1(tmp_path, capsys):
 
 def rolling(blocks, *, block, window, sink):
     """Self-Forcing's rule on frame numbers: (frames seen by each block, held after it)."""
-    held, history = [], []
+    held = []
+    history = []
     for start in range(0, blocks * block, block):
         over = len(held) + block - window
         if window != -1 and over > 0:
@@ -336,10 +338,12 @@ def test_cache_settings_see_and_hold_the_frames_of_the_rolling_cache(block, wind
     }
     exp = transformer.experiment(config, frames=blocks * block, latent=(2, 6))
     spec = exp.memory
-    memory, latent = cache.init(spec, 1), jnp.zeros((1, block, *spec.latent))
+    memory = cache.init(spec, 1)
+    latent = jnp.zeros((1, block, *spec.latent))
     for number, (seen, held) in enumerate(rolling(blocks, block=block, window=window, sink=sink)):
         layout = layouts.layout(exp.cache, memory.progress)
-        q, no_scores = np.zeros((1, block * 3, 2, 6), np.float32), np.zeros((1, 0), np.float32)
+        q = np.zeros((1, block * 3, 2, 6), np.float32)
+        no_scores = np.zeros((1, 0), np.float32)
         recalled, _ = view.recall(spec, layout, memory.layers[0], q, no_scores)
         own = number * block + np.arange(block)
         slots = layouts.frame_slots(exp.cache, layout, jnp.asarray(own, jnp.int32))
@@ -418,7 +422,8 @@ ODD = {
 
 def odd_weights(draw):
     """Random weights of the network `ODD` under original names, the shapes worked out from its sizes."""
-    dim, ffn = ODD["dim"], ODD["ffn_dim"]
+    dim = ODD["dim"]
+    ffn = ODD["ffn_dim"]
     dense = {
         "text_embedding.0": (dim, ODD["text_dim"]),
         "text_embedding.2": (dim, dim),
@@ -471,7 +476,8 @@ def test_cached_blocks_equal_one_teacher_forced_pass_at_odd_sizes():
         kind="causal_dit_blockmask",
         inputs=whole | shared | {"t": np.tile(times.reshape(1, 6), (2, 1))},
     )
-    ours, theirs = kinds.compute(cached), kinds.compute(parallel)
+    ours = kinds.compute(cached)
+    theirs = kinds.compute(parallel)
     flows = np.concatenate([ours[f"block{block}.flow_noisy"] for block in range(3)], axis=2)
     assert kinds.difference(flows, np.asarray(theirs["flow_teacher_forcing"])) < 1e-5
     assert ours["block2.after_clean.kv.2.k"].shape == (2, 36, 3, 12)

@@ -21,7 +21,9 @@ import pytest
 from packforcing_jax.errors import InputError, MachineError
 from packforcing_jax.io import ffmpeg, h264, video
 
-WIDTH, HEIGHT, SCALE = 20, 12, 6
+WIDTH = 20
+HEIGHT = 12
+SCALE = 6
 
 
 def to_floats(frames: np.ndarray) -> np.ndarray:
@@ -70,7 +72,8 @@ def test_uint8_survives_the_way_to_floats_and_back():
 
 
 def test_file_plays_after_every_block_with_every_frame_once_and_in_order(tmp_path):
-    path, done = tmp_path / "new folder" / "a=b é.mp4", 0
+    path = tmp_path / "new folder" / "a=b é.mp4"
+    done = 0
     with writer(path) as out:
         for count in (3, 1, 1, 7):
             out.write(to_floats(scene(count, done)))
@@ -98,7 +101,8 @@ def test_continued_file_is_byte_for_byte_that_of_an_unbroken_run(tmp_path, fps, 
     counts = (h264.GROUP + 9, 1, 5, 3)
     starts = np.cumsum((0, *counts)).tolist()
     blocks = [scene(count, start) for count, start in zip(counts, starts)]
-    whole, broken = tmp_path / "whole.mp4", tmp_path / "broken.mp4"
+    whole = tmp_path / "whole.mp4"
+    broken = tmp_path / "broken.mp4"
     with writer(whole, fps=fps, settings={"seed": 3}) as out:
         for block in blocks:
             out.write(block)
@@ -296,10 +300,8 @@ def test_frames_of_another_size_are_refused_and_the_rest_kept(tmp_path):
 
 
 def test_full_disk_keeps_the_finished_part(tmp_path, monkeypatch):
-    path, noise = (
-        tmp_path / "a.mp4",
-        np.random.default_rng(1).integers(0, 255, (4, HEIGHT, WIDTH, 3)).astype(np.uint8),
-    )
+    path = tmp_path / "a.mp4"
+    noise = np.random.default_rng(1).integers(0, 255, (4, HEIGHT, WIDTH, 3)).astype(np.uint8)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with writer(path) as out:
         out.write(noise)
@@ -316,7 +318,8 @@ def test_full_disk_keeps_the_finished_part(tmp_path, monkeypatch):
 
 
 def test_first_block_that_fails_leaves_no_file(tmp_path):
-    out, limits = writer(tmp_path / "a.mp4"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    out = writer(tmp_path / "a.mp4")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:  # room for the header and a part of the block
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(out._header) + 200, limits[1]))
         with pytest.raises(MachineError, match="the first 0 frames are kept"):
@@ -328,7 +331,8 @@ def test_first_block_that_fails_leaves_no_file(tmp_path):
 
 
 def test_one_encoder_makes_the_whole_video(tmp_path, monkeypatch):
-    started, start = [], ffmpeg.start
+    started = []
+    start = ffmpeg.start
     monkeypatch.setattr(
         ffmpeg,
         "start",
@@ -444,11 +448,13 @@ def test_encoder_that_fails_in_a_block_costs_this_block_alone(tmp_path, monkeypa
     with writer(tmp_path / "whole.mp4") as out:
         for block in noise:
             out.write(block)
-    whole, path = (tmp_path / "whole.mp4").read_bytes(), tmp_path / "a.mp4"
+    whole = (tmp_path / "whole.mp4").read_bytes()
+    path = tmp_path / "a.mp4"
     (tmp_path / "cutting.py").write_text(CUTTING)
     cut = f'exec {sys.executable} {tmp_path}/cutting.py {len(whole) // 2} "$FFMPEG" "$@"'
     stand_in(tmp_path / "program", monkeypatch, when_encoding(cut))
-    failed, written = 0, 0
+    failed = 0
+    written = 0
     with writer(path) as out:
         while written < len(noise):
             try:
@@ -479,13 +485,15 @@ def test_video_of_another_encoder_is_not_continued(tmp_path, monkeypatch):
 
 
 def test_block_that_is_cut_short_anywhere_does_not_show(tmp_path):
-    path, cut = tmp_path / "a.mp4", tmp_path / "cut.mp4"
+    path = tmp_path / "a.mp4"
+    cut = tmp_path / "cut.mp4"
 
     class Dying:
         """A file of which a kill cuts the next write short; keeps what is on disk then."""
 
         def __init__(self, file, share):
-            self.file, self.share = file, share
+            self.file = file
+            self.share = share
 
         def __getattr__(self, name):
             return getattr(self.file, name)
@@ -497,7 +505,8 @@ def test_block_that_is_cut_short_anywhere_does_not_show(tmp_path):
 
     with writer(path) as out:
         out.write(scene(3))
-        whole, file = path.read_bytes(), out._file.handle
+        whole = path.read_bytes()
+        file = out._file.handle
         for share in (0.02, 0.05, 0.1, 0.3, 0.6, 0.9, 0.999, 1):
             out._file.handle = Dying(file, share)
             with pytest.raises(KeyboardInterrupt):
@@ -534,7 +543,8 @@ def test_interrupt_while_appending_keeps_whole_blocks(tmp_path):
     path = tmp_path / "a.mp4"
     with writer(path) as out:
         out.write(scene(3))
-        whole, file = path.read_bytes(), out._file.handle
+        whole = path.read_bytes()
+        file = out._file.handle
         out._file.handle = Interrupted(file)
         with pytest.raises(KeyboardInterrupt):
             out.write(scene(3, 3))
@@ -562,7 +572,8 @@ MARK = "PACKFORCING_TEST_OF"
 
 def marked(path):
     """Processes that live and were started, however remotely, by a child that writes the video at `path`."""
-    mark, found = f"{MARK}={path}".encode(), []
+    mark = f"{MARK}={path}".encode()
+    found = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
             if mark in environ.read_bytes().split(b"\0"):

@@ -94,10 +94,8 @@ def test_a_block_asks_with_all_its_queries_and_with_their_averages_over_windows(
     for t, y, x in np.ndindex(3, 4, 2):
         total = total + turned(grid[:, t, y, x], t, y, x)
     np.testing.assert_allclose(asked.total, total, atol=1e-4)
-    now, windows = (
-        float(here.layout.current_position),
-        [],
-    )  # windows of 2 frames and 2 rows; the third frame fills none
+    now = float(here.layout.current_position)
+    windows = []  # windows of 2 frames and 2 rows; the third frame fills none
     for y, x in np.ndindex(2, 2):
         centre = grid[:, :2, 2 * y : 2 * y + 2, x].mean(axis=(1, 2))
         windows.append(turned(centre, now + 0.5, 2 * y + 0.5, x))
@@ -112,7 +110,8 @@ QUERIES = view.PooledQueries(pooled=tiny.normal(2, 2, 4, 3, 12), total=tiny.norm
 def test_packed_blocks_of_one_content_are_scored_alike_whatever_their_age(rope_adjustment):
     """Keys that are equal but for where they lie: at one distance for all scores but the paper's sum."""
     here = situation(rope_adjustment)
-    slots, offsets = here.exp.cache.slots, layouts.packed_positions(here.exp.memory)[0]
+    slots = here.exp.cache.slots
+    offsets = layouts.packed_positions(here.exp.memory)[0]
     same = np.random.default_rng(4).normal(size=(2, 8, 3, 12))
     keys = np.stack([same] * slots, axis=1)
     if rope_adjustment == "incremental":
@@ -234,7 +233,8 @@ def test_an_unknown_score_is_refused_with_the_nearest_one():
 def test_scoring_at_full_size_makes_no_array_as_large_as_the_keys_of_the_sink():
     """What is turned to be scored belongs to one head: traced, so that nothing is allocated."""
     exp = loading.load_experiment("wan_t2v_1_3b_paper", ["dit.layers=1"])
-    spec, s = exp.memory, exp.tokens_per_frame
+    spec = exp.memory
+    s = exp.tokens_per_frame
     layer = jax.eval_shape(lambda: cache.init(spec, 1, jnp.bfloat16)).layers[0]
     q = jax.ShapeDtypeStruct((1, exp.cache.block * s, 12, 128), jnp.bfloat16)
     random = jax.ShapeDtypeStruct((1, exp.cache.slots), jnp.float32)
@@ -306,7 +306,8 @@ def test_what_is_gathered_is_as_it_was_stored():
 def test_what_the_scratch_held_is_never_seen(number):
     """From the first block on, when most of the room is empty: valid keys are the same over any scratch."""
     here = situation()
-    layout, spec = layout_of(here.exp, number), here.exp.memory
+    layout = layout_of(here.exp, number)
+    spec = here.exp.memory
     length = int(layouts.length(spec, layout))
     frames = [*range(min(3 * number, 3)), *range(max(3, 3 * number - 3), 3 * number)]
     committed = slots_of([f if f < 3 else 3 + (f - 3) % 6 for f in frames])
@@ -349,7 +350,8 @@ def test_a_block_lies_in_the_slots_of_its_frames_and_all_valid_keys_come_first(n
     after = jax.tree.map(np.asarray, write(here.exp.memory, layout, here.layer.view, own))
     frames = [f if f < 3 else 3 + (f - 3) % 6 for f in range(3 * number, 3 * number + 3)]
     for name in ("k", "v"):
-        old, new = getattr(view_before, name), getattr(after, name)
+        old = getattr(view_before, name)
+        new = getattr(after, name)
         np.testing.assert_array_equal(new[:, slots_of(frames)], getattr(own, name))
         others = np.setdiff1d(np.arange(old.shape[1]), slots_of(frames))
         np.testing.assert_array_equal(new[:, others], old[:, others])
@@ -361,7 +363,9 @@ def test_a_block_lies_in_the_slots_of_its_frames_and_all_valid_keys_come_first(n
 def test_keys_stand_at_their_positions_and_values_as_they_were(rope_adjustment):
     """Every key of the view against its stored one, turned by hand; `incremental` turns by what is missing."""
     here = situation(rope_adjustment, selection="random")
-    exp, layout, layer = here.exp, here.layout, jax.tree.map(np.asarray, here.layer)
+    exp = here.exp
+    layout = here.layout
+    layer = jax.tree.map(np.asarray, here.layer)
     put = tiny.jit(cache.reposition, static_argnums=0)(exp.memory, layout, here.layer)
     whole, chosen = recall(exp, layout, put, Q, here.random)
     moves = rope_adjustment == "incremental"
@@ -370,7 +374,10 @@ def test_keys_stand_at_their_positions_and_values_as_they_were(rope_adjustment):
     assert (chosen.ids >= 0).all()
     assert float(put.sink_position) == float(layout.sink_position)
     for video in range(2):
-        k, v, by, at = [], [], [], []
+        k = []
+        v = []
+        by = []
+        at = []
         for frame in range(3):  # of the sink
             slots = slots_of([frame])
             stored = layer.view.k[video, slots]

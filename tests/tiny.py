@@ -118,7 +118,8 @@ def latents(blocks, exp=EXP, batch=BATCH, seed=5):
 
 def low_res(blocks, exp=EXP, batch=BATCH, seed=6):
     """Random low-resolution twins of blocks [block, b, t', y', x', c], of the shape the codec gives."""
-    pixels, frames = codec.make(exp.codec, nnx.Rngs(0)), exp.cache.block
+    pixels = codec.make(exp.codec, nnx.Rngs(0))
+    frames = exp.cache.block
     video = jax.ShapeDtypeStruct(
         (batch, frames, *(n * exp.codec.space_factor for n in exp.latent), 3), jnp.float32
     )
@@ -154,7 +155,8 @@ def ids(denoised):
 
 def committed(exp, memory):
     """Keys and values [layer, b, frame, s, n, h] of the frames at full size that the next block sees, in time order."""
-    cfg, layout = exp.cache, layouts.layout(exp.cache, memory.progress)
+    cfg = exp.cache
+    layout = layouts.layout(exp.cache, memory.progress)
     sink = int(layout.scene) + np.arange(int(layout.sink))
     recent = int(layout.start) - int(layout.recent) + np.arange(int(layout.recent))
     slots = layouts.frame_slots(cfg, layout, jnp.asarray([*sink, *recent], jnp.int32))
@@ -185,7 +187,9 @@ def one_block(exp, memory, text, block, low_res):
 
 def rollout(exp, blocks, text_of=lambda block: text()):
     """What was denoised block by block, and the memory at the end."""
-    memory, denoised, small = cache.init(exp.memory, BATCH), [], low_res(1, exp)[0]
+    memory = cache.init(exp.memory, BATCH)
+    denoised = []
+    small = low_res(1, exp)[0]
     for block in range(blocks):
         one, memory = one_block(exp, memory, text_of(block), block, small)
         denoised.append(one)

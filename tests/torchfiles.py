@@ -169,7 +169,8 @@ class Stream:
     """A file that cannot be sought in, so that sizes follow the entries, as torch writes them."""
 
     def __init__(self, file):
-        self.write, self.flush = file.write, file.flush
+        self.write = file.write
+        self.flush = file.flush
 
 
 def write(path, parts, compression=zipfile.ZIP_STORED):

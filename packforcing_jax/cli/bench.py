@@ -19,7 +19,10 @@ DEFAULT = "stage"
 PARTS = ("forward", "denoise", "selection", "decode", "compression", "store", "commit", "second")
 BASELINE = Path(next(iter(configs.__path__))).parent / "benchmarks" / "baseline.json"
 ALIKE = ("config", "set", "dtype", "device")  # what two runs must share to be compared
-LEAST, WIDE, SPREADS, ENOUGH = 0.15, 0.5, 4, 4
+LEAST = 0.15
+WIDE = 0.5
+SPREADS = 4
+ENOUGH = 4
 RULE = (
     f"value: median over runs; tolerance: {SPREADS} times the interquartile range over runs, relative to the "
     f"value, at least {LEAST}, and {WIDE} with fewer than {ENOUGH} runs; bench --write FILE adds a run"
@@ -168,7 +171,8 @@ def _before(args: argparse.Namespace, own: Mapping[str, Any]) -> dict[str, Any] 
             f"{path} is a baseline of {key} {theirs}, this run of {ours}; give another file, or "
             "--write a new one.",
         )
-    theirs, ours = found["machine"], own["machine"]
+    theirs = found["machine"]
+    ours = own["machine"]
     other = [
         f"{key} {theirs.get(key)}" for key in ours if key != "date" and theirs.get(key) != ours[key]
     ]
@@ -272,7 +276,8 @@ def write(path: str | Path, baseline: Mapping[str, Any]) -> None:
 
 def table(found: Mapping[str, Any]) -> str:
     """All figures as aligned text."""
-    machine, ceiling = found["machine"], found["ceiling"]
+    machine = found["machine"]
+    ceiling = found["ceiling"]
     where = f"{machine['device']} ({machine['processor']}, {machine['cores']} cores), jax {machine['jax']}"
     lines = [
         f"{found['config']}, {found['dtype']}, on {where}: medians of {found['rounds']} rounds",

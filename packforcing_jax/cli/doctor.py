@@ -38,7 +38,8 @@ def python() -> Finding:
 
 def pair() -> Finding:
     """Whether the installed jax and flax work together."""
-    jax, flax = versions.installed("jax"), versions.installed("flax")
+    jax = versions.installed("jax")
+    flax = versions.installed("flax")
     found = versions.problem(jax, flax)
     return Finding(found is None, f"jax {jax}, flax {flax}", found or "")
 

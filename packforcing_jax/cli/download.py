@@ -15,7 +15,8 @@ from packforcing_jax.cli import common, plan
 from packforcing_jax.errors import require
 from packforcing_jax.io import hub
 
-WIDTH, INDENT = 118, "    "  # of the list
+WIDTH = 118
+INDENT = "    "  # of the list
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

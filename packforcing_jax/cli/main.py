@@ -205,7 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = outcome(error)
         if found is None:
             raise
-        code, sentence = found[0], " ".join(found[1].split())
+        code = found[0]
+        sentence = " ".join(found[1].split())
         if isinstance(error, BrokenPipeError):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  nothing more can be said there, at exit neither
         if "--json" in argv:

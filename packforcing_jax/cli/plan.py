@@ -111,7 +111,8 @@ def line(row: Row) -> str:
 
 def table(found: Budget, verdicts: Sequence[Verdict]) -> str:
     """All figures by part as aligned text, and what they fit into."""
-    exp, lines = found.experiment, []
+    exp = found.experiment
+    lines = []
     for part, title in TITLES.items():
         lines += ["", f"{title + of_what(part, found):<37}{'counted':>14}{'formula':>14}"]
         lines += [line(row) for row in found.rows.values() if row.name.partition("/")[0] == part]
@@ -198,7 +199,8 @@ def fit(verdict: Verdict) -> Iterator[str]:
     """What there is to say of one memory."""
     from packforcing_jax.plan import memory_fit
 
-    room, then = verdict.room, verdict.then.on_device
+    room = verdict.room
+    then = verdict.then.on_device
     if verdict.lacks <= 0:
         yield f"  {room.name:<10}fits, {spell(-verdict.lacks, 'bytes')} are left"
     else:

@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     from packforcing_jax.policies import attention
     from packforcing_jax.training import importing, paths
 
-    source, out = Path(args.source), Path(args.out)
+    source = Path(args.source)
+    out = Path(args.out)
     kind = args.kind or importing.recognised(source)
     append_file.check_writable(out / records.COMPLETE, "Data set")
     exp, train, model = _model(args)

@@ -16,7 +16,8 @@ from packforcing_jax.sampling import prompt_files, timelines
 TIMES_CLIP = 24  # length of the default video in training clips
 SHOWN_HEIGHT = 384  # small videos are enlarged to about this many pixels
 SHEET_HEIGHT = 96  # and the frames of a contact sheet to this many
-SHEET_FRAMES, SHEET_BLOCKS = 40, 20  # at most about so many frames, from so many blocks
+SHEET_FRAMES = 40
+SHEET_BLOCKS = 20  # at most about so many frames, from so many blocks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,7 +147,8 @@ def _of_job(args: argparse.Namespace, pipeline, job: prompt_files.Job) -> Film:
         }
     )
     if job.blocks or job.seconds:
-        own.blocks, own.seconds = job.blocks, job.seconds
+        own.blocks = job.blocks
+        own.seconds = job.seconds
     try:
         if job.memory is not None:
             pipeline = pipeline.with_memory(job.memory).with_settings(args.overrides)
@@ -190,7 +192,9 @@ def _make(film: Film) -> int:
     from packforcing_jax.sampling import trace
     from packforcing_jax.stage import captions
 
-    args, pipeline, exp = film.args, film.pipeline, film.pipeline.experiment
+    args = film.args
+    pipeline = film.pipeline
+    exp = film.pipeline.experiment
     began = time.monotonic()
     keeper, at = _kept(args, pipeline, film.prompts)
     backend, why = attention.resolve(exp.attention, exp.dtypes.cache)
@@ -371,7 +375,9 @@ def _runs(prompts: list[str]) -> list[tuple[int, str]]:
 
 def _report(film: Film, first: int, seen: _Seen, seconds: float) -> None:
     """What was made; in the Stage world with the oracle's reading beside chance, if all was drawn in this run."""
-    args, exp, prompts = film.args, film.pipeline.experiment, film.prompts
+    args = film.args
+    exp = film.pipeline.experiment
+    prompts = film.prompts
     made = {
         "out": str(Path(args.out)),
         "blocks": len(prompts),

@@ -116,7 +116,8 @@ def train(stage: "Stage", folder: Path, seed: int, asked: Callable[[], bool]) ->
     from packforcing_jax.policies import attention
     from packforcing_jax.training import logs, runs
 
-    exp, settings = stage.experiment, stage.train
+    exp = stage.experiment
+    settings = stage.train
     told: dict[str, Any] = {
         "step": settings.steps,
         "model": str(folder / runs.MODEL),
@@ -133,7 +134,8 @@ def train(stage: "Stage", folder: Path, seed: int, asked: Callable[[], bool]) ->
     job = runs.start(exp, settings, folder, seed=seed)
     if job.step:
         say(f"train: goes on behind step {job.step} in {folder}")
-    made, metrics = runs.steps(job, asked), {}
+    made = runs.steps(job, asked)
+    metrics = {}
     if first():
         made = common.progress(
             made, name=folder.name, unit="steps", total=settings.steps - job.step

@@ -204,7 +204,8 @@ def _group(groups: Sequence[type], data: Any, where: str, known: Sequence[type])
             isinstance(data, dict),
             f"{where or 'the file'}={data!r} is not a table of settings; correct it.",
         )
-    hints, inside = hints_of(kind), f"{where}." if where else ""
+    hints = hints_of(kind)
+    inside = f"{where}." if where else ""
     for key in table:
         _require_known(key, inside, hints, inside + key)
     needed = [
@@ -283,7 +284,9 @@ def _tree(group: Any) -> dict[str, Any]:
 def _hint_at(settings: Any, path: str, inside: str, beside: Sequence[str]) -> Any:
     """The type of the single value at a dotted path; raises `InputError` if there is none."""
     *outer, last = path.split(".")
-    group, where, key = settings, inside, inside + path
+    group = settings
+    where = inside
+    key = inside + path
     for name in outer:
         known = (*hints_of(type(group)), *(beside if group is settings else ()))
         _require_known(name, where, known, f"--set {where}{name}")
@@ -291,7 +294,8 @@ def _hint_at(settings: Any, path: str, inside: str, beside: Sequence[str]) -> An
             raise InputError(
                 f"--set {key}: {where}{name} is a single value, not a group; set {where}{name} itself."
             )
-        group, where = getattr(group, name), f"{where}{name}."
+        group = getattr(group, name)
+        where = f"{where}{name}."
     known = (*hints_of(type(group)), *(beside if group is settings else ()))
     _require_known(last, where, known, f"--set {where}{last}")
     if last in _inner(group):

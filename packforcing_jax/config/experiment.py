@@ -56,7 +56,8 @@ class StepConfig:
     @functools.cached_property
     def memory(self) -> MemorySpec:
         """What the memory reads of this."""
-        dit, stride = self.dit, self.compressor.stride
+        dit = self.dit
+        stride = self.compressor.stride
         return MemorySpec(
             cache=self.cache,
             layers=dit.layers,
@@ -98,7 +99,8 @@ class Experiment:
                 size % self.dit.patch[axis] == 0,
                 f"latent={self.latent} is not a multiple of dit.patch={self.dit.patch}; change one.",
             )
-        pool, frame = self.cache.score_pool, (self.cache.block, *self.grid)
+        pool = self.cache.score_pool
+        frame = (self.cache.block, *self.grid)
         require(
             self.cache.top == 0 or all(0 < window <= size for window, size in zip(pool, frame)),
             f"cache.score_pool={pool} does not fit into a block of {frame} tokens; make it smaller.",

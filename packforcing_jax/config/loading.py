@@ -53,7 +53,8 @@ def _names_of(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _stage_in(found: dict[str, Any], path: pathlib.Path) -> Stage:
-    experiment, train = found.get("experiment"), found.get(TRAIN, TrainConfig())
+    experiment = found.get("experiment")
+    train = found.get(TRAIN, TrainConfig())
     if not isinstance(experiment, Experiment):
         raise InputError(
             f"config {path} defines no `experiment = Experiment(...)` at module level; add it."

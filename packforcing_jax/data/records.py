@@ -24,10 +24,12 @@ from packforcing_jax.errors import InputError, MachineError, brief, require
 from packforcing_jax.io import append_file, atomic, safetensors_io
 
 FORMAT = "packforcing-jax data 2"
-COMPLETE, UNFINISHED = "dataset.json", "unfinished.json"
+COMPLETE = "dataset.json"
+UNFINISHED = "unfinished.json"
 SHARD = re.compile(r"part-\d{5}\.array_record")
 OPTIONS = "group_size:1,uncompressed"  # every record can be read alone; latents hardly compress
-EXAMPLES, SIZE = 1000, 2**30  # of one shard, at most: what a kill can cost
+EXAMPLES = 1000
+SIZE = 2**30  # of one shard, at most: what a kill can cost
 LENGTHS_DIFFER = ("prompt", "states")  # fields whose first axis is as long as the example's text
 Example: TypeAlias = dict[str, np.ndarray]
 
@@ -157,7 +159,9 @@ class Writer:
         examples: int = EXAMPLES,
         size: int = SIZE,
     ):
-        self.folder, self._examples, self._size = Path(folder), examples, size
+        self.folder = Path(folder)
+        self._examples = examples
+        self._size = size
         append_file.check_writable(self.folder / COMPLETE, "Data set")
         self._at = _At(_continued(self.folder, Notes(kind, json.loads(json.dumps(about)))))
         self.complete = (self.folder / COMPLETE).exists()
@@ -202,7 +206,8 @@ class Writer:
             self._finish_shard()
 
     def _check(self, example: Mapping[str, np.ndarray]) -> None:
-        found, known = fields_of(example), self.notes.fields
+        found = fields_of(example)
+        known = self.notes.fields
         if not known:
             self._at = dataclasses.replace(
                 self._at, notes=dataclasses.replace(self.notes, fields=found)
@@ -330,7 +335,8 @@ class Records:
     """The examples of a complete data set, in any order."""
 
     def __init__(self, folder: Path, notes: Notes):
-        self.folder, self.notes = folder, notes
+        self.folder = folder
+        self.notes = notes
         self.starts = [0, *itertools.accumulate(shard.examples for shard in notes.shards)]
         self._source = grain.sources.ArrayRecordDataSource(
             [f"{folder / shard.file}[0:{shard.examples}]" for shard in notes.shards]

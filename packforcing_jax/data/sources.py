@@ -62,7 +62,8 @@ def batches(
     Batch i is a function of (seed, i), whatever the number of processes; process p reads rows p b/P to (p + 1) b/P.
     The iterator's state counts batches, so that it can be set by any number of processes.
     """
-    kind, rows = of(cfg), batch // processes
+    kind = of(cfg)
+    rows = batch // processes
     require(
         batch % processes == 0 and batch > 0,
         f"a batch of {batch} examples cannot be divided among {processes} "
@@ -115,8 +116,10 @@ def _stage(exp: Experiment, cfg: DataConfig, seed: int, encode: Encode | None) -
         told = data.clip(seed, int(index), known)
         return {name: told[name] for name in STAGE}
 
-    frames, factor = codec.frames_of(exp.codec, exp.clip), exp.codec.space_factor
-    drawn, wanted = clip(0)["video"].shape, (frames, *(side * factor for side in exp.latent), 3)
+    frames = codec.frames_of(exp.codec, exp.clip)
+    factor = exp.codec.space_factor
+    drawn = clip(0)["video"].shape
+    wanted = (frames, *(side * factor for side in exp.latent), 3)
     require(
         drawn == wanted,
         f"the Stage world draws clips of {list(drawn)}, but clip={exp.clip} and "
@@ -138,7 +141,8 @@ def _stage(exp: Experiment, cfg: DataConfig, seed: int, encode: Encode | None) -
 def _records(exp: Experiment, cfg: DataConfig, seed: int, encode: Encode | None) -> Source:
     """What `prepare` wrote. Prompts without text states are tokenised when they are read."""
     held = records.opened(_path(cfg, "folder"))
-    fields, called = held.notes.fields, f"data set {held.folder}"
+    fields = held.notes.fields
+    called = f"data set {held.folder}"
     check_forms(exp, fields, called)
     arrays = tuple(name for name in ARRAYS if name in fields)
     known = None if "states" in fields else _given(encode, called)
@@ -157,7 +161,8 @@ def _prompts(exp: Experiment, cfg: DataConfig, seed: int, encode: Encode | None)
     """A file of prompts or timelines, one clip per line, tokenised when they are read."""
     path = _path(cfg, "file")
     require(path.is_file(), f"prompt file {path} does not exist; correct train.source.path.")
-    said, known = prompt_files.read(path), _given(encode, f"prompt file {path}")
+    said = prompt_files.read(path)
+    known = _given(encode, f"prompt file {path}")
 
     def example(job: prompt_files.Job) -> Example:
         return _tokenised(known, timelines.spread(list(job.entries), exp.blocks))
@@ -227,10 +232,8 @@ def low_res_shape(exp: Experiment) -> tuple[int, ...]:
     """The shape [t', y', x', c] of a block's low-resolution latents."""
 
     def low_res() -> Any:
-        pixels, sides = (
-            codec.make(exp.codec, nnx.Rngs(0)),
-            (side * exp.codec.space_factor for side in exp.latent),
-        )
+        pixels = codec.make(exp.codec, nnx.Rngs(0))
+        sides = (side * exp.codec.space_factor for side in exp.latent)
         video = jax.numpy.zeros((1, exp.cache.block * exp.codec.time_factor, *sides, 3))
         return codec.low_res_latents(
             pixels, video, latents=exp.packed_grid[0], pool=exp.compressor.pool
@@ -246,7 +249,8 @@ def check_forms(exp: Experiment, fields: Mapping[str, records.Field], called: st
     if "low_res" in fields:
         wanted["low_res"] = exp.blocks, *low_res_shape(exp)
     for name in fields.keys() & wanted.keys():
-        shape, form = fields[name].shape, wanted[name]
+        shape = fields[name].shape
+        form = wanted[name]
         fits = len(shape) == len(form) and all(b in (None, a) for a, b in zip(shape, form))
         require(
             fits,

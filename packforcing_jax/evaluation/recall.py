@@ -160,7 +160,8 @@ def answers(
     gap: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(whether its block was looked up [layer, video], whether the called guest wears its mark [video])."""
-    model, last = with_way(model, way), len(told[0].guests) - 1
+    model = with_way(model, way)
+    last = len(told[0].guests) - 1
     called = [int(story.guests[last - gap]) for story in told]
     asked = [
         [

@@ -84,7 +84,8 @@ def read_texts(
     """
     different, which = np.unique(np.array(prompts), return_inverse=True)
     states = model.text(*model.tokenizer.encode(list(different)))
-    dit, compute = model.nets.dit, model.experiment.dtypes.compute
+    dit = model.nets.dit
+    compute = model.experiment.dtypes.compute
     each = [jax.device_get(player.text_program(dit, compute, one[None])) for one in states]
     return jax.tree.map(lambda *ones: np.concatenate(ones), *each), which.reshape(np.shape(prompts))
 
@@ -116,8 +117,10 @@ def play(
     With `truth` every block lies behind the true ones; one before `first` only looks back, which takes one step.
     """
     texts, which = read_texts(model, prompts)
-    state, looking = player.start(model, seeds=seeds, videos=videos), one_step(model)
-    frames, chosen = [], []
+    state = player.start(model, seeds=seeds, videos=videos)
+    looking = one_step(model)
+    frames = []
+    chosen = []
     for block, sentences in enumerate(which.T):
         given = None if truth is None else true_block(model, truth, block)
         maker = model if block >= first else looking
@@ -157,7 +160,8 @@ def true_reading(story: world.Story) -> oracle.Reading:
     """What a perfect reading of the story's own video is."""
     frames = len(story.columns)
     block = np.arange(frames) // world.BLOCK
-    guest, scene = story.guests[block], story.scenes[block]
+    guest = story.guests[block]
+    scene = story.scenes[block]
     constant = {
         name: np.full(frames, getattr(story, name))
         for name in ("colour", "shape", "mark", "hue", "backdrop", "gain")
@@ -202,7 +206,8 @@ def teacher_figures(
 ) -> dict[str, Row]:
     """Shares of frames that are right, by attribute, in every block but the first; intervals count clips."""
     truth = [true_reading(story) for story in told]
-    seen, true = _by_block(readings), _by_block(truth)
+    seen = _by_block(readings)
+    true = _by_block(truth)
     right = {name: seen[name] == true[name] for name in true}
     guests, scenes = (
         np.stack([getattr(story, name) for story in told]) for name in ("guests", "scenes")
@@ -232,9 +237,11 @@ def _called_back(
     exp: Experiment, guests: Int[np.ndarray, "clip block"], right: Bool[np.ndarray, "clip block t"]
 ):
     """Rows for the guest of the last block: where only packed blocks show it, and by the block of its last visit."""
-    last, chance = guests.shape[1] - 1, 1 / world.MARKS
+    last = guests.shape[1] - 1
+    chance = 1 / world.MARKS
     visits = (guests[:, :last] == guests[:, last:]) & (guests[:, last:] >= 0)
-    sink, recent = exp.cache.sink // exp.cache.block, exp.cache.recent // exp.cache.block
+    sink = exp.cache.sink // exp.cache.block
+    recent = exp.cache.recent // exp.cache.block
     sharp = [block < sink or block >= last - recent for block in range(last)]
     final = np.zeros_like(guests, dtype=bool)
     final[:, last] = visits.any(axis=1) & ~visits[:, sharp].any(axis=1)
@@ -295,7 +302,8 @@ def rollout(
 ) -> dict:
     """`metrics.report` of free-running videos; video i is the one that `sample --seed SEED+i --blocks N` makes."""
     require_stage(model.experiment)
-    readings, prompts = [], []
+    readings = []
+    prompts = []
     for part in watch(chunks(videos, batch)):
         told = [stories.default_timeline(seed + i, blocks) for i in part]
         ids = [pipeline.video_id(each[0]) for each in told]

@@ -32,7 +32,9 @@ class File:
     """The file at `path`, cut back to the `size` bytes that an earlier run had written; errors are `OSError`."""
 
     def __init__(self, path: Path, size: int = 0):
-        self.path, self.size, self.handle = path, size, None
+        self.path = path
+        self.size = size
+        self.handle = None
         if size > 0:
             self.handle = self._opened()
 

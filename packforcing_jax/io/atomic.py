@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 UNFINISHED = ".unfinished"  # how the names of those hidden folders end
-LOCK, NEW, OLD = "lock", "new", "old"  # inside such a folder
+LOCK = "lock"
+NEW = "new"
+OLD = "old"  # inside such a folder
 
 
 def is_leftover(name: str) -> bool:
@@ -44,7 +46,8 @@ def folder(path: str | Path) -> Iterator[Path]:
     """An empty folder that takes the place of `path` when the body succeeds; if that fails, `path` stays as it was."""
     path = Path(path).resolve()
     with _room(path) as room:
-        fresh, old = room / NEW, room / OLD
+        fresh = room / NEW
+        old = room / OLD
         fresh.mkdir()
         yield fresh
         sync(fresh)

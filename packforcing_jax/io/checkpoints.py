@@ -23,8 +23,11 @@ from packforcing_jax.errors import InputError, MachineError, brief, require
 from packforcing_jax.io import append_file
 
 FORMAT = 2  # of what is noted beside a state; version 1 was never released
-STATE, NOTES, DIGESTS = "state", "notes", "digests.json"  # what a step consists of
-STEP, EARLIER = re.compile(r"\d+"), re.compile(r"block_\d+")  # names of steps, today and before
+STATE = "state"
+NOTES = "notes"
+DIGESTS = "digests.json"  # what a step consists of
+STEP = re.compile(r"\d+")
+EARLIER = re.compile(r"block_\d+")  # names of steps, today and before
 TEMPORARY = ".orbax-checkpoint-tmp"  # behind the name of a step that is being written
 DISCARDED = ".discarded"  # where a step goes first that is not kept, so that half of it never looks like one
 START_ANEW = (
@@ -112,7 +115,8 @@ def _everyones(notes: Any) -> list[str]:
 
 def _own(notes: Sequence[str], place: Path) -> Any:
     """The notes of this process; with another number of processes than saved them, all must be the same."""
-    same, now = len(set(notes)) == 1, jax.process_count()
+    same = len(set(notes)) == 1
+    now = jax.process_count()
     require(
         same or len(notes) == now,
         f"Checkpoint {place} was saved by {len(notes)} processes that stood at different "
@@ -195,8 +199,11 @@ class Checkpoints:
         free: Sequence[str] = (),
         digests: bool = False,
     ):
-        self.folder, self.keep, self.digests = Path(folder).absolute(), keep, digests
-        self.about, self.free = dict(about or {}), tuple(free)
+        self.folder = Path(folder).absolute()
+        self.keep = keep
+        self.digests = digests
+        self.about = dict(about or {})
+        self.free = tuple(free)
         self._manager: Any = None
         self._saving: int | None = None
         names = sorted(name for name in self._names() if not name.startswith("."))
@@ -323,7 +330,9 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> MachineError:
         """The sentence about the save that failed; its leftovers are cleared and the next one may be tried."""
-        step, self._saving, self._manager = self._saving, None, None
+        step = self._saving
+        self._saving = None
+        self._manager = None
         self._tidy()
         return MachineError(
             f"Saving step {step} below {self.folder} failed ({brief(error)}); earlier steps are kept."
@@ -388,7 +397,8 @@ class Checkpoints:
             told.get("format") == FORMAT,
             f"Checkpoint {self._at(step)} was saved by another version; {START_ANEW}",
         )
-        was, wanted = settings(told["about"]), settings(json.loads(json.dumps(self.about)))
+        was = settings(told["about"])
+        wanted = settings(json.loads(json.dumps(self.about)))
         wrong = differences(was, wanted, self.free) if self.about else []
         require(
             not wrong,

@@ -40,7 +40,9 @@ def start(arguments: list[str], **streams) -> subprocess.Popen:
 
 def streams(process: subprocess.Popen) -> tuple[IO[bytes], IO[bytes], IO[bytes]]:
     """Standard input, output and error of what `start` gave."""
-    into, out, said = process.stdin, process.stdout, process.stderr
+    into = process.stdin
+    out = process.stdout
+    said = process.stderr
     assert into is not None
     assert out is not None
     assert said is not None

@@ -24,10 +24,8 @@ import numpy as np
 from packforcing_jax.errors import MachineError
 from packforcing_jax.io import ffmpeg
 
-SLICED, SLICES = (
-    2**18,
-    4,
-)  # pictures of more pixels are cut into slices, each with a thread of its own
+SLICED = 2**18
+SLICES = 4  # pictures of more pixels are cut into slices, each with a thread of its own
 TICKS = 1000  # of a video's clock, per frame and unit of the rate's denominator
 GROUP = 48  # frames between key frames inside one long block
 PATIENCE = 120  # seconds without any progress after which an encoder is given up
@@ -40,8 +38,12 @@ X264 = [  # zerolatency: no B-frames, no lookahead
 ]
 MP4 = "-movflags +frag_keyframe+empty_moov+default_base_moof+skip_trailer -f mp4".split()
 FLV = "-f flv -flvflags no_duration_filesize -flush_packets 1 pipe:1".split()
-FLV_HEADER, TAG_HEADER = 9, 15  # bytes; a tag's includes the size of the tag before it
-FLV_VIDEO, FLV_KEY, FLV_CONFIG, FLV_SAMPLE = 9, 1, 0, 1  # tag type, frame type, packet types
+FLV_HEADER = 9
+TAG_HEADER = 15  # bytes; a tag's includes the size of the tag before it
+FLV_VIDEO = 9
+FLV_KEY = 1
+FLV_CONFIG = 0
+FLV_SAMPLE = 1  # tag type, frame type, packet types
 TO_YUV = "scale=flags=area+accurate_rnd+full_chroma_int:out_color_matrix=bt709:out_range=tv"
 
 
@@ -93,7 +95,8 @@ def header(picture: Picture, comment: str) -> bytes:
     """`ftyp` and `moov` boxes of a fragmented MP4 of such pictures, `comment` in its metadata."""
     with tempfile.TemporaryDirectory(prefix="packforcing-") as folder:
         # Files: a comment may be longer than an argument, and ffmpeg cannot pipe a header above 32 KiB.
-        notes, target = Path(folder, "notes.txt"), Path(folder, "header.mp4")
+        notes = Path(folder, "notes.txt")
+        target = Path(folder, "header.mp4")
         notes.write_text(f";FFMETADATA1\ncomment={_escaped(comment)}\n", encoding="utf-8")
         metadata = ["-f", "ffmetadata", "-i", str(notes), "-map", "0:v", "-map_metadata", "1"]
         clock = ["-video_track_timescale", str(picture.rate.numerator * TICKS)]
@@ -128,8 +131,11 @@ class Encoder:
         unseen = 2 + frames % COUNTED  # one or two key frames, then others
         forced = f"if(lt(n,{unseen}),lt(n,{1 + keys % 2}),not(mod(n-{unseen},{block})))"
         arguments = [*picture.source(), *picture.encoding()]
-        self.block, self.config = block, b""
-        self._said, self._read, self._skip = bytearray(), bytearray(), FLV_HEADER
+        self.block = block
+        self.config = b""
+        self._said = bytearray()
+        self._read = bytearray()
+        self._skip = FLV_HEADER
         self._process = ffmpeg.start(
             [*arguments, "-force_key_frames", f"expr:{forced}", *FLV], bufsize=0
         )
@@ -158,7 +164,8 @@ class Encoder:
 
     def _exchange(self, data: memoryview, count: int) -> list[Sample]:
         """Writes `data` and reads `count` samples as both become possible, so that neither waits for the other."""
-        samples, (into, out, said) = [], ffmpeg.streams(self._process)
+        samples = []
+        into, out, said = ffmpeg.streams(self._process)
         with selectors.DefaultSelector() as ready:
             ready.register(into, selectors.EVENT_WRITE)
             ready.register(out, selectors.EVENT_READ)
@@ -183,9 +190,12 @@ class Encoder:
 
     def _samples(self) -> list[Sample]:
         """The samples that have come in whole, taken off what was read."""
-        found, at, read = [], self._skip, self._read
+        found = []
+        at = self._skip
+        read = self._read
         while len(read) >= at + TAG_HEADER:
-            kind, size = read[at + 4], int.from_bytes(read[at + 5 : at + 8], "big")
+            kind = read[at + 4]
+            size = int.from_bytes(read[at + 5 : at + 8], "big")
             end = at + TAG_HEADER + size
             if len(read) < end:
                 break

@@ -337,7 +337,8 @@ def fetch(
     pause: float = PAUSE,
 ) -> Received:
     """The file in `folder`, whole and checked; what is already there is checked too, or continued if it is partial."""
-    target, growing = folder / file.name, partial(folder, file)
+    target = folder / file.name
+    growing = partial(folder, file)
     if target.exists():
         sha256, fault = _examined(target, file, watch)
         require(
@@ -416,7 +417,8 @@ def _answer(listed: Listing, file: Remote, start: int):
 
 def _examined(path: Path, file: Remote, watch: Watch) -> tuple[str, str | None]:
     """(SHA-256 of what is on the disk, what is wrong with it or None)."""
-    sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+    sha256 = hashlib.sha256()
+    git = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
     with path.open("rb") as stream:
         for piece in watch(
             iter(lambda: stream.read(PIECE), b""), f"checking {file.name}", _size(path)

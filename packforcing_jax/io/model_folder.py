@@ -18,7 +18,10 @@ from packforcing_jax.errors import MachineError, brief, require
 from packforcing_jax.io import atomic, safetensors_io
 from packforcing_jax.io.safetensors_io import Tensor
 
-CONFIG, TOKENIZER, CARD, MANIFEST = "config.json", "tokenizer.json", "README.md", "manifest.json"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+CARD = "README.md"
+MANIFEST = "manifest.json"
 FORMAT = "packforcing-jax 2"
 PARTS = ("dit", "compressor", "codec", "text")
 GONE = {

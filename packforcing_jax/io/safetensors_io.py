@@ -112,11 +112,10 @@ def _tensor(path: Path, name: str, entry: object, start: int, size: int) -> Tens
         f"{path}: tensor {name} is of {fields['dtype']}; convert it to one of "
         f"{', '.join(DTYPES)} first.",
     )
-    shape, offsets = (
-        _counts(fields.get("shape"), broken),
-        _counts(fields.get("data_offsets"), broken),
-    )
-    dtype, last = np.dtype(DTYPES[fields["dtype"]]), size - start
+    shape = _counts(fields.get("shape"), broken)
+    offsets = _counts(fields.get("data_offsets"), broken)
+    dtype = np.dtype(DTYPES[fields["dtype"]])
+    last = size - start
     require(len(offsets) == 2 and offsets[0] <= offsets[1] <= last, broken)
     require(math.prod(shape) * dtype.itemsize == offsets[1] - offsets[0], broken)
     return Tensor(
@@ -164,7 +163,8 @@ class Writer:
         left = memoryview(content)
         while left:
             done = os.pwrite(self._file.fileno(), left, offset)
-            left, offset = left[done:], offset + done
+            left = left[done:]
+            offset = offset + done
 
     def put(self, name: str, value: np.ndarray, layer: int | None = None) -> None:
         """Writes tensor `name`, or the slice at index `layer` of its first axis."""

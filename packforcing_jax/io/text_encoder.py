@@ -20,7 +20,9 @@ from packforcing_jax.io.safetensors_io import Tensor
 from packforcing_jax.networks import layers, text
 from packforcing_jax.types import TextStates
 
-EMBEDDING, LAYERS, NORM = "embedding/embedding", "blocks/", "norm/"
+EMBEDDING = "embedding/embedding"
+LAYERS = "blocks/"
+NORM = "norm/"
 WORTH = (
     10**9
 )  # bytes of an encoder below which encoding a prompt again is quicker than asking the disk
@@ -68,7 +70,8 @@ class Encoder:
         return np.array(states) if states.shape == (len(ids), self.cfg.dim) else None
 
     def _keep(self, ids: np.ndarray, mask: np.ndarray, states: Array) -> None:
-        path, value = self._path(ids, mask), np.asarray(states)
+        path = self._path(ids, mask)
+        value = np.asarray(states)
         if path is None:
             return
         try:

@@ -21,10 +21,8 @@ from packforcing_jax.errors import InputError, MachineError, require
 from packforcing_jax.io import append_file, atomic, ffmpeg, h264
 
 GREY_LEVEL = 2 / 255  # one 8-bit step on the scale [-1, 1]
-KEY_SAMPLE, OTHER_SAMPLE = (
-    0x02000000,
-    0x01010000,
-)  # flags of ISO/IEC 14496-12: depends on no other, on others
+KEY_SAMPLE = 0x02000000
+OTHER_SAMPLE = 0x01010000  # flags of ISO/IEC 14496-12: depends on no other, on others
 TO_RGB = "scale=flags=bilinear+accurate_rnd+full_chroma_int+full_chroma_inp"
 
 
@@ -48,7 +46,8 @@ def guard(frames, first: int = 0) -> None:
             f"Frame {first + broken[0]} holds values that are not finite; what came before it is kept."
         )
     if (frames.std(axis=(1, 2), dtype=np.float64) < GREY_LEVEL / 2).all():
-        last, colour = first + len(frames) - 1, to_uint8(frames[0, 0, 0]).tolist()
+        last = first + len(frames) - 1
+        colour = to_uint8(frames[0, 0, 0]).tolist()
         raise MachineError(
             f"Frames {first} to {last} are one flat colour {colour}; what came before them is kept."
         )
@@ -70,7 +69,8 @@ def boxes(stream: bytes | mmap.mmap) -> Iterator[tuple[bytes, bytes]]:
         size, kind = struct.unpack_from(">I4s", stream, at)
         header = 8
         if size == 1:
-            size, header = struct.unpack_from(">Q", stream, at + 8)[0], 16
+            size = struct.unpack_from(">Q", stream, at + 8)[0]
+            header = 16
         if size < header or at + size > len(stream):
             raise MachineError(
                 f"The video encoder wrote a broken {kind!r} box; the finished part is kept."
@@ -146,9 +146,13 @@ class Writer:
             "use an even scale.",
         )
         check_writable(path)
-        self.path, self.fps, self.size, self.scale = Path(path), fps, size, scale
+        self.path = Path(path)
+        self.fps = fps
+        self.size = size
+        self.scale = scale
         rate = Fraction(fps).limit_denominator(1001)
-        self.position, self._encoder = resume or Position(), None
+        self.position = resume or Position()
+        self._encoder = None
         self._picture = h264.Picture(*size, scale, rate)
         try:
             self._header = h264.header(self._picture, json.dumps(settings))
@@ -218,7 +222,8 @@ class Writer:
 
     def _append(self, samples: list[h264.Sample]) -> None:
         """Adds a block, and its header to an empty file; a failure leaves the file as it was."""
-        at, duration = self.position, self._picture.rate.denominator * h264.TICKS
+        at = self.position
+        duration = self._picture.rate.denominator * h264.TICKS
         keys = [number for number, sample in enumerate(samples) if sample.key]
         ends = [*keys[1:], len(samples)]
         block = b"".join(
@@ -263,7 +268,8 @@ def _check_same_file(path: Path, at: Position, config: bytes) -> None:
             begun = next((h264.config(moov) for kind, moov in boxes(start) if kind == b"moov"), b"")
             fragments = sum(kind == b"moof" for kind, _ in boxes(start))
     except (MachineError, ValueError):
-        fragments, begun = None, b""
+        fragments = None
+        begun = b""
     require(
         fragments == at.fragments,
         f"Video {path} ({size} bytes) is not the file of the run to continue; "
@@ -333,7 +339,8 @@ def contact_sheet(frames, path, *, columns: int = 8, every: int = 1) -> None:
     """Writes one PNG with every `every`-th frame, `columns` to a row; missing places stay black."""
     import imageio.v3  # no other function needs it
 
-    path, chosen = Path(path), to_uint8(frames)[::every]
+    path = Path(path)
+    chosen = to_uint8(frames)[::every]
     require(
         path.suffix.lower() == ".png",
         f"Contact sheet {path} does not end in .png; give it that suffix.",

@@ -78,7 +78,8 @@ def init(
 
     Without `scratch`, views end with what is remembered: `view.lay` allots the rest.
     """
-    cfg, s = spec.cache, spec.tokens_per_frame
+    cfg = spec.cache
+    s = spec.tokens_per_frame
 
     def layer(_) -> LayerCache:
         def store(*sizes: int) -> Array:
@@ -261,7 +262,9 @@ def _settle(spec: MemorySpec, layer: LayerCache, selection: Selection) -> LayerC
 
 def reposition(spec: MemorySpec, layout: Layout, layer: LayerCache) -> LayerCache:
     """`layer` with the keys of sink and recent frames at their positions in `layout`."""
-    cfg, s, keys = spec.cache, spec.tokens_per_frame, layer.view.k
+    cfg = spec.cache
+    s = spec.tokens_per_frame
+    keys = layer.view.k
     if cfg.rope_adjustment == "incremental":
         turn = jnp.full(cfg.sink * s, layout.sink_position - layer.sink_position)
         sink = rope.rotate(keys[:, : cfg.sink * s], rope.time_angles(turn, spec))

@@ -63,7 +63,8 @@ def layout(cfg: CacheConfig, progress: Progress, gap: Array | float = 0.0) -> La
 
     `rope_adjustment="none"` leaves the sink at its true frames.
     """
-    start, scene = progress.num_blocks * cfg.block, progress.scene_start * cfg.block
+    start = progress.num_blocks * cfg.block
+    scene = progress.scene_start * cfg.block
     origin = jnp.maximum(scene + cfg.sink, progress.first_visible * cfg.block)
     sink = jnp.minimum(start - scene, cfg.sink)
     behind = jnp.maximum(start - origin, 0)
@@ -160,10 +161,12 @@ def packed_positions(spec: MemorySpec) -> tuple[np.ndarray, np.ndarray]:
     Each token sits at the centre of the cells it stands for; frames that only pad the block do not count.
     """
     slots, rows, columns = spec.packed_grid
-    block, (frames_each, *tokens_each) = spec.cache.block, spec.packed_stride
+    block = spec.cache.block
+    frames_each, *tokens_each = spec.packed_stride
     frames = np.minimum(np.arange(slots * frames_each), spec.packed_frames - 1).reshape(slots, -1)
     frames = np.ma.masked_greater_equal(frames, block).mean(axis=1).filled(block - 1)
-    down, across = np.arange(rows), np.arange(columns)
+    down = np.arange(rows)
+    across = np.arange(columns)
     if spec.packed_position_rule == "stretched":
         down, across = (
             (np.arange(size) + 0.5) * each - 0.5 for size, each in zip((rows, columns), tokens_each)

@@ -85,7 +85,9 @@ def score_inputs(
     All lie at one common distance, the middle of the row they will form, so that age does not decide. The paper's
     sum alone sees them at their true frames, counted from the current block's first.
     """
-    cfg, packed, s = spec.cache, layer.packed.k, spec.tokens_per_frame
+    cfg = spec.cache
+    packed = layer.packed.k
+    s = spec.tokens_per_frame
     offsets = jnp.asarray(layouts.packed_positions(spec)[0])[None, None]
     lies = jnp.zeros((1, 1, 1))
     if cfg.rope_adjustment == "incremental":
@@ -111,7 +113,8 @@ def score_inputs(
 
 def _recent_keys(spec: MemorySpec, layout: Layout, keys: Heads) -> Heads:
     """Keys of the recent frames in time order, the visible ones first."""
-    cfg, size = spec.cache, spec.cache.chunk * spec.tokens_per_frame
+    cfg = spec.cache
+    size = spec.cache.chunk * spec.tokens_per_frame
     if cfg.recent == 0:
         return keys[:, :0]
     first = layouts.recent_frames(cfg, layout)[:: cfg.chunk]
@@ -191,7 +194,8 @@ def lay(
 
 def _positioned(spec: MemorySpec, layout: Layout, gathered: Gathered, selection: Selection) -> KV:
     """The gathered packed blocks [b, selected*p, n, h], keys turned from where they lie to their positions."""
-    cfg, (b, _, _, n, h) = spec.cache, gathered.kv.k.shape
+    cfg = spec.cache
+    b, _, _, n, h = gathered.kv.k.shape
     scale = layout.step / cfg.block if cfg.rope_adjustment == "sink" else 1.0
     inside = jnp.asarray(layouts.packed_positions(spec)[0])[None, None] * scale
     inside = 0.0 if cfg.rope_adjustment == "incremental" else inside

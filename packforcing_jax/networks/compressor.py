@@ -23,7 +23,8 @@ class Compressor(nnx.Module):
     """
 
     def __init__(self, step: StepConfig, rngs: nnx.Rngs):
-        cfg, channels = step.compressor, (step.dit.in_channels, *step.compressor.channels)
+        cfg = step.compressor
+        channels = (step.dit.in_channels, *step.compressor.channels)
         if cfg.branches == "lr":
             return
         self.convs = nnx.List(

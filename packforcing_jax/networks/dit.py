@@ -34,10 +34,8 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: DiTConfig, rngs: nnx.Rngs):
         self.q, self.k, self.v, self.o = (nnx.Linear(cfg.dim, cfg.dim, rngs=rngs) for _ in range(4))
-        self.norm_q, self.norm_k = (
-            layers.RMSNorm(cfg.dim, cfg.eps),
-            layers.RMSNorm(cfg.dim, cfg.eps),
-        )
+        self.norm_q = layers.RMSNorm(cfg.dim, cfg.eps)
+        self.norm_k = layers.RMSNorm(cfg.dim, cfg.eps)
         self.heads = cfg.heads
 
     def split(self, x: Tokens) -> Heads:
@@ -58,7 +56,8 @@ class Block(nnx.Module):
 
     def __init__(self, cfg: DiTConfig, rngs: nnx.Rngs):
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, cfg.dim)) * cfg.dim**-0.5)
-        self.attn, self.cross = Attention(cfg, rngs), Attention(cfg, rngs)
+        self.attn = Attention(cfg, rngs)
+        self.cross = Attention(cfg, rngs)
         self.norm3 = layers.LayerNorm(cfg.dim, cfg.eps)
         self.ffn_in = nnx.Linear(cfg.dim, cfg.ffn_dim, rngs=rngs)
         self.ffn_out = nnx.Linear(cfg.ffn_dim, cfg.dim, rngs=rngs)
@@ -240,7 +239,8 @@ def _whole(
 
     `context` [b, words, text] is read by all frames, [b, block, words, text] by as many equal blocks of them.
     """
-    cfg, size = model.cfg, np.prod(token_grid(model.cfg, latent))
+    cfg = model.cfg
+    size = np.prod(token_grid(model.cfg, latent))
     angles = rope.time_angles(
         jnp.asarray(np.repeat(frames, size), jnp.float32), cfg
     ) + rope.space_angles(jnp.asarray(grid_positions(cfg, latent)), cfg)
@@ -248,7 +248,8 @@ def _whole(
     blocks = texts.shape[1]
 
     def self_attention(q, k, v, past):
-        q, k = rope.rotate(q, angles), rope.rotate(k, angles)
+        q = rope.rotate(q, angles)
+        k = rope.rotate(k, angles)
         return (
             attention_fn(q, k, v) if mask is None else attention.reference(q, k, v, mask=mask)
         ), None
@@ -307,11 +308,13 @@ def parallel(
     their own noisy block and clean blocks before it; clean frames (timestep 0) see clean blocks up to their own.
     """
     owner = block_of_frame(block_ends)
-    frames, size = np.arange(latent.shape[1]), int(np.prod(token_grid(model.cfg, latent)))
+    frames = np.arange(latent.shape[1])
+    size = int(np.prod(token_grid(model.cfg, latent)))
     if clean is None:
         visible = _mask(owner[:, None] >= owner[None], size)
         return _whole(model, latent, timesteps, context, frames, visible, attention.reference)
-    past, now = owner[:, None] > owner[None], owner[:, None] == owner[None]
+    past = owner[:, None] > owner[None]
+    now = owner[:, None] == owner[None]
     visible = _mask(np.block([[past | now, np.zeros_like(now)], [past, now]]), size)
     both, times = (
         jnp.concatenate(pair, axis=1)

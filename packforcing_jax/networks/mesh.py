@@ -139,14 +139,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def check(exp: Experiment, train: TrainConfig, mesh: Mesh) -> None:
     """Raises `InputError` for heads, batch or tokens that the mesh does not divide; allocates nothing."""
-    heads, parts = exp.dit.heads, divisor(HEADS, mesh.shape)
+    heads = exp.dit.heads
+    parts = divisor(HEADS, mesh.shape)
     require(
         heads % parts == 0,
         f"{exp.name} has {heads} heads, which train.mesh tensor x context = "
         f"{mesh.shape['tensor']} x {mesh.shape['context']} = {parts} does not divide; "
         f"sizes that work: {_divisors(heads)}.",
     )
-    parts, processes = divisor(BATCH, mesh.shape), jax.process_count()
+    parts = divisor(BATCH, mesh.shape)
+    processes = jax.process_count()
     whole = parts * train.accumulate
     require(
         train.batch % whole == 0,
@@ -159,7 +161,8 @@ def check(exp: Experiment, train: TrainConfig, mesh: Mesh) -> None:
         f"train.mesh data x fsdp = {parts} is not divisible by {processes} processes; "
         "make tensor and context smaller, so that each process has videos of its own.",
     )
-    tokens, context = exp.cache.block * exp.tokens_per_frame, mesh.shape["context"]
+    tokens = exp.cache.block * exp.tokens_per_frame
+    context = mesh.shape["context"]
     require(
         tokens % context == 0,
         f"{exp.name} has {tokens} tokens in a block, which train.mesh.context={context} does not divide; "

@@ -54,7 +54,8 @@ def rotate(
     turn = jnp.expand_dims(angles, range(4 - angles.ndim - 1))[
         ..., None, :
     ]  # [1 or b, k, 1, pairs]
-    cos, sin = jnp.repeat(jnp.cos(turn), 2, axis=-1), jnp.sin(turn)
+    cos = jnp.repeat(jnp.cos(turn), 2, axis=-1)
+    sin = jnp.sin(turn)
     signed = jnp.stack([-sin, sin], axis=-1).reshape(cos.shape)
     exact = x.astype(jnp.float32)
     partner = jnp.flip(exact.reshape(*x.shape[:-1], x.shape[-1] // 2, 2), axis=-1).reshape(x.shape)

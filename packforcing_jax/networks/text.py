@@ -19,7 +19,8 @@ EPS = 1e-6
 def buckets(words: int, count: int, max_distance: int) -> Int[np.ndarray, "q k"]:
     """The bias bucket of each (query, key): half of `count` per direction, exact when near, logarithmic when far."""
     relative = np.arange(words)[None, :] - np.arange(words)[:, None]
-    half, exact = count // 2, count // 4
+    half = count // 2
+    exact = count // 4
     distance = np.abs(relative)
     steps = np.log(np.maximum(distance, 1) / exact) / np.log(max_distance / exact) * (half - exact)
     far = np.minimum(exact + np.floor(steps).astype(int), half - 1)
@@ -52,7 +53,9 @@ class Attention(nnx.Module):
         return einops.rearrange(x, "b k (n h) -> b k n h", n=self.heads)
 
     def __call__(self, x: TextStates, bias: Float[Array, "1 n q k"], mask: Mask) -> TextStates:
-        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+        q = self.split(self.q(x))
+        k = self.split(self.k(x))
+        v = self.split(self.v(x))
         scores = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32) + bias
         masked = jnp.where(mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min)
         mixed = jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(masked).astype(x.dtype), v)
@@ -75,7 +78,8 @@ class Block(nnx.Module):
     """One encoder layer: attention and MLP, each on normed states and added back."""
 
     def __init__(self, cfg: TextConfig, rngs: nnx.Rngs):
-        self.norm1, self.norm2 = layers.RMSNorm(cfg.dim, EPS), layers.RMSNorm(cfg.dim, EPS)
+        self.norm1 = layers.RMSNorm(cfg.dim, EPS)
+        self.norm2 = layers.RMSNorm(cfg.dim, EPS)
         self.attn = Attention(cfg, rngs)
         initial = nnx.initializers.normal(cfg.dim**-0.5)
         self.position = nnx.Embed(cfg.buckets, cfg.heads, embedding_init=initial, rngs=rngs)

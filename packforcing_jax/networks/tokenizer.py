@@ -15,7 +15,9 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from packforcing_jax.errors import InputError, require
 
-PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+PAD = "<pad>"
+END = "</s>"
+UNKNOWN = "<unk>"
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +87,8 @@ class Tokenizer:
         mask = np.zeros_like(ids)
         for index, row in enumerate(rows):
             kept = [*row[: self.max_words - 1], self.inner.token_to_id(END)]
-            ids[index, : len(kept)], mask[index, : len(kept)] = kept, 1
+            ids[index, : len(kept)] = kept
+            mask[index, : len(kept)] = 1
         return ids, mask
 
     def _words(self, text: str, index: int, total: int) -> list[int]:

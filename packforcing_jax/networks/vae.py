@@ -107,7 +107,8 @@ class WanVAE(nnx.Module):
     @property
     def scale(self) -> tuple[Float[Array, "1 1 1 1 c"], Float[Array, "1 1 1 1 c"]]:
         """Mean and standard deviation of the latent channels."""
-        mean, std = jnp.asarray(self.cfg.mean, jnp.float32), jnp.asarray(self.cfg.std, jnp.float32)
+        mean = jnp.asarray(self.cfg.mean, jnp.float32)
+        std = jnp.asarray(self.cfg.std, jnp.float32)
         return layers.per_channel(mean, 5), layers.per_channel(std, 5)
 
 
@@ -166,7 +167,8 @@ def _moments_chunk(
     vae: WanVAE, state: State, frames: Video, *, first: bool
 ) -> tuple[tuple[Latent, Latent], State]:
     """Mean and log-variance of the next frames, not normalised, in float32."""
-    count, group = frames.shape[1], vae.cfg.time_factor
+    count = frames.shape[1]
+    group = vae.cfg.time_factor
     require(
         count > 0 and count % group == first % group,
         f"{count} frames do not make whole latents; give {'1 + ' * first}a multiple of {group}.",

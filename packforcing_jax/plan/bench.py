@@ -48,7 +48,8 @@ def forward(
 ) -> tuple[Memory, Latent]:
     """The first denoising step, its views in place."""
     times, sigmas = (jnp.asarray(x) for x in block_step.step_table(cfg.sample))
-    nets, layout = pytrees.cast(nets, cfg.compute), layouts.layout(cfg.cache, memory.progress)
+    nets = pytrees.cast(nets, cfg.compute)
+    layout = layouts.layout(cfg.cache, memory.progress)
     given = noisy, times[0], sigmas[0], text_kv, block_step.views_of(memory)
     clean, views = block_step.predict_x0(nets, cfg, layout, *given)
     return block_step.with_views(memory, views), clean
@@ -59,7 +60,8 @@ def choose(
     cfg: StepConfig, memory: Memory, queries: list[Heads], random: list[Array]
 ) -> PerLayer[Selection]:
     """What every layer attends to, asked by `queries`."""
-    spec, layout = cfg.memory, layouts.layout(cfg.cache, memory.progress)
+    spec = cfg.memory
+    layout = layouts.layout(cfg.cache, memory.progress)
     pooled = pytrees.over(lambda q: view.pool_queries(spec, layout, q), queries)
     scores = pytrees.over(
         lambda *one: view.score(spec, layout, *one), memory.layers, pooled, random
@@ -192,7 +194,8 @@ def shapes(exp: Experiment) -> Scene:
         "cache.archive='host' denoises a block in parts; bench measures whole ones, "
         "set cache.archive=device.",
     )
-    held, spec = programs.shapes_of(exp), exp.memory
+    held = programs.shapes_of(exp)
+    spec = exp.memory
 
     def tokens(count: int) -> list[KV]:
         one: Any = jax.ShapeDtypeStruct((1, count, spec.heads, spec.head_dim), exp.dtypes.compute)
@@ -247,7 +250,8 @@ def _behind(state: State, progress: layouts.Progress) -> State:
 def scene(model: player.Model, names: Collection[str]) -> Scene:
     """A model behind a full memory of random numbers, with what the parts `names` are given."""
     exp = model.experiment
-    held, progress = shapes(exp), full(exp)
+    held = shapes(exp)
+    progress = full(exp)
     given = {name: filled(held.given[name]) for part in names for name in PARTS[part].takes}
     if "selection" in given:
         newest = view.newest(exp.memory, layouts.layout(exp.cache, progress), 1)
@@ -261,7 +265,9 @@ def scene(model: player.Model, names: Collection[str]) -> Scene:
 def operations(exp: Experiment, names: Collection[str]) -> dict[str, int]:
     """Operations of one run of each part, counted in its program; keys that only fill up a view do not count."""
     exp = dataclasses.replace(exp, attention="reference")  # fused kernels hide their products
-    held, keys, progress = shapes(exp), attended(exp), full(exp)
+    held = shapes(exp)
+    keys = attended(exp)
+    progress = full(exp)
     spec = exp.memory
     whole = (1, spec.room, spec.heads, spec.head_dim)
 
@@ -310,8 +316,10 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
 ) -> Found:
     """The parts `names` of a model (by default all), in rounds with the products that show the device's ceiling."""
-    exp, parts = model.experiment, parts_of(model.experiment, names)
-    held, products = scene(model, parts), timing.products(exp.dtypes.compute)
+    exp = model.experiment
+    parts = parts_of(model.experiment, names)
+    held = scene(model, parts)
+    products = timing.products(exp.dtypes.compute)
     steps = {product.name: product.step() for product in products} | {
         name: held.run(name) for name in parts
     }
@@ -334,7 +342,8 @@ def blocks_a_second(exp: Experiment) -> float:
 
 def report(found: Found) -> dict[str, Any]:
     """All figures in seconds, operations and bytes; those of `second` are of a second of video, not of one block."""
-    exp, best = found.experiment, found.ceiling
+    exp = found.experiment
+    best = found.ceiling
     backend, why = attention.resolve(exp.attention, jnp.dtype(exp.dtypes.cache))
     ceiling = best.operations / found.times[best.name].median
     rows = {name: _row(found, name, ceiling) for name in found.operations}
@@ -358,11 +367,10 @@ def report(found: Found) -> dict[str, Any]:
 
 
 def _row(found: Found, name: str, ceiling: float) -> dict[str, float]:
-    times, times_as_much = (
-        found.times[name],
-        blocks_a_second(found.experiment) if name == "second" else 1,
-    )
-    done, bytes_moved = found.operations[name] * times_as_much, found.moved[name] * times_as_much
+    times = found.times[name]
+    times_as_much = blocks_a_second(found.experiment) if name == "second" else 1
+    done = found.operations[name] * times_as_much
+    bytes_moved = found.moved[name] * times_as_much
     low, high = times.quartiles
     seconds = {"median": times.median, "low": low, "high": high, "best": times.best}
     seconds = {key: value * times_as_much for key, value in seconds.items()}
@@ -384,7 +392,8 @@ def metrics(found: Found) -> dict[str, dict[str, Any]]:
     def metric(value: float, direction: str) -> dict[str, Any]:
         return {"value": value, "direction": direction}
 
-    times, best = found.times, found.ceiling
+    times = found.times
+    best = found.ceiling
     if "forward" not in found.operations:
         return {}
     share = (

@@ -124,7 +124,8 @@ def count(exp: Experiment, shapes: Shapes, traced: Traced, blocks: int) -> dict[
     }
     views = jaxpr_cost.nbytes([layer.view for layer in shapes.layers])
     archive = jaxpr_cost.nbytes([layer.packed for layer in shapes.layers])
-    each, one = views // keys["keys/room"], archive // max(exp.cache.slots, 1)
+    each = views // keys["keys/room"]
+    one = archive // max(exp.cache.slots, 1)
     stored = {
         "bytes/cached": keys["keys/cached"] * each,
         "bytes/attended": keys["keys/attended"] * each,
@@ -153,7 +154,8 @@ def _keys(exp: Experiment, shapes: Shapes, traced: Traced) -> dict[str, int]:
 
     Those of sink and recent frames lie where commits left them, the others are laid down for each block.
     """
-    full, whole = layouts.layout(exp.cache, layouts.begin(full_position(exp))), shapes.view
+    full = layouts.layout(exp.cache, layouts.begin(full_position(exp)))
+    whole = shapes.view
     parts = {
         "keys/sink": int(full.sink) * exp.tokens_per_frame,
         "keys/packed": sum(jaxpr_cost.writes(traced.lay, whole)) // 2,  # keys, then values
@@ -173,8 +175,10 @@ def _keys(exp: Experiment, shapes: Shapes, traced: Traced) -> dict[str, int]:
 
 def held(exp: Experiment, shapes: Shapes) -> dict[str, int]:
     """Bytes that lie there from the first block to the last, however long the video is."""
-    layers, nets = shapes.layers, (shapes.nets, shapes.vae)
-    views, archive = [layer.view for layer in layers], [layer.packed for layer in layers]
+    layers = shapes.layers
+    nets = (shapes.nets, shapes.vae)
+    views = [layer.view for layer in layers]
+    archive = [layer.packed for layer in layers]
     unrotated = [(layer.sink, layer.recent) for layer in layers]
     trees = {
         "weights": nets,
@@ -238,11 +242,14 @@ def _operations(
     exp: Experiment, shapes: Shapes, traced: Traced, keys: dict[str, int]
 ) -> dict[str, float]:
     """Operations of one block, and what share of them the choice of packed blocks takes."""
-    step, steps = jaxpr_cost.operations(traced.step), len(exp.sample.steps)
+    step = jaxpr_cost.operations(traced.step)
+    steps = len(exp.sample.steps)
     attending = jaxpr_cost.operations(traced.step, on=shapes.view)
-    denoising, clean = jaxpr_cost.operations(traced.denoise), jaxpr_cost.operations(traced.clean)
+    denoising = jaxpr_cost.operations(traced.denoise)
+    clean = jaxpr_cost.operations(traced.clean)
     packing = jaxpr_cost.operations(traced.packed) if traced.packed else 0
-    selecting, whole = denoising - steps * step, denoising + clean + packing
+    selecting = denoising - steps * step
+    whole = denoising + clean + packing
     return {
         "operations/one step": step,
         "operations/of it self-attention": attending,

@@ -96,9 +96,15 @@ def closed(exp: Experiment, *, blocks: int, batch: int) -> Figures:
 
 def keys_of(exp: Experiment) -> Figures:
     """Keys that one layer of one video attends to, by partition (paper sec. 3.2)."""
-    cfg, s, p = exp.cache, exp.tokens_per_frame, exp.tokens_per_packed_block
-    sink, packed, recent, current = cfg.sink * s, cfg.attended * p, cfg.recent * s, cfg.block * s
-    cached, twin = sink + packed + recent, p if cfg.top else 0
+    cfg = exp.cache
+    s = exp.tokens_per_frame
+    p = exp.tokens_per_packed_block
+    sink = cfg.sink * s
+    packed = cfg.attended * p
+    recent = cfg.recent * s
+    current = cfg.block * s
+    cached = sink + packed + recent
+    twin = p if cfg.top else 0
     together = (cfg.window or cfg.block) * s
     room = math.ceil((cached + together + twin) / cfg.key_multiple) * cfg.key_multiple
     return {
@@ -115,7 +121,8 @@ def keys_of(exp: Experiment) -> Figures:
 
 def last_block(exp: Experiment, blocks: int) -> Figures:
     """What block number `blocks` sees of those before it, if the archive forgets the oldest first."""
-    cfg, frames = exp.cache, (blocks - 1) * exp.cache.block
+    cfg = exp.cache
+    frames = (blocks - 1) * exp.cache.block
     if cfg.evicts is not eviction.FIFO:
         return {}
     sink = min(frames, cfg.sink)
@@ -139,11 +146,9 @@ def token_bytes(exp: Experiment, batch: int, dtype: str) -> int:
 
 def bytes_of(exp: Experiment, blocks: int, batch: int) -> Figures:
     """Bytes of stored keys and values."""
-    keys, last, each = (
-        keys_of(exp),
-        last_block(exp, blocks),
-        token_bytes(exp, batch, exp.dtypes.cache),
-    )
+    keys = keys_of(exp)
+    last = last_block(exp, blocks)
+    each = token_bytes(exp, batch, exp.dtypes.cache)
     counts = {
         "bytes/cached": keys["keys/cached"],
         "bytes/attended": keys["keys/attended"],
@@ -158,7 +163,9 @@ def bytes_of(exp: Experiment, blocks: int, batch: int) -> Figures:
 
 def held(exp: Experiment, batch: int) -> Figures:
     """Bytes that lie there from the first block to the last beside weights and the codec's state."""
-    cfg, spec, s = exp.cache, exp.memory, exp.tokens_per_frame
+    cfg = exp.cache
+    spec = exp.memory
+    s = exp.tokens_per_frame
     unrotated = cfg.recent if spec.recent_moves else cfg.sink if spec.sink_moves else 0
     counts = {
         "held/views": keys_of(exp)["keys/room"],
@@ -182,7 +189,8 @@ def _is_ours(model: object) -> TypeGuard[DiTConfig]:
 
 def all_known(exp: Experiment) -> bool:
     """Whether every network is one of the project's own."""
-    codecs, compressor = (VAEConfig, SpaceToDepthConfig), type(exp.compressor) is CompressorConfig
+    codecs = (VAEConfig, SpaceToDepthConfig)
+    compressor = type(exp.compressor) is CompressorConfig
     return _is_ours(exp.dit) and type(exp.codec) in codecs and compressor
 
 
@@ -197,8 +205,12 @@ def largest(exp: Experiment, batch: int) -> int:
 
     Only where `all_known`.
     """
-    cfg, model, words, keys = exp.cache, exp.dit, exp.text.max_words, keys_of(exp)
-    q, packed = keys["keys/current"], cfg.slots * exp.tokens_per_packed_block
+    cfg = exp.cache
+    model = exp.dit
+    words = exp.text.max_words
+    keys = keys_of(exp)
+    q = keys["keys/current"]
+    packed = cfg.slots * exp.tokens_per_packed_block
     sharp = (cfg.sink + cfg.recent) * exp.tokens_per_frame
     width = exp.codec.dim * max(exp.codec.dim_mult[:2]) if isinstance(exp.codec, VAEConfig) else 3
     cells = (
@@ -232,7 +244,8 @@ def parameters(exp: Experiment) -> Figures:
 
 def weights(exp: Experiment) -> Figures:
     """Bytes of the weights of every network that has a formula for them."""
-    dtypes, numbers = exp.dtypes, parameters(exp)
+    dtypes = exp.dtypes
+    numbers = parameters(exp)
     stored = {"transformer": dtypes.params, "compressor": dtypes.params, "codec": dtypes.vae}
     found = {
         f"weights/{name}": numbers[f"parameters/{name}"] * BYTES[dtype]
@@ -248,7 +261,8 @@ def weights(exp: Experiment) -> Figures:
 
 
 def _transformer(cfg: DiTConfig) -> int:
-    d, cells = cfg.dim, math.prod(cfg.patch)
+    d = cfg.dim
+    cells = math.prod(cfg.patch)
     layer = (
         8 * (d * d + d) + 2 * d * cfg.ffn_dim + cfg.ffn_dim + d + 12 * d
     )  # norms 6 d, modulation 6 d
@@ -281,7 +295,9 @@ def _compressor(exp: Experiment) -> tuple[int, int]:
     """(parameters, operations on one block) of the HR branch, which LR alone does without."""
     if exp.compressor.branches == "lr":
         return 0, 0
-    size, parameters, operations = (exp.compressor.frames, *exp.latent), 0, 0
+    size = (exp.compressor.frames, *exp.latent)
+    parameters = 0
+    operations = 0
     channels = (exp.dit.in_channels, *exp.compressor.channels)
     for inner, outer, stride in zip(channels, channels[1:], exp.compressor.strides, strict=False):
         kernel = (3 if stride[0] > 1 else 1, *(4 if step > 1 else 3 for step in stride[1:]))
@@ -300,7 +316,10 @@ def _compressor(exp: Experiment) -> tuple[int, int]:
 
 def operations(exp: Experiment, keys: Figures, batch: int) -> Figures:
     """Operations of one block of `batch` videos, as far as the networks are the project's own."""
-    cfg, model, q, room = exp.cache, exp.dit, keys["keys/current"], keys["keys/room"]
+    cfg = exp.cache
+    model = exp.dit
+    q = keys["keys/current"]
+    room = keys["keys/room"]
     once: Figures = {}
     if _is_ours(model):
         step = _pass(exp, model, q, cfg.block, room)
@@ -337,8 +356,10 @@ def _pass(
     embeds: bool = True,
 ) -> float:
     """One pass of `q` tokens. Without its `ends` it is over once the last layer has its keys, or its queries too."""
-    d, cells = cfg.dim, math.prod(cfg.patch)
-    own, queries = 4 * q * d * d, 2 * q * d * d
+    d = cfg.dim
+    cells = math.prod(cfg.patch)
+    own = 4 * q * d * d
+    queries = 2 * q * d * d
     rest = 2 * q * (d * d + 2 * keys * d + 2 * d * d + 2 * cfg.text_len * d + 2 * d * cfg.ffn_dim)
     count = cfg.layers * own + (cfg.layers - 1) * (queries + rest) + (ends or asks) * queries
     count += 2 * frames * d * (cfg.freq_dim + 7 * d) + embeds * 2 * q * cfg.in_channels * cells * d
@@ -347,7 +368,9 @@ def _pass(
 
 def _packing(exp: Experiment, cfg: DiTConfig, room: float) -> float:
     """One more pass for the packed twin, or its projections alone, behind the compressor."""
-    p, d, branches = exp.tokens_per_packed_block, cfg.dim, exp.compressor.branches
+    p = exp.tokens_per_packed_block
+    d = cfg.dim
+    branches = exp.compressor.branches
     embedding = 2 * p * cfg.in_channels * math.prod(cfg.patch) * d
     count = _compressor(exp)[1] + (branches != "hr") * embedding
     if exp.compressor.keys == "projected":
@@ -369,7 +392,8 @@ def _asks_before(exp: Experiment) -> bool:
 
 def _selection(exp: Experiment, q: float, room: float) -> float:
     """Products of queries averaged over windows with the keys that the score reads, and the pass to ask in."""
-    cfg, pairs = exp.cache, 0.0
+    cfg = exp.cache
+    pairs = 0.0
     packed = cfg.slots * exp.tokens_per_packed_block
     full_res = (cfg.sink + cfg.recent) * exp.tokens_per_frame
     if cfg.attended:

@@ -112,7 +112,8 @@ def size(shape: Shape) -> int:
 
 def read(text: str) -> Program:
     """The program of `compiled.as_text()`."""
-    computations, ops = {}, {}
+    computations = {}
+    ops = {}
     for line in text.splitlines():
         if head := HEAD.match(line):
             computations[head[1]] = ops = {}
@@ -175,7 +176,8 @@ def remade(program: Program, stores: Collection[Shape], at_least: int) -> list[O
 
     Stores are known by their shapes. What only moves data is a copy of them, what else there is a changed copy.
     """
-    held, found = set(), []
+    held = set()
+    found = []
     for computation, op in program.kernels():
         if op.shape in stores:
             held.add((computation, op.name))
@@ -200,7 +202,8 @@ def written(program: Program, shapes: Collection[Shape]) -> list[Op]:
 
 def astray(assignment: str, shapes: Collection[Shape]) -> list[str]:
     """Results of one of `shapes` that XLA put anywhere but into a buffer handed in, from its buffer assignment."""
-    found, given = [], False
+    found = []
+    given = False
     for line in assignment.splitlines():
         if line.startswith("allocation "):
             given = ", parameter " in line

@@ -22,7 +22,8 @@ def walk(
     has no known number of turns and counts one.
     """
     for eqn in _needed(getattr(program, "jaxpr", program)):
-        inside, turns = _inside(eqn), eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        inside = _inside(eqn)
+        turns = eqn.params["length"] if eqn.primitive.name == "scan" else 1
         if not inside:
             yield eqn, times
         for body in inside:
@@ -31,7 +32,8 @@ def walk(
 
 def _needed(program: Any) -> list[core.JaxprEqn]:
     """The equations that results or effects depend on."""
-    kept, wanted = [], _variables(program.outvars)
+    kept = []
+    wanted = _variables(program.outvars)
     for eqn in reversed(program.eqns):
         if eqn.effects or wanted.intersection(eqn.outvars):
             kept.append(eqn)
@@ -62,7 +64,8 @@ def _product(eqn: core.JaxprEqn) -> int:
 
 def _convolution(eqn: core.JaxprEqn) -> int:
     """Operations of a convolution, zeros of its padding included: every output element sums over one kernel."""
-    kernel, spec = _shape(eqn.invars[1]), eqn.params["dimension_numbers"].rhs_spec
+    kernel = _shape(eqn.invars[1])
+    spec = eqn.params["dimension_numbers"].rhs_spec
     return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(kernel) // max(kernel[spec[0]], 1)
 
 
@@ -117,7 +120,9 @@ def peak(
 
 def _peak(jaxpr: Any, besides: Collection[tuple[int, ...]], elsewhere: set[core.Var]) -> int:
     """`peak` without the variables `elsewhere`."""
-    eqns, alive, most = _needed(jaxpr), 0, 0
+    eqns = _needed(jaxpr)
+    alive = 0
+    most = 0
     last = {variable: at for at, eqn in enumerate(eqns) for variable in _variables(eqn.invars)}
     last |= dict.fromkeys(_variables(jaxpr.outvars), len(eqns))
     own = {variable for eqn in eqns for variable in eqn.outvars} - elsewhere
@@ -137,7 +142,8 @@ def _peak(jaxpr: Any, besides: Collection[tuple[int, ...]], elsewhere: set[core.
         return _peak(inner, besides, _variables(placed))
 
     for at, eqn in enumerate(eqns):
-        made, used = weigh(eqn.outvars), _variables(eqn.invars) & own
+        made = weigh(eqn.outvars)
+        used = _variables(eqn.invars) & own
         most = max(most, alive + max([made, *(inside(body, eqn) for body in _inside(eqn))]))
         alive += made - weigh(variable for variable in used if last[variable] == at)
     return most

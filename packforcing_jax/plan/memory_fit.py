@@ -16,7 +16,9 @@ from packforcing_jax.plan.programs import COMMITTING, DENOISING, ENCODING, PROMP
 
 Setting = tuple[str, ...]  # what goes behind --set
 Uses = Mapping[str, Use]
-LOADING, READING, SAMPLING = "loading", "reading prompts", "sampling"
+LOADING = "loading"
+READING = "reading prompts"
+SAMPLING = "sampling"
 NETS = ("transformer", "compressor", "codec")
 
 # Changes that save memory, the most harmless first: rounding, then where things lie, then what is kept, then the size.
@@ -99,7 +101,8 @@ def bounded(exp: Experiment, batch: int = 1) -> Uses:
 
 def _results(exp: Experiment, batch: int) -> dict[str, int]:
     """Bytes of what each program hands back in room of its own."""
-    shown, states = programs.showing(exp), programs.states_of(exp.text, exp.dtypes.text)[0]
+    shown = programs.showing(exp)
+    states = programs.states_of(exp.text, exp.dtypes.text)[0]
     decoder = programs.codec_of(exp.codec, exp.latent, batch, exp.dtypes.vae)[1]
     each = exp.tokens_per_packed_block * formulas.token_bytes(exp, batch, exp.dtypes.compute)
     return {
@@ -127,7 +130,8 @@ def _widened(exp: Experiment) -> Experiment:
 def resting(exp: Experiment, batch: int = 1) -> dict[str, int]:
     """Bytes on the device between two blocks, by part."""
     vae, decoder = programs.codec_of(exp.codec, exp.latent, batch, exp.dtypes.vae)
-    nets, stored = programs.nets_of(exp.step, exp.dtypes.params), formulas.held(exp, batch)
+    nets = programs.nets_of(exp.step, exp.dtypes.params)
+    stored = formulas.held(exp, batch)
     kept = ("views", "archive", "un-rotated keys", "recent latents")
     found = {name: int(stored[f"held/{name}"]) for name in kept}
     found["archive"] -= int(stored["held/on the host"])
@@ -147,8 +151,10 @@ def peaks(exp: Experiment, batch: int, uses: Uses) -> Peaks:
     Beside what is held and what a program takes lie: the frames shown last, until the next ones are there; while
     committing, the codec's state before the block too; while a text encoder is read, two of its layers.
     """
-    held, text = resting(exp, batch), formulas.weights(exp)
-    whole, state = sum(held.values()), int(text["weights/text states of one prompt"])
+    held = resting(exp, batch)
+    text = formulas.weights(exp)
+    whole = sum(held.values())
+    state = int(text["weights/text states of one prompt"])
     frames, low_res, latent = map(
         jaxpr_cost.nbytes,
         (*programs.shown_of(programs.showing(exp), batch), _latent_of(exp, batch)),
@@ -158,7 +164,8 @@ def peaks(exp: Experiment, batch: int, uses: Uses) -> Peaks:
         layers + (2 * batch - 1) * state + taken(uses, ENCODING),
         batch * state + taken(uses, PROMPT),
     )
-    fetched, archived = _fetched(exp, batch), int(formulas.held(exp, batch)["held/on the host"])
+    fetched = _fetched(exp, batch)
+    archived = int(formulas.held(exp, batch)["held/on the host"])
     device = {
         LOADING: sum(held[name] for name in NETS),
         READING: whole + frames + reading,
@@ -277,7 +284,8 @@ def _left_in_groups(proc: Path, groups: Path) -> Iterator[int]:
 
 def _left(limit: Path, used: Path, stat: Path) -> Iterator[int]:
     try:
-        most, now = limit.read_text().strip(), int(used.read_text())
+        most = limit.read_text().strip()
+        now = int(used.read_text())
         pages = dict(line.split() for line in stat.read_text().splitlines())
     except (OSError, ValueError):
         return
@@ -390,7 +398,8 @@ def require_fits(exp: Experiment, *, batch: int = 1, room: Room | None = None) -
 
 def refusal(name: str, verdict: Verdict) -> str:
     """Why it does not fit, and what would."""
-    room, lacks = verdict.room, verdict.lacks
+    room = verdict.room
+    lacks = verdict.lacks
     said = f"{name} needs {spell(room.device + lacks)} of memory, {room.name} has {spell(room.device)}; "
     then = spell(room.device + room.lacks(verdict.then))
     if verdict.overrides is None:

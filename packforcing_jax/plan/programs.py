@@ -22,14 +22,13 @@ from packforcing_jax.plan import jaxpr_cost
 from packforcing_jax.sampling import block_step, host_archive, player
 from packforcing_jax.sampling.block_step import Nets
 
-ENCODING, PROMPT, DENOISING, SHOWING, COMMITTING = (
-    "a layer of the text encoder",
-    "a prompt's keys and values",
-    "denoising",
-    "showing",
-    "committing",
-)
-FUSED, WRITTEN = "fused attention", "attention written out"
+ENCODING = "a layer of the text encoder"
+PROMPT = "a prompt's keys and values"
+DENOISING = "denoising"
+SHOWING = "showing"
+COMMITTING = "committing"
+FUSED = "fused attention"
+WRITTEN = "attention written out"
 
 
 def forms(build: Callable[[], Any], dtype: str) -> Any:
@@ -110,7 +109,9 @@ def plain(cfg: StepConfig) -> StepConfig:
 
 def shapes_of(exp: Experiment, batch: int = 1) -> Shapes:
     """All shapes of `batch` videos in the dtypes of the experiment."""
-    cfg, dtypes, shown = plain(exp.step), exp.dtypes, showing(exp)
+    cfg = plain(exp.step)
+    dtypes = exp.dtypes
+    shown = showing(exp)
     vae, decoder = codec_of(shown.codec, shown.latent, batch, shown.dtype)
     frames, low_res = shown_of(shown, batch)
     return Shapes(
@@ -125,7 +126,8 @@ def shapes_of(exp: Experiment, batch: int = 1) -> Shapes:
 
 def block_shapes(cfg: StepConfig, params: str, stored: str, text: str, batch: int) -> BlockShapes:
     """What a block's programs are given, with so stored weights, keys and values, and text states."""
-    nets, spec = nets_of(cfg, params), cfg.memory
+    nets = nets_of(cfg, params)
+    spec = cfg.memory
     memory = jax.eval_shape(lambda: cache.init(spec, batch, jnp.dtype(stored)))
     context = context_of(cfg.dit, text, batch)
     numbers = jax.ShapeDtypeStruct((batch,), jnp.uint32)
@@ -237,7 +239,9 @@ class Traced:
 
 def trace(exp: Experiment, shapes: Shapes) -> Traced:
     """The programs whose operations are counted: the player's, and the parts that they consist of."""
-    cfg, shown, progress = plain(exp.step), showing(exp), shapes.memory.progress
+    cfg = plain(exp.step)
+    shown = showing(exp)
+    progress = shapes.memory.progress
     own = shapes.computed, shapes.latent, shapes.text_kv, shapes.memory
 
     def lay(layer, progress):
@@ -246,7 +250,8 @@ def trace(exp: Experiment, shapes: Shapes) -> Traced:
         return view.lay(cfg.memory, layout, layer, view.gather(layer, chosen), chosen)
 
     def step(nets, latent, text_kv, memory):
-        none, layout = jnp.zeros(()), layouts.layout(cfg.cache, memory.progress)
+        none = jnp.zeros(())
+        layout = layouts.layout(cfg.cache, memory.progress)
         views = block_step.views_of(memory)
         return block_step.predict_x0(nets, cfg, layout, latent, none, none, text_kv, views)
 
@@ -310,7 +315,9 @@ def workspace(exp: Experiment, batch: int = 1) -> dict[str, int]:
     Stores are written in place. Fused attention keeps no array of all queries by all keys, attention written out a
     few. Weights that are not stored as they are computed with are cast in a program, all at once.
     """
-    cfg, dtypes, shown = plain(exp.step), exp.dtypes, showing(exp)
+    cfg = plain(exp.step)
+    dtypes = exp.dtypes
+    shown = showing(exp)
     casts = dtypes.params != dtypes.compute
     cast = casts * jaxpr_cost.nbytes(nets_of(cfg, dtypes.compute))
     low_res = shown_of(shown, batch)[1]
@@ -350,7 +357,8 @@ def _block_workspace(
 
 @functools.cache
 def _show_workspace(shown: Showing, batch: int) -> dict[str, int]:
-    given, frames = _show_given(shown, batch), shown_of(shown, batch)[0]
+    given = _show_given(shown, batch)
+    frames = shown_of(shown, batch)[0]
     programs = {
         "decoding": jaxpr_cost.trace(_decode, *given),
         "low-resolution encode": jaxpr_cost.trace(
@@ -409,9 +417,12 @@ def compiled(exp: Experiment, batch: int = 1) -> dict[str, Use]:
 
 def lowered_programs(exp: Experiment, batch: int = 1) -> Iterator[tuple[str, jax.stages.Lowered]]:
     """The real programs with what they are given, by name."""
-    cfg, dtypes, shown = exp.step, exp.dtypes, showing(exp)
+    cfg = exp.step
+    dtypes = exp.dtypes
+    shown = showing(exp)
     held = block_shapes(cfg, dtypes.params, dtypes.cache, dtypes.text, batch)
-    layer, given = encoder_layer(exp.text, dtypes.text), _show_given(shown, batch)
+    layer = encoder_layer(exp.text, dtypes.text)
+    given = _show_given(shown, batch)
     yield (
         ENCODING,
         text_encoder._layer.lower(layer, *states_of(exp.text, dtypes.text), cfg=exp.text),

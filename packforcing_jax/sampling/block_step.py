@@ -94,7 +94,8 @@ def denoise_block(
     packing pass. A layer that chooses for itself does so on its way. A choice that takes all layers, or comes late,
     is made after a first step behind the newest blocks.
     """
-    spec, layout = cfg.memory, layouts.layout(cfg.cache, memory.progress)
+    spec = cfg.memory
+    layout = layouts.layout(cfg.cache, memory.progress)
     random = random_scores(memory, noise)
     if cfg.cache.top == 0 or (cfg.cache.scope, cfg.cache.timing) == ("layer", "first"):
         past = pytrees.zipped(memory.layers, random)
@@ -178,7 +179,8 @@ def remaining_steps(
     times, sigmas = (jnp.asarray(x) for x in step_table(cfg.sample))
 
     def step(carry, inputs):
-        (clean, views), (time, sigma, fresh) = carry, inputs
+        clean, views = carry
+        time, sigma, fresh = inputs
         noisy = schedules.add_noise(clean, fresh, sigma)
         return predict_x0(nets, cfg, layout, noisy, time, sigma, text, views), None
 
@@ -236,7 +238,8 @@ def commit_block(
     the clean pass saw, the block at full size, and itself; the block never sees its twin. `selection` is what the
     block was denoised with; None lays down the newest packed blocks, for a block that was given and not denoised.
     """
-    spec, cache_cfg = cfg.memory, cfg.cache
+    spec = cfg.memory
+    cache_cfg = cfg.cache
     now = layouts.layout(cache_cfg, memory.progress)
     following = layouts.layout(cache_cfg, memory.progress.after_block())
     if selection is None:
@@ -333,7 +336,8 @@ def recommit(nets: Nets, cfg: StepConfig, memory: Memory, *, text: Any) -> Memor
     Block by block from their latents, each behind the sink and the recent blocks before it; packed blocks stay.
     Raises `InputError` where sink and recent frames are not whole blocks.
     """
-    spec, size = cfg.memory, cfg.cache.block
+    spec = cfg.memory
+    size = cfg.cache.block
     require(
         cfg.cache.sink % size == cfg.cache.recent % size == 0,
         f"cache.sink={cfg.cache.sink} and recent={cfg.cache.recent} must be whole blocks of {size} frames when recent "
@@ -417,7 +421,8 @@ def block_attention(
     cfg: StepConfig, layout: Layout, frames: int, access: Access = READS
 ) -> SelfAttention:
     """Attention of the tokens of the next `frames` frames, laid into the slots where they will stay."""
-    spec, (rows, columns) = cfg.memory, cfg.grid
+    spec = cfg.memory
+    rows, columns = cfg.grid
 
     def write(view: KV, own: KV) -> KV:
         return cache.write_block(spec, layout, view, own)
@@ -442,7 +447,8 @@ def _attention(
     access: Access,
 ) -> SelfAttention:
     """Attention of tokens at (times, grid), once written into a view, to its first `valid` keys."""
-    in_time, in_space = rope.time_angles(times, cfg.memory), rope.space_angles(grid, cfg.memory)
+    in_time = rope.time_angles(times, cfg.memory)
+    in_space = rope.space_angles(grid, cfg.memory)
 
     def self_attention(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, Any]:
         own = KV(k=rope.rotate(k, in_space), v=v)

@@ -50,7 +50,8 @@ def put(archive: Archive, slot: int, packed: list[KV]) -> None:
     if slot < 0:
         return
     for store, new in zip(archive, packed, strict=True):
-        store.k[:, slot], store.v[:, slot] = np.asarray(new.k), np.asarray(new.v)
+        store.k[:, slot] = np.asarray(new.k)
+        store.v[:, slot] = np.asarray(new.v)
 
 
 def gather(archive: Archive, selection: Selection) -> list[view.Gathered]:

@@ -18,23 +18,34 @@ IN_ROW = (
 )  # rules that lay packed blocks in one row; others leave them at their true frames
 EPS = 2.0**-23  # of float32
 AGES = (4, 8, 16, 32, 64, 128)  # upper ends of the table's ranges of ages, in blocks
-OLD, RANGES = 16, 6
-SIDE, MOST = 720, 2048  # pixels: a map is enlarged to about SIDE and never exceeds MOST
+OLD = 16
+RANGES = 6
+SIDE = 720
+MOST = 2048  # pixels: a map is enlarged to about SIDE and never exceeds MOST
 RAMP = (
     (16, 18, 36),
     (92, 32, 104),
     (226, 92, 60),
     (255, 240, 160),
 )  # recalled by no layer ... by all
-GONE, SHARP, NOW = (0, 0, 0), (44, 72, 66), (255, 255, 255)
+GONE = (0, 0, 0)
+SHARP = (44, 72, 66)
+NOW = (255, 255, 255)
 MEANINGS = (  # colours of the map beside RAMP
     (NOW, "the block itself"),
     (SHARP, "seen at full size", "(sink, recent)"),
     (GONE, "forgotten, or", "still to come"),
 )
-PAPER, INK = (250, 250, 250), (30, 30, 30)
-LEFT, TOP, RIGHT, BOTTOM = 66, 16, 172, 52  # pixels around the cells, for axes and legend
-FONT, TITLE, SWATCH, BAR = 13, 15, 18, 120
+PAPER = (250, 250, 250)
+INK = (30, 30, 30)
+LEFT = 66
+TOP = 16
+RIGHT = 172
+BOTTOM = 52  # pixels around the cells, for axes and legend
+FONT = 13
+TITLE = 15
+SWATCH = 18
+BAR = 120
 LEGEND_HEIGHT = 40 + BAR + 24 + 42 * len(MEANINGS)
 TICK_ROOM = 44  # pixels between two numbers of an axis, at least
 COLUMNS = (  # of the table: figure, title, width, form
@@ -53,7 +64,8 @@ COLUMNS = (  # of the table: figure, title, width, form
 
 def visible(cfg: CacheConfig, block: int) -> list[int]:
     """Ids of the packed blocks that `block` may recall."""
-    first, written = cfg.sink // cfg.block, max(0, block - cfg.sink // cfg.block)
+    first = cfg.sink // cfg.block
+    written = max(0, block - cfg.sink // cfg.block)
     held = np.asarray(cfg.evicts.ids_in(written, cfg.slots)) if cfg.top else np.zeros(0, int)
     return sorted(int(id) + first for id in held if 0 <= id < written - cfg.recent // cfg.block)
 
@@ -85,8 +97,11 @@ def _sink(cfg: CacheConfig, before: Block | None, block: Block) -> Iterator[str]
 
 def _layout(cfg: CacheConfig, before: Block | None, block: Block) -> Iterator[str]:
     """Sink, packed row, recent frames and the block itself stand one behind the other, each of its size."""
-    has, start, rule = block.layout, block.index * cfg.block, cfg.rope_adjustment
-    sink, count = min(start, cfg.sink), due(cfg, block.index)
+    has = block.layout
+    start = block.index * cfg.block
+    rule = cfg.rope_adjustment
+    sink = min(start, cfg.sink)
+    count = due(cfg, block.index)
     left = max(
         cfg.max_position - cfg.sink - cfg.recent - cfg.block, 1
     )  # trained frames for the packed row
@@ -122,9 +137,11 @@ def _layout(cfg: CacheConfig, before: Block | None, block: Block) -> Iterator[st
 
 def _recalled(cfg: CacheConfig, before: Block | None, block: Block) -> Iterator[str]:
     """Every layer recalls as many visible blocks as there should be, in time order, none twice."""
-    seen, count = visible(cfg, block.index), due(cfg, block.index)
+    seen = visible(cfg, block.index)
+    count = due(cfg, block.index)
     for number, layer in enumerate(block.layers):
-        where, ids = f"Block {block.index}, layer {number}", layer.ids.tolist()
+        where = f"Block {block.index}, layer {number}"
+        ids = layer.ids.tolist()
         if len(ids) != count:
             yield f"{where}: {len(ids)} packed blocks were recalled, but {count} were due."
         for id in sorted(set(ids) - set(seen)):
@@ -139,7 +156,8 @@ def _recalled(cfg: CacheConfig, before: Block | None, block: Block) -> Iterator[
 
 def _places(cfg: CacheConfig, before: Block | None, block: Block) -> Iterator[str]:
     """Packed blocks stand in one row behind the sink, or at their true frames, with finite scores and true ages."""
-    row, step = block.layout["sink_position"] + block.layout["sink"], block.layout["step"]
+    row = block.layout["sink_position"] + block.layout["sink"]
+    step = block.layout["step"]
     in_row = cfg.rope_adjustment in IN_ROW
     for number, layer in enumerate(block.layers):
         where = f"Block {block.index}, layer {number}: packed block"
@@ -293,7 +311,8 @@ def by_age(trace: Trace) -> list[tuple[str, list[float] | None]]:
 
 def table(trace: Trace) -> str:
     """The whole run in at most 80 columns: a summary, a row per layer, and the ages of what was recalled."""
-    cfg, blocks = trace.cache, trace.blocks
+    cfg = trace.cache
+    blocks = trace.blocks
     ever = {id for block in blocks for id in visible(cfg, block.index)}
     lines = [
         f"{trace.header['experiment']}: {len(blocks)} blocks, {len(blocks[0].layers)} layers, {len(ever)} packed "
@@ -328,11 +347,13 @@ def table(trace: Trace) -> str:
 def _shares(trace: Trace, size: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     """For [drawing block, packed block], `step` of each in a cell: share of layers that recalled it, and who could."""
     count = len(trace.blocks)
-    share, may = np.zeros((size, size)), np.zeros((size, size), bool)
+    share = np.zeros((size, size))
+    may = np.zeros((size, size), bool)
     for block in (block for block in trace.blocks if 0 <= block.index < count):
         ids = np.concatenate([np.unique(layer.ids) for layer in block.layers])
         hits = np.bincount(ids[(ids >= 0) & (ids < count)], minlength=count) / len(block.layers)
-        row, seen = block.index // step, visible(trace.cache, block.index)
+        row = block.index // step
+        seen = visible(trace.cache, block.index)
         share[row] = np.maximum(share[row], np.maximum.reduceat(hits, np.arange(0, count, step)))
         may[row, np.array(seen, int) // step] = True
     return share, may
@@ -351,7 +372,8 @@ def cells(trace: Trace) -> np.ndarray:
     A cell is brighter if more layers recalled it. White is the block itself, green what it saw at full size,
     black what is gone or still to come.
     """
-    cfg, (size, step) = trace.cache, _grid(trace)
+    cfg = trace.cache
+    size, step = _grid(trace)
     share, may = _shares(trace, size, step)
     row, column = np.ogrid[:size, :size]
     kept = (column * step < cfg.sink // cfg.block) | (
@@ -374,15 +396,19 @@ def cells(trace: Trace) -> np.ndarray:
 
 def heat_map(trace: Trace) -> np.ndarray:
     """The picture [h, w, 3], uint8: the cells, axes that number their blocks, and what the colours say."""
-    inner, (size, step) = cells(trace), _grid(trace)
-    side, scale = len(inner), len(inner) // size
+    inner = cells(trace)
+    size, step = _grid(trace)
+    side = len(inner)
+    scale = len(inner) // size
     shape = LEFT + side + RIGHT, TOP + max(side, LEGEND_HEIGHT) + BOTTOM
     image = Image.new("RGB", shape, PAPER)
     image.paste(Image.fromarray(inner), (LEFT, TOP))
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(FONT)
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(FONT)
     for block in range(0, len(trace.blocks), _tick_step(len(trace.blocks), side)):
         at = (block // step + 0.5) * scale
-        across, down = LEFT + at, TOP + at
+        across = LEFT + at
+        down = TOP + at
         draw.line((across, TOP + side, across, TOP + side + 4), INK)
         draw.text((across, TOP + side + 7), str(block), INK, font, anchor="mt")
         draw.line((LEFT - 5, down, LEFT - 1, down), INK)
@@ -419,7 +445,8 @@ def _write_upwards(image: Image.Image, text: str, middle: tuple[int, int]) -> No
 def _legend(draw: ImageDraw.ImageDraw, corner: tuple[int, int]) -> None:
     """The colours and what they say, one below the other."""
     left, top = corner
-    font, stops = ImageFont.load_default(FONT), np.linspace(0, 1, len(RAMP))
+    font = ImageFont.load_default(FONT)
+    stops = np.linspace(0, 1, len(RAMP))
     draw.text((left, top), "layers that recall", INK, font)
     draw.text((left, top + 17), "the packed block", INK, font)
     for row in range(BAR):

@@ -201,7 +201,8 @@ class Pipeline:
         return self._stream(prompts, state)
 
     def _stream(self, prompts: Sequence[str], state: State) -> Iterator[Finished]:
-        text_kv, first = None, int(state.memory.num_blocks)
+        text_kv = None
+        first = int(state.memory.num_blocks)
         if prompts[first:]:
             self.text.prepare(*self.tokenizer.encode(list(dict.fromkeys(prompts[first:]))))
         for index in range(first, len(prompts)):

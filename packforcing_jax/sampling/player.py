@@ -64,7 +64,9 @@ def start(model: Model, *, seeds: Any, videos: Any) -> State:
 
     It lies where the weights do, as what a block leaves behind: a program compiled for one fits the other.
     """
-    exp, batch, dtype = model.experiment, len(videos), jnp.dtype(model.experiment.dtypes.cache)
+    exp = model.experiment
+    batch = len(videos)
+    dtype = jnp.dtype(model.experiment.dtypes.cache)
     videos = jnp.asarray(videos, jnp.uint32)
     state = State(
         memory=cache.init(exp.memory, batch, dtype),
@@ -213,7 +215,8 @@ def strip_scratch(model: Model, state: State) -> State:
 
 def with_scratch(model: Model, state: State) -> State:
     """A state that was stripped, with new scratch, beside the weights."""
-    archive, spec = state.archive, model.experiment.memory
+    archive = state.archive
+    spec = model.experiment.memory
     state = dataclasses.replace(state, memory=cache.with_scratch(spec, state.memory), archive=[])
     return dataclasses.replace(jax.device_put(state, beside(model.nets)), archive=archive)
 

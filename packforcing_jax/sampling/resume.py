@@ -33,7 +33,9 @@ class Keeper:
         self, folder, model: Pipeline, *, prompts: Sequence[str], every: int = 8, **same: Any
     ):
         require(every > 0, f"every={every} must be at least 1.")
-        self.model, self.prompts, self.every = model, list(prompts), every
+        self.model = model
+        self.prompts = list(prompts)
+        self.every = every
         experiment = json.loads(model_folder.experiment_to_json(model.experiment))
         self.saved = checkpoints.Checkpoints(
             folder,

@@ -164,7 +164,8 @@ class Writer:
     def __init__(self, path, head: dict[str, Any], *, position: int = 0):
         require(position >= 0, f"Trace position {position} is negative; give 0 or more.")
         check_writable(path)
-        self.path, self.head = Path(path), head
+        self.path = Path(path)
+        self.head = head
         if position > 0:
             _check_same_run(self.path, head, position)
         self._file = append_file.File(self.path, position)
@@ -251,7 +252,8 @@ def _of_this_version(found: Any) -> dict[str, Any]:
 
 def _header(found: Any, known: CacheConfig | None) -> tuple[dict[str, Any], CacheConfig]:
     """A header and the settings of the memory in it: those `known`, with policies of their own, where they agree."""
-    held, fields = _of_this_version(found)["cache"], dataclasses.fields(CacheConfig)
+    held = _of_this_version(found)["cache"]
+    fields = dataclasses.fields(CacheConfig)
     if known is not None:
         wanted = json.loads(json.dumps(memory_settings(known)))
         differing = sorted(name for name in wanted if wanted[name] != held[name])

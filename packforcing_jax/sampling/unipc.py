@@ -116,7 +116,8 @@ def _corrector(solver: UniPC, index: int) -> np.ndarray:
     sigma = solver.sigmas.astype(np.float64)
     h = _log_ratio(solver, index) - _log_ratio(solver, index - 1)
     gain = -(1 - sigma[index]) * np.expm1(-h)
-    slope, now = 0.0, 0.5
+    slope = 0.0
+    now = 0.5
     if _order(solver, index - 1) == 2:
         r = (_log_ratio(solver, index - 2) - _log_ratio(solver, index - 1)) / h
         rho, now = _second_order(h, r)

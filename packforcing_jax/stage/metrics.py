@@ -121,7 +121,8 @@ def diversity(marks: Int[np.ndarray, " videos"]) -> float:
 
 def fair_diversity(videos: int) -> float:
     """What `diversity` is on average when every mark is drawn fairly."""
-    total, chance = 0.0, 1 / world.MARKS
+    total = 0.0
+    chance = 1 / world.MARKS
     for count in range(1, videos + 1):
         weight = math.comb(videos, count) * chance**count * (1 - chance) ** (videos - count)
         total -= world.MARKS * weight * count / videos * math.log(count / videos)
@@ -195,7 +196,8 @@ def motion(reading: oracle.Reading, prompts: Prompts, window: slice) -> dict[str
     steps = abs(np.diff(reading.column[window]))
     speed = asked(prompts, "speed", len(reading))[window][1:]
     wanted = np.where(speed >= 0, CELLS_PER_FRAME[speed], np.nan)
-    pairs, due = steps[:-1] + steps[1:], wanted[:-1] + wanted[1:]
+    pairs = steps[:-1] + steps[1:]
+    due = wanted[:-1] + wanted[1:]
     judged = wanted[:-1] == wanted[1:]
     return {
         "pace": _share((pairs == due)[judged]),
@@ -216,7 +218,8 @@ def wilson(successes: int, n: int) -> Interval:
     """A share and its 95 % Wilson interval; of nothing, everything is possible."""
     if n == 0:
         return math.nan, 0.0, 1.0
-    share, z2 = successes / n, NORMAL_95**2
+    share = successes / n
+    z2 = NORMAL_95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = math.sqrt(z2 * share * (1 - share) / n + (z2 / (2 * n)) ** 2) / (1 + z2 / n)
     return share, max(centre - half, 0.0), min(centre + half, 1.0)
@@ -237,7 +240,8 @@ def bootstrap(values: Sequence[float], seed: int = 0, repeats: int = 2000) -> In
 
 def jackknife(marks: Int[np.ndarray, " videos"]) -> Interval:
     """`diversity` and its 95 % jackknife interval (a bootstrap would repeat marks and so come out below the value)."""
-    whole, videos = diversity(marks), len(marks)
+    whole = diversity(marks)
+    videos = len(marks)
     if videos < 2:
         return whole, 0.0, 1.0
     without = [diversity(np.delete(marks, video)) for video in range(videos)]
@@ -252,7 +256,8 @@ def _random_columns() -> dict[str, float]:
     """What `motion` gives on average when every column is drawn anew."""
     before, now, after = np.indices((world.LANES,) * 3).reshape(3, -1)
     steps = abs(now - before)
-    pairs, due = steps + abs(after - now), 2 * CELLS_PER_FRAME[:, None]
+    pairs = steps + abs(after - now)
+    due = 2 * CELLS_PER_FRAME[:, None]
     return {
         "pace": float((pairs == due).mean()),
         "speed": float((pairs / due).mean()),

@@ -36,10 +36,8 @@ def score(
     `states` [block or 1, b, words, d]. With `train.distil.score_shift` velocities are read by that table's sigmas.
     """
     times = jnp.broadcast_to(timestep[:, None], noisy.shape[:2])
-    context, backend = (
-        jnp.moveaxis(states, 0, 1),
-        attention.backend(exp.attention, model.patch.kernel.dtype),
-    )
+    context = jnp.moveaxis(states, 0, 1)
+    backend = attention.backend(exp.attention, model.patch.kernel.dtype)
     output = dit.bidirectional(model, noisy, times, context, attention_fn=backend)
     if exp.sample.prediction == "clean":
         return output
@@ -146,7 +144,8 @@ def clip_again(
     again: straight through the steps behind that one.
     """
     states = batches.text_states(nets.generator, batch.text)
-    text, count = batches.text_kv(nets.generator.dit, states), exp.blocks
+    text = batches.text_kv(nets.generator.dit, states)
+    count = exp.blocks
     drawn = rollout.draws(exp, train.cover, key, count, states.shape[1])
     clip = rollout.draw(nets.generator.nets, exp, train.distil, nets.vae, drawn, text)
     first = count - (train.distil.scored or count)
@@ -182,10 +181,12 @@ def _student_loss(
     *,
     through: bool,
 ) -> tuple[Array, Metrics]:
-    keys, distil = jax.random.split(key, 3), train.distil
+    keys = jax.random.split(key, 3)
+    distil = train.distil
     x, states, metrics = clip_again(nets, batch, keys[0], exp, train)
     states = jax.lax.stop_gradient(states)
-    timestep, noise = timesteps(keys[1], train, x.shape[0]), jax.random.normal(keys[2], x.shape)
+    timestep = timesteps(keys[1], train, x.shape[0])
+    noise = jax.random.normal(keys[2], x.shape)
     noisy = noised(train, x if through else jax.lax.stop_gradient(x), noise, timestep)
     teacher, critic = jax.lax.stop_gradient((nets.teacher.dit, nets.critic))
     real = score(teacher, exp, distil, noisy, timestep, states)
@@ -207,7 +208,8 @@ def critic_loss(
     x, states, metrics = jax.lax.stop_gradient(
         clip_again(nets, batch, keys[0], exp, train, graded=False)
     )
-    timestep, noise = timesteps(keys[1], train, x.shape[0]), jax.random.normal(keys[2], x.shape)
+    timestep = timesteps(keys[1], train, x.shape[0])
+    noise = jax.random.normal(keys[2], x.shape)
     noisy = noised(train, x, noise, timestep)
     fake = score(nets.critic, exp, train.distil, noisy, timestep, states)
     sigma = schedules.sigma_at(schedules.table(train.shift), timestep)

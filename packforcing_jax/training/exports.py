@@ -208,7 +208,8 @@ def _draw(
         (1,), ("data",), devices=jax.local_devices()[:1], axis_types=(jax.sharding.AxisType.Auto,)
     )
     model = batches.as_model(exp, jax.tree.map(jnp.asarray, flat))
-    vae, nothing = batches.as_codec(exp, codec_weights(exp, train, here)), cast(Any, None)
+    vae = batches.as_codec(exp, codec_weights(exp, train, here))
+    nothing = cast(Any, None)
     if vae is None:
         raise InputError(
             "the codec's weights are in none of the model folders that training began from."
@@ -221,7 +222,8 @@ def _draw(
         experiment=exp, nets=nets.replace(dit=apart), vae=vae, text=nothing, tokenizer=nothing
     )
     rows = exp.latent[0] * exp.codec.space_factor
-    size, scale = (exp.latent[1] * exp.codec.space_factor, rows), max(1, PREVIEW_ROWS // rows)
+    size = (exp.latent[1] * exp.codec.space_factor, rows)
+    scale = max(1, PREVIEW_ROWS // rows)
     with (
         atomic.file(path) as fresh,
         video.Writer(fresh, fps=exp.fps, size=size, scale=scale, settings={"seed": seed}) as file,

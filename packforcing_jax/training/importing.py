@@ -131,7 +131,8 @@ def _listed(path: Path) -> Iterable[tuple[Path, Path, str]]:
             f"{path}, video {number}: {json.dumps(table)[:80]} is not "
             '{"file": "...", "prompt": "..."}; write it so.',
         )
-        file, prompt = path.parent / table["file"], clean(table["prompt"])
+        file = path.parent / table["file"]
+        prompt = clean(table["prompt"])
         require(file.is_file(), f"{path}, video {number}: {file} does not exist; correct it.")
         require(
             prompt != "", f"{path}, video {number}: prompt is empty; say what {file.name} shows."
@@ -218,14 +219,16 @@ def _encode_block(vae: codec.Codec, exp: Experiment, state: Any, frames: Array, 
 
 def _of_video(path: Path, parts: Parts, said: np.ndarray | None = None) -> Example:
     """The latents of a video's beginning, and the low-resolution ones of each of its blocks."""
-    exp, vae = parts.exp, parts.vae
+    exp = parts.exp
+    vae = parts.vae
     size = (exp.latent[0] * exp.codec.space_factor, exp.latent[1] * exp.codec.space_factor)
     count = codec.frames_of(exp.codec, exp.clip)
     frames = frames_of(path, count=count, fps=exp.fps, size=size)
     if len(frames) < count:
         raise LeftOut(f"{path} has {len(frames)} frames at {exp.fps} a second, {count} are needed")
     starts = [codec.frames_of(exp.codec, at) for at in range(0, exp.clip, exp.cache.block)]
-    state, blocks = STREAMS[type(vae)][0](vae, 1, *size), []
+    state = STREAMS[type(vae)][0](vae, 1, *size)
+    blocks = []
     for start, end in zip(starts, [*starts[1:], count], strict=True):
         latent, low_res, state = _encode_block(
             vae, exp, state, frames[None, start:end], first=start == 0
@@ -324,7 +327,9 @@ def _of_clip(
     said: np.ndarray | None = None,
 ) -> Example:
     """The clean latents of a clip, the states on the way there if it has some, what a codec makes of its blocks."""
-    exp, raw, size = parts.exp, _read(database, path, f"latents_{index}_data"), 2 * math.prod(form)
+    exp = parts.exp
+    raw = _read(database, path, f"latents_{index}_data")
+    size = 2 * math.prod(form)
     require(
         len(raw) == size,
         f"{path}: latents_{index}_data has {len(raw)} bytes, but float16{list(form)} has {size}; "
@@ -372,10 +377,8 @@ def _to_draw(path: Path) -> list[Item]:
 
 def _of_teacher(number: int, parts: Parts, said: np.ndarray | None = None) -> Example:
     """The states on a teacher's way to a clip, and the clip."""
-    exp, read = (
-        parts.exp,
-        np.zeros((1, 1, parts.exp.text.max_words, parts.exp.text.dim), np.float32),
-    )
+    exp = parts.exp
+    read = np.zeros((1, 1, parts.exp.text.max_words, parts.exp.text.dim), np.float32)
     read[0, 0, : len(said)] = said  # type: ignore[arg-type]
     teacher: Any = parts.teacher
     states = np.asarray(
@@ -454,7 +457,8 @@ class Texts:
     """Text states of prompts, [words, d] up to their ends; a prompt that comes again is read once."""
 
     def __init__(self, parts: Parts, prompts: Iterable[str]):
-        self._parts, self._left = parts, collections.Counter(prompts)
+        self._parts = parts
+        self._left = collections.Counter(prompts)
         self._known: dict[str, np.ndarray] = {}
 
     def __call__(self, prompts: Sequence[str]) -> list[np.ndarray]:

@@ -82,7 +82,8 @@ def causal(
     """The guess of every noisy block behind the history that `train.history` names."""
     if train.history == "memory":
         return behind_memory(model, exp, train, batch, noisy, sigma, states, gap)
-    blocks, size = noisy.shape[0], exp.cache.block
+    blocks = noisy.shape[0]
+    size = exp.cache.block
     times = jnp.repeat(schedules.TIMESTEPS * sigma.T, size, axis=1)
     clean = batches.by_clip(batch.latent) if train.history == "clean" else None
     output = dit.parallel(
@@ -114,7 +115,9 @@ def behind_memory(
     The memory is filled as sampling fills it: a clean pass and a packing pass per block, then `commit`. Gradients
     flow through what is stored, so the compressor learns from the blocks that come later.
     """
-    nets, text, count = model.nets, batches.text_kv(model.dit, states), noisy.shape[1]
+    nets = model.nets
+    text = batches.text_kv(model.dit, states)
+    count = noisy.shape[1]
     random = jnp.zeros((exp.dit.layers, count, exp.cache.slots))
     asks = train.cover.matching > 0 and exp.cache.top > 0
     attends = block_step.watching if asks else block_step.choosing
@@ -124,7 +127,8 @@ def behind_memory(
     def one_block(memory: cache.Memory, inputs):
         latent, low_res, noised, level = inputs
         layout = layouts.layout(exp.cache, memory.progress, gap)
-        text_kv, past = batches.of_block(text, memory.num_blocks), (memory.layers, random)
+        text_kv = batches.of_block(text, memory.num_blocks)
+        past = (memory.layers, random)
         clean, (views, selection, *scores) = block_step.predict_x0(
             nets,
             exp.step,
@@ -282,17 +286,17 @@ def consistency(
     Each block has a step of its own. A guess of clean samples leaves out what a guess of velocities has built in, that
     a clean sample is its own end: the last step's target is therefore where it leads (Causal-Forcing stops before).
     """
-    keys, count = jax.random.split(key, 4), batch.latent.shape[:2]
+    keys = jax.random.split(key, 4)
+    count = batch.latent.shape[:2]
     sigmas_to_zero = jnp.asarray(
         schedules.sigmas_to_zero(schedules.table(train.shift, steps=train.grid))
     )
     at = jax.random.randint(keys[0], count, 0, train.grid)
-    here, there = sigmas_to_zero[at], sigmas_to_zero[at + 1]
+    here = sigmas_to_zero[at]
+    there = sigmas_to_zero[at + 1]
     noisy = schedules.add_noise(batch.latent, jax.random.normal(keys[1], batch.latent.shape), here)
-    gap, states = (
-        rollout.gap(train.cover, keys[3]),
-        batches.text_states(nets.generator, batch.text),
-    )
+    gap = rollout.gap(train.cover, keys[3])
+    states = batches.text_states(nets.generator, batch.text)
 
     def guess(model: Model, sample: Array, sigma: Array, text: Array) -> Array:
         return causal(model, exp, train, batch, sample, sigma, text, gap).clean

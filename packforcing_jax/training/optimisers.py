@@ -17,7 +17,8 @@ Flat = dict[str, Array]
 
 def rates(cfg: OptimiserConfig, peak: float, updates: int) -> optax.Schedule:
     """Nothing for `delay` updates, warm-up, constant, then a straight line to 2 % over the last `cooldown` of them."""
-    last, start = round(updates * cfg.cooldown), cfg.delay + cfg.warmup
+    last = round(updates * cfg.cooldown)
+    start = cfg.delay + cfg.warmup
     return optax.join_schedules(
         [
             optax.constant_schedule(0.0),

@@ -55,10 +55,8 @@ def trajectory(
             return objectives.causal(
                 teacher, exp, train, behind, noisy, jnp.broadcast_to(sigma, noisy.shape[:2]), text
             ).clean
-        clip, times = (
-            batches.by_clip(noisy),
-            jnp.broadcast_to(schedules.TIMESTEPS * sigma, noisy.shape[1:2]),
-        )
+        clip = batches.by_clip(noisy)
+        times = jnp.broadcast_to(schedules.TIMESTEPS * sigma, noisy.shape[1:2])
         return batches.by_block(
             distillation.score(teacher.dit, exp, train.distil, clip, times, text), exp.cache.block
         )

@@ -123,7 +123,8 @@ def lay(spec: MemorySpec, layout: Layout, stored: Stored) -> KV:
 
 def lay_with_block(spec: MemorySpec, layout: Layout, stored: Stored) -> KV:
     """The same with the block's own clean keys in their slots, as its packed twin sees it."""
-    size, start = spec.cache.block, layout.num_blocks * spec.cache.block
+    size = spec.cache.block
+    start = layout.num_blocks * spec.cache.block
 
     def block(frames: Array) -> Heads:
         own = jax.lax.dynamic_slice_in_dim(frames, start, size, axis=1)
@@ -180,11 +181,10 @@ def draw(
     given = (jnp.arange(blocks), drawn.noise, drawn.renoise, drawn.context, drawn.random)
 
     def one_block(carry, inputs, first: bool = False):
-        (stored, decoder), (n, noise, renoise, context, random) = carry, inputs
-        layout, text_kv = (
-            layouts.layout(exp.cache, layouts.begin(n), drawn.gap),
-            batches.of_block(text, n),
-        )
+        stored, decoder = carry
+        n, noise, renoise, context, random = inputs
+        layout = layouts.layout(exp.cache, layouts.begin(n), drawn.gap)
+        text_kv = batches.of_block(text, n)
         noisy, latent, selection = _steps(
             nets, exp, distil, layout, stored, text_kv, (noise, renoise, random, drawn.exit)
         )
@@ -199,10 +199,12 @@ def draw(
         )
         return (stored, decoder), (noisy, latent, low_res, selection)
 
-    carry, opened = (start, decoder), []
+    carry = (start, decoder)
+    opened = []
     if exp.codec.time_factor > 1:  # the first latent of a video is decoded by a program of its own
         carry, out = one_block(carry, jax.tree.map(lambda x: x[0], given), first=True)
-        opened, given = [jax.tree.map(lambda x: x[None], out)], jax.tree.map(lambda x: x[1:], given)
+        opened = [jax.tree.map(lambda x: x[None], out)]
+        given = jax.tree.map(lambda x: x[1:], given)
     (stored, _), rest = jax.lax.scan(one_block, carry, given)
     noisy, latent, low_res, selection = jax.tree.map(
         lambda *parts: jnp.concatenate(parts), *opened, rest
@@ -236,7 +238,8 @@ def _steps(
 ):
     """(what the exit step read, the block as its history keeps it, what each layer attended to)."""
     noise, renoise, random, exit = drawn
-    cfg, access = exp.step, in_clip(exp.memory, layout)
+    cfg = exp.step
+    access = in_clip(exp.memory, layout)
     times, sigmas = (jnp.asarray(x) for x in block_step.step_table(exp.sample))
     clean, selection = block_step.predict_x0(
         nets, cfg, layout, noise, times[0], sigmas[0], text_kv, (stored, random), attends=choosing
@@ -246,7 +249,8 @@ def _steps(
     def step(i, carry):
         read, before = carry
         noisy = schedules.add_noise(before, renoise[i], sigmas[i + 1])
-        time, sigma = times[i + 1], sigmas[i + 1]
+        time = times[i + 1]
+        sigma = sigmas[i + 1]
         clean, _ = block_step.predict_x0(
             nets, cfg, layout, noisy, time, sigma, text_kv, behind, access=access
         )
@@ -352,20 +356,18 @@ def again(
 ) -> Array:
     """The blocks of `clip` from number `first` on [block, b, t, y, x, c], each drawn again under a gradient."""
     times, sigmas = (jnp.asarray(x) for x in block_step.step_table(exp.sample))
-    stored, leaks = (
+    stored = (
         _through_packed(nets, exp, clip, drawn, text)
         if distil.gradient == "packed"
-        else clip.stored,
-        distil.gradient == "leak",
+        else clip.stored
     )
+    leaks = distil.gradient == "leak"
     start = jax.tree.map(jnp.zeros_like, stored.full) if leaks else None
 
     def one_block(leaked, inputs):
         n, noisy, selection = inputs
-        layout, text_kv = (
-            layouts.layout(exp.cache, layouts.begin(n), drawn.gap),
-            batches.of_block(text, n),
-        )
+        layout = layouts.layout(exp.cache, layouts.begin(n), drawn.gap)
+        text_kv = batches.of_block(text, n)
         full = stored.full if leaked is None else jax.tree.map(jnp.add, stored.full, leaked)
         behind = Stored(full=full, packed=stored.packed, selection=selection)
         latent, own = block_step.predict_x0(
@@ -405,10 +407,8 @@ def _through_packed(
     def one_block(_, inputs):
         n, latent, low_res, selection = inputs
         stored = dataclasses.replace(clip.stored, selection=selection)
-        layout, text_kv = (
-            layouts.layout(exp.cache, layouts.begin(n), drawn.gap),
-            batches.of_block(text, n),
-        )
+        layout = layouts.layout(exp.cache, layouts.begin(n), drawn.gap)
+        text_kv = batches.of_block(text, n)
         return None, _packed(nets, exp, layout, stored, text_kv, latent, low_res)
 
     given = (jnp.arange(clip.latent.shape[0]), clip.latent, clip.low_res, clip.selection)

@@ -54,12 +54,10 @@ TIMES = (
     "clips_per_second",
     "tokens_per_second",
 )  # metrics that no two runs have in common
-MODEL, CHECKPOINTS, PREVIEWS, PROFILE = (
-    "model",
-    "checkpoints",
-    "previews",
-    "profile",
-)  # inside the folder of a run
+MODEL = "model"
+CHECKPOINTS = "checkpoints"
+PREVIEWS = "previews"
+PROFILE = "profile"  # inside the folder of a run
 
 
 @dataclass(frozen=True)
@@ -318,10 +316,8 @@ def advance(run: Run) -> dict[str, Any]:
     began = time.monotonic()
     raw = next(run.batches)
     waited = time.monotonic() - began
-    moves, drawn = (
-        run.program.movers(run.train, run.step),
-        run.program.variant(run.exp, run.train, run.seed, run.step),
-    )
+    moves = run.program.movers(run.train, run.step)
+    drawn = run.program.variant(run.exp, run.train, run.seed, run.step)
     with jax.set_mesh(run.mesh):
         run.state, metrics = run.update(
             run.state,
@@ -333,7 +329,8 @@ def advance(run: Run) -> dict[str, Any]:
         )
     told = {name: np.asarray(value) for name, value in metrics.items()}  # waits for the step
     run.step = int(run.state.step)
-    seconds, clips = time.monotonic() - began, run.train.batch
+    seconds = time.monotonic() - began
+    clips = run.train.batch
     return {
         "moves": "+".join(moves),
         "sink": drawn.cache.sink,
@@ -392,7 +389,10 @@ class Window:
     """The profiler, on while the steps from `first` up to `last` are made."""
 
     def __init__(self, folder: Path, first: int, last: int):
-        self.folder, self.first, self.last, self.on = folder, first, last, False
+        self.folder = folder
+        self.first = first
+        self.last = last
+        self.on = False
 
     def __enter__(self) -> "Window":
         return self

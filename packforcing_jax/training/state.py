@@ -44,7 +44,8 @@ def variant(exp: Experiment, train: TrainConfig, seed: int, step: int) -> Experi
     """`exp` as one step trains it: with sizes of sink, recent and clip drawn from `train.cover`."""
     if not objectives.remembers(train):
         return exp
-    cover, whole = train.cover, exp.blocks
+    cover = train.cover
+    whole = exp.blocks
     rng = np.random.default_rng((seed, step))
     sink, recent = (
         int(rng.choice(sizes))
@@ -105,7 +106,8 @@ def update(
 
     An update that is not finite is left out: everything stays as it was but the count of such in a row.
     """
-    new, metrics = state, {}
+    new = state
+    metrics = {}
     for network, own in zip(moves, jax.random.split(key, len(moves))):
         new, told = _updated(new, frozen, batch, own, exp, train, network)
         metrics |= (
@@ -143,7 +145,8 @@ def _updated(
     }
     (loss, metrics), grads = gradients(moving, state, frozen, batch, key, exp, train, network)
     metrics |= {"loss": loss, "gradient": optimisers.norm(grads)}
-    opt, params = dict(state.opt), dict(state.params[network])
+    opt = dict(state.opt)
+    params = dict(state.params[network])
     for group, leaves in moving.items():
         updates, opt[group] = optimisers.of_group(train, group).update(
             grads[group], state.opt[group], leaves
@@ -190,7 +193,7 @@ def gradients(
     if batch.trajectory is not None:
         ways = einops.rearrange(batch.trajectory, "k n (b part) ... -> part k n b ...", part=parts)
         each = dataclasses.replace(each, trajectory=ways)
-    (value, grads) = jax.lax.map(
+    value, grads = jax.lax.map(
         lambda one: graded(moving, *one), (each, jax.random.split(key, parts))
     )
     return jax.tree.map(lambda x: x.mean(axis=0), (value, grads))
@@ -213,7 +216,8 @@ def assembled(
     def model(leaves: Flat) -> batches.Model:
         return pytrees.cast(batches.as_model(exp, leaves), half)
 
-    teacher, objective = frozen.get("teacher"), objectives.of(train)
+    teacher = frozen.get("teacher")
+    objective = objectives.of(train)
     return Networks(
         generator=model(flat["generator"]),
         teacher=None if teacher is None else _teacher(exp, objective.teacher, teacher, half),

@@ -121,10 +121,8 @@ def _tables(fixture: Fixture, prefix: str, shift: float) -> Outputs:
 def _conversions(fixture: Fixture, prefix: str, table: schedules.Table) -> Outputs:
     """What depends on samples at the given timesteps."""
     x = {name: jnp.asarray(value) for name, value in fixture.inputs.items()}
-    sigma, ids = (
-        schedules.sigma_at(table, x["timestep"]),
-        schedules.nearest_id(table, x["timestep"]),
-    )
+    sigma = schedules.sigma_at(table, x["timestep"])
+    ids = schedules.nearest_id(table, x["timestep"])
     out = {
         "nearest_id": ids,
         "add_noise": schedules.add_noise(x["clean"], x["noise"], sigma),
@@ -148,11 +146,10 @@ def unipc_solver(fixture: Fixture) -> Outputs:
         solver = unipc.UniPC(steps=int(steps), shift=float(shift))
         out |= _grid(f"steps{steps}_shift{shift:g}", solver)
     for steps, shift in config["runs"]:
-        name, solver = (
-            f"steps{steps}_shift{shift:g}",
-            unipc.UniPC(steps=int(steps), shift=float(shift)),
-        )
-        state, latents = unipc.init(jnp.asarray(fixture.inputs[f"{name}.latent"])), []
+        name = f"steps{steps}_shift{shift:g}"
+        solver = unipc.UniPC(steps=int(steps), shift=float(shift))
+        state = unipc.init(jnp.asarray(fixture.inputs[f"{name}.latent"]))
+        latents = []
         for index, velocity in enumerate(fixture.inputs[f"{name}.velocity_per_step"]):
             state = unipc.step(solver, state, jnp.asarray(velocity), index)
             latents.append(state.latent)
@@ -181,7 +178,9 @@ def umt5_tiny(fixture: Fixture) -> Outputs:
 def _streamed_decode(model: vae.WanVAE, latent: jax.Array, groups: Sequence[int]) -> jax.Array:
     """The pixels of `latent`, decoded in successive groups of latent frames."""
     step = jax.jit(vae.decode_chunk, static_argnames="first")
-    state, chunks, start = vae.init_decoder(model, latent.shape[0], *latent.shape[2:4]), [], 0
+    state = vae.init_decoder(model, latent.shape[0], *latent.shape[2:4])
+    chunks = []
+    start = 0
     for size in groups:
         video, state = step(model, state, latent[:, start : start + size], first=start == 0)
         chunks.append(video)
@@ -192,7 +191,8 @@ def _streamed_decode(model: vae.WanVAE, latent: jax.Array, groups: Sequence[int]
 def _streamed_encode(model: vae.WanVAE, video: jax.Array) -> jax.Array:
     """The latents of `video`, encoded in chunks of 1, then `time_factor` frames; an incomplete one is left out."""
     step = jax.jit(vae.encode_chunk, static_argnames="first")
-    state, group = vae.init_encoder(model, video.shape[0], *video.shape[2:4]), model.cfg.time_factor
+    state = vae.init_encoder(model, video.shape[0], *video.shape[2:4])
+    group = model.cfg.time_factor
     latent, state = step(model, state, video[:, :1], first=True)
     chunks = [latent]
     for start in range(1, video.shape[1] - group + 1, group):
@@ -205,7 +205,8 @@ def vae_original(fixture: Fixture) -> Outputs:
     """The codec with weights under original names: moments and the way back at once, the rest chunk by chunk."""
     cfg = wan_vae.vae_config(fixture.config)
     model = load(vae.WanVAE, cfg, fixture.weights, wan_vae.WAN_VAE)
-    video, latent = ours(fixture.inputs["video"]), ours(fixture.inputs["latent"])
+    video = ours(fixture.inputs["video"])
+    latent = ours(fixture.inputs["latent"])
     whole = _streamed_encode(model, video)
     mu, logvar = jax.jit(vae.encode_moments)(model, video)
     out = {

@@ -54,7 +54,8 @@ def _named(
 
 def dmd_math(fixture: Fixture) -> Outputs:
     """The pull on given clips, its loss and gradient, and the critic's loss with the gradients of its weights."""
-    config, x = fixture.config, _ours(fixture.inputs["fake_latent"])
+    config = fixture.config
+    x = _ours(fixture.inputs["fake_latent"])
     require(
         config.get("denoising_loss_type", "flow") == "flow", "denoising_loss_type must be flow."
     )
@@ -174,7 +175,8 @@ GRADIENTS = {
 
 def self_forcing_train_rollout(fixture: Fixture) -> Outputs:
     """A clip drawn up to one step of each block, and the gradients of its weighted sum, by both semantics."""
-    config, inputs = fixture.config, fixture.inputs
+    config = fixture.config
+    inputs = fixture.inputs
     require(
         config.get("context_noise", 0) == 0,
         "context_noise must be 0: blocks are stored at timestep 0.",
@@ -186,7 +188,8 @@ def self_forcing_train_rollout(fixture: Fixture) -> Outputs:
     exp = transformer.experiment(
         config, frames=noise.shape[1], latent=(noise.shape[2], noise.shape[3]), sample=sample
     )
-    model, size = transformer.transformer(exp.dit, fixture.weights), exp.cache.block
+    model = transformer.transformer(exp.dit, fixture.weights)
+    size = exp.cache.block
     blocks = batches.by_block(noise, size)
     drawn = rollout.Draws(
         noise=blocks,
@@ -196,7 +199,8 @@ def self_forcing_train_rollout(fixture: Fixture) -> Outputs:
         gap=jnp.float32(0),
         exit=jnp.int32(config["exit_index"]),
     )
-    context, weights = jnp.asarray(inputs["context"])[None], _ours(inputs["loss_weights"])
+    context = jnp.asarray(inputs["context"])[None]
+    weights = _ours(inputs["loss_weights"])
     graded = jax.jit(_graded, static_argnames=("exp", "distil"))
     out: Outputs = {"denoised_timestep_from_to": _bounds(sample, config["exit_index"])}
     for name, gradient in GRADIENTS.items():

@@ -55,7 +55,8 @@ def _context(fixture: Fixture, cfg: DiTConfig) -> jax.Array:
 
 
 def _bidirectional(fixture: Fixture, cfg: DiTConfig, tensors: Mapping[str, np.ndarray]) -> Outputs:
-    model, latent = transformer(cfg, tensors), parts.ours(fixture.inputs["x"])
+    model = transformer(cfg, tensors)
+    latent = parts.ours(fixture.inputs["x"])
     times = einops.repeat(jnp.asarray(fixture.inputs["t"]), "b -> b t", t=latent.shape[1])
     return {
         "flow": parts.theirs(
@@ -79,8 +80,10 @@ def wan_dit_diffusers(fixture: Fixture) -> Outputs:
 
 def causal_dit_blockmask(fixture: Fixture) -> Outputs:
     """The causal network over all blocks at once: block-causal, after a lone first frame, and teacher-forced."""
-    cfg, size = wan_dit.config_from_original(fixture.config), fixture.config["frames_per_block"]
-    model, context = transformer(cfg, fixture.weights), _context(fixture, cfg)
+    cfg = wan_dit.config_from_original(fixture.config)
+    size = fixture.config["frames_per_block"]
+    model = transformer(cfg, fixture.weights)
+    context = _context(fixture, cfg)
     noisy, clean = (parts.ours(fixture.inputs[name]) for name in ("noisy", "clean"))
     times = jnp.asarray(fixture.inputs["t"])
     parallel = jax.jit(dit.parallel, static_argnames="block_ends")
@@ -116,7 +119,8 @@ def _cache_config(config: Mapping[str, Any], frames: int) -> CacheConfig:
 
     The window counts the current block; the oldest frames go when the next block needs their room.
     """
-    block, window = config["frames_per_block"], config.get("local_attn_size", -1)
+    block = config["frames_per_block"]
+    window = config.get("local_attn_size", -1)
     plain = CacheConfig(
         block=block,
         sink=0,
@@ -198,19 +202,22 @@ def _flow(
     text: PerLayer[KV],
 ) -> Latent:
     """The network's output for the next block at a timestep per frame [b, t]."""
-    layout, views = layouts.layout(cfg.cache, memory.progress), block_step.views_of(memory)
+    layout = layouts.layout(cfg.cache, memory.progress)
+    views = block_step.views_of(memory)
     return block_step.predict_x0(nets, cfg, layout, latent, times, times / 1000, text, views)[0]
 
 
 def causal_dit_kvcache(fixture: Fixture) -> Outputs:
     """Known blocks one after the other: outputs noisy and clean, and what the memory holds after each."""
-    noisy, clean = fixture.inputs["noisy"], fixture.inputs["clean"]
+    noisy = fixture.inputs["noisy"]
+    clean = fixture.inputs["clean"]
     blocks, batch, _, size, *_ = noisy.shape
     raw = SampleConfig(prediction="clean")  # what the network returns is what the file holds
     exp = experiment(fixture.config, frames=blocks * size, latent=noisy.shape[-2:], sample=raw)
     nets = _nets(fixture, exp)
     text = jax.jit(dit.WanDiT.text_kv)(nets.dit, _context(fixture, exp.dit))
-    memory, out = cache.init(exp.memory, batch), _by_layer("crossattn", text)
+    memory = cache.init(exp.memory, batch)
+    out = _by_layer("crossattn", text)
     for block, times in enumerate(fixture.inputs["t"]):
         flow, flow_clean, memory = _noisy_then_clean(
             nets,
@@ -248,7 +255,8 @@ def _next_block(
     no_scores = jnp.zeros((cfg.memory.layers, len(noise), 0))
     given = block_step.Noise(noise=noise, renoise=renoise, random=no_scores)
     memory, denoised = block_step.denoise_block(nets, cfg, memory, noise=given, text=text)
-    latent, selection = denoised.latent, denoised.selection
+    latent = denoised.latent
+    selection = denoised.selection
     memory, _ = block_step.commit_block(
         nets, cfg, memory, latent=latent, low_res=latent, selection=selection, text=text
     )
@@ -257,7 +265,8 @@ def _next_block(
 
 def causal_rollout(fixture: Fixture) -> Outputs:
     """A clip drawn block after block in a few steps from given noise, and what the memory holds at its end."""
-    config, renoise = fixture.config, fixture.inputs["renoise"]
+    config = fixture.config
+    renoise = fixture.inputs["renoise"]
     require(
         config.get("warp_denoising_step", True),
         "warp_denoising_step=False is not built; its step list is warped.",
@@ -274,7 +283,9 @@ def causal_rollout(fixture: Fixture) -> Outputs:
     exp = experiment(
         config, frames=noise.shape[1], latent=(noise.shape[2], noise.shape[3]), sample=sample
     )
-    nets, memory, latents = _nets(fixture, exp), cache.init(exp.memory, len(noise)), []
+    nets = _nets(fixture, exp)
+    memory = cache.init(exp.memory, len(noise))
+    latents = []
     text = jax.jit(dit.WanDiT.text_kv)(nets.dit, _context(fixture, exp.dit))
     for block, fresh in enumerate(renoise):
         start = block * exp.cache.block

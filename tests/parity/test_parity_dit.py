@@ -17,7 +17,8 @@ from packforcing_jax.verify import parts
 pytestmark = pytest.mark.parity
 
 TOLERANCE = 2e-5
-TEXT_LEN, WORDS = 11, 7  # the network's text length, and how many of them the prompts fill
+TEXT_LEN = 11
+WORDS = 7  # the network's text length, and how many of them the prompts fill
 BIDIRECTIONAL = twins.jit(dit.bidirectional)
 
 SIZES = {  # arguments of diffusers' network; latent as batch, frames, rows, columns

@@ -54,7 +54,8 @@ def run(scheduler, latent, velocities):
 
 def solved(solver, latent, velocities):
     """The latent after each step of our solver."""
-    state, latents = unipc.init(latent), []
+    state = unipc.init(latent)
+    latents = []
     for index, velocity in enumerate(velocities):
         state = unipc.step(solver, state, velocity, index)
         latents.append(state.latent)
@@ -66,7 +67,8 @@ def solved(solver, latent, velocities):
 
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_the_training_grid_agrees(shift):
-    ours, theirs = schedules.table(shift), flow_matching(shift)
+    ours = schedules.table(shift)
+    theirs = flow_matching(shift)
     assert twins.error(ours.sigmas, theirs.sigmas) <= TOLERANCE
     assert twins.error(ours.timesteps, theirs.timesteps) <= TOLERANCE
     assert twins.error(schedules.table(shift * 1.01).sigmas, theirs.sigmas) > TOLERANCE
@@ -74,7 +76,8 @@ def test_the_training_grid_agrees(shift):
 
 @pytest.mark.parametrize(("steps", "shift"), RUNS)
 def test_a_shorter_grid_agrees(steps, shift):
-    ours, theirs = schedules.table(shift, steps=steps), flow_matching(shift, steps)
+    ours = schedules.table(shift, steps=steps)
+    theirs = flow_matching(shift, steps)
     assert twins.error(ours.sigmas, theirs.sigmas[:-1]) <= TOLERANCE
     assert twins.error(ours.timesteps, theirs.timesteps) <= TOLERANCE
 
@@ -90,7 +93,8 @@ def test_a_step_list_means_the_same_timesteps():
 
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_noise_is_added_alike(shift):
-    table, theirs = schedules.table(shift), flow_matching(shift)
+    table = schedules.table(shift)
+    theirs = flow_matching(shift)
     clean, noise = drawn(2)
     times = theirs.timesteps.numpy()[[13, 741]]
     ours = schedules.add_noise(clean, noise, schedules.sigma_at(table, times))
@@ -99,8 +103,10 @@ def test_noise_is_added_alike(shift):
 
 @pytest.mark.parametrize(("steps", "shift"), RUNS)
 def test_euler_steps_agree(steps, shift):
-    table, (latent, *velocities) = schedules.table(shift, steps=steps), drawn(1 + steps)
-    expected, latents = run(flow_matching(shift, steps), latent, velocities), []
+    table = schedules.table(shift, steps=steps)
+    latent, *velocities = drawn(1 + steps)
+    expected = run(flow_matching(shift, steps), latent, velocities)
+    latents = []
     for index, velocity in enumerate(velocities):
         latent = schedules.euler_step(table, velocity, table.timesteps[index], latent)
         latents.append(latent)
@@ -112,7 +118,8 @@ def test_euler_steps_agree(steps, shift):
 
 @pytest.mark.parametrize(("steps", "shift"), RUNS)
 def test_unipc_agrees(steps, shift):
-    solver, theirs = unipc.UniPC(steps, shift), multistep(steps, shift)
+    solver = unipc.UniPC(steps, shift)
+    theirs = multistep(steps, shift)
     np.testing.assert_array_equal(solver.timesteps, theirs.timesteps.numpy())
     assert twins.error(solver.sigmas, theirs.sigmas) <= TOLERANCE
     latent, *velocities = drawn(1 + steps, seed=steps)

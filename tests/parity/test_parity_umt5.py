@@ -58,7 +58,8 @@ def prompts(name, lengths, words, seed=0):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", SIZES)
 def test_padded_prompts_agree(name, seed):
-    pair, (ids, mask) = twin(name, seed), prompts(name, LENGTHS, PADDED, seed)
+    pair = twin(name, seed)
+    ids, mask = prompts(name, LENGTHS, PADDED, seed)
     expected = pair.expected(ids, mask)
     assert twins.error(ENCODE(pair.ours, ids, mask, zero_padding=False), expected) <= TOLERANCE
     assert twins.error(ENCODE(pair.ours, ids, mask), expected * mask[..., None]) <= TOLERANCE
@@ -66,17 +67,16 @@ def test_padded_prompts_agree(name, seed):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_long_prompts_agree(name):
-    pair, (ids, mask) = twin(name, 2), prompts(name, (LONG, LONG - 41), LONG)
+    pair = twin(name, 2)
+    ids, mask = prompts(name, (LONG, LONG - 41), LONG)
     expected = pair.expected(ids, mask)
     assert twins.error(ENCODE(pair.ours, ids, mask, zero_padding=False), expected) <= TOLERANCE
 
 
 def test_faint_activations_agree():
     """Words so small that the norms' epsilon counts."""
-    pair, (ids, mask) = (
-        twin("narrow", 3, shared=2e-3, embed_tokens=2e-3),
-        prompts("narrow", LENGTHS, PADDED),
-    )
+    pair = twin("narrow", 3, shared=2e-3, embed_tokens=2e-3)
+    ids, mask = prompts("narrow", LENGTHS, PADDED)
     assert (
         twins.error(ENCODE(pair.ours, ids, mask, zero_padding=False), pair.expected(ids, mask))
         <= TOLERANCE
@@ -96,7 +96,8 @@ def test_the_same_distances_share_a_bias(name):
 
 def test_every_tensor_counts():
     """The comparison can fail: it notices a change of 2 % in any one tensor."""
-    pair, (ids, mask) = twin("as in Wan", 1), prompts("as in Wan", LENGTHS, PADDED)
+    pair = twin("as in Wan", 1)
+    ids, mask = prompts("as in Wan", LENGTHS, PADDED)
     passed = twins.unnoticed(
         pair.ours,
         lambda model: ENCODE(model, jnp.asarray(ids), jnp.asarray(mask)),

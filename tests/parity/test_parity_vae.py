@@ -123,7 +123,8 @@ def test_pixels_of_latents_agree(name, seed):
 
 def test_the_first_frame_alone_agrees():
     pair = twin("as in Wan", 0)
-    video, latent = pair.video[:, :, :1], pair.latent[:, :, :1]
+    video = pair.video[:, :, :1]
+    latent = pair.latent[:, :, :1]
     assert twins.error(computed(MOMENTS, pair.ours, video), pair.moments(video)) <= TOLERANCE
     assert twins.error(computed(DECODE, pair.ours, latent), pair.vae(latent)) <= TOLERANCE
 

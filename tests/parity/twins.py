@@ -63,7 +63,9 @@ def error(ours, theirs):
 
 def unnoticed(model, run, expected, *, tolerance, under=""):
     """The paths, from `under` on, of parameters whose slight change leaves `run(model)` within tolerance."""
-    flat, rng, passed = pytrees.flatten(model), np.random.default_rng(0), []
+    flat = pytrees.flatten(model)
+    rng = np.random.default_rng(0)
+    passed = []
     paths = [path for path in flat if path.startswith(under)]
     assert paths, f"no parameter under {under}"
     for path in paths:
