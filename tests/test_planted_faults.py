@@ -382,7 +382,7 @@ def _(patch):
         stored = jnp.take_along_axis(layer.packed_positions, chosen.slots, axis=1)
         return original(
             spec, layer, chosen.replace(positions=jnp.maximum(chosen.positions, stored))
-        ).replace(positions=original(spec, layer, chosen).positions)
+        ).replace(packed_positions=original(spec, layer, chosen).packed_positions)
 
     wrap(patch, cache, "_settle", wrong)
 

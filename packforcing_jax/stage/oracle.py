@@ -88,8 +88,7 @@ def _read(frames: Float[np.ndarray, "t 32 32 3"]) -> Reading:
     finite = np.isfinite(frames).all(axis=(1, 2, 3), keepdims=True)
     cells = _cells((np.where(finite, frames, 0).astype(np.float32) + 1) / 2)
     bounds, lights = _backdrops(cells)
-    order = bounds.argsort(axis=1)
-    frame = np.arange(len(cells))
+    order, frame = bounds.argsort(axis=1), np.arange(len(cells))
     best = _given(cells, order[:, 0].copy(), lights[frame, order[:, 0]])
     for backdrop in order.T[1:]:
         unsure = np.flatnonzero(bounds[frame, backdrop] < best["residual"])
@@ -172,8 +171,7 @@ def _backdrops(
     """For each backdrop, from the cells that nothing else ever covers: a bound below its residual, and its light."""
     seen = rearrange(cells[:, LIT_CELLS], "t cell y x rgb -> t (cell y x rgb)")
     known = rearrange(cells_of_backdrops()[:, LIT_CELLS], "k cell y x rgb -> k (cell y x rgb)")
-    product = seen @ known.T
-    power = np.square(known).sum(axis=1)
+    product, power = seen @ known.T, np.square(known).sum(axis=1)
     light = _legal_light(product / power)
     error = np.square(seen).sum(axis=1, keepdims=True) + light * (light * power - 2 * product)
     return 4 * error / math.prod(cells.shape[1:]), light
@@ -219,8 +217,7 @@ def _body(
     """Squared distance to the point of each segment nearest to a mean colour, and that point's hue."""
     colours, offsets = body_segments()
     start, stop = world.body_colour(colours[:, None], offsets).swapaxes(0, 1)
-    along = stop - start
-    seen = mean[..., None, :] - start
+    along, seen = stop - start, mean[..., None, :] - start
     share = np.clip((seen * along).sum(axis=-1) / np.square(along).sum(axis=-1), 0, 1)
     distance = np.square(seen - share[..., None] * along).sum(axis=-1)
     return distance, offsets[:, 0] + share * (offsets[:, 1] - offsets[:, 0])

@@ -11,10 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from packforcing_jax.errors import require
 
-SIZE = 32
-CELL = 8
-LANES = 4
-BLOCK = 4  # pixels, pixels, columns, frames
+SIZE, CELL, LANES, BLOCK = 32, 8, 4, 4  # pixels, pixels, columns, frames
 COLOURS = ("red", "amber", "lime", "green", "cyan", "blue", "violet", "pink")
 SHAPES = ("square", "disc", "diamond", "figure")
 SPEEDS = ("slowly", "quickly")
@@ -31,10 +28,7 @@ HUE_SPREAD = 18.0  # degrees either way, so that neighbouring colours, 45 degree
 GAIN_RANGE = (0.75, 1.25)
 LIGHT = 0.76  # scales what the gain lights, so that nothing clips at the highest gain
 TURN = 0.3  # chance that the subject turns round at the start of a block
-SUBJECT_ROW = 2
-FLOOR_ROW = 3
-POSTER_CELL = (0, 1)
-GUEST_CELL = (1, 2)
+SUBJECT_ROW, FLOOR_ROW, POSTER_CELL, GUEST_CELL = 2, 3, (0, 1), (1, 2)
 MARK_SPAN = slice(2, 6)  # rows and columns of the subject's mark inside its cell
 INNER_SPAN = slice(1, 7)  # rows and columns of a poster's or guest's mark inside its border
 
@@ -207,8 +201,7 @@ def render(story: Story) -> Float[np.ndarray, "frames 32 32 3"]:
     """The video in [-1, 1]."""
     light = np.float32(story.gain * LIGHT)
     lanes = np.repeat(BACKGROUNDS[story.backdrop][None] * light, LANES, axis=0)
-    body = puppet(story)
-    sprite = SPRITES[story.shape][..., None]
+    body, sprite = puppet(story), SPRITES[story.shape][..., None]
     for lane in range(LANES):
         np.copyto(lanes[lane][cell(SUBJECT_ROW, lane)], body, where=sprite)
     frames = lanes[story.columns]
