@@ -28,6 +28,9 @@ class CacheConfig:
     capacity: int = 128
     window: int = 0  # frames denoised together, whole blocks of them; 0: one block
     rope_adjustment: str = "sink"
+    sink_average: float = (
+        0.0  # share that the sink keeps of itself when leaving frames are averaged in; 0: none are
+    )
     span: str = "true"
     max_position: int = 20
     selection: str | Score = "affinity"
@@ -76,6 +79,18 @@ class CacheConfig:
 
         if self.evicts is not eviction.FIFO:
             eviction.check(self.evicts, self.slots)
+        require(
+            self.sink_average == 0
+            or (0 < self.sink_average <= 1 and self.top == 0 and self.rope_adjustment == "sink"),
+            f"cache.sink_average={self.sink_average} must lie within 0..1, with top=0 and rope_adjustment=sink; "
+            "change it.",
+        )
+        require(
+            self.sink_average == 0
+            or (self.sink == self.block and self.recent > 0 and self.recent % self.block == 0),
+            f"cache.sink_average needs as many frames to leave at once as the sink has, but sink={self.sink}, "
+            f"block={self.block}, recent={self.recent}; give a sink of one block and whole recent blocks.",
+        )
         _ = self.score  # an unknown name is refused here
 
     @property
@@ -92,6 +107,11 @@ class CacheConfig:
     def ring(self) -> int:
         """Frames of the ring behind the sink: those that are seen, and the block that is being made."""
         return self.recent + self.block
+
+    @property
+    def full_frames(self) -> int:
+        """Frames at full size in all: the sink and the ring behind it (the window of sink-and-window methods)."""
+        return self.sink + self.ring
 
     @property
     def chunk(self) -> int:
@@ -155,7 +175,7 @@ class MemorySpec:
     @property
     def sink_moves(self) -> bool:
         """Whether the sink's keys take other positions from block to block, and are kept un-rotated for that."""
-        return self.cache.rope_adjustment == "sink_only"
+        return self.cache.rope_adjustment == "sink_only" or self.cache.sink_average > 0
 
     @property
     def recent_moves(self) -> bool:

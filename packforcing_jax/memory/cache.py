@@ -50,9 +50,7 @@ class Memory:
     """Everything the model remembers of a batch of videos."""
 
     layers: PerLayer[LayerCache]
-    latents: (
-        Array  # [b, frame, y, x, c]  of recent frames, by which their keys can be computed again
-    )
+    latents: Array  # [b, frame, y, x, c]  of the newest frames, by which their keys can be computed again
     progress: Progress
 
     @property
@@ -101,7 +99,7 @@ def init(
         layers=jax.vmap(layer)(jnp.arange(spec.layers))
         if stacked
         else [layer(i) for i in range(spec.layers)],
-        latents=jnp.zeros((batch, cfg.recent, *spec.latent)),
+        latents=jnp.zeros((batch, cfg.full_frames, *spec.latent)),
         progress=layouts.begin(),
     )
 
@@ -186,7 +184,10 @@ def commit(
 def advanced(spec: MemorySpec, memory: Memory, latent: Latent) -> Memory:
     """`memory` with one block more, `latent`, whose keys and values its layers hold already."""
     now = layouts.layout(spec.cache, memory.progress)
-    latents = _keep_frames(spec, now, memory.latents, latent)
+    latents = memory.latents
+    for frames, at in _chunks(spec, now, latent.shape[1]):
+        slot = FIFO.slot_of(at, spec.cache.full_frames)
+        latents = _overwrite(latents, latent[:, frames], slot=slot, when=jnp.bool_(True))
     return Memory(layers=memory.layers, latents=latents, progress=memory.progress.after_block())
 
 
@@ -201,12 +202,43 @@ def _keep_frames(spec: MemorySpec, layout: Layout, ring: Array, new: Array) -> A
 def keep_unrotated(spec: MemorySpec, layout: Layout, layer: LayerCache, keys: Heads) -> LayerCache:
     """One layer with the current block's keys, rotated in space only, where positions will change."""
     frames = keys.reshape(keys.shape[0], -1, spec.tokens_per_frame, *keys.shape[2:])
+    layer = _average_into_sink(spec, layout, layer)
     sink = layer.sink
     for part, at in _chunks(spec, layout, frames.shape[1]):
         slot = at - layout.scene
         sink = _overwrite(sink, frames[:, part], slot=slot, when=slot < spec.cache.sink)
     recent = _keep_frames(spec, layout, layer.recent, frames)
     return dataclasses.replace(layer, sink=sink, recent=recent)
+
+
+def _average_into_sink(spec: MemorySpec, layout: Layout, layer: LayerCache) -> LayerCache:
+    """One layer whose sink has taken in the frames that leave for the next block, if any do (Reward Forcing sec. 3.2).
+
+    They are the oldest recent ones, as many as the sink has; keys are averaged without their positions.
+    """
+    cfg, s = spec.cache, spec.tokens_per_frame
+    if cfg.sink_average == 0:
+        return layer
+    oldest = layout.start - layout.recent + jnp.arange(cfg.block)
+    leaves = layout.recent == cfg.recent
+
+    def averaged(sink: Array, leaving: Array) -> Array:
+        mixed = cfg.sink_average * sink + (1 - cfg.sink_average) * leaving
+        return jnp.where(leaves, mixed, sink).astype(sink.dtype)
+
+    def frames_of(store: Array, slots: Array) -> Array:
+        b, _, n, h = store.shape
+        by_frame = store[:, : spec.full_res].reshape(b, -1, s, n, h)
+        return jnp.take(by_frame, slots, axis=1)
+
+    keys = jnp.take(layer.recent, FIFO.slot_of(oldest - layout.origin, cfg.recent), axis=1)
+    leaving = frames_of(layer.view.v, layouts.frame_slots(cfg, layout, oldest))
+    values = averaged(frames_of(layer.view.v, jnp.arange(cfg.sink)), leaving)
+    values = values.reshape(values.shape[0], cfg.sink * s, *values.shape[3:])
+    view = KV(
+        k=layer.view.k, v=jax.lax.dynamic_update_slice_in_dim(layer.view.v, values, 0, axis=1)
+    )
+    return dataclasses.replace(layer, sink=averaged(layer.sink, keys), view=view)
 
 
 def finish_layer(
@@ -298,28 +330,59 @@ def _rotated(spec: MemorySpec, frames: Array, times: Float[Array, " frame"]) -> 
 def recent_latents(spec: MemorySpec, memory: Memory, layout: Layout) -> Latent:
     """The latents of the block that begins at `layout.start`, one of the recent ones."""
     frames = layout.start + jnp.arange(spec.cache.block)
-    slots = FIFO.slot_of(frames - layout.origin, spec.cache.recent)
-    return jnp.take(memory.latents, slots, axis=1)
+    return latents_of(spec, memory, frames)
 
 
-def sink_alone(spec: MemorySpec, view: KV) -> KV:
-    """A view of the sink, with room for recent frames behind it."""
-    sink, behind = (
-        frames * spec.tokens_per_frame for frames in (spec.cache.sink, spec.cache.recent)
-    )
-    room = ((0, 0), (0, behind), (0, 0), (0, 0))
-    return jax.tree.map(lambda x: jnp.pad(x[:, :sink], room), view)
+def latents_of(spec: MemorySpec, memory: Memory, frames: Array) -> Latent:
+    """The latents of some of the newest `full_frames` frames, by their true numbers."""
+    return jnp.take(memory.latents, FIFO.slot_of(frames, spec.cache.full_frames), axis=1)
 
 
-def rewrite(
-    spec: MemorySpec, layout: Layout, layer: LayerCache, own: KV, *, when: Array
-) -> LayerCache:
-    """One layer with the block at `layout.start`, a recent one, written anew if `when`; keys rotated in space only."""
-    angles = rope.time_angles(layouts.current_times(spec, layout, spec.cache.block), spec)
-    new = keep_unrotated(spec, layout, layer, own.k)
-    own = KV(k=rope.rotate(own.k.astype(layer.view.k.dtype), angles), v=own.v)
-    new = dataclasses.replace(new, view=write_block(spec, layout, layer.view, own))
-    return jax.tree.map(lambda new, old: jnp.where(when, new, old), new, layer)
+def sink_of(spec: MemorySpec, view: KV) -> KV:
+    """The sink's keys and values, as they lie in a view."""
+    return jax.tree.map(lambda store: store[:, : spec.cache.sink * spec.tokens_per_frame], view)
+
+
+def rewritten(spec: MemorySpec, memory: Memory, plan: layouts.Recache, own: PerLayer[KV]) -> Memory:
+    """`memory` with the frames of a re-cache written anew, from their `own` keys and values [b, frame*s, n, h].
+
+    Keys are rotated in space only. The other frames stay as they are.
+    """
+    cfg = spec.cache
+    layout = layouts.layout(cfg, plan.progress)
+    behind = jnp.maximum(layout.start - layout.origin, 0)
+    sink = layout.scene + jnp.arange(cfg.sink)
+    view = jnp.concatenate([sink, layout.origin + FIFO.ids_in(behind, cfg.ring)])
+    recent = layout.origin + FIFO.ids_in(behind, cfg.recent) if spec.recent_moves else sink[:0]
+
+    def by_frame(store: Array) -> Array:
+        return store.reshape(store.shape[0], -1, spec.tokens_per_frame, *store.shape[2:])
+
+    def anew(store: Array, new: Array, frames: Array) -> Array:
+        """`store` [b, slot, s, n, h], whose slots hold `frames`, from `new` where these were written anew."""
+        at = frames - plan.frames[0]
+        there = (at >= 0) & (at < len(plan.frames)) & jnp.take(plan.written, at, mode="clip")
+        fresh = jnp.take(new, at, axis=1, mode="clip").astype(store.dtype)
+        return jnp.where(there[None, :, None, None, None], fresh, store)
+
+    def into_view(store: Array, new: Array) -> Array:
+        whole = anew(by_frame(store[:, : spec.full_res]), new, view)
+        flat = whole.reshape(len(whole), -1, *store.shape[2:])
+        return jax.lax.dynamic_update_slice_in_dim(store, flat, 0, axis=1)
+
+    def one(layer: LayerCache, own: KV) -> LayerCache:
+        unrotated, values = by_frame(own.k), by_frame(own.v)
+        times = layouts.frame_positions(cfg, layout, plan.frames)
+        turned = by_frame(_rotated(spec, unrotated, times))
+        return dataclasses.replace(
+            layer,
+            view=KV(k=into_view(layer.view.k, turned), v=into_view(layer.view.v, values)),
+            sink=anew(layer.sink, unrotated, sink[: layer.sink.shape[1]]),
+            recent=anew(layer.recent, unrotated, recent),
+        )
+
+    layers = pytrees.over(one, memory.layers, own)
+    return dataclasses.replace(memory, layers=layers, progress=plan.progress)
 
 
 # Forgetting
@@ -327,15 +390,12 @@ def rewrite(
 
 def flush(spec: MemorySpec, memory: Memory) -> Memory:
     """`memory` with all forgotten but the sink: the next block is the first one behind it."""
-    progress = dataclasses.replace(memory.progress, first_visible=memory.num_blocks)
-    return _moved_on(spec, memory, progress)
+    return _moved_on(spec, memory, layouts.flushed(spec.cache, memory.progress))
 
 
 def cut(spec: MemorySpec, memory: Memory) -> Memory:
     """`memory` with all forgotten: the next block begins a scene and a sink of its own."""
-    n = memory.num_blocks
-    progress = dataclasses.replace(memory.progress, scene_start=n, first_visible=n)
-    return _moved_on(spec, memory, progress)
+    return _moved_on(spec, memory, layouts.cut(spec.cache, memory.progress))
 
 
 def _moved_on(spec: MemorySpec, memory: Memory, progress: Progress) -> Memory:

@@ -22,12 +22,12 @@ from packforcing_jax.types import Length
 class Progress:
     """How far a video has come; every mask, slot and position of the memory is derived from it.
 
-    A scene cut moves `scene_start` and `first_visible` to the next block, a flush moves `first_visible` alone.
+    A scene cut moves `scene_start` and `first_visible` to the next frame, a flush moves `first_visible` alone.
     """
 
     num_blocks: Int[Array, ""]  # finished blocks of the video
-    scene_start: Int[Array, ""]  # block that the sink begins with
-    first_visible: Int[Array, ""]  # first block that may be seen behind the sink
+    scene_start: Int[Array, ""]  # frame that the sink begins with
+    first_visible: Int[Array, ""]  # first frame that may be seen behind the sink
 
     def after_block(self) -> "Progress":
         """The same with one more finished block."""
@@ -58,14 +58,25 @@ def begin(blocks: int | Array = 0) -> Progress:
     return Progress(*(jnp.asarray(x, jnp.int32) for x in (blocks, 0, 0)))
 
 
+def flushed(cfg: CacheConfig, progress: Progress) -> Progress:
+    """The progress once all but the sink is forgotten."""
+    return dataclasses.replace(progress, first_visible=progress.num_blocks * cfg.block)
+
+
+def cut(cfg: CacheConfig, progress: Progress) -> Progress:
+    """The progress once everything is forgotten: the next block begins a scene and a sink of its own."""
+    start = progress.num_blocks * cfg.block
+    return dataclasses.replace(progress, scene_start=start, first_visible=start)
+
+
 def layout(cfg: CacheConfig, progress: Progress, gap: Array | float = 0.0) -> Layout:
     """What the next block sees, everything before `recent` moved `gap` frames further back (training jitter).
 
     `rope_adjustment="none"` leaves the sink at its true frames.
     """
     start = progress.num_blocks * cfg.block
-    scene = progress.scene_start * cfg.block
-    origin = jnp.maximum(scene + cfg.sink, progress.first_visible * cfg.block)
+    scene = progress.scene_start
+    origin = jnp.maximum(scene + cfg.sink, progress.first_visible)
     sink = jnp.minimum(start - scene, cfg.sink)
     behind = jnp.maximum(start - origin, 0)
     recent = jnp.minimum(behind, cfg.recent)
@@ -143,6 +154,40 @@ def recent_block(layout: Layout, first: int) -> Layout:
         recent=jnp.full_like(layout.recent, first),
         num_selected=jnp.zeros_like(layout.num_selected),
         current_position=layout.recent_position + first,
+    )
+
+
+@struct.dataclass
+class Recache:
+    """A pass over the newest `sink + recent + block` frames that writes their keys and values anew (LongLive)."""
+
+    frames: Array  # [frame] true numbers, in order; those before the scene do not exist
+    positions: Array  # [frame] in time, in this pass
+    written: Array  # [frame] whose keys are attended to and written
+    behind_sink: Array  # whether the sink as it is is attended to, and stays
+    progress: Progress  # after it
+
+
+def recache(cfg: CacheConfig, progress: Progress, keep_sink: bool) -> Recache:
+    """Who takes part in a re-cache, and where.
+
+    Once more frames exist than the window holds, the sink stays, or, not `keep_sink`, the window's oldest frames
+    become the sink. Before that, every frame is written anew.
+    """
+    now = layout(cfg, progress)
+    frames = now.start - cfg.full_frames + jnp.arange(cfg.full_frames)
+    full = frames[0] > now.scene
+    behind_sink = full & jnp.bool_(keep_sink)
+    oldest = jnp.maximum(frames[0], now.scene)
+    in_row = now.sink_position + frames - oldest
+    first_written = jnp.where(behind_sink, frames[0] + cfg.sink, oldest)
+    scene = now.scene if keep_sink else oldest
+    return Recache(
+        frames=frames,
+        positions=frames if cfg.rope_adjustment == "none" else in_row,
+        written=frames >= first_written,
+        behind_sink=behind_sink,
+        progress=dataclasses.replace(progress, scene_start=scene.astype(jnp.int32)),
     )
 
 

@@ -6,12 +6,14 @@ What there is per layer is a list where the model's layers run one by one, stack
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 from jaxtyping import Float
@@ -80,6 +82,9 @@ class Denoised:
 
     latent: Array  # [b, t, y, x, c]
     selection: PerLayer[Selection]
+    predictions: Array | None = (
+        None  # [step, b, t, y, x, c]  what each step predicted, where it is asked for
+    )
 
 
 # Denoising
@@ -182,11 +187,13 @@ def remaining_steps(
         clean, views = carry
         time, sigma, fresh = inputs
         noisy = schedules.add_noise(clean, fresh, sigma)
-        return predict_x0(nets, cfg, layout, noisy, time, sigma, text, views), None
+        after = predict_x0(nets, cfg, layout, noisy, time, sigma, text, views)
+        return after, after[0]
 
-    given = (times[1:], sigmas[1:], noise.renoise)
-    (latent, views), _ = jax.lax.scan(step, (clean, views_of(memory)), given)
-    return with_views(memory, views), Denoised(latent=latent, selection=selection)
+    fresh = (times[1:], sigmas[1:], noise.renoise)
+    (latent, views), later = jax.lax.scan(step, (clean, views_of(memory)), fresh)
+    predictions = jnp.concatenate([clean[None], later])
+    return with_views(memory, views), Denoised(latent, selection, predictions)
 
 
 def predict_x0(
@@ -330,46 +337,48 @@ def read_packed(
     return _run(nets, cfg, tokens, time, text, past, self_attention)[1]
 
 
-def recommit(nets: Nets, cfg: StepConfig, memory: Memory, *, text: Any) -> Memory:
-    """`memory` with the keys and values of its recent blocks computed again, as under another text (LongLive).
+def recache(
+    nets: Nets, cfg: StepConfig, memory: Memory, *, text: Any, keep_sink: bool = True
+) -> tuple[Memory, Latent]:
+    """`memory` with the keys and values of its frames at full size computed again, as at a prompt switch (LongLive).
 
-    Block by block from their latents, each behind the sink and the recent blocks before it; packed blocks stay.
-    Raises `InputError` where sink and recent frames are not whole blocks.
+    One pass at timestep 0 over the finished latents of the newest `sink + recent + block` frames, which attend to one
+    another without a mask; also what the network returns of it. Behind more frames than that, the sink keeps its keys,
+    or, not `keep_sink`, the oldest of these frames become the sink. Packed blocks stay as they are.
+    Raises `InputError` where packed blocks would be left behind a sink that moves.
     """
-    spec = cfg.memory
-    size = cfg.cache.block
+    spec, count = cfg.memory, cfg.cache.full_frames
     require(
-        cfg.cache.sink % size == cfg.cache.recent % size == 0,
-        f"cache.sink={cfg.cache.sink} and recent={cfg.cache.recent} must be whole blocks of {size} frames when recent "
-        "blocks are committed again; change them.",
+        keep_sink or cfg.cache.top == 0,
+        "a re-cache that moves the sink forgets what is packed; keep the sink or set cache.top=0.",
     )
-    layout = layouts.layout(cfg.cache, memory.progress)
-    views = pytrees.over(lambda layer: cache.sink_alone(spec, layer.view), memory.layers)
-    layers = memory.layers
-    for first in range(0, cfg.cache.recent // size * size, size):
-        there = layouts.recent_block(layout, first)
-        latent = cache.recent_latents(spec, memory, there)
+    plan = layouts.recache(cfg.cache, memory.progress, keep_sink)
+    each = functools.partial(jnp.repeat, repeats=cfg.tokens_per_frame)
+    in_sink = jnp.broadcast_to(plan.behind_sink, cfg.cache.sink * cfg.tokens_per_frame)
+    visible = jnp.concatenate([in_sink, each(plan.written)])
+    mask = jnp.broadcast_to(visible[None], (count * cfg.tokens_per_frame, len(visible)))
+    rows, columns = cfg.grid
 
-        def behind_sink(view: KV, own: KV, there: Layout = there) -> KV:
-            return cache.extend(view, own, (there.sink + there.recent) * cfg.tokens_per_frame)
+    def behind(sink: KV, own: KV) -> KV:
+        return jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), sink, own)
 
-        kept = read_clean(
-            nets,
-            cfg,
-            there,
-            latent,
-            text,
-            views,
-            Access(keep=lambda own, view, past: (own, view), write=behind_sink),
-        )
-        own, views = pytrees.unzip(kept)
-        exists = first < layout.recent
-        layers = pytrees.over(
-            lambda *one, there=there, exists=exists: cache.rewrite(spec, there, *one, when=exists),
-            layers,
-            own,
-        )
-    return dataclasses.replace(memory, layers=layers)
+    self_attention = _attention(
+        cfg,
+        each(plan.positions.astype(jnp.float32)),
+        jnp.asarray(rope.grid(range(rows), range(columns), count)),
+        write=behind,
+        valid=None,
+        mask=mask,
+        access=Access(
+            view_of=lambda layer: cache.sink_of(spec, layer.view),
+            keep=lambda own, view, layer: own,
+        ),
+    )
+    latents = cache.latents_of(spec, memory, plan.frames)
+    time = nets.dit.embed_time(jnp.zeros(latents.shape[:2]))
+    x, own = _run(nets, cfg, nets.dit.embed(latents), time, text, memory.layers, self_attention)
+    memory = cache.rewritten(spec, memory, plan, own)
+    return memory, nets.dit.output(x, time, cfg.grid)
 
 
 # What a layer does when its tokens attend
@@ -443,10 +452,11 @@ def _attention(
     grid: Float[Array, "q 2"],
     *,
     write: Callable[[KV, KV], KV],
-    valid: Array,
+    valid: Array | None,
     access: Access,
+    mask: Array | None = None,
 ) -> SelfAttention:
-    """Attention of tokens at (times, grid), once written into a view, to its first `valid` keys."""
+    """Attention of tokens at (times, grid), once written into a view, to its first `valid` keys, or by a mask."""
     in_time = rope.time_angles(times, cfg.memory)
     in_space = rope.space_angles(grid, cfg.memory)
 
@@ -455,7 +465,7 @@ def _attention(
         whole = write(access.view_of(past), KV(k=rope.rotate(own.k, in_time), v=v))
         attention_fn = attention.backend(cfg.attention, whole.k.dtype)
         turned = rope.rotate(q, in_time + in_space).astype(whole.k.dtype)
-        mixed = attention_fn(turned, whole.k, whole.v, valid).astype(q.dtype)
+        mixed = attention_fn(turned, whole.k, whole.v, valid, mask).astype(q.dtype)
         if not access.writes:
             return mixed, access.keep(own, whole, past)
         # The first barrier: what is read now is written only afterwards, or it is copied. The second: it is then done.
@@ -522,8 +532,13 @@ def laid(
 
 
 def step_table(cfg: SampleConfig):
-    """(timesteps, sigmas) of the denoising steps: nominal steps warped by the shift, sigma by nearest grid entry."""
-    times = schedules.shifted_timesteps(cfg.steps, cfg.shift)
+    """(timesteps, sigmas) of the denoising steps: nominal steps warped by the shift, sigma by nearest grid entry.
+
+    Without `cfg.warp` the steps are the timesteps.
+    """
+    times = np.asarray(cfg.steps, np.float32)
+    if cfg.warp:
+        times = schedules.shifted_timesteps(cfg.steps, cfg.shift)
     return times, schedules.sigma_at(schedules.table(cfg.shift), jnp.asarray(times))
 
 

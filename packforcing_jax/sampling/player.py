@@ -117,12 +117,21 @@ def next_block(
 def denoise(model: Model, state: State, text: Any) -> tuple[Memory, Denoised]:
     """The next block as it is denoised, and the memory with other scratch; the memory of `state` is used up."""
     cfg = model.experiment.step
+    if cfg.sample.first_steps and int(state.memory.num_blocks) == 0:
+        cfg = first_block(cfg)
     if cfg.cache.archive == "device":
         return denoise_program(model.nets, cfg, state.memory, state.seeds, state.videos, text)
     noise = noise_program(cfg, state.seeds, state.videos, state.memory.num_blocks)
     return host_archive.denoise(
         model.nets, cfg, state.memory, state.archive, noise=noise, text=text
     )
+
+
+def first_block(cfg: StepConfig) -> StepConfig:
+    """`cfg` with the steps of the first generated block."""
+    sample = cfg.sample
+    steps = sample.first_steps or sample.steps
+    return dataclasses.replace(cfg, sample=dataclasses.replace(sample, steps=steps, first_steps=()))
 
 
 # The programs
@@ -135,7 +144,8 @@ def denoise_program(
     """`block_step.denoise_block` with the noise of (seed, video, block), in place."""
     noise = block_step.draw_noise(cfg, seeds, videos, memory.num_blocks)
     nets = pytrees.cast(nets, cfg.compute)
-    return block_step.denoise_block(nets, cfg, memory, noise=noise, text=text)
+    memory, denoised = block_step.denoise_block(nets, cfg, memory, noise=noise, text=text)
+    return memory, dataclasses.replace(denoised, predictions=None)
 
 
 noise_program = jax.jit(block_step.draw_noise, static_argnames="cfg")

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ import numpy as np
 import safetensors
 from safetensors import SafetensorError
 
+from packforcing_jax import methods as published
 from packforcing_jax.errors import InputError, MachineError
-from packforcing_jax.verify import parts, training, transformer
+from packforcing_jax.verify import methods, parts, training, transformer
 from packforcing_jax.verify.parts import Fixture, Outputs
 
 Expected = Mapping[str, np.ndarray]
@@ -57,9 +59,23 @@ CASES = {
     "causal_dit_kvcache": Case(transformer.causal_dit_kvcache),
     "causal_dit_kvcache_rolling": Case(transformer.causal_dit_kvcache),
     "causal_rollout": Case(transformer.causal_rollout, 5e-5),  # errors add up over blocks
+    **{
+        f"method_{method.name.replace('-', '_')}": Case(partial(methods.sink_and_window, method))
+        for method in (
+            published.LONGLIVE,
+            published.LONGLIVE_INFINITY,
+            published.INFINITE_FORCING,
+            published.REWARD_FORCING,
+        )
+    },
+    "method_self_forcing_rolling": Case(partial(methods.sink_and_window, published.SELF_FORCING)),
+    "method_causal_forcing_chunkwise": Case(methods.causal_forcing, 5e-5),
+    "method_causal_forcing_framewise": Case(methods.causal_forcing, 5e-5),
     "dmd_math": Case(training.dmd_math, 5e-5, derived=2e-4),
     "self_forcing_train_rollout": Case(training.self_forcing_train_rollout, 5e-5, derived=2e-4),
 }
+LAYOUT = r"^(.*\.)?layout\."  # tensors that together say whom each call of a run sees
+PLACE, SHARE = 1e-3, 1e-5  # how far positions and shares of a mixed key may be off
 UNKNOWN = Case(lambda fixture: {}, 0.0)
 
 
@@ -162,10 +178,75 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     return 0.0 if gap == 0 else float(gap / scale) if scale > 0 else math.inf
 
 
+def _below(tensors: Mapping[str, Any], prefix: str) -> dict[str, np.ndarray]:
+    return {
+        name.removeprefix(prefix): np.asarray(value)
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def layout_difference(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> float:
+    """How many calls differ in whom they see, where, and who made it; infinite if there are others.
+
+    The order of keys does not matter. Positions are taken from the query's first and may differ by a thousandth.
+    """
+    if not set(theirs) <= set(ours) or len(ours["call"]) != len(theirs["call"]):
+        return math.inf
+    made_by = sorted(set(theirs) & {"key_prompt", "key_timestep", "query_timestep"})
+    calls = range(len(theirs["call"]))
+    return float(sum(not _same_call(ours, theirs, row, made_by) for row in calls))
+
+
+def _same_call(
+    ours: Mapping[str, np.ndarray],
+    theirs: Mapping[str, np.ndarray],
+    row: int,
+    made_by: Sequence[str],
+) -> bool:
+    """Whether one call is the same on both sides."""
+    (one, mix), (other, wanted) = (_sights(each, row, made_by) for each in (ours, theirs))
+    frames = wanted.shape[1]
+    return (
+        one.shape == other.shape
+        and bool(np.abs(one - other).max() <= PLACE)
+        and bool(np.abs(mix[:, :frames] - wanted).max(initial=0) <= SHARE)
+    )
+
+
+def _sights(
+    layout: Mapping[str, np.ndarray], row: int, made_by: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of one call, of its queries and of its keys, these in order; and what each key is mixed of."""
+    call = layout["call"][row].astype(float)
+    queries, keys = int(call[3]), int(call[4])
+    origin = layout["query_pos"][row][0]
+    asked = [layout["query_frame"][row][:queries], layout["query_pos"][row][:queries] - origin]
+    asked += [layout[name][row][:queries] for name in made_by if name.startswith("query")]
+    seen = np.array(
+        [
+            layout["key_frame"][row][:keys],
+            layout["key_pos"][row][:keys] - origin,
+            *(layout[name][row][:keys] for name in made_by if name.startswith("key")),
+        ],
+        float,
+    )
+    order = np.lexsort(seen[::-1])
+    mix = layout["key_mix"][row][order] if "key_mix" in layout else np.zeros((keys, 0))
+    return np.concatenate([call, *asked, seen[:, order].ravel()]), mix
+
+
 def compare(file: str, kind: str, ours: Mapping[str, Any], theirs: Expected) -> list[Row]:
     """One row per expected output; integers must agree exactly, an output that was not computed fails."""
-    rows = []
+    runs = sorted({name[: at.end()] for name in theirs if (at := re.search(LAYOUT, name))})
+    rows = [
+        Row(file, run.removesuffix("."), error, 0.0, error <= 0)
+        for run in runs
+        for error in [layout_difference(_below(ours, run), _below(theirs, run))]
+    ]
     for name, value in sorted(theirs.items()):
+        if re.search(LAYOUT, name):
+            continue
         exact = np.issubdtype(value.dtype, np.integer)
         tolerance = 0.0 if exact else CASES.get(kind, UNKNOWN).allowed(name)
         error = difference(np.asarray(ours[name]), value) if name in ours else math.inf

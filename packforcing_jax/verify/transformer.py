@@ -158,7 +158,7 @@ def experiment(
     )
 
 
-def _nets(fixture: Fixture, exp: Experiment) -> block_step.Nets:
+def nets_of(fixture: Fixture, exp: Experiment) -> block_step.Nets:
     packs_nothing: Any = None
     return block_step.Nets(
         dit=transformer(exp.dit, fixture.weights).unrolled(), compressor=packs_nothing
@@ -185,15 +185,15 @@ def _noisy_then_clean(
     text: PerLayer[KV],
 ) -> tuple[Latent, Latent, Memory]:
     """The network's output for a noisy block and for the clean one at timestep 0, and the memory after the latter."""
-    flow = _flow(nets, cfg, memory, noisy, times, text)
-    flow_clean = _flow(nets, cfg, memory, clean, jnp.zeros_like(times), text)
+    flow = raw_output(nets, cfg, memory, noisy, times, text)
+    flow_clean = raw_output(nets, cfg, memory, clean, jnp.zeros_like(times), text)
     memory, _ = block_step.commit_block(
         nets, cfg, memory, latent=clean, low_res=clean, selection=None, text=text
     )
     return flow, flow_clean, memory
 
 
-def _flow(
+def raw_output(
     nets: block_step.Nets,
     cfg: StepConfig,
     memory: Memory,
@@ -214,7 +214,7 @@ def causal_dit_kvcache(fixture: Fixture) -> Outputs:
     blocks, batch, _, size, *_ = noisy.shape
     raw = SampleConfig(prediction="clean")  # what the network returns is what the file holds
     exp = experiment(fixture.config, frames=blocks * size, latent=noisy.shape[-2:], sample=raw)
-    nets = _nets(fixture, exp)
+    nets = nets_of(fixture, exp)
     text = jax.jit(dit.WanDiT.text_kv)(nets.dit, _context(fixture, exp.dit))
     memory = cache.init(exp.memory, batch)
     out = _by_layer("crossattn", text)
@@ -283,7 +283,7 @@ def causal_rollout(fixture: Fixture) -> Outputs:
     exp = experiment(
         config, frames=noise.shape[1], latent=(noise.shape[2], noise.shape[3]), sample=sample
     )
-    nets = _nets(fixture, exp)
+    nets = nets_of(fixture, exp)
     memory = cache.init(exp.memory, len(noise))
     latents = []
     text = jax.jit(dit.WanDiT.text_kv)(nets.dit, _context(fixture, exp.dit))

@@ -1,0 +1,273 @@
+"""Rollouts of the methods that are compared: their values through the block step, and whom each call sees."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from packforcing_jax import methods
+from packforcing_jax.config import Experiment, SampleConfig, StepConfig
+from packforcing_jax.memory import cache
+from packforcing_jax.memory.cache import Memory
+from packforcing_jax.methods import calls
+from packforcing_jax.methods.method import Method, memory_of
+from packforcing_jax.networks import dit
+from packforcing_jax.pytrees import PerLayer
+from packforcing_jax.sampling import block_step, player
+from packforcing_jax.types import KV, Latent
+from packforcing_jax.verify import transformer
+from packforcing_jax.verify.parts import Fixture, Outputs
+
+KINDS = {calls.DENOISE: 0, calls.COMMIT: 1, calls.RECACHE: 2, calls.GIVEN: 3}
+PER_FRAME = "block step b t c y x -> (block t) step b c y x"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One rollout of a file: the method at the file's sizes, its model, and what it starts from."""
+
+    prefix: str
+    method: Method
+    experiment: Experiment
+    noise: np.ndarray  # [b, frame, y, x, c]
+    renoise: np.ndarray  # [block, step, b, t, y, x, c]
+    prompts: tuple[int, ...]  # of each generated block
+    given: np.ndarray  # [b, frame, y, x, c]  committed before the first block
+
+
+def sink_and_window(method: Method, fixture: Fixture) -> Outputs:
+    """The runs of a file about a sink and a window: LongLive, Infinite-Forcing, Self-Forcing, Reward Forcing."""
+    out: Outputs = {}
+    for changes in fixture.config["runs"]:
+        config = {**fixture.config, **changes}
+        name = config["name"]
+        run = _windowed_run(fixture, method, config, "" if name == "main" else f"{name}.")
+        out |= _rollout(fixture, run)
+    return out | _step_lists("", out_of=_sample(fixture.config))
+
+
+def causal_forcing(fixture: Fixture) -> Outputs:
+    """The cases of a Causal-Forcing file: chunk-wise or frame-wise, some behind given latents."""
+    out: Outputs = {}
+    for name, changes in fixture.config["cases"].items():
+        config = {**fixture.config, **changes}
+        block = config["frames_per_block"]
+        window = config.get("local_attn_size", config["max_frames"])
+        sizes = {"sink": config.get("sink_size", 0), "window": window}
+        given = fixture.inputs.get(f"{name}.initial_latent")
+        noise = _frames_last(fixture.inputs[f"{name}.noise"])
+        run = Run(
+            prefix=f"{name}.",
+            method=dataclasses.replace(methods.CAUSAL_FORCING, **sizes),
+            experiment=_model(config, block, noise.shape[2:4], _sample(config)),
+            noise=noise,
+            renoise=_renoise(fixture.inputs[f"{name}.renoise"]),
+            prompts=(0,) * config["num_blocks"],
+            given=noise[:, :0] if given is None else _frames_last(given),
+        )
+        out |= _rollout(fixture, run, contexts=("context",))
+        out |= _step_lists(run.prefix, out_of=run.experiment.sample)
+    return out
+
+
+def _windowed_run(fixture: Fixture, method: Method, config: Mapping[str, Any], prefix: str) -> Run:
+    block, frames = config["frames_per_block"], config["num_frames"]
+    noise = _frames_last(fixture.inputs["noise"])[:, :frames]
+    by_frame = einops.rearrange(fixture.inputs["renoise"], PER_FRAME)[:frames]
+    renoise = einops.rearrange(by_frame, "(block t) step b c y x -> block step b t c y x", t=block)
+    method = dataclasses.replace(
+        method,
+        sink=config["sink_size"],
+        window=config["local_attn_size"],
+        keeps_sink=config.get("global_sink", True),
+        settings={**method.settings, **_average(method, config)},
+    )
+    return Run(
+        prefix=prefix,
+        method=method,
+        experiment=_model(config, block, noise.shape[2:4], _sample(config)),
+        noise=noise,
+        renoise=_renoise(renoise),
+        prompts=_prompts(config, frames // block),
+        given=noise[:, :0],
+    )
+
+
+def _average(method: Method, config: Mapping[str, Any]) -> dict[str, float]:
+    alpha = config.get("compression_alpha")
+    return {} if alpha is None else {"sink_average": alpha}
+
+
+def _prompts(config: Mapping[str, Any], blocks: int) -> tuple[int, ...]:
+    """The prompt of each block: a switch acts at the first block that starts at or behind its frame."""
+    segments = config.get("prompts", [0])
+    starts = np.arange(blocks) * config["frames_per_block"]
+    passed = [(starts >= frame).astype(int) for frame in config.get("switch", [])]
+    return tuple(segments[i] for i in np.sum(passed, axis=0, dtype=int) * np.ones(blocks, int))
+
+
+def _sample(config: Mapping[str, Any]) -> SampleConfig:
+    return SampleConfig(
+        steps=tuple(config["denoising_step_list"]),
+        first_steps=tuple(config.get("denoising_step_list_first_chunk", ())),
+        shift=float(config["timestep_shift"]),
+        warp=config["warp_denoising_step"],
+    )
+
+
+def _step_lists(prefix: str, out_of: SampleConfig) -> Outputs:
+    first = dataclasses.replace(out_of, steps=out_of.first_steps or out_of.steps)
+    return {
+        f"{prefix}denoising_step_list_warped": block_step.step_table(out_of)[0],
+        f"{prefix}denoising_step_list_first_chunk_warped": block_step.step_table(first)[0],
+    }
+
+
+def _model(
+    config: Mapping[str, Any], block: int, latent: tuple[int, ...], sample: SampleConfig
+) -> Experiment:
+    """The file's network; its memory is the method's, put in when the run starts."""
+    rows, columns = latent
+    plain = {key: value for key, value in config.items() if key != "local_attn_size"}
+    exp = transformer.experiment(
+        {**plain, "frames_per_block": block}, frames=block, latent=(rows, columns), sample=sample
+    )
+    return dataclasses.replace(exp, clip=block)
+
+
+def _frames_last(latent: np.ndarray) -> np.ndarray:
+    return einops.rearrange(latent, "b t c y x -> b t y x c")
+
+
+def _renoise(noise: np.ndarray) -> np.ndarray:
+    return einops.rearrange(noise, "block step b t c y x -> block step b t y x c")
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _block(
+    nets: block_step.Nets,
+    cfg: StepConfig,
+    memory: Memory,
+    noise: Latent,
+    renoise: jax.Array,
+    text: PerLayer[KV],
+) -> tuple[Memory, jax.Array, Latent]:
+    """(the memory after the next block, what each step predicted, what the network returns of it clean)."""
+    no_scores = jnp.zeros((cfg.memory.layers, len(noise), 0))
+    start = block_step.Noise(noise=noise, renoise=renoise, random=no_scores)
+    memory, denoised = block_step.denoise_block(nets, cfg, memory, noise=start, text=text)
+    memory, flow = _given(nets, cfg, memory, denoised.latent, text)
+    return memory, denoised.predictions, flow  # type: ignore[return-value]
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _given(
+    nets: block_step.Nets, cfg: StepConfig, memory: Memory, latent: Latent, text: PerLayer[KV]
+) -> tuple[Memory, Latent]:
+    """(the memory after a block that is given, what the network returns of it at timestep 0)."""
+    raw = dataclasses.replace(cfg, sample=SampleConfig(prediction="clean"))
+    flow = transformer.raw_output(nets, raw, memory, latent, jnp.zeros(latent.shape[:2]), text)
+    memory, _ = block_step.commit_block(
+        nets, cfg, memory, latent=latent, low_res=latent, selection=None, text=text
+    )
+    return memory, flow
+
+
+_recache = jax.jit(block_step.recache, static_argnames=("cfg", "keep_sink"))
+
+
+def _rollout(fixture: Fixture, run: Run, contexts: Sequence[str] | None = None) -> Outputs:
+    """Latents, predictions and calls of one run."""
+    exp = dataclasses.replace(run.experiment, cache=memory_of(run.method, run.experiment.cache))
+    cfg, spec, size = exp.step, exp.memory, exp.cache.block
+    nets = transformer.nets_of(fixture, exp)
+    names = contexts or [f"context_{i}" for i in range(fixture.config["num_prompts"])]
+    text_kv = jax.jit(dit.WanDiT.text_kv)
+    texts = [text_kv(nets.dit, jnp.asarray(fixture.inputs[name])) for name in names]
+    memory = cache.init(spec, len(run.noise))
+    latents = [jnp.asarray(run.given)]
+    for start in range(0, run.given.shape[1], size):
+        block = jnp.asarray(run.given[:, start : start + size])
+        memory, _ = _given(nets, cfg, memory, block, texts[run.prompts[0]])
+    out: Outputs = {}
+    for block, prompt in enumerate(run.prompts):
+        text = texts[prompt]
+        if block and prompt != run.prompts[block - 1]:
+            memory, flow = _recache(nets, cfg, memory, text=text, keep_sink=run.method.keeps_sink)
+            there = min(spec.cache.full_frames, block * size)
+            out[f"{run.prefix}recache_before_block{block}.flow"] = _theirs(flow[:, -there:])
+        of_block = player.first_block(cfg) if block == 0 else cfg
+        steps = len(of_block.sample.steps)
+        noise = run.noise[:, block * size : (block + 1) * size]
+        renoise = run.renoise[block, : steps - 1]
+        memory, predictions, flow = _block(
+            nets, of_block, memory, jnp.asarray(noise), jnp.asarray(renoise), text
+        )
+        out |= {
+            f"{run.prefix}block{block}.step{step}.x0": _theirs(x0)
+            for step, x0 in enumerate(predictions)
+        }
+        out[f"{run.prefix}block{block}.context_pass.flow"] = _theirs(flow)
+        latents.append(predictions[-1])
+    out[f"{run.prefix}latents"] = _theirs(jnp.concatenate(latents, axis=1))
+    return out | {f"{run.prefix}layout.{name}": rows for name, rows in _rows(spec, run).items()}
+
+
+def _theirs(latent: Latent) -> np.ndarray:
+    return np.asarray(einops.rearrange(latent, "b t y x c -> b t c y x"))
+
+
+def _rows(spec: Any, run: Run) -> dict[str, np.ndarray]:
+    """The calls of a run as a file lists them, padded with -1."""
+    first = float(block_step.step_table(player.first_block(run.experiment.step).sample)[0][0])
+    made = list(
+        calls.calls(spec, run.method, run.prompts, given=run.given.shape[1] // spec.cache.block)
+    )
+    widest = max(len(call.keys) for call in made)
+    most = max(len(call.queries) for call in made)
+    frames = spec.cache.block * (len(run.prompts) + 1) + run.given.shape[1]
+
+    def padded(values: Sequence[Any], width: int) -> list[Any]:
+        return [*values, *[-1] * (width - len(values))]
+
+    def timestep(call: calls.Call, kind: str = "current") -> float:
+        return first if call.call == calls.DENOISE and kind == "current" else 0.0
+
+    def shares(call: calls.Call) -> np.ndarray:
+        mix = np.zeros((widest, frames), np.float32)
+        for slot, key in enumerate(call.keys):
+            for frame, share in key.mix or ((key.frames[0], 1.0),):  # type: ignore[index]
+                mix[slot, frame] = share
+        return mix
+
+    return {
+        "call": np.array(
+            [
+                [
+                    -1 if call.call == calls.GIVEN else call.block,
+                    KINDS[call.call],
+                    call.queries[0][0],
+                    len(call.queries),
+                    len(call.keys),
+                    call.prompt,
+                ]
+                for call in made
+            ]
+        ),
+        "query_frame": np.array([padded([q[0] for q in c.queries], most) for c in made]),
+        "query_pos": np.array([padded([q[1] for q in c.queries], most) for c in made]),
+        "query_timestep": np.array([padded([timestep(c)] * len(c.queries), most) for c in made]),
+        "key_frame": np.array([padded([k.frames[0] for k in c.keys], widest) for c in made]),  # type: ignore[index]
+        "key_pos": np.array([padded([k.position for k in c.keys], widest) for c in made]),
+        "key_prompt": np.array([padded([k.prompt for k in c.keys], widest) for c in made]),
+        "key_timestep": np.array(
+            [padded([timestep(c, k.kind) for k in c.keys], widest) for c in made]
+        ),
+        "key_mix": np.stack([shares(call) for call in made]),
+    }
