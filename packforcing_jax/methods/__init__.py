@@ -1,5 +1,6 @@
 """The methods that are compared, each a page of its source; `METHODS` looks their names up."""
 
+from packforcing_jax.errors import nearest, require
 from packforcing_jax.methods.infinite_forcing import INFINITE_FORCING
 from packforcing_jax.methods.longlive import LONGLIVE, LONGLIVE_INFINITY
 from packforcing_jax.methods.method import Method
@@ -7,6 +8,14 @@ from packforcing_jax.methods.packforcing import PACKFORCING
 from packforcing_jax.methods.reward_forcing import REWARD_FORCING
 from packforcing_jax.methods.self_forcing import CAUSAL_FORCING, SELF_FORCING, SELF_FORCING_SHORT
 
+UNBUILT = {  # methods that cards name, and why they cannot be sampled here
+    "rolling-forcing": "its window of blocks at falling noise has no driver yet",
+    "causvid": "its restart from an overlap has no driver yet",
+    "deep-forcing": "its compression of tokens is not built yet",
+    "packforcing-unofficial": "its compressor is not built yet",
+    "bidirectional": "it makes all frames of a clip at once, not block by block",
+    "full": "an unbounded memory is not built yet",
+}
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -20,3 +29,15 @@ METHODS: dict[str, Method] = {
         REWARD_FORCING,
     )
 }
+
+
+def named(method: str | Method) -> Method:
+    """A method by its name, or the value itself; raises `InputError` naming the nearest one or why it is not there."""
+    if isinstance(method, Method):
+        return method
+    require(
+        method not in UNBUILT,
+        f"method {method!r} cannot be sampled: {UNBUILT.get(method)}; choose one of {', '.join(METHODS)}.",
+    )
+    require(method in METHODS, f"method {method!r} is unknown; {nearest(method, METHODS)}")
+    return METHODS[method]

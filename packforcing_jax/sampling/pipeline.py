@@ -11,11 +11,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from packforcing_jax import pytrees
-from packforcing_jax.config import PROFILES, Experiment, loading
+from packforcing_jax import methods, pytrees
+from packforcing_jax.config import PROFILES, Experiment, cards, loading
 from packforcing_jax.errors import nearest, require
 from packforcing_jax.io import model_folder, text_encoder, video
 from packforcing_jax.memory.layout import Progress
+from packforcing_jax.methods.method import AT_PROMPT_CHANGE, Method, applied
 from packforcing_jax.networks import base_model, codec, compressor, text, tokenizer
 from packforcing_jax.sampling import block_step, player
 from packforcing_jax.sampling.player import State
@@ -60,15 +61,40 @@ def blocks_of(exp: Experiment, seconds: float) -> int:
     return max(1, -(-latents // exp.cache.block))
 
 
-def with_overrides(exp: Experiment, memory: str | None, overrides: Sequence[str]) -> Experiment:
-    """`exp` with a memory profile by name and then single settings changed."""
+def with_overrides(
+    exp: Experiment,
+    memory: str | None,
+    overrides: Sequence[str],
+    method: str | Method | None = None,
+) -> Experiment:
+    """`exp` with another method or a memory profile by name, and then single settings changed.
+
+    Without `method`, that of `exp`, which its card may have named.
+    """
     require(
         memory in (None, *PROFILES),
         f"memory profile {memory!r} is unknown; {nearest(str(memory), PROFILES)}",
     )
+    value = methods.named(exp.method if method is None else method)
+    require(
+        memory is None or value.window is None,
+        f"--memory {memory} belongs to method packforcing, and the method is {value.name}; leave --memory out, or "
+        "give --method packforcing.",
+    )
+    exp = applied(value, exp)
     return loading.override(
         dataclasses.replace(exp, cache=PROFILES[memory]) if memory else exp, list(overrides)
     )
+
+
+def check_changes(changes: Mapping[int, str]) -> None:
+    """Raises `InputError` for something that a new prompt cannot do to the memory."""
+    for block, how in changes.items():
+        require(
+            how in AT_PROMPT_CHANGE,
+            f"block {block}: {how!r} is nothing a new prompt can do to the memory; choose one of "
+            f"{', '.join(AT_PROMPT_CHANGE)}.",
+        )
 
 
 def _read(model: model_folder.Opened, part: str, build: Callable[[], Any], dtype: str) -> Any:
@@ -89,6 +115,7 @@ class Pipeline:
     text: text_encoder.Encoder
     vae: codec.Codec
     tokenizer: Tokenizer
+    method: Method = methods.PACKFORCING
 
     @classmethod
     def from_pretrained(
@@ -98,15 +125,20 @@ class Pipeline:
         experiment: Experiment | None = None,
         memory: str | None = None,
         overrides: Sequence[str] = (),
+        method: str | Method | None = None,
     ) -> "Pipeline":
         """The model of a folder, by default the one that ships, with another memory profile or settings if asked for.
+
+        `method` is a name in `methods.METHODS` or a value; without it, the method that the folder remembers.
 
         `experiment` takes the place of the folder's own settings, such as one with a score of one's own.
 
         Weights are read tensor by tensor into their places; the text encoder stays on disk.
         """
         model = model_folder.opened(folder or SHIPPED)
-        exp = with_overrides(experiment or model.experiment, memory, overrides)
+        own = experiment or model.experiment
+        cards.require_samples(own.card)
+        exp = with_overrides(own, memory, overrides, method)
         nets = block_step.Nets(
             dit=_read(
                 model,
@@ -123,6 +155,7 @@ class Pipeline:
         )
         return cls(
             experiment=exp,
+            method=methods.named(own.method if method is None else method),
             nets=nets,
             text=text_encoder.of_folder(model, exp.text, exp.dtypes),
             tokenizer=tokenizer.Tokenizer.from_file(
@@ -151,11 +184,19 @@ class Pipeline:
 
     def with_memory(self, profile: str) -> "Pipeline":
         """The same model with another memory: a name in `config.PROFILES`."""
-        return self._with(with_overrides(self.experiment, profile, ()))
+        exp = with_overrides(self.experiment, profile, (), methods.PACKFORCING)
+        return dataclasses.replace(self._with(exp), method=methods.PACKFORCING)
 
     def with_settings(self, overrides: Sequence[str]) -> "Pipeline":
         """The same weights with settings changed, such as `cache.top=8`."""
-        return self._with(with_overrides(self.experiment, None, overrides))
+        return self._with(loading.override(self.experiment, list(overrides)))
+
+    def with_method(self, method: str | Method) -> "Pipeline":
+        """The same model under another method: a name in `methods.METHODS`, or a value."""
+        value = methods.named(method)
+        return dataclasses.replace(
+            self._with(with_overrides(self.experiment, None, (), value)), method=value
+        )
 
     def _with(self, exp: Experiment) -> "Pipeline":
         return dataclasses.replace(
@@ -187,20 +228,35 @@ class Pipeline:
         seed: int = 0,
         identity: int | None = None,
         state: State | None = None,
+        changes: Mapping[int, str] | None = None,
     ) -> Iterator[Finished]:
         """Finished blocks of one video, one prompt per block; all are checked before the first is drawn.
+
+        `changes` says, by block, what the new prompt there does to the memory (`methods.method.AT_PROMPT_CHANGE`);
+        elsewhere a new prompt does what the method says.
 
         A longer run begins with the shorter one, bit for bit; a changed later prompt leaves earlier blocks alone.
         A `state` that an earlier run left goes on from its block, as if that run had never stopped.
         """
         self.check(prompts)
+        changes = dict(changes or {})
+        check_changes(changes)
+        require(
+            not self.method.one_clip
+            or len(prompts) * self.experiment.cache.block <= self.experiment.cache.full_frames,
+            f"method {self.method.name} makes one clip of {self.experiment.cache.full_frames} frames, and "
+            f"{len(prompts)} blocks of {self.experiment.cache.block} were asked for; ask for fewer, or take "
+            "self-forcing, whose window rolls.",
+        )
         if state is None:
             state = self.start(
                 seed=seed, videos=[video_id(prompts[0]) if identity is None else identity]
             )
-        return self._stream(prompts, state)
+        return self._stream(prompts, state, changes)
 
-    def _stream(self, prompts: Sequence[str], state: State) -> Iterator[Finished]:
+    def _stream(
+        self, prompts: Sequence[str], state: State, changes: Mapping[int, str]
+    ) -> Iterator[Finished]:
         text_kv = None
         first = int(state.memory.num_blocks)
         if prompts[first:]:
@@ -208,6 +264,11 @@ class Pipeline:
         for index in range(first, len(prompts)):
             if text_kv is None or prompts[index] != prompts[index - 1]:
                 text_kv = self.text_kv([prompts[index]])
+            if index and (index in changes or prompts[index] != prompts[index - 1]):
+                how = changes.get(index, self.method.at_prompt_change)
+                state = player.change_prompt(
+                    self, state, text_kv, how=how, keep_sink=self.method.keeps_sink
+                )
             before = jax.tree.map(np.asarray, state.memory.progress)
             state, block = player.next_block(self, state, text_kv)
             shown = np.asarray(block.frames[0])

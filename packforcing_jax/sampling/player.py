@@ -114,6 +114,19 @@ def next_block(
     return state, Block(frames=frames, latent=denoised.latent, selection=denoised.selection)
 
 
+def change_prompt(model: Model, state: State, text: Any, *, how: str, keep_sink: bool) -> State:
+    """The state once a new prompt, `text`, is met as `how` says: keep, recache, flush or cut; `state` is used up."""
+    exp = model.experiment
+    memory = state.memory
+    if how == "recache":
+        memory = recache_program(model.nets, exp.step, memory, text, keep_sink=keep_sink)
+    elif how == "flush":
+        memory = flush_program(exp.memory, memory)
+    elif how == "cut":
+        memory = cut_program(exp.memory, memory)
+    return dataclasses.replace(state, memory=memory)
+
+
 def denoise(model: Model, state: State, text: Any) -> tuple[Memory, Denoised]:
     """The next block as it is denoised, and the memory with other scratch; the memory of `state` is used up."""
     cfg = model.experiment.step
@@ -190,6 +203,19 @@ def commit_program(
     return block_step.commit_block(
         nets, cfg, memory, latent=latent, low_res=low_res, selection=selection, text=text
     )
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "keep_sink"), donate_argnames="memory")
+def recache_program(
+    nets: Nets, cfg: StepConfig, memory: Memory, text: Any, *, keep_sink: bool
+) -> Memory:
+    """`block_step.recache`, in place."""
+    nets = pytrees.cast(nets, cfg.compute)
+    return block_step.recache(nets, cfg, memory, text=text, keep_sink=keep_sink)[0]
+
+
+flush_program = jax.jit(cache.flush, static_argnames="spec", donate_argnames="memory")
+cut_program = jax.jit(cache.cut, static_argnames="spec", donate_argnames="memory")
 
 
 @functools.partial(jax.jit, static_argnames="compute")

@@ -14,7 +14,7 @@ from packforcing_jax.sampling import timelines
 
 FINISHED = "finished.jsonl"
 LONGEST = 48  # characters of a prompt in a file name
-Entries = tuple[tuple[int, str], ...]  # (first block, prompt), as of a timeline
+Entries = tuple[timelines.Entry, ...]
 
 
 @dataclass(frozen=True)

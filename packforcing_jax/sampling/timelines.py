@@ -1,15 +1,29 @@
-"""Which prompt holds when: one prompt throughout, or a file that says from which block each one starts."""
+"""Which prompt holds when: one prompt throughout, or a file that says from which block each one starts.
+
+A line may also say what the new prompt does to the memory: `12 recache: a new prompt`.
+"""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from packforcing_jax.errors import InputError, require
+from packforcing_jax.methods.method import AT_PROMPT_CHANGE
 
-LINE = re.compile(r"\s*(\d+)\s*:\s*(.+?)\s*")
+LINE = re.compile(r"\s*(\d+)(?:\s+([a-z]+))?\s*:\s*(.+?)\s*")
 
 
-def read(path: str | Path) -> list[tuple[int, str]]:
-    """(first block, prompt) of each line `BLOCK: prompt` of a file, in order; `#` opens a comment line."""
+class Entry(NamedTuple):
+    """From which block on a prompt holds, and what it does to the memory there, if the line says so."""
+
+    block: int
+    prompt: str
+    change: str = ""
+
+
+def read(path: str | Path) -> list[Entry]:
+    """The lines `BLOCK: prompt` or `BLOCK CHANGE: prompt` of a file, in order; `#` opens a comment line."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -19,7 +33,7 @@ def read(path: str | Path) -> list[tuple[int, str]]:
     return parse(lines, str(path))
 
 
-def parse(lines: list[str], source: str) -> list[tuple[int, str]]:
+def parse(lines: list[str], source: str) -> list[Entry]:
     """The entries of a timeline's lines; the first starts at block 0 and starts only rise."""
     entries = []
     for number, line in enumerate(lines, start=1):
@@ -30,11 +44,21 @@ def parse(lines: list[str], source: str) -> list[tuple[int, str]]:
             raise InputError(
                 f"{source}, line {number}: {line.strip()!r} is not `BLOCK: prompt`, as in `12: a disc`."
             )
-        entries.append((int(found[1]), found[2]))
+        entries.append(Entry(int(found[1]), found[3], found[2] or ""))
+        change = entries[-1].change
+        require(
+            not change or change in AT_PROMPT_CHANGE,
+            f"{source}, line {number}: {change!r} is nothing a new prompt can do to the memory; choose one of "
+            f"{', '.join(AT_PROMPT_CHANGE)}.",
+        )
+        require(
+            not change or entries[-1].block > 0,
+            f"{source}, line {number}: block 0 has no memory to {change}; write `0: {entries[-1].prompt}`.",
+        )
     require(
         len(entries) > 0, f"{source} names no prompt; add a line such as `0: a red disc walks`."
     )
-    starts = [start for start, _ in entries]
+    starts = [entry.block for entry in entries]
     require(
         starts[0] == 0, f"{source} starts at block {starts[0]}; its first line must be for block 0."
     )
@@ -45,9 +69,15 @@ def parse(lines: list[str], source: str) -> list[tuple[int, str]]:
     return entries
 
 
-def spread(entries: list[tuple[int, str]], blocks: int) -> list[str]:
+def changes(entries: Sequence[Sequence[Any]], blocks: int) -> dict[int, str]:
+    """What new prompts do to the memory, by block, where the lines say so."""
+    named = [Entry(*entry) for entry in entries]
+    return {entry.block: entry.change for entry in named if entry.change and entry.block < blocks}
+
+
+def spread(entries: Sequence[Sequence[Any]], blocks: int) -> list[str]:
     """One prompt per block: each entry holds until the next one starts; the last until the end."""
     require(blocks > 0, f"blocks={blocks} is not a length; give 1 or more.")
-    starts = [start for start, _ in entries if start < blocks] + [blocks]
+    starts = [entry[0] for entry in entries if entry[0] < blocks] + [blocks]
     runs = zip(entries, starts, starts[1:], strict=False)
-    return [prompt for (_, prompt), start, end in runs for _ in range(start, end)]
+    return [entry[1] for entry, start, end in runs for _ in range(start, end)]
