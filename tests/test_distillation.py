@@ -318,9 +318,9 @@ def test_a_clip_is_what_is_remembered_and_has_the_gradient_of_its_exit_step(fini
     def by_hand(model):
         nets = block_step.Nets(dit=model, compressor=packing)
         text = batches.text_kv(model, STATES)
-        drawn = rollout.draws(exp, train.cover, KEY, BLOCKS, 2)
+        drawn = rollout.sample_draws(exp, train.cover, KEY, BLOCKS, 2)
         clip = rollout.draw(nets, exp, train.distil, pixels, drawn, text)
-        guess = batches.by_clip(rollout.again(nets, exp, train.distil, clip, drawn, text))
+        guess = batches.by_clip(rollout.again(nets, exp, train.distil, clip, text))
         return (guess * weights).sum(), (batches.by_clip(clip.latent), guess)
 
     (_, (remembered, guess)), expected = tiny.jit(jax.value_and_grad(by_hand, has_aux=True))(

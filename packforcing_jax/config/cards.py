@@ -60,8 +60,10 @@ class Card:
 def cards() -> Mapping[str, Card]:
     """Every card in `configs/` by its name."""
     modules = [importlib.import_module(f"{configs.__name__}.{name}") for name in loading.names()]
-    found = [card for module in modules if isinstance(card := getattr(module, "card", None), Card)]
-    return {card.name: card for card in found}
+    published = [
+        card for module in modules if isinstance(card := getattr(module, "card", None), Card)
+    ]
+    return {card.name: card for card in published}
 
 
 def find(name: str) -> Card:
