@@ -289,11 +289,11 @@ def test_only_the_last_blocks_are_scored_with_their_prompts_where_that_is_asked(
     latent = tiny.latents(BLOCKS)
     networks = Networks(generator=Model(dit=TEACHER, compressor=None))
     clip = types.SimpleNamespace(latent=latent)
-    monkeypatch.setattr(rollout, "draw", lambda nets, exp, distil, pixels, drawn, text: clip)
+    monkeypatch.setattr(rollout, "draw", lambda nets, exp, distil, vae, draws, text: clip)
     monkeypatch.setattr(
-        rollout, "again", lambda nets, exp, distil, clip, drawn, text, first: drawn.noise[first:]
+        rollout, "again", lambda nets, exp, distil, clip, text, first: 2 * clip.latent[first:]
     )
-    monkeypatch.setattr(rollout, "covered", lambda exp, clip, drawn: {})
+    monkeypatch.setattr(rollout, "covered", lambda exp, clip: {})
     x, states, _ = distillation.clip_again(
         networks, Batch(text=STATES), KEY, BASE, training(scored=scored)
     )

@@ -39,7 +39,7 @@ class Card:
     files: tuple[str, ...]
     network: str
     licence: str | None  # of the weights; None: not recorded here
-    unsettled: str = ""  # why the licence has to be looked at by whoever uses the weights
+    unsettled: str = ""  # why whoever uses the weights has to read the licence
     size: float | None = None  # about how many bytes `files` have; None: not recorded
     lora: Lora | None = None
     also: tuple[tuple[str, str], ...] = ()  # (repository, file) of the same weights elsewhere
@@ -52,7 +52,7 @@ class Card:
 
     @property
     def method(self) -> str:
-        """By which the past is kept and shown."""
+        """By which the past is stored and attended to."""
         return self.experiment.method
 
 

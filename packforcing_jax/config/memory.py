@@ -1,4 +1,4 @@
-"""The memory: its sizes in latent frames, who is looked back at, and where the keys stand in time."""
+"""The memory: its sizes in latent frames, which past blocks are attended, and where the keys stand in time."""
 
 import dataclasses
 import math
@@ -90,7 +90,7 @@ class CacheConfig:
 
     @property
     def ring(self) -> int:
-        """Frames of the ring behind the sink: those that are seen, and the block that is being made."""
+        """Frames of the ring behind the sink: those that are attended to, and the block that is being made."""
         return self.recent + self.block
 
     @property
@@ -143,7 +143,7 @@ class MemorySpec:
 
     @property
     def room(self) -> int:
-        """Keys that a view has room for: all that a block sees, itself and its packed twin, rounded up.
+        """Keys that a view has room for: all that a block attends to, itself and its packed form, rounded up.
 
         Where blocks are denoised together, those behind the first one have room too.
         """
@@ -154,7 +154,7 @@ class MemorySpec:
 
     @property
     def sink_moves(self) -> bool:
-        """Whether the sink's keys take other positions from block to block, and are kept un-rotated for that."""
+        """Whether the sink's keys take other positions from block to block, and are stored un-rotated for that."""
         return self.cache.rope_adjustment == "sink_only"
 
     @property

@@ -94,6 +94,7 @@ def distance(x: Latent, real: Latent) -> Array:
 
 def pull(x: Latent, fake: Latent, real: Latent) -> Latent:
     """DMD's gradient: from where the critic sees `x` to where the teacher does, over how far the teacher is."""
+    # 0/0 where a clip is exactly the teacher's: nothing pulls it then
     return jax.lax.stop_gradient(jnp.nan_to_num((fake - real) / distance(x, real)))
 
 

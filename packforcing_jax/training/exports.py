@@ -215,7 +215,7 @@ def _draw(
     )
     model = batches.as_model(exp, jax.tree.map(jnp.asarray, flat))
     vae = batches.as_codec(exp, codec_weights(exp, train, here))
-    nothing = cast(Any, None)
+    nothing = cast(Any, None)  # the text is encoded above; the pipeline never reads its own encoder
     if vae is None:
         raise InputError(
             "the codec's weights are in none of the model folders that training began from."

@@ -1,4 +1,4 @@
-"""What a run says of itself, step by step: lines of JSON always, TensorBoard and Weights & Biases if asked for."""
+"""The metrics of a run, step by step: lines of JSON, and TensorBoard or Weights & Biases if `train.log` names them."""
 
 import importlib.util
 import json

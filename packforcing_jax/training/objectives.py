@@ -1,4 +1,4 @@
-"""What training minimises on clips it is given. One objective, one function, on the very parts that sampling runs.
+"""What training minimises on known clips. One objective, one function, on the very parts that sampling runs.
 
 A loss takes (networks, batch, key, experiment, train) and gives (loss, what to log). Sources: Wan2.1 and
 Causal-Forcing for flow matching and teacher forcing, CausVid and Self-Forcing for trajectories, Causal-Forcing for
@@ -213,7 +213,7 @@ def matching(
     """
     there = ids >= 0
     right = called[:, :, jnp.maximum(ids, 0)] & there[None, None]
-    share = jnp.where(there[None], scores, 0.0) + 1e-12
+    share = jnp.where(there[None], scores, 0.0) + 1e-12  # the logarithm of a share of 0 is -inf
     called_share = jnp.where(right, share[:, None], 0.0).sum(-1)
     has_called = right.any(-1)
     surprise = -jnp.log(

@@ -146,7 +146,7 @@ def start(
     seed: int = 0,
     program: Program = Program(),
 ) -> Run:
-    """A new run, or the one that `folder` holds, behind its last checkpoint. What is wrong is said before a step."""
+    """A new run, or the one that `folder` holds, behind its last checkpoint. What is wrong is raised before a step."""
     check(train)
     grid = mesh.make(train.mesh)
     mesh.check(exp, train, grid)
@@ -155,7 +155,7 @@ def start(
     with jax.set_mesh(grid):
         form = abstract(exp, train, program, seed, grid)
         frozen = others(exp, train, form, grid)
-        if train.blend:  # what does not fit is told here, not behind the last step
+        if train.blend:  # what does not fit fails here, not behind the last step
             exports.network(train.blend_from, form.ema, grid)
         saved = store(exp, train, folder, seed)
         if saved.latest() is None:
