@@ -17,7 +17,7 @@ experiment = Experiment(
     card="causal-forcing-1step",
 )
 
-# The first list holds for the first *generated* block, also behind a given image.
+# The first list holds for the first *generated* block, also behind a conditioning image.
 card = Card(
     experiment,
     what="Causal-Forcing++: causal 1.3B in one step, frame by frame",

@@ -17,7 +17,7 @@ experiment = Experiment(
     card="causal-forcing-2step",
 )
 
-# The first list holds for the first *generated* block, also behind a given image.
+# The first list holds for the first *generated* block, also behind a conditioning image.
 card = Card(
     experiment,
     what="Causal-Forcing++: causal 1.3B in two steps, frame by frame",

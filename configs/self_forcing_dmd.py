@@ -17,7 +17,7 @@ experiment = Experiment(
     card="self-forcing-dmd",
 )
 
-# The authors' command for this file has --use_ema. Whether `generator` lies beside it was not seen.
+# The authors' command for this file has --use_ema. Whether `generator` lies beside it is unchecked.
 card = Card(
     experiment,
     what="Self-Forcing (DMD): causal 1.3B in four steps, blocks of 3 frames",

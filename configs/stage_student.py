@@ -2,10 +2,10 @@
 
     packforcing train --config stage_student --out runs/student
 
-The student begins where the causal model's ways to clips were made short (consistency), and is pulled to what a
-bidirectional teacher sees (DMD). To begin with another causal model, run the later stages one by one (`--stage
-consistency`, `--stage teacher`, then `--stage student`), with `--set STAGE:train.generator_from=FOLDER` for the first
-two and `--set consistency:train.teacher_from=FOLDER`.
+The student begins from the causal model after consistency training, which needs few steps, and is pulled to the
+predictions of a bidirectional teacher (DMD). To begin with another causal model, run the later stages one by one
+(`--stage consistency`, `--stage teacher`, then `--stage student`), with `--set STAGE:train.generator_from=FOLDER` for
+the first two and `--set consistency:train.teacher_from=FOLDER`.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@ r"""Makes Wan2.1-1.3B causal on prepared clips: teacher forcing behind the packe
     packforcing train --config wan_t2v_1_3b_causal --set train.generator_from=models/wan \
         --set train.source.path=data/videos
 
-`--set train.history=clean` is the original's, with every earlier block sharp; `noisy` is diffusion forcing.
+`--set train.history=clean` is the original's, with every earlier block clean; `noisy` is diffusion forcing.
 """
 
 import dataclasses

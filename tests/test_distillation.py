@@ -289,11 +289,11 @@ def test_only_the_last_blocks_are_scored_with_their_prompts_where_that_is_asked(
     latent = tiny.latents(BLOCKS)
     networks = Networks(generator=Model(dit=TEACHER, compressor=None))
     clip = types.SimpleNamespace(latent=latent)
-    monkeypatch.setattr(rollout, "draw", lambda nets, exp, distil, pixels, drawn, text: clip)
+    monkeypatch.setattr(rollout, "draw", lambda nets, exp, distil, vae, draws, text: clip)
     monkeypatch.setattr(
-        rollout, "again", lambda nets, exp, distil, clip, drawn, text, first: drawn.noise[first:]
+        rollout, "again", lambda nets, exp, distil, clip, text, first: 2 * clip.latent[first:]
     )
-    monkeypatch.setattr(rollout, "covered", lambda exp, clip, drawn: {})
+    monkeypatch.setattr(rollout, "covered", lambda exp, clip: {})
     x, states, _ = distillation.clip_again(
         networks, Batch(text=STATES), KEY, BASE, training(scored=scored)
     )
@@ -318,9 +318,9 @@ def test_a_clip_is_what_is_remembered_and_has_the_gradient_of_its_exit_step(fini
     def by_hand(model):
         nets = block_step.Nets(dit=model, compressor=packing)
         text = batches.text_kv(model, STATES)
-        drawn = rollout.draws(exp, train.cover, KEY, BLOCKS, 2)
+        drawn = rollout.sample_draws(exp, train.cover, KEY, BLOCKS, 2)
         clip = rollout.draw(nets, exp, train.distil, pixels, drawn, text)
-        guess = batches.by_clip(rollout.again(nets, exp, train.distil, clip, drawn, text))
+        guess = batches.by_clip(rollout.again(nets, exp, train.distil, clip, text))
         return (guess * weights).sum(), (batches.by_clip(clip.latent), guess)
 
     (_, (remembered, guess)), expected = tiny.jit(jax.value_and_grad(by_hand, has_aux=True))(

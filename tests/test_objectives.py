@@ -330,9 +330,8 @@ CLEAN = with_train(history="clean", grid=7)
 @tiny.jit
 def guess(model, latent, sample, sigma, states):
     """The guess of noisy blocks behind the clean ones before them."""
-    return objectives.causal(
-        model, BASE, CLEAN, Batch(text=None, latent=latent), sample, sigma, states
-    ).clean
+    noisy = objectives.NoisyBlocks(sample=sample, sigma=sigma, states=states)
+    return objectives.causal(model, BASE, CLEAN, Batch(text=None, latent=latent), noisy).clean
 
 
 def with_trajectory(seed=3):

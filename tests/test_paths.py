@@ -64,9 +64,8 @@ def test_a_causal_teacher_draws_behind_the_truth():
 
     @tiny.jit
     def guess(x, sigma, text):
-        return objectives.causal(
-            TEACHER, EXP, TRAIN, true, x, jnp.full(x.shape[:2], sigma), text
-        ).clean
+        noisy = objectives.NoisyBlocks(sample=x, sigma=jnp.full(x.shape[:2], sigma), states=text)
+        return objectives.causal(TEACHER, EXP, TRAIN, true, noisy).clean
 
     way = tiny.jit(paths.trajectory, static_argnames=("exp", "train"))(
         TEACHER, EXP, TRAIN, NOISE, STATES, behind=true

@@ -78,14 +78,14 @@ def in_training(blocks=6):
     vae = codec.make(exp.codec, nnx.Rngs(0))
     states = tiny.normal(7, blocks, tiny.BATCH, exp.dit.text_len - 1, exp.dit.text_dim)
     text = tiny.jit(batches.text_kv)(nets.dit, states)
-    drawn = rollout.draws(exp, CoverConfig(), jax.random.key(3), blocks, tiny.BATCH)
+    drawn = rollout.sample_draws(exp, CoverConfig(), jax.random.key(3), blocks, tiny.BATCH)
     drawn = dataclasses.replace(drawn, gap=jnp.float32(2.5), exit=jnp.int32(1))
     draw = tiny.jit(rollout.draw, static_argnames=("exp", "distil"))
     clip = draw(nets, exp, distil, vae, drawn, text)
     weights = tiny.normal(9, *clip.latent.shape)
 
     def total(nets):
-        latent = rollout.again(nets, exp, distil, clip, drawn, text)
+        latent = rollout.again(nets, exp, distil, clip, text)
         return (latent * weights).sum(), latent
 
     gradients, again = tiny.jit(jax.grad(total, has_aux=True))(nets)

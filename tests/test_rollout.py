@@ -35,9 +35,9 @@ lay = tiny.jit(
 )  # in every layer
 
 
-def draws(exit=2, exp=EXP, gap=0.0):
-    drawn = rollout.draws(exp, CoverConfig(), jax.random.key(3), BLOCKS, tiny.BATCH)
-    return dataclasses.replace(drawn, exit=jnp.int32(exit), gap=jnp.float32(gap))
+def draws(exit=2):
+    sampled = rollout.sample_draws(EXP, CoverConfig(), jax.random.key(3), BLOCKS, tiny.BATCH)
+    return dataclasses.replace(sampled, exit=jnp.int32(exit), gap=jnp.float32(0))
 
 
 @pytest.fixture(scope="module")
@@ -188,9 +188,7 @@ def test_a_finished_rollout_is_the_samplers_clip_wherever_a_gradient_begins(exit
     np.testing.assert_allclose(found.latent, clip.latent, atol=2e-5)
     stopped = draw(NETS, EXP, DistilConfig(finished=False), PIXELS, draws(exit), text)
     np.testing.assert_allclose(found.noisy[0], stopped.noisy[0], atol=1e-5)
-    made = tiny.jit(
-        lambda: rollout.again(NETS, EXP, DistilConfig(gradient="none"), found, draws(exit), text)
-    )()
+    made = tiny.jit(lambda: rollout.again(NETS, EXP, DistilConfig(gradient="none"), found, text))()
     np.testing.assert_allclose(made[0], stopped.latent[0], atol=2e-5)
     assert np.abs(np.asarray(made - found.latent)).max(axis=(1, 2, 3, 4, 5)).min() > 1e-3
     apart = np.abs(np.asarray(found.noisy - stopped.noisy)).max(axis=(1, 2, 3, 4, 5))
@@ -199,9 +197,7 @@ def test_a_finished_rollout_is_the_samplers_clip_wherever_a_gradient_begins(exit
 
 def test_some_blocks_are_drawn_again_as_all_are(clip, text):
     last = tiny.jit(
-        lambda: rollout.again(
-            NETS, EXP, DistilConfig(gradient="none"), clip, draws(), text, first=3
-        )
+        lambda: rollout.again(NETS, EXP, DistilConfig(gradient="none"), clip, text, first=3)
     )()
     np.testing.assert_allclose(last, clip.latent[3:], atol=2e-5)
 
@@ -230,7 +226,7 @@ def by_block(clip, text):
     def sums(compressor, noisy, transformer, gradient):
         nets = block_step.Nets(dit=transformer, compressor=compressor)
         given = dataclasses.replace(clip, noisy=noisy)
-        latent = rollout.again(nets, EXP, DistilConfig(gradient=gradient), given, draws(), text)
+        latent = rollout.again(nets, EXP, DistilConfig(gradient=gradient), given, text)
         return (latent * weights).sum(axis=range(1, 6)), latent
 
     def jacobian(gradient, argnums):
@@ -324,16 +320,17 @@ def test_the_gradient_of_a_block_without_packed_ones_is_that_of_its_last_step_al
 
 
 def test_what_was_covered_is_counted(clip):
-    told = rollout.covered(EXP, clip, draws())
+    told = rollout.covered(EXP, clip)
     assert {name: int(value) for name, value in told.items()} == {
         "packed_seen": 1 + 2,
         "choices": 0,
         "reach": 15,
         "exit": 2,
     }
-    assert float(rollout.covered(EXP, clip, draws(gap=7.5))["reach"]) == 22.5
+    jittered = dataclasses.replace(clip, gap=jnp.float32(7.5))
+    assert float(rollout.covered(EXP, jittered)["reach"]) == 22.5
     chosen = rollout.for_training(BASE, BLOCKS, SINK, RECENT, top=1)
-    told = rollout.covered(chosen, clip, draws(exp=chosen))
+    told = rollout.covered(chosen, clip)
     assert (int(told["packed_seen"]), int(told["choices"])) == (2, 1)
 
 

@@ -242,7 +242,8 @@ def test_a_batch_in_parts_gives_the_mean_of_the_parts():
     }
 
     def graded(batch, key, train):
-        return state.gradients(moving, now, {}, batch, key, BASE, train, "generator")
+        loss = state.loss_of(BASE, train, now, {}, "generator")
+        return state.gradients(loss, moving, batch, key, train.accumulate)
 
     compiled = tiny.jit(graded, static_argnames="train")
     keys = jax.random.split(KEY, 3)

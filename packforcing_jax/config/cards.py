@@ -39,7 +39,7 @@ class Card:
     files: tuple[str, ...]
     network: str
     licence: str | None  # of the weights; None: not recorded here
-    unsettled: str = ""  # why the licence has to be looked at by whoever uses the weights
+    unsettled: str = ""  # why whoever uses the weights has to read the licence
     size: float | None = None  # about how many bytes `files` have; None: not recorded
     lora: Lora | None = None
     also: tuple[tuple[str, str], ...] = ()  # (repository, file) of the same weights elsewhere
@@ -52,7 +52,7 @@ class Card:
 
     @property
     def method(self) -> str:
-        """By which the past is kept and shown."""
+        """By which the past is stored and attended to."""
         return self.experiment.method
 
 
@@ -60,8 +60,10 @@ class Card:
 def cards() -> Mapping[str, Card]:
     """Every card in `configs/` by its name."""
     modules = [importlib.import_module(f"{configs.__name__}.{name}") for name in loading.names()]
-    found = [card for module in modules if isinstance(card := getattr(module, "card", None), Card)]
-    return {card.name: card for card in found}
+    published = [
+        card for module in modules if isinstance(card := getattr(module, "card", None), Card)
+    ]
+    return {card.name: card for card in published}
 
 
 def find(name: str) -> Card:

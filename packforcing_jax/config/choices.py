@@ -1,7 +1,5 @@
 """The names that settings of text may have, and the refusal of all others."""
 
-from typing import Any
-
 from packforcing_jax.errors import require
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -29,7 +27,7 @@ RENAMED = {  # keys of earlier versions, and what they are called now
 }
 
 
-def require_choices(group: str, settings: Any) -> None:
+def require_choices(group: str, settings: object) -> None:
     """Raises `InputError` for the first field of the dataclass `settings` that is none of its `CHOICES`."""
     for key, allowed in CHOICES.items():
         owner, name = key.split(".")

@@ -13,7 +13,7 @@ import json
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import ml_collections
 
@@ -21,32 +21,33 @@ from packforcing_jax.config.choices import RENAMED
 from packforcing_jax.errors import InputError, nearest, require
 
 Settings = TypeVar("Settings")
+Hint: TypeAlias = Any  # what an annotation evaluates to: a class, a union, tuple[int, ...]
 KIND = "kind"  # the key that says of which class a group is, where its field does not say so
 
 
 # What annotations say
 
 
-def options(hint: Any) -> tuple[Any, ...]:
+def options(hint: Hint) -> tuple[Hint, ...]:
     """The members of a union, or the type alone."""
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
-def takes_name(hint: Any) -> bool:
+def takes_name(hint: Hint) -> bool:
     """Whether a field of this type holds a text, or a policy that has a name."""
     return str in options(hint)
 
 
-def groups_in(hint: Any) -> list[type]:
+def groups_in(hint: Hint) -> list[type]:
     """The dataclasses whose fields are settings of their own at a field of this type."""
     return [] if takes_name(hint) else [each for each in options(hint) if is_group(each)]
 
 
-def is_group(value: Any) -> bool:
+def is_group(value: object) -> bool:
     return dataclasses.is_dataclass(value)
 
 
-def spell(hint: Any) -> str:
+def spell(hint: Hint) -> str:
     """The annotated type as a person would write it."""
     if takes_name(hint):
         hint = functools.reduce(
@@ -56,7 +57,7 @@ def spell(hint: Any) -> str:
 
 
 @functools.cache
-def hints_of(group: type) -> Mapping[str, Any]:
+def hints_of(group: type) -> Mapping[str, Hint]:
     """The annotated types of a dataclass's fields, by name."""
     try:
         hints = typing.get_type_hints(group)
@@ -76,7 +77,7 @@ def kind_of(group: type) -> str:
 # The rules about types
 
 
-def as_type(value: Any, hint: Any) -> Any:
+def as_type(value: object, hint: Hint) -> Any:
     """`value` as the annotated type; raises `TypeError` if it is none.
 
     A whole number is a float too; a truth value is no number.
@@ -89,7 +90,7 @@ def as_type(value: Any, hint: Any) -> Any:
     raise TypeError
 
 
-def _as_one(value: Any, hint: Any) -> Any:
+def _as_one(value: object, hint: Hint) -> Any:
     if typing.get_origin(hint) is tuple:
         hints = typing.get_args(hint)
         if not isinstance(value, tuple):
@@ -99,54 +100,53 @@ def _as_one(value: Any, hint: Any) -> Any:
         if len(hints) != len(value):
             raise TypeError
         return tuple(map(as_type, value, hints))
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is float and number:
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise TypeError
     return value
 
 
-def _frozen(value: Any) -> Any:
+def _frozen(value: object) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _taken(values: Iterable[Any], hint: Any, key: str, said: str) -> Any:
-    """The first of `values` that is of the annotated type; `said` is what the user wrote."""
+def _taken(values: Iterable[object], hint: Hint, key: str, setting: str) -> Any:
+    """The first of `values` that is of the annotated type; `setting` is what the user wrote."""
     for value in values:
         try:
             return as_type(_frozen(value), hint)
         except TypeError:
             continue
-    raise InputError(f"{said}: {key} must be {spell(hint)}; give such a value.")
+    raise InputError(f"{setting}: {key} must be {spell(hint)}; give such a value.")
 
 
-def _require_known(key: str, where: str, known: Collection[str], said: str) -> None:
+def _require_known(key: str, where: str, known: Collection[str], setting: str) -> None:
     """Raises `InputError` naming the nearest unless the group at `where` has the field `key`."""
     if key not in known:
         now = RENAMED.get(where + key)
-        require(now is None, f"{said}: the key is called {now} now; rename it.")
+        require(now is None, f"{setting}: the key is called {now} now; rename it.")
         hint = nearest(where + key, {where + each for each in known})
-        raise InputError(f"{said}: unknown key; {hint}")
+        raise InputError(f"{setting}: unknown key; {hint}")
 
 
 # Plain data
 
 
-def encode(value: Any, hint: Any = None) -> Any:
+def encode(value: object, hint: Hint = None) -> Any:
     """The settings `value` of a field annotated `hint` (None: of its own class) as plain data for JSON."""
     if takes_name(hint):
         return getattr(value, "name", value)
     if not is_group(value):
         return list(map(encode, value)) if isinstance(value, tuple) else value
     hints = hints_of(type(value))
-    told = hint is not None and groups_in(hint) != [type(value)]
-    return ({KIND: kind_of(type(value))} if told else {}) | {
+    names_kind = hint is not None and groups_in(hint) != [type(value)]
+    return ({KIND: kind_of(type(value))} if names_kind else {}) | {
         name: encode(getattr(value, name), each) for name, each in hints.items()
     }
 
 
-def to_json(settings: Any) -> str:
+def to_json(settings: object) -> str:
     """Settings as JSON text."""
     return json.dumps(encode(settings), indent=2) + "\n"
 
@@ -177,7 +177,7 @@ def from_json(
         raise InputError(f"{source}: {error}") from error
 
 
-def _decoded(hint: Any, data: Any, key: str, known: Sequence[type]) -> Any:
+def _decoded(hint: Hint, data: object, key: str, known: Sequence[type]) -> Any:
     """The field `key`, annotated `hint`, of plain data."""
     groups = groups_in(hint)
     if groups and not (data is None and types.NoneType in options(hint)):
@@ -185,19 +185,19 @@ def _decoded(hint: Any, data: Any, key: str, known: Sequence[type]) -> Any:
     return _taken([data], hint, key, f"{key}={data!r}")
 
 
-def _group(groups: Sequence[type], data: Any, where: str, known: Sequence[type]) -> Any:
+def _group(groups: Sequence[type], data: object, where: str, known: Sequence[type]) -> Any:
     """One of `groups` from a table; of which class it is, the table says where that is not plain."""
     table = data if isinstance(data, dict) else {}
     kind = groups[0]
     if len(groups) > 1 or (KIND in table and KIND not in hints_of(kind)):
         kinds = {kind_of(each): each for each in (*known, *groups)}
-        said: Any = table.get(KIND) if table else data
+        name: Any = table.get(KIND) if table else data
         require(
-            isinstance(said, str) and said in kinds,
-            f"{where}.{KIND}={said!r} is unknown; choose one of {', '.join(map(kind_of, groups))}, "
+            isinstance(name, str) and name in kinds,
+            f"{where}.{KIND}={name!r} is unknown; choose one of {', '.join(map(kind_of, groups))}, "
             "or give --config FILE of the file that defines it.",
         )
-        kind = kinds[said]
+        kind = kinds[name]
         table = {key: item for key, item in table.items() if key != KIND}
     else:
         require(
@@ -221,20 +221,20 @@ def _group(groups: Sequence[type], data: Any, where: str, known: Sequence[type])
     )
 
 
-def classes_in(settings: Any) -> tuple[type, ...]:
+def classes_in(settings: object) -> tuple[type, ...]:
     """The classes of all groups in `settings`."""
-    found = {type(settings): None}
+    classes = {type(settings): None}
     for name, hint in hints_of(type(settings)).items():
         value = getattr(settings, name)
         if is_group(value) and not takes_name(hint):
-            found |= dict.fromkeys(classes_in(value))
-    return tuple(found)
+            classes |= dict.fromkeys(classes_in(value))
+    return tuple(classes)
 
 
 # Dotted overrides
 
 
-def parse(text: str, hint: Any, key: str) -> Any:
+def parse(text: str, hint: Hint, key: str) -> Any:
     """`text` as a Python literal if it is one, else as a string, of type `hint`."""
     try:
         literal = ast.literal_eval(text)
@@ -262,17 +262,17 @@ def override(
     return _rebuilt(settings, values)
 
 
-def _inner(group: Any) -> dict[str, Any]:
+def _inner(group: object) -> dict[str, Any]:
     """The groups inside a group, by field."""
-    found = {
+    values = {
         name: getattr(group, name)
         for name, hint in hints_of(type(group)).items()
         if not takes_name(hint)
     }
-    return {name: value for name, value in found.items() if is_group(value)}
+    return {name: value for name, value in values.items() if is_group(value)}
 
 
-def _tree(group: Any) -> dict[str, Any]:
+def _tree(group: object) -> dict[str, Any]:
     """A group as nested tables of its values."""
     inner = _inner(group)
     return {
@@ -281,7 +281,7 @@ def _tree(group: Any) -> dict[str, Any]:
     }
 
 
-def _hint_at(settings: Any, path: str, inside: str, beside: Sequence[str]) -> Any:
+def _hint_at(settings: object, path: str, inside: str, beside: Sequence[str]) -> Hint:
     """The type of the single value at a dotted path; raises `InputError` if there is none."""
     *outer, last = path.split(".")
     group = settings
@@ -304,11 +304,11 @@ def _hint_at(settings: Any, path: str, inside: str, beside: Sequence[str]) -> An
     return hints_of(type(group))[last]
 
 
-def _rebuilt(template: Any, values: Any) -> Any:
+def _rebuilt(template: Settings, values: ml_collections.ConfigDict) -> Settings:
     """`template` with `values`, groups inside first, so that each group checks itself once, when complete."""
     inner = _inner(template)
     changes = {
-        name: _rebuilt(inner[name], values[name]) if name in inner else values[name]
+        name: _rebuilt(inner[name], cast(Any, values[name])) if name in inner else values[name]
         for name in hints_of(type(template))
     }
-    return dataclasses.replace(template, **changes)
+    return dataclasses.replace(cast(Any, template), **changes)

@@ -90,7 +90,7 @@ class Experiment:
     fps: int = 16
     clip: int = 20  # latent frames of a training clip
     attention: str | Backend = "auto"  # a name of policies.attention.BACKENDS, or a backend
-    method: str = "packforcing"  # by which the past is kept and shown
+    method: str = "packforcing"  # by which the past is stored and attended to
     card: str = ""  # of the published checkpoint that the weights come from
 
     def __post_init__(self):

@@ -3,7 +3,7 @@
 import pathlib
 import re
 import runpy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from packforcing_jax import configs
@@ -52,9 +52,9 @@ def _names_of(path: pathlib.Path) -> dict[str, Any]:
         ) from error
 
 
-def _stage_in(found: dict[str, Any], path: pathlib.Path) -> Stage:
-    experiment = found.get("experiment")
-    train = found.get(TRAIN, TrainConfig())
+def _stage_in(namespace: Mapping[str, object], path: pathlib.Path) -> Stage:
+    experiment = namespace.get("experiment")
+    train = namespace.get(TRAIN, TrainConfig())
     if not isinstance(experiment, Experiment):
         raise InputError(
             f"config {path} defines no `experiment = Experiment(...)` at module level; add it."
@@ -71,10 +71,10 @@ def read(path: pathlib.Path) -> Stage:
 
 def read_recipe(path: pathlib.Path) -> Recipe:
     """The module-level `recipe` of a Python file: its stages in order; without one a single nameless stage."""
-    found = _names_of(path)
-    if "recipe" not in found:
-        return (_stage_in(found, path),)
-    recipe = found["recipe"]
+    namespace = _names_of(path)
+    if "recipe" not in namespace:
+        return (_stage_in(namespace, path),)
+    recipe = namespace["recipe"]
     fits = isinstance(recipe, tuple) and len(recipe) > 0 and all(map(_fits, recipe))
     if not fits:
         raise InputError(
@@ -86,7 +86,7 @@ def read_recipe(path: pathlib.Path) -> Recipe:
     return recipe
 
 
-def _fits(stage: Any) -> bool:
+def _fits(stage: object) -> bool:
     """Whether a value is a stage with a name and settings of the right classes."""
     return (
         isinstance(stage, Stage)
@@ -106,7 +106,7 @@ def of_training(setting: str) -> bool:
 
 
 def override(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
-    """`experiment` with every `a.b=value` of `sets`; raises `InputError` for one that is about training."""
+    """`experiment` with every `a.b=value` of `overrides`; raises `InputError` for one that is about training."""
     for each in filter(of_training, overrides):
         raise InputError(
             f"--set {each}: {TRAIN}.* are settings of `packforcing train`, which this command does not read; "
@@ -116,7 +116,7 @@ def override(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
 
 
 def override_stage(stage: Stage, overrides: Sequence[str]) -> Stage:
-    """`stage` with every `a.b=value` of `sets`, where `train.` begins the keys of its training."""
+    """`stage` with every `a.b=value` of `overrides`, where `train.` begins the keys of its training."""
     for each in overrides:
         if each.partition("=")[0].strip() == TRAIN:
             fields = ", ".join(f"{TRAIN}.{name}" for name in decode.hints_of(TrainConfig))

@@ -1,4 +1,4 @@
-"""The memory: its sizes in latent frames, who is looked back at, and where the keys stand in time."""
+"""The memory: its sizes in latent frames, which past blocks are attended, and where the keys stand in time."""
 
 import dataclasses
 import math
@@ -105,7 +105,7 @@ class CacheConfig:
 
     @property
     def ring(self) -> int:
-        """Frames of the ring behind the sink: those that are seen, and the block that is being made."""
+        """Frames of the ring behind the sink: those that are attended to, and the block that is being made."""
         return self.recent + self.block
 
     @property
@@ -163,7 +163,7 @@ class MemorySpec:
 
     @property
     def room(self) -> int:
-        """Keys that a view has room for: all that a block sees, itself and its packed twin, rounded up.
+        """Keys that a view has room for: all that a block attends to, itself and its packed form, rounded up.
 
         Where blocks are denoised together, those behind the first one have room too.
         """
@@ -174,7 +174,7 @@ class MemorySpec:
 
     @property
     def sink_moves(self) -> bool:
-        """Whether the sink's keys take other positions from block to block, and are kept un-rotated for that."""
+        """Whether the sink's keys take other positions from block to block, and are stored un-rotated for that."""
         return self.cache.rope_adjustment == "sink_only" or self.cache.sink_average > 0
 
     @property

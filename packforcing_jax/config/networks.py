@@ -122,7 +122,7 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class SpaceToDepthConfig:
-    """An exact codec behind the VAE's interface: `factor` x `factor` pixels become channels; time is kept."""
+    """An exact codec behind the VAE's interface: `factor` x `factor` pixels become channels, frame by frame."""
 
     tag: ClassVar[str] = "space_to_depth"
     factor: int = 4

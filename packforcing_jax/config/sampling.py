@@ -33,7 +33,7 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class DtypeConfig:
-    """Number formats: weights as held, what is computed with them, stored keys and values, codec, text encoder.
+    """Number formats: weights as stored, what is computed with them, stored keys and values, codec, text encoder.
 
     Norms, softmax, rotary angles and time embeddings are computed in float32 whatever stands here.
     """

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from packforcing_jax.config.choices import CHOICES, require_choices
 from packforcing_jax.errors import require
+
+# (networks, batch, key, experiment, train) -> (loss, what to log); Any: settings load without jax and its arrays
+Loss: TypeAlias = Callable[..., tuple[Any, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class CoverConfig:
     """How far training reaches into what sampling will meet (the paper's five blocks see one packed one).
 
     Each step draws one size of sink and of recent (latent frames; empty: the cache's) and a clip length between
-    `shortest` and `longest` blocks (0: the clip's). With chance `gap_share` everything before the recent block is
+    `shortest` and `longest` blocks (0: the clip's). With probability `gap_share` everything before the recent block is
     moved up to `gap` frames further back. `top` packed blocks are attended by the cache's own selection; 0: all.
     `matching` weighs the loss that the last layer's affinity finds the blocks called back (selection gets no gradient
     otherwise).
@@ -86,7 +89,7 @@ class DistilConfig:
     samples: 0 takes sigma = timestep / 1000, the original takes 8 while it noises with the shift of `train.shift`.
     `noised_context`: the clean pass reads the block with the noise that timestep 0 has in the table (the original's
     rollout; sampling adds none). `finished`: blocks are remembered as all steps leave them; the original remembers
-    the guess of the exit step. `gradient`: through packed keys computed again (`packed`), through nothing stored
+    the prediction of the exit step. `gradient`: through packed keys computed again (`packed`), through nothing stored
     (`none`), or `leak`: the released code's, clean values with the gradient of the exit step.
     """
 
@@ -127,8 +130,8 @@ class Objective:
     """
 
     name: str
-    generator: Callable[..., tuple[Any, dict[str, Any]]]  # the loss by which the generator moves
-    critic: Callable[..., tuple[Any, dict[str, Any]]] | None = None  # that of its critic
+    generator: Loss  # the loss by which the generator moves
+    critic: Loss | None = None  # that of its critic
     own_clips: bool = False  # whether the generator learns on clips that it draws itself
     needs: tuple[str, ...] = ("latent",)  # of the data, besides text
     teacher: tuple[str, ...] = ()  # parts of a frozen teacher that it asks, such as "dit"
@@ -164,13 +167,13 @@ class TrainConfig:
     teacher_from: str = ""
     critic_from: str = ""
     shift: float = 5.0  # noise levels: uniform draws warped towards noise
-    drop_text: float = 0.0  # chance that a clip's text is hidden, for guidance later
+    drop_text: float = 0.0  # probability that a clip's text is hidden, for guidance later
     grid: int = 48  # steps of the teacher's path, for trajectory and consistency
     ema: float = 0.99
     ema_from: int = 0  # generator updates before the average begins
     blend_from: str = ""
     blend: float = 0.0  # share of the weights of blend_from in the model that is written
-    negative: str = ""  # prompt of the unconditional guess; "" hides the text
+    negative: str = ""  # prompt of the unconditional prediction; "" hides the text
     cover: CoverConfig = CoverConfig()
     distil: DistilConfig = DistilConfig()
     generator: OptimiserConfig = OptimiserConfig()

@@ -126,7 +126,7 @@ def _entries(table: dict[str, Any], source: str) -> Entries:
             bool(table["prompt"].strip()),
             f"{source}: prompt is empty; say what the video should show.",
         )
-        return ((0, table["prompt"]),)
+        return (timelines.Entry(0, table["prompt"]),)
     pairs = table["timeline"]
     fits = all(
         isinstance(pair, list)

@@ -1,7 +1,7 @@
 """What objectives read: clips block by block with their text, and the networks that take part."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias, TypeVar, cast
 
 import einops
 import jax
@@ -17,7 +17,9 @@ from packforcing_jax.networks import text as umt5
 from packforcing_jax.sampling import block_step
 from packforcing_jax.types import KV
 
-Flat = dict[str, Array]
+Flat: TypeAlias = dict[str, Array]  # parameters by path
+Leaf = TypeVar("Leaf")  # an array, or the shape of one
+Tree = TypeVar("Tree")
 
 
 @struct.dataclass
@@ -28,14 +30,19 @@ class TokenizedText:
     mask: Array  # [block, b, words]
 
 
+Text: TypeAlias = TokenizedText | Array  # the array: encoder states [block or 1, b, words, d]
+
+
 @struct.dataclass
 class Batch:
     """Clips, `block` latent frames at a time; what an objective does not need may be None."""
 
-    text: Any  # TokenizedText, or encoder states [block or 1, b, words, d]
+    text: Any  # Text
     latent: Any = None  # [block, b, t, y, x, c]
     low_res: Any = None  # [block, b, t', y', x', c]  low-resolution latents of the same frames
-    trajectory: Any = None  # [k, block, b, t, y, x, c]  a teacher's way from noise to its clip
+    trajectory: Any = (
+        None  # [k, block, b, t, y, x, c]  a teacher's trajectory from noise to its clip
+    )
     weight: Any = None  # [block, b, t, y, x, 1]  scales the loss of each latent cell
     called: Any = (
         None  # [block, b, kind, block]  earlier blocks that show what this one calls back, by kind
@@ -48,7 +55,7 @@ class Model:
 
     dit: dit.WanDiT
     compressor: compressor.Compressor
-    text: Any = None
+    text: Any = None  # umt5.UMT5
 
     @property
     def nets(self) -> block_step.Nets:
@@ -57,7 +64,7 @@ class Model:
 
 @struct.dataclass
 class Networks:
-    """Who takes part in a step: the generator in training, and those that an objective asks."""
+    """Who takes part in a step: the generator in training, and the networks that an objective evaluates."""
 
     generator: Model
     teacher: Any = None  # Model
@@ -90,7 +97,7 @@ def as_model(exp: Experiment, params: Mapping[str, Array]) -> Model:
     return pytrees.fill(shapes, params, put=pytrees.as_given)
 
 
-def part(params: Mapping[str, Any], name: str) -> dict[str, Any]:
+def part(params: Mapping[str, Leaf], name: str) -> dict[str, Leaf]:
     """What lies below `name` in flat parameters."""
     return {
         path.removeprefix(f"{name}/"): leaf
@@ -105,7 +112,7 @@ def as_transformer(exp: Experiment, params: Mapping[str, Array]) -> dit.WanDiT:
     return pytrees.fill(shapes, part(params, "dit"), put=pytrees.as_given)
 
 
-def as_codec(exp: Experiment, params: Mapping[str, Any] | None) -> codec.Codec | None:
+def as_codec(exp: Experiment, params: Mapping[str, Array] | None) -> codec.Codec | None:
     """The codec of these parameters; None where it has some and they are not known."""
     shapes = codec.shapes(exp.codec)
     if params is None and pytrees.flatten(shapes):
@@ -132,7 +139,7 @@ def encode(exp: Experiment, vae: codec.Codec, raw: Mapping[str, Array]) -> Batch
             j=exp.codec.space_factor,
         )
     if "states" in raw:
-        text: Any = raw["states"].astype(jnp.float32)[None]
+        text: Text = raw["states"].astype(jnp.float32)[None]
     else:
         text = TokenizedText(*(jnp.moveaxis(raw[name], 1, 0) for name in ("ids", "mask")))
     floats = {
@@ -156,7 +163,7 @@ def encode_blocks(exp: Experiment, vae: codec.Codec, video: Array) -> dict[str, 
     }
 
 
-def text_states(model: Model, text: Any) -> Array:
+def text_states(model: Model, text: Text) -> Array:
     """Encoder states [block or 1, b, words, d] of every block's prompt."""
     if not isinstance(text, TokenizedText):
         return text
@@ -183,7 +190,8 @@ def without_text(states: Array, null_text: Array | None, where: Array | bool = T
 
 def text_kv(transformer: dit.WanDiT, states: Array) -> KV:
     """Cross-attention keys and values [block or 1, layer, b, words, n, h] of such states."""
-    kv: Any = transformer.text_kv(einops.rearrange(states, "block b words d -> (block b) words d"))
+    flat = einops.rearrange(states, "block b words d -> (block b) words d")
+    kv = cast(KV, transformer.text_kv(flat))  # layers of a model in training are stacked
     return KV(
         *(
             einops.rearrange(
@@ -194,7 +202,7 @@ def text_kv(transformer: dit.WanDiT, states: Array) -> KV:
     )
 
 
-def of_block(per_block: Any, block: Array) -> Any:
+def of_block(per_block: Tree, block: Array) -> Tree:
     """What there is for one block, or for all of them if there is only one entry."""
     return jax.tree.map(lambda x: x[jnp.minimum(block, x.shape[0] - 1)], per_block)
 

@@ -1,11 +1,10 @@
 """Distribution matching: a clip is pulled from where the critic sees it to where the teacher does (DMD; SiD).
 
 Self-Forcing `model/dmd.py`, `model/sid.py`. Everything is in clean samples; a score network is a function from a noisy
-clip to its guess of the clean one.
+clip to its prediction of the clean one.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,19 +54,19 @@ def score_sigma(distil: DistilConfig, timestep: Array) -> Array:
 
 
 def guided(distil: DistilConfig, conditional: Latent, unconditional: Latent) -> Latent:
-    """The teacher's guess moved away from the one without text."""
+    """The teacher's prediction moved away from the one without text."""
     base = {"extra": conditional, "plain": unconditional}[distil.form]
     return base + distil.guidance * (conditional - unconditional)
 
 
 def steered(
-    guess: Callable[[Array], Latent], states: Array, null_text: Any, scale: float
+    predict: Callable[[Array], Latent], states: Array, null_text: Array | None, scale: float
 ) -> Latent:
-    """`guess(states)` under guidance in its usual form; without text it is asked only where that has a weight."""
-    conditional = guess(states)
+    """`predict(states)` under guidance in its usual form; without text only where that has a weight."""
+    conditional = predict(states)
     if scale == 1:
         return conditional
-    unconditional = guess(batches.without_text(states, null_text))
+    unconditional = predict(batches.without_text(states, null_text))
     return unconditional + scale * (conditional - unconditional)
 
 
@@ -95,6 +94,7 @@ def distance(x: Latent, real: Latent) -> Array:
 
 def pull(x: Latent, fake: Latent, real: Latent) -> Latent:
     """DMD's gradient: from where the critic sees `x` to where the teacher does, over how far the teacher is."""
+    # 0/0 where a clip is exactly the teacher's: nothing pulls it then
     return jax.lax.stop_gradient(jnp.nan_to_num((fake - real) / distance(x, real)))
 
 
@@ -146,16 +146,14 @@ def clip_again(
     states = batches.text_states(nets.generator, batch.text)
     text = batches.text_kv(nets.generator.dit, states)
     count = exp.blocks
-    drawn = rollout.draws(exp, train.cover, key, count, states.shape[1])
-    clip = rollout.draw(nets.generator.nets, exp, train.distil, nets.vae, drawn, text)
+    draws = rollout.sample_draws(exp, train.cover, key, count, states.shape[1])
+    clip = rollout.draw(nets.generator.nets, exp, train.distil, nets.vae, draws, text)
     first = count - (train.distil.scored or count)
     latent = clip.latent[first:]
     if graded:
-        guess = rollout.again(
-            nets.generator.nets, exp, train.distil, clip, drawn, text, first=first
-        )
-        latent = latent + (guess - jax.lax.stop_gradient(guess))
-    return batches.by_clip(latent), states[-latent.shape[0] :], rollout.covered(exp, clip, drawn)
+        again = rollout.again(nets.generator.nets, exp, train.distil, clip, text, first=first)
+        latent = latent + (again - jax.lax.stop_gradient(again))
+    return batches.by_clip(latent), states[-latent.shape[0] :], rollout.covered(exp, clip)
 
 
 def dmd_loss(

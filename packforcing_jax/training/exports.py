@@ -10,8 +10,9 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from packforcing_jax import pytrees
 from packforcing_jax.config import Experiment, TrainConfig
@@ -21,8 +22,8 @@ from packforcing_jax.networks import codec, mesh, tokenizer
 from packforcing_jax.sampling import pipeline, player
 from packforcing_jax.stage import captions
 from packforcing_jax.training import batches
+from packforcing_jax.training.batches import Flat
 
-Flat = dict[str, Any]
 BEGINNINGS = ("generator_from", "teacher_from", "critic_from", "blend_from")
 PREVIEW_ROWS = 256  # of pixels at least, so that a small model's video can be looked at
 
@@ -34,8 +35,8 @@ log = logging.getLogger(__name__)
 
 def beginnings(train: TrainConfig) -> dict[str, str]:
     """The model folders that a training needs, by their setting."""
-    found = {name: getattr(train, name) for name in BEGINNINGS}
-    return {name: folder for name, folder in found.items() if folder}
+    folders = {name: getattr(train, name) for name in BEGINNINGS}
+    return {name: folder for name, folder in folders.items() if folder}
 
 
 def holding(train: TrainConfig, file: str) -> Path | None:
@@ -65,15 +66,15 @@ def network(folder: str, shapes: Flat, grid: Mesh, dtype: str = "float32") -> Fl
         path: shape for path, shape in shapes.items() if path.partition("/")[0] in model.parts
     }
     parts = {path.partition("/")[0] for path in wanted}
-    held = {
+    tensors = {
         f"{part}/{path}": tensor for part in parts for path, tensor in model.parts[part].items()
     }
     return model_folder.fill(
         wanted,
-        held,
+        tensors,
         dtype=dtype,
         source=f"the weights of {folder}",
-        shardings=mesh.shardings(wanted, grid),
+        shardings=cast(Mapping[str, Sharding], mesh.shardings(wanted, grid)),
     )
 
 
@@ -121,29 +122,29 @@ def blended(train: TrainConfig, flat: Flat, grid: Mesh) -> Flat:
     return flat | {path: (1 - share) * flat[path] + share * leaf for path, leaf in other.items()}
 
 
-def whole(flat: Mapping[str, Any]) -> Flat:
-    """Arrays that lie all over the mesh as NumPy ones on the first process; others get none. All have to ask."""
-    found = {}
+def whole(flat: Mapping[str, Array]) -> dict[str, np.ndarray]:
+    """Arrays that lie all over the mesh as NumPy ones on the first process; others get none. All have to call it."""
+    host = {}
     for path, leaf in flat.items():
         local = leaf.is_fully_addressable
         value = np.asarray(leaf) if local else multihost_utils.process_allgather(leaf, tiled=True)
         if jax.process_index() == 0:
-            found[path] = value
-    return found
+            host[path] = value
+    return host
 
 
 def save(
     folder: Path,
     exp: Experiment,
     train: TrainConfig,
-    flat: Mapping[str, Any],
+    flat: Mapping[str, Array],
     *,
     texts: Mapping[str, str | None],
 ) -> None:
     """A model folder of a generator's parameters, complete or absent, that `sample --weights` takes.
 
     `texts` are files of text by name. Parts that were not trained come from the model that training began from. All
-    processes have to ask.
+    processes have to call it.
     """
     host = whole(flat)
     if jax.process_index() == 0:
@@ -152,7 +153,7 @@ def save(
             model_folder.save(
                 fresh,
                 exp,
-                {name: held for name, held in parts.items() if held},
+                {name: leaves for name, leaves in parts.items() if leaves},
                 texts={
                     model_folder.TOKENIZER: tokenizer_of(exp, train).inner.to_str(pretty=True),
                     **texts,
@@ -179,14 +180,14 @@ def preview(
     path: Path,
     exp: Experiment,
     train: TrainConfig,
-    flat: Mapping[str, Any],
+    flat: Mapping[str, Array],
     *,
-    raw: Mapping[str, Any],
+    raw: Mapping[str, np.ndarray],
     seed: int,
 ) -> None:
     """A video at `path` of a generator's parameters, drawn block by block for the text of the first clip in `raw`.
 
-    Whatever goes wrong is one line of warning. All processes have to ask; the first one draws.
+    Whatever goes wrong is one line of warning. All processes have to call it; the first one draws.
     """
     host = whole(flat)
     if jax.process_index() == 0:
@@ -202,23 +203,28 @@ def preview(
 
 
 def _draw(
-    path: Path, exp: Experiment, train: TrainConfig, flat: Flat, raw: Mapping[str, Any], seed: int
+    path: Path,
+    exp: Experiment,
+    train: TrainConfig,
+    flat: Mapping[str, np.ndarray],
+    raw: Mapping[str, np.ndarray],
+    seed: int,
 ) -> None:
     here = jax.make_mesh(
         (1,), ("data",), devices=jax.local_devices()[:1], axis_types=(jax.sharding.AxisType.Auto,)
     )
     model = batches.as_model(exp, jax.tree.map(jnp.asarray, flat))
     vae = batches.as_codec(exp, codec_weights(exp, train, here))
-    nothing = cast(Any, None)
+    nothing = cast(Any, None)  # the text is encoded above; the pipeline never reads its own encoder
     if vae is None:
         raise InputError(
             "the codec's weights are in none of the model folders that training began from."
         )
-    told = {name: jnp.asarray(raw[name][:1]) for name in ("ids", "mask", "states") if name in raw}
-    states = batches.text_states(model, batches.encode(exp, vae, told).text)
+    text = {name: jnp.asarray(raw[name][:1]) for name in ("ids", "mask", "states") if name in raw}
+    states = batches.text_states(model, batches.encode(exp, vae, text).text)
     apart = pytrees.cast(model.dit.unrolled(), exp.dtypes.params)
     nets = pytrees.cast(model.nets, exp.dtypes.params)
-    shown = pipeline.Pipeline(
+    pipe = pipeline.Pipeline(
         experiment=exp, nets=nets.replace(dit=apart), vae=vae, text=nothing, tokenizer=nothing
     )
     rows = exp.latent[0] * exp.codec.space_factor
@@ -228,9 +234,9 @@ def _draw(
         atomic.file(path) as fresh,
         video.Writer(fresh, fps=exp.fps, size=size, scale=scale, settings={"seed": seed}) as file,
     ):
-        state = shown.start(seed=seed, videos=[0])
+        state = pipe.start(seed=seed, videos=[0])
         for block in range(exp.blocks):
             of_block = states[min(block, len(states) - 1)]
             read = player.text_program(apart, exp.dtypes.compute, of_block)
-            state, made = player.next_block(shown, state, read)
+            state, made = player.next_block(pipe, state, read)
             file.write(np.asarray(made.frames[0]))

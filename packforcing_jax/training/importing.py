@@ -1,4 +1,4 @@
-"""What can be prepared for training: videos with captions, prompts, LMDB folders, a teacher's ways to prompts."""
+"""What can be prepared for training: videos with captions, prompts, LMDB folders, a teacher's trajectories."""
 
 import collections
 import functools
@@ -27,10 +27,13 @@ from packforcing_jax.networks import vae as autoencoder
 from packforcing_jax.networks.tokenizer import Tokenizer, clean
 from packforcing_jax.sampling import player, prompt_files
 from packforcing_jax.training import batches, paths
+from packforcing_jax.types import Latent
 
 VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"}
 STORED = np.float16  # of latents, as in the public data sets
 Example: TypeAlias = dict[str, np.ndarray]
+EncoderState: TypeAlias = Any  # between two chunks of a video; each codec has its own structure
+Database: TypeAlias = Any  # an lmdb.Environment; lmdb is optional
 
 
 class LeftOut(Exception):
@@ -77,18 +80,18 @@ def recognised(path: Path) -> str:
         path.exists(),
         f"{path} does not exist; give a folder of videos, a file of prompts or an LMDB folder.",
     )
-    found = [name for name, kind in KINDS.items() if kind.sees(path)]
+    kinds = [name for name, kind in KINDS.items() if kind.sees(path)]
     known = "; ".join(f"{name}: {kind.called}" for name, kind in KINDS.items())
-    require(len(found) > 0, f"{path} is nothing that can be prepared ({known}); give one of these.")
-    return found[0]
+    require(len(kinds) > 0, f"{path} is nothing that can be prepared ({known}); give one of these.")
+    return kinds[0]
 
 
 def digest(items: Iterable[Item]) -> str:
     """What tells one source from another: a hash of the names and prompts of its items, in order."""
-    found = hashlib.sha256()
+    state = hashlib.sha256()
     for item in items:
-        found.update(f"{item.name}\0{item.prompt}\0".encode())
-    return found.hexdigest()[:32]
+        state.update(f"{item.name}\0{item.prompt}\0".encode())
+    return state.hexdigest()[:32]
 
 
 # Videos with captions
@@ -123,11 +126,11 @@ def _beside(folder: Path) -> Iterable[tuple[Path, Path, str]]:
 
 def _listed(path: Path) -> Iterable[tuple[Path, Path, str]]:
     for number, table in enumerate(_tables(path), start=1):
-        said = {"file", "prompt"} == table.keys() and all(
+        complete = {"file", "prompt"} == table.keys() and all(
             isinstance(each, str) for each in table.values()
         )
         require(
-            said,
+            complete,
             f"{path}, video {number}: {json.dumps(table)[:80]} is not "
             '{"file": "...", "prompt": "..."}; write it so.',
         )
@@ -143,7 +146,7 @@ def _listed(path: Path) -> Iterable[tuple[Path, Path, str]]:
 def _tables(path: Path) -> list[dict[str, Any]]:
     """The tables of a file of JSON lines."""
     try:
-        found = [
+        tables = [
             json.loads(line)
             for line in path.read_text(encoding="utf-8").splitlines()
             if line.strip()
@@ -153,16 +156,16 @@ def _tables(path: Path) -> list[dict[str, Any]]:
             f"{path} cannot be read ({error}); write one JSON table per line."
         ) from error
     require(
-        all(isinstance(table, dict) for table in found),
+        all(isinstance(table, dict) for table in tables),
         f"{path} holds more than tables; write one per line.",
     )
-    return found
+    return tables
 
 
 def frames_of(path: Path, *, count: int, fps: int, size: tuple[int, int]) -> np.ndarray:
     """The first `count` frames at `fps` a second, scaled to fill (height, width) and cropped: uint8 [t, h, w, 3]."""
     height, width = size
-    seen = (
+    filters = (
         f"fps={fps},scale={width}:{height}:force_original_aspect_ratio=increase"
         f":flags=bicubic+accurate_rnd+full_chroma_int,crop={width}:{height}"
     )
@@ -175,7 +178,7 @@ def frames_of(path: Path, *, count: int, fps: int, size: tuple[int, int]) -> np.
         "-i",
         f"file:{path}",
         "-vf",
-        seen,
+        filters,
         "-frames:v",
         str(count),
         "-f",
@@ -188,10 +191,10 @@ def frames_of(path: Path, *, count: int, fps: int, size: tuple[int, int]) -> np.
         command, capture_output=True, process_group=0
     )  # Ctrl-C is for us, not for ffmpeg
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or [
+        messages = done.stderr.decode(errors="replace").strip().splitlines() or [
             f"exit status {done.returncode}"
         ]
-        raise LeftOut(f"{path} cannot be decoded ({said[-1]})")
+        raise LeftOut(f"{path} cannot be decoded ({messages[-1]})")
     return np.frombuffer(done.stdout, np.uint8).reshape(-1, height, width, 3)
 
 
@@ -206,18 +209,20 @@ STREAMS: Mapping[type, tuple[Callable, Callable]] = {
 
 
 @functools.partial(jax.jit, static_argnames=("exp", "first"))
-def _encode_block(vae: codec.Codec, exp: Experiment, state: Any, frames: Array, *, first: bool):
+def _encode_block(
+    vae: codec.Codec, exp: Experiment, state: EncoderState, frames: Array, *, first: bool
+) -> tuple[Latent, Latent, EncoderState]:
     """(latents, low-resolution latents, the codec's state) of the frames of one block, uint8 [1, t, h, w, 3]."""
-    seen = frames.astype(jnp.float32) / 127.5 - 1
-    latent, state = STREAMS[type(vae)][1](vae, state, seen, first=first)
+    video = frames.astype(jnp.float32) / 127.5 - 1
+    latent, state = STREAMS[type(vae)][1](vae, state, video, first=first)
     return (
         latent,
-        codec.low_res_latents(vae, seen, latents=exp.packed_grid[0], pool=exp.compressor.pool),
+        codec.low_res_latents(vae, video, latents=exp.packed_grid[0], pool=exp.compressor.pool),
         state,
     )
 
 
-def _of_video(path: Path, parts: Parts, said: np.ndarray | None = None) -> Example:
+def _of_video(path: Path, parts: Parts, text_states: np.ndarray | None = None) -> Example:
     """The latents of a video's beginning, and the low-resolution ones of each of its blocks."""
     exp = parts.exp
     vae = parts.vae
@@ -250,16 +255,16 @@ def _holds_prompts(path: Path) -> bool:
 
 def _prompts(path: Path) -> list[Item]:
     """The prompts of a file, one per line as text or JSON."""
-    said = prompt_files.read(path)
-    several = [job.source for job in said if len(job.entries) > 1]
+    jobs = prompt_files.read(path)
+    several = [job.source for job in jobs if len(job.entries) > 1]
     require(
         not several,
         f"{several[0] if several else ''} is a timeline, but text states are those of one prompt; "
         "train on the file itself (train.source.kind=prompts).",
     )
     return [
-        Item(str(number), job.entries[0][1], lambda parts, said: {})
-        for number, job in enumerate(said)
+        Item(str(number), job.entries[0][1], lambda parts, text_states: {})
+        for number, job in enumerate(jobs)
     ]
 
 
@@ -298,7 +303,7 @@ def _clips_of(path: Path) -> Iterable[Item]:
         )
 
 
-def _opened(path: Path) -> Any:
+def _opened(path: Path) -> Database:
     try:
         import lmdb  # type: ignore[import-not-found]
     except ImportError as error:
@@ -311,7 +316,7 @@ def _opened(path: Path) -> Any:
         raise InputError(f"{path} cannot be read as LMDB ({error}); fetch it again.") from error
 
 
-def _read(database: Any, path: Path, key: str) -> bytes:
+def _read(database: Database, path: Path, key: str) -> bytes:
     with database.begin() as reading:
         value = reading.get(key.encode())
     require(value is not None, f"{path} has no entry {key}; fetch it again.")
@@ -319,14 +324,14 @@ def _read(database: Any, path: Path, key: str) -> bytes:
 
 
 def _of_clip(
-    database: Any,
+    database: Database,
     path: Path,
     index: int,
     form: tuple[int, ...],
     parts: Parts,
-    said: np.ndarray | None = None,
+    text_states: np.ndarray | None = None,
 ) -> Example:
-    """The clean latents of a clip, the states on the way there if it has some, what a codec makes of its blocks."""
+    """The clean latents of a clip, the trajectory that ends there if it has one, what a codec makes of its blocks."""
     exp = parts.exp
     raw = _read(database, path, f"latents_{index}_data")
     size = 2 * math.prod(form)
@@ -364,22 +369,22 @@ def _low_res(vae: codec.Codec, exp: Experiment, latent: np.ndarray) -> np.ndarra
     return np.stack(jax.device_get(blocks)).astype(STORED)
 
 
-# A teacher's ways
+# A teacher's trajectories
 
 
 def _to_draw(path: Path) -> list[Item]:
-    """The prompts of a file, each to be drawn by a teacher from a noise of its own."""
+    """The prompts of a file, each to be sampled by a teacher from noise of its own."""
     return [
         replace(item, made=functools.partial(_of_teacher, number))
         for number, item in enumerate(_prompts(path))
     ]
 
 
-def _of_teacher(number: int, parts: Parts, said: np.ndarray | None = None) -> Example:
-    """The states on a teacher's way to a clip, and the clip."""
+def _of_teacher(number: int, parts: Parts, text_states: np.ndarray | None = None) -> Example:
+    """The states on a teacher's trajectory to a clip, and the clip."""
     exp = parts.exp
     read = np.zeros((1, 1, parts.exp.text.max_words, parts.exp.text.dim), np.float32)
-    read[0, 0, : len(said)] = said  # type: ignore[arg-type]
+    read[0, 0, : len(text_states)] = text_states  # type: ignore[arg-type]
     teacher: Any = parts.teacher
     states = np.asarray(
         paths.noise_to_clip(teacher, exp, parts.train, jnp.uint32(number), jnp.asarray(read))
@@ -443,13 +448,13 @@ def parts_of(
         )
     if "teacher" in needs:
         form = jax.eval_shape(lambda: dit.WanDiT(exp.dit, nnx.Rngs(0)))
-        held = model_folder.fill(
+        teacher = model_folder.fill(
             form,
             model.part("dit"),
             dtype=exp.dtypes.compute,
             source=f"the teacher of {model.folder}",
         )
-        parts = replace(parts, teacher=batches.Model(dit=held, compressor=cast(Any, None)))
+        parts = replace(parts, teacher=batches.Model(dit=teacher, compressor=cast(Any, None)))
     return parts
 
 
@@ -466,12 +471,12 @@ class Texts:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
         if new:
             self._known |= zip(new, self._walk(new), strict=True)
-        found = [self._known[prompt] for prompt in prompts]
+        states = [self._known[prompt] for prompt in prompts]
         self._left.subtract(prompts)
         self._known = {
             prompt: states for prompt, states in self._known.items() if self._left[prompt] > 0
         }
-        return found
+        return states
 
     def _walk(self, prompts: list[str]) -> list[np.ndarray]:
         ids, mask = self._parts.tokenizer.encode(prompts)  # type: ignore[union-attr]

@@ -1,15 +1,16 @@
-"""What a run says of itself, step by step: lines of JSON always, TensorBoard and Weights & Biases if asked for."""
+"""The metrics of a run, step by step: lines of JSON, and TensorBoard or Weights & Biases if `train.log` names them."""
 
 import importlib.util
 import json
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from packforcing_jax.errors import nearest, require
 from packforcing_jax.io import append_file, atomic
@@ -21,15 +22,20 @@ LIBRARIES = {
 }  # the extra that brings each has the name of the log
 
 
-class Sink(Protocol):
-    """A place where metrics go."""
+Metrics: TypeAlias = Mapping[str, ArrayLike | str]
+Plain: TypeAlias = "float | int | bool | None | list[Plain]"  # as JSON has it
+About: TypeAlias = Mapping[str, object]  # what a run is, as plain data
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None: ...
+
+class Sink(Protocol):
+    """Where metrics go."""
+
+    def write(self, step: int, metrics: Metrics) -> None: ...
 
     def close(self) -> None: ...
 
 
-def plain(value: Any) -> Any:
+def plain(value: ArrayLike) -> Plain:
     """A number or array as JSON has it: decimals that are the same float32 again, None for what is not finite."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if np.isfinite(value) else None
@@ -41,23 +47,23 @@ def plain(value: Any) -> Any:
     return float(str(np.float32(array))) if np.isfinite(array) else None
 
 
-def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+def scalars(metrics: Metrics) -> dict[str, float]:
     """The numbers in `metrics`, those of an array as `name/0`, `name/1`, ..."""
-    found = {}
+    numbers = {}
     for name, value in metrics.items():
         flat = np.asarray(value).reshape(-1)
         if jnp.issubdtype(flat.dtype, jnp.number) or flat.dtype == bool:
-            found |= {
+            numbers |= {
                 f"{name}/{i}" if np.ndim(value) else name: float(each)
                 for i, each in enumerate(flat)
             }
-    return found
+    return numbers
 
 
 # Lines of JSON
 
 
-def told(line: bytes) -> int | None:
+def step_of(line: bytes) -> int | None:
     """The step that a line is about; None for one that is no whole line of ours."""
     try:
         step = json.loads(line)["step"] if line.endswith(b"\n") else None
@@ -70,7 +76,7 @@ def whole(path: Path, after: int) -> int:
     """Bytes of the leading lines in `path` that are about steps up to `after`."""
     size = 0
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        step = told(line)
+        step = step_of(line)
         if step is None or step > after:
             break
         size += len(line)
@@ -80,16 +86,16 @@ def whole(path: Path, after: int) -> int:
 class Lines:
     """One line of JSON per step; what an earlier run wrote behind step `after` is cut away, so each comes once."""
 
-    def __init__(self, folder: Path, after: int, about: Mapping[str, Any]):
+    def __init__(self, folder: Path, after: int, about: About):
         del about
         self.file = append_file.File(folder / LINES, whole(folder / LINES, after))
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        told = {"step": step} | {
+    def write(self, step: int, metrics: Metrics) -> None:
+        row = {"step": step} | {
             name: value if isinstance(value, str) else plain(value)
             for name, value in metrics.items()
         }
-        self.file.append(json.dumps(told).encode() + b"\n")
+        self.file.append(json.dumps(row).encode() + b"\n")
 
     def close(self) -> None:
         self.file.close()
@@ -101,7 +107,7 @@ class Lines:
 class TensorBoard:
     """Event files below `folder`/tensorboard; events behind step `after` are taken back."""
 
-    def __init__(self, folder: Path, after: int, about: Mapping[str, Any]):
+    def __init__(self, folder: Path, after: int, about: About):
         import tensorboardX  # pyright: ignore[reportMissingImports]
 
         self.writer = tensorboardX.SummaryWriter(
@@ -109,7 +115,7 @@ class TensorBoard:
         )
         self.writer.add_text("experiment", f"```\n{json.dumps(about, indent=2)}\n```", after)
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write(self, step: int, metrics: Metrics) -> None:
         for name, value in scalars(metrics).items():
             self.writer.add_scalar(name, value, step)
 
@@ -120,7 +126,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """One W&B run per folder, continued with it: its id lies in `folder`/wandb.id."""
 
-    def __init__(self, folder: Path, after: int, about: Mapping[str, Any]):
+    def __init__(self, folder: Path, after: int, about: About):
         import wandb  # pyright: ignore[reportMissingImports]
 
         del after  # the service itself keeps the first of two values for a step
@@ -136,7 +142,7 @@ class WeightsAndBiases:
             config=dict(about),
         )
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write(self, step: int, metrics: Metrics) -> None:
         self.run.log(scalars(metrics), step=step)
 
     def close(self) -> None:
@@ -164,10 +170,10 @@ def check(names: Sequence[str]) -> None:
 class Log:
     """All logs of a run in `folder`, opened to go on behind step `after`; only the first process writes them."""
 
-    def __init__(self, folder: Path, names: Sequence[str], *, after: int, about: Mapping[str, Any]):
+    def __init__(self, folder: Path, names: Sequence[str], *, after: int, about: About):
         check(names)
-        asked = dict.fromkeys(("jsonl", *names)) if jax.process_index() == 0 else {}
-        self.sinks: list[Sink] = [SINKS[name](folder, after, about) for name in asked]
+        chosen = dict.fromkeys(("jsonl", *names)) if jax.process_index() == 0 else {}
+        self.sinks: list[Sink] = [SINKS[name](folder, after, about) for name in chosen]
 
     def __enter__(self) -> "Log":
         return self
@@ -175,7 +181,7 @@ class Log:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write(self, step: int, metrics: Metrics) -> None:
         """Adds the numbers of one step."""
         for sink in self.sinks:
             sink.write(step, metrics)

@@ -1,4 +1,4 @@
-"""What training minimises on clips it is given. One objective, one function, on the very parts that sampling runs.
+"""What training minimises on known clips. One objective, one function, on the very parts that sampling runs.
 
 A loss takes (networks, batch, key, experiment, train) and gives (loss, what to log). Sources: Wan2.1 and
 Causal-Forcing for flow matching and teacher forcing, CausVid and Self-Forcing for trajectories, Causal-Forcing for
@@ -28,6 +28,15 @@ Metrics = dict[str, Array]
 
 
 @struct.dataclass
+class NoisyBlocks:
+    """What a causal network denoises: blocks at noise levels of their own, and the states of their text."""
+
+    sample: Array  # [block, b, t, y, x, c]
+    sigma: Array  # [block, b]
+    states: Array  # [block or 1, b, words, d]
+
+
+@struct.dataclass
 class Prediction:
     """What a causal network makes of noisy blocks, and, behind a memory, which packed blocks its last layer wants."""
 
@@ -43,10 +52,15 @@ def noise_levels(key: Array, shape: tuple[int, ...], shift: float) -> Float[Arra
 
 
 def denoising_loss(
-    exp: Experiment, train: TrainConfig, guess: Array, clean: Array, sigma: Array, weight: Any
+    exp: Experiment,
+    train: TrainConfig,
+    predicted: Array,
+    clean: Array,
+    sigma: Array,
+    weight: Array | None,
 ) -> Float[Array, " block"]:
     """The error of each block [block, b, t, ...]: of the clean sample, or of the velocity with Wan's weights."""
-    error = (guess - clean) ** 2
+    error = (predicted - clean) ** 2
     if exp.sample.prediction == "velocity":
         grid = schedules.table(train.shift)
         bell = jnp.asarray(schedules.training_weights(grid))[
@@ -56,7 +70,9 @@ def denoising_loss(
     return jnp.mean(error if weight is None else weight * error, axis=range(1, error.ndim))
 
 
-def _text(nets: Model, batch: Batch, key: Array, train: TrainConfig, null_text: Any) -> Array:
+def _text(
+    nets: Model, batch: Batch, key: Array, train: TrainConfig, null_text: Array | None
+) -> Array:
     """The states of the text, some clips' hidden so that guidance has something to lean on."""
     states = batches.text_states(nets, batch.text)
     if train.drop_text == 0:
@@ -74,29 +90,27 @@ def causal(
     exp: Experiment,
     train: TrainConfig,
     batch: Batch,
-    noisy: Array,
-    sigma: Float[Array, "block b"],
-    states: Array,
+    noisy: NoisyBlocks,
     gap: Array | float = 0.0,
 ) -> Prediction:
-    """The guess of every noisy block behind the history that `train.history` names."""
+    """The prediction of every noisy block behind the history that `train.history` names."""
     if train.history == "memory":
-        return behind_memory(model, exp, train, batch, noisy, sigma, states, gap)
-    blocks = noisy.shape[0]
+        return behind_memory(model, exp, train, batch, noisy, gap)
+    blocks = noisy.sample.shape[0]
     size = exp.cache.block
-    times = jnp.repeat(schedules.TIMESTEPS * sigma.T, size, axis=1)
+    times = jnp.repeat(schedules.TIMESTEPS * noisy.sigma.T, size, axis=1)
     clean = batches.by_clip(batch.latent) if train.history == "clean" else None
     output = dit.parallel(
         model.dit,
-        batches.by_clip(noisy),
+        batches.by_clip(noisy.sample),
         times,
-        jnp.moveaxis(states, 0, 1),
+        jnp.moveaxis(noisy.states, 0, 1),
         clean=clean,
         block_ends=tuple(range(size, size * blocks + 1, size)),
     )
     output = batches.by_block(output, size)
     if exp.sample.prediction == "velocity":
-        output = schedules.clean_from_velocity(noisy, output, sigma)
+        output = schedules.clean_from_velocity(noisy.sample, output, noisy.sigma)
     return Prediction(clean=output)
 
 
@@ -105,19 +119,17 @@ def behind_memory(
     exp: Experiment,
     train: TrainConfig,
     batch: Batch,
-    noisy: Array,
-    sigma: Float[Array, "block b"],
-    states: Array,
+    noisy: NoisyBlocks,
     gap: Array | float,
 ) -> Prediction:
-    """The guess of every noisy block behind a memory of the true ones.
+    """The prediction of every noisy block behind a memory of the true ones.
 
     The memory is filled as sampling fills it: a clean pass and a packing pass per block, then `commit`. Gradients
     flow through what is stored, so the compressor learns from the blocks that come later.
     """
     nets = model.nets
-    text = batches.text_kv(model.dit, states)
-    count = noisy.shape[1]
+    text = batches.text_kv(model.dit, noisy.states)
+    count = noisy.sample.shape[1]
     random = jnp.zeros((exp.dit.layers, count, exp.cache.slots))
     asks = train.cover.matching > 0 and exp.cache.top > 0
     attends = block_step.watching if asks else block_step.choosing
@@ -158,9 +170,9 @@ def behind_memory(
         "compressor.branches=hr.",
     )
     body = jax.checkpoint(one_block) if train.remat == "blocks" else one_block
-    xs = (batch.latent, low_res, noisy, sigma)
+    xs = (batch.latent, low_res, noisy.sample, noisy.sigma)
     _, (clean, scores, ids) = jax.lax.scan(
-        body, cache.init(exp.memory, count, noisy.dtype, stacked=True, scratch=False), xs
+        body, cache.init(exp.memory, count, noisy.sample.dtype, stacked=True, scratch=False), xs
     )
     return Prediction(clean=clean, scores=scores, ids=ids)
 
@@ -168,34 +180,28 @@ def behind_memory(
 def forcing(
     nets: Networks, batch: Batch, key: Array, exp: Experiment, train: TrainConfig
 ) -> tuple[Array, Metrics]:
-    """Blocks are guessed from noise behind true ones (teacher forcing) or noisy ones (diffusion forcing)."""
+    """Blocks are predicted from noise behind true ones (teacher forcing) or noisy ones (diffusion forcing)."""
     keys = jax.random.split(key, 4)
     sigma = noise_levels(keys[0], batch.latent.shape[:2], train.shift)
     noise = jax.random.normal(keys[1], batch.latent.shape)
     states = _text(nets.generator, batch, keys[2], train, nets.null_text)
-    guess = causal(
-        nets.generator,
-        exp,
-        train,
-        batch,
-        schedules.add_noise(batch.latent, noise, sigma),
-        sigma,
-        states,
-        rollout.gap(train.cover, keys[3]),
+    noisy = NoisyBlocks(
+        sample=schedules.add_noise(batch.latent, noise, sigma), sigma=sigma, states=states
     )
-    by_block = denoising_loss(exp, train, guess.clean, batch.latent, sigma, batch.weight)
-    missed = _missed(guess, batch)
+    prediction = causal(nets.generator, exp, train, batch, noisy, rollout.gap(train.cover, keys[3]))
+    by_block = denoising_loss(exp, train, prediction.clean, batch.latent, sigma, batch.weight)
+    missed = _missed(prediction, batch)
     return by_block.mean() + train.cover.matching * missed, {
         "loss_by_block": by_block,
         "matching": missed,
     }
 
 
-def _missed(guess: Prediction, batch: Batch) -> Array:
-    """`matching` over all blocks, 0 where nothing is asked."""
-    if guess.scores is None or batch.called is None:
+def _missed(prediction: Prediction, batch: Batch) -> Array:
+    """`matching` over all blocks, 0 where no block is called back."""
+    if prediction.scores is None or batch.called is None:
         return jnp.float32(0)
-    return jax.vmap(matching)(guess.scores, guess.ids, batch.called).mean()
+    return jax.vmap(matching)(prediction.scores, prediction.ids, batch.called).mean()
 
 
 def matching(
@@ -207,11 +213,12 @@ def matching(
     """
     there = ids >= 0
     right = called[:, :, jnp.maximum(ids, 0)] & there[None, None]
-    share = jnp.where(there[None], scores, 0.0) + 1e-12
-    found = jnp.where(right, share[:, None], 0.0).sum(-1)
-    asked = right.any(-1)
+    share = jnp.where(there[None], scores, 0.0) + 1e-12  # the logarithm of a share of 0 is -inf
+    called_share = jnp.where(right, share[:, None], 0.0).sum(-1)
+    has_called = right.any(-1)
     surprise = -jnp.log(
-        jnp.where(asked, found, 1.0) / jnp.where(asked, share.sum(-1)[:, None], 1.0)
+        jnp.where(has_called, called_share, 1.0)
+        / jnp.where(has_called, share.sum(-1)[:, None], 1.0)
     )
     return surprise.mean()
 
@@ -222,14 +229,14 @@ def matching(
 def flow_matching(
     nets: Networks, batch: Batch, key: Array, exp: Experiment, train: TrainConfig
 ) -> tuple[Array, Metrics]:
-    """Whole clips are guessed from noise, one level per clip: the bidirectional teacher."""
+    """Whole clips are predicted from noise, one level per clip: the bidirectional teacher."""
     keys = jax.random.split(key, 3)
     sigma = noise_levels(keys[0], batch.latent.shape[1:2], train.shift)
     noise = jax.random.normal(keys[1], batch.latent.shape)
     states = _text(nets.generator, batch, keys[2], train, nets.null_text)
     levels = jnp.broadcast_to(sigma, batch.latent.shape[:2])
     noisy = schedules.add_noise(batch.latent, noise, levels)
-    guess = distillation.score(
+    clean = distillation.score(
         nets.generator.dit,
         exp,
         train.distil,
@@ -238,7 +245,7 @@ def flow_matching(
         states,
     )
     by_block = denoising_loss(
-        exp, train, batches.by_block(guess, exp.cache.block), batch.latent, levels, batch.weight
+        exp, train, batches.by_block(clean, exp.cache.block), batch.latent, levels, batch.weight
     )
     return by_block.mean(), {"loss_by_block": by_block}
 
@@ -249,7 +256,7 @@ def flow_matching(
 def trajectory(
     nets: Networks, batch: Batch, key: Array, exp: Experiment, train: TrainConfig
 ) -> tuple[Array, Metrics]:
-    """From a state on a teacher's way, at a step of its own for each block, to where that way ends (CausVid)."""
+    """From a state of a teacher's trajectory, at a step of its own for each block, to its end (CausVid)."""
     keys = jax.random.split(key, 3)
     times, sigmas = (jnp.asarray(x) for x in block_step.step_table(exp.sample))
     require(
@@ -264,26 +271,18 @@ def trajectory(
     )[0]
     target = batch.trajectory[-1]
     true = batch if batch.latent is not None else dataclasses.replace(batch, latent=target)
-    guess = causal(
-        nets.generator,
-        exp,
-        train,
-        true,
-        noisy,
-        sigmas[index],
-        states,
-        rollout.gap(train.cover, keys[2]),
-    )
-    by_block = jnp.mean((guess.clean - target) ** 2, axis=range(1, target.ndim))
+    blocks = NoisyBlocks(sample=noisy, sigma=sigmas[index], states=states)
+    prediction = causal(nets.generator, exp, train, true, blocks, rollout.gap(train.cover, keys[2]))
+    by_block = jnp.mean((prediction.clean - target) ** 2, axis=range(1, target.ndim))
     return by_block.mean(), {"loss_by_block": by_block}
 
 
 def consistency(
     nets: Networks, batch: Batch, key: Array, exp: Experiment, train: TrainConfig
 ) -> tuple[Array, Metrics]:
-    """Two neighbours on the teacher's way have one end: the average's guess behind one teacher step is the target.
+    """Neighbours on the teacher's trajectory have one end: the target is the average's prediction after a teacher step.
 
-    Each block has a step of its own. A guess of clean samples leaves out what a guess of velocities has built in, that
+    Each block has a step of its own. Predicted clean samples lack what predicted velocities have built in, that
     a clean sample is its own end: the last step's target is therefore where it leads (Causal-Forcing stops before).
     """
     keys = jax.random.split(key, 4)
@@ -298,12 +297,13 @@ def consistency(
     gap = rollout.gap(train.cover, keys[3])
     states = batches.text_states(nets.generator, batch.text)
 
-    def guess(model: Model, sample: Array, sigma: Array, text: Array) -> Array:
-        return causal(model, exp, train, batch, sample, sigma, text, gap).clean
+    def predict(model: Model, sample: Array, sigma: Array, text: Array) -> Array:
+        blocks = NoisyBlocks(sample=sample, sigma=sigma, states=text)
+        return causal(model, exp, train, batch, blocks, gap).clean
 
     teacher, average = jax.lax.stop_gradient((nets.teacher, nets.average))
     clean = distillation.steered(
-        lambda text: guess(teacher, noisy, here, text),
+        lambda text: predict(teacher, noisy, here, text),
         states,
         nets.null_text,
         train.distil.guidance,
@@ -312,9 +312,9 @@ def consistency(
         noisy, clean, here
     )
     target = jnp.where(
-        schedules.over(there, noisy) == 0, nearer, guess(average, nearer, there, states)
+        schedules.over(there, noisy) == 0, nearer, predict(average, nearer, there, states)
     )
-    error = (guess(nets.generator, noisy, here, states) - jax.lax.stop_gradient(target)) ** 2
+    error = (predict(nets.generator, noisy, here, states) - jax.lax.stop_gradient(target)) ** 2
     by_block = error.mean(axis=range(1, error.ndim))
     return by_block.mean(), {"loss_by_block": by_block}
 

@@ -1,18 +1,17 @@
 """What moves parameters: one optimiser per group, AdamW, or Muon on matrices and Adam on everything else."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
 from jax import Array
+from jaxtyping import PyTree
 
 from packforcing_jax.config import OptimiserConfig, TrainConfig
 from packforcing_jax.training import objectives
-
-Flat = dict[str, Array]
+from packforcing_jax.training.batches import Flat
 
 
 def rates(cfg: OptimiserConfig, peak: float, updates: int) -> optax.Schedule:
@@ -42,7 +41,7 @@ def optimiser(cfg: OptimiserConfig, updates: int) -> optax.GradientTransformatio
     """The optimiser of a group of parameters that is updated `updates` times in a run."""
     beta1, beta2 = cfg.betas
 
-    def axes(params: Any) -> Any:
+    def axes(params: PyTree) -> PyTree:  # optax's types know no None for Adam
         return {path: matrix_axes(path, leaf) for path, leaf in params.items()}
 
     moves = {
@@ -90,6 +89,6 @@ def groups(cfg: TrainConfig, params: Mapping[str, Flat]) -> dict[str, Flat]:
     return {group: leaves for group, leaves in split.items() if leaves}
 
 
-def norm(tree: Any) -> Array:
+def norm(tree: PyTree) -> Array:
     """The global norm, in float32."""
     return optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree))

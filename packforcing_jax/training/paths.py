@@ -1,7 +1,6 @@
-"""A teacher's way from noise to a clip: the states that `trajectory` training starts from (CausVid, Self-Forcing)."""
+"""A teacher's trajectory from noise to a clip, which `trajectory` training starts from (CausVid, Self-Forcing)."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +36,7 @@ def trajectory(
     train: TrainConfig,
     noise: Array,
     states: Array,
-    null_text: Any = None,
+    null_text: Array | None = None,
     *,
     behind: Batch | None = None,
 ) -> Array:
@@ -50,11 +49,11 @@ def trajectory(
         schedules.sigmas_to_zero(schedules.table(exp.sample.shift, steps=train.grid))
     )
 
-    def guess(noisy: Array, sigma: Array, text: Array) -> Array:
+    def predict(noisy: Array, sigma: Array, text: Array) -> Array:
         if behind is not None:
-            return objectives.causal(
-                teacher, exp, train, behind, noisy, jnp.broadcast_to(sigma, noisy.shape[:2]), text
-            ).clean
+            levels = jnp.broadcast_to(sigma, noisy.shape[:2])
+            blocks = objectives.NoisyBlocks(sample=noisy, sigma=levels, states=text)
+            return objectives.causal(teacher, exp, train, behind, blocks).clean
         clip = batches.by_clip(noisy)
         times = jnp.broadcast_to(schedules.TIMESTEPS * sigma, noisy.shape[1:2])
         return batches.by_block(
@@ -63,7 +62,7 @@ def trajectory(
 
     def step(noisy: Array, i: Array) -> tuple[Array, Array]:
         clean = distillation.steered(
-            lambda text: guess(noisy, sigmas[i], text), states, null_text, train.distil.guidance
+            lambda text: predict(noisy, sigmas[i], text), states, null_text, train.distil.guidance
         )
         velocity = schedules.velocity_from_clean(noisy, clean, sigmas[i])
         return noisy + (sigmas[i + 1] - sigmas[i]) * velocity, noisy
@@ -83,7 +82,7 @@ def timesteps(exp: Experiment) -> list[float]:
 def noise_to_clip(
     teacher: Model, exp: Experiment, train: TrainConfig, seed: Array, states: Array
 ) -> Array:
-    """A bidirectional teacher's way [k, block, b, t, y, x, c] out of the noise of `seed`, to clips of `exp.clip`."""
+    """A bidirectional teacher's trajectory [k, block, b, t, y, x, c] from the noise of `seed` to its clips."""
     return _noise_to_clip(teacher, exp, train.grid, train.distil, seed, states)
 
 

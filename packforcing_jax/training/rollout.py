@@ -6,13 +6,14 @@ step itself and through packed keys computed again from stored latents; stored k
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import einops
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jax.typing import DTypeLike
 
 from packforcing_jax.config import (
     CoverConfig,
@@ -24,12 +25,15 @@ from packforcing_jax.config import (
 from packforcing_jax.errors import require
 from packforcing_jax.memory import cache, view
 from packforcing_jax.memory import layout as layouts
+from packforcing_jax.memory.cache import Selection
 from packforcing_jax.memory.layout import Layout
 from packforcing_jax.networks import codec, dit, rope
 from packforcing_jax.sampling import block_step, schedules
 from packforcing_jax.sampling.block_step import Access
 from packforcing_jax.training import batches
-from packforcing_jax.types import KV, Heads
+from packforcing_jax.types import KV, Heads, Latent
+
+DecoderState: TypeAlias = Any  # between two chunks of a video; each codec has its own structure
 
 
 @struct.dataclass
@@ -38,7 +42,9 @@ class Draws:
 
     noise: Array  # [block, b, t, y, x, c]
     renoise: Array  # [block, step, b, t, y, x, c]
-    context: Array  # [block, b, t, y, x, c]  noise of the clean pass, where it is asked for
+    context: (
+        Array  # [block, b, t, y, x, c]  noise of the clean pass, where that reads noised blocks
+    )
     random: Array  # [block, layer, b, slot]
     exit: Array  # []  the step that gets a gradient, one for all blocks and clips
     gap: Array  # []  frames that the past is moved back
@@ -50,7 +56,16 @@ class Stored:
 
     full: KV  # [b, frame, s, n, h]  clean keys, rotated in space
     packed: KV  # [b, block, p, n, h]
-    selection: Any = None
+    selection: Any = None  # Selection
+
+
+@struct.dataclass
+class Condition:
+    """What a pass over one block is conditioned on: the layout in front of it, the stored clip, the block's text."""
+
+    layout: Layout
+    stored: Stored  # all layers
+    text: KV  # [layer, b, words, n, h]
 
 
 @struct.dataclass
@@ -61,7 +76,9 @@ class Clip:
     latent: Array  # [block, b, t, y, x, c]  the block as later ones remember it
     low_res: Array  # [block, b, t', y', x', c]
     stored: Stored  # all layers
-    selection: Any  # [block, layer, ...]
+    selection: Selection  # [block, layer, ...]
+    exit: Array  # []  the step that read `noisy`
+    gap: Array  # []  frames that the past was moved back
 
 
 def for_training(
@@ -72,14 +89,14 @@ def for_training(
     `top` of them are attended by the cache's own selection; 0: all.
     """
     recent = exp.cache.recent if recent is None else recent
-    held = max(blocks - (sink + recent) // exp.cache.block, 1)
+    packed_blocks = max(blocks - (sink + recent) // exp.cache.block, 1)
     packs = exp.cache.top > 0
     smaller = dataclasses.replace(
         exp.cache,
         sink=sink,
         recent=recent,
-        top=packs * min(top or held, held),
-        capacity=packs * held,
+        top=packs * min(top or packed_blocks, packed_blocks),
+        capacity=packs * packed_blocks,
         selection=exp.cache.selection if top else "all",
         span="true",
         scope="layer",
@@ -90,8 +107,8 @@ def for_training(
     return dataclasses.replace(exp, cache=smaller)
 
 
-def draws(exp: Experiment, cover: CoverConfig, key: Array, blocks: int, batch: int) -> Draws:
-    """What a rollout of `batch` clips draws from `key`."""
+def sample_draws(exp: Experiment, cover: CoverConfig, key: Array, blocks: int, batch: int) -> Draws:
+    """The draws of a rollout of `batch` clips, sampled from `key`."""
     keys = jax.random.split(key, 6)
     shape = (batch, exp.cache.block, *exp.latent, exp.dit.in_channels)
     return Draws(
@@ -106,10 +123,10 @@ def draws(exp: Experiment, cover: CoverConfig, key: Array, blocks: int, batch: i
 
 def gap(cover: CoverConfig, key: Array) -> Array:
     """Frames that the past is moved back in this step: none, or up to `train.cover.gap`."""
-    size, chance = jax.random.split(key)
+    size_key, share_key = jax.random.split(key)
     return jnp.where(
-        jax.random.uniform(chance) < cover.gap_share,
-        jax.random.uniform(size, maxval=cover.gap),
+        jax.random.uniform(share_key) < cover.gap_share,
+        jax.random.uniform(size_key, maxval=cover.gap),
         0.0,
     )
 
@@ -122,7 +139,7 @@ def lay(spec: MemorySpec, layout: Layout, stored: Stored) -> KV:
 
 
 def lay_with_block(spec: MemorySpec, layout: Layout, stored: Stored) -> KV:
-    """The same with the block's own clean keys in their slots, as its packed twin sees it."""
+    """The same with the block's own clean keys in their slots, as its packed form sees it."""
     size = spec.cache.block
     start = layout.num_blocks * spec.cache.block
 
@@ -143,7 +160,7 @@ def in_clip(spec: MemorySpec, layout: Layout) -> Access:
 
 
 def behind_block(spec: MemorySpec, layout: Layout) -> Access:
-    """The same for a block's packed twin."""
+    """The same for a block's packed form."""
     return Access(
         view_of=lambda stored: lay_with_block(spec, layout, stored),
         keep=lambda own, view, stored: own,
@@ -153,7 +170,9 @@ def behind_block(spec: MemorySpec, layout: Layout) -> Access:
 def choosing(cfg: StepConfig, layout: Layout, attention_fn: dit.SelfAttention) -> dit.SelfAttention:
     """`attend` in a view chosen by the layer's own queries from its (stored clip, random scores); keeps the choice."""
 
-    def self_attention(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, Any]:
+    def self_attention(
+        q: Heads, k: Heads, v: Heads, past: tuple[Stored, Array]
+    ) -> tuple[Heads, Selection]:
         stored, random = past
         layer = cache.layer_at(cfg.memory, layout, stored.full, stored.packed)
         recalled, selection = view.recall(cfg.memory, layout, layer, q, random)
@@ -166,55 +185,59 @@ def draw(
     nets: block_step.Nets,
     exp: Experiment,
     distil: DistilConfig,
-    vae: Any,
-    drawn: Draws,
-    text: Any,
+    vae: codec.Codec | None,
+    draws: Draws,
+    text: KV,
 ) -> Clip:
-    """Clips drawn block after block without a gradient, to their end or, not `train.distil.finished`, to `drawn.exit`.
+    """Clips drawn block after block without a gradient, to their end or, not `train.distil.finished`, to `draws.exit`.
 
     `text` [block or 1, layer, ...].
     """
     nets, text = jax.lax.stop_gradient((nets, text))
-    blocks, batch = drawn.noise.shape[:2]
+    blocks, batch = draws.noise.shape[:2]
     start = empty(exp, blocks, batch, jax.tree.leaves(text)[0].dtype)
-    decoder = codec.init_decoder(vae, batch, *exp.latent) if packs_pixels(exp) else ()
-    given = (jnp.arange(blocks), drawn.noise, drawn.renoise, drawn.context, drawn.random)
+    decoder = (
+        codec.init_decoder(_require_codec(vae), batch, *exp.latent) if packs_pixels(exp) else ()
+    )
+    per_block = (jnp.arange(blocks), draws.noise, draws.renoise, draws.context, draws.random)
 
     def one_block(carry, inputs, first: bool = False):
         stored, decoder = carry
         n, noise, renoise, context, random = inputs
-        layout = layouts.layout(exp.cache, layouts.begin(n), drawn.gap)
-        text_kv = batches.of_block(text, n)
-        noisy, latent, selection = _steps(
-            nets, exp, distil, layout, stored, text_kv, (noise, renoise, random, drawn.exit)
-        )
+        layout = layouts.layout(exp.cache, layouts.begin(n), draws.gap)
+        condition = Condition(layout=layout, stored=stored, text=batches.of_block(text, n))
+        block_noise = block_step.Noise(noise=noise, renoise=renoise, random=random)
+        noisy, latent, selection = _steps(nets, exp, distil, condition, block_noise, draws.exit)
         low_res, decoder = low_res_latents(exp, vae, decoder, latent, first=first)
-        stored = _remembered(
-            nets,
-            exp,
-            layout,
-            dataclasses.replace(stored, selection=selection),
-            text_kv,
-            (_context(exp, distil, latent, context), latent, low_res),
-        )
+        condition = _behind(condition, dataclasses.replace(stored, selection=selection))
+        clean = _context(exp, distil, latent, context)
+        stored = _remembered(nets, exp, condition, clean, latent, low_res)
         return (stored, decoder), (noisy, latent, low_res, selection)
 
     carry = (start, decoder)
     opened = []
     if exp.codec.time_factor > 1:  # the first latent of a video is decoded by a program of its own
-        carry, out = one_block(carry, jax.tree.map(lambda x: x[0], given), first=True)
+        carry, out = one_block(carry, jax.tree.map(lambda x: x[0], per_block), first=True)
         opened = [jax.tree.map(lambda x: x[None], out)]
-        given = jax.tree.map(lambda x: x[1:], given)
-    (stored, _), rest = jax.lax.scan(one_block, carry, given)
+        per_block = jax.tree.map(lambda x: x[1:], per_block)
+    (stored, _), rest = jax.lax.scan(one_block, carry, per_block)
     noisy, latent, low_res, selection = jax.tree.map(
         lambda *parts: jnp.concatenate(parts), *opened, rest
     )
     return jax.lax.stop_gradient(
-        Clip(noisy=noisy, latent=latent, low_res=low_res, selection=selection, stored=stored)
+        Clip(
+            noisy=noisy,
+            latent=latent,
+            low_res=low_res,
+            selection=selection,
+            stored=stored,
+            exit=draws.exit,
+            gap=draws.gap,
+        )
     )
 
 
-def empty(exp: Experiment, blocks: int, batch: int, dtype: Any) -> Stored:
+def empty(exp: Experiment, blocks: int, batch: int, dtype: DTypeLike) -> Stored:
     """Room for the keys and values of a clip, in all layers."""
 
     def store(count: int, tokens: int) -> KV:
@@ -227,37 +250,51 @@ def empty(exp: Experiment, blocks: int, batch: int, dtype: Any) -> Stored:
     )
 
 
+def _behind(condition: Condition, stored: Stored) -> Condition:
+    """`condition` with another state of what is stored."""
+    return dataclasses.replace(condition, stored=stored)
+
+
 def _steps(
     nets: block_step.Nets,
     exp: Experiment,
     distil: DistilConfig,
-    layout: Layout,
-    stored: Stored,
-    text_kv: KV,
-    drawn: Any,
-):
+    condition: Condition,
+    noise: block_step.Noise,
+    exit: Array,
+) -> tuple[Latent, Latent, Selection]:
     """(what the exit step read, the block as its history keeps it, what each layer attended to)."""
-    noise, renoise, random, exit = drawn
     cfg = exp.step
+    layout = condition.layout
+    stored = condition.stored
+    text = condition.text
     access = in_clip(exp.memory, layout)
     times, sigmas = (jnp.asarray(x) for x in block_step.step_table(exp.sample))
     clean, selection = block_step.predict_x0(
-        nets, cfg, layout, noise, times[0], sigmas[0], text_kv, (stored, random), attends=choosing
+        nets,
+        cfg,
+        layout,
+        noise.noise,
+        times[0],
+        sigmas[0],
+        text,
+        (stored, noise.random),
+        attends=choosing,
     )
     behind = dataclasses.replace(stored, selection=selection)
 
     def step(i, carry):
         read, before = carry
-        noisy = schedules.add_noise(before, renoise[i], sigmas[i + 1])
+        noisy = schedules.add_noise(before, noise.renoise[i], sigmas[i + 1])
         time = times[i + 1]
         sigma = sigmas[i + 1]
         clean, _ = block_step.predict_x0(
-            nets, cfg, layout, noisy, time, sigma, text_kv, behind, access=access
+            nets, cfg, layout, noisy, time, sigma, text, behind, access=access
         )
         return jnp.where(i < exit, noisy, read), clean
 
     last = len(sigmas) - 1 if distil.finished else exit
-    return *jax.lax.fori_loop(0, last, step, (noise, clean)), selection
+    return *jax.lax.fori_loop(0, last, step, (noise.noise, clean)), selection
 
 
 def _context(exp: Experiment, distil: DistilConfig, latent: Array, noise: Array) -> Array:
@@ -270,12 +307,21 @@ def _context(exp: Experiment, distil: DistilConfig, latent: Array, noise: Array)
 
 
 def _remembered(
-    nets: block_step.Nets, exp: Experiment, layout: Layout, stored: Stored, text_kv: KV, blocks
+    nets: block_step.Nets,
+    exp: Experiment,
+    condition: Condition,
+    clean: Latent,
+    latent: Latent,
+    low_res: Latent,
 ) -> Stored:
-    """`stored` with one more block, as `block_step.commit_block` reads it: clean, then its packed twin."""
-    read, latent, low_res = blocks
+    """What is stored after one more block: `clean`, as the clean pass reads it, then its packed form.
+
+    The passes are those of `block_step.commit_block`.
+    """
+    layout = condition.layout
+    stored = condition.stored
     access = in_clip(exp.memory, layout)
-    full = block_step.read_clean(nets, exp.step, layout, read, text_kv, stored, access)
+    full = block_step.read_clean(nets, exp.step, layout, clean, condition.text, stored, access)
     frames = KV(
         *(
             einops.rearrange(x, "layer b (t s) n h -> layer b t s n h", t=exp.cache.block)
@@ -286,7 +332,7 @@ def _remembered(
         stored, full=_put(stored.full, frames, layout.num_blocks * exp.cache.block)
     )
     if exp.cache.top:
-        packed = _packed(nets, exp, layout, stored, text_kv, latent, low_res)
+        packed = _packed(nets, exp, _behind(condition, stored), latent, low_res)
         stored = dataclasses.replace(
             stored,
             packed=_put(
@@ -297,17 +343,14 @@ def _remembered(
 
 
 def _packed(
-    nets: block_step.Nets,
-    exp: Experiment,
-    layout: Layout,
-    stored: Stored,
-    text_kv: KV,
-    latent: Array,
-    low_res: Array,
+    nets: block_step.Nets, exp: Experiment, condition: Condition, latent: Latent, low_res: Latent
 ) -> KV:
-    """Keys and values [layer, b, p, n, h] of a block's packed twin."""
+    """Keys and values [layer, b, p, n, h] of a packed block."""
+    layout = condition.layout
     access = behind_block(exp.memory, layout)
-    return block_step.read_packed(nets, exp.step, layout, latent, low_res, text_kv, stored, access)
+    return block_step.read_packed(
+        nets, exp.step, layout, latent, low_res, condition.text, condition.stored, access
+    )
 
 
 def _put(store: KV, new: KV, at: Array) -> KV:
@@ -324,17 +367,22 @@ def packs_pixels(exp: Experiment) -> bool:
     return exp.cache.top > 0 and exp.compressor.branches != "hr"
 
 
-def low_res_latents(
-    exp: Experiment, vae: Any, decoder: Any, latent: Array, *, first: bool
-) -> tuple[Array, Any]:
-    """A drawn block in low resolution, through its pixels, and the decoder after it."""
-    if not packs_pixels(exp):
-        return latent[:, :0], decoder
+def _require_codec(vae: codec.Codec | None) -> codec.Codec:
     require(
         vae is not None,
         "packing by pixels needs the codec; give a model folder with one, or set "
         "compressor.branches=hr.",
     )
+    return cast(codec.Codec, vae)
+
+
+def low_res_latents(
+    exp: Experiment, vae: codec.Codec | None, decoder: DecoderState, latent: Latent, *, first: bool
+) -> tuple[Latent, DecoderState]:
+    """A sampled block in low resolution, through its pixels, and the decoder after it."""
+    if not packs_pixels(exp):
+        return latent[:, :0], decoder
+    vae = _require_codec(vae)
     frames, decoder = codec.decode_chunk(vae, decoder, latent, first=first)
     return codec.low_res_latents(
         vae, frames, latents=exp.packed_grid[0], pool=exp.compressor.pool
@@ -349,24 +397,19 @@ def again(
     exp: Experiment,
     distil: DistilConfig,
     clip: Clip,
-    drawn: Draws,
-    text: Any,
+    text: KV,
     *,
     first: int = 0,
 ) -> Array:
     """The blocks of `clip` from number `first` on [block, b, t, y, x, c], each drawn again under a gradient."""
     times, sigmas = (jnp.asarray(x) for x in block_step.step_table(exp.sample))
-    stored = (
-        _through_packed(nets, exp, clip, drawn, text)
-        if distil.gradient == "packed"
-        else clip.stored
-    )
+    stored = _through_packed(nets, exp, clip, text) if distil.gradient == "packed" else clip.stored
     leaks = distil.gradient == "leak"
     start = jax.tree.map(jnp.zeros_like, stored.full) if leaks else None
 
     def one_block(leaked, inputs):
         n, noisy, selection = inputs
-        layout = layouts.layout(exp.cache, layouts.begin(n), drawn.gap)
+        layout = layouts.layout(exp.cache, layouts.begin(n), clip.gap)
         text_kv = batches.of_block(text, n)
         full = stored.full if leaked is None else jax.tree.map(jnp.add, stored.full, leaked)
         behind = Stored(full=full, packed=stored.packed, selection=selection)
@@ -375,14 +418,15 @@ def again(
             exp.step,
             layout,
             noisy,
-            times[drawn.exit],
-            sigmas[drawn.exit],
+            times[clip.exit],
+            sigmas[clip.exit],
             text_kv,
             behind,
             access=in_clip(exp.memory, layout),
         )
         if leaked is None:
             return None, latent
+        # Zero in value: later blocks read the stored keys, whose gradient is that of this block's exit step.
         gradient_only = jax.tree.map(
             lambda x: einops.rearrange(
                 x - jax.lax.stop_gradient(x),
@@ -397,22 +441,22 @@ def again(
     return jax.lax.scan(one_block, start, jax.tree.map(lambda x: x[first:], each))[1]
 
 
-def _through_packed(
-    nets: block_step.Nets, exp: Experiment, clip: Clip, drawn: Draws, text: Any
-) -> Stored:
+def _through_packed(nets: block_step.Nets, exp: Experiment, clip: Clip, text: KV) -> Stored:
     """What the clip left behind, its packed keys computed again from stored latents, so that they have a gradient."""
     if exp.cache.top == 0:
         return clip.stored
 
     def one_block(_, inputs):
         n, latent, low_res, selection = inputs
-        stored = dataclasses.replace(clip.stored, selection=selection)
-        layout = layouts.layout(exp.cache, layouts.begin(n), drawn.gap)
-        text_kv = batches.of_block(text, n)
-        return None, _packed(nets, exp, layout, stored, text_kv, latent, low_res)
+        condition = Condition(
+            layout=layouts.layout(exp.cache, layouts.begin(n), clip.gap),
+            stored=dataclasses.replace(clip.stored, selection=selection),
+            text=batches.of_block(text, n),
+        )
+        return None, _packed(nets, exp, condition, latent, low_res)
 
-    given = (jnp.arange(clip.latent.shape[0]), clip.latent, clip.low_res, clip.selection)
-    packed = jax.lax.scan(one_block, None, given)[1]
+    per_block = (jnp.arange(clip.latent.shape[0]), clip.latent, clip.low_res, clip.selection)
+    packed = jax.lax.scan(one_block, None, per_block)[1]
     return dataclasses.replace(
         clip.stored,
         packed=KV(
@@ -424,14 +468,14 @@ def _through_packed(
     )
 
 
-def covered(exp: Experiment, clip: Clip, drawn: Draws) -> dict[str, Array]:
+def covered(exp: Experiment, clip: Clip) -> dict[str, Array]:
     """What a rollout really used of the memory: pairs of a block and a packed one it saw, choices, reach in frames."""
     blocks = jnp.arange(clip.latent.shape[0])
-    layout = jax.vmap(lambda n: layouts.layout(exp.cache, layouts.begin(n), drawn.gap))(blocks)
+    layout = jax.vmap(lambda n: layouts.layout(exp.cache, layouts.begin(n), clip.gap))(blocks)
     visible = (layout.ids >= 0).sum(axis=1)
     return {
         "packed_seen": layout.num_selected.sum(),
         "choices": (visible > layout.num_selected).sum(),
         "reach": (layout.current_position - layout.sink_position).max() + exp.cache.block,
-        "exit": drawn.exit,
+        "exit": clip.exit,
     }

@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import grain
 import jax
 import numpy as np
+from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -23,6 +25,7 @@ from packforcing_jax.errors import MachineError, nearest, require
 from packforcing_jax.io import append_file, checkpoints, model_folder
 from packforcing_jax.networks import mesh
 from packforcing_jax.training import batches, exports, logs, objectives, rollout, state
+from packforcing_jax.training.state import Frozen, TrainState
 
 FREE = (
     *(f"experiment.{name}" for name in ("name", "attention", "fps")),
@@ -58,6 +61,7 @@ MODEL = "model"
 CHECKPOINTS = "checkpoints"
 PREVIEWS = "previews"
 PROFILE = "profile"  # inside the folder of a run
+Metrics: TypeAlias = dict[str, Any]  # of one step, by name: NumPy arrays, numbers, texts
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,9 @@ class Run:
     folder: Path
     seed: int
     mesh: Mesh
-    state: Any
-    frozen: Mapping[str, Any]
-    batches: Any
+    state: TrainState
+    frozen: Frozen
+    batches: grain.DatasetIterator
     update: Callable
     program: Program
     saved: checkpoints.Checkpoints
@@ -142,7 +146,7 @@ def start(
     seed: int = 0,
     program: Program = Program(),
 ) -> Run:
-    """A new run, or the one that `folder` holds, behind its last checkpoint. What is wrong is said before a step."""
+    """A new run, or the one that `folder` holds, behind its last checkpoint. What is wrong is raised before a step."""
     check(train)
     grid = mesh.make(train.mesh)
     mesh.check(exp, train, grid)
@@ -151,7 +155,7 @@ def start(
     with jax.set_mesh(grid):
         form = abstract(exp, train, program, seed, grid)
         frozen = others(exp, train, form, grid)
-        if train.blend:  # what does not fit is told here, not behind the last step
+        if train.blend:  # what does not fit fails here, not behind the last step
             exports.network(train.blend_from, form.ema, grid)
         saved = store(exp, train, folder, seed)
         if saved.latest() is None:
@@ -182,7 +186,7 @@ def needs(exp: Experiment, train: TrainConfig) -> tuple[str, ...]:
     return (*objective.needs, "low_res") if packs else objective.needs
 
 
-def data(exp: Experiment, train: TrainConfig, seed: int, program: Program) -> Any:
+def data(exp: Experiment, train: TrainConfig, seed: int, program: Program) -> grain.DatasetIterator:
     """This process's rows of endless batches, from the first one on."""
     return program.batches(
         exp,
@@ -196,44 +200,46 @@ def data(exp: Experiment, train: TrainConfig, seed: int, program: Program) -> An
     )
 
 
-def abstract(exp: Experiment, train: TrainConfig, program: Program, seed: int, grid: Mesh) -> Any:
-    """Shapes and places of everything a run carries."""
+def abstract(
+    exp: Experiment, train: TrainConfig, program: Program, seed: int, grid: Mesh
+) -> TrainState:
+    """Shapes and shardings of everything a run carries."""
     shapes = jax.eval_shape(lambda: program.init(exp, train, jax.random.key(seed), {}))
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
         mesh.shardings(shapes, grid),
     )
 
 
-def places(form: Any) -> Any:
-    """Where the leaves of an abstract state lie."""
+def shardings(form: TrainState) -> TrainState:
+    """The sharding of each leaf of an abstract state."""
     return jax.tree.map(lambda leaf: leaf.sharding, form)
 
 
 def born(
-    exp: Experiment, train: TrainConfig, program: Program, seed: int, form: Any, grid: Mesh
-) -> Any:
-    """The state before the first step, made where it lies: networks of model folders are read, others drawn."""
+    exp: Experiment, train: TrainConfig, program: Program, seed: int, form: TrainState, grid: Mesh
+) -> TrainState:
+    """The state before the first step, made where it lies: networks of model folders are read, others initialised."""
     folders = {
         "generator": train.generator_from,
         "critic": train.critic_from or train.teacher_from,
     }
-    given = {
+    pretrained = {
         name: exports.network(folder, form.params[name], grid)
         for name, folder in folders.items()
         if folder and name in form.params
     }
 
-    def make(given: Mapping[str, Any]) -> Any:
-        return program.init(exp, train, jax.random.key(seed), given)
+    def make(pretrained: Mapping[str, batches.Flat]) -> TrainState:
+        return program.init(exp, train, jax.random.key(seed), pretrained)
 
-    return jax.jit(make, out_shardings=places(form))(given)
+    return jax.jit(make, out_shardings=shardings(form))(pretrained)
 
 
-def others(exp: Experiment, train: TrainConfig, form: Any, grid: Mesh) -> dict[str, Any]:
+def others(exp: Experiment, train: TrainConfig, form: TrainState, grid: Mesh) -> Frozen:
     """What steps read and leave alone: the teacher, the codec, the states of the negative prompt."""
-    found = {
+    frozen = {
         "codec": exports.codec_weights(exp, train, grid),
         "null_text": exports.null_text(exp, train),
     }
@@ -242,44 +248,44 @@ def others(exp: Experiment, train: TrainConfig, form: Any, grid: Mesh) -> dict[s
         shapes = {
             path: leaf for path, leaf in form.params["generator"].items() if path.startswith(parts)
         }
-        found["teacher"] = exports.network(train.teacher_from, shapes, grid, exp.dtypes.compute)
-    return {name: each for name, each in found.items() if each is not None}
+        frozen["teacher"] = exports.network(train.teacher_from, shapes, grid, exp.dtypes.compute)
+    return {name: each for name, each in frozen.items() if each is not None}
 
 
 def compiled(
-    exp: Experiment, train: TrainConfig, program: Program, form: Any, grid: Mesh
+    exp: Experiment, train: TrainConfig, program: Program, form: TrainState, grid: Mesh
 ) -> Callable:
-    """(state, frozen, raw batch, seed, moves, drawn) -> (state, metrics), in place, on the whole mesh.
+    """(state, frozen, raw batch, seed, moves, variant) -> (state, metrics), in place, on the whole mesh.
 
-    `drawn` is the experiment of the step: `exp` with sizes that may differ from step to step.
+    `variant` is the experiment of the step: `exp` with sizes that may differ from step to step.
     """
 
     def step(
-        now: Any,
-        frozen: Mapping[str, Any],
-        raw: Mapping[str, Any],
-        seed: Any,
+        now: TrainState,
+        frozen: Frozen,
+        raw: Mapping[str, Array],
+        seed: Array,
         moves: tuple[str, ...],
-        drawn: Experiment,
-    ) -> Any:
+        variant: Experiment,
+    ) -> tuple[TrainState, state.Metrics]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), now.step)
         batch = program.encode(exp, batches.as_codec(exp, frozen.get("codec")), raw)
-        return program.update(now, frozen, batch, key, drawn, train, moves=moves)
+        return program.update(now, frozen, batch, key, variant, train, moves=moves)
 
     everywhere = NamedSharding(grid, PartitionSpec())
     return jax.jit(
         step,
-        static_argnames=("moves", "drawn"),
+        static_argnames=("moves", "variant"),
         donate_argnums=0,
-        out_shardings=(places(form), everywhere),
+        out_shardings=(shardings(form), everywhere),
     )
 
 
 # Step by step
 
 
-def steps(run: Run, asked: Callable[[], bool] = lambda: False) -> Iterator[dict[str, Any]]:
-    """Trains to the end, or until `asked` says to stop behind the step at hand; yields the metrics of each step.
+def steps(run: Run, stop_requested: Callable[[], bool] = lambda: False) -> Iterator[Metrics]:
+    """Trains to the end, or until `stop_requested` behind the step at hand; yields the metrics of each step.
 
     However it ends, a checkpoint that was begun is complete then.
     """
@@ -295,7 +301,7 @@ def steps(run: Run, asked: Callable[[], bool] = lambda: False) -> Iterator[dict[
                 if run.step % cfg.log_every == 0 or run.done:
                     log.write(run.step, metrics)
                 require_finite(run, metrics)
-                run.stopped = agreed(asked())
+                run.stopped = agreed(stop_requested())
                 keep(run)
                 yield {"step": run.step, **metrics}
     finally:
@@ -311,13 +317,13 @@ def keep(run: Run) -> None:
         preview(run)
 
 
-def advance(run: Run) -> dict[str, Any]:
+def advance(run: Run) -> Metrics:
     """One update; its metrics, with the seconds it took and those it waited for data."""
     began = time.monotonic()
     raw = next(run.batches)
     waited = time.monotonic() - began
     moves = run.program.movers(run.train, run.step)
-    drawn = run.program.variant(run.exp, run.train, run.seed, run.step)
+    variant = run.program.variant(run.exp, run.train, run.seed, run.step)
     with jax.set_mesh(run.mesh):
         run.state, metrics = run.update(
             run.state,
@@ -325,26 +331,28 @@ def advance(run: Run) -> dict[str, Any]:
             sources.global_batch(run.mesh, raw),
             np.uint32(run.seed),
             moves,
-            drawn,
+            variant,
         )
-    told = {name: np.asarray(value) for name, value in metrics.items()}  # waits for the step
+    host_metrics = {
+        name: np.asarray(value) for name, value in metrics.items()
+    }  # waits for the step
     run.step = int(run.state.step)
     seconds = time.monotonic() - began
     clips = run.train.batch
     return {
         "moves": "+".join(moves),
-        "sink": drawn.cache.sink,
-        "recent": drawn.cache.recent,
-        **told,
+        "sink": variant.cache.sink,
+        "recent": variant.cache.recent,
+        **host_metrics,
         "skipped": int(run.state.skipped),
         "seconds": seconds,
         "waited": waited,
         "clips_per_second": clips / seconds,
-        "tokens_per_second": clips * drawn.clip * drawn.tokens_per_frame / seconds,
+        "tokens_per_second": clips * variant.clip * variant.tokens_per_frame / seconds,
     }
 
 
-def require_finite(run: Run, metrics: Mapping[str, Any]) -> None:
+def require_finite(run: Run, metrics: Metrics) -> None:
     """Saves what was last good and raises `MachineError` if too many updates in a row were left out."""
     if metrics["skipped"] < run.train.patience:
         return
@@ -357,12 +365,12 @@ def require_finite(run: Run, metrics: Mapping[str, Any]) -> None:
     )
 
 
-def agreed(asked: bool) -> bool:
-    """Whether any process was asked to stop: all of them stop behind the same step."""
+def agreed(wants_stop: bool) -> bool:
+    """Whether any process wants to stop: all of them then stop behind the same step."""
     return (
-        asked
+        wants_stop
         if jax.process_count() == 1
-        else bool(np.any(multihost_utils.process_allgather(np.bool_(asked))))
+        else bool(np.any(multihost_utils.process_allgather(np.bool_(wants_stop))))
     )
 
 
@@ -447,10 +455,10 @@ def finished(exp: Experiment, train: TrainConfig, folder: Path, *, seed: int = 0
 def trained_as(path: Path) -> dict[str, Any] | None:
     """What the model folder beside the file says of its training, if it says anything."""
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return told if isinstance(told, dict) else None
+    return settings if isinstance(settings, dict) else None
 
 
 # Stage after stage
@@ -471,13 +479,13 @@ def planned(
     )
     plan = [_resolved(stage, names[:at], folder) for at, stage in enumerate(recipe)]
     chosen = [(folder / stage.name, stage) for stage in plan if only in (None, stage.name)]
-    coming = {str(place / MODEL) for place, _ in chosen}
-    for place, stage in chosen:
+    coming = {str(run_folder / MODEL) for run_folder, _ in chosen}
+    for run_folder, stage in chosen:
         check(stage.train)
         for setting, beginning in exports.beginnings(stage.train).items():
             require(
                 beginning in coming or Path(beginning).is_dir(),
-                f"{place}: train.{setting} is {beginning}, which "
+                f"{run_folder}: train.{setting} is {beginning}, which "
                 "is not there; run the stage that makes it, or name a model folder.",
             )
     return chosen

@@ -1,8 +1,8 @@
 """What a run carries from step to step, and the step: networks by name, one optimiser per group, one average."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, cast
 
 import einops
 import jax
@@ -20,6 +20,11 @@ from packforcing_jax.networks import dit
 from packforcing_jax.training import batches, objectives, optimisers, rollout
 from packforcing_jax.training.batches import Batch, Flat, Networks
 
+Metrics: TypeAlias = dict[str, Array]
+# What steps only read: "teacher" and "codec" are parameters by path, "null_text" the states of a text
+Frozen: TypeAlias = Mapping[str, Any]
+Loss: TypeAlias = Callable[[dict[str, Flat], Batch, Array], tuple[Array, Metrics]]  # of what moves
+
 
 @struct.dataclass
 class TrainState:
@@ -27,7 +32,7 @@ class TrainState:
 
     params: dict[str, Flat]  # "generator": dit/..., compressor/..., text/...; "critic": dit/...
     ema: Flat  # of the generator
-    opt: dict[str, Any]  # by group: "generator", "compressor", "critic"
+    opt: dict[str, optax.OptState]  # by group: "generator", "compressor", "critic"
     step: Array  # []  updates done
     skipped: Array  # []  updates in a row that were left out because they were not finite
 
@@ -58,12 +63,14 @@ def variant(exp: Experiment, train: TrainConfig, seed: int, step: int) -> Experi
     return rollout.for_training(longer, blocks, sink, recent, top=cover.top)
 
 
-def init(exp: Experiment, train: TrainConfig, key: Array, given: Mapping[str, Flat]) -> TrainState:
-    """The state before the first step: networks that are `given`, the others drawn; a critic starts as the teacher."""
-    drawn = pytrees.flatten(batches.new_model(exp, key, reads=sources.of(train.source).tokenized))
-    params = {"generator": completed(train, given.get("generator", {}), drawn)}
+def init(
+    exp: Experiment, train: TrainConfig, key: Array, pretrained: Mapping[str, Flat]
+) -> TrainState:
+    """The state before the first step: `pretrained` networks, new ones, and the teacher as the critic."""
+    fresh = pytrees.flatten(batches.new_model(exp, key, reads=sources.of(train.source).tokenized))
+    params = {"generator": completed(train, pretrained.get("generator", {}), fresh)}
     if objectives.of(train).critic is not None:
-        own = given.get("critic", given.get("teacher", params["generator"]))
+        own = pretrained.get("critic", pretrained.get("teacher", params["generator"]))
         params["critic"] = {
             path: jnp.copy(leaf) for path, leaf in own.items() if path.startswith("dit/")
         }
@@ -81,27 +88,32 @@ def init(exp: Experiment, train: TrainConfig, key: Array, given: Mapping[str, Fl
     )
 
 
-def completed(train: TrainConfig, given: Flat, drawn: Flat) -> Flat:
-    """The generator: `given` leaves where there are some, a new compressor where only that is missing."""
-    missing = sorted({path.split("/")[0] for path in drawn if path not in given} - {"compressor"})
+def completed(train: TrainConfig, pretrained: Flat, fresh: Flat) -> Flat:
+    """The generator: `pretrained` leaves where there are any, a new compressor where only that is missing."""
+    missing = sorted(
+        {path.split("/")[0] for path in fresh if path not in pretrained} - {"compressor"}
+    )
     require(
-        not given or not missing,
+        not pretrained or not missing,
         f"train.generator_from={train.generator_from} lacks {', '.join(missing)}; "
         "give a model folder that holds them.",
     )
-    return {path: jnp.copy(given[path]) if path in given else leaf for path, leaf in drawn.items()}
+    return {
+        path: jnp.copy(pretrained[path]) if path in pretrained else leaf
+        for path, leaf in fresh.items()
+    }
 
 
 def update(
     state: TrainState,
-    frozen: Mapping[str, Any],
+    frozen: Frozen,
     batch: Batch,
     key: Array,
     exp: Experiment,
     train: TrainConfig,
     *,
     moves: tuple[str, ...],
-) -> tuple[TrainState, dict[str, Array]]:
+) -> tuple[TrainState, Metrics]:
     """The state after one step in which the networks `moves` are updated, one after the other, and what to log.
 
     An update that is not finite is left out: everything stays as it was but the count of such in a row.
@@ -109,11 +121,12 @@ def update(
     new = state
     metrics = {}
     for network, own in zip(moves, jax.random.split(key, len(moves))):
-        new, told = _updated(new, frozen, batch, own, exp, train, network)
+        loss = loss_of(exp, train, new, frozen, network)
+        new, scalars = _updated(new, loss, batch, own, train, network)
         metrics |= (
-            {f"{network}/{name}": value for name, value in told.items()}
+            {f"{network}/{name}": value for name, value in scalars.items()}
             if len(objectives.of(train).networks) > 1
-            else told
+            else scalars
         )
     fine = jnp.stack(
         [
@@ -122,37 +135,30 @@ def update(
             if name.rsplit("/", 1)[-1] in ("loss", "gradient")
         ]
     ).all()
-    kept = jax.tree.map(lambda after, before: jnp.where(fine, after, before), new, state)
+    guarded = jax.tree.map(lambda after, before: jnp.where(fine, after, before), new, state)
     return dataclasses.replace(
-        kept, step=state.step + 1, skipped=jnp.where(fine, 0, state.skipped + 1)
+        guarded, step=state.step + 1, skipped=jnp.where(fine, 0, state.skipped + 1)
     ), metrics
 
 
 def _updated(
-    state: TrainState,
-    frozen: Mapping[str, Any],
-    batch: Batch,
-    key: Array,
-    exp: Experiment,
-    train: TrainConfig,
-    network: str,
-) -> tuple[TrainState, dict[str, Array]]:
+    state: TrainState, loss: Loss, batch: Batch, key: Array, train: TrainConfig, network: str
+) -> tuple[TrainState, Metrics]:
     """One network's update."""
     moving = {
         group: leaves
         for group, leaves in optimisers.groups(train, state.params).items()
         if (group == "critic") == (network == "critic")
     }
-    (loss, metrics), grads = gradients(moving, state, frozen, batch, key, exp, train, network)
-    metrics |= {"loss": loss, "gradient": optimisers.norm(grads)}
+    (value, metrics), grads = gradients(loss, moving, batch, key, train.accumulate)
+    metrics |= {"loss": value, "gradient": optimisers.norm(grads)}
     opt = dict(state.opt)
     params = dict(state.params[network])
     for group, leaves in moving.items():
         updates, opt[group] = optimisers.of_group(train, group).update(
             grads[group], state.opt[group], leaves
         )
-        moved: Any = optax.apply_updates(leaves, updates)
-        params |= moved
+        params |= cast(Flat, optax.apply_updates(leaves, updates))
         if len(moving) > 1:
             metrics |= {
                 f"gradient/{group}": optimisers.norm(grads[group]),
@@ -164,35 +170,35 @@ def _updated(
     ), metrics
 
 
+def loss_of(
+    exp: Experiment, train: TrainConfig, state: TrainState, frozen: Frozen, network: str
+) -> Loss:
+    """The objective of one network, as a function of the parameters that move."""
+    objective: Callable[..., tuple[Array, Metrics]] = getattr(objectives.of(train), network)
+
+    def loss(moving: dict[str, Flat], part: Batch, key: Array) -> tuple[Array, Metrics]:
+        networks = assembled(exp, train, state, frozen, moving, network)
+        return objective(networks, part, key, exp, train)
+
+    return loss
+
+
 def gradients(
-    moving: dict[str, Flat],
-    state: TrainState,
-    frozen: Mapping[str, Any],
-    batch: Batch,
-    key: Array,
-    exp: Experiment,
-    train: TrainConfig,
-    network: str,
-) -> Any:
-    """((loss, metrics), gradients) of the whole batch, computed in `train.accumulate` parts and averaged."""
-    objective: Any = getattr(objectives.of(train), network)
-
-    def loss(moving: dict[str, Flat], part: Batch, key: Array):
-        return objective(
-            assembled(exp, train, state, frozen, moving, network), part, key, exp, train
-        )
-
+    loss: Loss, moving: dict[str, Flat], batch: Batch, key: Array, parts: int
+) -> tuple[tuple[Array, Metrics], dict[str, Flat]]:
+    """((loss, metrics), gradients) of the whole batch, computed in `parts` and averaged."""
     graded = jax.value_and_grad(loss, has_aux=True)
-    parts = train.accumulate
     if parts == 1:
         return graded(moving, batch, key)
     each = jax.tree.map(
         lambda x: einops.rearrange(x, "n (b part) ... -> part n b ...", part=parts),
         dataclasses.replace(batch, trajectory=None),
     )
-    if batch.trajectory is not None:
-        ways = einops.rearrange(batch.trajectory, "k n (b part) ... -> part k n b ...", part=parts)
-        each = dataclasses.replace(each, trajectory=ways)
+    if batch.trajectory is not None:  # its clips are on the third axis
+        trajectories = einops.rearrange(
+            batch.trajectory, "k n (b part) ... -> part k n b ...", part=parts
+        )
+        each = dataclasses.replace(each, trajectory=trajectories)
     value, grads = jax.lax.map(
         lambda one: graded(moving, *one), (each, jax.random.split(key, parts))
     )
@@ -203,7 +209,7 @@ def assembled(
     exp: Experiment,
     train: TrainConfig,
     state: TrainState,
-    frozen: Mapping[str, Any],
+    frozen: Frozen,
     moving: Mapping[str, Flat],
     network: str,
 ) -> Networks:
@@ -232,7 +238,7 @@ def _transformer(exp: Experiment, leaves: Flat, dtype: str) -> dit.WanDiT:
     return pytrees.cast(batches.as_transformer(exp, leaves), dtype)
 
 
-def _teacher(exp: Experiment, parts: Sequence[str], leaves: Flat, dtype: str) -> Any:
+def _teacher(exp: Experiment, parts: Sequence[str], leaves: Flat, dtype: str) -> batches.Model:
     """The teacher of these parts: whole where it looks back through a memory of its own, else its transformer."""
     if "compressor" in parts:
         return pytrees.cast(batches.as_model(exp, leaves), dtype)
@@ -244,5 +250,6 @@ def averaged(train: TrainConfig, state: TrainState, params: Flat) -> Flat:
     """The running average after one more update: a copy until it begins, then of a memory that grows to `train.ema`."""
     alternates = train.distil.critic_updates if objectives.of(train).critic is not None else 1
     since = state.step // alternates + 1 - train.ema_from
+    # 1/10, 2/11, 3/12, ...: a young average forgets the weights it began with, whatever `train.ema` is
     keep = jnp.where(since > 0, jnp.minimum(train.ema, since / (since + 9)), 0.0)
     return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, state.ema, dict(params))

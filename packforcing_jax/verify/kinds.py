@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -25,7 +25,8 @@ from packforcing_jax.errors import InputError, MachineError
 from packforcing_jax.verify import methods, parts, training, transformer
 from packforcing_jax.verify.parts import Fixture, Outputs
 
-Expected = Mapping[str, np.ndarray]
+Expected: TypeAlias = Mapping[str, np.ndarray]
+Archive: TypeAlias = safetensors.safe_open
 
 
 @dataclass(frozen=True)
@@ -90,17 +91,17 @@ class Row:
     ok: bool
 
 
-def _names(archive: Any, prefix: str) -> tuple[str, ...]:
+def _names(archive: Archive, prefix: str) -> tuple[str, ...]:
     """Names of the tensors that start with `prefix`, without it."""
     names = sorted(archive.keys())
     return tuple(name.removeprefix(prefix) for name in names if name.startswith(prefix))
 
 
-def _under(archive: Any, prefix: str) -> dict[str, np.ndarray]:
+def _under(archive: Archive, prefix: str) -> dict[str, np.ndarray]:
     return {name: archive.get_tensor(prefix + name) for name in _names(archive, prefix)}
 
 
-def _open(path: str | PathLike[str]) -> Any:
+def _open(path: str | PathLike[str]) -> Archive:
     """The safetensors file at `path`; one that cannot be read is an `InputError`."""
     if not Path(path).is_file():
         raise InputError(f"{path} is not a file; give safetensors files of reference numbers.")
@@ -112,7 +113,7 @@ def _open(path: str | PathLike[str]) -> Any:
         ) from reason
 
 
-def _meta(path: str | PathLike[str], archive: Any) -> dict[str, Any]:
+def _meta(path: str | PathLike[str], archive: Archive) -> dict[str, Any]:
     """The metadata that says what `path` is about."""
     try:
         meta = json.loads((archive.metadata() or {})["meta"])
@@ -236,7 +237,7 @@ def _sights(
     return np.concatenate([call, *asked, seen[:, order].ravel()]), mix
 
 
-def compare(file: str, kind: str, ours: Mapping[str, Any], theirs: Expected) -> list[Row]:
+def compare(file: str, kind: str, ours: Outputs, theirs: Expected) -> list[Row]:
     """One row per expected output; integers must agree exactly, an output that was not computed fails."""
     runs = sorted({name[: at.end()] for name in theirs if (at := re.search(LAYOUT, name))})
     rows = [

@@ -4,7 +4,7 @@ import functools
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import einops
 import jax
@@ -17,7 +17,7 @@ from packforcing_jax.convert import rules, umt5, wan_vae
 from packforcing_jax.networks import text, vae
 from packforcing_jax.sampling import schedules, unipc
 
-Outputs = dict[str, Any]
+Outputs: TypeAlias = dict[str, Any]  # arrays by the name that the file gives them
 Module = TypeVar("Module", bound=nnx.Module)
 
 
@@ -88,10 +88,10 @@ def _grid(name: str, table: schedules.Table | unipc.UniPC) -> Outputs:
 
 def _named(fixture: Fixture, pattern: str) -> list[tuple[str, tuple[int, ...]]]:
     """The wanted outputs that `pattern` matches, as (what the name adds to the prefix, the numbers in group 1)."""
-    found = [re.fullmatch(pattern, name) for name in fixture.wanted]
+    matches = [re.fullmatch(pattern, name) for name in fixture.wanted]
     return [
         (hit.group("name"), tuple(int(n) for n in hit.group("numbers").split("_")))
-        for hit in found
+        for hit in matches
         if hit
     ]
 

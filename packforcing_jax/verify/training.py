@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from packforcing_jax import pytrees
 from packforcing_jax.config import DistilConfig, Experiment, SampleConfig, TrainConfig
@@ -25,6 +26,15 @@ TIMESTEP_BOUNDS = (
 )  # of the shifted timestep, in parts of all (Self-Forcing `model/dmd.py`)
 
 
+@struct.dataclass
+class NoisedClip:
+    """A clip, and the noise and the timestep at which scores see it."""
+
+    clean: jax.Array  # [b, frame, y, x, c]
+    noise: jax.Array  # the same shape
+    raw_timestep: jax.Array  # [b]  before the shift
+
+
 def _ours(latent: np.ndarray) -> jax.Array:
     """[..., t, c, y, x] as the reference has it -> [..., t, y, x, c]."""
     return jnp.asarray(np.moveaxis(latent, -3, -1))
@@ -40,11 +50,11 @@ def _named(
     """Gradients under the names of the checkpoint's weights, those of them that the file holds."""
     shapes = {name: value.shape for name, value in weights.items()}
     flat = {path: np.asarray(leaf) for path, leaf in pytrees.flatten(grads).items()}
-    found = {
+    named = {
         f"{prefix}.grad.{name}": value
         for name, value in rules.invert(flat, wan_dit.WAN_DIT, shapes).items()
     }
-    return {name: value for name, value in found.items() if name in fixture.wanted} | {
+    return {name: value for name, value in named.items() if name in fixture.wanted} | {
         f"{prefix}.grad_global_norm": optimisers.norm(grads)
     }
 
@@ -64,15 +74,15 @@ def dmd_math(fixture: Fixture) -> Outputs:
         "ts_schedule must be False: timesteps come from the whole range.",
     )
     count = config.get("num_train_timestep", schedules.TIMESTEPS)
-    low, high = (count * bound for bound in TIMESTEP_BOUNDS)
+    min_timestep, max_timestep = (count * bound for bound in TIMESTEP_BOUNDS)
     exp = transformer.experiment(config, frames=x.shape[1], latent=(x.shape[2], x.shape[3]))
     train = TrainConfig(
         shift=float(config["generator_timestep_shift"]),
         distil=DistilConfig(
             guidance=float(config["guidance_scale"]),
             score_shift=float(config["score_timestep_shift"]),
-            min_timestep=low,
-            max_timestep=high,
+            min_timestep=min_timestep,
+            max_timestep=max_timestep,
         ),
     )
     weights = {
@@ -84,16 +94,19 @@ def dmd_math(fixture: Fixture) -> Outputs:
         for net in ("real", "fake")
     }
     real, fake = (transformer.transformer(exp.dit, weights[net]) for net in ("real", "fake"))
-    given = (x, *(_ours(fixture.inputs[name]) for name in ("dmd_noise", "critic_noise")))
+    pulled, trained_on = (
+        NoisedClip(x, _ours(fixture.inputs[noise]), jnp.asarray(config[timestep]))
+        for noise, timestep in (
+            ("dmd_noise", "raw_timestep"),
+            ("critic_noise", "critic_raw_timestep"),
+        )
+    )
     texts = [jnp.asarray(fixture.inputs[name])[None] for name in ("context", "context_uncond")]
-    raw = [jnp.asarray(config[name]) for name in ("raw_timestep", "critic_raw_timestep")]
-    out = jax.jit(_pulled, static_argnames=("exp", "train"))(
-        exp, train, real, fake, given[0], given[1], raw[0], texts
+    out = jax.jit(_pulled, static_argnames=("exp", "train"))(exp, train, real, fake, pulled, texts)
+    criticised, grads = jax.jit(_criticised, static_argnames=("exp", "train"))(
+        exp, train, fake, trained_on, texts[0]
     )
-    told, grads = jax.jit(_criticised, static_argnames=("exp", "train"))(
-        exp, train, fake, given[0], given[2], raw[1], texts[0]
-    )
-    return out | told | _named("critic", fixture, weights["fake"], grads)
+    return out | criticised | _named("critic", fixture, weights["fake"], grads)
 
 
 def _timestep(train: TrainConfig, raw: jax.Array) -> jax.Array:
@@ -107,27 +120,28 @@ def _pulled(
     train: TrainConfig,
     real: dit.WanDiT,
     fake: dit.WanDiT,
-    x: Latent,
-    noise: Latent,
-    raw: jax.Array,
+    clip: NoisedClip,
     texts: list[jax.Array],
 ) -> Outputs:
-    """What both scores see, and the loss they make, over all frames and without the first block."""
-    timestep = _timestep(train, raw)
-    noisy = distillation.noised(train, x, noise, timestep)
-    seen = {
+    """Both scores of a clip, and the loss they make, over all frames and without the first block."""
+    x = clip.clean
+    timestep = _timestep(train, clip.raw_timestep)
+    noisy = distillation.noised(train, x, clip.noise, timestep)
+    scores = {
         "real_cond": distillation.score(real, exp, train.distil, noisy, timestep, texts[0]),
         "real_uncond": distillation.score(real, exp, train.distil, noisy, timestep, texts[1]),
         "fake": distillation.score(fake, exp, train.distil, noisy, timestep, texts[0]),
     }
     pull = distillation.pull(
-        x, seen["fake"], distillation.guided(train.distil, seen["real_cond"], seen["real_uncond"])
+        x,
+        scores["fake"],
+        distillation.guided(train.distil, scores["real_cond"], scores["real_uncond"]),
     )
     counts = jnp.broadcast_to(jnp.arange(x.shape[1]) >= exp.cache.block, x.shape[:2])
     graded = jax.value_and_grad(distillation.matching_loss)
     loss, gradient = graded(x, pull)
     loss_without, gradient_without = graded(x, pull, counts)
-    return {f"dmd.pred_x0_{name}": _theirs(value) for name, value in seen.items()} | {
+    return {f"dmd.pred_x0_{name}": _theirs(value) for name, value in scores.items()} | {
         "dmd.timestep_warped_clamped": jnp.broadcast_to(timestep[:, None], x.shape[:2]),
         "dmd.noisy_latent": _theirs(noisy),
         "dmd.loss": loss,
@@ -142,23 +156,21 @@ def _criticised(
     exp: Experiment,
     train: TrainConfig,
     fake: dit.WanDiT,
-    x: Latent,
-    noise: Latent,
-    raw: jax.Array,
+    clip: NoisedClip,
     text: jax.Array,
 ) -> tuple[Outputs, dit.WanDiT]:
-    """What the critic is told of the clip, and the gradients of its weights."""
-    timestep = _timestep(train, raw)
-    noisy = distillation.noised(train, x, noise, timestep)
+    """The critic's loss on a clip, and the gradients of its weights."""
+    timestep = _timestep(train, clip.raw_timestep)
+    noisy = distillation.noised(train, clip.clean, clip.noise, timestep)
     sigma = schedules.sigma_at(schedules.table(train.shift), timestep)
 
     def loss(fake: dit.WanDiT) -> tuple[jax.Array, Latent]:
         clean = distillation.score(fake, exp, train.distil, noisy, timestep, text)
-        return distillation.flow_loss(x, clean, noise, noisy, sigma), clean
+        return distillation.flow_loss(clip.clean, clean, clip.noise, noisy, sigma), clean
 
     (value, clean), grads = jax.value_and_grad(loss, has_aux=True)(fake)
     return {
-        "critic.timestep_warped_clamped": jnp.broadcast_to(timestep[:, None], x.shape[:2]),
+        "critic.timestep_warped_clamped": jnp.broadcast_to(timestep[:, None], noisy.shape[:2]),
         "critic.loss": value,
         "critic.noisy_latent": _theirs(noisy),
         "critic.pred_x0": _theirs(clean),
@@ -191,7 +203,7 @@ def self_forcing_train_rollout(fixture: Fixture) -> Outputs:
     model = transformer.transformer(exp.dit, fixture.weights)
     size = exp.cache.block
     blocks = batches.by_block(noise, size)
-    drawn = rollout.Draws(
+    draws = rollout.Draws(
         noise=blocks,
         renoise=_ours(inputs["renoise"]),
         context=_ours(inputs["context_pass_noise"]),
@@ -205,11 +217,11 @@ def self_forcing_train_rollout(fixture: Fixture) -> Outputs:
     out: Outputs = {"denoised_timestep_from_to": _bounds(sample, config["exit_index"])}
     for name, gradient in GRADIENTS.items():
         distil = DistilConfig(gradient=gradient, noised_context=True, finished=False)
-        loss, latents, (grads, _) = graded(exp, distil, model, drawn, context, weights)
+        loss, latents, (grads, _) = graded(exp, distil, model, draws, context, weights)
         out |= {"loss": loss, "latents": _theirs(latents)} | _named(
             name, fixture, fixture.weights, grads
         )
-        first = dataclasses.replace(drawn, exit=jnp.int32(0))
+        first = dataclasses.replace(draws, exit=jnp.int32(0))
         by_noise = graded(exp, distil, model, first, context, weights)[2][1]
         out[f"exit0_{name}.grad_wrt_noise"] = _theirs(batches.by_clip(by_noise))
     return out
@@ -219,22 +231,22 @@ def _graded(
     exp: Experiment,
     distil: DistilConfig,
     model: dit.WanDiT,
-    drawn: rollout.Draws,
+    draws: rollout.Draws,
     context: jax.Array,
     weights: Latent,
 ) -> tuple[jax.Array, Latent, tuple[dit.WanDiT, jax.Array]]:
     """(the weighted sum of a clip, the clip, the sum's gradients in the weights and in what the exit steps read)."""
-    packs_nothing: Any = None
+    packs_nothing: Any = None  # the reference has no compressor
 
     def nets(model: dit.WanDiT) -> block_step.Nets:
         return block_step.Nets(dit=model, compressor=packs_nothing)
 
-    clip = rollout.draw(nets(model), exp, distil, None, drawn, batches.text_kv(model, context))
+    clip = rollout.draw(nets(model), exp, distil, None, draws, batches.text_kv(model, context))
 
     def total(model: dit.WanDiT, noisy: jax.Array) -> tuple[jax.Array, Latent]:
         text = batches.text_kv(model, context)
         again = rollout.again(
-            nets(model), exp, distil, dataclasses.replace(clip, noisy=noisy), drawn, text
+            nets(model), exp, distil, dataclasses.replace(clip, noisy=noisy), text
         )
         return (batches.by_clip(again) * weights).sum(), batches.by_clip(again)
 

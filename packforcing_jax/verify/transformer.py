@@ -10,6 +10,7 @@ import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from packforcing_jax import pytrees
 from packforcing_jax.config import (
@@ -159,19 +160,29 @@ def experiment(
 
 
 def nets_of(fixture: Fixture, exp: Experiment) -> block_step.Nets:
+    """The file's network; the reference has no compressor."""
     packs_nothing: Any = None
     return block_step.Nets(
         dit=transformer(exp.dit, fixture.weights).unrolled(), compressor=packs_nothing
     )
 
 
-def _by_layer(prefix: str, kept: list[KV]) -> Outputs:
+def _by_layer(prefix: str, per_layer: list[KV]) -> Outputs:
     """Keys and values of each layer under the reference's names."""
     return {
         f"{prefix}.{layer}.{name}": getattr(kv, name)
         for name in "kv"
-        for layer, kv in enumerate(kept)
+        for layer, kv in enumerate(per_layer)
     }
+
+
+@struct.dataclass
+class RecordedBlock:
+    """A block of the reference, noisy and clean."""
+
+    noisy: jax.Array  # [b, t, y, x, c]
+    timesteps: jax.Array  # [b, t]  of `noisy`
+    clean: jax.Array  # [b, t, y, x, c]
 
 
 @partial(jax.jit, static_argnames="cfg")
@@ -179,14 +190,13 @@ def _noisy_then_clean(
     nets: block_step.Nets,
     cfg: StepConfig,
     memory: Memory,
-    noisy: Latent,
-    times: jax.Array,
-    clean: Latent,
+    block: RecordedBlock,
     text: PerLayer[KV],
 ) -> tuple[Latent, Latent, Memory]:
     """The network's output for a noisy block and for the clean one at timestep 0, and the memory after the latter."""
-    flow = raw_output(nets, cfg, memory, noisy, times, text)
-    flow_clean = raw_output(nets, cfg, memory, clean, jnp.zeros_like(times), text)
+    clean = block.clean
+    flow = raw_output(nets, cfg, memory, block.noisy, block.timesteps, text)
+    flow_clean = raw_output(nets, cfg, memory, clean, jnp.zeros_like(block.timesteps), text)
     memory, _ = block_step.commit_block(
         nets, cfg, memory, latent=clean, low_res=clean, selection=None, text=text
     )
@@ -219,15 +229,12 @@ def causal_dit_kvcache(fixture: Fixture) -> Outputs:
     memory = cache.init(exp.memory, batch)
     out = _by_layer("crossattn", text)
     for block, times in enumerate(fixture.inputs["t"]):
-        flow, flow_clean, memory = _noisy_then_clean(
-            nets,
-            exp.step,
-            memory,
-            parts.ours(noisy[block]),
-            jnp.asarray(np.tile(times, (batch, 1))),
-            parts.ours(clean[block]),
-            text,
+        recorded = RecordedBlock(
+            noisy=parts.ours(noisy[block]),
+            timesteps=jnp.asarray(np.tile(times, (batch, 1))),
+            clean=parts.ours(clean[block]),
         )
+        flow, flow_clean, memory = _noisy_then_clean(nets, exp.step, memory, recorded, text)
         out[f"block{block}.flow_noisy"] = parts.theirs(flow)
         out[f"block{block}.flow_clean_t0"] = parts.theirs(flow_clean)
         out |= _by_layer(
@@ -253,8 +260,8 @@ def _next_block(
 ) -> tuple[Latent, Memory]:
     """The next block and the memory that holds it."""
     no_scores = jnp.zeros((cfg.memory.layers, len(noise), 0))
-    given = block_step.Noise(noise=noise, renoise=renoise, random=no_scores)
-    memory, denoised = block_step.denoise_block(nets, cfg, memory, noise=given, text=text)
+    block_noise = block_step.Noise(noise=noise, renoise=renoise, random=no_scores)
+    memory, denoised = block_step.denoise_block(nets, cfg, memory, noise=block_noise, text=text)
     latent = denoised.latent
     selection = denoised.selection
     memory, _ = block_step.commit_block(
