@@ -63,6 +63,11 @@ VERBS = {
         "say what a video costs in keys, bytes and operations, allocating nothing",
         "packforcing plan --config wan_t2v_1_3b_paper --seconds 120",
     ),
+    "layout": Verb(
+        "layout",
+        "show whom each block sees under a method, and at which positions",
+        "packforcing layout --method longlive --blocks 20",
+    ),
     "bench": Verb(
         "bench",
         "time every part of a block against this machine's own ceiling, and against a baseline",

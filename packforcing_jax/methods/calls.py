@@ -14,7 +14,7 @@ from packforcing_jax.memory import layout as layouts
 from packforcing_jax.memory.layout import Layout, Progress
 from packforcing_jax.methods.method import Method
 
-DENOISE, COMMIT, RECACHE, GIVEN = "denoise", "commit", "recache", "given"
+DENOISE, COMMIT, PACK, RECACHE, GIVEN = "denoise", "commit", "pack", "recache", "given"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Key:
 class Call:
     """One pass of the network."""
 
-    call: str  # denoise, commit, recache or given
+    call: str  # denoise, commit, pack, recache or given
     block: int  # that is made; of a block that was given, its number among those
     queries: tuple[tuple[int, float], ...]  # (frame, position)
     keys: tuple[Key, ...]
@@ -79,6 +79,15 @@ def calls(
         kinds = (GIVEN,) if block < 0 else (DENOISE, COMMIT)
         for kind in kinds:
             yield Call(kind, number if block < 0 else block, queries, (*past, *own), prompt)
+        if cfg.top:
+            packed = Key(
+                "mid",
+                (start, start + cfg.block - 1),
+                queries[0][1],
+                spec.tokens_per_packed_block,
+                prompt,
+            )
+            yield Call(PACK, number if block < 0 else block, queries, (*past, *own, packed), prompt)
         made.prompts |= {frame: prompt for frame, _ in queries}
         _average(cfg, now, made)
         progress = progress.after_block()

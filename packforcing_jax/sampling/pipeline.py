@@ -87,6 +87,16 @@ def with_overrides(
     )
 
 
+def require_length(method: Method, exp: Experiment, blocks: int) -> None:
+    """Raises `InputError` for more blocks than a method of one clip makes."""
+    window = exp.cache.full_frames
+    require(
+        not method.one_clip or blocks * exp.cache.block <= window,
+        f"method {method.name} makes one clip of {window} frames, and {blocks} blocks of {exp.cache.block} were asked "
+        "for; ask for fewer, or take self-forcing, whose window rolls.",
+    )
+
+
 def check_changes(changes: Mapping[int, str]) -> None:
     """Raises `InputError` for something that a new prompt cannot do to the memory."""
     for block, how in changes.items():
@@ -241,13 +251,7 @@ class Pipeline:
         self.check(prompts)
         changes = dict(changes or {})
         check_changes(changes)
-        require(
-            not self.method.one_clip
-            or len(prompts) * self.experiment.cache.block <= self.experiment.cache.full_frames,
-            f"method {self.method.name} makes one clip of {self.experiment.cache.full_frames} frames, and "
-            f"{len(prompts)} blocks of {self.experiment.cache.block} were asked for; ask for fewer, or take "
-            "self-forcing, whose window rolls.",
-        )
+        require_length(self.method, self.experiment, len(prompts))
         if state is None:
             state = self.start(
                 seed=seed, videos=[video_id(prompts[0]) if identity is None else identity]

@@ -92,7 +92,7 @@ def read(path: str | Path) -> list[Job]:
 
 
 def _from_text(line: str, source: str) -> Job:
-    return Job(entries=((0, line),), source=source)
+    return Job(entries=(timelines.Entry(0, line),), source=source)
 
 
 def _from_json(line: str, source: str) -> Job:
