@@ -185,23 +185,23 @@ def machine(cores: int) -> dict[str, Any]:
     return {"cpu": processor(), "cores": cores, "python": platform.python_version(), **packages}
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """The outcome as aligned text."""
     lines = [
         f"{'size':<8}{'width':>6}{'layers':>7}{'tokens':>7}{'differ':>9}   diffusers' time over ours"
     ]
-    for row in found["sizes"]:
+    for row in result["sizes"]:
         sizes = f"{row['size']:<8}{row['width']:>6}{row['layers']:>7}{row['tokens']:>7}{row['error']:>9.0e}   "
         lines.append(
             sizes
-            + (_shown(row) if row["agree"] else f"none: they differ by more than {TOLERANCE:.0e}")
+            + (_spell(row) if row["agree"] else f"none: they differ by more than {TOLERANCE:.0e}")
         )
     return "\n".join(
-        [*lines, ", ".join(f"{name} {value}" for name, value in found["machine"].items())]
+        [*lines, ", ".join(f"{name} {value}" for name, value in result["machine"].items())]
     )
 
 
-def _shown(row: dict[str, Any]) -> str:
+def _spell(row: dict[str, Any]) -> str:
     low, high = row["quartiles"]
     return (
         f"{row['ratio']:.2f} ({low:.2f} to {high:.2f}), fastest runs {row['fastest']:.2f}"
@@ -230,12 +230,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--turns={args.turns} is too few for quartiles; give 15 or more")
     cores = limited(args.cores)
     torch.set_num_threads(cores)
-    found = {
+    result = {
         "machine": machine(cores),
         "sizes": [measured(name, size, args.turns) for name, size in SIZES.items()],
     }
-    print(json.dumps(found) if args.json else table(found))
-    return 0 if all(row["agree"] for row in found["sizes"]) else 1
+    print(json.dumps(result) if args.json else table(result))
+    return 0 if all(row["agree"] for row in result["sizes"]) else 1
 
 
 if __name__ == "__main__":

@@ -69,17 +69,17 @@ def clips() -> list[world.Story]:
 def distance(folder: Path) -> float:
     """The share of the oracle's readings in which videos to the clips' prompts differ from the clips."""
     model = Pipeline.from_pretrained(folder)
-    told = DRAWN * clips()
+    stories = DRAWN * clips()
     prompts = [
-        [captions.caption(story, block) for block in range(len(story.guests))] for story in told
+        [captions.caption(story, block) for block in range(len(story.guests))] for story in stories
     ]
     frames, _ = stage_figures.play(
-        model, prompts, seeds=[SEED] * len(told), videos=range(len(told))
+        model, prompts, seeds=[SEED] * len(stories), videos=range(len(stories))
     )
-    pairs = zip(map(oracle.read, frames), map(stage_figures.true_reading, told), strict=True)
+    pairs = zip(map(oracle.read, frames), map(stage_figures.true_reading, stories), strict=True)
     return float(
         np.mean(
-            [[getattr(seen, name) != getattr(true, name) for name in READ] for seen, true in pairs]
+            [[getattr(read, name) != getattr(true, name) for name in READ] for read, true in pairs]
         )
     )
 
@@ -91,7 +91,7 @@ def from_ends(stage: Stage, folders: Sequence[Path]) -> list[float]:
     exp = state.variant(stage.experiment, train, SEED, 0)
     form = runs.abstract(exp, train, runs.Program(), SEED, grid)
     taught = runs.others(exp, train, form, grid)["teacher"]
-    told = next(runs.data(exp, train, SEED, runs.Program()))
+    raw_batch = next(runs.data(exp, train, SEED, runs.Program()))
 
     @jax.jit
     def missed(student: Any, teacher: Any, raw: Any, key: Any) -> Any:
@@ -99,21 +99,23 @@ def from_ends(stage: Stage, folders: Sequence[Path]) -> list[float]:
         batch = batches.encode(exp, batches.as_codec(exp, {}), raw)
         states = batches.text_states(model, batch.text)
         noise = jax.random.normal(key, batch.latent.shape)
-        way = paths.way(batches.as_model(exp, teacher), exp, train, noise, states, behind=batch)
-        batch = dataclasses.replace(batch, trajectory=way)
+        trajectory = paths.way(
+            batches.as_model(exp, teacher), exp, train, noise, states, behind=batch
+        )
+        batch = dataclasses.replace(batch, trajectory=trajectory)
         return objectives.trajectory(batches.Networks(generator=model), batch, key, exp, train)[0]
 
     students = [exports.network(str(folder), form.params["generator"], grid) for folder in folders]
-    return [float(missed(student, taught, told, jax.random.key(SEED))) for student in students]
+    return [float(missed(student, taught, raw_batch, jax.random.key(SEED))) for student in students]
 
 
 def losses(folder: Path) -> tuple[float, float]:
     """The first and the last few losses of a run, averaged."""
-    found = [json.loads(line)["loss"] for line in (folder / logs.LINES).read_text().splitlines()]
-    return float(np.mean(found[:LOGGED])), float(np.mean(found[-LOGGED:]))
+    logged = [json.loads(line)["loss"] for line in (folder / logs.LINES).read_text().splitlines()]
+    return float(np.mean(logged[:LOGGED])), float(np.mean(logged[-LOGGED:]))
 
 
-def ways(out: Path) -> Path:
+def trajectories(out: Path) -> Path:
     """A data set of the teacher's ways to the clips' first prompts."""
     prompts = out / "prompts.txt"
     made = out / "ways"
@@ -146,7 +148,9 @@ def rows(out: Path) -> Iterator[Row]:
     for stage in (each.name for each in recipe):
         began = time.monotonic()
         overrides = (
-            ["--set", f"trajectory:train.source.path={ways(out)}"] if stage == "trajectory" else []
+            ["--set", f"trajectory:train.source.path={trajectories(out)}"]
+            if stage == "trajectory"
+            else []
         )
         run("train", "--config", CONFIG, "--stage", stage, "--out", out, "--seed", SEED, *overrides)
         seconds = time.monotonic() - began
@@ -167,10 +171,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/overfit"), metavar="DIR", help="where the runs go"
     )
-    asked = parser.parse_args(argv)
-    asked.out.mkdir(parents=True, exist_ok=True)
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
     failed = 0
-    for row in rows(asked.out):
+    for row in rows(args.out):
         failed += not row.ok
         print(
             f"{row.stage:<12} {row.measure:<9} {row.before:.4f} -> {row.after:.4f}, at most "

@@ -83,7 +83,7 @@ def frozen(exp: Experiment, form: Any, grid: jax.sharding.Mesh) -> dict[str, Any
     }
 
 
-def held(tree: Any) -> int:
+def device_bytes(tree: Any) -> int:
     """Bytes of a tree of placed shapes on each device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -111,11 +111,13 @@ def state_rows(exp: Experiment, form: Any, others: Mapping[str, Any], parts: int
         ("all, with gradients", (form, others["teacher"], form.params["generator"]), 32 + half),
     )
     for name, tree, each in table:
-        known = held(tree)
+        known = device_bytes(tree)
         share = each * count / parts
         ok = known <= ROOM * share if name.startswith("all") else None
         yield Row("state", name, f"{known / 1e9:.2f} GB; {share / 1e9:.2f} of equal shares", ok)
-    yield Row("state", "codec, whole on each", f"{held(others['codec']) / 1e9:.2f} GB", None)
+    yield Row(
+        "state", "codec, whole on each", f"{device_bytes(others['codec']) / 1e9:.2f} GB", None
+    )
 
 
 def exchanged(text: str) -> tuple[Counter, Counter]:
@@ -123,14 +125,14 @@ def exchanged(text: str) -> tuple[Counter, Counter]:
 
     What stands in a loop is counted once.
     """
-    places = Counter()
+    counts = Counter()
     volume = Counter()
     for result, kind in COLLECTIVE.findall(text):
         for item, sizes in hlo.ARRAY.findall(result):
             shape = item, tuple(int(size) for size in sizes.split(",") if size)
-            places[kind, item] += 1
+            counts[kind, item] += 1
             volume[kind, item] += hlo.size(shape)
-    return places, volume
+    return counts, volume
 
 
 def step_rows(
@@ -163,17 +165,17 @@ def step_rows(
     yield Row(
         name,
         "state handed back in place",
-        f"{stats.alias_size_in_bytes / 1e9:.2f} of {held(form) / 1e9:.2f} GB",
-        stats.alias_size_in_bytes >= held(form) - 64,
+        f"{stats.alias_size_in_bytes / 1e9:.2f} of {device_bytes(form) / 1e9:.2f} GB",
+        stats.alias_size_in_bytes >= device_bytes(form) - 64,
     )
     yield Row(name, "temporary memory", f"{stats.temp_size_in_bytes / 1e9:.2f} GB", None)
     yield Row(
         name, "in all on each device", f"{peak / 1e9:.2f} GB", peak < PEAK if on_gpus else None
     )
-    places, volume = exchanged(done.as_text())
-    for key in sorted(places):
+    counts, volume = exchanged(done.as_text())
+    for key in sorted(counts):
         yield Row(
-            name, f"{key[0]} of {key[1]}", f"{places[key]} times, {volume[key] / 1e6:,.1f} MB", None
+            name, f"{key[0]} of {key[1]}", f"{counts[key]} times, {volume[key] / 1e6:,.1f} MB", None
         )
     wanted = sum(size for (kind, _), size in volume.items() if kind in KINDS[:2]) / max(
         sum(volume.values()), 1
@@ -190,7 +192,7 @@ def step_rows(
 def run(args: argparse.Namespace) -> int:
     """Prints the report; 1 if a check failed."""
     on_gpus = gpus() and not args.cpu
-    found = devices(on_gpus)
+    chips = devices(on_gpus)
     stage = loading.load_stage(args.config, (*SETTINGS, *args.overrides))
     exp = stage.experiment
     train = stage.train
@@ -198,7 +200,7 @@ def run(args: argparse.Namespace) -> int:
         rollout.for_training(exp, exp.blocks, exp.cache.sink, top=train.cover.top),
         attention="cudnn" if on_gpus else "xla",
     )
-    grid = mesh.make(train.mesh, found)
+    grid = mesh.make(train.mesh, chips)
     mesh.check(exp, train, grid)
     form = runs.abstract(exp, train, runs.Program(), 0, grid)
     others = frozen(exp, form, grid)
@@ -211,7 +213,7 @@ def run(args: argparse.Namespace) -> int:
         else f"{COUNT} fake CPU devices"
     )
     sizes = ", ".join(f"{name}={size}" for name, size in grid.shape.items())
-    return compile_for_h200.told(
+    return compile_for_h200.print_report(
         rows,
         f"{args.config} on {what} ({sizes})",
         as_json=args.json,

@@ -92,13 +92,13 @@ def original_names(
             name: (part, name)
             for name in names
             for part in among
-            if any(rule.place(name) for rule in NETWORKS[part].table)
+            if any(rule.match(name) for rule in NETWORKS[part].table)
         }
     ]
     for part in among:
         foreign = NETWORKS[part].foreign
-        found = foreign(names) if foreign else {}
-        layouts.append({name: (part, new[0]) for name, new in found.items() if len(new) == 1})
+        renamed = foreign(names) if foreign else {}
+        layouts.append({name: (part, new[0]) for name, new in renamed.items() if len(new) == 1})
     return max(layouts, key=len)
 
 
@@ -210,14 +210,14 @@ def read_settings(path: Path) -> Mapping[str, Any]:
     require(
         path.stat().st_size <= LONGEST_SETTINGS, f"{path} is too long for settings; check the path."
     )
-    found: Any = None
+    settings: Any = None
     with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(path.read_bytes())
-    if not isinstance(found, dict):
+        settings = json.loads(path.read_bytes())
+    if not isinstance(settings, dict):
         raise InputError(
             f"{path} is damaged (no table of settings in JSON); fetch it again or remove it."
         )
-    return found
+    return settings
 
 
 def _allowed(key: str, value: Any) -> bool:

@@ -407,7 +407,7 @@ def test_the_program_evaluates_half_precision_and_the_host_archive(run, tiny, ca
             "forced",
             recall,
             "forced",
-            {"videos": 32, "gaps": (4, 9), "ways": recall.ways_of("recency,all-fit")},
+            {"videos": 32, "gaps": (4, 9), "ways": recall.variants_of("recency,all-fit")},
         ),
     ],
 )

@@ -27,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--run", metavar="DIR", help="averaged weights of a training run's newest checkpoint"
     )
     common.add_experiment_arguments(parser)
-    said = "; ".join(f"{name}: {what}" for name, what in MODES.items())
+    modes = "; ".join(f"{name}: {what}" for name, what in MODES.items())
     parser.add_argument(
-        "--mode", choices=MODES, default="rollout", help=f"{said} (default: rollout)"
+        "--mode", choices=MODES, default="rollout", help=f"{modes} (default: rollout)"
     )
     parser.add_argument("--videos", type=int, metavar="N", help=f"how many (default: {VIDEOS})")
     parser.add_argument(
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     from packforcing_jax.evaluation import recall, stage_figures
     from packforcing_jax.policies import attention
 
-    ways = recall.ways_of(args.ways)
+    variants = recall.variants_of(args.ways)
     model = _model(args)
     exp = model.experiment
     backend, why = attention.resolve(exp.attention, exp.dtypes.cache)
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     result = {
         "teacher": lambda: stage_figures.teacher_forced(model, clips=count, **shared),
         "rollout": lambda: stage_figures.rollout(model, videos=count, blocks=args.blocks, **shared),
-        "forced": lambda: recall.forced(model, ways, gaps=args.gaps, videos=count, **shared),
+        "forced": lambda: recall.forced(model, variants, gaps=args.gaps, videos=count, **shared),
     }[args.mode]()
     print(json.dumps(result) if args.json else stage_figures.table(result))
     return 0

@@ -91,8 +91,8 @@ def fragment(samples: Sequence[h264.Sample], number: int, start: int, duration: 
     sizes = [len(sample.data) for sample in samples]
 
     def moof(size: int) -> bytes:
-        place = (0x000205, len(sizes), size + 8, KEY_SAMPLE)  # data begin behind the head of mdat
-        run = box(b"trun", struct.pack(f">4I{len(sizes)}I", *place, *sizes))
+        fields = (0x000205, len(sizes), size + 8, KEY_SAMPLE)  # data begin behind the head of mdat
+        run = box(b"trun", struct.pack(f">4I{len(sizes)}I", *fields, *sizes))
         numbered = box(b"mfhd", struct.pack(">II", 0, number))
         return box(b"moof", numbered, box(b"traf", track, clock, run))
 

@@ -87,7 +87,7 @@ def closed(exp: Experiment, *, blocks: int, batch: int) -> Figures:
         keys
         | last_block(exp, blocks)
         | bytes_of(exp, blocks, batch)
-        | held(exp, batch)
+        | resident(exp, batch)
         | parameters(exp)
         | weights(exp)
         | operations(exp, keys, batch)
@@ -104,9 +104,9 @@ def keys_of(exp: Experiment) -> Figures:
     recent = cfg.recent * s
     current = cfg.block * s
     cached = sink + packed + recent
-    twin = p if cfg.top else 0
+    own_packed = p if cfg.top else 0
     together = (cfg.window or cfg.block) * s
-    room = math.ceil((cached + together + twin) / cfg.key_multiple) * cfg.key_multiple
+    room = math.ceil((cached + together + own_packed) / cfg.key_multiple) * cfg.key_multiple
     return {
         "keys/sink": sink,
         "keys/packed": packed,
@@ -114,7 +114,7 @@ def keys_of(exp: Experiment) -> Figures:
         "keys/cached": cached,
         "keys/current": current,
         "keys/attended": cached + current,
-        "keys/packed twin": twin,
+        "keys/packed twin": own_packed,
         "keys/room": room,
     }
 
@@ -161,7 +161,7 @@ def bytes_of(exp: Experiment, blocks: int, batch: int) -> Figures:
     return {name: count * each for name, count in counts.items()}
 
 
-def held(exp: Experiment, batch: int) -> Figures:
+def resident(exp: Experiment, batch: int) -> Figures:
     """Bytes that lie there from the first block to the last beside weights and the codec's state."""
     cfg = exp.cache
     spec = exp.memory
@@ -173,13 +173,13 @@ def held(exp: Experiment, batch: int) -> Figures:
         "held/un-rotated keys": unrotated * s / 2,  # they have no values
     }
     each = token_bytes(exp, batch, exp.dtypes.cache)
-    found: Figures = {name: int(count * each) for name, count in counts.items()}
-    found["held/keys and values"] = sum(found.values())
-    found["held/recent latents"] = 4 * batch * cfg.recent * math.prod(spec.latent)
-    found["held/on the host"] = found["held/archive"] if cfg.archive == "host" else 0
+    figures: Figures = {name: int(count * each) for name, count in counts.items()}
+    figures["held/keys and values"] = sum(figures.values())
+    figures["held/recent latents"] = 4 * batch * cfg.recent * math.prod(spec.latent)
+    figures["held/on the host"] = figures["held/archive"] if cfg.archive == "host" else 0
     if _is_ours(exp.dit):
-        found["held/text_kv"] = exp.dit.text_len * token_bytes(exp, batch, exp.dtypes.compute)
-    return found
+        figures["held/text_kv"] = exp.dit.text_len * token_bytes(exp, batch, exp.dtypes.compute)
+    return figures
 
 
 def _is_ours(model: object) -> TypeGuard[DiTConfig]:
@@ -207,23 +207,23 @@ def largest(exp: Experiment, batch: int) -> int:
     """
     cfg = exp.cache
     model = exp.dit
-    words = exp.text.max_words
+    text_len = exp.text.max_words
     keys = keys_of(exp)
     q = keys["keys/current"]
     packed = cfg.slots * exp.tokens_per_packed_block
-    sharp = (cfg.sink + cfg.recent) * exp.tokens_per_frame
+    full_size = (cfg.sink + cfg.recent) * exp.tokens_per_frame
     width = exp.codec.dim * max(exp.codec.dim_mult[:2]) if isinstance(exp.codec, VAEConfig) else 3
     cells = (
         (cfg.block + 1) * math.prod(exp.latent) * exp.codec.time_factor * exp.codec.space_factor**2
     )
     each = {
         "mlp": q * max(model.ffn_dim if _is_ours(model) else 0, 6 * model.dim),
-        "scores": model.heads * _windows(exp) * (packed + sharp),
+        "scores": model.heads * _windows(exp) * (packed + full_size),
         "archive": packed * model.dim,
         "view": keys["keys/room"] * model.dim,
         "frames": cells * width,
     }
-    text = words * max(exp.text.dim_ffn, exp.text.heads * words, exp.text.dim)
+    text = text_len * max(exp.text.dim_ffn, exp.text.heads * text_len, exp.text.dim)
     return max(logits(exp, batch), 4 * int(max(batch * max(each.values()), text)))
 
 
@@ -232,14 +232,14 @@ def largest(exp: Experiment, batch: int) -> int:
 
 def parameters(exp: Experiment) -> Figures:
     """Numbers in the weights; the video autoencoder's have no short formula."""
-    found: Figures = {"parameters/text encoder": _text_encoder(exp.text)}
+    counts: Figures = {"parameters/text encoder": _text_encoder(exp.text)}
     if _is_ours(exp.dit):
-        found["parameters/transformer"] = _transformer(exp.dit)
+        counts["parameters/transformer"] = _transformer(exp.dit)
     if type(exp.compressor) is CompressorConfig:
-        found["parameters/compressor"] = _compressor(exp)[0]
+        counts["parameters/compressor"] = _compressor(exp)[0]
     if type(exp.codec) is SpaceToDepthConfig:
-        found["parameters/codec"] = 0
-    return found
+        counts["parameters/codec"] = 0
+    return counts
 
 
 def weights(exp: Experiment) -> Figures:
@@ -247,12 +247,12 @@ def weights(exp: Experiment) -> Figures:
     dtypes = exp.dtypes
     numbers = parameters(exp)
     stored = {"transformer": dtypes.params, "compressor": dtypes.params, "codec": dtypes.vae}
-    found = {
+    sizes = {
         f"weights/{name}": numbers[f"parameters/{name}"] * BYTES[dtype]
         for name, dtype in stored.items()
         if f"parameters/{name}" in numbers
     }
-    return found | {
+    return sizes | {
         "weights/text encoder, on disk alone": numbers["parameters/text encoder"]
         * BYTES[dtypes.text],
         "weights/of it while prompts are read": 2 * _text_layer(exp.text) * BYTES[dtypes.text],

@@ -32,13 +32,13 @@ def walk(
 
 def _needed(program: Any) -> list[core.JaxprEqn]:
     """The equations that results or effects depend on."""
-    kept = []
+    needed = []
     wanted = _variables(program.outvars)
     for eqn in reversed(program.eqns):
         if eqn.effects or wanted.intersection(eqn.outvars):
-            kept.append(eqn)
+            needed.append(eqn)
             wanted |= _variables(eqn.invars)
-    return kept[::-1]
+    return needed[::-1]
 
 
 def _inside(eqn: core.JaxprEqn) -> list[Any]:
@@ -95,12 +95,12 @@ def writes(
     program: core.Jaxpr | core.ClosedJaxpr, shape: tuple[int, ...], axis: int = 1
 ) -> list[int]:
     """Lengths along `axis` of the pieces laid into arrays of `shape`, in the order of one run."""
-    found = []
+    lengths = []
     for eqn, times in walk(program):
         if eqn.primitive.name == "dynamic_update_slice":
             whole, piece = map(_shape, eqn.invars[:2])
-            found += [piece[axis]] * times * (whole == shape)
-    return found
+            lengths += [piece[axis]] * times * (whole == shape)
+    return lengths
 
 
 def peak(

@@ -111,9 +111,9 @@ def shapes_of(exp: Experiment, batch: int = 1) -> Shapes:
     """All shapes of `batch` videos in the dtypes of the experiment."""
     cfg = plain(exp.step)
     dtypes = exp.dtypes
-    shown = showing(exp)
-    vae, decoder = codec_of(shown.codec, shown.latent, batch, shown.dtype)
-    frames, low_res = shown_of(shown, batch)
+    show = showing(exp)
+    vae, decoder = codec_of(show.codec, show.latent, batch, show.dtype)
+    frames, low_res = frames_of(show, batch)
     return Shapes(
         **vars(block_shapes(cfg, dtypes.params, dtypes.cache, dtypes.text, batch)),
         computed=nets_of(cfg, dtypes.compute),
@@ -204,15 +204,15 @@ def latent_of(
 
 
 @functools.cache
-def shown_of(shown: Showing, batch: int) -> tuple[Any, Any]:
+def frames_of(show: Showing, batch: int) -> tuple[Any, Any]:
     """Shapes of a block's frames and of their low-resolution latents."""
-    return jax.eval_shape(functools.partial(_show, shown), *_show_given(shown, batch))[:2]
+    return jax.eval_shape(functools.partial(_show, show), *_show_arguments(show, batch))[:2]
 
 
-def _show_given(shown: Showing, batch: int) -> tuple[Any, Any, Any]:
+def _show_arguments(show: Showing, batch: int) -> tuple[Any, Any, Any]:
     """What showing is given: the codec, its decoder's state and a block."""
-    latent = latent_of(shown.latent, shown.block, shown.codec.z_dim, batch)
-    return *codec_of(shown.codec, shown.latent, batch, shown.dtype), latent
+    latent = latent_of(show.latent, show.block, show.codec.z_dim, batch)
+    return *codec_of(show.codec, show.latent, batch, show.dtype), latent
 
 
 @functools.cache
@@ -240,7 +240,7 @@ class Traced:
 def trace(exp: Experiment, shapes: Shapes) -> Traced:
     """The programs whose operations are counted: the player's, and the parts that they consist of."""
     cfg = plain(exp.step)
-    shown = showing(exp)
+    show = showing(exp)
     progress = shapes.memory.progress
     own = shapes.computed, shapes.latent, shapes.text_kv, shapes.memory
 
@@ -274,36 +274,38 @@ def trace(exp: Experiment, shapes: Shapes) -> Traced:
         clean=jaxpr_cost.trace(clean, *own),
         packed=jaxpr_cost.trace(packed, *own, shapes.low_res) if cfg.cache.top else None,
         decode=jaxpr_cost.trace(_decode, shapes.vae, shapes.decoder, shapes.latent),
-        shrink=jaxpr_cost.trace(functools.partial(_shrink, shown), shapes.vae, shapes.frames),
+        shrink=jaxpr_cost.trace(functools.partial(_shrink, show), shapes.vae, shapes.frames),
     )
 
 
-def _traced_denoising(cfg: StepConfig, held: BlockShapes, nets: Nets) -> core.ClosedJaxpr:
+def _traced_denoising(cfg: StepConfig, shapes: BlockShapes, nets: Nets) -> core.ClosedJaxpr:
     def denoise(nets, memory, seeds, videos, text_kv):
         return player.denoise_program(nets, cfg, memory, seeds, videos, text_kv)
 
-    return jaxpr_cost.trace(denoise, nets, held.memory, held.seeds, held.videos, held.text_kv)
+    return jaxpr_cost.trace(
+        denoise, nets, shapes.memory, shapes.seeds, shapes.videos, shapes.text_kv
+    )
 
 
-def _traced_committing(cfg: StepConfig, held: BlockShapes, low_res: Any) -> core.ClosedJaxpr:
+def _traced_committing(cfg: StepConfig, shapes: BlockShapes, low_res: Any) -> core.ClosedJaxpr:
     def commit(nets, memory, latent, low_res, selection, text_kv):
         each = [selection] * cfg.memory.layers
         return player.commit_program(nets, cfg, memory, latent, low_res, each, text_kv)
 
-    given = held.nets, held.memory, held.latent, low_res, held.selection, held.text_kv
-    return jaxpr_cost.trace(commit, *given)
+    arguments = shapes.nets, shapes.memory, shapes.latent, low_res, shapes.selection, shapes.text_kv
+    return jaxpr_cost.trace(commit, *arguments)
 
 
 def _decode(vae: Any, decoder: Any, latent: Any) -> Any:
     return codec.decode_chunk(vae, decoder, latent, first=False)
 
 
-def _shrink(shown: Showing, vae: Any, frames: Any) -> Any:
-    return codec.low_res_latents(vae, frames, **shown.packing)
+def _shrink(show: Showing, vae: Any, frames: Any) -> Any:
+    return codec.low_res_latents(vae, frames, **show.packing)
 
 
-def _show(shown: Showing, vae: Any, decoder: Any, latent: Any) -> Any:
-    return player.show_program(vae, decoder, latent, first=False, **shown.packing)
+def _show(show: Showing, vae: Any, decoder: Any, latent: Any) -> Any:
+    return player.show_program(vae, decoder, latent, first=False, **show.packing)
 
 
 # How much memory each takes while it runs, estimated from the traced programs
@@ -317,15 +319,15 @@ def workspace(exp: Experiment, batch: int = 1) -> dict[str, int]:
     """
     cfg = plain(exp.step)
     dtypes = exp.dtypes
-    shown = showing(exp)
+    show = showing(exp)
     casts = dtypes.params != dtypes.compute
     cast = casts * jaxpr_cost.nbytes(nets_of(cfg, dtypes.compute))
-    low_res = shown_of(shown, batch)[1]
+    low_res = frames_of(show, batch)[1]
     block = {
         name: size + cast * (name != PROMPT)
         for name, size in _block_workspace(shallow(cfg), dtypes.cache, dtypes.text, low_res).items()
     }
-    return _text_workspace(exp.text, dtypes.text) | block | _show_workspace(shown, batch)
+    return _text_workspace(exp.text, dtypes.text) | block | _show_workspace(show, batch)
 
 
 @functools.cache
@@ -333,19 +335,19 @@ def _block_workspace(
     cfg: StepConfig, stored: str, text: str, low_res: jax.ShapeDtypeStruct
 ) -> dict[str, int]:
     batch = low_res.shape[0]
-    held = block_shapes(cfg, cfg.compute, stored, text, batch)
-    _, room, heads, _ = held.view
+    shapes = block_shapes(cfg, cfg.compute, stored, text, batch)
+    _, room, heads, _ = shapes.view
     queries = cfg.cache.block * cfg.tokens_per_frame
     logits = [(batch, heads, queries, keys) for keys in (room, cfg.dit.text_len)]
-    stores = {leaf.shape for leaf in jax.tree.leaves(held.layers) if leaf.ndim >= 4}
+    stores = {leaf.shape for leaf in jax.tree.leaves(shapes.layers) if leaf.ndim >= 4}
     programs = {
-        DENOISING: (_traced_denoising(cfg, held, held.nets), {held.view}),
-        COMMITTING: (_traced_committing(cfg, held, low_res), stores),
+        DENOISING: (_traced_denoising(cfg, shapes, shapes.nets), {shapes.view}),
+        COMMITTING: (_traced_committing(cfg, shapes, low_res), stores),
     }
     text_kv = jaxpr_cost.trace(
         lambda dit, states: player.text_program(dit, cfg.compute, states),
-        held.nets.dit,
-        held.context,
+        shapes.nets.dit,
+        shapes.context,
     )
     kinds = {FUSED: logits, WRITTEN: []}
     return {PROMPT: jaxpr_cost.peak(text_kv, results=False)} | {
@@ -356,15 +358,15 @@ def _block_workspace(
 
 
 @functools.cache
-def _show_workspace(shown: Showing, batch: int) -> dict[str, int]:
-    given = _show_given(shown, batch)
-    frames = shown_of(shown, batch)[0]
+def _show_workspace(show: Showing, batch: int) -> dict[str, int]:
+    arguments = _show_arguments(show, batch)
+    frames = frames_of(show, batch)[0]
     programs = {
-        "decoding": jaxpr_cost.trace(_decode, *given),
+        "decoding": jaxpr_cost.trace(_decode, *arguments),
         "low-resolution encode": jaxpr_cost.trace(
-            functools.partial(_shrink, shown), given[0], frames
+            functools.partial(_shrink, show), arguments[0], frames
         ),
-        SHOWING: jaxpr_cost.trace(functools.partial(_show, shown), *given),
+        SHOWING: jaxpr_cost.trace(functools.partial(_show, show), *arguments),
     }
     return {name: jaxpr_cost.peak(program, results=False) for name, program in programs.items()}
 
@@ -400,7 +402,7 @@ class Use:
 
 def compiled(exp: Experiment, batch: int = 1) -> dict[str, Use]:
     """What this machine's compiler reserves for each program that sampling runs."""
-    found = {
+    analyses = {
         name: lowered.compile().memory_analysis() for name, lowered in lowered_programs(exp, batch)
     }
     return {
@@ -410,7 +412,7 @@ def compiled(exp: Experiment, batch: int = 1) -> dict[str, Use]:
             arguments=each.argument_size_in_bytes,
             reused=each.alias_size_in_bytes,
         )
-        for name, each in found.items()
+        for name, each in analyses.items()
         if each
     }
 
@@ -419,73 +421,80 @@ def lowered_programs(exp: Experiment, batch: int = 1) -> Iterator[tuple[str, jax
     """The real programs with what they are given, by name."""
     cfg = exp.step
     dtypes = exp.dtypes
-    shown = showing(exp)
-    held = block_shapes(cfg, dtypes.params, dtypes.cache, dtypes.text, batch)
+    show = showing(exp)
+    shapes = block_shapes(cfg, dtypes.params, dtypes.cache, dtypes.text, batch)
     layer = encoder_layer(exp.text, dtypes.text)
-    given = _show_given(shown, batch)
+    arguments = _show_arguments(show, batch)
     yield (
         ENCODING,
         text_encoder._layer.lower(layer, *states_of(exp.text, dtypes.text), cfg=exp.text),
     )
-    yield PROMPT, player.text_program.lower(held.nets.dit, cfg.compute, held.context)
-    yield from _lowered_denoising(cfg, held, shapes_of(exp, batch).layers[0])
+    yield PROMPT, player.text_program.lower(shapes.nets.dit, cfg.compute, shapes.context)
+    yield from _lowered_denoising(cfg, shapes, shapes_of(exp, batch).layers[0])
     for name, first in ((f"{SHOWING} the first block", True), (SHOWING, False)):
-        yield name, player.show_program.lower(*given, first=first, **shown.packing)
+        yield name, player.show_program.lower(*arguments, first=first, **show.packing)
     yield (
         COMMITTING,
         player.commit_program.lower(
-            held.nets,
+            shapes.nets,
             cfg,
-            held.memory,
-            held.latent,
-            shown_of(shown, batch)[1],
-            [held.selection] * cfg.memory.layers,
-            held.text_kv,
+            shapes.memory,
+            shapes.latent,
+            frames_of(show, batch)[1],
+            [shapes.selection] * cfg.memory.layers,
+            shapes.text_kv,
         ),
     )
 
 
 def _lowered_denoising(
-    cfg: StepConfig, held: BlockShapes, archived: LayerCache
+    cfg: StepConfig, shapes: BlockShapes, archived: LayerCache
 ) -> Iterator[tuple[str, jax.stages.Lowered]]:
     """Denoising is one program, or several where packed blocks, as in the layer `archived`, come from the host."""
     if cfg.cache.archive == "device":
         yield (
             DENOISING,
             player.denoise_program.lower(
-                held.nets, cfg, held.memory, held.seeds, held.videos, held.text_kv
+                shapes.nets, cfg, shapes.memory, shapes.seeds, shapes.videos, shapes.text_kv
             ),
         )
         return
-    number = held.memory.num_blocks
+    number = shapes.memory.num_blocks
     noise = jax.eval_shape(
-        functools.partial(player.noise_program, cfg), held.seeds, held.videos, number
+        functools.partial(player.noise_program, cfg), shapes.seeds, shapes.videos, number
     )
-    gathered = [jax.eval_shape(view.gather, archived, held.selection)] * cfg.memory.layers
-    own = held.nets, cfg, held.memory, noise, held.text_kv
-    _, clean, asked = jax.eval_shape(
+    gathered = [jax.eval_shape(view.gather, archived, shapes.selection)] * cfg.memory.layers
+    own = shapes.nets, cfg, shapes.memory, noise, shapes.text_kv
+    _, clean, queries = jax.eval_shape(
         lambda nets, memory, noise, text_kv, gathered, selection: host_archive._first_pass(
             nets, cfg, memory, noise, text_kv, gathered, selection
         ),
-        held.nets,
-        held.memory,
+        shapes.nets,
+        shapes.memory,
         noise,
-        held.text_kv,
+        shapes.text_kv,
         gathered,
-        held.selection,
+        shapes.selection,
     )
     yield (
         f"{DENOISING}, its noise",
-        player.noise_program.lower(cfg, held.seeds, held.videos, number),
+        player.noise_program.lower(cfg, shapes.seeds, shapes.videos, number),
     )
     yield (
         f"{DENOISING}, the first step",
-        host_archive._first_pass.lower(*own, gathered, held.selection),
+        host_archive._first_pass.lower(*own, gathered, shapes.selection),
     )
     random = jax.ShapeDtypeStruct(noise.random.shape[1:], jnp.float32)
-    scored = cfg.memory, held.memory.progress, held.layers[0], archived.packed.k, asked[0], random
+    scored = (
+        cfg.memory,
+        shapes.memory.progress,
+        shapes.layers[0],
+        archived.packed.k,
+        queries[0],
+        random,
+    )
     yield f"{DENOISING}, scoring a layer", host_archive._score.lower(*scored)
     yield (
         f"{DENOISING}, the other steps",
-        host_archive._remaining_passes.lower(*own, clean, gathered, held.selection),
+        host_archive._remaining_passes.lower(*own, clean, gathered, shapes.selection),
     )
