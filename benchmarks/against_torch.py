@@ -94,7 +94,9 @@ def contest(size: Size) -> Contest:
     return Contest(theirs=_theirs(network, inputs), ours=_ours(network, inputs, size))
 
 
-def _theirs(network: Any, inputs: Sequence[torch.Tensor]) -> Callable[[], np.ndarray]:
+def _theirs(
+    network: diffusers.WanTransformer3DModel, inputs: Sequence[torch.Tensor]
+) -> Callable[[], np.ndarray]:
     def run() -> np.ndarray:
         with torch.inference_mode():
             return network(*inputs).sample.numpy()
@@ -102,7 +104,9 @@ def _theirs(network: Any, inputs: Sequence[torch.Tensor]) -> Callable[[], np.nda
     return run
 
 
-def _ours(network: Any, inputs: Sequence[torch.Tensor], size: Size) -> Callable[[], np.ndarray]:
+def _ours(
+    network: diffusers.WanTransformer3DModel, inputs: Sequence[torch.Tensor], size: Size
+) -> Callable[[], np.ndarray]:
     latent, timestep, context = (tensor.numpy() for tensor in inputs)
     cfg = wan_dit.config_from_diffusers(network.config, text_len=size.argv)
     weights = rules.rename(

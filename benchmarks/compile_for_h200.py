@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,13 @@ def build(exp: Experiment) -> Iterator[Built]:
 
 
 def compiled(
-    name: str, function: Any, exp: Experiment, where: Any, memory: Memory, *args: Any, nets: Nets
+    name: str,
+    function: jax.stages.Wrapped,
+    exp: Experiment,
+    where: jax.sharding.Sharding,
+    memory: Memory,
+    *args: Any,
+    nets: Nets,
 ) -> Built:
     """`function` of (nets, cfg, memory, ...), compiled for `where`, with XLA's account of where each result lies."""
     start = time.monotonic()
@@ -233,8 +239,8 @@ def stores(memory: Memory) -> set[hlo.Shape]:
     return {("bf16", x.shape) for x in jax.tree.leaves(memory.layers) if x.ndim >= 4 and x.size}
 
 
-def total(tree: Any) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def total(memory: Memory) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(memory))
 
 
 def known(built: Built) -> bool:
@@ -246,7 +252,7 @@ def listed(names: list[str]) -> str:
     return f"{len(names)}: {', '.join(names[:3])}" if names else "none"
 
 
-def counted(ops: Any) -> str:
+def counted(ops: Iterable[hlo.Op]) -> str:
     """Operations by kind, as `30 x concatenate bf16[1,18720,12,128] (58 MB)`."""
     kinds = Counter((op.shape, re.sub(r"[.\d]+$", "", op.name)) for op in ops)
     return (

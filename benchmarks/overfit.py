@@ -1,7 +1,7 @@
 """Every objective learns eight clips by heart: by its loss, or by its own aim where that need not fall.
 
-`ends`: how far guesses at the student's steps are from where the teacher's ways end. `distance`: how far videos are
-from the clips, as the oracle reads both.
+`ends`: how far estimates at the student's steps are from where the teacher's trajectories end. `distance`: how far
+videos are from the clips, as the oracle reads both.
 
     python -m benchmarks.overfit --out runs/overfit        # two CPU cores: minutes; exit 1 if a bound breaks
 """
@@ -12,12 +12,13 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax import Array
 
 from packforcing_jax.cli import main as program
 from packforcing_jax.config import Stage, loading
@@ -26,6 +27,7 @@ from packforcing_jax.networks import mesh
 from packforcing_jax.sampling.pipeline import Pipeline
 from packforcing_jax.stage import captions, data, oracle, world
 from packforcing_jax.training import batches, exports, logs, objectives, paths, runs, state
+from packforcing_jax.training.batches import Flat
 
 CONFIG = "stage_overfit"
 CLIPS = 8
@@ -85,7 +87,7 @@ def distance(folder: Path) -> float:
 
 
 def from_ends(stage: Stage, folders: Sequence[Path]) -> list[float]:
-    """How far each model's guesses at the student's steps are, squared, from where its teacher's ways end."""
+    """How far each model's estimates at the student's steps are, squared, from where its teacher's trajectories end."""
     train = stage.train
     grid = mesh.make(stage.train.mesh)
     exp = state.variant(stage.experiment, train, SEED, 0)
@@ -94,12 +96,12 @@ def from_ends(stage: Stage, folders: Sequence[Path]) -> list[float]:
     raw_batch = next(runs.data(exp, train, SEED, runs.Program()))
 
     @jax.jit
-    def missed(student: Any, teacher: Any, raw: Any, key: Any) -> Any:
+    def missed(student: Flat, teacher: Flat, raw: Mapping[str, Array], key: Array) -> Array:
         model = batches.as_model(exp, student)
         batch = batches.encode(exp, batches.as_codec(exp, {}), raw)
         states = batches.text_states(model, batch.text)
         noise = jax.random.normal(key, batch.latent.shape)
-        trajectory = paths.way(
+        trajectory = paths.trajectory(
             batches.as_model(exp, teacher), exp, train, noise, states, behind=batch
         )
         batch = dataclasses.replace(batch, trajectory=trajectory)
@@ -116,7 +118,7 @@ def losses(folder: Path) -> tuple[float, float]:
 
 
 def trajectories(out: Path) -> Path:
-    """A data set of the teacher's ways to the clips' first prompts."""
+    """A data set of the teacher's trajectories to the clips' first prompts."""
     prompts = out / "prompts.txt"
     made = out / "ways"
     prompts.write_text("\n".join(captions.caption(story, 0) for story in clips()))

@@ -7,11 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from packforcing_jax.convert import networks, rules, umt5, wan_dit
-from packforcing_jax.convert.sources import Group, Inputs
+from packforcing_jax.convert.sources import Content, Group, Inputs
 
 from packforcing_jax.errors import InputError, require
 from packforcing_jax.io.safetensors_io import Tensor
@@ -93,7 +92,9 @@ def transformers(group: Group) -> tuple[str, ...]:
     return tuple(next((key for key in path if key not in WHOLE), "") for path in paths)
 
 
-def _tables(content: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], dict[str, Tensor]]:
+def _tables(
+    content: Content, path: tuple[str, ...] = ()
+) -> dict[tuple[str, ...], dict[str, Tensor]]:
     """Every table that has tensors itself, by the keys that lead to it."""
     items = (
         content.items()
@@ -117,7 +118,7 @@ def _tables(content: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], d
     return ({path: own} if own else {}) | inner
 
 
-def _listed(content: Any) -> bool:
+def _listed(content: Content) -> bool:
     return isinstance(content, list | tuple)
 
 
@@ -170,7 +171,7 @@ def _pick(
     return []
 
 
-def _numbers(content: Any) -> Iterator[str]:
+def _numbers(content: Content) -> Iterator[str]:
     """What a trainer's file holds beside tensors, such as step counters."""
     if isinstance(content, dict):
         yield from (

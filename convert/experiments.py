@@ -6,9 +6,11 @@ from typing import Any
 
 from packforcing_jax.convert import networks, wan_dit, wan_vae
 from packforcing_jax.convert.contents import Contents
+from packforcing_jax.convert.networks import PartConfig
 
-from packforcing_jax.config import Experiment, VAEConfig, loading
+from packforcing_jax.config import DiTConfig, Experiment, VAEConfig, loading
 from packforcing_jax.io import model_folder
+from packforcing_jax.networks.codec import Config
 
 
 def describe(
@@ -54,7 +56,7 @@ def _from_weights(part: str, contents: Contents, template: Experiment) -> Any:
     return settings[0] if settings else cfg
 
 
-def _settings(part: str, contents: Contents, cfg: Any) -> list[Any]:
+def _settings(part: str, contents: Contents, cfg: PartConfig) -> list[PartConfig]:
     """What the settings beside the weights of a part say, where they are about it."""
     candidates = (
         networks.described(part, group.settings, cfg, group.origin)
@@ -63,7 +65,7 @@ def _settings(part: str, contents: Contents, cfg: Any) -> list[Any]:
     return [each for each in candidates if each is not None]
 
 
-def _codec_for(channels: int, codec: Any, notes: list[str]) -> Any:
+def _codec_for(channels: int, codec: Config, notes: list[str]) -> Config:
     """The template's codec if its latents have this many channels, else one of that many that are not normalised."""
     if codec.z_dim == channels:
         return codec
@@ -75,7 +77,11 @@ def _codec_for(channels: int, codec: Any, notes: list[str]) -> Any:
 
 
 def _note_heads(
-    contents: Contents, dit: Any, template: Experiment, overrides: Sequence[str], notes: list[str]
+    contents: Contents,
+    dit: DiTConfig,
+    template: Experiment,
+    overrides: Sequence[str],
+    notes: list[str],
 ) -> None:
     stated = any(each.partition("=")[0].strip() == "dit.heads" for each in overrides)
     assumed = (

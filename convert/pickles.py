@@ -275,7 +275,7 @@ class _Machine(
             f"names {printable(f'{module}.{name}')}{known}, which makes no plain value or dense tensor"
         )
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def persistent_load(self, pid: object) -> _Storage:
         """The storage that a persistent id describes, once its bytes are found."""
         if type(pid) is not tuple or tuple(map(type, pid)) != (str, _StorageType, str, str, int):
             raise ValueError("a persistent id describes no storage")
@@ -378,7 +378,7 @@ class _Unfolding:
 
     left: int = LARGEST_TREE
 
-    def plain(self, value: Any, path: str, depth: int) -> Any:
+    def plain(self, value: object, path: str, depth: int) -> Any:
         """`value` with its tensors named by their `path`; refuses what is neither a plain value nor a tensor."""
         self.left -= PRICE + len(path.encode())
         allow(self.left >= 0 and depth <= DEEPEST, f"unfolds without end at {printable(path)}")

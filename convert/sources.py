@@ -5,14 +5,17 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from packforcing_jax.convert import networks, pickles
 
 from packforcing_jax.errors import InputError, require
 from packforcing_jax.io import model_folder, safetensors_io
 
-READERS: dict[str, Callable[[Path], Any]] = {
+Content: TypeAlias = (
+    Any  # of a file: tables and lists inside each other, at their ends tensors and plain values
+)
+READERS: dict[str, Callable[[Path], Content]] = {
     ".safetensors": safetensors_io.opened,
     ".pth": pickles.opened,
     ".pt": pickles.opened,
@@ -34,7 +37,7 @@ class Group:
     """
 
     origin: str
-    content: Any
+    content: Content
     settings: Mapping[str, Any]
     adapter: Mapping[str, Any]
     named: bool
@@ -236,7 +239,7 @@ def _sharded(index: Path, folder: Folder, inputs: Inputs) -> dict[str, safetenso
     return tensors
 
 
-def _require_agreement(index: Path, shard: str, content: Any, listed: set[str]) -> None:
+def _require_agreement(index: Path, shard: str, content: Content, listed: set[str]) -> None:
     """Raises `InputError` unless a shard holds exactly the tensors that the index lists for it."""
     flat = isinstance(content, dict) and all(
         isinstance(tensor, safetensors_io.Tensor) for tensor in content.values()

@@ -11,6 +11,7 @@ import tiny
 from packforcing_jax import config, pytrees
 from packforcing_jax.errors import InputError
 from packforcing_jax.evaluation import recall, stage_figures
+from packforcing_jax.evaluation.stage_figures import Sampling
 from packforcing_jax.memory import layout as layouts
 from packforcing_jax.policies import selection
 from packforcing_jax.sampling import pipeline
@@ -178,7 +179,7 @@ def test_one_history_serves_every_gap_and_way(model, monkeypatch):
     monkeypatch.setattr(recall, "history", history)
     monkeypatch.setattr(recall, "answers", answers)
     ways = recall.variants_of("recency,affinity,paper_sum")
-    result = recall.forced(model, ways, gaps=(9, 2), videos=5, seed=7, batch=3)
+    result = recall.forced(model, ways, gaps=(9, 2), videos=5, sampling=Sampling(7, 3))
     assert [len(told) for told, *_ in histories] == [3, 2]
     assert [who for _, *who in histories] == [[7, [0, 1, 2]], [7, [3, 4]]]
     for state in (1, 2):
@@ -192,7 +193,7 @@ def test_one_history_serves_every_gap_and_way(model, monkeypatch):
 @pytest.fixture(scope="module")
 def study(model):
     ways = {name: recall.VARIANTS[name] for name in ("recency", "all-fit")}
-    return recall.forced(model, ways, gaps=GAPS, videos=2, seed=7, batch=2)
+    return recall.forced(model, ways, gaps=GAPS, videos=2, sampling=Sampling(7, 2))
 
 
 def test_blocks_are_found_where_a_way_looks(study):

@@ -46,29 +46,47 @@ class Source:
     endless: bool = False
 
 
+@dataclass(frozen=True)
+class Share:
+    """The rows of every batch that one of several processes reads: process p has rows p b/P to (p + 1) b/P."""
+
+    batch: int  # examples of a whole batch
+    process: int = 0
+    processes: int = 1
+
+    def __post_init__(self):
+        require(
+            self.batch % self.processes == 0 and self.batch > 0,
+            f"a batch of {self.batch} examples cannot be divided among {self.processes} "
+            "processes; change train.batch.",
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows of one batch."""
+        return self.batch // self.processes
+
+    def example(self, row: int) -> int:
+        """Which of all examples is this process's `row`, counted through the batches."""
+        step, within = divmod(row, self.rows)
+        return step * self.batch + self.process * self.rows + within
+
+
 def batches(
     exp: Experiment,
     cfg: DataConfig,
+    share: Share,
     *,
     seed: int,
-    batch: int,
-    process: int = 0,
-    processes: int = 1,
     encode: Encode | None = None,
     needs: Sequence[str] = (),
 ) -> grain.DatasetIterator:
-    """This process's rows of endless batches of `batch` examples; raises `InputError` for what is known to be wrong.
+    """One process's share of endless batches; raises `InputError` for what is known to be wrong.
 
-    Batch i is a function of (seed, i), whatever the number of processes; process p reads rows p b/P to (p + 1) b/P.
-    The iterator's state counts batches, so that it can be set by any number of processes.
+    Batch i is a function of (seed, i), whatever the number of processes. The iterator's state counts batches, so that
+    it can be set by any number of processes.
     """
     kind = of(cfg)
-    rows = batch // processes
-    require(
-        batch % processes == 0 and batch > 0,
-        f"a batch of {batch} examples cannot be divided among {processes} "
-        "processes; change train.batch.",
-    )
     source = kind.opened(exp, cfg, seed, encode)
     missing = [name for name in needs if name not in source.offers]
     require(
@@ -79,10 +97,10 @@ def batches(
     examples = endless(source, seed=seed, limit=cfg.limit)
 
     def row(index: int) -> Example | None:
-        step, within = divmod(int(index), rows)
-        return examples[step * batch + process * rows + within]
+        return examples[share.example(int(index))]
 
-    local = grain.MapDataset.range(ENDLESS * rows).map(row).batch(rows, drop_remainder=True)
+    local = grain.MapDataset.range(ENDLESS * share.rows).map(row)
+    local = local.batch(share.rows, drop_remainder=True)
     threads = kind.threads
     return iter(
         local.to_iter_dataset(

@@ -1,13 +1,13 @@
-"""Recall after a true history: guests shown once are called back, and packed blocks are chosen in every known way.
+"""Recall after a true history: guests shown once are called back, and packed blocks are chosen by every known variant.
 
-One history serves all gaps and all ways, so that they are compared on the same videos: four guests are shown once,
-each at its own distance from the end, and the last block is drawn once for each of them and each way.
+One history serves all gaps and all variants, so that they are compared on the same videos: four guests are shown once,
+each at its own distance from the end, and the last block is drawn once for each of them and each variant.
 """
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from packforcing_jax import pytrees
 from packforcing_jax.config import Experiment, MemorySpec
 from packforcing_jax.errors import nearest, require
 from packforcing_jax.evaluation import stage_figures
-from packforcing_jax.evaluation.stage_figures import HELD_OUT, Row, Watch
+from packforcing_jax.evaluation.stage_figures import Row, Sampling
 from packforcing_jax.memory import cache
 from packforcing_jax.memory import layout as layouts
 from packforcing_jax.memory.cache import Memory
@@ -28,10 +28,12 @@ from packforcing_jax.sampling import player
 from packforcing_jax.sampling.pipeline import Pipeline
 from packforcing_jax.sampling.player import State
 from packforcing_jax.stage import captions, metrics, oracle, world
+from packforcing_jax.types import KV
 
 OPENING = 2  # blocks before the first guest: the shipped sink
 CALLED = 4  # guests that are called back; the others pass by
-VARIANTS: dict[str, dict] = {
+Variant: TypeAlias = dict[str, str]  # how packed blocks are chosen: fields of `CacheConfig`
+VARIANTS: dict[str, Variant] = {
     **{
         name: {"selection": name}
         for name, score in selection.SCORES.items()
@@ -48,7 +50,7 @@ VARIANTS: dict[str, dict] = {
 }
 
 
-def variants_of(listed: str) -> dict[str, dict]:
+def variants_of(listed: str) -> dict[str, Variant]:
     """The rows of `VARIANTS` that `A,B` names, or every one."""
     names = list(VARIANTS) if listed == "every" else listed.split(",")
     for name in names:
@@ -59,8 +61,8 @@ def variants_of(listed: str) -> dict[str, dict]:
     return {name: VARIANTS[name] for name in names}
 
 
-def changed(exp: Experiment, variant: dict) -> Experiment:
-    """`exp` choosing packed blocks in this way; a fitted span holds all of them in the room of the best `top`."""
+def changed(exp: Experiment, variant: Variant) -> Experiment:
+    """`exp` with packed blocks chosen by this variant; a fitted span holds them all in the room of the best `top`."""
     cfg = exp.cache
     span = cfg.sink + (cfg.top + 1) * cfg.block + cfg.recent
     return dataclasses.replace(
@@ -68,24 +70,22 @@ def changed(exp: Experiment, variant: dict) -> Experiment:
     )
 
 
-def with_variant(model: Pipeline, variant: dict) -> Pipeline:
-    """The same model choosing packed blocks in this way."""
+def with_variant(model: Pipeline, variant: Variant) -> Pipeline:
+    """The same model with packed blocks chosen by this variant."""
     return dataclasses.replace(model, experiment=changed(model.experiment, variant))
 
 
 def forced(
     model: Pipeline,
-    variants: dict[str, dict],
+    variants: dict[str, Variant],
     *,
     gaps: Sequence[int] = (8, 32, 64, 110),
     videos: int = 96,
-    seed: int = HELD_OUT,
-    batch: int = 32,
-    watch: Watch = iter,
+    sampling: Sampling = Sampling(batch=32),
 ) -> dict:
-    """For each gap and way: is the called guest's block among the chosen ones, and is its mark back?
+    """For each gap and variant: is the called guest's block among the chosen ones, and is its mark back?
 
-    The history is committed behind the newest blocks, so that no way has a hand in it.
+    The history is committed behind the newest blocks, so that no variant has a hand in it.
     """
     stage_figures.require_stage(model.experiment)
     require(
@@ -97,9 +97,10 @@ def forced(
         cfg.top > 0,
         f"cache.top={cfg.top} attends to no packed block, so that no way to choose them differs; set it to 1 or more.",
     )
+    seed = sampling.seed
     stories = [forced_story(np.random.default_rng((seed, i)), gaps) for i in range(videos)]
     outcomes = {(gap, variant): [] for gap in gaps for variant in variants}
-    for part in watch(stage_figures.chunks(videos, batch)):
+    for part in sampling.chunks(videos):
         group = [stories[i] for i in part]
         state = history(model, group, seed=seed, videos=part)
         for gap, variant in outcomes:
@@ -156,7 +157,7 @@ def history(
 
 def answers(
     model: Pipeline,
-    variant: dict,
+    variant: Variant,
     state: State,
     stories: Sequence[world.Story],
     gap: int,
@@ -186,7 +187,7 @@ def answers(
     return (ids == last - gap).any(axis=-1), np.asarray(right)
 
 
-def last_block(model: Pipeline, state: State, text: Any) -> tuple[np.ndarray, np.ndarray]:
+def last_block(model: Pipeline, state: State, text: list[KV]) -> tuple[np.ndarray, np.ndarray]:
     """Frames of the next block, and the packed blocks that it chose [layer, video, top].
 
     `state` is only read: what denoising uses up is a copy of its memory, laid out for this model.

@@ -21,13 +21,27 @@ from packforcing_jax.io import checkpoints
 from packforcing_jax.networks import codec
 from packforcing_jax.sampling import pipeline, player
 from packforcing_jax.sampling.pipeline import Pipeline
-from packforcing_jax.stage import captions, data, metrics, oracle, stories, world
+from packforcing_jax.stage import captions, data, metrics, oracle, world
+from packforcing_jax.stage.stories import default_timeline
 from packforcing_jax.training import batches, state
 from packforcing_jax.types import KV, Latent
 
 HELD_OUT = 1_000_003  # a seed that no training run uses
 Row = dict  # chance, value [share or RMS, low, high], n
 Watch = Callable[[Iterable], Iterable]  # shows progress over what it passes on
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the videos of a figure are sampled: the seed, how many together, and what shows progress."""
+
+    seed: int = HELD_OUT
+    batch: int = 16
+    watch: Watch = iter
+
+    def chunks(self, count: int) -> Iterable[range]:
+        """0..count-1 in runs of at most `batch`, watched."""
+        return self.watch(chunks(count, self.batch))
 
 
 # Models
@@ -181,19 +195,20 @@ def true_reading(story: world.Story) -> oracle.Reading:
 
 
 def teacher_forced(
-    model: Pipeline, *, clips: int = 48, seed: int = HELD_OUT, batch: int = 24, watch: Watch = iter
+    model: Pipeline, *, clips: int = 48, sampling: Sampling = Sampling(batch=24)
 ) -> dict:
     """Each block of held-out clips sampled behind the true blocks before it, with the model's own sink and with none.
 
     Without a sink three packed blocks compete, so that a guest has to be found by what it looks like.
     """
     require_stage(model.experiment)
+    seed = sampling.seed
     stories = [data.draw_clip(np.random.default_rng((seed, index))) for index in range(clips)]
     sections = {}
     for sink in dict.fromkeys((model.experiment.cache.sink, 0)):
         changed = with_cache(model, sink=sink)
         readings = []
-        for part in watch(chunks(clips, batch)):
+        for part in sampling.chunks(clips):
             readings += behind_truth(
                 changed, [stories[i] for i in part], seed=seed, start=part.start
             )[0]
@@ -296,16 +311,15 @@ def rollout(
     *,
     videos: int = 64,
     blocks: int = 120,
-    seed: int = HELD_OUT,
-    batch: int = 16,
-    watch: Watch = iter,
+    sampling: Sampling = Sampling(),
 ) -> dict:
     """`metrics.report` of free-running videos; video i is the one that `sample --seed SEED+i --blocks N` makes."""
     require_stage(model.experiment)
+    seed = sampling.seed
     readings = []
     prompts = []
-    for part in watch(chunks(videos, batch)):
-        timelines = [stories.default_timeline(seed + i, blocks) for i in part]
+    for part in sampling.chunks(videos):
+        timelines = [default_timeline(seed + i, blocks) for i in part]
         ids = [pipeline.video_id(each[0]) for each in timelines]
         frames, _ = play(model, timelines, seeds=[seed + i for i in part], videos=ids)
         readings += [oracle.read(video) for video in frames]

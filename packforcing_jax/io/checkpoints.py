@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from packforcing_jax import interrupts
 from packforcing_jax.errors import InputError, MachineError, brief, require
 from packforcing_jax.io import append_file
 
+Json: TypeAlias = (
+    Any  # tables, lists, numbers, text, truth values and None, as `json` reads and writes them
+)
 FORMAT = 2  # of what is noted beside a state; version 1 was never released
 STATE = "state"
 NOTES = "notes"
@@ -103,7 +106,7 @@ def _like(leaf, stored, kind: str | None):
 # Notes, which every process has its own of
 
 
-def _everyones(notes: Any) -> list[str]:
+def _everyones(notes: Json) -> list[str]:
     """The notes of all processes as JSON text, in their order."""
     text = json.dumps(notes).encode()
     if jax.process_count() == 1:
@@ -113,7 +116,7 @@ def _everyones(notes: Any) -> list[str]:
     return [row.tobytes().decode() for row in rows]
 
 
-def _own(notes: Sequence[str], checkpoint: Path) -> Any:
+def _own(notes: Sequence[str], checkpoint: Path) -> Json:
     """The notes of this process; with another number of processes than saved them, all must be the same."""
     same = len(set(notes)) == 1
     now = jax.process_count()
@@ -128,7 +131,7 @@ def _own(notes: Sequence[str], checkpoint: Path) -> Any:
 # What a checkpoint belongs to
 
 
-def settings(value: Any, name: str = "") -> dict[str, str]:
+def settings(value: Json, name: str = "") -> dict[str, str]:
     """The entries of nested tables under dotted names, as JSON text."""
     if not isinstance(value, Mapping):
         return {name: json.dumps(value)}
@@ -252,7 +255,7 @@ class Checkpoints:
 
     # Saving
 
-    def save(self, step: int, state, notes: Any = None) -> None:
+    def save(self, step: int, state, notes: Json = None) -> None:
         """Begins to store `state` and notes for JSON; `state` may be used up when this returns.
 
         Every process has notes of its own. A signal that comes meanwhile is heard when this is done.
@@ -347,13 +350,13 @@ class Checkpoints:
 
     # Reading
 
-    def notes(self, step: int | None = None) -> Any:
+    def notes(self, step: int | None = None) -> Json:
         """The notes of `step` (the newest by default), as JSON gives them back."""
         step = self._chosen(step)
         self._require_whole(step)
         return _own(self._noted(step)["notes"], self._at(step))
 
-    def restore(self, abstract_state: State, step: int | None = None) -> tuple[State, Any]:
+    def restore(self, abstract_state: State, step: int | None = None) -> tuple[State, Json]:
         """The state of `step` (the newest by default) and its notes, with the structure, kinds and shardings given.
 
         A leaf comes back as a NumPy array where that of `abstract_state` is one, else as a JAX array in its place.

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from packforcing_jax import config, pytrees
 from packforcing_jax.config import decode
@@ -86,7 +87,7 @@ def save(
                 (fresh / name).write_text(content, encoding="utf-8")
 
 
-def _stored(dtype: Any, floating: str) -> np.dtype:
+def _stored(dtype: jax.typing.DTypeLike, floating: str) -> np.dtype:
     return np.dtype(jnp.dtype(floating) if safetensors_io.floating(np.dtype(dtype)) else dtype)
 
 
@@ -153,7 +154,7 @@ def opened(folder: str | Path, known: Sequence[type] = ()) -> Opened:
     )
 
 
-def in_memory(module: Any) -> dict[str, Tensor]:
+def in_memory(module: nnx.Module) -> dict[str, Tensor]:
     """The leaves of a module as tensors like those of a file."""
     return {
         path: Tensor(

@@ -86,6 +86,8 @@ def box(kind: bytes, *parts: bytes) -> bytes:
 
 def fragment(samples: Sequence[h264.Sample], number: int, start: int, duration: int) -> bytes:
     """`moof` and `mdat` with samples of which the first is a key frame; times in ticks of the file's clock."""
+    # flags of tfhd: offsets count from moof, a duration and flags for all samples; of trun: offset of the data, flags
+    # of the first sample, a size for each
     track = box(b"tfhd", struct.pack(">4I", 0x020028, 1, duration, OTHER_SAMPLE))
     clock = box(b"tfdt", struct.pack(">IQ", 0x01000000, start))
     sizes = [len(sample.data) for sample in samples]

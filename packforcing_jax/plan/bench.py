@@ -44,7 +44,7 @@ class Model:
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="memory")
 def forward(
-    nets: Nets, cfg: StepConfig, memory: Memory, noisy: Latent, text_kv: Any
+    nets: Nets, cfg: StepConfig, memory: Memory, noisy: Latent, text_kv: PerLayer[KV]
 ) -> tuple[Memory, Latent]:
     """The first denoising step, its views in place."""
     times, sigmas = (jnp.asarray(x) for x in block_step.step_table(cfg.sample))
@@ -217,13 +217,15 @@ def shapes(exp: Experiment) -> Scene:
         memory=forms.memory,
         archive=[],
         decoder=forms.decoder,
-        seeds=forms.seeds,
-        videos=forms.videos,
+        seeds=forms.seeds,  # type: ignore[arg-type]  a state of shapes
+        videos=forms.videos,  # type: ignore[arg-type]
     )
     return Scene(Model(exp, forms.nets, forms.vae), state, inputs)
 
 
-def filled(forms: Any, scale: Callable[[tuple[int, ...]], float] = lambda shape: 1.0) -> Any:
+def filled(
+    forms: jaxpr_cost.Tree, scale: Callable[[tuple[int, ...]], float] = lambda shape: 1.0
+) -> Any:
     """Random numbers in place of shapes; those that are no floats become zero."""
     leaves, tree = jax.tree.flatten(forms)
     made = [

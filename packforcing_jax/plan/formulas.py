@@ -7,7 +7,7 @@ Networks that a config builds itself have no formula here: what depends on their
 """
 
 import math
-from typing import TypeAlias, TypeGuard
+from typing import Literal, TypeAlias, TypeGuard
 
 from packforcing_jax.config import (
     CompressorConfig,
@@ -322,15 +322,13 @@ def operations(exp: Experiment, keys: Figures, batch: int) -> Figures:
     room = keys["keys/room"]
     once: Figures = {}
     if _is_ours(model):
-        step = _pass(exp, model, q, cfg.block, room)
+        step = _pass(model, q, cfg.block, room)
         once |= {
             "operations/one step": step,
             "operations/of it self-attention": 4 * model.layers * q * room * model.dim,
-            "operations/one step, keys attended": _pass(
-                exp, model, q, cfg.block, keys["keys/attended"]
-            ),
+            "operations/one step, keys attended": _pass(model, q, cfg.block, keys["keys/attended"]),
             "operations/denoising": len(exp.sample.steps) * step,
-            "operations/clean pass": _pass(exp, model, q, cfg.block, room, ends=False),
+            "operations/clean pass": _pass(model, q, cfg.block, room, until="keys"),
         }
         if type(exp.compressor) is CompressorConfig:
             once["operations/packing pass"] = _packing(exp, model, room) if cfg.top else 0
@@ -345,29 +343,29 @@ def operations(exp: Experiment, keys: Figures, batch: int) -> Figures:
 
 
 def _pass(
-    exp: Experiment,
     cfg: DiTConfig,
     q: float,
     frames: int,
     keys: float,
     *,
-    ends: bool = True,
-    asks: bool = False,
+    until: Literal["keys", "queries", "output"] = "output",
     embeds: bool = True,
 ) -> float:
-    """One pass of `q` tokens. Without its `ends` it is over once the last layer has its keys, or its queries too."""
+    """One pass of `q` tokens, `until` the last layer has its keys, its queries too, or the output is there."""
     d = cfg.dim
     cells = math.prod(cfg.patch)
-    own = 4 * q * d * d
+    own = 4 * q * d * d  # projections to keys and values
     queries = 2 * q * d * d
+    # output projection, attention, query and output of cross-attention, cross-attention, feed-forward
     rest = 2 * q * (d * d + 2 * keys * d + 2 * d * d + 2 * cfg.text_len * d + 2 * d * cfg.ffn_dim)
-    count = cfg.layers * own + (cfg.layers - 1) * (queries + rest) + (ends or asks) * queries
+    count = cfg.layers * own + (cfg.layers - 1) * (queries + rest) + (until != "keys") * queries
+    # embedding of each frame's time and its modulation; embedding of the patches
     count += 2 * frames * d * (cfg.freq_dim + 7 * d) + embeds * 2 * q * cfg.in_channels * cells * d
-    return count + ends * (rest + 2 * q * d * cfg.out_channels * cells)
+    return count + (until == "output") * (rest + 2 * q * d * cfg.out_channels * cells)
 
 
 def _packing(exp: Experiment, cfg: DiTConfig, room: float) -> float:
-    """One more pass for the packed twin, or its projections alone, behind the compressor."""
+    """One more pass for the block's own packed tokens, or their projections alone, behind the compressor."""
     p = exp.tokens_per_packed_block
     d = cfg.dim
     branches = exp.compressor.branches
@@ -375,7 +373,7 @@ def _packing(exp: Experiment, cfg: DiTConfig, room: float) -> float:
     count = _compressor(exp)[1] + (branches != "hr") * embedding
     if exp.compressor.keys == "projected":
         return count + cfg.layers * 4 * p * d * d + 2 * d * (cfg.freq_dim + 7 * d)
-    return count + _pass(exp, cfg, p, 1, room, ends=False, embeds=False)
+    return count + _pass(cfg, p, 1, room, until="keys", embeds=False)
 
 
 def _windows(exp: Experiment) -> int:
@@ -400,5 +398,6 @@ def _selection(exp: Experiment, q: float, room: float) -> float:
         pairs = cfg.score.reads(_windows(exp), packed, full_res, cfg.slots)
     asking = 0.0
     if _is_ours(exp.dit) and _asks_before(exp):
-        asking = _pass(exp, exp.dit, q, cfg.block, room, ends=False, asks=pairs > 0)
+        until = "queries" if pairs > 0 else "keys"
+        asking = _pass(exp.dit, q, cfg.block, room, until=until)
     return 2 * exp.dit.layers * pairs * exp.dit.heads * exp.dit.head_dim + asking

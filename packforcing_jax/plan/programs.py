@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,10 @@ from packforcing_jax.memory import layout as layouts
 from packforcing_jax.memory.cache import LayerCache, Memory, Selection
 from packforcing_jax.networks import base_model, codec, compressor, text
 from packforcing_jax.plan import jaxpr_cost
+from packforcing_jax.pytrees import PerLayer
 from packforcing_jax.sampling import block_step, host_archive, player
 from packforcing_jax.sampling.block_step import Nets
+from packforcing_jax.types import KV, Latent, Video
 
 ENCODING = "a layer of the text encoder"
 PROMPT = "a prompt's keys and values"
@@ -29,6 +31,10 @@ SHOWING = "showing"
 COMMITTING = "committing"
 FUSED = "fused attention"
 WRITTEN = "attention written out"
+
+DecoderState: TypeAlias = (
+    Any  # what a codec remembers between chunks; each codec has a form of its own
+)
 
 
 def forms(build: Callable[[], Any], dtype: str) -> Any:
@@ -42,11 +48,11 @@ class BlockShapes:
 
     nets: Nets
     memory: Memory
-    seeds: Any
-    videos: Any
-    context: Any  # text states
-    text_kv: Any  # what each layer reads of them
-    latent: Any
+    seeds: jax.ShapeDtypeStruct
+    videos: jax.ShapeDtypeStruct
+    context: jax.ShapeDtypeStruct  # text states
+    text_kv: PerLayer[KV]  # what each layer reads of them
+    latent: jax.ShapeDtypeStruct
     selection: Selection  # of one layer
 
     @property
@@ -65,10 +71,10 @@ class Shapes(BlockShapes):
     """What a sampler holds between two blocks, and what comes into a block, as shapes; all packed blocks are there."""
 
     computed: Nets  # as they are computed with
-    vae: Any
-    decoder: Any
-    frames: Any
-    low_res: Any
+    vae: codec.Codec
+    decoder: DecoderState
+    frames: jax.ShapeDtypeStruct
+    low_res: jax.ShapeDtypeStruct
 
 
 @dataclass(frozen=True)
@@ -151,13 +157,13 @@ def context_of(cfg: ModelConfig, dtype: str, batch: int) -> jax.ShapeDtypeStruct
     return jax.ShapeDtypeStruct((batch, cfg.text_len, cfg.text_dim), dtype)
 
 
-def text_kv_of(cfg: StepConfig, params: str, text: str, batch: int) -> Any:
+def text_kv_of(cfg: StepConfig, params: str, text: str, batch: int) -> PerLayer[KV]:
     """Shapes of what each layer reads of the text."""
     return _text_kv_of(cfg.dit, cfg.compute, params, text, batch)
 
 
 @functools.cache
-def _text_kv_of(cfg: ModelConfig, compute: str, params: str, text: str, batch: int) -> Any:
+def _text_kv_of(cfg: ModelConfig, compute: str, params: str, text: str, batch: int) -> PerLayer[KV]:
     def read(model, states):
         return player.text_program(model, compute, states)
 
@@ -190,7 +196,9 @@ def shallow(cfg: StepConfig) -> StepConfig:
 
 
 @functools.cache
-def codec_of(cfg: codec.Config, latent: tuple[int, int], batch: int, dtype: str) -> tuple[Any, Any]:
+def codec_of(
+    cfg: codec.Config, latent: tuple[int, int], batch: int, dtype: str
+) -> tuple[codec.Codec, DecoderState]:
     """Shapes of a codec and of its decoder's state."""
     vae = jax.eval_shape(lambda vae: pytrees.cast(vae, dtype), codec.shapes(cfg))
     return vae, jax.eval_shape(lambda vae: codec.init_decoder(vae, batch, *latent), vae)
@@ -204,12 +212,14 @@ def latent_of(
 
 
 @functools.cache
-def frames_of(show: Showing, batch: int) -> tuple[Any, Any]:
+def frames_of(show: Showing, batch: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """Shapes of a block's frames and of their low-resolution latents."""
     return jax.eval_shape(functools.partial(_show, show), *_show_arguments(show, batch))[:2]
 
 
-def _show_arguments(show: Showing, batch: int) -> tuple[Any, Any, Any]:
+def _show_arguments(
+    show: Showing, batch: int
+) -> tuple[codec.Codec, DecoderState, jax.ShapeDtypeStruct]:
     """What showing is given: the codec, its decoder's state and a block."""
     latent = latent_of(show.latent, show.block, show.codec.z_dim, batch)
     return *codec_of(show.codec, show.latent, batch, show.dtype), latent
@@ -287,7 +297,9 @@ def _traced_denoising(cfg: StepConfig, shapes: BlockShapes, nets: Nets) -> core.
     )
 
 
-def _traced_committing(cfg: StepConfig, shapes: BlockShapes, low_res: Any) -> core.ClosedJaxpr:
+def _traced_committing(
+    cfg: StepConfig, shapes: BlockShapes, low_res: jax.ShapeDtypeStruct
+) -> core.ClosedJaxpr:
     def commit(nets, memory, latent, low_res, selection, text_kv):
         each = [selection] * cfg.memory.layers
         return player.commit_program(nets, cfg, memory, latent, low_res, each, text_kv)
@@ -296,15 +308,17 @@ def _traced_committing(cfg: StepConfig, shapes: BlockShapes, low_res: Any) -> co
     return jaxpr_cost.trace(commit, *arguments)
 
 
-def _decode(vae: Any, decoder: Any, latent: Any) -> Any:
+def _decode(vae: codec.Codec, decoder: DecoderState, latent: Latent) -> tuple[Video, DecoderState]:
     return codec.decode_chunk(vae, decoder, latent, first=False)
 
 
-def _shrink(show: Showing, vae: Any, frames: Any) -> Any:
+def _shrink(show: Showing, vae: codec.Codec, frames: Video) -> Latent:
     return codec.low_res_latents(vae, frames, **show.packing)
 
 
-def _show(show: Showing, vae: Any, decoder: Any, latent: Any) -> Any:
+def _show(
+    show: Showing, vae: codec.Codec, decoder: DecoderState, latent: Latent
+) -> tuple[Video, Latent, DecoderState]:
     return player.show_program(vae, decoder, latent, first=False, **show.packing)
 
 
@@ -379,7 +393,7 @@ def _text_workspace(cfg: TextConfig, dtype: str) -> dict[str, int]:
     return {ENCODING: jaxpr_cost.peak(program, results=False)}
 
 
-def states_of(cfg: TextConfig, dtype: str) -> tuple[Any, Any]:
+def states_of(cfg: TextConfig, dtype: str) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """Shapes of the text states of one prompt, and of the mask of its words."""
     return (
         jax.ShapeDtypeStruct((1, cfg.max_words, cfg.dim), dtype),
