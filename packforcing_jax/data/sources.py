@@ -120,6 +120,7 @@ def endless(source: Source, *, seed: int, limit: int = 0) -> grain.MapDataset:
     if source.endless and limit == 0:
         return source.examples
     some = source.examples[:limit] if limit else source.examples
+    # Grain takes seeds of 32 bits alone
     return some.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0])).repeat()
 
 

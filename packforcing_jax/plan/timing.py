@@ -134,6 +134,7 @@ def normal(
     seed: int, shape: Sequence[int], dtype: jax.typing.DTypeLike, scale: float = 1.0
 ) -> jax.Array:
     """Random numbers, laid out on the device: hardware is faster on zeros. Little to compile, whatever the shape."""
+    # each seed begins far from the others in the pool
     return _dealt(_pool(), seed * 7919 % POOL, scale, tuple(shape), jnp.dtype(dtype).name)
 
 

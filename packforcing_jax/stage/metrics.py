@@ -114,6 +114,7 @@ def _drift(values: Float[np.ndarray, " t"], window: slice) -> float:
 def diversity(marks: Int[np.ndarray, " videos"]) -> float:
     """Entropy of first-appearance marks over videos, as a share of its maximum; 0 for a model that draws one mark."""
     share = np.bincount(marks, minlength=world.MARKS) / len(marks)
+    # + 0.0, so that one mark alone gives 0 and not -0
     return (
         float(-(share * np.log(np.where(share > 0, share, 1))).sum() / math.log(world.MARKS)) + 0.0
     )
