@@ -295,7 +295,7 @@ def _settle(part: str, offers: Sequence[Offer], contents: Contents) -> None:
     ]
 
 
-# Twins
+# Copies
 
 
 def plain_bytes(array: np.ndarray) -> np.ndarray:

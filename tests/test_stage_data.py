@@ -91,7 +91,7 @@ def test_too_short_a_clip_is_refused():
         data.draw_clip(np.random.default_rng(0), blocks=2)
 
 
-def test_seen_before_is_about_guests_and_earlier_blocks():
+def test_appeared_before_is_about_guests_and_earlier_blocks():
     assert data.appeared_before(np.array([3, -1, 3, -1, 5, 3])).tolist() == [
         False,
         False,
