@@ -94,7 +94,9 @@ def contest(size: Size) -> Contest:
     return Contest(theirs=_theirs(network, inputs), ours=_ours(network, inputs, size))
 
 
-def _theirs(network: Any, inputs: Sequence[torch.Tensor]) -> Callable[[], np.ndarray]:
+def _theirs(
+    network: diffusers.WanTransformer3DModel, inputs: Sequence[torch.Tensor]
+) -> Callable[[], np.ndarray]:
     def run() -> np.ndarray:
         with torch.inference_mode():
             return network(*inputs).sample.numpy()
@@ -102,7 +104,9 @@ def _theirs(network: Any, inputs: Sequence[torch.Tensor]) -> Callable[[], np.nda
     return run
 
 
-def _ours(network: Any, inputs: Sequence[torch.Tensor], size: Size) -> Callable[[], np.ndarray]:
+def _ours(
+    network: diffusers.WanTransformer3DModel, inputs: Sequence[torch.Tensor], size: Size
+) -> Callable[[], np.ndarray]:
     latent, timestep, context = (tensor.numpy() for tensor in inputs)
     cfg = wan_dit.config_from_diffusers(network.config, text_len=size.argv)
     weights = rules.rename(
@@ -185,23 +189,23 @@ def machine(cores: int) -> dict[str, Any]:
     return {"cpu": processor(), "cores": cores, "python": platform.python_version(), **packages}
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """The outcome as aligned text."""
     lines = [
         f"{'size':<8}{'width':>6}{'layers':>7}{'tokens':>7}{'differ':>9}   diffusers' time over ours"
     ]
-    for row in found["sizes"]:
+    for row in result["sizes"]:
         sizes = f"{row['size']:<8}{row['width']:>6}{row['layers']:>7}{row['tokens']:>7}{row['error']:>9.0e}   "
         lines.append(
             sizes
-            + (_shown(row) if row["agree"] else f"none: they differ by more than {TOLERANCE:.0e}")
+            + (_spell(row) if row["agree"] else f"none: they differ by more than {TOLERANCE:.0e}")
         )
     return "\n".join(
-        [*lines, ", ".join(f"{name} {value}" for name, value in found["machine"].items())]
+        [*lines, ", ".join(f"{name} {value}" for name, value in result["machine"].items())]
     )
 
 
-def _shown(row: dict[str, Any]) -> str:
+def _spell(row: dict[str, Any]) -> str:
     low, high = row["quartiles"]
     return (
         f"{row['ratio']:.2f} ({low:.2f} to {high:.2f}), fastest runs {row['fastest']:.2f}"
@@ -230,12 +234,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--turns={args.turns} is too few for quartiles; give 15 or more")
     cores = limited(args.cores)
     torch.set_num_threads(cores)
-    found = {
+    result = {
         "machine": machine(cores),
         "sizes": [measured(name, size, args.turns) for name, size in SIZES.items()],
     }
-    print(json.dumps(found) if args.json else table(found))
-    return 0 if all(row["agree"] for row in found["sizes"]) else 1
+    print(json.dumps(result) if args.json else table(result))
+    return 0 if all(row["agree"] for row in result["sizes"]) else 1
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,10 @@ def device() -> jax.sharding.Sharding:
         importlib.util.find_spec("jax_cuda13_plugin") is not None,
         "XLA's compiler for NVIDIA GPUs is missing; run `make h200`, or install jax[cuda13].",
     )
-    found = topologies.get_topology_desc(
+    topology = topologies.get_topology_desc(
         platform="cuda", target_config=DEVICE.read_text(), topology="1x1x1"
     )
-    return jax.sharding.SingleDeviceSharding(found.devices[0])
+    return jax.sharding.SingleDeviceSharding(topology.devices[0])
 
 
 def answer_for_cudnn() -> None:
@@ -97,25 +97,33 @@ def answer_for_cudnn() -> None:
 def build(exp: Experiment) -> Iterator[Built]:
     """`player.denoise_program` and `player.commit_program` of one video."""
     where = device()
-    held = programs.shapes_of(exp)
-    numbers = held.seeds, held.videos
+    shapes = programs.shapes_of(exp)
+    numbers = shapes.seeds, shapes.videos
     yield compiled(
         DENOISE,
         player.denoise_program,
         exp,
         where,
-        held.memory,
+        shapes.memory,
         *numbers,
-        held.text_kv,
-        nets=held.nets,
+        shapes.text_kv,
+        nets=shapes.nets,
     )
-    selection = [held.selection] * exp.dit.layers
-    given = held.latent, held.low_res, selection, held.text_kv
-    yield compiled(COMMIT, player.commit_program, exp, where, held.memory, *given, nets=held.nets)
+    selection = [shapes.selection] * exp.dit.layers
+    operands = shapes.latent, shapes.low_res, selection, shapes.text_kv
+    yield compiled(
+        COMMIT, player.commit_program, exp, where, shapes.memory, *operands, nets=shapes.nets
+    )
 
 
 def compiled(
-    name: str, function: Any, exp: Experiment, where: Any, memory: Memory, *args: Any, nets: Nets
+    name: str,
+    function: jax.stages.Wrapped,
+    exp: Experiment,
+    where: jax.sharding.Sharding,
+    memory: Memory,
+    *args: Any,
+    nets: Nets,
 ) -> Built:
     """`function` of (nets, cfg, memory, ...), compiled for `where`, with XLA's account of where each result lies."""
     start = time.monotonic()
@@ -143,14 +151,17 @@ def rows(exp: Experiment, built: Built) -> Iterator[Row]:
     """What is checked of one program."""
     shapes = stores(built.memory)
     least = min(map(hlo.size, shapes))
-    given = total(built.memory)
-    kept = built.stats.alias_size_in_bytes
+    donated = total(built.memory)
+    aliased = built.stats.alias_size_in_bytes
     yield Row(
-        built.name, "donated buffers handed back", f"{kept:,} of {given:,} bytes", kept == given
+        built.name,
+        "donated buffers handed back",
+        f"{aliased:,} of {donated:,} bytes",
+        aliased == donated,
     )
-    places = len(hlo.written(built.program, shapes))
+    updates = len(hlo.written(built.program, shapes))
     astray = hlo.astray(built.assignment, shapes)
-    yield Row(built.name, "stores updated by slices", f"{places} times", places > 0)
+    yield Row(built.name, "stores updated by slices", f"{updates} times", updates > 0)
     yield Row(
         built.name,
         "results of a store's shape elsewhere",
@@ -228,8 +239,8 @@ def stores(memory: Memory) -> set[hlo.Shape]:
     return {("bf16", x.shape) for x in jax.tree.leaves(memory.layers) if x.ndim >= 4 and x.size}
 
 
-def total(tree: Any) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def total(memory: Memory) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(memory))
 
 
 def known(built: Built) -> bool:
@@ -241,7 +252,7 @@ def listed(names: list[str]) -> str:
     return f"{len(names)}: {', '.join(names[:3])}" if names else "none"
 
 
-def counted(ops: Any) -> str:
+def counted(ops: Iterable[hlo.Op]) -> str:
     """Operations by kind, as `30 x concatenate bf16[1,18720,12,128] (58 MB)`."""
     kinds = Counter((op.shape, re.sub(r"[.\d]+$", "", op.name)) for op in ops)
     return (
@@ -253,12 +264,12 @@ def counted(ops: Any) -> str:
     )
 
 
-def report(found: Sequence[Row]) -> str:
+def report(rows: Sequence[Row]) -> str:
     """The rows as a table."""
     lines = [("program", "check", "figure", "ok")]
     lines += [
         (row.program, row.check, row.figure, {None: "-", True: "yes", False: "NO"}[row.ok])
-        for row in found
+        for row in rows
     ]
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
     return "\n".join(
@@ -266,7 +277,7 @@ def report(found: Sequence[Row]) -> str:
     )
 
 
-def told(rows: Sequence[Row], title: str, *, as_json: bool, **facts: object) -> int:
+def print_report(rows: Sequence[Row], title: str, *, as_json: bool, **facts: object) -> int:
     """Prints `rows` below a title, or with `facts` as one JSON object; 1 if a check failed."""
     failed = [row for row in rows if row.ok is False]
     if as_json:
@@ -325,9 +336,9 @@ def run(args: argparse.Namespace) -> int:
         "cache.archive='host' is denoised in parts; this looks at whole steps only.",
     )
     answer_for_cudnn()
-    found = [row for built in build(exp) for row in rows(exp, built)]
-    return told(
-        found,
+    checks = [row for built in build(exp) for row in rows(exp, built)]
+    return print_report(
+        checks,
         f"{args.config} for {DEVICE.stem.upper()}, bfloat16, one video",
         as_json=args.json,
         config=args.config,

@@ -36,12 +36,12 @@ def shapes(exp: Experiment) -> dict[str, rules.Shape]:
     """The tensors of the published transformer by original name."""
     wanted = networks.wanted("dit", exp)
     sizes = networks.merged_axes(exp)
-    places = rules.sources(wanted, networks.NETWORKS["dit"].table, rules.no_mismatches())
+    targets = rules.sources(wanted, networks.NETWORKS["dit"].table, rules.no_mismatches())
     return {
-        name: place.inverse(
-            rules.hollow(wanted[place.path][0 if place.layer is None else 1 :]), sizes
+        name: target.inverse(
+            rules.hollow(wanted[target.path][0 if target.layer is None else 1 :]), sizes
         ).shape
-        for name, place in places.items()
+        for name, target in targets.items()
     }
 
 
@@ -100,7 +100,7 @@ def measured(room: Path, exp: Experiment, seed: int) -> dict:
     size = source.stat().st_size
     there = run("convert", str(source.parent), "--out", str(model))
     shutil.rmtree(source.parent)  # room for the way back
-    told = json.loads((model / model_folder.MANIFEST).read_text())["tensors"]
+    manifest = json.loads((model / model_folder.MANIFEST).read_text())["tensors"]
     again = run("convert", str(model), "--to-torch", str(back))
     same = {
         name: contents.digest(tensor.read()) for name, tensor in safetensors_io.opened(back).items()
@@ -112,16 +112,18 @@ def measured(room: Path, exp: Experiment, seed: int) -> dict:
         "memory": there.memory,
         "seconds_back": again.seconds,
         "memory_back": again.memory,
-        "manifest_tells_them": {row["original"]: row["sha256"] for row in told} == digests,
+        "manifest_tells_them": {row["original"]: row["sha256"] for row in manifest} == digests,
         "there_and_back_is_the_same": same == digests,
     }
 
 
-def holds(found: dict) -> bool:
+def holds(figures: dict) -> bool:
     """Whether all of what this shows is so."""
-    fast = max(found["seconds"], found["seconds_back"]) < LONGEST
-    small = max(found["memory"], found["memory_back"]) < MOST
-    return fast and small and found["manifest_tells_them"] and found["there_and_back_is_the_same"]
+    fast = max(figures["seconds"], figures["seconds_back"]) < LONGEST
+    small = max(figures["memory"], figures["memory_back"]) < MOST
+    return (
+        fast and small and figures["manifest_tells_them"] and figures["there_and_back_is_the_same"]
+    )
 
 
 def main() -> int:
@@ -136,9 +138,9 @@ def main() -> int:
     args = parser.parse_args()
     args.room.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.room) as room:
-        found = measured(Path(room), Experiment("wan"), args.seed)
-    print(json.dumps(found, indent=2))
-    return 0 if holds(found) else 1
+        figures = measured(Path(room), Experiment("wan"), args.seed)
+    print(json.dumps(figures, indent=2))
+    return 0 if holds(figures) else 1
 
 
 if __name__ == "__main__":

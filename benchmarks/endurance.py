@@ -83,7 +83,7 @@ def toy(exp: Experiment = TOY, seed: int = 0) -> Pipeline:
     return Pipeline.of(exp, built.nets, built.text, captions.reader())
 
 
-def told(blocks: int, every: int) -> list[str]:
+def changing_prompts(blocks: int, every: int) -> list[str]:
     """One prompt per block, another one after every `every` blocks."""
     sizes = len(world.COLOURS), len(world.SHAPES), len(world.BACKDROPS), len(world.GUESTS)
     which = [np.unravel_index(block // every % np.prod(sizes), sizes) for block in range(blocks)]
@@ -93,7 +93,7 @@ def told(blocks: int, every: int) -> list[str]:
     ]
 
 
-def held(*fields: str) -> int:
+def status_bytes(*fields: str) -> int:
     """Bytes of this process, fields of Linux's /proc/self/status added up."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return sum(int(lines.get(field, "0 kB").split()[0]) * 1024 for field in fields)
@@ -108,8 +108,8 @@ def gauges() -> dict[str, Callable[[Finished], float]]:
     return {
         "compilations": lambda block: len(compiled),
         "state": lambda block: sum(leaf.nbytes for leaf in jax.tree.leaves(block.state)),
-        "resident": lambda block: held("VmRSS"),
-        "own": lambda block: held("RssAnon", "VmSwap"),
+        "resident": lambda block: status_bytes("VmRSS"),
+        "own": lambda block: status_bytes("RssAnon", "VmSwap"),
         "finite": lambda block: np.isfinite(block.latent).all(),
         "frame": lambda block: (block.index + 1) * len(block.frames),
     }
@@ -156,9 +156,9 @@ def growth(name: str, values: np.ndarray, bound: float = math.inf) -> Row:
     """Medians of the two halves of `values` with their middle halves, and the ratio of the medians."""
     quarters = [np.percentile(half, (50, 25, 75)) for half in np.array_split(values, 2)]
     ratio = quarters[1][0] / quarters[0][0]
-    shown = " -> ".join(f"{middle:.2f} [{low:.2f}, {high:.2f}]" for middle, low, high in quarters)
+    spreads = " -> ".join(f"{middle:.2f} [{low:.2f}, {high:.2f}]" for middle, low, high in quarters)
     limit = "" if bound == math.inf else f"ratio < {bound}"
-    return Row(name, f"{shown}, ratio {ratio:.4f}", limit, bool(ratio < bound))
+    return Row(name, f"{spreads}, ratio {ratio:.4f}", limit, bool(ratio < bound))
 
 
 def findings(exp: Experiment, read: dict[str, np.ndarray], compiled: dict[str, int]) -> list[Row]:
@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         player.show_program,
         player.commit_program,
     )
-    read = endure(toy(exp, args.seed), told(args.blocks, args.every), seed=args.seed)
+    read = endure(toy(exp, args.seed), changing_prompts(args.blocks, args.every), seed=args.seed)
     rows = findings(exp, read, {function.__name__: function._cache_size() for function in jitted})
     print(json.dumps([row._asdict() for row in rows]) if args.json else table(rows))
     return 0 if all(row.holds for row in rows) else 1

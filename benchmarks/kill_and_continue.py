@@ -53,16 +53,16 @@ class Run:
         """The command in a process group of its own."""
         files = ["--out", self.video, "--trace", self.trace, "--state", self.saves]
         command = [sys.executable, "-m", "packforcing_jax", "sample", *self.argv, *files]
-        with (self.folder / "said.txt").open("ab") as said:
+        with (self.folder / "said.txt").open("ab") as log:
             return subprocess.Popen(
                 list(map(str, command)),
-                stdout=said,
-                stderr=said,
+                stdout=log,
+                stderr=log,
                 start_new_session=True,
                 env=os.environ | self.environment,
             )
 
-    def drawn(self) -> int:
+    def traced(self) -> int:
         """Blocks in the trace."""
         return max(0, self.trace.read_bytes().count(b"\n") - 1) if self.trace.exists() else 0
 
@@ -111,7 +111,7 @@ def moments(rng: random.Random, *, blocks: int, every: int, start: float) -> lis
 
 def killed(run: Run, moment: Moment) -> dict:
     """Starts the run, kills its whole process group at the moment, and says where that was and what is left."""
-    drawn = run.drawn()
+    before = run.traced()
     since = time.time()
     until = time.monotonic() + PATIENCE
     process = run.start()
@@ -119,7 +119,7 @@ def killed(run: Run, moment: Moment) -> dict:
     def comes() -> bool:
         if moment.blocks == 0:
             return True
-        return run.drawn() > max(moment.blocks - 1, drawn) and (
+        return run.traced() > max(moment.blocks - 1, before) and (
             run.saving(since) or not moment.in_save
         )
 
@@ -134,25 +134,25 @@ def killed(run: Run, moment: Moment) -> dict:
         "in a save"
         if run.saving(since)
         else "before its first block"
-        if run.drawn() == drawn
+        if run.traced() == before
         else "drawing"
     )
-    found = {
+    outcome = {
         "asked": str(moment),
         "hit": alive,
         "where": where,
-        "drawn": run.drawn(),
+        "drawn": run.traced(),
         "saved": run.saved(),
     }
-    return found | playing(run)
+    return outcome | playing(run)
 
 
 def playing(run: Run) -> dict:
     """How many blocks of the video decode, and whether it is whole blocks and all that was saved."""
     if not run.video.exists() or run.video.stat().st_size == 0:
         return {"shown": 0, "plays": run.saved() == 0}
-    shown, rest = divmod(len(video.read(run.video)), endurance.TOY.cache.block)
-    return {"shown": shown, "plays": rest == 0 and shown >= run.saved()}
+    decoded, rest = divmod(len(video.read(run.video)), endurance.TOY.cache.block)
+    return {"shown": decoded, "plays": rest == 0 and decoded >= run.saved()}
 
 
 def prepared(folder: Path, blocks: int, every: int) -> list[Run]:
@@ -166,7 +166,9 @@ def prepared(folder: Path, blocks: int, every: int) -> list[Run]:
     )
     story = folder / "story.txt"
     story.write_text(
-        "".join(f"{i}: {prompt}\n" for i, prompt in enumerate(endurance.told(blocks, 7)))
+        "".join(
+            f"{i}: {prompt}\n" for i, prompt in enumerate(endurance.changing_prompts(blocks, 7))
+        )
     )
     model = ("--weights", str(folder / "model"), "--timeline", str(story))
     environment = CACHE | {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
@@ -185,7 +187,7 @@ def compared(whole: Run, broken: Run) -> dict[str, bool]:
     return {
         "traces equal, line by line": whole.trace.read_bytes() == broken.trace.read_bytes(),
         "videos equal, byte by byte": whole.video.read_bytes() == broken.video.read_bytes(),
-        "video plays, all blocks": playing(broken) == {"shown": whole.drawn(), "plays": True},
+        "video plays, all blocks": playing(broken) == {"shown": whole.traced(), "plays": True},
         "inspect finds nothing wrong": subprocess.run(inspect, capture_output=True).returncode == 0,
     }
 
@@ -196,7 +198,7 @@ def experiment(folder: Path, *, blocks: int, every: int, seed: int) -> dict:
     short.start().wait()  # leaves what is compiled behind, so that the others start alike
     began = time.monotonic()
     process = whole.start()
-    while whole.drawn() == 0 and process.poll() is None:
+    while whole.traced() == 0 and process.poll() is None:
         time.sleep(0.1)
     start = time.monotonic() - began
     codes = [process.wait()]
@@ -212,7 +214,7 @@ def experiment(folder: Path, *, blocks: int, every: int, seed: int) -> dict:
     if any(codes):
         print((broken.folder / "said.txt").read_text()[-2000:], file=sys.stderr)
         return {"kills": kills, "holds": {f"both runs end with 0 ({codes})": False}}
-    held = {
+    checks = {
         "both runs end with 0": True,
         "ten kills hit": all(kill["hit"] for kill in kills),
         "video plays after every kill": all(kill["plays"] for kill in kills),
@@ -222,22 +224,22 @@ def experiment(folder: Path, *, blocks: int, every: int, seed: int) -> dict:
         "every": every,
         "seed": seed,
         "kills": kills,
-        "holds": held | compared(whole, broken),
+        "holds": checks | compared(whole, broken),
     }
 
 
-def table(found: dict) -> str:
+def table(result: dict) -> str:
     """The outcome as aligned text."""
     lines = [f"{'asked for':<28}{'killed':<26}{'drawn':>6}{'saved':>6}{'shown':>6}"]
     lines += [
         f"{kill['asked']:<28}{kill['where']:<26}{kill['drawn']:>6}{kill['saved']:>6}{kill['shown']:>6}"
-        for kill in found["kills"]
+        for kill in result["kills"]
     ]
     return "\n".join(
         [
             *lines,
             "",
-            *(f"{name}: {'yes' if holds else 'NO'}" for name, holds in found["holds"].items()),
+            *(f"{name}: {'yes' if holds else 'NO'}" for name, holds in result["holds"].items()),
         ]
     )
 
@@ -257,9 +259,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        found = experiment(Path(folder), blocks=args.blocks, every=args.every, seed=args.seed)
-    print(json.dumps(found) if args.json else table(found))
-    return 0 if all(found["holds"].values()) else 1
+        result = experiment(Path(folder), blocks=args.blocks, every=args.every, seed=args.seed)
+    print(json.dumps(result) if args.json else table(result))
+    return 0 if all(result["holds"].values()) else 1
 
 
 if __name__ == "__main__":

@@ -44,16 +44,16 @@ def write(folder: Path, gigabytes: float) -> None:
     from packforcing_jax.io import safetensors_io
 
     rng = np.random.default_rng(0)
-    held = {
+    arrays = {
         name: rng.standard_normal(shape, np.float32) for name, shape in shapes(gigabytes).items()
     }
     with safetensors_io.Writer(
-        folder / "weights.safetensors", {n: (x.shape, x.dtype) for n, x in held.items()}, {}
+        folder / "weights.safetensors", {n: (x.shape, x.dtype) for n, x in arrays.items()}, {}
     ) as file:
-        for name, array in held.items():
+        for name, array in arrays.items():
             file.put(name, array)
     with orbax.StandardCheckpointer() as disk:
-        disk.save(folder / "orbax", held)
+        disk.save(folder / "orbax", arrays)
 
 
 def readers(folder: Path) -> dict[str, Callable[[], dict[str, jax.Array]]]:
@@ -65,11 +65,13 @@ def readers(folder: Path) -> dict[str, Callable[[], dict[str, jax.Array]]]:
     from packforcing_jax.io import model_folder, safetensors_io
 
     mesh = jax.make_mesh((len(jax.devices()),), ("fsdp",), axis_types=(AxisType.Auto,))
-    held = safetensors_io.opened(folder / "weights.safetensors")
-    places = {name: NamedSharding(mesh, PartitionSpec(None, "fsdp")) for name in held}
-    forms = {name: jax.ShapeDtypeStruct(tensor.shape, np.float32) for name, tensor in held.items()}
+    tensors = safetensors_io.opened(folder / "weights.safetensors")
+    shardings = {name: NamedSharding(mesh, PartitionSpec(None, "fsdp")) for name in tensors}
+    forms = {
+        name: jax.ShapeDtypeStruct(tensor.shape, np.float32) for name, tensor in tensors.items()
+    }
     wanted = {
-        name: jax.ShapeDtypeStruct(form.shape, form.dtype, sharding=places[name])
+        name: jax.ShapeDtypeStruct(form.shape, form.dtype, sharding=shardings[name])
         for name, form in forms.items()
     }
 
@@ -83,7 +85,7 @@ def readers(folder: Path) -> dict[str, Callable[[], dict[str, jax.Array]]]:
             safetensors_io.opened(folder / "weights.safetensors"),
             dtype="float32",
             source="weights",
-            shardings=places,
+            shardings=shardings,
         ),
         "orbax": from_orbax,
     }
@@ -130,7 +132,7 @@ def main() -> int:
         slow / fast for slow, fast in zip(seconds["orbax"], seconds["safetensors"], strict=True)
     ]
     low, _, high = statistics.quantiles(ratios, n=4)
-    found = {
+    result = {
         "gigabytes": args.gigabytes,
         "devices": DEVICES,
         "turns": args.turns,
@@ -140,9 +142,9 @@ def main() -> int:
         "quartiles": [round(low, 2), round(high, 2)],
     }
     print(
-        json.dumps(found)
+        json.dumps(result)
         if args.json
-        else "\n".join(f"{name}: {value}" for name, value in found.items())
+        else "\n".join(f"{name}: {value}" for name, value in result.items())
     )
     return 0
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.endurance import held
+from benchmarks.endurance import status_bytes
 from packforcing_jax import pytrees
 from packforcing_jax.config import Experiment, loading
 from packforcing_jax.errors import InputError
@@ -107,7 +107,7 @@ class Watch:
 
     def _watch(self) -> None:
         while not self._ended.wait(PAUSE):
-            self.most = max(self.most, held("RssAnon", "RssShmem"))
+            self.most = max(self.most, status_bytes("RssAnon", "RssShmem"))
 
     def since(self) -> int:
         """The most since this was asked before."""
@@ -153,7 +153,7 @@ def child(folder: Path, room: Path) -> dict[str, int]:
     with Watch() as watch:
         sample(folder, room / "first", watch)
     forget()
-    idle = held("RssAnon", "RssShmem")
+    idle = status_bytes("RssAnon", "RssShmem")
     with Watch() as watch:
         most = sample(folder, room / "second", watch)
     return {"idle": idle} | {part: size - idle for part, size in most.items()}
@@ -181,29 +181,29 @@ def run_child(folder: Path, room: Path) -> dict[str, int]:
 
 def measure(room: Path, exp: Experiment) -> dict[str, Any]:
     """What `plan` says, what was measured, and their ratio."""
-    said = budget.of(exp, 2, compiled=True)
-    print(f"planned: {said.peaks.together / 1e9:.3f} GB at most", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(dir=room) as place:
-        folder = Path(place, "model")
+    costs = budget.of(exp, 2, compiled=True)
+    print(f"planned: {costs.peaks.together / 1e9:.3f} GB at most", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=room) as temporary:
+        folder = Path(temporary, "model")
         write_model(folder, exp)
         size = sum(path.stat().st_size for path in folder.iterdir())
         print(
             f"{exp.name}: {size / 1e9:.2f} GB of weights; once to compile, once to measure",
             file=sys.stderr,
         )
-        found = run_child(folder, Path(place))
-    planned = parts_of(said.peaks)
-    ratio = {part: found[part] / size for part, size in planned.items()}
-    most = {"planned": said.peaks.together, "measured": max(found[part] for part in PARTS)}
+        measured = run_child(folder, Path(temporary))
+    planned = parts_of(costs.peaks)
+    ratio = {part: measured[part] / size for part, size in planned.items()}
+    most = {"planned": costs.peaks.together, "measured": max(measured[part] for part in PARTS)}
     return {
         "config": exp.name,
         "latent": exp.latent,
         "dtypes": vars(exp.dtypes),
         "jax": jax.__version__,
-        "measured": found,
+        "measured": measured,
         "planned": planned,
         "ratio": ratio,
-        "phases": said.peaks.device,
+        "phases": costs.peaks.device,
         "peak": most,
         "peak ratio": most["measured"] / most["planned"],
         "ok": abs(most["measured"] / most["planned"] - 1) <= WITHIN,
@@ -222,18 +222,18 @@ def parts_of(peaks: memory_fit.Peaks) -> dict[str, int]:
     }
 
 
-def table(found: Mapping[str, Any]) -> Iterator[str]:
+def table(result: Mapping[str, Any]) -> Iterator[str]:
     """The outcome as aligned text."""
     yield (
-        f"{found['config']}, latent {found['latent']}, {found['dtypes']['params']} weights, two blocks on a CPU, "
-        f"jax {found['jax']}; idle process {found['measured']['idle'] / 1e9:.3f} GB"
+        f"{result['config']}, latent {result['latent']}, {result['dtypes']['params']} weights, two blocks on a CPU, "
+        f"jax {result['jax']}; idle process {result['measured']['idle'] / 1e9:.3f} GB"
     )
     yield f"{'above the idle process':<32}{'planned':>12}{'measured':>12}{'ratio':>9}"
-    rows = {part: (size, found["measured"][part]) for part, size in found["planned"].items()}
-    for part, (said, now) in (rows | {"peak": tuple(found["peak"].values())}).items():
-        yield f"{part:<32}{said / 1e9:>9.3f} GB{now / 1e9:>9.3f} GB{now / said:>9.3f}"
+    rows = {part: (size, result["measured"][part]) for part, size in result["planned"].items()}
+    for part, (planned, now) in (rows | {"peak": tuple(result["peak"].values())}).items():
+        yield f"{part:<32}{planned / 1e9:>9.3f} GB{now / 1e9:>9.3f} GB{now / planned:>9.3f}"
     yield "planned by phase: " + ", ".join(
-        f"{name} {size / 1e9:.3f} GB" for name, size in found["phases"].items()
+        f"{name} {size / 1e9:.3f} GB" for name, size in result["phases"].items()
     )
 
 
@@ -264,12 +264,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     jax.config.update("jax_platforms", "cpu")
     try:
-        found = measure(args.room, loading.load_experiment(args.config, [*SETS, *args.overrides]))
+        result = measure(args.room, loading.load_experiment(args.config, [*SETS, *args.overrides]))
     except InputError as error:
         print(f"measure_peak: {error}", file=sys.stderr)
         return error.exit_code
-    print(json.dumps(found) if args.json else "\n".join(table(found)))
-    return 0 if found["ok"] else 1
+    print(json.dumps(result) if args.json else "\n".join(table(result)))
+    return 0 if result["ok"] else 1
 
 
 if __name__ == "__main__":

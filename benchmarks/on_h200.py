@@ -83,17 +83,17 @@ class Trial:
 def timed(call: Callable[..., Any], every: Sequence[tuple], operations: int) -> Row:
     """Times of one `call`, run once on each of `every` tuples of arrays by one program that hides the cost of calls."""
     program = jax.jit(lambda every: [call(*args) for args in every])
-    found = timing.measure(
+    times = timing.measure(
         {"": lambda state: (state, program(every))}, None, warmup=WARMUP, repeats=REPEATS
     )[""]
-    low, high = found.quartiles
-    seconds = found.median / len(every)
+    low, high = times.quartiles
+    seconds = times.median / len(every)
     return {
         "ms": 1e3 * seconds,
         "low": 1e3 * low / len(every),
         "high": 1e3 * high / len(every),
         "tflops": operations / seconds / 1e12,
-        "first_call": found.first,
+        "first_call": times.first,
     }
 
 
@@ -228,16 +228,16 @@ def _taps(x) -> list[jax.Array]:
 
 
 def frames_on_channels(x, kernel):
-    seen = jnp.concatenate(_taps(x), axis=-1)
+    stacked = jnp.concatenate(_taps(x), axis=-1)
     weights = jnp.concatenate(list(kernel), axis=-2)
-    flat = _convolve(seen, weights, ("NHWC", "HWIO", "NHWC"))
+    flat = _convolve(stacked, weights, ("NHWC", "HWIO", "NHWC"))
     return flat.reshape(x.shape[0], -1, *flat.shape[1:])
 
 
 def sum_of_taps(x, kernel):
     each = [
-        _convolve(seen, tap, ("NHWC", "HWIO", "NHWC"))
-        for seen, tap in zip(_taps(x), kernel, strict=True)
+        _convolve(frames, tap, ("NHWC", "HWIO", "NHWC"))
+        for frames, tap in zip(_taps(x), kernel, strict=True)
     ]
     flat = each[0] + each[1] + each[2]
     return flat.reshape(x.shape[0], -1, *flat.shape[1:])
@@ -273,21 +273,21 @@ def model(exp: Experiment):
 
 def part(name: str, exp: Experiment) -> Row:
     """A part of a block behind a full memory."""
-    found = bench.report(bench.measure(model(exp), [name], warmup=WARMUP, repeats=REPEATS))
-    row = found["parts"][name]
+    report = bench.report(bench.measure(model(exp), [name], warmup=WARMUP, repeats=REPEATS))
+    row = report["parts"][name]
     figures = {
         "ms": 1e3 * row["median"],
         "low": 1e3 * row["low"],
         "high": 1e3 * row["high"],
         "first_call": row["first_call"],
-        "ceiling": found["ceiling"]["operations_per_second"] / 1e12,
+        "ceiling": report["ceiling"]["operations_per_second"] / 1e12,
     }
     work = (
         {"tflops": row["operations_per_second"] / 1e12, "share": row["share"]}
         if "share" in row
         else {"gigabytes_per_second": row["bytes_per_second"] / 1e9}
     )
-    speed = {"frames_per_second": found["frames_per_second"]} if name == "second" else {}
+    speed = {"frames_per_second": report["frames_per_second"]} if name == "second" else {}
     return figures | work | speed
 
 
@@ -352,14 +352,14 @@ def child(numbers: Sequence[int], toy: bool) -> None:
 def smi(fields: str) -> str | None:
     """What nvidia-smi says of the first GPU."""
     try:
-        told = subprocess.run(
+        done = subprocess.run(
             ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
             capture_output=True,
             text=True,
             timeout=20,
             check=True,
         )
-        return told.stdout.splitlines()[0].strip()
+        return done.stdout.splitlines()[0].strip()
     except (OSError, subprocess.SubprocessError, IndexError):
         return None
 
@@ -383,8 +383,8 @@ def launch(numbers: Sequence[int], flags: str, toy: bool) -> tuple[list[Row], st
             argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60 * MINUTES
         )
         out = done.stdout
-        said = (done.stderr.strip().splitlines() or [""])[-1][:200]
-        ended = f"the process ended with code {done.returncode}: {said}"
+        reason = (done.stderr.strip().splitlines() or [""])[-1][:200]
+        ended = f"the process ended with code {done.returncode}: {reason}"
     except subprocess.TimeoutExpired as late:
         out = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
         ended = f"the process was stopped after {MINUTES} minutes"
@@ -435,16 +435,16 @@ def run(args: argparse.Namespace, start: Callable[..., tuple[list[Row], str]] = 
     groups = list(dict.fromkeys(trial.group for trial in TRIALS))
     for name in args.only:
         require(name in groups, f"--only {name} is unknown; {nearest(name, groups)}")
-    told, ended = start([], "", args.toy)
-    require(bool(told), f"jax does not start: {ended}.")
+    machine, ended = start([], "", args.toy)
+    require(bool(machine), f"jax does not start: {ended}.")
     require(
-        args.toy or told[0]["platform"] == "gpu",
-        f"no GPU here, only {told[0]['device']}; full size is meant for "
+        args.toy or machine[0]["platform"] == "gpu",
+        f"no GPU here, only {machine[0]['device']}; full size is meant for "
         "an H200, --toy runs anywhere.",
     )
-    made: dict[str, Any] = {"machine": told[0], "config": CONFIG, "toy": args.toy, "trials": []}
+    made: dict[str, Any] = {"machine": machine[0], "config": CONFIG, "toy": args.toy, "trials": []}
     print(
-        f"{CONFIG}{', toy sizes' if args.toy else ''}, on {told[0]['device']}, jax {told[0]['jax']}"
+        f"{CONFIG}{', toy sizes' if args.toy else ''}, on {machine[0]['device']}, jax {machine[0]['jax']}"
     )
     for number, row in results(
         [i for i, trial in enumerate(TRIALS) if not args.only or trial.group in args.only],

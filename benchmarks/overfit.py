@@ -1,7 +1,7 @@
 """Every objective learns eight clips by heart: by its loss, or by its own aim where that need not fall.
 
-`ends`: how far guesses at the student's steps are from where the teacher's ways end. `distance`: how far videos are
-from the clips, as the oracle reads both.
+`ends`: how far estimates at the student's steps are from where the teacher's trajectories end. `distance`: how far
+videos are from the clips, as the oracle reads both.
 
     python -m benchmarks.overfit --out runs/overfit        # two CPU cores: minutes; exit 1 if a bound breaks
 """
@@ -12,12 +12,13 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax import Array
 
 from packforcing_jax.cli import main as program
 from packforcing_jax.config import Stage, loading
@@ -26,6 +27,7 @@ from packforcing_jax.networks import mesh
 from packforcing_jax.sampling.pipeline import Pipeline
 from packforcing_jax.stage import captions, data, oracle, world
 from packforcing_jax.training import batches, exports, logs, objectives, paths, runs, state
+from packforcing_jax.training.batches import Flat
 
 CONFIG = "stage_overfit"
 CLIPS = 8
@@ -69,52 +71,54 @@ def clips() -> list[world.Story]:
 def distance(folder: Path) -> float:
     """The share of the oracle's readings in which videos to the clips' prompts differ from the clips."""
     model = Pipeline.from_pretrained(folder)
-    told = DRAWN * clips()
+    stories = DRAWN * clips()
     prompts = [
-        [captions.caption(story, block) for block in range(len(story.guests))] for story in told
+        [captions.caption(story, block) for block in range(len(story.guests))] for story in stories
     ]
     frames, _ = stage_figures.play(
-        model, prompts, seeds=[SEED] * len(told), videos=range(len(told))
+        model, prompts, seeds=[SEED] * len(stories), videos=range(len(stories))
     )
-    pairs = zip(map(oracle.read, frames), map(stage_figures.true_reading, told), strict=True)
+    pairs = zip(map(oracle.read, frames), map(stage_figures.true_reading, stories), strict=True)
     return float(
         np.mean(
-            [[getattr(seen, name) != getattr(true, name) for name in READ] for seen, true in pairs]
+            [[getattr(read, name) != getattr(true, name) for name in READ] for read, true in pairs]
         )
     )
 
 
 def from_ends(stage: Stage, folders: Sequence[Path]) -> list[float]:
-    """How far each model's guesses at the student's steps are, squared, from where its teacher's ways end."""
+    """How far each model's estimates at the student's steps are, squared, from where its teacher's trajectories end."""
     train = stage.train
     grid = mesh.make(stage.train.mesh)
     exp = state.variant(stage.experiment, train, SEED, 0)
     form = runs.abstract(exp, train, runs.Program(), SEED, grid)
     taught = runs.others(exp, train, form, grid)["teacher"]
-    told = next(runs.data(exp, train, SEED, runs.Program()))
+    raw_batch = next(runs.data(exp, train, SEED, runs.Program()))
 
     @jax.jit
-    def missed(student: Any, teacher: Any, raw: Any, key: Any) -> Any:
+    def missed(student: Flat, teacher: Flat, raw: Mapping[str, Array], key: Array) -> Array:
         model = batches.as_model(exp, student)
         batch = batches.encode(exp, batches.as_codec(exp, {}), raw)
         states = batches.text_states(model, batch.text)
         noise = jax.random.normal(key, batch.latent.shape)
-        way = paths.way(batches.as_model(exp, teacher), exp, train, noise, states, behind=batch)
-        batch = dataclasses.replace(batch, trajectory=way)
+        trajectory = paths.trajectory(
+            batches.as_model(exp, teacher), exp, train, noise, states, behind=batch
+        )
+        batch = dataclasses.replace(batch, trajectory=trajectory)
         return objectives.trajectory(batches.Networks(generator=model), batch, key, exp, train)[0]
 
     students = [exports.network(str(folder), form.params["generator"], grid) for folder in folders]
-    return [float(missed(student, taught, told, jax.random.key(SEED))) for student in students]
+    return [float(missed(student, taught, raw_batch, jax.random.key(SEED))) for student in students]
 
 
 def losses(folder: Path) -> tuple[float, float]:
     """The first and the last few losses of a run, averaged."""
-    found = [json.loads(line)["loss"] for line in (folder / logs.LINES).read_text().splitlines()]
-    return float(np.mean(found[:LOGGED])), float(np.mean(found[-LOGGED:]))
+    logged = [json.loads(line)["loss"] for line in (folder / logs.LINES).read_text().splitlines()]
+    return float(np.mean(logged[:LOGGED])), float(np.mean(logged[-LOGGED:]))
 
 
-def ways(out: Path) -> Path:
-    """A data set of the teacher's ways to the clips' first prompts."""
+def trajectories(out: Path) -> Path:
+    """A data set of the teacher's trajectories to the clips' first prompts."""
     prompts = out / "prompts.txt"
     made = out / "ways"
     prompts.write_text("\n".join(captions.caption(story, 0) for story in clips()))
@@ -146,7 +150,9 @@ def rows(out: Path) -> Iterator[Row]:
     for stage in (each.name for each in recipe):
         began = time.monotonic()
         overrides = (
-            ["--set", f"trajectory:train.source.path={ways(out)}"] if stage == "trajectory" else []
+            ["--set", f"trajectory:train.source.path={trajectories(out)}"]
+            if stage == "trajectory"
+            else []
         )
         run("train", "--config", CONFIG, "--stage", stage, "--out", out, "--seed", SEED, *overrides)
         seconds = time.monotonic() - began
@@ -167,10 +173,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/overfit"), metavar="DIR", help="where the runs go"
     )
-    asked = parser.parse_args(argv)
-    asked.out.mkdir(parents=True, exist_ok=True)
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
     failed = 0
-    for row in rows(asked.out):
+    for row in rows(args.out):
         failed += not row.ok
         print(
             f"{row.stage:<12} {row.measure:<9} {row.before:.4f} -> {row.after:.4f}, at most "

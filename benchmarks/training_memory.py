@@ -29,8 +29,9 @@ from benchmarks.compile_for_h200 import Row
 from packforcing_jax import pytrees
 from packforcing_jax.config import Experiment, TrainConfig, loading
 from packforcing_jax.networks import codec, dit, mesh
-from packforcing_jax.plan import hlo
+from packforcing_jax.plan import hlo, jaxpr_cost
 from packforcing_jax.training import rollout, runs
+from packforcing_jax.training.state import TrainState
 
 COUNT = 8
 SETTINGS = (
@@ -65,11 +66,22 @@ def devices(on_gpus: bool) -> Sequence[Any]:
     ).devices
 
 
-def frozen(exp: Experiment, form: Any, grid: jax.sharding.Mesh) -> dict[str, Any]:
-    """Shapes and places of what a step reads and leaves alone."""
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a step is compiled for: its settings, and shapes and shardings of all that it works on."""
+
+    exp: Experiment
+    train: TrainConfig
+    state: TrainState
+    frozen: Mapping[str, Any]  # what a step reads and leaves alone
+    grid: jax.sharding.Mesh
+
+
+def frozen(exp: Experiment, state: TrainState, grid: jax.sharding.Mesh) -> dict[str, Any]:
+    """Shapes and shardings of what a step reads and leaves alone."""
     teacher = {
         path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(exp.dtypes.params), sharding=leaf.sharding)
-        for path, leaf in form.params["generator"].items()
+        for path, leaf in state.params["generator"].items()
         if path.startswith("dit/")
     }
     everywhere = jax.sharding.NamedSharding(grid, jax.sharding.PartitionSpec())
@@ -83,7 +95,7 @@ def frozen(exp: Experiment, form: Any, grid: jax.sharding.Mesh) -> dict[str, Any
     }
 
 
-def held(tree: Any) -> int:
+def device_bytes(tree: jaxpr_cost.Tree) -> int:
     """Bytes of a tree of placed shapes on each device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -91,8 +103,12 @@ def held(tree: Any) -> int:
     )
 
 
-def state_rows(exp: Experiment, form: Any, others: Mapping[str, Any], parts: int) -> Iterator[Row]:
+def state_rows(setup: Setup) -> Iterator[Row]:
     """What each device holds between steps, beside an equal share of the transformer's parameters, times bytes each."""
+    exp = setup.exp
+    state = setup.state
+    teacher = setup.frozen["teacher"]
+    parts = setup.grid.shape["fsdp"] * setup.grid.shape["tensor"]
     count = sum(
         math.prod(leaf.shape)
         for leaf in pytrees.flatten(
@@ -101,21 +117,23 @@ def state_rows(exp: Experiment, form: Any, others: Mapping[str, Any], parts: int
     )
     half = jnp.dtype(exp.dtypes.params).itemsize
     table = (
-        ("generator", form.params["generator"], 4),
-        ("its average", form.ema, 4),
-        ("its moments", (form.opt["generator"], form.opt["compressor"]), 8),
-        ("critic", form.params["critic"], 4),
-        ("its moments", form.opt["critic"], 8),
-        ("teacher", others["teacher"], half),
-        ("all", (form, others["teacher"]), 28 + half),
-        ("all, with gradients", (form, others["teacher"], form.params["generator"]), 32 + half),
+        ("generator", state.params["generator"], 4),
+        ("its average", state.ema, 4),
+        ("its moments", (state.opt["generator"], state.opt["compressor"]), 8),
+        ("critic", state.params["critic"], 4),
+        ("its moments", state.opt["critic"], 8),
+        ("teacher", teacher, half),
+        ("all", (state, teacher), 28 + half),
+        ("all, with gradients", (state, teacher, state.params["generator"]), 32 + half),
     )
     for name, tree, each in table:
-        known = held(tree)
+        known = device_bytes(tree)
         share = each * count / parts
         ok = known <= ROOM * share if name.startswith("all") else None
         yield Row("state", name, f"{known / 1e9:.2f} GB; {share / 1e9:.2f} of equal shares", ok)
-    yield Row("state", "codec, whole on each", f"{held(others['codec']) / 1e9:.2f} GB", None)
+    yield Row(
+        "state", "codec, whole on each", f"{device_bytes(setup.frozen['codec']) / 1e9:.2f} GB", None
+    )
 
 
 def exchanged(text: str) -> tuple[Counter, Counter]:
@@ -123,36 +141,31 @@ def exchanged(text: str) -> tuple[Counter, Counter]:
 
     What stands in a loop is counted once.
     """
-    places = Counter()
+    counts = Counter()
     volume = Counter()
     for result, kind in COLLECTIVE.findall(text):
         for item, sizes in hlo.ARRAY.findall(result):
             shape = item, tuple(int(size) for size in sizes.split(",") if size)
-            places[kind, item] += 1
+            counts[kind, item] += 1
             volume[kind, item] += hlo.size(shape)
-    return places, volume
+    return counts, volume
 
 
-def step_rows(
-    exp: Experiment,
-    train: TrainConfig,
-    name: str,
-    form: Any,
-    others: Mapping[str, Any],
-    grid: jax.sharding.Mesh,
-    *,
-    on_gpus: bool,
-) -> Iterator[Row]:
+def step_rows(setup: Setup, name: str, *, on_gpus: bool) -> Iterator[Row]:
     """What one step needs beside the state, and what the devices exchange in it."""
+    exp = setup.exp
+    state = setup.state
     start = time.monotonic()
     states = jax.ShapeDtypeStruct(
-        (train.batch, exp.dit.text_len, exp.dit.text_dim),
+        (setup.train.batch, exp.dit.text_len, exp.dit.text_dim),
         jnp.bfloat16,
-        sharding=mesh.batch_sharding(grid),
+        sharding=mesh.batch_sharding(setup.grid),
     )
-    with jax.set_mesh(grid):
-        update = runs.compiled(exp, train, runs.Program(), form, grid)
-        done = update.lower(form, others, {"states": states}, np.uint32(0), (name,), exp).compile()
+    with jax.set_mesh(setup.grid):
+        update = runs.compiled(exp, setup.train, runs.Program(), state, setup.grid)
+        done = update.lower(
+            state, setup.frozen, {"states": states}, np.uint32(0), (name,), exp
+        ).compile()
     stats: Any = done.memory_analysis()
     peak = (
         stats.argument_size_in_bytes
@@ -163,17 +176,17 @@ def step_rows(
     yield Row(
         name,
         "state handed back in place",
-        f"{stats.alias_size_in_bytes / 1e9:.2f} of {held(form) / 1e9:.2f} GB",
-        stats.alias_size_in_bytes >= held(form) - 64,
+        f"{stats.alias_size_in_bytes / 1e9:.2f} of {device_bytes(state) / 1e9:.2f} GB",
+        stats.alias_size_in_bytes >= device_bytes(state) - 64,
     )
     yield Row(name, "temporary memory", f"{stats.temp_size_in_bytes / 1e9:.2f} GB", None)
     yield Row(
         name, "in all on each device", f"{peak / 1e9:.2f} GB", peak < PEAK if on_gpus else None
     )
-    places, volume = exchanged(done.as_text())
-    for key in sorted(places):
+    counts, volume = exchanged(done.as_text())
+    for key in sorted(counts):
         yield Row(
-            name, f"{key[0]} of {key[1]}", f"{places[key]} times, {volume[key] / 1e6:,.1f} MB", None
+            name, f"{key[0]} of {key[1]}", f"{counts[key]} times, {volume[key] / 1e6:,.1f} MB", None
         )
     wanted = sum(size for (kind, _), size in volume.items() if kind in KINDS[:2]) / max(
         sum(volume.values()), 1
@@ -190,7 +203,7 @@ def step_rows(
 def run(args: argparse.Namespace) -> int:
     """Prints the report; 1 if a check failed."""
     on_gpus = gpus() and not args.cpu
-    found = devices(on_gpus)
+    chips = devices(on_gpus)
     stage = loading.load_stage(args.config, (*SETTINGS, *args.overrides))
     exp = stage.experiment
     train = stage.train
@@ -198,20 +211,20 @@ def run(args: argparse.Namespace) -> int:
         rollout.for_training(exp, exp.blocks, exp.cache.sink, top=train.cover.top),
         attention="cudnn" if on_gpus else "xla",
     )
-    grid = mesh.make(train.mesh, found)
+    grid = mesh.make(train.mesh, chips)
     mesh.check(exp, train, grid)
-    form = runs.abstract(exp, train, runs.Program(), 0, grid)
-    others = frozen(exp, form, grid)
-    rows = list(state_rows(exp, form, others, grid.shape["fsdp"] * grid.shape["tensor"]))
+    state = runs.abstract(exp, train, runs.Program(), 0, grid)
+    setup = Setup(exp, train, state, frozen(exp, state, grid), grid)
+    rows = list(state_rows(setup))
     for name in filter(None, args.steps.split(",")):
-        rows += step_rows(exp, train, name, form, others, grid, on_gpus=on_gpus)
+        rows += step_rows(setup, name, on_gpus=on_gpus)
     what = (
         f"{COUNT} x {compile_for_h200.DEVICE.stem.upper()}"
         if on_gpus
         else f"{COUNT} fake CPU devices"
     )
     sizes = ", ".join(f"{name}={size}" for name, size in grid.shape.items())
-    return compile_for_h200.told(
+    return compile_for_h200.print_report(
         rows,
         f"{args.config} on {what} ({sizes})",
         as_json=args.json,

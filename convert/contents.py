@@ -7,11 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from packforcing_jax.convert import networks, rules, umt5, wan_dit
-from packforcing_jax.convert.sources import Found, Group
+from packforcing_jax.convert.sources import Content, Group, Inputs
 
 from packforcing_jax.errors import InputError, require
 from packforcing_jax.io.safetensors_io import Tensor
@@ -60,20 +59,20 @@ class Offer:
     tensors: Mapping[str, Tensor]
 
 
-def sort(found: Found, network: str | None = None, kind: str | None = None) -> Contents:
+def sort(inputs: Inputs, network: str | None = None, kind: str | None = None) -> Contents:
     """The tensors of all groups by network; `network` and `kind` are what the user wants of them."""
     contents = Contents()
     offers = defaultdict(list)
-    tables = {group.origin: _tables(group.content) for group in found.groups}
-    known = {key for per_group in tables.values() for place in per_group for key in place}
+    tables = {group.origin: _tables(group.content) for group in inputs.groups}
+    known = {key for per_group in tables.values() for path in per_group for key in path}
     require(
         network is None or not known.isdisjoint({network, f"{network}_{LORA}"}),
         f"no source has a network called {network!r}; they have {', '.join(sorted(known)[:8]) or 'one each'}.",
     )
-    for group in found.groups:
+    for group in inputs.groups:
         named = _plain(_chosen(tables[group.origin], group, network, contents), group, contents)
-        for part, held in _by_part(named, group, kind, contents).items():
-            offers[part].append(Offer(group, held))
+        for part, tensors in _by_part(named, group, kind, contents).items():
+            offers[part].append(Offer(group, tensors))
         _note_alpha(group, contents)
     for part, each in offers.items():
         _settle(part, each, contents)
@@ -85,15 +84,17 @@ def sort(found: Found, network: str | None = None, kind: str | None = None) -> C
 
 def transformers(group: Group) -> tuple[str, ...]:
     """The entries of a file that hold a transformer, such as `generator`; "" is a table that names no network."""
-    places = [
-        place
-        for place, table in _tables(group.content).items()
+    paths = [
+        path
+        for path, table in _tables(group.content).items()
         if any(WRAPPERS.sub("", name) == FIRST for name in table)
     ]
-    return tuple(next((key for key in place if key not in WHOLE), "") for place in places)
+    return tuple(next((key for key in path if key not in WHOLE), "") for path in paths)
 
 
-def _tables(content: Any, place: tuple[str, ...] = ()) -> dict[tuple[str, ...], dict[str, Tensor]]:
+def _tables(
+    content: Content, path: tuple[str, ...] = ()
+) -> dict[tuple[str, ...], dict[str, Tensor]]:
     """Every table that has tensors itself, by the keys that lead to it."""
     items = (
         content.items()
@@ -107,17 +108,17 @@ def _tables(content: Any, place: tuple[str, ...] = ()) -> dict[tuple[str, ...], 
     named = {str(key): value for key, value in items}
     require(
         not named or len(named) == len(content),
-        f"{'.'.join(place) or 'the file'} has a number and a text as keys that read alike; re-save it.",
+        f"{'.'.join(path) or 'the file'} has a number and a text as keys that read alike; re-save it.",
     )
     for key, value in named.items():
         if isinstance(value, Tensor):
             own[key] = value
         else:
-            inner |= _tables(value, (*place, key))
-    return ({place: own} if own else {}) | inner
+            inner |= _tables(value, (*path, key))
+    return ({path: own} if own else {}) | inner
 
 
-def _listed(content: Any) -> bool:
+def _listed(content: Content) -> bool:
     return isinstance(content, list | tuple)
 
 
@@ -129,48 +130,48 @@ def _chosen(
 ) -> dict[str, Tensor]:
     """The tensors of the tables that are meant, of a network and of a LoRA; the others are noted as ignored."""
     loras = [
-        place
-        for place, table in tables.items()
+        path
+        for path, table in tables.items()
         if all(LORA_NAME.match(n) or ALPHA.match(n) for n in table)
     ]
-    others = [place for place in tables if place not in loras]
+    others = [path for path in tables if path not in loras]
     preferred = (network, *PREFERRED) if network else PREFERRED
-    places = [
+    paths = [
         *_pick(others, preferred, group),
         *_pick(loras, [f"{name}_{LORA}" for name in preferred], group),
     ]
-    for place, table in tables.items():
-        if place not in places:
-            reason = f"of {'.'.join(place) or 'no network'}, which was not chosen"
+    for path, table in tables.items():
+        if path not in paths:
+            reason = f"of {'.'.join(path) or 'no network'}, which was not chosen"
             contents.ignored += [
                 Ignored(t.name, t.origin, reason, "dit", t) for t in table.values()
             ]
     contents.ignored += [
         Ignored(name, group.origin, "no tensor") for name in _numbers(group.content)
     ]
-    return {name: tensor for place in places for name, tensor in tables[place].items()}
+    return {name: tensor for path in paths for name, tensor in tables[path].items()}
 
 
 def _pick(
-    places: Sequence[tuple[str, ...]], preferred: Sequence[str], group: Group
+    paths: Sequence[tuple[str, ...]], preferred: Sequence[str], group: Group
 ) -> list[tuple[str, ...]]:
-    """The one table that is meant of those at `places`, if there are any."""
-    for found in (
-        *([place for place in places if key in place] for key in preferred),
-        [place for place in places if not place],
-        places,
+    """The one table that is meant of those at `paths`, if there are any."""
+    for matches in (
+        *([path for path in paths if key in path] for key in preferred),
+        [path for path in paths if not path],
+        paths,
     ):
-        if len(found) == 1:
-            return list(found)
-        names = ", ".join(sorted({place[0] for place in found if place})[:8])
+        if len(matches) == 1:
+            return list(matches)
+        names = ", ".join(sorted({path[0] for path in matches if path})[:8])
         require(
-            not found,
+            not matches,
             f"{group.origin} holds several networks ({names}); choose one with --network NAME.",
         )
     return []
 
 
-def _numbers(content: Any) -> Iterator[str]:
+def _numbers(content: Content) -> Iterator[str]:
     """What a trainer's file holds beside tensors, such as step counters."""
     if isinstance(content, dict):
         yield from (
@@ -183,9 +184,9 @@ def _numbers(content: Any) -> Iterator[str]:
 def _note_alpha(group: Group, contents: Contents) -> None:
     """Notes how strong the LoRA of a group is, if something beside its tensors says so."""
     beside = group.content if isinstance(group.content, dict) else {}
-    told = [table.get(key) for table in (beside, group.adapter) for key in ALPHAS]
+    values = [table.get(key) for table in (beside, group.adapter) for key in ALPHAS]
     contents.alpha = next(
-        (float(value) for value in told if isinstance(value, int | float)), contents.alpha
+        (float(value) for value in values if isinstance(value, int | float)), contents.alpha
     )
     require(
         math.isfinite(contents.alpha or 0),
@@ -267,14 +268,14 @@ def _hint(named: Mapping[str, Tensor]) -> str:
     )
 
 
-def _put(held: dict[str, Tensor], name: str, tensor: Tensor, wrong: rules.Mismatches) -> None:
-    if name in held:
+def _put(table: dict[str, Tensor], name: str, tensor: Tensor, wrong: rules.Mismatches) -> None:
+    if name in table:
         wrong["named twice"].append(
             " and ".join(
-                f"{each.name} of {Path(each.origin).name}" for each in (tensor, held[name])
+                f"{each.name} of {Path(each.origin).name}" for each in (tensor, table[name])
             )
         )
-    held.setdefault(name, tensor)
+    table.setdefault(name, tensor)
 
 
 def _settle(part: str, offers: Sequence[Offer], contents: Contents) -> None:
@@ -294,7 +295,7 @@ def _settle(part: str, offers: Sequence[Offer], contents: Contents) -> None:
     ]
 
 
-# Twins
+# Copies
 
 
 def plain_bytes(array: np.ndarray) -> np.ndarray:
@@ -307,13 +308,13 @@ def digest(array: np.ndarray) -> str:
     return hashlib.sha256(plain_bytes(array).data).hexdigest()
 
 
-def _check_copy(twin: Tensor, shared: Tensor, contents: Contents) -> None:
+def _check_copy(copy: Tensor, shared: Tensor, contents: Contents) -> None:
     """Leaves out the second copy of the embedding, which must be one."""
-    same = (twin.shape, twin.dtype) == (shared.shape, shared.dtype) and digest(
-        twin.read()
+    same = (copy.shape, copy.dtype) == (shared.shape, shared.dtype) and digest(
+        copy.read()
     ) == digest(shared.read())
     if not same:
-        contents.wrong[f"unlike {shared.name}"].append(twin.name)
+        contents.wrong[f"unlike {shared.name}"].append(copy.name)
     contents.ignored.append(
-        Ignored(twin.name, twin.origin, f"the same as {shared.name}", "text", twin)
+        Ignored(copy.name, copy.origin, f"the same as {shared.name}", "text", copy)
     )

@@ -6,9 +6,11 @@ from typing import Any
 
 from packforcing_jax.convert import networks, wan_dit, wan_vae
 from packforcing_jax.convert.contents import Contents
+from packforcing_jax.convert.networks import PartConfig
 
-from packforcing_jax.config import Experiment, VAEConfig, loading
+from packforcing_jax.config import DiTConfig, Experiment, VAEConfig, loading
 from packforcing_jax.io import model_folder
+from packforcing_jax.networks.codec import Config
 
 
 def describe(
@@ -23,24 +25,24 @@ def describe(
 
     Parts `taken` from model folders bring their settings; what was assumed goes to `notes`.
     """
-    found = {part: _from_weights(part, contents, template) for part in contents.networks}
-    found |= {part: getattr(model.experiment, part) for part, model in taken.items()}
-    dit = found.get("dit", template.dit)
-    if "codec" not in found:
-        found["codec"] = _codec_for(dit.in_channels, template.codec, notes)
+    parts = {part: _from_weights(part, contents, template) for part in contents.networks}
+    parts |= {part: getattr(model.experiment, part) for part, model in taken.items()}
+    dit = parts.get("dit", template.dit)
+    if "codec" not in parts:
+        parts["codec"] = _codec_for(dit.in_channels, template.codec, notes)
     if "dit" in contents.networks and "dit" not in taken:
         _note_heads(contents, dit, template, overrides, notes)
-    found.setdefault("compressor", dataclasses.replace(template.compressor, branches="lr"))
-    codec = found.pop("codec")
+    parts.setdefault("compressor", dataclasses.replace(template.compressor, branches="lr"))
+    codec = parts.pop("codec")
     start = dataclasses.replace(
         template, codec=codec, dit=dataclasses.replace(template.dit, in_channels=codec.z_dim)
     )
-    given = [
+    sizes = [
         f"{part}.{field.name}={getattr(cfg, field.name)!r}"
-        for part, cfg in found.items()
+        for part, cfg in parts.items()
         for field in dataclasses.fields(cfg)
     ]
-    return loading.override(start, [*given, *overrides])
+    return loading.override(start, [*sizes, *overrides])
 
 
 def _from_weights(part: str, contents: Contents, template: Experiment) -> Any:
@@ -54,16 +56,16 @@ def _from_weights(part: str, contents: Contents, template: Experiment) -> Any:
     return settings[0] if settings else cfg
 
 
-def _settings(part: str, contents: Contents, cfg: Any) -> list[Any]:
+def _settings(part: str, contents: Contents, cfg: PartConfig) -> list[PartConfig]:
     """What the settings beside the weights of a part say, where they are about it."""
-    told = (
+    candidates = (
         networks.described(part, group.settings, cfg, group.origin)
         for group in contents.groups[part]
     )
-    return [each for each in told if each is not None]
+    return [each for each in candidates if each is not None]
 
 
-def _codec_for(channels: int, codec: Any, notes: list[str]) -> Any:
+def _codec_for(channels: int, codec: Config, notes: list[str]) -> Config:
     """The template's codec if its latents have this many channels, else one of that many that are not normalised."""
     if codec.z_dim == channels:
         return codec
@@ -75,10 +77,14 @@ def _codec_for(channels: int, codec: Any, notes: list[str]) -> Any:
 
 
 def _note_heads(
-    contents: Contents, dit: Any, template: Experiment, overrides: Sequence[str], notes: list[str]
+    contents: Contents,
+    dit: DiTConfig,
+    template: Experiment,
+    overrides: Sequence[str],
+    notes: list[str],
 ) -> None:
-    told = any(each.partition("=")[0].strip() == "dit.heads" for each in overrides)
+    stated = any(each.partition("=")[0].strip() == "dit.heads" for each in overrides)
     assumed = (
-        None if told or _settings("dit", contents, dit) else wan_dit.assumption(dit, template.dit)
+        None if stated or _settings("dit", contents, dit) else wan_dit.assumption(dit, template.dit)
     )
     notes += [assumed] if assumed else []

@@ -20,25 +20,28 @@ Watch: TypeAlias = Callable[
 
 def originals(model: model_folder.Opened, part: str, wrong: rules.Mismatches) -> dict[str, Tensor]:
     """The tensors of a part by original name, as checkpoints have them; the part must be whole."""
-    held = model.part(part)
+    tensors = model.part(part)
     rules.fit(
-        held,
-        {path: rules.Place(path) for path in held},
+        tensors,
+        {path: rules.Target(path) for path in tensors},
         networks.wanted(part, model.experiment),
         wrong,
         f"{part}/",
     )
-    shapes = {path: tensor.shape for path, tensor in held.items()}
+    shapes = {path: tensor.shape for path, tensor in tensors.items()}
     sizes = networks.merged_axes(model.experiment)
-    places = rules.sources(shapes, networks.NETWORKS[part].table, wrong, f"{part}/")
-    return {name: _original(name, held[place.path], place, sizes) for name, place in places.items()}
+    targets = rules.sources(shapes, networks.NETWORKS[part].table, wrong, f"{part}/")
+    return {
+        name: _original(name, tensors[target.path], target, sizes)
+        for name, target in targets.items()
+    }
 
 
-def _original(name: str, tensor: Tensor, place: rules.Place, sizes: dict[str, int]) -> Tensor:
+def _original(name: str, tensor: Tensor, target: rules.Target, sizes: dict[str, int]) -> Tensor:
     """What a checkpoint calls `name`, as a view of the array that holds it."""
 
     def view(array: np.ndarray) -> np.ndarray:
-        return place.inverse(array if place.layer is None else array[place.layer], sizes)
+        return target.inverse(array if target.layer is None else array[target.layer], sizes)
 
     return Tensor(
         name,
@@ -62,11 +65,11 @@ def to_torch(
     )
     parts = {each: originals(model, each, wrong) for each in ([part] if part else model.parts)}
     rules.raise_all(wrong, f"Model folder {folder} does not fit its {model_folder.CONFIG}", AGAIN)
-    held = {name: tensor for tensors_of in parts.values() for name, tensor in tensors_of.items()}
+    tensors = {name: tensor for tensors_of in parts.values() for name, tensor in tensors_of.items()}
     with atomic.file(out) as fresh:
-        forms = {name: (tensor.shape, tensor.dtype) for name, tensor in held.items()}
+        forms = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         with safetensors_io.Writer(fresh, forms, {"format": "pt"}) as file:
-            for name, tensor in watch(held.items(), len(held)):
+            for name, tensor in watch(tensors.items(), len(tensors)):
                 array = np.asarray(tensor.read(), order="C")
                 if not rules.finite(array):
                     wrong["not finite"].append(name)

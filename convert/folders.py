@@ -22,7 +22,7 @@ from packforcing_jax.convert import (
 )
 from packforcing_jax.convert.contents import LORA, Contents, Ignored
 from packforcing_jax.convert.recognition import Recognised
-from packforcing_jax.convert.sources import Found
+from packforcing_jax.convert.sources import Inputs
 
 from packforcing_jax.config import DTYPES, Experiment, cards, loading
 from packforcing_jax.errors import require
@@ -41,7 +41,7 @@ class Request:
     sources, else of Wan2.1 1.3B.
     """
 
-    given: tuple[Path, ...]
+    sources: tuple[Path, ...]
     out: Path
     card: str | None = None
     config: str | None = None
@@ -66,38 +66,40 @@ class Done:
 def convert(request: Request, watch: exporting.Watch = lambda steps, count: steps) -> Done:
     """Writes the model folder, complete or not at all; one `InputError` names everything that does not fit."""
     _check_request(request)
-    found = sources.gather(list(request.given))
-    notes = list(found.notes)
-    recognised = recognition.recognise(found, _wish(request), notes)
-    held = contents.sort(found, recognised.network, request.kind)
-    taken = _taken(found, held)
-    _require_lora(request, recognised, held, taken, notes)
-    exp = _experiment(request, recognised, found, held=held, taken=taken, notes=notes)
-    jobs = _jobs(request, recognised, held, taken=taken, exp=exp, notes=notes)
-    notes += _remarks(recognised, held)
-    words = _tokenizer(request, found, exp, notes)
-    _require_fit(jobs, held.wrong, watch)
+    inputs = sources.gather(list(request.sources))
+    notes = list(inputs.notes)
+    recognised = recognition.recognise(inputs, _wish(request), notes)
+    tensors = contents.sort(inputs, recognised.network, request.kind)
+    taken = _taken(inputs, tensors)
+    _require_lora(request, recognised, tensors, taken, notes)
+    exp = _experiment(request, recognised, inputs, tensors=tensors, taken=taken, notes=notes)
+    jobs = _jobs(request, recognised, tensors, taken=taken, exp=exp, notes=notes)
+    notes += _remarks(recognised, tensors)
+    tokenizer = _tokenizer(request, inputs, exp, notes)
+    _require_fit(jobs, tensors.wrong, watch)
     with model_folder.replacing(request.out) as fresh:
         entries = list(
-            watch(writing.carry_out(jobs, fresh, held.wrong), sum(job.count for job in jobs))
+            watch(writing.carry_out(jobs, fresh, tensors.wrong), sum(job.count for job in jobs))
         )
-        _raise(held.wrong)
+        _raise(tensors.wrong)
         texts = {
             model_folder.CONFIG: model_folder.experiment_to_json(exp),
-            model_folder.CARD: _card(exp, found, jobs),
+            model_folder.CARD: _card(exp, inputs, jobs),
             model_folder.MANIFEST: manifest.text(
-                found,
+                inputs,
                 entries,
-                held.ignored,
+                tensors.ignored,
                 origin={"card": exp.card, "method": exp.method, "network": recognised.network},
                 notes=notes,
             ),
         }
         for name, text in texts.items():
             (fresh / name).write_text(text, encoding="utf-8")
-        if words is not None:
-            shutil.copyfile(words, fresh / model_folder.TOKENIZER)
-    return Done(request.out, _rows(jobs, entries, held.ignored), tuple(held.ignored), tuple(notes))
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, fresh / model_folder.TOKENIZER)
+    return Done(
+        request.out, _rows(jobs, entries, tensors.ignored), tuple(tensors.ignored), tuple(notes)
+    )
 
 
 def _rows(
@@ -130,28 +132,28 @@ def _check_request(request: Request) -> None:
 def _keep_apart(request: Request) -> None:
     """Raises `InputError` if the folder to be written is a source, lies in one or holds one."""
     out = request.out.resolve()
-    for given in request.given:
-        source = given.resolve()
+    for path in request.sources:
+        source = path.resolve()
         apart = not source.is_relative_to(out) and not (
             source.is_dir() and out.is_relative_to(source)
         )
         require(
             apart,
-            f"--out {request.out} and the source {given} lie in each other; choose another --out.",
+            f"--out {request.out} and the source {path} lie in each other; choose another --out.",
         )
 
 
 # What comes along from model folders
 
 
-def _taken(found: Found, held: Contents) -> dict[str, model_folder.Opened]:
+def _taken(inputs: Inputs, tensors: Contents) -> dict[str, model_folder.Opened]:
     """The model folder of each part that no other source holds; parts that one does hold are noted as ignored."""
     taken: dict[str, model_folder.Opened] = {}
     for part in model_folder.PARTS:
-        having = [model for model in found.folders if part in model.parts]
-        if part in held.networks:
-            reason = f"this network is taken from {', '.join(group.origin for group in held.groups[part])}"
-            held.ignored += [
+        having = [model for model in inputs.folders if part in model.parts]
+        if part in tensors.networks:
+            reason = f"this network is taken from {', '.join(group.origin for group in tensors.groups[part])}"
+            tensors.ignored += [
                 Ignored(tensor.name, tensor.origin, reason, part, tensor)
                 for model in having
                 for tensor in model.part(part).values()
@@ -180,18 +182,18 @@ def _wish(request: Request) -> recognition.Wish:
 def _experiment(
     request: Request,
     recognised: Recognised,
-    found: Found,
+    inputs: Inputs,
     *,
-    held: Contents,
+    tensors: Contents,
     taken: Mapping[str, model_folder.Opened],
     notes: list[str],
 ) -> Experiment:
     """What the folder says of itself, named after it."""
-    template = _template(request, recognised, found, taken, notes)
+    template = _template(request, recognised, inputs, taken, notes)
     template = replace(template, name=request.out.resolve().name)
-    exp = experiments.describe(held, taken, template, overrides=request.overrides, notes=notes)
-    told = {each.partition("=")[0].strip() for each in request.overrides}
-    if request.config is None and told.isdisjoint({"dit.dim", "dit.layers"}):
+    exp = experiments.describe(tensors, taken, template, overrides=request.overrides, notes=notes)
+    overridden = {each.partition("=")[0].strip() for each in request.overrides}
+    if request.config is None and overridden.isdisjoint({"dit.dim", "dit.layers"}):
         recognition.check_sizes(recognised, exp.dit, notes)
     return exp
 
@@ -199,7 +201,7 @@ def _experiment(
 def _template(
     request: Request,
     recognised: Recognised,
-    found: Found,
+    inputs: Inputs,
     taken: Mapping[str, model_folder.Opened],
     notes: list[str],
 ) -> Experiment:
@@ -217,7 +219,7 @@ def _template(
     if "dit" in taken:
         return taken["dit"].experiment
     # the settings of a folder that has another checkpoint's card are that checkpoint's
-    own = [model.experiment for model in found.folders if not model.experiment.card]
+    own = [model.experiment for model in inputs.folders if not model.experiment.card]
     exp = own[0] if own else loading.load_experiment(TEMPLATE)
     if recognised.file is not None:
         sample = exp.sample
@@ -233,14 +235,14 @@ def _template(
 def _require_lora(
     request: Request,
     recognised: Recognised,
-    held: Contents,
+    tensors: Contents,
     taken: Mapping[str, model_folder.Opened],
     notes: list[str],
 ) -> None:
     """Raises `InputError` if a card's LoRA is not among the sources, unless a config asks for the base alone."""
     card = recognised.card
     merged = card is not None and "dit" in taken and taken["dit"].experiment.card == card.name
-    if card is None or card.lora is None or held.adapters or merged:
+    if card is None or card.lora is None or tensors.adapters or merged:
         return
     require(
         request.config is not None,
@@ -252,11 +254,11 @@ def _require_lora(
     )
 
 
-def _remarks(recognised: Recognised, held: Contents) -> list[str]:
+def _remarks(recognised: Recognised, tensors: Contents) -> list[str]:
     """What has to be known of a card, and of what was left out for want of a place."""
     card = recognised.card
     remarks = []
-    if any(each.reason == wan_dit.OTHER_COMPRESSOR for each in held.ignored):
+    if any(each.reason == wan_dit.OTHER_COMPRESSOR for each in tensors.ignored):
         remarks.append(f"pack_compressor is left out: it is the {wan_dit.OTHER_COMPRESSOR}")
     if card is not None and card.unconfirmed:
         remarks.append(f"not confirmed of card {card.name}: {'; '.join(card.unconfirmed)}")
@@ -268,7 +270,7 @@ def _remarks(recognised: Recognised, held: Contents) -> list[str]:
 def _jobs(
     request: Request,
     recognised: Recognised,
-    held: Contents,
+    tensors: Contents,
     *,
     taken: Mapping[str, model_folder.Opened],
     exp: Experiment,
@@ -276,40 +278,44 @@ def _jobs(
 ) -> list[writing.Job]:
     """What is written for each part, in the order of the parts."""
     require(
-        not held.adapters or "dit" in held.networks or "dit" in taken,
+        not tensors.adapters or "dit" in tensors.networks or "dit" in taken,
         "a LoRA was given without the network it adds to; give the base checkpoint as well.",
     )
-    require(bool(held.networks or taken), "the sources hold no weights; give a checkpoint.")
+    require(bool(tensors.networks or taken), "the sources hold no weights; give a checkpoint.")
     jobs = []
     lora_of_card = recognised.card.lora if recognised.card else None
     scale = lora_of_card.scale if lora_of_card else 1.0
     for part in model_folder.PARTS:
-        adapters = held.adapters if part == "dit" else {}
-        if part in held.networks or (adapters and part in taken):
-            base = held.networks.get(part) or exporting.originals(taken[part], part, held.wrong)
-            alpha = _alpha(request, held, notes)
-            added = lora.additions(adapters, base, alpha, held.wrong, scale)
-            jobs.append(writing.job(part, base, exp, held.wrong, added=added, dtype=request.dtype))
+        adapters = tensors.adapters if part == "dit" else {}
+        if part in tensors.networks or (adapters and part in taken):
+            base = tensors.networks.get(part) or exporting.originals(
+                taken[part], part, tensors.wrong
+            )
+            alpha = _alpha(request, tensors, notes)
+            added = lora.additions(adapters, base, alpha, tensors.wrong, scale)
+            jobs.append(
+                writing.job(part, base, exp, tensors.wrong, added=added, dtype=request.dtype)
+            )
         elif part in taken and networks.wanted(part, exp):
-            jobs.append(writing.taking(part, taken[part], exp, held.wrong, request.dtype))
+            jobs.append(writing.taking(part, taken[part], exp, tensors.wrong, request.dtype))
         elif part in taken:
-            held.ignored += [
+            tensors.ignored += [
                 Ignored(tensor.name, tensor.origin, "the settings ask for none", part, tensor)
                 for tensor in taken[part].part(part).values()
             ]
     return jobs
 
 
-def _alpha(request: Request, held: Contents, notes: list[str]) -> float | None:
+def _alpha(request: Request, tensors: Contents, notes: list[str]) -> float | None:
     """How strong a LoRA is: as its file says, else as the user says."""
-    note = f"--lora-alpha {request.lora_alpha} is not used: the LoRA itself says {held.alpha}"
+    note = f"--lora-alpha {request.lora_alpha} is not used: the LoRA itself says {tensors.alpha}"
     if (
-        held.alpha is not None
-        and request.lora_alpha not in (None, held.alpha)
+        tensors.alpha is not None
+        and request.lora_alpha not in (None, tensors.alpha)
         and note not in notes
     ):
         notes.append(note)
-    return request.lora_alpha if held.alpha is None else held.alpha
+    return request.lora_alpha if tensors.alpha is None else tensors.alpha
 
 
 def _require_fit(
@@ -332,21 +338,21 @@ def _raise(wrong: rules.Mismatches) -> None:
 # Files of text
 
 
-def _tokenizer(request: Request, found: Found, exp: Experiment, notes: list[str]) -> Path | None:
+def _tokenizer(request: Request, inputs: Inputs, exp: Experiment, notes: list[str]) -> Path | None:
     """The tokenizer to be copied, which must be one; without any, how to add it is noted."""
-    path = request.tokenizer or next(iter(found.tokenizers), None)
+    path = request.tokenizer or next(iter(inputs.tokenizers), None)
     if path is None:
         notes.append("no tokenizer.json was found; add the text encoder's with --tokenizer FILE")
         return None
     Tokenizer.from_file(path, exp.text.max_words)
-    found.files.setdefault(model_folder.TOKENIZER, path)
+    inputs.files.setdefault(model_folder.TOKENIZER, path)
     return path
 
 
-def _card(exp: Experiment, found: Found, jobs: Sequence[writing.Job]) -> str:
+def _card(exp: Experiment, inputs: Inputs, jobs: Sequence[writing.Job]) -> str:
     """A few lines for people who find the folder."""
     parts = "\n".join(f"- `{model_folder.weights_file(job.part)}`" for job in jobs)
-    files = "\n".join(f"- {name}" for name in found.files)
+    files = "\n".join(f"- {name}" for name in inputs.files)
     return "\n\n".join(
         [
             f"# {exp.name}",

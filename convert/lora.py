@@ -37,7 +37,7 @@ class Addition:
 
 def additions(
     adapters: Mapping[str, Tensor],
-    held: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
     alpha: float | None,
     wrong: rules.Mismatches,
     otherwise: float = 1.0,
@@ -46,31 +46,31 @@ def additions(
 
     `alpha` holds for weights that have none of their own; without either, `otherwise` is alpha / rank.
     """
-    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    by_weight: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in adapters.items():
         hit = NAME.fullmatch(name)
-        weight = _weight(hit["module"], held) if hit else None
+        weight = _weight(hit["module"], base) if hit else None
         if hit is None or weight is None:
             wrong["unknown to the table" if hit is None else "added to no weight"].append(
                 tensor.name
             )
             continue
         side = hit["alpha"] or SIDES.get(hit["side"], hit["side"])
-        if side in found[weight]:
-            wrong["named twice"].append(f"{tensor.name} and {found[weight][side].name}")
-        found[weight][side] = tensor
+        if side in by_weight[weight]:
+            wrong["named twice"].append(f"{tensor.name} and {by_weight[weight][side].name}")
+        by_weight[weight][side] = tensor
     return {
         weight: _addition(used, alpha, otherwise)
-        for weight, used in found.items()
-        if _fits(used, held[weight], wrong)
+        for weight, used in by_weight.items()
+        if _fits(used, base[weight], wrong)
     }
 
 
-def _weight(module: str, held: Mapping[str, Tensor]) -> str | None:
+def _weight(module: str, base: Mapping[str, Tensor]) -> str | None:
     """The original name of the weight of a module, which may be called as in diffusers."""
     name = f"{module}.weight"
     names = [name, *rules.renamings([name], wan_dit.DIFFUSERS)[name]]
-    return next((each for each in names if each in held), None)
+    return next((each for each in names if each in base), None)
 
 
 def _fits(used: Mapping[str, Tensor], weight: Tensor, wrong: rules.Mismatches) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from packforcing_jax.convert.contents import Ignored
-from packforcing_jax.convert.sources import Found
+from packforcing_jax.convert.sources import Inputs
 from packforcing_jax.convert.writing import Entry
 
 from packforcing_jax.io.safetensors_io import Form, Tensor
@@ -42,7 +42,7 @@ def row(part: str, forms: Iterable[Form], *, tensors: int, ignored: int = 0) -> 
 
 
 def text(
-    found: Found,
+    inputs: Inputs,
     entries: Sequence[Entry],
     ignored: Sequence[Ignored],
     *,
@@ -60,10 +60,10 @@ def text(
                 **origin,
                 "sources": [
                     {"file": name, "bytes": path.stat().st_size}
-                    for name, path in found.files.items()
+                    for name, path in inputs.files.items()
                 ],
-                "tensors": [_taken(entry, found) for entry in entries],
-                "ignored": [_left(each, found) for each in ignored],
+                "tensors": [_taken(entry, inputs) for entry in entries],
+                "ignored": [_left(each, inputs) for each in ignored],
                 "assumptions": list(notes),
             },
             indent=1,
@@ -76,9 +76,9 @@ def _form(tensor: Tensor) -> Mapping[str, Any]:
     return {"dtype": tensor.dtype.name, "shape": list(tensor.shape)}
 
 
-def _taken(entry: Entry, found: Found) -> Mapping[str, Any]:
+def _taken(entry: Entry, inputs: Inputs) -> Mapping[str, Any]:
     return {
-        "file": found.shown(entry.tensor.origin),
+        "file": inputs.label(entry.tensor.origin),
         "name": entry.tensor.name,
         "original": entry.original,
         "sha256": entry.sha256,
@@ -90,6 +90,6 @@ def _taken(entry: Entry, found: Found) -> Mapping[str, Any]:
     }
 
 
-def _left(each: Ignored, found: Found) -> Mapping[str, Any]:
+def _left(each: Ignored, inputs: Inputs) -> Mapping[str, Any]:
     form = {} if each.tensor is None else _form(each.tensor)
-    return {"file": found.shown(each.origin), "name": each.name, **form, "reason": each.reason}
+    return {"file": inputs.label(each.origin), "name": each.name, **form, "reason": each.reason}

@@ -8,17 +8,28 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from flax import nnx
 from packforcing_jax.convert import packing, rules, umt5, wan_dit, wan_vae
 
 from packforcing_jax import pytrees
-from packforcing_jax.config import Experiment
+from packforcing_jax.config import (
+    CompressorConfig,
+    DiTConfig,
+    Experiment,
+    ModelConfig,
+    SpaceToDepthConfig,
+    TextConfig,
+    VAEConfig,
+)
 from packforcing_jax.errors import InputError, require
 from packforcing_jax.networks import codec, compressor, dit, text
 
+PartConfig: TypeAlias = (
+    DiTConfig | ModelConfig | CompressorConfig | VAEConfig | SpaceToDepthConfig | TextConfig
+)
 WIDTHS = range(1, 1 << 20)
 LAYERS = range(1, 10_000)
 LONGEST_SETTINGS = 1 << 20  # bytes of a config.json
@@ -73,7 +84,7 @@ def wanted(part: str, exp: Experiment) -> Mapping[str, rules.Shape]:
 
 
 @functools.lru_cache(maxsize=16)
-def _shapes(part: str, settings: Any) -> Mapping[str, rules.Shape]:
+def _shapes(part: str, settings: PartConfig | Experiment) -> Mapping[str, rules.Shape]:
     shapes = jax.eval_shape(lambda: NETWORKS[part].build(settings))
     return {path: tuple(leaf.shape) for path, leaf in pytrees.flatten(shapes).items()}
 
@@ -92,13 +103,13 @@ def original_names(
             name: (part, name)
             for name in names
             for part in among
-            if any(rule.place(name) for rule in NETWORKS[part].table)
+            if any(rule.match(name) for rule in NETWORKS[part].table)
         }
     ]
     for part in among:
         foreign = NETWORKS[part].foreign
-        found = foreign(names) if foreign else {}
-        layouts.append({name: (part, new[0]) for name, new in found.items() if len(new) == 1})
+        renamed = foreign(names) if foreign else {}
+        layouts.append({name: (part, new[0]) for name, new in renamed.items() if len(new) == 1})
     return max(layouts, key=len)
 
 
@@ -136,7 +147,7 @@ FORMS = (
                 "eps",
             }
         ),
-        lambda found, other: wan_dit.config_from_diffusers(found, other.text_len),
+        lambda settings, other: wan_dit.config_from_diffusers(settings, other.text_len),
     ),
     Form(
         "codec",
@@ -156,8 +167,8 @@ FORMS = (
                 "relative_attention_num_buckets",
             }
         ),
-        lambda found, other: dataclasses.replace(
-            umt5.config_from_transformers(found), max_words=other.max_words
+        lambda settings, other: dataclasses.replace(
+            umt5.config_from_transformers(settings), max_words=other.max_words
         ),
     ),
 )
@@ -210,17 +221,17 @@ def read_settings(path: Path) -> Mapping[str, Any]:
     require(
         path.stat().st_size <= LONGEST_SETTINGS, f"{path} is too long for settings; check the path."
     )
-    found: Any = None
+    settings: Any = None
     with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(path.read_bytes())
-    if not isinstance(found, dict):
+        settings = json.loads(path.read_bytes())
+    if not isinstance(settings, dict):
         raise InputError(
             f"{path} is damaged (no table of settings in JSON); fetch it again or remove it."
         )
-    return found
+    return settings
 
 
-def _allowed(key: str, value: Any) -> bool:
+def _allowed(key: str, value: object) -> bool:
     if key in COUNTED:
         return type(value) is int and value in COUNTED[key]
     if key in LISTED and value is not None:
@@ -229,7 +240,9 @@ def _allowed(key: str, value: Any) -> bool:
     return key != "eps" or type(value) is float and 0 < value < 1
 
 
-def described(part: str, settings: Mapping[str, Any], other: Any, where: str) -> Any:
+def described(
+    part: str, settings: Mapping[str, Any], other: PartConfig, where: str
+) -> PartConfig | None:
     """The config of a part that a config.json describes, completed from `other`; None if it is not about that part."""
     for form in FORMS:
         if form.part == part and form.keys <= settings.keys():

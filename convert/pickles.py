@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from packforcing_jax.convert import zips
-from packforcing_jax.convert.zips import Refused, allow, check, shown
+from packforcing_jax.convert.zips import Refused, allow, check, printable
 
 from packforcing_jax.errors import InputError
 from packforcing_jax.io import safetensors_io
@@ -93,7 +93,7 @@ def opened(path: str | Path) -> Any:
             f"{path} {error}; re-save it as safetensors, or as a plain state dict."
         ) from error
     except DAMAGE as error:
-        reason = shown(str(error) or "it ends too early", 200)
+        reason = printable(str(error) or "it ends too early", 200)
         raise InputError(f"{path} is damaged ({reason}); fetch it again.") from error
 
 
@@ -272,16 +272,16 @@ class _Machine(
             return GLOBALS[module, name]
         known = f" ({UNREAD[name]})" if module == "torch._utils" and name in UNREAD else ""
         raise Refused(
-            f"names {shown(f'{module}.{name}')}{known}, which makes no plain value or dense tensor"
+            f"names {printable(f'{module}.{name}')}{known}, which makes no plain value or dense tensor"
         )
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def persistent_load(self, pid: object) -> _Storage:
         """The storage that a persistent id describes, once its bytes are found."""
         if type(pid) is not tuple or tuple(map(type, pid)) != (str, _StorageType, str, str, int):
             raise ValueError("a persistent id describes no storage")
         what, kind, key, location, numel = pid
         plain = what == "storage" and re.fullmatch("[0-9A-Za-z_]+", key) is not None
-        check(plain, f"a storage is called {shown(key)}")
+        check(plain, f"a storage is called {printable(key)}")
         allow(location != "meta", f"holds storage {key} on the device meta, which holds no numbers")
         start, nbytes = self.archive.span(f"data/{key}")
         claimed = numel * (1 if kind.dtype is None else kind.dtype.itemsize)
@@ -378,13 +378,13 @@ class _Unfolding:
 
     left: int = LARGEST_TREE
 
-    def plain(self, value: Any, place: str, depth: int) -> Any:
-        """`value` with its tensors named by their `place`; refuses what is neither a plain value nor a tensor."""
-        self.left -= PRICE + len(place.encode())
-        allow(self.left >= 0 and depth <= DEEPEST, f"unfolds without end at {shown(place)}")
-        inside = f"{place}." if place else ""
+    def plain(self, value: object, path: str, depth: int) -> Any:
+        """`value` with its tensors named by their `path`; refuses what is neither a plain value nor a tensor."""
+        self.left -= PRICE + len(path.encode())
+        allow(self.left >= 0 and depth <= DEEPEST, f"unfolds without end at {printable(path)}")
+        inside = f"{path}." if path else ""
         if isinstance(value, safetensors_io.Tensor):
-            return dataclasses.replace(value, name=place)
+            return dataclasses.replace(value, name=path)
         if isinstance(value, dict):
             return {
                 key: self.plain(part, f"{inside}{key}", depth + 1) for key, part in value.items()
@@ -394,5 +394,7 @@ class _Unfolding:
                 self.plain(part, f"{inside}{i}", depth + 1) for i, part in enumerate(value)
             )
         known = value is None or isinstance(value, bool | int | float | str | np.dtype)
-        allow(known, f"holds a bare {type(value).__name__.strip('_').lower()} at {shown(place)!r}")
+        allow(
+            known, f"holds a bare {type(value).__name__.strip('_').lower()} at {printable(path)!r}"
+        )
         return value

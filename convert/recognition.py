@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from packforcing_jax.convert import contents
-from packforcing_jax.convert.sources import Found
+from packforcing_jax.convert.sources import Inputs
 
 from packforcing_jax.config import ModelConfig
 from packforcing_jax.config.cards import Card, cards, find
@@ -45,8 +45,8 @@ def by_path(path: Path) -> tuple[Card, ...]:
 
 def _evidence(path: Path, card: Card) -> tuple[bool, bool, bool]:
     """Whether the name of the file, the folder that holds the repository, and the folder in it speak for a card."""
-    places = [(card.repository, file) for file in card.files] + list(card.also)
-    return max((_speaks(path, card, *place) for place in places), default=SILENCE)
+    locations = [(card.repository, file) for file in card.files] + list(card.also)
+    return max((_speaks(path, card, *location) for location in locations), default=SILENCE)
 
 
 def _speaks(path: Path, card: Card, repository: str, file: str) -> tuple[bool, bool, bool]:
@@ -92,30 +92,30 @@ class Wish:
     settled: bool = False
 
 
-def recognise(found: Found, wish: Wish, notes: list[str]) -> Recognised:
-    """What the transformer among `found` is and which entry of its file to take; `notes` get what was concluded.
+def recognise(inputs: Inputs, wish: Wish, notes: list[str]) -> Recognised:
+    """What the transformer among `inputs` is and which entry of its file to take; `notes` get what was concluded.
 
     Raises `InputError` where the user's wish contradicts the file, or where the file holds several networks and
     nothing says which of them is meant.
     """
-    said = None if wish.card is None else find(wish.card)
-    held = {group.origin: contents.transformers(group) for group in found.groups}
-    groups = [group for group in found.groups if held[group.origin]]
+    wished = None if wish.card is None else find(wish.card)
+    transformers = {group.origin: contents.transformers(group) for group in inputs.groups}
+    groups = [group for group in inputs.groups if transformers[group.origin]]
     groups = [group for group in groups if group.named] or groups
     if not groups or wish.kind not in (None, "dit"):
-        return _without_file(found, said, wish)
+        return _without_file(inputs, wished, wish)
     name = " and ".join(group.origin for group in groups)
-    entries = tuple(dict.fromkeys(each for group in groups for each in held[group.origin]))
+    entries = tuple(dict.fromkeys(each for group in groups for each in transformers[group.origin]))
     # several files with a transformer are shards, or refused later as one network given twice
-    possible = by_path(found.files[name]) if len(groups) == 1 else ()
-    if said is not None:
+    possible = by_path(inputs.files[name]) if len(groups) == 1 else ()
+    if wished is not None:
         require(
-            not possible or said in possible,
-            f"--card {said.name} contradicts {name}, which by its name is {_names(possible)}; leave --card out, or "
+            not possible or wished in possible,
+            f"--card {wished.name} contradicts {name}, which by its name is {_names(possible)}; leave --card out, or "
             "rename the file if it is another.",
         )
-        notes.append(f"{name} is taken as card {said.name}, as --card says")
-        return Recognised(said, _entry(said, name, entries, wish, notes), name)
+        notes.append(f"{name} is taken as card {wished.name}, as --card says")
+        return Recognised(wished, _entry(wished, name, entries, wish, notes), name)
     known = _fitting(possible, entries)
     if len(known) == 1:
         notes.append(
@@ -126,22 +126,22 @@ def recognise(found: Found, wish: Wish, notes: list[str]) -> Recognised:
     return Recognised(None, _without_card(known, name, entries, wish, notes), name)
 
 
-def _without_file(found: Found, said: Card | None, wish: Wish) -> Recognised:
+def _without_file(inputs: Inputs, wished: Card | None, wish: Wish) -> Recognised:
     """What is known where the transformer comes from a model folder, or where there is none."""
-    having = [model for model in found.folders if "dit" in model.parts]
-    if said is None:
+    having = [model for model in inputs.folders if "dit" in model.parts]
+    if wished is None:
         return Recognised(None, wish.network)
     require(
         bool(having) and wish.kind in (None, "dit"),
-        f"--card {said.name} is a transformer and the sources hold none; give "
-        f"{' or '.join(said.files) or 'its checkpoint'} too.",
+        f"--card {wished.name} is a transformer and the sources hold none; give "
+        f"{' or '.join(wished.files) or 'its checkpoint'} too.",
     )
     earlier = having[0].experiment.card
     require(
-        earlier in ("", said.name),
-        f"--card {said.name} contradicts {having[0].folder}, which was made of card {earlier}; leave --card out.",
+        earlier in ("", wished.name),
+        f"--card {wished.name} contradicts {having[0].folder}, which was made of card {earlier}; leave --card out.",
     )
-    return Recognised(said, wish.network, having[0].folder.name)
+    return Recognised(wished, wish.network, having[0].folder.name)
 
 
 def _names(possible: Sequence[Card]) -> str:

@@ -55,13 +55,13 @@ class Rule:
         """Whether group 1 of the pattern is the index into the target's layer axis."""
         return self.pattern.startswith(r"blocks\.(\d+)\.") and self.target.startswith("blocks/")
 
-    def place(self, name: str) -> "Place | None":
+    def match(self, name: str) -> "Target | None":
         """Where tensor `name` goes, or None if this rule is not about it."""
-        found = re.fullmatch(self.pattern.replace(r"(\d+)", NUMBER), name)
-        if found is None:
+        match = re.fullmatch(self.pattern.replace(r"(\d+)", NUMBER), name)
+        if match is None:
             return None
-        return Place(
-            found.expand(self.target), int(found.group(1)) if self.stacks else None, self.transform
+        return Target(
+            match.expand(self.target), int(match.group(1)) if self.stacks else None, self.transform
         )
 
     def name(self, path: str) -> str | None:
@@ -74,17 +74,17 @@ class Rule:
             lambda hit: f"(?P<g{hit[1]}>{groups[int(hit[1]) - 1]})",
             re.escape(self.target),
         )
-        found = re.fullmatch(target, path)
-        if found is None:
+        match = re.fullmatch(target, path)
+        if match is None:
             return None
-        filled = [found.groupdict().get(f"g{number}", "{}") for number in range(1, len(groups) + 1)]
+        filled = [match.groupdict().get(f"g{number}", "{}") for number in range(1, len(groups) + 1)]
         return "".join(
             literal + group for literal, group in zip(literals, [*filled, ""], strict=True)
         )
 
 
 @dataclass(frozen=True)
-class Place:
+class Target:
     """The target path of one tensor, its index along the layer axis (None: it fills the target) and its transform."""
 
     path: str
@@ -136,86 +136,86 @@ def raise_all(
 class Plan:
     """The place of every tensor that fits, by its original name, and shape and dtype of every target."""
 
-    places: Mapping[str, Place]
+    targets: Mapping[str, Target]
     forms: Mapping[str, Form]
 
 
 def plan(
-    held: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
     table: Sequence[Rule],
     wanted: Mapping[str, Shape],
     wrong: Mismatches,
     where: str = "",
 ) -> Plan:
     """Where each tensor goes, seen by name, shape and dtype; notes whatever does not fit, paths as `where` + path."""
-    return fit(held, _places(held, table, wrong), wanted, wrong, where)
+    return fit(tensors, _targets(tensors, table, wrong), wanted, wrong, where)
 
 
 def fit(
-    held: Mapping[str, Tensor],
-    places: Mapping[str, Place],
+    tensors: Mapping[str, Tensor],
+    targets: Mapping[str, Target],
     wanted: Mapping[str, Shape],
     wrong: Mismatches,
     where: str = "",
 ) -> Plan:
-    """The plan of `places`, less what does not fit."""
-    _check_cover(held, places, wanted, wrong, where)
+    """The plan of `targets`, less what does not fit."""
+    _check_cover(tensors, targets, wanted, wrong, where)
     fitting = {
-        name: place
-        for name, place in places.items()
-        if place.path in wanted and _fits(held[name], place, wanted[place.path], wrong)
+        name: target
+        for name, target in targets.items()
+        if target.path in wanted and _fits(tensors[name], target, wanted[target.path], wrong)
     }
     forms: dict[str, Form] = {}
-    for name, place in fitting.items():
-        _, dtype = forms.setdefault(place.path, (wanted[place.path], held[name].dtype))
-        if dtype != held[name].dtype:
+    for name, target in fitting.items():
+        _, dtype = forms.setdefault(target.path, (wanted[target.path], tensors[name].dtype))
+        if dtype != tensors[name].dtype:
             wrong["of another dtype than its other layers"].append(
-                f"{held[name].name} ({held[name].dtype})"
+                f"{tensors[name].name} ({tensors[name].dtype})"
             )
     return Plan(fitting, forms)
 
 
-def _places(
-    held: Mapping[str, Tensor], table: Sequence[Rule], wrong: Mismatches
-) -> dict[str, Place]:
+def _targets(
+    tensors: Mapping[str, Tensor], table: Sequence[Rule], wrong: Mismatches
+) -> dict[str, Target]:
     """The place of each name that exactly one rule matches; the others are noted in `wrong`."""
-    places = {}
-    for name, tensor in held.items():
-        found = [place for rule in table if (place := rule.place(name)) is not None]
-        if len(found) == 1:
-            places[name] = found[0]
+    targets = {}
+    for name, tensor in tensors.items():
+        matches = [target for rule in table if (target := rule.match(name)) is not None]
+        if len(matches) == 1:
+            targets[name] = matches[0]
         else:
-            wrong["matched by several rules" if found else "unknown to the table"].append(
+            wrong["matched by several rules" if matches else "unknown to the table"].append(
                 tensor.name
             )
-    return places
+    return targets
 
 
 def _check_cover(
-    held: Mapping[str, Tensor],
-    places: Mapping[str, Place],
+    tensors: Mapping[str, Tensor],
+    targets: Mapping[str, Target],
     wanted: Mapping[str, Shape],
     wrong: Mismatches,
     where: str,
 ) -> None:
     """Notes targets that are not wanted, filled twice, not filled at all, or lack a layer."""
     filled: dict[str, list[int | None]] = defaultdict(list)
-    for name, place in places.items():
-        if place.path not in wanted:
+    for name, target in targets.items():
+        if target.path not in wanted:
             wrong["without a place in the model"].append(
-                f"{held[name].name} -> {where}{place.path}"
+                f"{tensors[name].name} -> {where}{target.path}"
             )
-        elif place.layer in filled[place.path]:
-            wrong["filling a place twice"].append(f"{held[name].name} -> {where}{place.path}")
-        filled[place.path].append(place.layer)
+        elif target.layer in filled[target.path]:
+            wrong["filling a place twice"].append(f"{tensors[name].name} -> {where}{target.path}")
+        filled[target.path].append(target.layer)
     for path, shape in wanted.items():
         layers = set(filled.get(path, []))
         needed = range(shape[0]) if layers and None not in layers else [None]
         absent = [layer for layer in needed if layer not in layers]
         if absent:
-            shown = ", ".join(map(str, absent[:SHOWN])) + (", ..." if len(absent) > SHOWN else "")
+            listed = ", ".join(map(str, absent[:SHOWN])) + (", ..." if len(absent) > SHOWN else "")
             wrong["missing"].append(
-                f"{where}{path} of layers [{shown}]" if layers else f"{where}{path}"
+                f"{where}{path} of layers [{listed}]" if layers else f"{where}{path}"
             )
         beyond = [layer for layer in layers if layer not in needed]
         wrong["beyond the model's layers"] += [
@@ -223,13 +223,13 @@ def _check_cover(
         ]
 
 
-def _fits(tensor: Tensor, place: Place, shape: Shape, wrong: Mismatches) -> bool:
+def _fits(tensor: Tensor, target: Target, shape: Shape, wrong: Mismatches) -> bool:
     """Whether a tensor holds fractions and becomes its share of a target of this shape; the reason is noted if not."""
-    expected = tuple(shape if place.layer is None else shape[1:])
+    expected = tuple(shape if target.layer is None else shape[1:])
     try:
-        made = place.forward(hollow(tensor.shape)).shape
+        made = target.forward(hollow(tensor.shape)).shape
     except einops.EinopsError:
-        axes = place.transform.split(" -> ")[0]
+        axes = target.transform.split(" -> ")[0]
         wrong["of another rank or shape"].append(
             f"{tensor.name} {tensor.shape}, expected axes '{axes}'"
         )
@@ -245,20 +245,20 @@ def _fits(tensor: Tensor, place: Place, shape: Shape, wrong: Mismatches) -> bool
 
 def sources(
     forms: Mapping[str, Shape], table: Sequence[Rule], wrong: Mismatches, where: str = ""
-) -> dict[str, Place]:
+) -> dict[str, Target]:
     """The place of every tensor that the arrays of these shapes are made of, by original name: `plan` backwards."""
-    places = {}
+    targets = {}
     for path, shape in forms.items():
-        found = [(rule, name) for rule in table if (name := rule.name(path)) is not None]
-        if len(found) != 1:
+        matches = [(rule, name) for rule in table if (name := rule.name(path)) is not None]
+        if len(matches) != 1:
             wrong["without a name in the checkpoint"].append(where + path)
             continue
-        rule, name = found[0]
+        rule, name = matches[0]
         for layer in range(shape[0]) if rule.stacks else [None]:
-            places[name if layer is None else name.format(layer)] = Place(
+            targets[name if layer is None else name.format(layer)] = Target(
                 path, layer, rule.transform
             )
-    return places
+    return targets
 
 
 # What shapes say
@@ -266,18 +266,18 @@ def sources(
 
 def axis(shapes: Mapping[str, Shape], pattern: str, number: int, default: int) -> int:
     """The length that axis `number` has in most tensors that `pattern` names; the default where there is none."""
-    found = [
+    lengths = [
         shape[number]
         for name, shape in shapes.items()
         if len(shape) > number and re.fullmatch(pattern, name)
     ]
-    return statistics.mode(found) or default if found else default
+    return statistics.mode(lengths) or default if lengths else default
 
 
 def layers(names: Iterable[str]) -> int:
     """How many layers names such as `blocks.3.norm3.bias` number."""
-    found = (re.match(rf"blocks\.{NUMBER}\.", name) for name in names)
-    return max((1 + int(hit[1]) for hit in found if hit), default=0)
+    matches = (re.match(rf"blocks\.{NUMBER}\.", name) for name in names)
+    return max((1 + int(hit[1]) for hit in matches if hit), default=0)
 
 
 # In memory
@@ -304,13 +304,13 @@ def convert(
 ) -> dict[str, np.ndarray]:
     """The model's arrays by path; one `InputError` names every mismatch between `arrays` and the `wanted` shapes."""
     wrong = no_mismatches()
-    held = in_memory(arrays)
-    made = plan(held, table, wanted, wrong)
+    tensors = in_memory(arrays)
+    made = plan(tensors, table, wanted, wrong)
     parts: dict[str, dict[int | None, np.ndarray]] = defaultdict(dict)
-    for name, place in made.places.items():
+    for name, target in made.targets.items():
         if not finite(arrays[name]):
             wrong["not finite"].append(name)
-        parts[place.path][place.layer] = place.forward(arrays[name])
+        parts[target.path][target.layer] = target.forward(arrays[name])
     raise_all(wrong, f"{len(arrays)} tensors do not fit the model")
     return {path: _joined(by_layer) for path, by_layer in parts.items()}
 
@@ -327,17 +327,17 @@ def invert(
 ) -> dict[str, np.ndarray]:
     """The checkpoint tensors named in `shapes` (name -> shape), read back from the model's arrays."""
     wrong = no_mismatches()
-    places = _places(
+    targets = _targets(
         in_memory({name: hollow(shape) for name, shape in shapes.items()}), table, wrong
     )
-    filled = {place.path for place in places.values()}
+    filled = {target.path for target in targets.values()}
     wrong["missing"] += sorted(filled - set(flat))
     wrong["without a name in the checkpoint"] += sorted(set(flat) - filled)
     raise_all(wrong, f"{len(flat)} arrays do not fit the table")
     back = {}
-    for name, place in places.items():
-        value = flat[place.path] if place.layer is None else flat[place.path][place.layer]
-        made = place.inverse(np.asarray(value), place.axes(shapes[name]))
+    for name, target in targets.items():
+        value = flat[target.path] if target.layer is None else flat[target.path][target.layer]
+        made = target.inverse(np.asarray(value), target.axes(shapes[name]))
         back[name] = np.ascontiguousarray(made).reshape(shapes[name])
     return back
 
@@ -350,11 +350,11 @@ def _renaming(original: str, theirs: str) -> Callable[[str], str | None]:
     pattern = re.compile(re.escape(theirs).replace(r"\{\}", NUMBER) + r"(\.weight|\.bias|\.gamma)?")
 
     def renamed(name: str) -> str | None:
-        found = pattern.fullmatch(name)
+        match = pattern.fullmatch(name)
         return (
             None
-            if found is None
-            else original.format(*found.groups()[:-1]) + (found.groups()[-1] or "")
+            if match is None
+            else original.format(*match.groups()[:-1]) + (match.groups()[-1] or "")
         )
 
     return renamed
@@ -378,12 +378,12 @@ def rename(
     """
     wrong = no_mismatches()
     out: dict[str, np.ndarray] = {}
-    for name, found in renamings(arrays, rows).items():
-        if len(found) != 1:
-            wrong["matched by several rows" if found else "unknown to the name map"].append(name)
-        elif found[0] in out:
-            wrong["given the same name"].append(found[0])
+    for name, new in renamings(arrays, rows).items():
+        if len(new) != 1:
+            wrong["matched by several rows" if new else "unknown to the name map"].append(name)
+        elif new[0] in out:
+            wrong["given the same name"].append(new[0])
         else:
-            out[found[0]] = arrays[name]
+            out[new[0]] = arrays[name]
     raise_all(wrong, f"{len(arrays)} tensor names do not fit the name map")
     return out

@@ -5,14 +5,17 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from packforcing_jax.convert import networks, pickles
 
 from packforcing_jax.errors import InputError, require
 from packforcing_jax.io import model_folder, safetensors_io
 
-READERS: dict[str, Callable[[Path], Any]] = {
+Content: TypeAlias = (
+    Any  # of a file: tables and lists inside each other, at their ends tensors and plain values
+)
+READERS: dict[str, Callable[[Path], Content]] = {
     ".safetensors": safetensors_io.opened,
     ".pth": pickles.opened,
     ".pt": pickles.opened,
@@ -34,14 +37,14 @@ class Group:
     """
 
     origin: str
-    content: Any
+    content: Content
     settings: Mapping[str, Any]
     adapter: Mapping[str, Any]
     named: bool
 
 
 @dataclass
-class Found:
+class Inputs:
     """Everything that the sources hold; `files` are those read, under the names that reports give them."""
 
     groups: list[Group] = field(default_factory=list)
@@ -50,7 +53,7 @@ class Found:
     files: dict[str, Path] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def shown(self, path: str | Path) -> str:
+    def label(self, path: str | Path) -> str:
         """The name that reports give to a file, or that name itself."""
         if str(path) in self.files:
             return str(path)
@@ -59,19 +62,19 @@ class Found:
         )
 
 
-def gather(given: list[Path]) -> Found:
-    """What the files and folders `given` hold; every tensor of them unread."""
-    found = Found()
-    for path in given:
+def gather(paths: list[Path]) -> Inputs:
+    """What the files and folders `paths` hold; every tensor of them unread."""
+    inputs = Inputs()
+    for path in paths:
         require(
             path.is_dir() or path.is_file(),
             f"{path} does not exist; give a file or a folder of weights.",
         )
         if path.is_dir():
-            _folder(path, found)
+            _folder(path, inputs)
         else:
-            _group(path, Folder(path.parent), found, named=True)
-    return found
+            _group(path, Folder(path.parent), inputs, named=True)
+    return inputs
 
 
 @dataclass(frozen=True)
@@ -104,19 +107,19 @@ class Folder:
         return self.inside(path) if path.is_symlink() or path.is_file() else None
 
 
-def _folder(path: Path, found: Found) -> None:
+def _folder(path: Path, inputs: Inputs) -> None:
     """Notes everything in a folder: one of our models, or weights in the layouts of others."""
     folder = Folder(path)
-    before = len(found.groups) + len(found.folders) + len(found.tokenizers)
-    found.tokenizers += [file for name in TOKENIZERS if (file := folder.known(path / name))]
+    before = len(inputs.groups) + len(inputs.folders) + len(inputs.tokenizers)
+    inputs.tokenizers += [file for name in TOKENIZERS if (file := folder.known(path / name))]
     if _is_model(folder):
-        _model(folder, found)
+        _model(folder, inputs)
         return
     for name in FOLDERS:
         if (path / name).is_dir():
-            _weights(path / name, folder, found)
+            _weights(path / name, folder, inputs)
     require(
-        len(found.groups) + len(found.folders) + len(found.tokenizers) > before,
+        len(inputs.groups) + len(inputs.folders) + len(inputs.tokenizers) > before,
         f"{path} holds no weights; known are files that end in {', '.join(READERS)}, a diffusers folder with "
         "transformer/, vae/ or text_encoder/, and model folders.",
     )
@@ -137,18 +140,18 @@ def opened_model(path: Path) -> model_folder.Opened:
     return model_folder.opened(path)
 
 
-def _model(folder: Folder, found: Found) -> None:
+def _model(folder: Folder, inputs: Inputs) -> None:
     model = opened_model(folder.root)
-    found.folders.append(model)
+    inputs.folders.append(model)
     for part in model.parts:
-        _note(folder.root / model_folder.weights_file(part), folder, found, named=False)
+        _note(folder.root / model_folder.weights_file(part), folder, inputs, named=False)
 
 
-def _weights(place: Path, folder: Folder, found: Found) -> None:
-    """Notes the weights that lie directly in `place`: shards together, every other file alone."""
-    files = sorted(file for file in place.iterdir() if not file.is_dir())
+def _weights(path: Path, folder: Folder, inputs: Inputs) -> None:
+    """Notes the weights that lie directly in `path`: shards together, every other file alone."""
+    files = sorted(file for file in path.iterdir() if not file.is_dir())
     indexes = [file for file in files if file.name.endswith(INDEX)]
-    shards = {place / name for index in indexes for name in _shards(folder.inside(index)).values()}
+    shards = {path / name for index in indexes for name in _shards(folder.inside(index)).values()}
     alone = [file for file in files if file.suffix in READERS and file not in shards]
     if any(file.suffix == ".safetensors" for file in [*alone, *shards]):
         passed = [
@@ -156,18 +159,17 @@ def _weights(place: Path, folder: Folder, found: Found) -> None:
             for file in [*alone, *indexes]
             if re.match(r"(diffusion_)?pytorch_model\b.*\.bin\b", file.name)
         ]
-        found.notes += [
-            f"{place.name}/{file.name} is passed over: the folder has safetensors"
-            for file in passed
+        inputs.notes += [
+            f"{path.name}/{file.name} is passed over: the folder has safetensors" for file in passed
         ]
         alone, indexes = (
             [file for file in files if file not in passed] for files in (alone, indexes)
         )
     for file in [*indexes, *alone]:
-        _group(file, folder, found, named=False)
+        _group(file, folder, inputs, named=False)
 
 
-def _group(file: Path, folder: Folder, found: Found, *, named: bool) -> None:
+def _group(file: Path, folder: Folder, inputs: Inputs, *, named: bool) -> None:
     """Notes one file, or the shards that an index lists."""
     index = file.name.endswith(INDEX)
     require(
@@ -177,18 +179,20 @@ def _group(file: Path, folder: Folder, found: Found, *, named: bool) -> None:
     beside = [folder.known(file.parent / name) for name in (SETTINGS, ADAPTER)]
     settings, adapter = ({} if path is None else networks.read_settings(path) for path in beside)
     real = file if named else folder.inside(file)
-    content = _sharded(real, folder, found) if index else READERS[file.suffix](real)
-    found.groups.append(Group(_note(file, folder, found, named), content, settings, adapter, named))
+    content = _sharded(real, folder, inputs) if index else READERS[file.suffix](real)
+    inputs.groups.append(
+        Group(_note(file, folder, inputs, named), content, settings, adapter, named)
+    )
 
 
-def _note(file: Path, folder: Folder, found: Found, named: bool) -> str:
+def _note(file: Path, folder: Folder, inputs: Inputs, named: bool) -> str:
     """The name that reports give to a file from now on, which tells nothing of this machine."""
     name = (
         file.name if named else str(Path(folder.root.resolve().name, file.relative_to(folder.root)))
     )
-    while name in found.files and found.files[name] != file:
+    while name in inputs.files and inputs.files[name] != file:
         name += "'"
-    found.files[name] = file
+    inputs.files[name] = file
     return name
 
 
@@ -216,26 +220,26 @@ def _shards(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _sharded(index: Path, folder: Folder, found: Found) -> dict[str, safetensors_io.Tensor]:
+def _sharded(index: Path, folder: Folder, inputs: Inputs) -> dict[str, safetensors_io.Tensor]:
     """The tensors of all shards by name; raises `InputError` where index and shards do not agree."""
     weight_map = _shards(index)
-    held = {}
+    tensors = {}
     for name in sorted(set(weight_map.values())):
         shard = index.parent / name
         require(
             shard.is_symlink() or shard.exists(),
             f"{index} names {name}, which is missing; fetch it.",
         )
-        _note(folder.inside(shard), folder, found, named=False)
+        _note(folder.inside(shard), folder, inputs, named=False)
         content = READERS[shard.suffix](shard)
         _require_agreement(
             index, name, content, {key for key, file in weight_map.items() if file == name}
         )
-        held |= content
-    return held
+        tensors |= content
+    return tensors
 
 
-def _require_agreement(index: Path, shard: str, content: Any, listed: set[str]) -> None:
+def _require_agreement(index: Path, shard: str, content: Content, listed: set[str]) -> None:
     """Raises `InputError` unless a shard holds exactly the tensors that the index lists for it."""
     flat = isinstance(content, dict) and all(
         isinstance(tensor, safetensors_io.Tensor) for tensor in content.values()

@@ -107,13 +107,13 @@ def diffusers_names(cfg: VAEConfig) -> dict[str, str]:
 def _names_of(path: str, num_res_blocks: int) -> tuple[str, str]:
     """The original and the diffusers name of our tensor at `path`."""
     for original, ours, diffusers, _ in NAMES:
-        found = re.fullmatch(re.escape(ours).replace(r"\{layer\}", r"(?P<layer>\d+)"), path)
-        if found is not None:
-            layer = int(found.groupdict().get("layer", 0))
-            stage, place = divmod(
+        match = re.fullmatch(re.escape(ours).replace(r"\{layer\}", r"(?P<layer>\d+)"), path)
+        if match is not None:
+            layer = int(match.groupdict().get("layer", 0))
+            stage, index = divmod(
                 layer, num_res_blocks + 2
             )  # each but the last stage: blocks, then one upsampler
-            part = f"resnets.{place}" if place <= num_res_blocks else "upsamplers.0"
+            part = f"resnets.{index}" if index <= num_res_blocks else "upsamplers.0"
             return original.format(layer=layer), diffusers.format(
                 layer=layer, stage=stage, part=part
             )
@@ -158,8 +158,8 @@ def _flat(original: str, hit: re.Match[str], stage: int) -> str:
     groups = hit.groupdict()
     if "stage" not in groups:
         return original.format(**groups)
-    place = stage - 1 if groups["resnet"] is None else int(groups["resnet"])
-    return original.format(layer=int(groups["stage"]) * stage + place)
+    index = stage - 1 if groups["resnet"] is None else int(groups["resnet"])
+    return original.format(layer=int(groups["stage"]) * stage + index)
 
 
 def config_from_shapes(shapes: Mapping[str, rules.Shape], template: VAEConfig) -> VAEConfig:
@@ -170,27 +170,27 @@ def config_from_shapes(shapes: Mapping[str, rules.Shape], template: VAEConfig) -
     size = functools.partial(rules.axis, shapes)
     dim = size(r"encoder\.conv1\..*|encoder\.downsamples\.0\.residual\.0\.gamma", 0, template.dim)
     z_dim = size(r"conv2\.(weight|bias)", 0, template.z_dim)
-    found = (
+    matches = (
         re.fullmatch(DOWN.format(rules.NUMBER) + r"\.resample\.1\.weight", name) for name in shapes
     )
-    places = sorted(int(hit[1]) for hit in found if hit)
-    if not places or places[0] * len(places) > len(
+    indices = sorted(int(hit[1]) for hit in matches if hit)
+    if not indices or indices[0] * len(indices) > len(
         shapes
     ):  # too few tensors to be that many layers
-        places = [
+        indices = [
             template.num_res_blocks + stage * (template.num_res_blocks + 1)
             for stage in range(len(template.temporal_downsample))
         ]
-    widths = [size(DOWN.format(place) + r"\.resample\.1\..*", 0, dim) for place in places]
+    widths = [size(DOWN.format(index) + r"\.resample\.1\..*", 0, dim) for index in indices]
     widths.append(size(r"encoder\.head\.0\.gamma|encoder\.middle\..*\.gamma", 0, dim))
     scale = template if template.z_dim == z_dim else plain(z_dim)
     return dataclasses.replace(
         scale,
         dim=dim,
         dim_mult=tuple(width // dim or 1 for width in widths),
-        num_res_blocks=places[0],
+        num_res_blocks=indices[0],
         temporal_downsample=tuple(
-            f"encoder.downsamples.{place}.time_conv.weight" in shapes for place in places
+            f"encoder.downsamples.{index}.time_conv.weight" in shapes for index in indices
         ),
     )
 
@@ -232,10 +232,10 @@ def vae_config(meta: Mapping[str, Any]) -> VAEConfig:
 def config_from_diffusers(meta: Mapping[str, Any], other: VAEConfig) -> VAEConfig:
     """The codec that a diffusers `config.json` describes, its latents normalised as in `other` if it does not say."""
     cfg = vae_config(meta)
-    told = len(meta.get("latents_mean") or ()) == len(meta.get("latents_std") or ()) == cfg.z_dim
+    stated = len(meta.get("latents_mean") or ()) == len(meta.get("latents_std") or ()) == cfg.z_dim
     return (
         cfg
-        if told or other.z_dim != cfg.z_dim
+        if stated or other.z_dim != cfg.z_dim
         else dataclasses.replace(cfg, mean=other.mean, std=other.std)
     )
 

@@ -28,7 +28,7 @@ class Job:
     """
 
     part: str
-    held: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor]
     plan: rules.Plan
     added: Mapping[str, Addition] = field(default_factory=dict)
     dtype: str | None = None
@@ -37,7 +37,7 @@ class Job:
     @property
     def count(self) -> int:
         """Tensors of the sources that are read for it."""
-        return len(self.held) + sum(len(each.used) for each in self.added.values())
+        return len(self.tensors) + sum(len(each.used) for each in self.added.values())
 
     @property
     def forms(self) -> dict[str, Form]:
@@ -67,7 +67,7 @@ def _named(dtype: str) -> type:
 
 def job(
     part: str,
-    held: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
     exp: Experiment,
     wrong: rules.Mismatches,
     *,
@@ -76,9 +76,9 @@ def job(
 ) -> Job:
     """How tensors under original names become a part of a model of this experiment."""
     plan = rules.plan(
-        held, networks.NETWORKS[part].table, networks.wanted(part, exp), wrong, f"{part}/"
+        tensors, networks.NETWORKS[part].table, networks.wanted(part, exp), wrong, f"{part}/"
     )
-    return Job(part, held, plan, added, dtype)
+    return Job(part, tensors, plan, added, dtype)
 
 
 def taking(
@@ -89,13 +89,13 @@ def taking(
     dtype: str | None,
 ) -> Job:
     """How a part of a model folder is taken over: as it is, unless its number format is to change."""
-    held = model.part(part)
-    places = {path: rules.Place(path) for path in held}
-    plan = rules.fit(held, places, networks.wanted(part, exp), wrong, f"{part}/")
-    stays = all(dtype in (None, tensor.dtype.name) for tensor in held.values())
+    tensors = model.part(part)
+    targets = {path: rules.Target(path) for path in tensors}
+    plan = rules.fit(tensors, targets, networks.wanted(part, exp), wrong, f"{part}/")
+    stays = all(dtype in (None, tensor.dtype.name) for tensor in tensors.values())
     return Job(
         part,
-        held,
+        tensors,
         plan,
         {},
         dtype,
@@ -106,7 +106,7 @@ def taking(
 def check(job: Job, wrong: rules.Mismatches) -> Iterator[str]:
     """Notes the tensors of a part that are not finite; yields the name of each that was read."""
     for tensor in [
-        *job.held.values(),
+        *job.tensors.values(),
         *(used for each in job.added.values() for used in each.used.values()),
     ]:
         _read(tensor, wrong)
@@ -116,19 +116,19 @@ def check(job: Job, wrong: rules.Mismatches) -> Iterator[str]:
 def carry_out(jobs: Sequence[Job], folder: Path, wrong: rules.Mismatches) -> Iterator[Entry]:
     """Writes every part into `folder`; yields what became of each tensor, notes those whose values are no numbers."""
     for job in jobs:
-        target = folder / model_folder.weights_file(job.part)
+        path = folder / model_folder.weights_file(job.part)
         if job.link is not None:
-            _link(job.link, target)
-            for name, place in job.plan.places.items():
-                yield _entry(job, name, place, _read(job.held[name], wrong))
+            _link(job.link, path)
+            for name, target in job.plan.targets.items():
+                yield _entry(job, name, target, _read(job.tensors[name], wrong))
             continue
-        with safetensors_io.Writer(target, job.forms, {"format": model_folder.FORMAT}) as file:
-            for name, place in job.plan.places.items():
-                array = _read(job.held[name], wrong)
+        with safetensors_io.Writer(path, job.forms, {"format": model_folder.FORMAT}) as file:
+            for name, target in job.plan.targets.items():
+                array = _read(job.tensors[name], wrong)
                 if array is not None:
                     _put(file, job, name, array, wrong)
-                yield _entry(job, name, place, array)
-                yield from _additions(job, name, place, wrong)
+                yield _entry(job, name, target, array)
+                yield from _additions(job, name, target, wrong)
 
 
 def _link(path: Path, target: Path) -> None:
@@ -148,12 +148,16 @@ def _read(tensor: Tensor, wrong: rules.Mismatches) -> np.ndarray | None:
     return None
 
 
-def _entry(job: Job, name: str, place: rules.Place, array: np.ndarray | None) -> Entry:
+def _entry(job: Job, name: str, target: rules.Target, array: np.ndarray | None) -> Entry:
     sha256 = "" if array is None else digest(array)
-    return Entry(job.held[name], name, sha256, job.part, place.path, place.layer, place.transform)
+    return Entry(
+        job.tensors[name], name, sha256, job.part, target.path, target.layer, target.transform
+    )
 
 
-def _additions(job: Job, name: str, place: rules.Place, wrong: rules.Mismatches) -> Iterator[Entry]:
+def _additions(
+    job: Job, name: str, target: rules.Target, wrong: rules.Mismatches
+) -> Iterator[Entry]:
     """What became of the tensors that are added to weight `name`."""
     for added in [job.added[name]] if name in job.added else []:
         for side, tensor in added.used.items():
@@ -163,8 +167,8 @@ def _additions(job: Job, name: str, place: rules.Place, wrong: rules.Mismatches)
                 name,
                 "" if array is None else digest(array),
                 job.part,
-                place.path,
-                place.layer,
+                target.path,
+                target.layer,
                 f"{side} of + {added.scale:g} * up @ down",
             )
 
@@ -173,22 +177,22 @@ def _put(
     file: safetensors_io.Writer, job: Job, name: str, array: np.ndarray, wrong: rules.Mismatches
 ) -> None:
     """Writes one tensor into its place, with what is added to it and in its new number format."""
-    place = job.plan.places[name]
-    _, dtype = job.forms[job.plan.places[name].path]
+    target = job.plan.targets[name]
+    _, dtype = job.forms[job.plan.targets[name].path]
     if name in job.added:
         array = job.added[name].onto(array)
     changed = name in job.added or array.dtype != dtype
     rows = (
         changed
-        and place.transform == rules.same
-        and place.layer is None
+        and target.transform == rules.same
+        and target.layer is None
         and array.ndim > 1
         and array.nbytes > LARGE
     )
-    for row, values in enumerate(array) if rows else [(place.layer, array)]:
+    for row, values in enumerate(array) if rows else [(target.layer, array)]:
         with np.errstate(over="ignore", invalid="ignore"):
-            value = place.forward(values).astype(dtype, copy=False)
+            value = target.forward(values).astype(dtype, copy=False)
         if changed and not rules.finite(value):
-            wrong[f"too large for {dtype}"].append(job.held[name].name)
+            wrong[f"too large for {dtype}"].append(job.tensors[name].name)
             return
-        file.put(place.path, value, layer=row)
+        file.put(target.path, value, layer=row)

@@ -49,7 +49,7 @@ def allow(condition: bool, otherwise: str) -> None:
         raise Refused(otherwise)
 
 
-def shown(text: str, most: int = 80) -> str:
+def printable(text: str, most: int = 80) -> str:
     """Text of a file on one line of an error, and not too long."""
     text = text.encode("unicode_escape").decode()
     return text if len(text) <= most else f"{text[:most]}..."
@@ -97,12 +97,12 @@ def opened(path: Path, file: BinaryIO) -> Archive:
     require(bool(beginning), f"{path} is empty; fetch it again.")
     if not beginning.startswith(ZIP):
         raise InputError(
-            f"{path} {next(told for known, told in BEGINNINGS.items() if beginning.startswith(known))}"
+            f"{path} {next(meaning for known, meaning in BEGINNINGS.items() if beginning.startswith(known))}"
         )
     with zipfile.ZipFile(file) as whole:
-        found = whole.infolist()
-    entries = {entry.filename: entry for entry in found}
-    check(len(entries) == len(found), "it names an entry twice")
+        infos = whole.infolist()
+    entries = {entry.filename: entry for entry in infos}
+    check(len(entries) == len(infos), "it names an entry twice")
     programs = [name for name in entries if re.fullmatch(r"([^/]+/)?data\.pkl", name)]
     require(
         len(programs) == 1,
@@ -111,5 +111,7 @@ def opened(path: Path, file: BinaryIO) -> Archive:
     )
     archive = Archive(path, file, programs[0].removesuffix("data.pkl"), entries)
     order = archive.read("byteorder", 16) if "byteorder" in archive else b"little"
-    allow(order == b"little", f"holds numbers in the byte order {shown(order.decode('latin-1'))}")
+    allow(
+        order == b"little", f"holds numbers in the byte order {printable(order.decode('latin-1'))}"
+    )
     return archive

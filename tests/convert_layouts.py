@@ -59,7 +59,7 @@ class Layout:
     `stored`: every tensor on disk by (file as reports name it, name in the file); `expected`: by original name.
     """
 
-    given: list[pathlib.Path]
+    sources: list[pathlib.Path]
     expected: Mapping[str, np.ndarray]
     stored: dict[tuple[str, str], np.ndarray]
     request: dict[str, Any] = field(default_factory=dict)
@@ -562,9 +562,9 @@ def bare_lora(tmp, dtype):
     base = dit(dtype)
     pairs = lora("float32", rank=3)
     named = peft(pairs, "base_model.model.model._fsdp_wrapped_module.{}.lora_{}.weight")
-    given = [put(tmp / "base.safetensors", base), put(tmp / "lora.safetensors", named)]
+    sources = [put(tmp / "base.safetensors", base), put(tmp / "lora.safetensors", named)]
     return Layout(
-        given,
+        sources,
         merged(base, pairs, 6 / 3),
         told("base.safetensors", base) | told("lora.safetensors", named),
         {"overrides": HEADS, "lora_alpha": 6.0},
@@ -578,9 +578,9 @@ def lora_that_says_how_strong(tmp, dtype):
     named = peft(pairs, "{}.lora_{}.weight")
     put(tmp / "lora" / "adapter_model.safetensors", named)
     put_json(tmp / "lora" / "adapter_config.json", {"peft_type": "LORA", "r": 3, "lora_alpha": 12})
-    given = [put(tmp / "base.safetensors", base), tmp / "lora"]
+    sources = [put(tmp / "base.safetensors", base), tmp / "lora"]
     stored = told("base.safetensors", base) | told("lora/adapter_model.safetensors", named)
-    return Layout(given, merged(base, pairs, 12 / 3), stored, {"overrides": HEADS})
+    return Layout(sources, merged(base, pairs, 12 / 3), stored, {"overrides": HEADS})
 
 
 @layout
@@ -597,12 +597,12 @@ def lora_of_diffusers_with_alphas(tmp, dtype):
         for at, side in enumerate(("down", "up"))
     }
     named |= {f"transformer.{name}.alpha": np.float32(1.0).reshape(()) for name in theirs.values()}
-    given = [
+    sources = [
         put(tmp / "lora.safetensors", named),
         put(tmp / "base.safetensors", as_diffusers(base)),
     ]
     stored = told("lora.safetensors", named) | told("base.safetensors", as_diffusers(base))
-    return Layout(given, merged(base, pairs, 1 / 2), stored, {"overrides": HEADS})
+    return Layout(sources, merged(base, pairs, 1 / 2), stored, {"overrides": HEADS})
 
 
 @layout

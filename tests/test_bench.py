@@ -79,7 +79,7 @@ def test_what_is_there_is_random_finite_and_in_its_dtype():
         held.model.nets,
         held.model.vae,
         held.state.memory.layers,
-        held.given["frames"],
+        held.inputs["frames"],
     )
     for x in jax.tree.leaves(own):
         values = np.asarray(x, np.float64)
@@ -89,7 +89,7 @@ def test_what_is_there_is_random_finite_and_in_its_dtype():
     assert {x.dtype.name for x in jax.tree.leaves(views)} == {"bfloat16"}
     assert {x.dtype.name for x in jax.tree.leaves(held.model.nets)} == {"float32"}
     assert int(held.state.memory.num_blocks) == budget.full_position(halves)
-    assert all((np.asarray(one.ids) >= 0).all() for one in held.given["selection"])
+    assert all((np.asarray(one.ids) >= 0).all() for one in held.inputs["selection"])
 
 
 def test_storing_is_given_what_committing_makes():
@@ -107,9 +107,9 @@ def test_storing_is_given_what_committing_makes():
         packed = block_step.read_packed(nets, exp.step, layout, latent, low, words, views, own)
         return full, packed, nets.dit.blocks[0].attn.queries(nets.dit.embed(latent))
 
-    given = (held.given[name] for name in ("latent", "low_res", "text_kv"))
+    given = (held.inputs[name] for name in ("latent", "low_res", "text_kv"))
     want = jax.eval_shape(made, held.model.nets, *given, held.state.memory)
-    given = held.given["full"], held.given["packed"], held.given["queries"][0]
+    given = held.inputs["full"], held.inputs["packed"], held.inputs["queries"][0]
     assert forms_of(given) == forms_of(want)
 
 
@@ -118,9 +118,9 @@ def forms_of(tree):
 
 
 def test_only_what_the_parts_take_is_made():
-    given = bench.scene(model(), ["store"]).given
+    given = bench.scene(model(), ["store"]).inputs
     assert set(given) == {"latent", "full", "packed", "selection"}
-    assert set(bench.scene(model(), ALL).given) == {
+    assert set(bench.scene(model(), ALL).inputs) == {
         taken for part in bench.PARTS.values() for taken in part.takes
     }
 
@@ -157,15 +157,15 @@ def test_forward_is_the_first_step_of_a_block():
     held = bench.scene(model(), ["forward"])
     cfg = tiny.EXP.step
     memory = held.state.memory
-    none = jnp.zeros((0, *held.given["latent"].shape))
-    noise = block_step.Noise(noise=held.given["latent"], renoise=none, random=none)
+    none = jnp.zeros((0, *held.inputs["latent"].shape))
+    noise = block_step.Noise(noise=held.inputs["latent"], renoise=none, random=none)
 
     def step(nets, noise, words, memory):
         layout = layouts.layout(cfg.cache, memory.progress)
         views = block_step.views_of(memory)
         return block_step.first_step(nets, cfg, layout, noise, words, views)[0]
 
-    want = tiny.jit(step)(held.model.nets, noise, held.given["text_kv"], memory)
+    want = tiny.jit(step)(held.model.nets, noise, held.inputs["text_kv"], memory)
     _, clean = held.run("forward")(held.state)
     np.testing.assert_allclose(clean, want, atol=1e-5)
 
@@ -179,8 +179,8 @@ def test_choosing_is_what_each_layer_does_on_its_way():
     for layer, found in enumerate(chosen):
         own = (
             held.state.memory.layers[layer],
-            held.given["queries"][layer],
-            held.given["random"][layer],
+            held.inputs["queries"][layer],
+            held.inputs["random"][layer],
         )
         assert np.asarray(recall(*own).ids).tolist() == np.asarray(found.ids).tolist()
 
@@ -251,7 +251,7 @@ def measured(**medians):
     products = [timing.Product(side, side, side, "float32") for side in (10, 20)]
     for product, seconds in zip(products, (1e-3, 4e-3), strict=True):
         times[product.name] = timing.Times(1.0, (seconds,) * 3)
-    return bench.Found(
+    return bench.Measurements(
         experiment=tiny.EXP,
         times=times,
         products=products,
@@ -292,11 +292,11 @@ def test_a_full_size_model_is_built_without_being_made():
     own = held.model.nets, held.model.vae, views
     assert {x.dtype.name for x in jax.tree.leaves(own)} == {"bfloat16"}
     assert views[0].k.shape == (1, exp.memory.room, 12, 128)
-    assert held.given["full"][0].k.shape == (1, 6_240, 12, 128)
-    assert held.given["packed"][0].v.shape == (1, 182, 12, 128)
-    assert held.given["frames"].shape == (1, 16, 480, 832, 3)
+    assert held.inputs["full"][0].k.shape == (1, 6_240, 12, 128)
+    assert held.inputs["packed"][0].v.shape == (1, 182, 12, 128)
+    assert held.inputs["frames"].shape == (1, 16, 480, 832, 3)
     assert bench.attended(exp) == 27_872
-    given = held.state.memory, held.given["latent"], held.given["text_kv"]
+    given = held.state.memory, held.inputs["latent"], held.inputs["text_kv"]
     program = bench.forward.lower(held.model.nets, exp.step, *given)
     assert program.as_text().count("tf.aliasing_output") == len(jax.tree.leaves(given[0]))
     one_layer = 2 * 6_240 * 1_536 * (4 * 1_536 + 2 * 27_872 + 2 * 8_960 + 2 * 1_536 + 2 * 512)
@@ -304,7 +304,7 @@ def test_a_full_size_model_is_built_without_being_made():
     counted = bench.operations(exp, ["forward"])["forward"]
     assert one_layer + ends < counted < 1.001 * (one_layer + ends)
     assert bench.moved(held, "store") > 2 * 2 * 2 * 1_536 * (6_240 + 182)
-    assert jaxpr_cost.nbytes(held.given["full"]) == 2 * 2 * 6_240 * 1_536
+    assert jaxpr_cost.nbytes(held.inputs["full"]) == 2 * 2 * 6_240 * 1_536
 
 
 # The script for a GPU, at toy sizes

@@ -304,7 +304,7 @@ def test_packed_blocks_on_the_host_are_not_on_the_device():
         tiny.with_cache(scope="shared", timing="late", archive=place)
         for place in ("device", "host")
     ]
-    device, host = (budget.held(exp, programs.shapes_of(exp)) for exp in exps)
+    device, host = (budget.resident(exp, programs.shapes_of(exp)) for exp in exps)
     assert host["held/on the host"] == host["held/archive"] == device["held/archive"] > 0
     assert host["held/on the device"] + host["held/on the host"] == device["held/on the device"]
     assert device["held/on the host"] == 0

@@ -24,7 +24,7 @@ def measured(seconds):
     times = {
         name: timing.Times(first=50.0, runs=(each, each, each)) for name, each in seconds.items()
     }
-    return bench.Found(
+    return bench.Measurements(
         experiment=tiny.EXP,
         times=times | {product.name: timing.Times(1.0, (4e-3,) * 3)},
         products=[product],

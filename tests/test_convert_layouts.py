@@ -39,7 +39,7 @@ def case(request, tmp_path_factory):
     tmp = tmp_path_factory.mktemp(name)
     made = LAYOUTS[name](tmp, dtype)
     done = folders.convert(
-        folders.Request(given=tuple(made.given), out=tmp / "out" / "model", **made.request)
+        folders.Request(sources=tuple(made.sources), out=tmp / "out" / "model", **made.request)
     )
     return name, made, tmp / "out" / "model", done
 
@@ -137,7 +137,7 @@ def test_the_folder_is_a_model_that_fits_its_settings(case):
 
 def test_a_folder_read_again_is_taken_over_bit_by_bit(case, tmp_path):
     _, made, folder, _ = case
-    folders.convert(folders.Request(given=(folder,), out=tmp_path / "again"))
+    folders.convert(folders.Request(sources=(folder,), out=tmp_path / "again"))
     for part in made.parts:
         name = model_folder.weights_file(part)
         assert (tmp_path / "again" / name).samefile(folder / name)
@@ -166,7 +166,7 @@ def converted(tmp_path, name, stored="float32", **request):
     made = LAYOUTS[name](tmp_path, stored)
     request = {**made.request, **request}
     done = folders.convert(
-        folders.Request(given=tuple(made.given), out=tmp_path / "out", **request)
+        folders.Request(sources=tuple(made.sources), out=tmp_path / "out", **request)
     )
     return done, model_folder.opened(tmp_path / "out")
 
@@ -257,8 +257,10 @@ def test_a_named_file_comes_before_what_a_folder_has(tmp_path):
 
 def test_a_pickled_copy_beside_safetensors_is_passed_over(tmp_path):
     made = LAYOUTS["diffusers_transformer"](tmp_path, "float32")
-    convert_layouts.put(made.given[0] / "diffusion_pytorch_model.bin", convert_layouts.dit(seed=3))
-    done = folders.convert(folders.Request(given=tuple(made.given), out=tmp_path / "out"))
+    convert_layouts.put(
+        made.sources[0] / "diffusion_pytorch_model.bin", convert_layouts.dit(seed=3)
+    )
+    done = folders.convert(folders.Request(sources=tuple(made.sources), out=tmp_path / "out"))
     assert (
         done.notes[0]
         == "transformer/diffusion_pytorch_model.bin is passed over: the folder has safetensors"
@@ -280,7 +282,9 @@ def test_a_student_shares_the_text_encoder_of_a_model_folder(tmp_path):
         if (tmp_path / "b").mkdir() is None
         else None
     )
-    folders.convert(folders.Request(given=(base.folder, *student.given), out=tmp_path / "student"))
+    folders.convert(
+        folders.Request(sources=(base.folder, *student.sources), out=tmp_path / "student")
+    )
     held = model_folder.opened(tmp_path / "student")
     assert (held.folder / "text.safetensors").samefile(base.folder / "text.safetensors")
     assert not (held.folder / "dit.safetensors").samefile(base.folder / "dit.safetensors")
@@ -307,7 +311,9 @@ def test_every_part_is_cast_when_asked(tmp_path, dtype, monkeypatch):
 
 def test_a_model_folder_is_cast_when_asked(tmp_path):
     _, base = converted(tmp_path / "a", "original_file")
-    folders.convert(folders.Request(given=(base.folder,), out=tmp_path / "half", dtype="bfloat16"))
+    folders.convert(
+        folders.Request(sources=(base.folder,), out=tmp_path / "half", dtype="bfloat16")
+    )
     held = model_folder.opened(tmp_path / "half")
     assert {tensor.dtype.name for tensor in held.part("dit").values()} == {"bfloat16"}
 
@@ -320,7 +326,7 @@ def test_a_lora_is_merged_into_a_model_folder(tmp_path):
     pairs = convert_layouts.lora()
     save_file(convert_layouts.peft(pairs), tmp_path / "lora.safetensors")
     folders.convert(
-        folders.Request(given=(base.folder, tmp_path / "lora.safetensors"), out=tmp_path / "more")
+        folders.Request(sources=(base.folder, tmp_path / "lora.safetensors"), out=tmp_path / "more")
     )
     exporting.to_torch(tmp_path / "more", tmp_path / "back.safetensors")
     back = load_file(tmp_path / "back.safetensors")
@@ -348,7 +354,7 @@ def test_the_shipped_model_goes_there_and_back(tmp_path):
     )
     folders.convert(
         folders.Request(
-            given=(tmp_path / "stage.safetensors",),
+            sources=(tmp_path / "stage.safetensors",),
             out=tmp_path / "stage",
             config="stage",
             tokenizer=pipeline.SHIPPED / "tokenizer.json",

@@ -550,7 +550,7 @@ def model(tmp_path):
     """A model folder."""
     path = put(tmp_path / "wan.safetensors", dit())
     folders.convert(
-        folders.Request(given=(path,), out=tmp_path / "model", overrides=("dit.heads=3",))
+        folders.Request(sources=(path,), out=tmp_path / "model", overrides=("dit.heads=3",))
     )
     return tmp_path / "model"
 
@@ -565,7 +565,7 @@ def contents(folder):
 def test_a_source_is_never_written_to(model, out):
     before = contents(model)
     with pytest.raises(InputError, match="lie in each other"):
-        folders.convert(folders.Request(given=(model,), out=model.parent / out))
+        folders.convert(folders.Request(sources=(model,), out=model.parent / out))
     assert contents(model) == before
 
 
@@ -573,7 +573,7 @@ def test_a_folder_of_something_else_is_not_replaced(model):
     (model.parent / "photos").mkdir()
     (model.parent / "photos" / "cat.png").write_bytes(b"cat")
     with pytest.raises(InputError, match="is not a model folder"):
-        folders.convert(folders.Request(given=(model,), out=model.parent / "photos"))
+        folders.convert(folders.Request(sources=(model,), out=model.parent / "photos"))
     assert contents(model.parent / "photos").keys() == {
         model.joinpath("cat.png").relative_to(model)
     }
@@ -584,9 +584,9 @@ def test_a_model_folder_is_replaced_only_when_all_went_well(model, tmp_path):
     path = put(tmp_path / "broken.safetensors", spoilt(dit(seed=1), "head.head.bias", np.nan))
     request = functools.partial(folders.Request, out=model, overrides=("dit.heads=3",))
     with pytest.raises(InputError, match="not finite"):
-        folders.convert(request(given=(path,)))
+        folders.convert(request(sources=(path,)))
     assert contents(model) == before
-    folders.convert(request(given=(put(path, dit(seed=1)),)))
+    folders.convert(request(sources=(put(path, dit(seed=1)),)))
     assert contents(model) != before
     assert sorted(each.name for each in tmp_path.iterdir()) == [
         "broken.safetensors",
@@ -596,9 +596,9 @@ def test_a_model_folder_is_replaced_only_when_all_went_well(model, tmp_path):
 
 
 def test_two_model_folders_with_one_part_are_refused(model, tmp_path):
-    folders.convert(folders.Request(given=(model,), out=tmp_path / "twin"))
+    folders.convert(folders.Request(sources=(model,), out=tmp_path / "twin"))
     with pytest.raises(InputError, match="all hold the part dit"):
-        folders.convert(folders.Request(given=(model, tmp_path / "twin"), out=tmp_path / "both"))
+        folders.convert(folders.Request(sources=(model, tmp_path / "twin"), out=tmp_path / "both"))
     assert not (tmp_path / "both").exists()
 
 
@@ -606,7 +606,7 @@ def test_a_model_folder_with_a_link_out_of_it_is_refused(model, tmp_path):
     (model / "dit.safetensors").rename(tmp_path / "moved.safetensors")
     os.symlink(tmp_path / "moved.safetensors", model / "dit.safetensors")
     with pytest.raises(InputError, match="leads out of"):
-        folders.convert(folders.Request(given=(model,), out=tmp_path / "more"))
+        folders.convert(folders.Request(sources=(model,), out=tmp_path / "more"))
     with pytest.raises(InputError, match="leads out of"):
         exporting.to_torch(model, tmp_path / "back.safetensors")
 
@@ -615,7 +615,7 @@ def test_a_damaged_model_folder_is_not_taken_over(model, tmp_path):
     held = load_file(model / "dit.safetensors")
     save_file(spoilt(held, "head/bias", np.inf), model / "dit.safetensors")
     with pytest.raises(InputError, match="1 not finite: head/bias"):
-        folders.convert(folders.Request(given=(model,), out=tmp_path / "more"))
+        folders.convert(folders.Request(sources=(model,), out=tmp_path / "more"))
     with pytest.raises(InputError, match="1 not finite: head.head.bias"):
         exporting.to_torch(model, tmp_path / "back.safetensors")
     save_file(changed(held, **{"head/bias": None}), model / "dit.safetensors")

@@ -142,7 +142,7 @@ def test_every_transform_reads_backwards_at_any_size(transform, sizes, layers):
     tensors = {f"blocks.{i}.w": counting(*shape) + 1000 * i for i in range(layers)}
     table = [Rule(r"blocks\.(\d+)\.w", "blocks/w", transform)]
     wanted = {
-        "blocks/w": (layers, *table[0].place("blocks.0.w").forward(tensors["blocks.0.w"]).shape)
+        "blocks/w": (layers, *table[0].match("blocks.0.w").forward(tensors["blocks.0.w"]).shape)
     }
     back = rules.invert(rules.convert(tensors, table, wanted), table, dict.fromkeys(tensors, shape))
     for name, tensor in tensors.items():
@@ -263,7 +263,7 @@ def test_renaming_refuses_unknown_and_colliding_names():
 
 def test_the_table_is_about_every_tensor_of_the_original_once():
     for name in weights("wan_dit_tiny"):
-        assert sum(rule.place(name) is not None for rule in wan_dit.WAN_DIT) == 1, name
+        assert sum(rule.match(name) is not None for rule in wan_dit.WAN_DIT) == 1, name
 
 
 def test_names_are_made_from_the_paths_that_they_lead_to():
@@ -272,7 +272,7 @@ def test_names_are_made_from_the_paths_that_they_lead_to():
     places = rules.sources(forms, TABLE, wrong)
     assert not any(wrong.values())
     assert places == {
-        name: place for name in checkpoint() for rule in TABLE if (place := rule.place(name))
+        name: place for name in checkpoint() for rule in TABLE if (place := rule.match(name))
     }
     rules.sources({"novel": (2,)}, TABLE, wrong, "part/")
     assert wrong["without a name in the checkpoint"] == ["part/novel"]
@@ -286,7 +286,7 @@ def test_full_size_networks_have_as_many_tensors_as_were_published(part, count):
     assert not any(wrong.values())
     assert len(places) == count
     assert all(
-        sum(rule.place(name) == place for rule in networks.NETWORKS[part].table) == 1
+        sum(rule.match(name) == place for rule in networks.NETWORKS[part].table) == 1
         for name, place in places.items()
     )
 
@@ -305,10 +305,10 @@ def test_every_original_name_tells_its_network():
 
 def test_layers_have_one_spelling_and_an_end():
     rule = Rule(r"blocks\.(\d+)\.w", "blocks/w")
-    assert rule.place("blocks.0.w") == rules.Place("blocks/w", 0)
-    assert rule.place("blocks.9999.w") == rules.Place("blocks/w", 9999)
+    assert rule.match("blocks.0.w") == rules.Target("blocks/w", 0)
+    assert rule.match("blocks.9999.w") == rules.Target("blocks/w", 9999)
     assert not any(
-        rule.place(f"blocks.{spelt}.w")
+        rule.match(f"blocks.{spelt}.w")
         for spelt in ("00", "01", "10000", "-1", "+1", "1_0", "\u0663", "")
     )
 

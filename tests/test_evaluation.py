@@ -11,6 +11,7 @@ from packforcing_jax import config, pytrees
 from packforcing_jax.cli import main
 from packforcing_jax.errors import InputError
 from packforcing_jax.evaluation import recall, stage_figures
+from packforcing_jax.evaluation.stage_figures import Sampling
 from packforcing_jax.io import checkpoints
 from packforcing_jax.sampling import pipeline
 from packforcing_jax.stage import captions, data, oracle, stories, world
@@ -283,14 +284,16 @@ def same(a, b):
 
 
 def test_teacher_forcing_an_untrained_model(model):
-    result = stage_figures.teacher_forced(model, clips=2, seed=SEED, batch=2)
+    result = stage_figures.teacher_forced(model, clips=2, sampling=Sampling(SEED, 2))
     assert list(result["sections"]) == ["sink of 8 frames", "sink of 0 frames"]
     for rows in result["sections"].values():
         assert rows["valid frames"]["value"][0] == 0
         assert rows["colour"]["n"] == 2
         assert all(name in stage_figures.table(result) for name in rows)
-    assert same(result, stage_figures.teacher_forced(model, clips=2, seed=SEED, batch=2))
-    assert not same(result, stage_figures.teacher_forced(model, clips=2, seed=SEED + 1, batch=2))
+    assert same(result, stage_figures.teacher_forced(model, clips=2, sampling=Sampling(SEED, 2)))
+    assert not same(
+        result, stage_figures.teacher_forced(model, clips=2, sampling=Sampling(SEED + 1, 2))
+    )
 
 
 def test_rolling_out_an_untrained_model(model):
@@ -300,7 +303,7 @@ def test_rolling_out_an_untrained_model(model):
         counted.append(len(parts))
         return parts
 
-    result = stage_figures.rollout(model, videos=2, blocks=31, seed=SEED, batch=2, watch=watch)
+    result = stage_figures.rollout(model, videos=2, blocks=31, sampling=Sampling(SEED, 2, watch))
     assert (result["videos"], result["frames"], counted) == (2, 124, [1])
     assert result["windows"]["valid"]["last"][0] == 0
     assert "last window" in stage_figures.table(result)
@@ -309,7 +312,7 @@ def test_rolling_out_an_untrained_model(model):
 
 def test_what_cannot_be_evaluated_is_refused(model):
     with pytest.raises(InputError, match="batch=0"):
-        stage_figures.rollout(model, videos=2, blocks=3, batch=0)
+        stage_figures.rollout(model, videos=2, blocks=3, sampling=Sampling(batch=0))
     with pytest.raises(InputError, match="0 videos"):
         stage_figures.teacher_forced(model, clips=0)
     other = dataclasses.replace(
@@ -407,7 +410,7 @@ def test_the_program_evaluates_half_precision_and_the_host_archive(run, tiny, ca
             "forced",
             recall,
             "forced",
-            {"videos": 32, "gaps": (4, 9), "ways": recall.ways_of("recency,all-fit")},
+            {"videos": 32, "gaps": (4, 9), "ways": recall.variants_of("recency,all-fit")},
         ),
     ],
 )
@@ -441,8 +444,10 @@ def test_flags_reach_the_evaluation(run, tiny, capsys, monkeypatch, mode, module
     )
     assert capsys.readouterr().out == f"table of {mode}\n"
     assert asked.pop("cache") == dataclasses.replace(config.PROFILES["no-mid"], sink=4)
-    assert callable(asked.pop("watch"))
-    assert asked == {"seed": 5, "batch": 16, **videos}
+    sampling = asked.pop("sampling")
+    assert callable(sampling.watch)
+    assert (sampling.seed, sampling.batch) == (5, 16)
+    assert asked == videos
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ FILM = dataclasses.replace(
 
 @pytest.mark.parametrize("exp", [tiny.EXP, HALF, HOST, FILM, tiny.with_cache(top=0, capacity=0)])
 def test_what_lies_between_two_blocks_is_what_the_budget_counts(exp):
-    counted = budget.held(exp, programs.shapes_of(exp, 2))
+    counted = budget.resident(exp, programs.shapes_of(exp, 2))
     smallest = 4 * (exp.dit.layers + 3)  # where each sink begins, and how far the video is
     assert sum(memory_fit.resting(exp, 2).values()) == counted["held/on the device"] - smallest
 

@@ -11,6 +11,7 @@ import tiny
 from packforcing_jax import config, pytrees
 from packforcing_jax.errors import InputError
 from packforcing_jax.evaluation import recall, stage_figures
+from packforcing_jax.evaluation.stage_figures import Sampling
 from packforcing_jax.memory import layout as layouts
 from packforcing_jax.policies import selection
 from packforcing_jax.sampling import pipeline
@@ -103,13 +104,13 @@ def test_stories_differ_by_seed_and_stay_in_one_scene():
 
 
 def test_every_policy_is_a_way_and_every_way_a_memory():
-    ways = recall.ways_of("every")
+    ways = recall.variants_of("every")
     assert set(selection.SCORES) == {way.get("selection") for way in ways.values()}
     caches = [recall.changed(SMALL, way).cache for way in ways.values()]
     assert len(set(caches)) == len(ways)
-    assert recall.ways_of("recency,all-fit") == {
-        "recency": recall.WAYS["recency"],
-        "all-fit": recall.WAYS["all-fit"],
+    assert recall.variants_of("recency,all-fit") == {
+        "recency": recall.VARIANTS["recency"],
+        "all-fit": recall.VARIANTS["all-fit"],
     }
     for wrong, remedy in (
         ("recensy", "did you mean recency"),
@@ -117,7 +118,7 @@ def test_every_policy_is_a_way_and_every_way_a_memory():
         ("qqqq", "known: .*every"),
     ):
         with pytest.raises(InputError, match=f"^--ways .*{remedy}"):
-            recall.ways_of(wrong)
+            recall.variants_of(wrong)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_every_policy_is_a_way_and_every_way_a_memory():
     ],
 )
 def test_a_fitted_row_has_the_room_of_the_best(way, chosen, room):
-    exp = recall.changed(SMALL, recall.WAYS[way])
+    exp = recall.changed(SMALL, recall.VARIANTS[way])
     layout = layouts.layout(exp.cache, layouts.begin(20))
     assert int(layout.num_selected) == chosen
     assert float(layout.recent_position - layout.mid_position) == room
@@ -151,7 +152,7 @@ def test_figures_count_the_last_layer_beside_blind_choices(way, held, level):
     looked = np.array([[True] * 5, [True] * 5, [True, False, False, True, False]])
     right = np.array([False, True, False, False, True])
     found = [(looked[:, :3], right[:3]), (looked[:, 3:], right[3:])]
-    rows = recall.figures(recall.changed(SMALL, recall.WAYS[way]), held, found)
+    rows = recall.figures(recall.changed(SMALL, recall.VARIANTS[way]), held, found)
     block = rows["block found, last layer"]
     mark = rows["mark recalled"]
     assert (block["chance"], block["value"][0], block["n"]) == (level, 2 / 5, 5)
@@ -177,8 +178,8 @@ def test_one_history_serves_every_gap_and_way(model, monkeypatch):
 
     monkeypatch.setattr(recall, "history", history)
     monkeypatch.setattr(recall, "answers", answers)
-    ways = recall.ways_of("recency,affinity,paper_sum")
-    result = recall.forced(model, ways, gaps=(9, 2), videos=5, seed=7, batch=3)
+    ways = recall.variants_of("recency,affinity,paper_sum")
+    result = recall.forced(model, ways, gaps=(9, 2), videos=5, sampling=Sampling(7, 3))
     assert [len(told) for told, *_ in histories] == [3, 2]
     assert [who for _, *who in histories] == [[7, [0, 1, 2]], [7, [3, 4]]]
     for state in (1, 2):
@@ -191,8 +192,8 @@ def test_one_history_serves_every_gap_and_way(model, monkeypatch):
 
 @pytest.fixture(scope="module")
 def study(model):
-    ways = {name: recall.WAYS[name] for name in ("recency", "all-fit")}
-    return recall.forced(model, ways, gaps=GAPS, videos=2, seed=7, batch=2)
+    ways = {name: recall.VARIANTS[name] for name in ("recency", "all-fit")}
+    return recall.forced(model, ways, gaps=GAPS, videos=2, sampling=Sampling(7, 2))
 
 
 def test_blocks_are_found_where_a_way_looks(study):
@@ -222,7 +223,7 @@ def test_a_history_answers_as_often_as_it_is_asked(model, told, state):
     assert int(state.memory.num_blocks) == recall.OPENING + max(GAPS)
     before = jax.tree.map(np.array, state)
     for _ in range(2):
-        looked, right = recall.answers(model, recall.WAYS["recency"], state, told, GAPS[0])
+        looked, right = recall.answers(model, recall.VARIANTS["recency"], state, told, GAPS[0])
         assert looked.shape == (2, 2)
         assert looked.all()
         assert right.shape == (2,)
@@ -240,7 +241,7 @@ HOST = ["cache.archive=host", "cache.scope=shared", "cache.timing=late"]
 )
 def test_the_last_block_is_the_one_that_follows_the_true_frames(model, told, overrides):
     """Bit for bit: `play` makes it in place, the study behind a copy of the memory."""
-    model = recall.with_way(model.with_settings(overrides), recall.WAYS["recency"])
+    model = recall.with_variant(model.with_settings(overrides), recall.VARIANTS["recency"])
     state = recall.history(model, told, seed=7, videos=range(2))
     last = len(told[0].guests) - 1
     prompts = [[captions.caption(story, block) for block in range(last + 1)] for story in told]
@@ -260,8 +261,8 @@ def test_the_last_block_is_the_one_that_follows_the_true_frames(model, told, ove
 
 def test_a_way_finds_frames_at_its_own_positions(model, told, state, monkeypatch):
     """A first layer's keys depend on no choice: a history of the way's own has the same ones, and where they are."""
-    exp = recall.changed(SMALL, recall.WAYS["all-true"])
-    monkeypatch.setitem(recall.WAYS, "recency", recall.WAYS["all-true"])
+    exp = recall.changed(SMALL, recall.VARIANTS["all-true"])
+    monkeypatch.setitem(recall.VARIANTS, "recency", recall.VARIANTS["all-true"])
     own = recall.history(model, told, seed=7, videos=range(2))
     wanted = tiny.committed(exp, own.memory)
     found = tiny.committed(exp, recall._copied(exp.memory, state.memory))
@@ -273,7 +274,7 @@ def test_a_way_finds_frames_at_its_own_positions(model, told, state, monkeypatch
 @pytest.mark.parametrize("gaps", [(), (1,), (8, 8), (2, 3, 4, 5, 6), (0, 9)])
 def test_gaps_that_cannot_be_compared_are_refused(model, gaps):
     with pytest.raises(InputError, match=r"gaps=\(.*must be one to 4 different numbers above 1"):
-        recall.forced(model, recall.ways_of("recency"), gaps=gaps, videos=2)
+        recall.forced(model, recall.variants_of("recency"), gaps=gaps, videos=2)
 
 
 def test_other_models_and_no_videos_are_refused(model):
@@ -281,9 +282,9 @@ def test_other_models_and_no_videos_are_refused(model):
         model, experiment=dataclasses.replace(SMALL, latent=(10, 8), name="wide")
     )
     with pytest.raises(InputError, match="'wide' draws no stage videos"):
-        recall.forced(other, recall.ways_of("recency"))
+        recall.forced(other, recall.variants_of("recency"))
     with pytest.raises(InputError, match="0 videos"):
-        recall.forced(model, recall.ways_of("recency"), gaps=(2,), videos=0)
+        recall.forced(model, recall.variants_of("recency"), gaps=(2,), videos=0)
     forgetful = model.with_settings(["cache.top=0"])
     with pytest.raises(InputError, match=r"cache.top=0 attends to no packed block.* set it to 1"):
-        recall.forced(forgetful, recall.ways_of("recency"), gaps=(2,), videos=1)
+        recall.forced(forgetful, recall.variants_of("recency"), gaps=(2,), videos=1)

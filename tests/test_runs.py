@@ -85,7 +85,7 @@ PROGRAM = runs.Program(
     update=update,
     movers=lambda train, step: ("generator", "critic") if step % 3 == 0 else ("critic",),
     encode=lambda exp, pixels, raw: raw["x"],
-    batches=lambda exp, source, batch, **_: Counted(batch),
+    batches=lambda exp, source, share, **_: Counted(share.batch),
 )
 TRAIN = TrainConfig(steps=11, batch=4, save_every=3, patience=2)
 EXP = dataclasses.replace(

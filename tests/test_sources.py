@@ -67,11 +67,9 @@ def lines(tmp_path_factory):
     return path
 
 
-def take(read, count, batch=4, seed=3, **given):
+def take(read, count, share=sources.Share(4), seed=3, **options):
     return list(
-        itertools.islice(
-            sources.batches(*read, seed=seed, batch=batch, encode=encode, **given), count
-        )
+        itertools.islice(sources.batches(*read, share, seed=seed, encode=encode, **options), count)
     )
 
 
@@ -118,10 +116,10 @@ def test_batches_do_not_depend_on_the_number_of_processes(kind, folder, lines):
         "stage": reading("stage", exp=stage.experiment),
     }[kind]
     name = "ids" if kind == "prompts" else "video" if kind == "stage" else "latent"
-    whole = [raw[name] for raw in take(read, 2, batch=6)]
+    whole = [raw[name] for raw in take(read, 2, sources.Share(6))]
     for processes in (2, 3):
         parts = [
-            [raw[name] for raw in take(read, 2, batch=6, process=p, processes=processes)]
+            [raw[name] for raw in take(read, 2, sources.Share(6, p, processes))]
             for p in range(processes)
         ]
         for step in range(2):
@@ -131,7 +129,8 @@ def test_batches_do_not_depend_on_the_number_of_processes(kind, folder, lines):
 def test_a_process_reads_only_its_own_rows(folder, monkeypatch):
     asked = []
     read = records.Records.__getitem__
-    held = sources.batches(*reading("records", folder), seed=3, batch=6, process=1, processes=3)
+    share = sources.Share(6, process=1, processes=3)
+    held = sources.batches(*reading("records", folder), share, seed=3)
     monkeypatch.setattr(
         records.Records, "__getitem__", lambda self, at: asked.append(at) or read(self, at)
     )
@@ -141,12 +140,13 @@ def test_a_process_reads_only_its_own_rows(folder, monkeypatch):
 
 def test_it_goes_on_where_it_was_with_any_number_of_processes(lines):
     read = reading("prompts", lines)
-    going = sources.batches(*read, seed=3, batch=6, encode=encode)
+    going = sources.batches(*read, sources.Share(6), seed=3, encode=encode)
     whole = [numbers(next(going)) for _ in range(3)]
     position = json.loads(json.dumps(going.get_state()))
     whole += [numbers(next(going)) for _ in range(2)]
     for process in range(2):
-        half = sources.batches(*read, seed=3, batch=6, process=process, processes=2, encode=encode)
+        share = sources.Share(6, process, processes=2)
+        half = sources.batches(*read, share, seed=3, encode=encode)
         half.set_state(position)
         assert [numbers(next(half)) for _ in range(2)] == [
             row[3 * process : 3 * process + 3] for row in whole[3:]
@@ -162,11 +162,11 @@ def test_the_first_few_again_and_again(lines):
 
 def test_the_stage_draws_new_clips_or_the_first_few_again():
     read = reading("stage", exp=stage.experiment)
-    first, second = take(read, 2, batch=3)
+    first, second = take(read, 2, sources.Share(3))
     assert set(first) == set(sources.STAGE)
     assert first["video"].shape == (3, 20, 32, 32, 3)
     assert len({clip.tobytes() for clip in (*first["video"], *second["video"])}) == 6
-    few, more = take(reading("stage", limit=3, exp=stage.experiment), 2, batch=3)
+    few, more = take(reading("stage", limit=3, exp=stage.experiment), 2, sources.Share(3))
     for raw in (few, more):
         assert {clip.tobytes() for clip in raw["video"]} == {
             clip.tobytes() for clip in first["video"]
@@ -178,7 +178,9 @@ def test_a_prompt_holds_for_every_block_and_a_timeline_from_its_blocks_on(tmp_pa
     path.write_text(
         '{"prompt": "a clip 0"}\n{"timeline": [[0, "a clip 1"], [3, "another clip 2"]]}\n'
     )
-    rows = [row for raw in take(reading("prompts", path), 1, batch=2) for row in raw["ids"]]
+    rows = [
+        row for raw in take(reading("prompts", path), 1, sources.Share(2)) for row in raw["ids"]
+    ]
     assert sorted(row[:, 1].tolist() for row in rows) == [[0] * 5, [1, 1, 1, 2, 2]]
     assert sorted(row[-1, 0] for row in rows) == [len("a clip 0"), len("another clip 2")]
 
@@ -207,9 +209,9 @@ def test_a_damaged_record_stops_with_its_name(tmp_path):
         take(reading("records", tmp_path / "set"), 3)
 
 
-def refused(read, **given):
+def refused(read, **options):
     with pytest.raises(InputError) as raised:
-        sources.batches(*read, **{"seed": 3, "batch": 4, "encode": encode} | given)
+        sources.batches(*read, sources.Share(4), **{"seed": 3, "encode": encode} | options)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -247,13 +249,14 @@ def test_records_of_other_sizes_are_refused(case, tmp_path):
         tmp_path / "set", 1, make=lambda number: {name: example(number)[name] for name in only}
     )
     with pytest.raises(InputError, match=named):
-        sources.batches(*reading("records", folder, exp=exp), seed=3, batch=4)
+        sources.batches(*reading("records", folder, exp=exp), sources.Share(4), seed=3)
 
 
 def test_wrong_requests_are_refused_before_the_first_batch(folder, lines, tmp_path):
     (tmp_path / "empty.txt").write_text("\n# nothing\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    assert "cannot be divided among 3 processes" in refused(reading("prompts", lines), processes=3)
+    with pytest.raises(InputError, match="cannot be divided among 3 processes"):
+        sources.Share(4, processes=3)
     assert "holds no prompt" in refused(reading("prompts", tmp_path / "empty.txt"))
     assert "cannot be read" in refused(reading("prompts", tmp_path / "binary.txt"))
     assert "does not exist" in refused(reading("prompts", tmp_path / "none.txt"))

@@ -91,8 +91,8 @@ def test_too_short_a_clip_is_refused():
         data.draw_clip(np.random.default_rng(0), blocks=2)
 
 
-def test_seen_before_is_about_guests_and_earlier_blocks():
-    assert data.seen_before(np.array([3, -1, 3, -1, 5, 3])).tolist() == [
+def test_appeared_before_is_about_guests_and_earlier_blocks():
+    assert data.appeared_before(np.array([3, -1, 3, -1, 5, 3])).tolist() == [
         False,
         False,
         True,
@@ -115,7 +115,7 @@ def test_a_clip_holds_what_its_text_says():
     }
     np.testing.assert_array_equal(made["video"], world.render(story))
     np.testing.assert_array_equal(made["columns"], story.columns)
-    np.testing.assert_array_equal(made["recalled"], data.seen_before(made["guests"]))
+    np.testing.assert_array_equal(made["recalled"], data.appeared_before(made["guests"]))
     np.testing.assert_array_equal(made["mask"].sum(axis=1), 13 + 3 * (made["guests"] >= 0))
 
 

@@ -80,11 +80,11 @@ def test_windows_follow_each_other_and_the_last_ends_with_the_video(frames, size
 def test_what_is_asked_is_spread_over_the_frames_of_its_block():
     prompts = [PROMPT, PROMPT._replace(guest=6), PROMPT._replace(colour=None)]
     np.testing.assert_array_equal(
-        metrics.asked(prompts, "guest", 10), [-1] * 4 + [6] * 4 + [-1] * 2
+        metrics.prompted(prompts, "guest", 10), [-1] * 4 + [6] * 4 + [-1] * 2
     )
-    np.testing.assert_array_equal(metrics.asked(prompts, "colour", 10), [3] * 8 + [-1] * 2)
+    np.testing.assert_array_equal(metrics.prompted(prompts, "colour", 10), [3] * 8 + [-1] * 2)
     with pytest.raises(InputError, match="3 prompts do not cover 13 frames"):
-        metrics.asked(prompts, "guest", 13)
+        metrics.prompted(prompts, "guest", 13)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_valid_share_counts_frames_under_tau():
 )
 def test_speed_is_measured_over_the_steps_into_each_block(columns, expected):
     np.testing.assert_array_equal(
-        metrics.speed_seen(np.array(columns)), by_block(expected)[: len(columns)]
+        metrics.speed_of(np.array(columns)), by_block(expected)[: len(columns)]
     )
 
 
@@ -126,12 +126,12 @@ def test_speed_is_measured_over_the_steps_into_each_block(columns, expected):
 def test_the_worlds_own_walks_are_read_at_their_speed_in_every_block(speed):
     for seed in range(40):
         columns = world.walk(np.random.default_rng(seed), 44, speed)
-        np.testing.assert_array_equal(metrics.speed_seen(columns), speed)
+        np.testing.assert_array_equal(metrics.speed_of(columns), speed)
 
 
 def test_text_alignment_of_a_video_that_obeys_is_one():
     scores = metrics.text_alignment(script(24), [PROMPT] * 6, slice(4, 24))
-    assert scores == dict.fromkeys((*metrics.ASKED, "mean"), 1.0)
+    assert scores == dict.fromkeys((*metrics.ATTRIBUTES, "mean"), 1.0)
 
 
 def test_text_alignment_counts_the_share_of_wrong_frames_by_attribute():

@@ -29,9 +29,9 @@ def full_history(exp: Experiment, seconds: float) -> float:
 
 def packforcing(exp: Experiment) -> tuple[float, float]:
     """Gigabytes of the whole memory, and of what is left on the device if the archive lies on the host."""
-    held = formulas.held(exp, 1)
-    return held["held/keys and values"] / GB, (
-        held["held/keys and values"] - held["held/archive"]
+    resident = formulas.resident(exp, 1)
+    return resident["held/keys and values"] / GB, (
+        resident["held/keys and values"] - resident["held/archive"]
     ) / GB
 
 
@@ -45,7 +45,7 @@ def sliding(exp: Experiment) -> float:
         capacity=0,
         rope_adjustment="none",
     )
-    return formulas.held(dataclasses.replace(exp, cache=cache), 1)["held/keys and values"] / GB
+    return formulas.resident(dataclasses.replace(exp, cache=cache), 1)["held/keys and values"] / GB
 
 
 def main() -> None:

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     before = _before(args, own)
     backend, why = attention.resolve(exp.attention, jnp.dtype(exp.dtypes.cache))
     common.start_line("bench", experiment=exp, dtype=exp.dtypes.compute, attention=backend, why=why)
-    found = bench.report(
+    figures = bench.report(
         bench.measure(
             pipe,
             args.parts,
@@ -94,14 +94,14 @@ def run(args: argparse.Namespace) -> int:
             show=lambda items, unit: common.progress(items, name="bench", unit=unit),
         )
     )
-    found = own | found
-    verdicts = compare(before, found["metrics"], args.gate) if args.gate and before else []
+    figures = own | figures
+    verdicts = compare(before, figures["metrics"], args.gate) if args.gate and before else []
     if args.write:
-        write(args.write, merged(before, found))
+        write(args.write, merged(before, figures))
     print(
-        json.dumps(found | {"gate": [asdict(one) | {"ok": one.ok} for one in verdicts]})
+        json.dumps(figures | {"gate": [asdict(one) | {"ok": one.ok} for one in verdicts]})
         if args.json
-        else "\n\n".join([table(found), *([gate_table(verdicts)] if args.gate else [])])
+        else "\n\n".join([table(figures), *([gate_table(verdicts)] if args.gate else [])])
     )
     return 1 if any(not one.ok for one in verdicts) else 0
 
@@ -160,18 +160,18 @@ def _before(args: argparse.Namespace, own: Mapping[str, Any]) -> dict[str, Any] 
     path = Path(args.gate or args.write or "")
     if not args.gate and not (args.write and path.exists()):
         return None
-    found = read(path)
+    baseline = read(path)
     for key in ALIKE:
         theirs, ours = (
             value if isinstance(value, str) else json.dumps(value)
-            for value in (found[key], own[key])
+            for value in (baseline[key], own[key])
         )
         require(
             theirs == ours,
             f"{path} is a baseline of {key} {theirs}, this run of {ours}; give another file, or "
             "--write a new one.",
         )
-    theirs = found["machine"]
+    theirs = baseline["machine"]
     ours = own["machine"]
     other = [
         f"{key} {theirs.get(key)}" for key in ours if key != "date" and theirs.get(key) != ours[key]
@@ -180,7 +180,7 @@ def _before(args: argparse.Namespace, own: Mapping[str, Any]) -> dict[str, Any] 
         not (args.write and other),
         f"{path} holds runs on another machine ({', '.join(other)}); name another.",
     )
-    return found
+    return baseline
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -190,8 +190,8 @@ def read(path: Path) -> dict[str, Any]:
         f"Baseline {path} does not exist; make it with packforcing bench --write {path}.",
     )
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        for name, metric in found["metrics"].items():
+        baseline = json.loads(path.read_text(encoding="utf-8"))
+        for name, metric in baseline["metrics"].items():
             for number in (metric["value"], metric["tolerance"], *metric["runs"]):
                 require(
                     float(number) >= 0, f"Baseline {path} has {number} in {name}; write it anew."
@@ -200,14 +200,14 @@ def read(path: Path) -> dict[str, Any]:
                 metric["direction"] in ("lower", "higher") and metric["value"] > 0,
                 f"Baseline {path} says of {name} neither what is better nor how much; write it anew.",
             )
-        found |= {"device": found["machine"]["device"]} | {
-            key: found[key] for key in ALIKE if key != "device"
+        baseline |= {"device": baseline["machine"]["device"]} | {
+            key: baseline[key] for key in ALIKE if key != "device"
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"Baseline {path} cannot be read ({type(error).__name__}: {error}); write it anew."
         ) from error
-    return found
+    return baseline
 
 
 def compare(baseline: Mapping[str, Any], metrics: Mapping[str, Any], path: str) -> list[Verdict]:
@@ -234,7 +234,7 @@ def compare(baseline: Mapping[str, Any], metrics: Mapping[str, Any], path: str) 
     ]
 
 
-def merged(before: Mapping[str, Any] | None, found: Mapping[str, Any]) -> dict[str, Any]:
+def merged(before: Mapping[str, Any] | None, figures: Mapping[str, Any]) -> dict[str, Any]:
     """A baseline of one more run."""
 
     def metric(name: str, now: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,13 +248,13 @@ def merged(before: Mapping[str, Any] | None, found: Mapping[str, Any]) -> dict[s
         }
 
     if before:
-        compare(before, found["metrics"], "the baseline")
+        compare(before, figures["metrics"], "the baseline")
     return {
         "rule": RULE,
-        "machine": found["machine"],
-        **{key: found[key] for key in ALIKE if key != "device"},
-        "rounds": found["rounds"],
-        "metrics": {name: metric(name, now) for name, now in found["metrics"].items()},
+        "machine": figures["machine"],
+        **{key: figures[key] for key in ALIKE if key != "device"},
+        "rounds": figures["rounds"],
+        "metrics": {name: metric(name, now) for name, now in figures["metrics"].items()},
     }
 
 
@@ -274,22 +274,22 @@ def write(path: str | Path, baseline: Mapping[str, Any]) -> None:
 # Output
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(figures: Mapping[str, Any]) -> str:
     """All figures as aligned text."""
-    machine = found["machine"]
-    ceiling = found["ceiling"]
+    machine = figures["machine"]
+    ceiling = figures["ceiling"]
     where = f"{machine['device']} ({machine['processor']}, {machine['cores']} cores), jax {machine['jax']}"
     lines = [
-        f"{found['config']}, {found['dtype']}, on {where}: medians of {found['rounds']} rounds",
+        f"{figures['config']}, {figures['dtype']}, on {where}: medians of {figures['rounds']} rounds",
         "",
         f"{'part':<13}{'first call':>11}{'median':>13}{'quartiles':>22}{'work':>17}{'rate':>17}{'of ceiling':>12}",
     ]
-    lines += [line(name, row) for name, row in found["parts"].items()]
+    lines += [line(name, row) for name, row in figures["parts"].items()]
     rate = plan.spell(ceiling["operations_per_second"], "operations")
-    lines += ["", f"ceiling: {rate}/s, a product of {ceiling['product']} in {found['dtype']}"]
-    if "frames_per_second" in found:
+    lines += ["", f"ceiling: {rate}/s, a product of {ceiling['product']} in {figures['dtype']}"]
+    if "frames_per_second" in figures:
         lines.append(
-            f"second: {found['frames_per_second']:.1f} frames of video a second, which plays {found['fps']}"
+            f"second: {figures['frames_per_second']:.1f} frames of video a second, which plays {figures['fps']}"
         )
     return "\n".join(lines)
 

@@ -34,12 +34,12 @@ def override(experiment: "Experiment", overrides: Sequence[str]) -> "Experiment"
 
 def add_experiment_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """Adds `--config` and `--set`, read back as `args.config` and `args.overrides`."""
-    shown = f" (default: {default})" if default else ""
+    note = f" (default: {default})" if default else ""
     parser.add_argument(
         "--config",
         metavar="FILE",
         default=default,
-        help=f"experiment: a Python file or a name in configs/{shown}",
+        help=f"experiment: a Python file or a name in configs/{note}",
     )
     parser.add_argument(
         "--set",
@@ -113,15 +113,15 @@ def progress(
 
 
 def _lines(items, name, unit, total, out, clock):
-    start = shown = clock()
+    start = printed = clock()
     done = 0
     for done, item in enumerate(items, start=1):
         yield item
         interrupts.look()
         now = clock()
-        if now - shown >= SECONDS_BETWEEN_LINES or done == total:
+        if now - printed >= SECONDS_BETWEEN_LINES or done == total:
             print(_line(name, unit, done, total, now - start), file=out, flush=True)
-            shown = now
+            printed = now
     if total is None and done:
         print(_line(name, unit, done, done, clock() - start), file=out, flush=True)
 

@@ -82,7 +82,7 @@ def _to_folder(args: argparse.Namespace) -> int:
 
     done = folders.convert(
         folders.Request(
-            given=tuple(map(Path, args.sources)),
+            sources=tuple(map(Path, args.sources)),
             out=Path(args.out),
             card=args.card,
             config=args.config,
@@ -106,8 +106,10 @@ def _to_torch(args: argparse.Namespace) -> int:
     require(len(args.sources) == 1, "--to-torch takes one model folder; give one SRC.")
     parts = exporting.to_torch(Path(args.sources[0]), Path(args.to_torch), args.part, watch)
     rows = [
-        manifest.row(part, [(each.shape, each.dtype) for each in held.values()], tensors=len(held))
-        for part, held in parts.items()
+        manifest.row(
+            part, [(each.shape, each.dtype) for each in tensors.values()], tensors=len(tensors)
+        )
+        for part, tensors in parts.items()
     ]
     return _tell(args, rows, args.to_torch, ())
 
@@ -117,20 +119,20 @@ def watch(steps: Iterable, count: int) -> Iterable:
     return common.progress(steps, name="convert", unit="tensors", total=count)
 
 
-def _tell(args: argparse.Namespace, rows: Sequence[Row], place: str, notes: Sequence[str]) -> int:
+def _tell(args: argparse.Namespace, rows: Sequence[Row], target: str, notes: Sequence[str]) -> int:
     """Prints the result; exit code 0."""
     if args.json:
         print(
             json.dumps(
                 {
-                    "out": place,
+                    "out": target,
                     "parts": [dataclasses.asdict(row) for row in rows],
                     "notes": list(notes),
                 }
             )
         )
     else:
-        print(f"{table(rows)}\n{place}")
+        print(f"{table(rows)}\n{target}")
     return 0
 
 

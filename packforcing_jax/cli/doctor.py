@@ -40,8 +40,8 @@ def pair() -> Finding:
     """Whether the installed jax and flax work together."""
     jax = versions.installed("jax")
     flax = versions.installed("flax")
-    found = versions.problem(jax, flax)
-    return Finding(found is None, f"jax {jax}, flax {flax}", found or "")
+    problem = versions.problem(jax, flax)
+    return Finding(problem is None, f"jax {jax}, flax {flax}", problem or "")
 
 
 def devices() -> Finding:
@@ -89,9 +89,11 @@ def attention() -> Finding:
 
     name, why = lib.default_backend()
     working = lib.working_backends()
-    shown = ", ".join(f"{each} {result.splitlines()[0]}" for each, result in working.items())
+    backends = ", ".join(f"{each} {result.splitlines()[0]}" for each, result in working.items())
     return Finding(
-        working[name] == "ok", f"{name} is used ({why}); {shown}", "reinstall jax for this device"
+        working[name] == "ok",
+        f"{name} is used ({why}); {backends}",
+        "reinstall jax for this device",
     )
 
 

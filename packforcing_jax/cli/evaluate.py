@@ -4,7 +4,6 @@ import argparse
 import functools
 import json
 import sys
-from typing import Any
 
 from packforcing_jax.cli import common
 from packforcing_jax.errors import InputError, require
@@ -27,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--run", metavar="DIR", help="averaged weights of a training run's newest checkpoint"
     )
     common.add_experiment_arguments(parser)
-    said = "; ".join(f"{name}: {what}" for name, what in MODES.items())
+    modes = "; ".join(f"{name}: {what}" for name, what in MODES.items())
     parser.add_argument(
-        "--mode", choices=MODES, default="rollout", help=f"{said} (default: rollout)"
+        "--mode", choices=MODES, default="rollout", help=f"{modes} (default: rollout)"
     )
     parser.add_argument("--videos", type=int, metavar="N", help=f"how many (default: {VIDEOS})")
     parser.add_argument(
@@ -89,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     from packforcing_jax.evaluation import recall, stage_figures
     from packforcing_jax.policies import attention
 
-    ways = recall.ways_of(args.ways)
+    variants = recall.variants_of(args.ways)
     model = _model(args)
     exp = model.experiment
     backend, why = attention.resolve(exp.attention, exp.dtypes.cache)
@@ -98,15 +97,17 @@ def run(args: argparse.Namespace) -> int:
     )
     count = VIDEOS[args.mode] if args.videos is None else args.videos
     seed = stage_figures.HELD_OUT if args.seed is None else args.seed
-    shared: dict[str, Any] = {
-        "seed": seed,
-        "batch": args.batch,
-        "watch": functools.partial(common.progress, name="evaluate", unit="batches"),
-    }
+    sampling = stage_figures.Sampling(
+        seed, args.batch, functools.partial(common.progress, name="evaluate", unit="batches")
+    )
     result = {
-        "teacher": lambda: stage_figures.teacher_forced(model, clips=count, **shared),
-        "rollout": lambda: stage_figures.rollout(model, videos=count, blocks=args.blocks, **shared),
-        "forced": lambda: recall.forced(model, ways, gaps=args.gaps, videos=count, **shared),
+        "teacher": lambda: stage_figures.teacher_forced(model, clips=count, sampling=sampling),
+        "rollout": lambda: stage_figures.rollout(
+            model, videos=count, blocks=args.blocks, sampling=sampling
+        ),
+        "forced": lambda: recall.forced(
+            model, variants, gaps=args.gaps, videos=count, sampling=sampling
+        ),
     }[args.mode]()
     print(json.dumps(result) if args.json else stage_figures.table(result))
     return 0

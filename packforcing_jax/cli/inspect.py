@@ -33,31 +33,31 @@ def run(args: argparse.Namespace) -> int:
     from packforcing_jax.sampling import inspect_trace, trace
 
     known = common.load_experiment(args.config).cache if args.config else None
-    found = trace.read(args.file, known)
-    wrong = inspect_trace.problems(found)
+    recorded = trace.read(args.file, known)
+    wrong = inspect_trace.problems(recorded)
     if target is not None:
-        _write(inspect_trace.heat_map(found), target)
+        _write(inspect_trace.heat_map(recorded), target)
     if args.json:
         print(
             json.dumps(
                 {
-                    "blocks": len(found.blocks),
+                    "blocks": len(recorded.blocks),
                     "problems": wrong,
-                    "layers": inspect_trace.rows(found),
+                    "layers": inspect_trace.rows(recorded),
                     "map": target and str(target),
-                    "note": found.note,
+                    "note": recorded.note,
                 }
             )
         )
         return 1 if wrong else 0
-    print(inspect_trace.table(found))
+    print(inspect_trace.table(recorded))
     if target is not None:
         print(
             f"\nmap: {target} (row: block; column: packed block; bright: recalled by many layers)"
         )
-    print(f"\n{_verdict(wrong, len(found.blocks))}")
-    if found.note:
-        print(f"inspect: {found.note}.", file=sys.stderr)
+    print(f"\n{_verdict(wrong, len(recorded.blocks))}")
+    if recorded.note:
+        print(f"inspect: {recorded.note}.", file=sys.stderr)
     return 1 if wrong else 0
 
 

@@ -207,11 +207,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as done:  # argparse after --help
         return int(done.code or 0)
     except BaseException as error:
-        found = outcome(error)
-        if found is None:
+        result = outcome(error)
+        if result is None:
             raise
-        code = found[0]
-        sentence = " ".join(found[1].split())
+        code = result[0]
+        sentence = " ".join(result[1].split())
         if isinstance(error, BrokenPipeError):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  nothing more can be said there, at exit neither
         if "--json" in argv:

@@ -83,11 +83,11 @@ def run(args: argparse.Namespace) -> int:
     rooms = [memory_fit.parse(size) for size in args.rooms or CARDS]
     exp = pipeline.with_overrides(exp, args.memory, args.overrides)
     blocks = pipeline.blocks_of(exp, args.seconds) if args.blocks is None else args.blocks
-    found = budget.of(exp, blocks, batch=args.batch, dtype=args.dtype, compiled=args.compile)
-    known = found.peaks if args.compile and jax.default_backend() == "gpu" else None
-    verdicts = [memory_fit.judge(found.experiment, room, args.batch, known) for room in rooms]
-    print(json.dumps(report(found, verdicts)) if args.json else table(found, verdicts))
-    return 1 if found.wrong else 0
+    costs = budget.of(exp, blocks, batch=args.batch, dtype=args.dtype, compiled=args.compile)
+    known = costs.peaks if args.compile and jax.default_backend() == "gpu" else None
+    verdicts = [memory_fit.judge(costs.experiment, room, args.batch, known) for room in rooms]
+    print(json.dumps(report(costs, verdicts)) if args.json else table(costs, verdicts))
+    return 1 if costs.wrong else 0
 
 
 def spell(figure: float, unit: str) -> str:
@@ -109,15 +109,15 @@ def line(row: Row) -> str:
     return f"  {name:<35}{spell(row.counted, row.unit):>14}{formula:>14}  {row.terms}".rstrip()
 
 
-def table(found: Budget, verdicts: Sequence[Verdict]) -> str:
+def table(costs: Budget, verdicts: Sequence[Verdict]) -> str:
     """All figures by part as aligned text, and what they fit into."""
-    exp = found.experiment
+    exp = costs.experiment
     lines = []
     for part, title in TITLES.items():
-        lines += ["", f"{title + of_what(part, found):<37}{'counted':>14}{'formula':>14}"]
-        lines += [line(row) for row in found.rows.values() if row.name.partition("/")[0] == part]
+        lines += ["", f"{title + of_what(part, costs):<37}{'counted':>14}{'formula':>14}"]
+        lines += [line(row) for row in costs.rows.values() if row.name.partition("/")[0] == part]
         if part == "workspace":
-            lines += compiled(found)
+            lines += compiled(costs)
     sizes = {
         "B": exp.cache.block,
         "s": exp.tokens_per_frame,
@@ -128,17 +128,17 @@ def table(found: Budget, verdicts: Sequence[Verdict]) -> str:
         "W": exp.dit.text_len,
         "q": exp.cache.block * exp.tokens_per_frame,
         "S": len(exp.sample.steps),
-        "b": found.batch,
+        "b": costs.batch,
     }
-    checked = [row for row in found.rows.values() if row.formula is not None]
+    checked = [row for row in costs.rows.values() if row.formula is not None]
     lines += [
         "",
         "what it fits into, on a GPU",
-        *(said for verdict in verdicts for said in fit(verdict)),
+        *(sentence for verdict in verdicts for sentence in fit(verdict)),
     ]
     return "\n".join(
         [
-            f"{exp.name}: {found.blocks} blocks of {exp.cache.block} latent frames, {dtypes(found)}",
+            f"{exp.name}: {costs.blocks} blocks of {exp.cache.block} latent frames, {dtypes(costs)}",
             "with "
             + ", ".join(
                 f"{letter} = {size:,}" for letter, size in sizes.items() if size is not None
@@ -146,26 +146,26 @@ def table(found: Budget, verdicts: Sequence[Verdict]) -> str:
             + ", V = room",
             *lines,
             "",
-            f"{len(found.rows)} figures, {len(checked)} have a formula, {len(found.wrong)} differ from it",
+            f"{len(costs.rows)} figures, {len(checked)} have a formula, {len(costs.wrong)} differ from it",
         ]
     )
 
 
-def of_what(part: str, found: Budget) -> str:
+def of_what(part: str, costs: Budget) -> str:
     """Where figures come from that are no plain counts."""
     from packforcing_jax.plan import memory_fit, programs
 
-    kind = programs.FUSED if memory_fit.fused(found.experiment, "gpu") else programs.WRITTEN
+    kind = programs.FUSED if memory_fit.fused(costs.experiment, "gpu") else programs.WRITTEN
     sources = {
         "workspace": ", estimated before fusion",
-        "peak": ", as compiled here" if found.compiled else f" on a GPU, {kind}",
+        "peak": ", as compiled here" if costs.compiled else f" on a GPU, {kind}",
     }
     return sources.get(part, "")
 
 
-def dtypes(found: Budget) -> str:
+def dtypes(costs: Budget) -> str:
     """`bfloat16`, or every use with its own."""
-    each = vars(found.experiment.dtypes)
+    each = vars(costs.experiment.dtypes)
     return (
         ", ".join(sorted(set(each.values())))
         if len(set(each.values())) == 1
@@ -173,11 +173,11 @@ def dtypes(found: Budget) -> str:
     )
 
 
-def compiled(found: Budget) -> Iterator[str]:
+def compiled(costs: Budget) -> Iterator[str]:
     """What the compiler said of each program, one line each."""
     rows = {
         name.partition("/")[2]: row
-        for name, row in found.rows.items()
+        for name, row in costs.rows.items()
         if name.startswith("compiled/")
     }
     if not rows:
@@ -218,7 +218,7 @@ def fit(verdict: Verdict) -> Iterator[str]:
         yield f"{'':12}jax takes {SHARE:.0%} of a GPU: set XLA_PYTHON_CLIENT_MEM_FRACTION={share:.2f} or more"
 
 
-def report(found: Budget, verdicts: Sequence[Verdict]) -> dict:
+def report(costs: Budget, verdicts: Sequence[Verdict]) -> dict:
     """All figures as counted, with their formulas and units, by name, and what they fit into."""
     rows = {
         name: {
@@ -228,7 +228,7 @@ def report(found: Budget, verdicts: Sequence[Verdict]) -> dict:
             "ok": row.ok,
             "terms": row.terms,
         }
-        for name, row in found.rows.items()
+        for name, row in costs.rows.items()
     }
     fits = [
         {
@@ -242,12 +242,12 @@ def report(found: Budget, verdicts: Sequence[Verdict]) -> dict:
         for one in verdicts
     ]
     return {
-        "experiment": found.experiment.name,
-        "blocks": found.blocks,
-        "batch": found.batch,
-        "dtypes": vars(found.experiment.dtypes),
-        "compiled": found.compiled,
-        "differ": [row.name for row in found.wrong],
+        "experiment": costs.experiment.name,
+        "blocks": costs.blocks,
+        "batch": costs.batch,
+        "dtypes": vars(costs.experiment.dtypes),
+        "compiled": costs.compiled,
+        "differ": [row.name for row in costs.wrong],
         "figures": rows,
         "fits": fits,
     }

@@ -99,14 +99,14 @@ def timesteps(listed: str | None) -> list[float] | None:
     if listed is None:
         return None
     try:
-        found = [float(word) for word in listed.split(",")]
+        values = [float(word) for word in listed.split(",")]
     except ValueError as error:
         raise InputError(
             f"--timesteps {listed} is not a list of numbers; write it as 1000,937.5,0."
         ) from error
-    falling = all(1000 >= a >= b >= 0 for a, b in itertools.pairwise([1000.0, *found]))
+    falling = all(1000 >= a >= b >= 0 for a, b in itertools.pairwise([1000.0, *values]))
     require(falling, f"--timesteps {listed} must fall from at most 1000 to 0; correct them.")
-    return found
+    return values
 
 
 def _model(
@@ -123,9 +123,9 @@ def _model(
     stage = loading.load_stage(args.config) if args.config is not None else None
     known = decode.classes_in(stage.experiment) if stage is not None else ()
     model = model_folder.opened(args.weights, known) if args.weights is not None else None
-    given = stage or Stage("", model.experiment, TrainConfig())  # type: ignore[union-attr]
-    asked = loading.override_stage(given, args.overrides)
-    return asked.experiment, asked.train, model
+    base = stage or Stage("", model.experiment, TrainConfig())  # type: ignore[union-attr]
+    adjusted = loading.override_stage(base, args.overrides)
+    return adjusted.experiment, adjusted.train, model
 
 
 def made_with(parts: importing.Parts, model: model_folder.Opened | None) -> dict[str, Any]:
@@ -186,9 +186,9 @@ def examples(
     )
     for group in _groups(items):
         states = read([item.prompt for item in group]) if read else itertools.repeat(None)
-        for item, said in zip(group, states):
+        for item, encoded in zip(group, states):
             try:
-                made = item.made(parts, said)
+                made = item.made(parts, encoded)
             except importing.LeftOut as why:
                 yield str(why)
                 continue
@@ -196,7 +196,7 @@ def examples(
             yield (
                 made
                 | {"prompt": importing.as_bytes(item.prompt)}
-                | ({} if said is None else {"states": said})
+                | ({} if encoded is None else {"states": encoded})
             )
 
 
@@ -207,10 +207,10 @@ def _groups(items: Sequence) -> Iterable[Sequence]:
 def check_timesteps(item: importing.Item, made: dict, times: Sequence[float] | None) -> None:
     """Raises `InputError` unless there is one timestep for each state on the way from noise."""
     states = len(made.get("trajectory", ()))
-    given = "are not given" if times is None else f"are {len(times)}"
+    described = "are not given" if times is None else f"are {len(times)}"
     require(
         states == len(times or ()),
-        f"{item.name} has {states} states from noise to clean, whose timesteps {given}"
+        f"{item.name} has {states} states from noise to clean, whose timesteps {described}"
         "; say them with --timesteps, as in 1000,937.5,833.3,625,0.",
     )
 

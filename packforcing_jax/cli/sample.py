@@ -196,13 +196,13 @@ def _make(film: Film) -> int:
     pipeline = film.pipeline
     exp = film.pipeline.experiment
     began = time.monotonic()
-    keeper, at = _kept(args, pipeline, film.prompts)
+    keeper, at = _resumed(args, pipeline, film.prompts)
     backend, why = attention.resolve(exp.attention, exp.dtypes.cache)
     common.start_line(
         "sample", experiment=exp, dtype=exp.dtypes.compute, attention=backend, why=why
     )
     size = (exp.latent[1] * exp.codec.space_factor, exp.latent[0] * exp.codec.space_factor)
-    seen = _Seen(all=captions.tells(exp), total=film.blocks if args.sheet else 0)
+    retained = _Retained(all=captions.tells(exp), total=film.blocks if args.sheet else 0)
     with contextlib.ExitStack() as files:
         if keeper is not None:
             files.callback(keeper.close)
@@ -232,15 +232,15 @@ def _make(film: Film) -> int:
                 tracer.write(block)
             if keeper is not None:
                 keeper.keep(block, writer, tracer)
-            seen.add(block)
-    if args.sheet is not None and seen.sheet:
-        _sheet(seen.sheet, args.sheet)
-    _report(film, first, seen, time.monotonic() - began)
+            retained.add(block)
+    if args.sheet is not None and retained.sheet:
+        _sheet(retained.sheet, args.sheet)
+    _report(film, first, retained, time.monotonic() - began)
     return 0
 
 
 @dataclass
-class _Seen:
+class _Retained:
     """Frames that are still needed when the video is finished: all of a Stage video, some for a contact sheet."""
 
     all: bool
@@ -259,7 +259,7 @@ class _Seen:
             )
 
 
-def _kept(args: argparse.Namespace, pipeline, prompts: list[str]):
+def _resumed(args: argparse.Namespace, pipeline, prompts: list[str]):
     """(what saves the run's state, where it goes on); (None, the start) without --state."""
     from packforcing_jax.sampling import resume
 
@@ -287,13 +287,15 @@ def _sheet(frames: list, path: str) -> None:
 
     whole = np.concatenate(frames)
     scale = max(1, SHEET_HEIGHT // whole.shape[1])
-    shown = whole[:: max(1, len(whole) // SHEET_FRAMES)].repeat(scale, axis=1).repeat(scale, axis=2)
-    video.contact_sheet(shown, path)
+    enlarged = (
+        whole[:: max(1, len(whole) // SHEET_FRAMES)].repeat(scale, axis=1).repeat(scale, axis=2)
+    )
+    video.contact_sheet(enlarged, path)
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses what can be refused before anything is loaded."""
-    given = [
+    sources = [
         flag
         for flag, value in (
             ("--prompt", args.prompt),
@@ -302,7 +304,7 @@ def _check(args: argparse.Namespace) -> None:
         )
         if value is not None
     ]
-    require(len(given) < 2, f"{' and '.join(given)} exclude each other; give one.")
+    require(len(sources) < 2, f"{' and '.join(sources)} exclude each other; give one.")
     for flag, value in (("--trace", args.trace), ("--sheet", args.sheet)):
         require(
             args.prompts is None or value is None,
@@ -323,14 +325,14 @@ def _check(args: argparse.Namespace) -> None:
     )
     require(0 <= args.seed < 2**32, f"--seed {args.seed} is out of range; give 0 to {2**32 - 1}.")
     require(args.every > 0, f"--every {args.every} must be at least 1.")
-    place = lambda path: path and Path(path).resolve()  # noqa: E731
+    resolved = lambda path: path and Path(path).resolve()  # noqa: E731
     for flag, file in (("--out", args.out), ("--sheet", args.sheet), ("--trace", args.trace)):
         require(
-            None in (args.state, file) or place(args.state) != place(file).parent,
+            None in (args.state, file) or resolved(args.state) != resolved(file).parent,
             f"{flag} {file} lies in --state {args.state}, which is for saves alone; choose another folder.",
         )
     require(
-        place(args.trace) != place(args.out),
+        resolved(args.trace) != resolved(args.out),
         f"--trace {args.trace} is also the video (--out {args.out}); give them two names.",
     )
     if args.prompt is not None and not args.prompt.strip():
@@ -373,7 +375,7 @@ def _runs(prompts: list[str]) -> list[tuple[int, str]]:
     return [(i, prompt) for i, prompt in enumerate(prompts) if i == 0 or prompt != prompts[i - 1]]
 
 
-def _report(film: Film, first: int, seen: _Seen, seconds: float) -> None:
+def _report(film: Film, first: int, retained: _Retained, seconds: float) -> None:
     """What was made; in the Stage world with the oracle's reading beside chance, if all was drawn in this run."""
     args = film.args
     exp = film.pipeline.experiment
@@ -381,12 +383,12 @@ def _report(film: Film, first: int, seen: _Seen, seconds: float) -> None:
     made = {
         "out": str(Path(args.out)),
         "blocks": len(prompts),
-        "frames": seen.count or None,
+        "frames": retained.count or None,
         "seconds": round(seconds, 1),
     }
     if first:
         made |= {"resumed_at": first}
-    if not seen.all or first:
+    if not retained.all or first:
         print(
             json.dumps(made)
             if args.json
@@ -398,7 +400,8 @@ def _report(film: Film, first: int, seen: _Seen, seconds: float) -> None:
     from packforcing_jax.stage import captions, metrics, oracle
 
     read = metrics.report(
-        [oracle.read(np.concatenate(seen.frames))], [[captions.parse(prompt) for prompt in prompts]]
+        [oracle.read(np.concatenate(retained.frames))],
+        [[captions.parse(prompt) for prompt in prompts]],
     )
     if args.json:
         print(json.dumps(made | {"oracle": read}))

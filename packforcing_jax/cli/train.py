@@ -61,31 +61,31 @@ def run(args: argparse.Namespace) -> int:
     join(args)
     from packforcing_jax.training import runs
 
-    told: dict[str, Any] = {}
-    with interrupts.noted() as asked:
+    summary: dict[str, Any] = {}
+    with interrupts.noted() as stopping:
         for folder, stage in runs.planned(recipe, Path(args.out), args.stage):
-            told = train(stage, folder, args.seed, asked)
-            if told["stopped"]:
+            summary = train(stage, folder, args.seed, stopping)
+            if summary["stopped"]:
                 break
     if first():
         print(
-            json.dumps(told)
+            json.dumps(summary)
             if args.json
-            else f"model written to {told['model']}"
-            if told["model"]
-            else f"stopped behind step {told['step']}; the same command goes on from there"
+            else f"model written to {summary['model']}"
+            if summary["model"]
+            else f"stopped behind step {summary['step']}; the same command goes on from there"
         )
     return 0
 
 
 def join(args: argparse.Namespace) -> None:
     """Makes this process one of several, if it was started so."""
-    given = {
+    options = {
         "--coordinator": args.coordinator,
         "--processes": args.processes,
         "--process": args.process,
     }
-    missing = [flag for flag, value in given.items() if value is None]
+    missing = [flag for flag, value in options.items() if value is None]
     require(
         len(missing) in (0, 3),
         f"several processes need --coordinator, --processes and --process; "
@@ -96,7 +96,7 @@ def join(args: argparse.Namespace) -> None:
     import jax
 
     try:
-        jax.distributed.initialize(*given.values())
+        jax.distributed.initialize(*options.values())
     except (RuntimeError, ValueError) as error:
         raise MachineError(
             f"Joining the other processes failed ({brief(error)}); "
@@ -111,21 +111,21 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
-def train(stage: "Stage", folder: Path, seed: int, asked: Callable[[], bool]) -> dict[str, Any]:
+def train(stage: "Stage", folder: Path, seed: int, stopping: Callable[[], bool]) -> dict[str, Any]:
     """Trains one stage in `folder` until it is done or asked to stop; what came of it, with its last metrics."""
     from packforcing_jax.policies import attention
     from packforcing_jax.training import logs, runs
 
     exp = stage.experiment
     settings = stage.train
-    told: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "step": settings.steps,
         "model": str(folder / runs.MODEL),
         "stopped": False,
     }
     if runs.finished(exp, settings, folder, seed=seed):
-        say(f"train: {told['model']} is there already")
-        return told
+        say(f"train: {summary['model']} is there already")
+        return summary
     backend, why = attention.resolve(exp.attention)
     if first():
         common.start_line(
@@ -134,7 +134,7 @@ def train(stage: "Stage", folder: Path, seed: int, asked: Callable[[], bool]) ->
     job = runs.start(exp, settings, folder, seed=seed)
     if job.step:
         say(f"train: goes on behind step {job.step} in {folder}")
-    made = runs.steps(job, asked)
+    made = runs.steps(job, stopping)
     metrics = {}
     if first():
         made = common.progress(
@@ -143,10 +143,14 @@ def train(stage: "Stage", folder: Path, seed: int, asked: Callable[[], bool]) ->
     for each in made:
         metrics = each
     runs.finish(job)
-    told |= {"step": job.step, "model": told["model"] if job.done else None, "stopped": job.stopped}
+    summary |= {
+        "step": job.step,
+        "model": summary["model"] if job.done else None,
+        "stopped": job.stopped,
+    }
     return {
-        name: logs.plain(value) if name not in told else value for name, value in metrics.items()
-    } | told
+        name: logs.plain(value) if name not in summary else value for name, value in metrics.items()
+    } | summary
 
 
 def say(sentence: str) -> None:

@@ -104,10 +104,10 @@ def packed(example: Mapping[str, np.ndarray]) -> bytes:
 
 def unpacked(record: bytes) -> Example:
     """The arrays of `packed`."""
-    held = safetensors.deserialize(record)
+    entries = safetensors.deserialize(record)
     return {
         name: np.frombuffer(one["data"], safetensors_io.DTYPES[one["dtype"]]).reshape(one["shape"])
-        for name, one in held
+        for name, one in entries
     }
 
 
@@ -206,15 +206,15 @@ class Writer:
             self._finish_shard()
 
     def _check(self, example: Mapping[str, np.ndarray]) -> None:
-        found = fields_of(example)
+        fields = fields_of(example)
         known = self.notes.fields
         if not known:
             self._at = dataclasses.replace(
-                self._at, notes=dataclasses.replace(self.notes, fields=found)
+                self._at, notes=dataclasses.replace(self.notes, fields=fields)
             )
         require(
-            not known or found == known,
-            f"item {self.taken + 1} gives {spell(found)}, but those before it "
+            not known or fields == known,
+            f"item {self.taken + 1} gives {spell(fields)}, but those before it "
             f"{spell(known)}; prepare them apart.",
         )
 
@@ -286,14 +286,14 @@ def _continued(folder: Path, wanted: Notes) -> Notes:
     """What `folder` already holds of the data set that is `wanted`."""
     for path in (folder / COMPLETE, folder / UNFINISHED):
         if path.exists():
-            found = read_notes(path)
-            differs = _differences(found, wanted)
+            existing = read_notes(path)
+            differs = _differences(existing, wanted)
             require(
-                not (differs and found.shards),
+                not (differs and existing.shards),
                 f"{folder} holds data made otherwise ({'; '.join(differs[:2])}); "
                 "choose another folder, or delete that one.",
             )
-            return found if found.shards else wanted
+            return existing if existing.shards else wanted
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     strangers = {name for name in names if not atomic.is_leftover(name)}
     require(
@@ -303,9 +303,9 @@ def _continued(folder: Path, wanted: Notes) -> Notes:
     return wanted
 
 
-def _differences(found: Notes, wanted: Notes) -> list[str]:
+def _differences(existing: Notes, wanted: Notes) -> list[str]:
     """In what two data sets differ."""
-    old, new = ({"kind": notes.kind, **notes.about} for notes in (found, wanted))
+    old, new = ({"kind": notes.kind, **notes.about} for notes in (existing, wanted))
     return [
         f"{name}={old.get(name)}, not {new.get(name)}"
         for name in {**old, **new}
@@ -354,10 +354,10 @@ class Records:
             raise InputError(
                 f"{self._where(index)} is damaged ({brief(error)}); prepare the data again."
             ) from error
-        found = fields_of(example)
+        fields = fields_of(example)
         require(
-            found == self.notes.fields,
-            f"{self._where(index)} holds {spell(found)}, but {COMPLETE} says "
+            fields == self.notes.fields,
+            f"{self._where(index)} holds {spell(fields)}, but {COMPLETE} says "
             f"{spell(self.notes.fields)}; prepare the data again.",
         )
         return example

@@ -46,29 +46,47 @@ class Source:
     endless: bool = False
 
 
+@dataclass(frozen=True)
+class Share:
+    """The rows of every batch that one of several processes reads: process p has rows p b/P to (p + 1) b/P."""
+
+    batch: int  # examples of a whole batch
+    process: int = 0
+    processes: int = 1
+
+    def __post_init__(self):
+        require(
+            self.batch % self.processes == 0 and self.batch > 0,
+            f"a batch of {self.batch} examples cannot be divided among {self.processes} "
+            "processes; change train.batch.",
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows of one batch."""
+        return self.batch // self.processes
+
+    def example(self, row: int) -> int:
+        """Which of all examples is this process's `row`, counted through the batches."""
+        step, within = divmod(row, self.rows)
+        return step * self.batch + self.process * self.rows + within
+
+
 def batches(
     exp: Experiment,
     cfg: DataConfig,
+    share: Share,
     *,
     seed: int,
-    batch: int,
-    process: int = 0,
-    processes: int = 1,
     encode: Encode | None = None,
     needs: Sequence[str] = (),
 ) -> grain.DatasetIterator:
-    """This process's rows of endless batches of `batch` examples; raises `InputError` for what is known to be wrong.
+    """One process's share of endless batches; raises `InputError` for what is known to be wrong.
 
-    Batch i is a function of (seed, i), whatever the number of processes; process p reads rows p b/P to (p + 1) b/P.
-    The iterator's state counts batches, so that it can be set by any number of processes.
+    Batch i is a function of (seed, i), whatever the number of processes. The iterator's state counts batches, so that
+    it can be set by any number of processes.
     """
     kind = of(cfg)
-    rows = batch // processes
-    require(
-        batch % processes == 0 and batch > 0,
-        f"a batch of {batch} examples cannot be divided among {processes} "
-        "processes; change train.batch.",
-    )
     source = kind.opened(exp, cfg, seed, encode)
     missing = [name for name in needs if name not in source.offers]
     require(
@@ -79,10 +97,10 @@ def batches(
     examples = endless(source, seed=seed, limit=cfg.limit)
 
     def row(index: int) -> Example | None:
-        step, within = divmod(int(index), rows)
-        return examples[step * batch + process * rows + within]
+        return examples[share.example(int(index))]
 
-    local = grain.MapDataset.range(ENDLESS * rows).map(row).batch(rows, drop_remainder=True)
+    local = grain.MapDataset.range(ENDLESS * share.rows).map(row)
+    local = local.batch(share.rows, drop_remainder=True)
     threads = kind.threads
     return iter(
         local.to_iter_dataset(
@@ -102,6 +120,7 @@ def endless(source: Source, *, seed: int, limit: int = 0) -> grain.MapDataset:
     if source.endless and limit == 0:
         return source.examples
     some = source.examples[:limit] if limit else source.examples
+    # Grain takes seeds of 32 bits alone
     return some.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0])).repeat()
 
 
@@ -110,19 +129,19 @@ def endless(source: Source, *, seed: int, limit: int = 0) -> grain.MapDataset:
 
 def _stage(exp: Experiment, cfg: DataConfig, seed: int, encode: Encode | None) -> Source:
     """The Stage world's clips, each a function of (seed, index)."""
-    known = data.remembering(_given(encode, "the Stage world"))
+    known = data.remembering(_require_encode(encode, "the Stage world"))
 
     def clip(index: int) -> Example:
-        told = data.clip(seed, int(index), known)
-        return {name: told[name] for name in STAGE}
+        arrays = data.clip(seed, int(index), known)
+        return {name: arrays[name] for name in STAGE}
 
     frames = codec.frames_of(exp.codec, exp.clip)
     factor = exp.codec.space_factor
-    drawn = clip(0)["video"].shape
+    shape = clip(0)["video"].shape
     wanted = (frames, *(side * factor for side in exp.latent), 3)
     require(
-        drawn == wanted,
-        f"the Stage world draws clips of {list(drawn)}, but clip={exp.clip} and "
+        shape == wanted,
+        f"the Stage world draws clips of {list(shape)}, but clip={exp.clip} and "
         f"latent={exp.latent} of this config are {list(wanted)}; use the config `stage`.",
     )
     require(
@@ -140,36 +159,36 @@ def _stage(exp: Experiment, cfg: DataConfig, seed: int, encode: Encode | None) -
 
 def _records(exp: Experiment, cfg: DataConfig, seed: int, encode: Encode | None) -> Source:
     """What `prepare` wrote. Prompts without text states are tokenised when they are read."""
-    held = records.opened(_path(cfg, "folder"))
-    fields = held.notes.fields
-    called = f"data set {held.folder}"
+    dataset = records.opened(_path(cfg, "folder"))
+    fields = dataset.notes.fields
+    called = f"data set {dataset.folder}"
     check_forms(exp, fields, called)
     arrays = tuple(name for name in ARRAYS if name in fields)
-    known = None if "states" in fields else _given(encode, called)
+    known = None if "states" in fields else _require_encode(encode, called)
 
     def example(stored: Mapping[str, np.ndarray]) -> Example:
-        found = {name: stored[name] for name in arrays}
+        selected = {name: stored[name] for name in arrays}
         if known is not None:
-            return found | _tokenised(known, [bytes(stored["prompt"]).decode()] * exp.blocks)
-        return found | {"states": _padded(found["states"], exp.text.max_words, called)}
+            return selected | _tokenised(known, [bytes(stored["prompt"]).decode()] * exp.blocks)
+        return selected | {"states": _padded(selected["states"], exp.text.max_words, called)}
 
     offers = arrays if known is None else (*arrays, "ids", "mask")
-    return Source(grain.MapDataset.source(held).map(example), offers, called)
+    return Source(grain.MapDataset.source(dataset).map(example), offers, called)
 
 
 def _prompts(exp: Experiment, cfg: DataConfig, seed: int, encode: Encode | None) -> Source:
     """A file of prompts or timelines, one clip per line, tokenised when they are read."""
     path = _path(cfg, "file")
     require(path.is_file(), f"prompt file {path} does not exist; correct train.source.path.")
-    said = prompt_files.read(path)
-    known = _given(encode, f"prompt file {path}")
+    jobs = prompt_files.read(path)
+    known = _require_encode(encode, f"prompt file {path}")
 
     def example(job: prompt_files.Job) -> Example:
         return _tokenised(known, timelines.spread(list(job.entries), exp.blocks))
 
-    example(said[0])
+    example(jobs[0])
     return Source(
-        grain.MapDataset.source(said).map(example), ("ids", "mask"), f"prompt file {path}"
+        grain.MapDataset.source(jobs).map(example), ("ids", "mask"), f"prompt file {path}"
     )
 
 
@@ -205,7 +224,7 @@ def _path(cfg: DataConfig, what: str) -> Path:
     return Path(cfg.path)
 
 
-def _given(encode: Encode | None, what: str) -> Encode:
+def _require_encode(encode: Encode | None, what: str) -> Encode:
     require(
         encode is not None,
         f"the prompts of {what} have to be tokenised; name a model with a tokenizer in "
@@ -219,13 +238,13 @@ def _tokenised(encode: Encode, prompts: list[str]) -> Example:
     return {"ids": np.asarray(ids, np.int32), "mask": np.asarray(mask, np.int32)}
 
 
-def _padded(states: np.ndarray, words: int, called: str) -> np.ndarray:
+def _padded(states: np.ndarray, length: int, called: str) -> np.ndarray:
     require(
-        len(states) <= words,
-        f"{called} holds text states of {len(states)} words, but text.max_words={words}; "
+        len(states) <= length,
+        f"{called} holds text states of {len(states)} words, but text.max_words={length}; "
         "prepare it with this config.",
     )
-    return np.concatenate([states, np.zeros((words - len(states), states.shape[1]), states.dtype)])
+    return np.concatenate([states, np.zeros((length - len(states), states.shape[1]), states.dtype)])
 
 
 def low_res_shape(exp: Experiment) -> tuple[int, ...]:
@@ -266,7 +285,7 @@ def _spell(form: Sequence[int | None]) -> str:
 
 def global_batch(over: jax.sharding.Mesh, raw: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """A batch over all processes out of each one's rows, its first axis divided over `data` and `fsdp`."""
-    place = mesh.batch_sharding(over)
+    sharding = mesh.batch_sharding(over)
     return {
-        name: jax.make_array_from_process_local_data(place, value) for name, value in raw.items()
+        name: jax.make_array_from_process_local_data(sharding, value) for name, value in raw.items()
     }

@@ -1,13 +1,13 @@
-"""Recall after a true history: guests shown once are called back, and packed blocks are chosen in every known way.
+"""Recall after a true history: guests shown once are called back, and packed blocks are chosen by every known variant.
 
-One history serves all gaps and all ways, so that they are compared on the same videos: four guests are shown once,
-each at its own distance from the end, and the last block is drawn once for each of them and each way.
+One history serves all gaps and all variants, so that they are compared on the same videos: four guests are shown once,
+each at its own distance from the end, and the last block is drawn once for each of them and each variant.
 """
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from packforcing_jax import pytrees
 from packforcing_jax.config import Experiment, MemorySpec
 from packforcing_jax.errors import nearest, require
 from packforcing_jax.evaluation import stage_figures
-from packforcing_jax.evaluation.stage_figures import HELD_OUT, Row, Watch
+from packforcing_jax.evaluation.stage_figures import Row, Sampling
 from packforcing_jax.memory import cache
 from packforcing_jax.memory import layout as layouts
 from packforcing_jax.memory.cache import Memory
@@ -28,10 +28,12 @@ from packforcing_jax.sampling import player
 from packforcing_jax.sampling.pipeline import Pipeline
 from packforcing_jax.sampling.player import State
 from packforcing_jax.stage import captions, metrics, oracle, world
+from packforcing_jax.types import KV
 
 OPENING = 2  # blocks before the first guest: the shipped sink
 CALLED = 4  # guests that are called back; the others pass by
-WAYS: dict[str, dict] = {
+Variant: TypeAlias = dict[str, str]  # how packed blocks are chosen: fields of `CacheConfig`
+VARIANTS: dict[str, Variant] = {
     **{
         name: {"selection": name}
         for name, score in selection.SCORES.items()
@@ -48,43 +50,42 @@ WAYS: dict[str, dict] = {
 }
 
 
-def ways_of(words: str) -> dict[str, dict]:
-    """The rows of `WAYS` that `A,B` names, or every one."""
-    names = list(WAYS) if words == "every" else words.split(",")
+def variants_of(listed: str) -> dict[str, Variant]:
+    """The rows of `VARIANTS` that `A,B` names, or every one."""
+    names = list(VARIANTS) if listed == "every" else listed.split(",")
     for name in names:
         require(
-            name in WAYS, f"--ways {name}: no such way to choose; {nearest(name, [*WAYS, 'every'])}"
+            name in VARIANTS,
+            f"--ways {name}: no such way to choose; {nearest(name, [*VARIANTS, 'every'])}",
         )
-    return {name: WAYS[name] for name in names}
+    return {name: VARIANTS[name] for name in names}
 
 
-def changed(exp: Experiment, way: dict) -> Experiment:
-    """`exp` choosing packed blocks in this way; a fitted span holds all of them in the room of the best `top`."""
+def changed(exp: Experiment, variant: Variant) -> Experiment:
+    """`exp` with packed blocks chosen by this variant; a fitted span holds them all in the room of the best `top`."""
     cfg = exp.cache
-    held = cfg.sink + (cfg.top + 1) * cfg.block + cfg.recent
+    span = cfg.sink + (cfg.top + 1) * cfg.block + cfg.recent
     return dataclasses.replace(
-        exp, cache=dataclasses.replace(cfg, **({"max_position": held} | way))
+        exp, cache=dataclasses.replace(cfg, **({"max_position": span} | variant))
     )
 
 
-def with_way(model: Pipeline, way: dict) -> Pipeline:
-    """The same model choosing packed blocks in this way."""
-    return dataclasses.replace(model, experiment=changed(model.experiment, way))
+def with_variant(model: Pipeline, variant: Variant) -> Pipeline:
+    """The same model with packed blocks chosen by this variant."""
+    return dataclasses.replace(model, experiment=changed(model.experiment, variant))
 
 
 def forced(
     model: Pipeline,
-    ways: dict[str, dict],
+    variants: dict[str, Variant],
     *,
     gaps: Sequence[int] = (8, 32, 64, 110),
     videos: int = 96,
-    seed: int = HELD_OUT,
-    batch: int = 32,
-    watch: Watch = iter,
+    sampling: Sampling = Sampling(batch=32),
 ) -> dict:
-    """For each gap and way: is the called guest's block among the chosen ones, and is its mark back?
+    """For each gap and variant: is the called guest's block among the chosen ones, and is its mark back?
 
-    The history is committed behind the newest blocks, so that no way has a hand in it.
+    The history is committed behind the newest blocks, so that no variant has a hand in it.
     """
     stage_figures.require_stage(model.experiment)
     require(
@@ -96,21 +97,22 @@ def forced(
         cfg.top > 0,
         f"cache.top={cfg.top} attends to no packed block, so that no way to choose them differs; set it to 1 or more.",
     )
-    told = [forced_story(np.random.default_rng((seed, i)), gaps) for i in range(videos)]
-    found = {(gap, way): [] for gap in gaps for way in ways}
-    for part in watch(stage_figures.chunks(videos, batch)):
-        stories = [told[i] for i in part]
-        state = history(model, stories, seed=seed, videos=part)
-        for gap, way in found:
-            found[gap, way].append(answers(model, ways[way], state, stories, gap))
-    last = len(told[0].guests) - 1
-    held = int(np.count_nonzero(layouts.layout(cfg, layouts.begin(last)).ids >= 0))
+    seed = sampling.seed
+    stories = [forced_story(np.random.default_rng((seed, i)), gaps) for i in range(videos)]
+    outcomes = {(gap, variant): [] for gap in gaps for variant in variants}
+    for part in sampling.chunks(videos):
+        group = [stories[i] for i in part]
+        state = history(model, group, seed=seed, videos=part)
+        for gap, variant in outcomes:
+            outcomes[gap, variant].append(answers(model, variants[variant], state, group, gap))
+    last = len(stories[0].guests) - 1
+    archived = int(np.count_nonzero(layouts.layout(cfg, layouts.begin(last)).ids >= 0))
     sections = {
-        f"gap of {gap} blocks, {held} in the archive": {
-            f"{way}: {what}": row
-            for way in ways
+        f"gap of {gap} blocks, {archived} in the archive": {
+            f"{variant}: {what}": row
+            for variant in variants
             for what, row in figures(
-                changed(model.experiment, ways[way]), held, found[gap, way]
+                changed(model.experiment, variants[variant]), archived, outcomes[gap, variant]
             ).items()
         }
         for gap in gaps
@@ -125,53 +127,54 @@ def forced_story(rng: np.random.Generator, gaps: Sequence[int]) -> world.Story:
     """
     blocks = OPENING + max(gaps) + 1
     order = rng.permutation(len(world.GUESTS))
-    shown = np.where(rng.random(blocks) < 0.5, rng.choice(order[CALLED:], size=blocks), -1)
-    shown[:OPENING] = -1
+    guests = np.where(rng.random(blocks) < 0.5, rng.choice(order[CALLED:], size=blocks), -1)
+    guests[:OPENING] = -1
     for guest, gap in zip(order, gaps):
-        shown[blocks - 1 - gap] = guest
+        guests[blocks - 1 - gap] = guest
     return world.draw_story(
-        rng, blocks, guests=shown, scenes=np.full(blocks, rng.integers(len(world.SCENES)))
+        rng, blocks, guests=guests, scenes=np.full(blocks, rng.integers(len(world.SCENES)))
     )
 
 
 def history(
-    model: Pipeline, told: Sequence[world.Story], *, seed: int, videos: Sequence[int]
+    model: Pipeline, stories: Sequence[world.Story], *, seed: int, videos: Sequence[int]
 ) -> State:
     """The state before the last block, its memory filled with the stories' own frames."""
-    looking = stage_figures.one_step(with_way(model, WAYS["recency"]))
+    looking = stage_figures.one_step(with_variant(model, VARIANTS["recency"]))
     prompts = [
-        [captions.caption(story, block) for block in range(len(story.guests) - 1)] for story in told
+        [captions.caption(story, block) for block in range(len(story.guests) - 1)]
+        for story in stories
     ]
     texts, which = stage_figures.read_texts(model, prompts)
-    truth = np.stack([world.render(story) for story in told])
+    truth = np.stack([world.render(story) for story in stories])
     state = player.start(looking, seeds=seed, videos=videos)
     for block, sentences in enumerate(which.T):
         text = stage_figures.text_of(texts, sentences)
-        given = stage_figures.true_block(model, truth, block)
-        state, _ = player.next_block(looking, state, text, given=given)
+        committed = stage_figures.true_block(model, truth, block)
+        state, _ = player.next_block(looking, state, text, given=committed)
     return state
 
 
 def answers(
     model: Pipeline,
-    way: dict,
+    variant: Variant,
     state: State,
-    told: Sequence[world.Story],
+    stories: Sequence[world.Story],
     gap: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(whether its block was looked up [layer, video], whether the called guest wears its mark [video])."""
-    model = with_way(model, way)
-    last = len(told[0].guests) - 1
-    called = [int(story.guests[last - gap]) for story in told]
-    asked = [
+    model = with_variant(model, variant)
+    last = len(stories[0].guests) - 1
+    called = [int(story.guests[last - gap]) for story in stories]
+    prompts = [
         [
             captions.caption(
                 dataclasses.replace(story, guests=np.full_like(story.guests, guest)), last
             )
         ]
-        for story, guest in zip(told, called, strict=True)
+        for story, guest in zip(stories, called, strict=True)
     ]
-    texts, which = stage_figures.read_texts(model, asked)
+    texts, which = stage_figures.read_texts(model, prompts)
     frames, ids = last_block(model, state, stage_figures.text_of(texts, which[:, 0]))
     marks = []
     for video, guest in zip(frames, called, strict=True):
@@ -179,12 +182,12 @@ def answers(
         marks.append(metrics.majority(np.where(reading.guest == guest, reading.guest_mark, -1)))
     right = [
         mark == story.guest_marks[guest]
-        for mark, story, guest in zip(marks, told, called, strict=True)
+        for mark, story, guest in zip(marks, stories, called, strict=True)
     ]
     return (ids == last - gap).any(axis=-1), np.asarray(right)
 
 
-def last_block(model: Pipeline, state: State, text: Any) -> tuple[np.ndarray, np.ndarray]:
+def last_block(model: Pipeline, state: State, text: list[KV]) -> tuple[np.ndarray, np.ndarray]:
     """Frames of the next block, and the packed blocks that it chose [layer, video, top].
 
     `state` is only read: what denoising uses up is a copy of its memory, laid out for this model.
@@ -209,14 +212,14 @@ def _copied(spec: MemorySpec, memory: Memory) -> Memory:
 
 def figures(
     exp: Experiment,
-    held: int,
-    found: Sequence[tuple[Bool[np.ndarray, "layer video"], Float[np.ndarray, "v"]]],
+    archived: int,
+    outcomes: Sequence[tuple[Bool[np.ndarray, "layer video"], Float[np.ndarray, "v"]]],
 ) -> dict[str, Row]:
-    """Shares of videos, beside what a blind choice among `held` blocks and a blind mark would reach."""
-    looked, right = (np.concatenate(parts, axis=-1) for parts in zip(*found, strict=True))
-    level = min(1.0, exp.cache.attended / held)
+    """Shares of videos, beside what a blind choice among `archived` blocks and a blind mark would reach."""
+    recalled, right = (np.concatenate(parts, axis=-1) for parts in zip(*outcomes, strict=True))
+    level = min(1.0, exp.cache.attended / archived)
     rows = {
-        "block found, last layer": (level, looked[-1]),
+        "block found, last layer": (level, recalled[-1]),
         "mark recalled": (1 / world.MARKS, right),
     }
     return {

@@ -21,13 +21,27 @@ from packforcing_jax.io import checkpoints
 from packforcing_jax.networks import codec
 from packforcing_jax.sampling import pipeline, player
 from packforcing_jax.sampling.pipeline import Pipeline
-from packforcing_jax.stage import captions, data, metrics, oracle, stories, world
+from packforcing_jax.stage import captions, data, metrics, oracle, world
+from packforcing_jax.stage.stories import default_timeline
 from packforcing_jax.training import batches, state
 from packforcing_jax.types import KV, Latent
 
 HELD_OUT = 1_000_003  # a seed that no training run uses
 Row = dict  # chance, value [share or RMS, low, high], n
 Watch = Callable[[Iterable], Iterable]  # shows progress over what it passes on
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the videos of a figure are sampled: the seed, how many together, and what shows progress."""
+
+    seed: int = HELD_OUT
+    batch: int = 16
+    watch: Watch = iter
+
+    def chunks(self, count: int) -> Iterable[range]:
+        """0..count-1 in runs of at most `batch`, watched."""
+        return self.watch(chunks(count, self.batch))
 
 
 # Models
@@ -122,9 +136,9 @@ def play(
     frames = []
     chosen = []
     for block, sentences in enumerate(which.T):
-        given = None if truth is None else true_block(model, truth, block)
+        committed = None if truth is None else true_block(model, truth, block)
         maker = model if block >= first else looking
-        state, made = player.next_block(maker, state, text_of(texts, sentences), given=given)
+        state, made = player.next_block(maker, state, text_of(texts, sentences), given=committed)
         if block >= first:
             frames.append(np.asarray(made.frames))
             chosen.append(np.asarray(pytrees.stack(made.selection).ids))
@@ -132,18 +146,18 @@ def play(
 
 
 def behind_truth(
-    model: Pipeline, told: Sequence[world.Story], *, seed: int, start: int, first: int = 0
+    model: Pipeline, stories: Sequence[world.Story], *, seed: int, start: int, first: int = 0
 ) -> tuple[list[oracle.Reading], np.ndarray]:
     """Readings of the blocks drawn behind the stories' own frames, and what they chose; ids count from `start`."""
     prompts = [
-        [captions.caption(story, block) for block in range(len(story.guests))] for story in told
+        [captions.caption(story, block) for block in range(len(story.guests))] for story in stories
     ]
     frames, chosen = play(
         model,
         prompts,
-        seeds=[seed] * len(told),
-        videos=range(start, start + len(told)),
-        truth=np.stack([world.render(story) for story in told]),
+        seeds=[seed] * len(stories),
+        videos=range(start, start + len(stories)),
+        truth=np.stack([world.render(story) for story in stories]),
         first=first,
     )
     return [oracle.read(video) for video in frames], chosen
@@ -181,43 +195,44 @@ def true_reading(story: world.Story) -> oracle.Reading:
 
 
 def teacher_forced(
-    model: Pipeline, *, clips: int = 48, seed: int = HELD_OUT, batch: int = 24, watch: Watch = iter
+    model: Pipeline, *, clips: int = 48, sampling: Sampling = Sampling(batch=24)
 ) -> dict:
     """Each block of held-out clips sampled behind the true blocks before it, with the model's own sink and with none.
 
     Without a sink three packed blocks compete, so that a guest has to be found by what it looks like.
     """
     require_stage(model.experiment)
-    told = [data.draw_clip(np.random.default_rng((seed, index))) for index in range(clips)]
+    seed = sampling.seed
+    stories = [data.draw_clip(np.random.default_rng((seed, index))) for index in range(clips)]
     sections = {}
     for sink in dict.fromkeys((model.experiment.cache.sink, 0)):
         changed = with_cache(model, sink=sink)
         readings = []
-        for part in watch(chunks(clips, batch)):
-            readings += behind_truth(changed, [told[i] for i in part], seed=seed, start=part.start)[
-                0
-            ]
-        sections[f"sink of {sink} frames"] = teacher_figures(changed.experiment, readings, told)
+        for part in sampling.chunks(clips):
+            readings += behind_truth(
+                changed, [stories[i] for i in part], seed=seed, start=part.start
+            )[0]
+        sections[f"sink of {sink} frames"] = teacher_figures(changed.experiment, readings, stories)
     return {"mode": "teacher", "videos": clips, "seed": seed, "sections": sections}
 
 
 def teacher_figures(
-    exp: Experiment, readings: Sequence[oracle.Reading], told: Sequence[world.Story]
+    exp: Experiment, readings: Sequence[oracle.Reading], stories: Sequence[world.Story]
 ) -> dict[str, Row]:
     """Shares of frames that are right, by attribute, in every block but the first; intervals count clips."""
-    truth = [true_reading(story) for story in told]
-    seen = _by_block(readings)
+    truth = [true_reading(story) for story in stories]
+    read = _by_block(readings)
     true = _by_block(truth)
-    right = {name: seen[name] == true[name] for name in true}
+    right = {name: read[name] == true[name] for name in true}
     guests, scenes = (
-        np.stack([getattr(story, name) for story in told]) for name in ("guests", "scenes")
+        np.stack([getattr(story, name) for story in stories]) for name in ("guests", "scenes")
     )
     later = np.broadcast_to(np.arange(guests.shape[1]) > 0, guests.shape)
-    known = np.stack([data.seen_before(story.scenes) for story in told])
+    known = np.stack([data.appeared_before(story.scenes) for story in stories])
     chance = {name: 1 / metrics.CHOICES[name] for name in ("colour", "shape", "backdrop", "scene")}
-    rows = {"valid frames": _row(0.0, seen["residual"] < oracle.TAU, later)}
+    rows = {"valid frames": _row(0.0, read["residual"] < oracle.TAU, later)}
     rows |= {name: _row(level, right[name], later) for name, level in chance.items()}
-    rows["guest there or not"] = _row(1 / 2, (seen["guest"] >= 0) == (true["guest"] >= 0), later)
+    rows["guest there or not"] = _row(1 / 2, (read["guest"] >= 0) == (true["guest"] >= 0), later)
     rows["guest identity"] = _row(
         1 / metrics.CHOICES["guest"], right["guest"], later & (guests >= 0)
     )
@@ -228,7 +243,7 @@ def teacher_figures(
     )
     for name in ("hue", "gain"):
         rows[f"{name} RMS error"] = _rms(
-            metrics.CHANCE[f"{name} drift"], (seen[name] - true[name])[:, 1:]
+            metrics.CHANCE[f"{name} drift"], (read[name] - true[name])[:, 1:]
         )
     return rows | _called_back(exp, guests, right["guest"] & right["guest_mark"])
 
@@ -242,9 +257,9 @@ def _called_back(
     visits = (guests[:, :last] == guests[:, last:]) & (guests[:, last:] >= 0)
     sink = exp.cache.sink // exp.cache.block
     recent = exp.cache.recent // exp.cache.block
-    sharp = [block < sink or block >= last - recent for block in range(last)]
+    full_size = [block < sink or block >= last - recent for block in range(last)]
     final = np.zeros_like(guests, dtype=bool)
-    final[:, last] = visits.any(axis=1) & ~visits[:, sharp].any(axis=1)
+    final[:, last] = visits.any(axis=1) & ~visits[:, full_size].any(axis=1)
     rows = {"called-back guest, packed only": _row(chance, right, final)}
     latest = np.where(visits.any(axis=1), last - 1 - visits[:, ::-1].argmax(axis=1), -1)
     for block in range(last):
@@ -296,20 +311,19 @@ def rollout(
     *,
     videos: int = 64,
     blocks: int = 120,
-    seed: int = HELD_OUT,
-    batch: int = 16,
-    watch: Watch = iter,
+    sampling: Sampling = Sampling(),
 ) -> dict:
     """`metrics.report` of free-running videos; video i is the one that `sample --seed SEED+i --blocks N` makes."""
     require_stage(model.experiment)
+    seed = sampling.seed
     readings = []
     prompts = []
-    for part in watch(chunks(videos, batch)):
-        told = [stories.default_timeline(seed + i, blocks) for i in part]
-        ids = [pipeline.video_id(each[0]) for each in told]
-        frames, _ = play(model, told, seeds=[seed + i for i in part], videos=ids)
+    for part in sampling.chunks(videos):
+        timelines = [default_timeline(seed + i, blocks) for i in part]
+        ids = [pipeline.video_id(each[0]) for each in timelines]
+        frames, _ = play(model, timelines, seeds=[seed + i for i in part], videos=ids)
         readings += [oracle.read(video) for video in frames]
-        prompts += [[captions.parse(sentence) for sentence in each] for each in told]
+        prompts += [[captions.parse(sentence) for sentence in each] for each in timelines]
     return {"mode": "rollout", "seed": seed} | metrics.report(readings, prompts)
 
 

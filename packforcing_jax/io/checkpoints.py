@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from packforcing_jax import interrupts
 from packforcing_jax.errors import InputError, MachineError, brief, require
 from packforcing_jax.io import append_file
 
+Json: TypeAlias = (
+    Any  # tables, lists, numbers, text, truth values and None, as `json` reads and writes them
+)
 FORMAT = 2  # of what is noted beside a state; version 1 was never released
 STATE = "state"
 NOTES = "notes"
@@ -73,15 +76,15 @@ def _stored(state) -> dict[str, Any]:
     return {name: leaf for name, leaf in plain.items() if 0 not in leaf.shape}
 
 
-def _place(leaf) -> jax.sharding.Sharding | None:
+def _sharding(leaf) -> jax.sharding.Sharding | None:
     """Where a JAX array is wanted, if that was said."""
     return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
 
 
 def _wanted(leaf):
     """What Orbax takes as the form of a stored array: it comes back where it is wanted, else as a NumPy array."""
-    if _place(leaf) is not None:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_place(leaf))
+    if _sharding(leaf) is not None:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(leaf))
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
 
@@ -97,13 +100,13 @@ def _like(leaf, stored, kind: str | None):
         return type(leaf)(stored.item())
     if isinstance(stored, jax.Array):
         return stored
-    return jax.device_put(stored, _place(leaf), may_alias=False)
+    return jax.device_put(stored, _sharding(leaf), may_alias=False)
 
 
 # Notes, which every process has its own of
 
 
-def _everyones(notes: Any) -> list[str]:
+def _everyones(notes: Json) -> list[str]:
     """The notes of all processes as JSON text, in their order."""
     text = json.dumps(notes).encode()
     if jax.process_count() == 1:
@@ -113,13 +116,13 @@ def _everyones(notes: Any) -> list[str]:
     return [row.tobytes().decode() for row in rows]
 
 
-def _own(notes: Sequence[str], place: Path) -> Any:
+def _own(notes: Sequence[str], checkpoint: Path) -> Json:
     """The notes of this process; with another number of processes than saved them, all must be the same."""
     same = len(set(notes)) == 1
     now = jax.process_count()
     require(
         same or len(notes) == now,
-        f"Checkpoint {place} was saved by {len(notes)} processes that stood at different "
+        f"Checkpoint {checkpoint} was saved by {len(notes)} processes that stood at different "
         f"places in their data; continue with {len(notes)} processes instead of {now}.",
     )
     return json.loads(notes[0 if same else jax.process_index()])
@@ -128,7 +131,7 @@ def _own(notes: Sequence[str], place: Path) -> Any:
 # What a checkpoint belongs to
 
 
-def settings(value: Any, name: str = "") -> dict[str, str]:
+def settings(value: Json, name: str = "") -> dict[str, str]:
     """The entries of nested tables under dotted names, as JSON text."""
     if not isinstance(value, Mapping):
         return {name: json.dumps(value)}
@@ -157,13 +160,13 @@ def _few(sentences: Sequence[str]) -> str:
 
 def _digests(step: Path) -> dict[str, str]:
     """The SHA-256 of every file of a step, by its path there."""
-    found = {}
+    digests = {}
     for path in sorted(path for item in (STATE, NOTES) for path in (step / item).rglob("*")):
         if path.is_file():
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256")
-            found[path.relative_to(step).as_posix()] = digest.hexdigest()
-    return found
+            digests[path.relative_to(step).as_posix()] = digest.hexdigest()
+    return digests
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
@@ -252,7 +255,7 @@ class Checkpoints:
 
     # Saving
 
-    def save(self, step: int, state, notes: Any = None) -> None:
+    def save(self, step: int, state, notes: Json = None) -> None:
         """Begins to store `state` and notes for JSON; `state` may be used up when this returns.
 
         Every process has notes of its own. A signal that comes meanwhile is heard when this is done.
@@ -265,7 +268,7 @@ class Checkpoints:
         )
         if self._manager is None:
             self.check()
-        told = {
+        description = {
             "format": FORMAT,
             "leaves": _described(state),
             "keys": {
@@ -283,7 +286,7 @@ class Checkpoints:
                 self._opened().save(
                     step,
                     args=args.Composite(
-                        state=args.StandardSave(_stored(state)), notes=args.JsonSave(told)
+                        state=args.StandardSave(_stored(state)), notes=args.JsonSave(description)
                     ),
                     force=True,
                 )
@@ -347,21 +350,21 @@ class Checkpoints:
 
     # Reading
 
-    def notes(self, step: int | None = None) -> Any:
+    def notes(self, step: int | None = None) -> Json:
         """The notes of `step` (the newest by default), as JSON gives them back."""
         step = self._chosen(step)
         self._require_whole(step)
         return _own(self._noted(step)["notes"], self._at(step))
 
-    def restore(self, abstract_state: State, step: int | None = None) -> tuple[State, Any]:
+    def restore(self, abstract_state: State, step: int | None = None) -> tuple[State, Json]:
         """The state of `step` (the newest by default) and its notes, with the structure, kinds and shardings given.
 
         A leaf comes back as a NumPy array where that of `abstract_state` is one, else as a JAX array in its place.
         """
         step = self._chosen(step)
         self._require_whole(step)
-        told = self._noted(step)
-        wrong = differences(told["leaves"], _described(abstract_state))
+        description = self._noted(step)
+        wrong = differences(description["leaves"], _described(abstract_state))
         require(
             not wrong,
             f"Checkpoint {self._at(step)} does not fit this run ({len(wrong)} leaves: {_few(wrong)}); "
@@ -372,11 +375,11 @@ class Checkpoints:
             self._read(step, state=_orbax().args.StandardRestore(wanted))["state"] if wanted else {}
         )
         leaves = [
-            _like(leaf, stored.get(name), told["keys"].get(name))
+            _like(leaf, stored.get(name), description["keys"].get(name))
             for name, leaf in named(abstract_state).items()
         ]
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
-        return state, _own(told["notes"], self._at(step))
+        return state, _own(description["notes"], self._at(step))
 
     def _at(self, step: int) -> Path:
         return self.folder / str(step)
@@ -392,12 +395,12 @@ class Checkpoints:
 
     def _noted(self, step: int) -> dict[str, Any]:
         """All that was noted of a step, which must be of this run."""
-        told = self._read(step, notes=_orbax().args.JsonRestore())["notes"]
+        description = self._read(step, notes=_orbax().args.JsonRestore())["notes"]
         require(
-            told.get("format") == FORMAT,
+            description.get("format") == FORMAT,
             f"Checkpoint {self._at(step)} was saved by another version; {START_ANEW}",
         )
-        was = settings(told["about"])
+        was = settings(description["about"])
         wanted = settings(json.loads(json.dumps(self.about)))
         wrong = differences(was, wanted, self.free) if self.about else []
         require(
@@ -405,7 +408,7 @@ class Checkpoints:
             f"Checkpoint {self._at(step)} belongs to another run ({_few(wrong)}); "
             "continue with the settings it was saved with or choose another folder.",
         )
-        return told
+        return description
 
     def _read(self, step: int, **items):
         orbax = _orbax()
@@ -421,8 +424,8 @@ class Checkpoints:
             return
         try:
             wanted = json.loads((self._at(step) / DIGESTS).read_text(encoding="utf-8"))
-            found = _digests(self._at(step))
-            wrong = [name for name in wanted if found.get(name) != wanted[name]]
+            digests = _digests(self._at(step))
+            wrong = [name for name in wanted if digests.get(name) != wanted[name]]
         except (OSError, ValueError, TypeError) as error:
             raise self._damaged(step, f"{DIGESTS} is unreadable") from error
         if wrong:

@@ -42,27 +42,27 @@ def streams(process: subprocess.Popen) -> tuple[IO[bytes], IO[bytes], IO[bytes]]
     """Standard input, output and error of what `start` gave."""
     into = process.stdin
     out = process.stdout
-    said = process.stderr
+    stderr = process.stderr
     assert into is not None
     assert out is not None
-    assert said is not None
-    return into, out, said
+    assert stderr is not None
+    return into, out, stderr
 
 
 def run(arguments: list[str], data: bytes | None = None, *, then: str = KEPT) -> bytes:
     """Standard output of one ffmpeg run that reads `data`; `then` ends the sentence about a failure."""
     with start(arguments) as process:
         try:
-            out, said = process.communicate(data)
+            out, stderr = process.communicate(data)
         except BaseException:
             process.kill()
             raise
     if process.returncode:
-        raise failure(said, process.returncode, then)
+        raise failure(stderr, process.returncode, then)
     return out
 
 
-def failure(said: bytes, status: int | None, then: str = KEPT) -> MachineError:
-    """The error about an ffmpeg that ended with `status` and wrote `said` to its standard error."""
-    lines = said.decode(errors="replace").strip().splitlines() or [f"exit status {status}"]
+def failure(stderr: bytes, status: int | None, then: str = KEPT) -> MachineError:
+    """The error about an ffmpeg that ended with `status` and wrote `stderr` to its standard error."""
+    lines = stderr.decode(errors="replace").strip().splitlines() or [f"exit status {status}"]
     return MachineError(f"ffmpeg failed ({lines[-1]}); {then}.")

@@ -102,11 +102,11 @@ def header(picture: Picture, comment: str) -> bytes:
         clock = ["-video_track_timescale", str(picture.rate.numerator * TICKS)]
         arguments = [*picture.source(), *metadata, *picture.encoding(), *clock, *MP4]
         ffmpeg.run([*arguments, str(target)], picture.black().tobytes(), then=ffmpeg.REMEDY)
-        found = target.read_bytes() if target.exists() else b""
-    end = found.find(b"moof") - 4
+        boxes = target.read_bytes() if target.exists() else b""
+    end = boxes.find(b"moof") - 4
     if end < 0:
         raise MachineError(f"{ffmpeg.program()} wrote no video; {ffmpeg.REMEDY}.")
-    return found[:end]
+    return boxes[:end]
 
 
 def _escaped(text: str) -> str:
@@ -133,7 +133,7 @@ class Encoder:
         arguments = [*picture.source(), *picture.encoding()]
         self.block = block
         self.config = b""
-        self._said = bytearray()
+        self._stderr = bytearray()
         self._read = bytearray()
         self._skip = FLV_HEADER
         self._process = ffmpeg.start(
@@ -165,11 +165,11 @@ class Encoder:
     def _exchange(self, data: memoryview, count: int) -> list[Sample]:
         """Writes `data` and reads `count` samples as both become possible, so that neither waits for the other."""
         samples = []
-        into, out, said = ffmpeg.streams(self._process)
+        into, out, stderr = ffmpeg.streams(self._process)
         with selectors.DefaultSelector() as ready:
             ready.register(into, selectors.EVENT_WRITE)
             ready.register(out, selectors.EVENT_READ)
-            ready.register(said, selectors.EVENT_READ)
+            ready.register(stderr, selectors.EVENT_READ)
             while len(samples) < count:
                 events = ready.select(PATIENCE)
                 if not events:
@@ -180,9 +180,9 @@ class Encoder:
                         if not data:
                             ready.unregister(into)
                     elif piece := os.read(key.fd, 2**20):
-                        (self._read if key.fileobj is out else self._said).extend(piece)
-                    elif key.fileobj is said:
-                        ready.unregister(said)
+                        (self._read if key.fileobj is out else self._stderr).extend(piece)
+                    elif key.fileobj is stderr:
+                        ready.unregister(stderr)
                     else:
                         raise self._failure()
                 samples += self._samples()
@@ -190,7 +190,7 @@ class Encoder:
 
     def _samples(self) -> list[Sample]:
         """The samples that have come in whole, taken off what was read."""
-        found = []
+        samples = []
         at = self._skip
         read = self._read
         while len(read) >= at + TAG_HEADER:
@@ -201,14 +201,14 @@ class Encoder:
                 break
             body = bytes(read[at + TAG_HEADER : end])  # frame type and codec, packet type, delay
             if kind == FLV_VIDEO and body[1] == FLV_SAMPLE:
-                found.append(Sample(body[0] >> 4 == FLV_KEY, body[5:]))
+                samples.append(Sample(body[0] >> 4 == FLV_KEY, body[5:]))
             elif kind == FLV_VIDEO and body[1] == FLV_CONFIG:
                 self.config = body[5:]
             at = end
         if at > self._skip:
             del read[:at]
             self._skip = 0
-        return found
+        return samples
 
     def _failure(self) -> MachineError:
         """Why the process has ended its output."""
@@ -217,8 +217,8 @@ class Encoder:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._said.extend(ffmpeg.streams(self._process)[2].read() or b"")
-        return ffmpeg.failure(bytes(self._said), self._process.returncode)
+        self._stderr.extend(ffmpeg.streams(self._process)[2].read() or b"")
+        return ffmpeg.failure(bytes(self._stderr), self._process.returncode)
 
 
 def _written(pipe: int, data: memoryview) -> int:

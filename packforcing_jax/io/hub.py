@@ -111,8 +111,8 @@ def sources() -> Mapping[str, Source]:
     """What can be fetched, by name: every card with a published file, Wan2.1 before what was made of it."""
     from packforcing_jax.config import cards  # loads jax, which `--help` needs not wait for
 
-    found = {name: _source(card) for name, card in cards.cards().items() if card.files}
-    return {**{name: found[name] for name in BASES}, **OTHER_LAYOUTS, **found}
+    published = {name: _source(card) for name, card in cards.cards().items() if card.files}
+    return {**{name: published[name] for name in BASES}, **OTHER_LAYOUTS, **published}
 
 
 def _source(card: Card) -> Source:
@@ -186,14 +186,14 @@ def listing(source: Source, parts: Sequence[str] = (), endpoint: str | None = No
     with failures(source.repository):
         info = _info(api, source.repository)
     wanted = [files for files in source.files if not parts or files.part in parts]
-    found = tuple(
+    remotes = tuple(
         each
         for files in wanted
         for name in files.names
         for each in _matches(source, files.part, name, info)
     )
     declared = getattr(info.card_data, "license", None)
-    return Listing(source.repository, str(info.sha), declared, found, api.endpoint)
+    return Listing(source.repository, str(info.sha), declared, remotes, api.endpoint)
 
 
 def _info(api, repository: str):
@@ -213,20 +213,20 @@ def _info(api, repository: str):
 def _matches(source: Source, part: str, name: str, info) -> list[Remote]:
     """The files of a repository whose name fits `name`, where `*` stands for anything but a folder."""
     pattern = re.compile(re.escape(name).replace(r"\*", "[^/]*"))
-    found = [each for each in info.siblings or () if pattern.fullmatch(each.rfilename)]
+    matches = [each for each in info.siblings or () if pattern.fullmatch(each.rfilename)]
     near = difflib.get_close_matches(name, [each.rfilename for each in info.siblings or ()], n=1)
     hint = f"the nearest is {near[0]}" if near else "nothing there has such a name"
     require(
-        len(found) > 0, f"{source.repository} no longer holds {name}; {hint}; fetch it by hand."
+        len(matches) > 0, f"{source.repository} no longer holds {name}; {hint}; fetch it by hand."
     )
-    for each in found:
+    for each in matches:
         checkable = each.size is not None and bool(each.lfs or each.blob_id)
         require(
             checkable,
             f"the hub records no size or hash of {each.rfilename}; point HF_ENDPOINT to one that does.",
         )
     return [
-        Remote(x.rfilename, part, int(x.size), x.lfs and x.lfs.sha256, x.blob_id) for x in found
+        Remote(x.rfilename, part, int(x.size), x.lfs and x.lfs.sha256, x.blob_id) for x in matches
     ]
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from packforcing_jax import config, pytrees
 from packforcing_jax.config import decode
@@ -86,7 +87,7 @@ def save(
                 (fresh / name).write_text(content, encoding="utf-8")
 
 
-def _stored(dtype: Any, floating: str) -> np.dtype:
+def _stored(dtype: jax.typing.DTypeLike, floating: str) -> np.dtype:
     return np.dtype(jnp.dtype(floating) if safetensors_io.floating(np.dtype(dtype)) else dtype)
 
 
@@ -153,7 +154,7 @@ def opened(folder: str | Path, known: Sequence[type] = ()) -> Opened:
     )
 
 
-def in_memory(module: Any) -> dict[str, Tensor]:
+def in_memory(module: nnx.Module) -> dict[str, Tensor]:
     """The leaves of a module as tensors like those of a file."""
     return {
         path: Tensor(
@@ -165,26 +166,26 @@ def in_memory(module: Any) -> dict[str, Tensor]:
 
 def fill(
     shapes: Module,
-    held: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
     *,
     dtype: str,
     source: str,
     inside: str = "",
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> Module:
-    """The module of `shapes` with its leaves from `held`, floating ones as `dtype`, each read straight into its place.
+    """The module of `shapes` with its leaves from `tensors`, floating ones as `dtype`, each read to where it stays.
 
-    A module with its layers apart takes each layer's slice of what files stack; `inside` is where in the held paths
-    the module begins, such as `blocks/3/`. Raises `InputError` naming every mismatch.
+    A module with its layers apart takes each layer's slice of what files stack. `inside` is the path in `tensors` at
+    which the module begins, such as `blocks/3/`. Raises `InputError` naming every mismatch.
     """
-    filled = placed(shapes, held, dtype=dtype, source=source, inside=inside, shardings=shardings)
+    filled = placed(shapes, tensors, dtype=dtype, source=source, inside=inside, shardings=shardings)
     _require_finite(pytrees.flatten(filled), source)
     return filled
 
 
 def placed(
     shapes: Module,
-    held: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
     *,
     dtype: str,
     source: str,
@@ -192,17 +193,17 @@ def placed(
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> Module:
     """`fill` without a look at the values."""
-    found = {path: _found(held, inside + path) for path in pytrees.flatten(shapes)}
-    flat = {path: value for path, (_, value) in found.items() if value is not None}
+    leaves = {path: _leaf(tensors, inside + path) for path in pytrees.flatten(shapes)}
+    flat = {path: value for path, (_, value) in leaves.items() if value is not None}
     if not inside:
-        used = {name for name, _ in found.values()}
-        flat |= {name: tensor.read() for name, tensor in held.items() if name not in used}
-    place = shardings or {}
+        used = {name for name, _ in leaves.values()}
+        flat |= {name: tensor.read() for name, tensor in tensors.items() if name not in used}
+    placement = shardings or {}
 
     def put(path: str, value: np.ndarray) -> jax.Array:
         form = jnp.dtype(dtype) if safetensors_io.floating(value.dtype) else value.dtype
         return jax.make_array_from_callback(
-            value.shape, place.get(path, _here()), lambda at: value[at].astype(form)
+            value.shape, placement.get(path, _here()), lambda at: value[at].astype(form)
         )
 
     return pytrees.fill(shapes, flat, source, put)
@@ -212,12 +213,12 @@ def _here() -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
-def _found(held: Mapping[str, Tensor], path: str) -> tuple[str, np.ndarray | None]:
+def _leaf(tensors: Mapping[str, Tensor], path: str) -> tuple[str, np.ndarray | None]:
     """(name of the tensor that holds the leaf at `path`, its value as yet unread)."""
-    if path in held:
-        return path, held[path].read()
+    if path in tensors:
+        return path, tensors[path].read()
     layer = LAYER.fullmatch(path)
-    stacked = held.get(f"{layer[1]}/{layer[3]}") if layer else None
+    stacked = tensors.get(f"{layer[1]}/{layer[3]}") if layer else None
     if layer is None or stacked is None or int(layer[2]) >= (*stacked.shape, 0)[0]:
         return path, None
     return stacked.name, stacked.read()[int(layer[2])]

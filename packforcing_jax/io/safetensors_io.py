@@ -95,11 +95,11 @@ def opened(path: str | Path) -> dict[str, Tensor]:
 
 
 def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"it names {next(name for name in names if names.count(name) > 1)} twice")
-    return found
+    return entries
 
 
 def _tensor(path: Path, name: str, entry: object, start: int, size: int) -> Tensor:
@@ -134,7 +134,7 @@ class Writer:
 
     def __init__(self, path: str | Path, forms: Mapping[str, Form], metadata: Mapping[str, str]):
         entries: dict[str, object] = {"__metadata__": dict(metadata)}
-        self._places: dict[str, tuple[int, Form]] = {}
+        self._offsets: dict[str, tuple[int, Form]] = {}
         end = 0
         for name, (shape, dtype) in sorted(
             forms.items(), key=lambda item: -item[1][1].itemsize
@@ -145,7 +145,7 @@ class Writer:
                 "shape": list(shape),
                 "data_offsets": [end, end + nbytes],
             }
-            self._places[name] = end, (tuple(shape), dtype)
+            self._offsets[name] = end, (tuple(shape), dtype)
             end += nbytes
         header = json.dumps(entries).encode()
         header += b" " * (-(8 + len(header)) % ALIGNMENT)
@@ -168,7 +168,7 @@ class Writer:
 
     def put(self, name: str, value: np.ndarray, layer: int | None = None) -> None:
         """Writes tensor `name`, or the slice at index `layer` of its first axis."""
-        offset, (shape, dtype) = self._places[name]
+        offset, (shape, dtype) = self._offsets[name]
         wanted = shape if layer is None else shape[1:]
         if value.shape != wanted or value.dtype != dtype:
             raise ValueError(f"{name}: {value.dtype}{value.shape} does not fit {dtype}{wanted}")

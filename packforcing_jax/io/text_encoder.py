@@ -40,12 +40,12 @@ class Encoder:
 
     def __call__(self, ids: np.ndarray, mask: np.ndarray) -> TextStates:
         """States [b, words, d] of prompts, zero behind their ends."""
-        kept = {i: self._kept(*one) for i, one in enumerate(zip(ids, mask, strict=True))}
-        missing = [i for i, states in kept.items() if states is None]
+        stored = {i: self._stored(*one) for i, one in enumerate(zip(ids, mask, strict=True))}
+        missing = [i for i, states in stored.items() if states is None]
         read = dict(zip(missing, encode(self, ids[missing], mask[missing]), strict=True))
         for i, states in read.items():
             self._keep(ids[i], mask[i], states)
-        return jnp.stack([jnp.asarray(states) for states in (kept | read).values()])
+        return jnp.stack([jnp.asarray(states) for states in (stored | read).values()])
 
     def prepare(self, ids: np.ndarray, mask: np.ndarray) -> None:
         """Reads all prompts now, in one walk through the weights, if they are worth keeping."""
@@ -53,13 +53,13 @@ class Encoder:
             self(ids, mask)
 
     def _path(self, ids: np.ndarray, mask: np.ndarray) -> Path | None:
-        words = ids[mask.astype(bool)].astype("<i4").tobytes()
+        tokens = ids[mask.astype(bool)].astype("<i4").tobytes()
         name = hashlib.sha256(
-            b"\0".join([words, str(len(ids)).encode(), self.dtype.encode()])
+            b"\0".join([tokens, str(len(ids)).encode(), self.dtype.encode()])
         ).hexdigest()
         return self.store and self.store / identity(self) / f"{name[:32]}.safetensors"
 
-    def _kept(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray | None:
+    def _stored(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray | None:
         path = self._path(ids, mask)
         if path is None or not path.is_file():
             return None
@@ -87,9 +87,9 @@ class Encoder:
 
 def of_folder(model: model_folder.Opened, cfg: TextConfig, dtypes: DtypeConfig) -> Encoder:
     """The encoder of a model folder, of the sizes `cfg`."""
-    held = model.part("text")
-    large = sum(tensor.nbytes for tensor in held.values()) >= WORTH
-    return Encoder(cfg, held, dtypes.text, default_store() if large else None)
+    tensors = model.part("text")
+    large = sum(tensor.nbytes for tensor in tensors.values()) >= WORTH
+    return Encoder(cfg, tensors, dtypes.text, default_store() if large else None)
 
 
 def of_module(model: text.UMT5, dtypes: DtypeConfig) -> Encoder:
@@ -105,11 +105,11 @@ def default_store() -> Path:
 @functools.cache
 def identity(encoder: Encoder) -> str:
     """What tells one encoder from another: a hash of its tensors' names, forms and first bytes."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, tensor in sorted(encoder.tensors.items()):
-        found.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-        found.update(tensor.read().reshape(-1)[: SAMPLE // tensor.dtype.itemsize].tobytes())
-    return found.hexdigest()[:32]
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        digest.update(tensor.read().reshape(-1)[: SAMPLE // tensor.dtype.itemsize].tobytes())
+    return digest.hexdigest()[:32]
 
 
 def encode(encoder: Encoder, ids: np.ndarray, mask: np.ndarray) -> list[Array]:

@@ -86,13 +86,15 @@ def box(kind: bytes, *parts: bytes) -> bytes:
 
 def fragment(samples: Sequence[h264.Sample], number: int, start: int, duration: int) -> bytes:
     """`moof` and `mdat` with samples of which the first is a key frame; times in ticks of the file's clock."""
+    # flags of tfhd: offsets count from moof, a duration and flags for all samples; of trun: offset of the data, flags
+    # of the first sample, a size for each
     track = box(b"tfhd", struct.pack(">4I", 0x020028, 1, duration, OTHER_SAMPLE))
     clock = box(b"tfdt", struct.pack(">IQ", 0x01000000, start))
     sizes = [len(sample.data) for sample in samples]
 
     def moof(size: int) -> bytes:
-        place = (0x000205, len(sizes), size + 8, KEY_SAMPLE)  # data begin behind the head of mdat
-        run = box(b"trun", struct.pack(f">4I{len(sizes)}I", *place, *sizes))
+        fields = (0x000205, len(sizes), size + 8, KEY_SAMPLE)  # data begin behind the head of mdat
+        run = box(b"trun", struct.pack(f">4I{len(sizes)}I", *fields, *sizes))
         numbered = box(b"mfhd", struct.pack(">II", 0, number))
         return box(b"moof", numbered, box(b"traf", track, clock, run))
 

@@ -27,7 +27,7 @@ from packforcing_jax.sampling.block_step import Nets
 from packforcing_jax.sampling.player import State
 from packforcing_jax.types import KV, Heads, Latent, Tokens, Video
 
-Given = dict[str, Any]  # what a block is given besides the state, by name
+Inputs = dict[str, Any]  # what a block is given besides the state, by name
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Model:
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="memory")
 def forward(
-    nets: Nets, cfg: StepConfig, memory: Memory, noisy: Latent, text_kv: Any
+    nets: Nets, cfg: StepConfig, memory: Memory, noisy: Latent, text_kv: PerLayer[KV]
 ) -> tuple[Memory, Latent]:
     """The first denoising step, its views in place."""
     times, sigmas = (jnp.asarray(x) for x in block_step.step_table(cfg.sample))
     nets = pytrees.cast(nets, cfg.compute)
     layout = layouts.layout(cfg.cache, memory.progress)
-    given = noisy, times[0], sigmas[0], text_kv, block_step.views_of(memory)
-    clean, views = block_step.predict_x0(nets, cfg, layout, *given)
+    operands = noisy, times[0], sigmas[0], text_kv, block_step.views_of(memory)
+    clean, views = block_step.predict_x0(nets, cfg, layout, *operands)
     return block_step.with_views(memory, views), clean
 
 
@@ -83,53 +83,53 @@ store = jax.jit(cache.commit, static_argnames="spec", donate_argnames="memory")
 decode = jax.jit(codec.decode_chunk, static_argnames="first")
 
 
-def _forward(model: player.Model, state: State, given: Given) -> tuple[State, Any]:
+def _forward(model: player.Model, state: State, inputs: Inputs) -> tuple[State, Any]:
     memory, clean = forward(
-        model.nets, model.experiment.step, state.memory, given["latent"], given["text_kv"]
+        model.nets, model.experiment.step, state.memory, inputs["latent"], inputs["text_kv"]
     )
     return dataclasses.replace(state, memory=memory), clean
 
 
-def _denoise(model: player.Model, state: State, given: Given) -> tuple[State, Any]:
-    memory, denoised = player.denoise(model, state, given["text_kv"])
+def _denoise(model: player.Model, state: State, inputs: Inputs) -> tuple[State, Any]:
+    memory, denoised = player.denoise(model, state, inputs["text_kv"])
     return dataclasses.replace(state, memory=memory), denoised
 
 
-def _selection(model: player.Model, state: State, given: Given) -> tuple[State, Any]:
-    return state, choose(model.experiment.step, state.memory, given["queries"], given["random"])
+def _selection(model: player.Model, state: State, inputs: Inputs) -> tuple[State, Any]:
+    return state, choose(model.experiment.step, state.memory, inputs["queries"], inputs["random"])
 
 
-def _decode(model: player.Model, state: State, given: Given) -> tuple[State, Any]:
-    frames, decoder = decode(model.vae, state.decoder, given["latent"], first=False)
+def _decode(model: player.Model, state: State, inputs: Inputs) -> tuple[State, Any]:
+    frames, decoder = decode(model.vae, state.decoder, inputs["latent"], first=False)
     return dataclasses.replace(state, decoder=decoder), frames
 
 
-def _compression(model: player.Model, state: State, given: Given) -> tuple[State, Any]:
+def _compression(model: player.Model, state: State, inputs: Inputs) -> tuple[State, Any]:
     cfg = model.experiment.step
-    return state, pack(model.nets, model.vae, cfg, given["latent"], given["frames"])
+    return state, pack(model.nets, model.vae, cfg, inputs["latent"], inputs["frames"])
 
 
-def _store(model: player.Model, state: State, given: Given) -> tuple[State, Any]:
-    new = (given[name] for name in PARTS["store"].takes)
+def _store(model: player.Model, state: State, inputs: Inputs) -> tuple[State, Any]:
+    new = (inputs[name] for name in PARTS["store"].takes)
     memory = store(model.experiment.memory, state.memory, *new)
     return dataclasses.replace(state, memory=memory), ()
 
 
-def _commit(model: player.Model, state: State, given: Given) -> tuple[State, Any]:
-    new = (given[name] for name in PARTS["commit"].takes)
+def _commit(model: player.Model, state: State, inputs: Inputs) -> tuple[State, Any]:
+    new = (inputs[name] for name in PARTS["commit"].takes)
     memory, packed = player.commit_program(model.nets, model.experiment.step, state.memory, *new)
     return dataclasses.replace(state, memory=memory), packed
 
 
-def _second(model: player.Model, state: State, given: Given) -> tuple[State, Any]:
-    return player.next_block(model, state, given["text_kv"])
+def _second(model: player.Model, state: State, inputs: Inputs) -> tuple[State, Any]:
+    return player.next_block(model, state, inputs["text_kv"])
 
 
 @dataclass(frozen=True)
 class Part:
     """A row of the table of parts; `takes` names what it is given, `packs` whether it needs packed blocks."""
 
-    run: Callable[[player.Model, State, Given], tuple[State, Any]]
+    run: Callable[[player.Model, State, Inputs], tuple[State, Any]]
     takes: tuple[str, ...]
     packs: bool = False
 
@@ -170,11 +170,11 @@ class Scene:
 
     model: player.Model
     state: State
-    given: Given
+    inputs: Inputs
 
     def run(self, name: str) -> timing.Step:
         """A part as a step from state to state."""
-        return lambda state: PARTS[name].run(self.model, state, self.given)
+        return lambda state: PARTS[name].run(self.model, state, self.inputs)
 
 
 def full(exp: Experiment) -> layouts.Progress:
@@ -194,7 +194,7 @@ def shapes(exp: Experiment) -> Scene:
         "cache.archive='host' denoises a block in parts; bench measures whole ones, "
         "set cache.archive=device.",
     )
-    held = programs.shapes_of(exp)
+    forms = programs.shapes_of(exp)
     spec = exp.memory
 
     def tokens(count: int) -> list[KV]:
@@ -202,28 +202,30 @@ def shapes(exp: Experiment) -> Scene:
         return [KV(k=one, v=one)] * spec.layers
 
     own = tokens(exp.cache.block * exp.tokens_per_frame)
-    given = {
-        "text_kv": held.text_kv,
-        "latent": held.latent,
-        "frames": held.frames,
-        "low_res": held.low_res,
+    inputs = {
+        "text_kv": forms.text_kv,
+        "latent": forms.latent,
+        "frames": forms.frames,
+        "low_res": forms.low_res,
         "full": own,
         "packed": tokens(exp.tokens_per_packed_block) if exp.cache.top else None,
         "queries": [kv.k for kv in own],
-        "selection": [held.selection] * spec.layers,
+        "selection": [forms.selection] * spec.layers,
         "random": [jax.ShapeDtypeStruct((1, exp.cache.slots), jnp.float32)] * spec.layers,
     }
     state = State(
-        memory=held.memory,
+        memory=forms.memory,
         archive=[],
-        decoder=held.decoder,
-        seeds=held.seeds,
-        videos=held.videos,
+        decoder=forms.decoder,
+        seeds=forms.seeds,  # type: ignore[arg-type]  a state of shapes
+        videos=forms.videos,  # type: ignore[arg-type]
     )
-    return Scene(Model(exp, held.nets, held.vae), state, given)
+    return Scene(Model(exp, forms.nets, forms.vae), state, inputs)
 
 
-def filled(forms: Any, scale: Callable[[tuple[int, ...]], float] = lambda shape: 1.0) -> Any:
+def filled(
+    forms: jaxpr_cost.Tree, scale: Callable[[tuple[int, ...]], float] = lambda shape: 1.0
+) -> Any:
     """Random numbers in place of shapes; those that are no floats become zero."""
     leaves, tree = jax.tree.flatten(forms)
     made = [
@@ -250,13 +252,13 @@ def _behind(state: State, progress: layouts.Progress) -> State:
 def scene(model: player.Model, names: Collection[str]) -> Scene:
     """A model behind a full memory of random numbers, with what the parts `names` are given."""
     exp = model.experiment
-    held = shapes(exp)
+    abstract = shapes(exp)
     progress = full(exp)
-    given = {name: filled(held.given[name]) for part in names for name in PARTS[part].takes}
-    if "selection" in given:
+    inputs = {name: filled(abstract.inputs[name]) for part in names for name in PARTS[part].takes}
+    if "selection" in inputs:
         newest = view.newest(exp.memory, layouts.layout(exp.cache, progress), 1)
-        given["selection"] = [newest] * exp.memory.layers
-    return Scene(model, _behind(filled(held.state), progress), given)
+        inputs["selection"] = [newest] * exp.memory.layers
+    return Scene(model, _behind(filled(abstract.state), progress), inputs)
 
 
 # Figures
@@ -265,31 +267,31 @@ def scene(model: player.Model, names: Collection[str]) -> Scene:
 def operations(exp: Experiment, names: Collection[str]) -> dict[str, int]:
     """Operations of one run of each part, counted in its program; keys that only fill up a view do not count."""
     exp = dataclasses.replace(exp, attention="reference")  # fused kernels hide their products
-    held = shapes(exp)
+    abstract = shapes(exp)
     keys = attended(exp)
     progress = full(exp)
     spec = exp.memory
     whole = (1, spec.room, spec.heads, spec.head_dim)
 
     def count(part: Part) -> int:
-        def run(own: tuple[Nets, codec.Codec], state: State, given: Given) -> Any:
-            return part.run(Model(exp, *own), _behind(state, progress), given)
+        def run(own: tuple[Nets, codec.Codec], state: State, inputs: Inputs) -> Any:
+            return part.run(Model(exp, *own), _behind(state, progress), inputs)
 
-        own = held.model.nets, held.model.vae
-        traced = jaxpr_cost.trace(run, own, held.state, held.given)
+        own = abstract.model.nets, abstract.model.vae
+        traced = jaxpr_cost.trace(run, own, abstract.state, abstract.inputs)
         attending = jaxpr_cost.operations(traced, on=whole)
         return jaxpr_cost.operations(traced) - attending + attending // whole[1] * keys
 
     return {name: count(PARTS[name]) for name in names}
 
 
-def moved(held: Scene, name: str) -> int:
+def moved(scene: Scene, name: str) -> int:
     """Bytes that a part is given, read once and written once."""
-    return 2 * jaxpr_cost.nbytes([held.given[taken] for taken in PARTS[name].takes])
+    return 2 * jaxpr_cost.nbytes([scene.inputs[taken] for taken in PARTS[name].takes])
 
 
 @dataclass(frozen=True)
-class Found:
+class Measurements:
     """What was measured: times of parts and products by name, and what one run of each part does."""
 
     experiment: Experiment
@@ -314,24 +316,24 @@ def measure(
     repeats: int = 20,
     show: timing.Show = timing.unshown,
     clock: Callable[[], float] = time.perf_counter,
-) -> Found:
+) -> Measurements:
     """The parts `names` of a model (by default all), in rounds with the products that show the device's ceiling."""
     exp = model.experiment
     parts = parts_of(model.experiment, names)
-    held = scene(model, parts)
+    populated = scene(model, parts)
     products = timing.products(exp.dtypes.compute)
     steps = {product.name: product.step() for product in products} | {
-        name: held.run(name) for name in parts
+        name: populated.run(name) for name in parts
     }
     times = timing.measure(
-        steps, held.state, warmup=warmup, repeats=repeats, show=show, clock=clock
+        steps, populated.state, warmup=warmup, repeats=repeats, show=show, clock=clock
     )
-    return Found(
+    return Measurements(
         experiment=exp,
         times=times,
         products=products,
         operations=operations(exp, parts),
-        moved={name: moved(held, name) for name in parts},
+        moved={name: moved(populated, name) for name in parts},
     )
 
 
@@ -340,13 +342,13 @@ def blocks_a_second(exp: Experiment) -> float:
     return exp.fps / (exp.cache.block * exp.codec.time_factor)
 
 
-def report(found: Found) -> dict[str, Any]:
+def report(measured: Measurements) -> dict[str, Any]:
     """All figures in seconds, operations and bytes; those of `second` are of a second of video, not of one block."""
-    exp = found.experiment
-    best = found.ceiling
+    exp = measured.experiment
+    best = measured.ceiling
     backend, why = attention.resolve(exp.attention, jnp.dtype(exp.dtypes.cache))
-    ceiling = best.operations / found.times[best.name].median
-    rows = {name: _row(found, name, ceiling) for name in found.operations}
+    ceiling = best.operations / measured.times[best.name].median
+    rows = {name: _row(measured, name, ceiling) for name in measured.operations}
     speed = (
         {"frames_per_second": exp.fps / rows["second"]["median"], "fps": exp.fps}
         if "second" in rows
@@ -358,19 +360,19 @@ def report(found: Found) -> dict[str, Any]:
         "attention": backend,
         "why": why,
         "machine": timing.machine(),
-        "rounds": len(found.times[best.name].runs),
+        "rounds": len(measured.times[best.name].runs),
         "ceiling": {"product": best.name, "operations_per_second": ceiling},
         "parts": rows,
         **speed,
-        "metrics": metrics(found),
+        "metrics": metrics(measured),
     }
 
 
-def _row(found: Found, name: str, ceiling: float) -> dict[str, float]:
-    times = found.times[name]
-    times_as_much = blocks_a_second(found.experiment) if name == "second" else 1
-    done = found.operations[name] * times_as_much
-    bytes_moved = found.moved[name] * times_as_much
+def _row(measured: Measurements, name: str, ceiling: float) -> dict[str, float]:
+    times = measured.times[name]
+    times_as_much = blocks_a_second(measured.experiment) if name == "second" else 1
+    done = measured.operations[name] * times_as_much
+    bytes_moved = measured.moved[name] * times_as_much
     low, high = times.quartiles
     seconds = {"median": times.median, "low": low, "high": high, "best": times.best}
     seconds = {key: value * times_as_much for key, value in seconds.items()}
@@ -386,23 +388,23 @@ def _row(found: Found, name: str, ceiling: float) -> dict[str, float]:
     return {"first_call": times.first, **seconds, **work}
 
 
-def metrics(found: Found) -> dict[str, dict[str, Any]]:
+def metrics(measured: Measurements) -> dict[str, dict[str, Any]]:
     """What can be compared between runs on a machine that others use too: ratios of times of the same rounds."""
 
     def metric(value: float, direction: str) -> dict[str, Any]:
         return {"value": value, "direction": direction}
 
-    times = found.times
-    best = found.ceiling
-    if "forward" not in found.operations:
+    times = measured.times
+    best = measured.ceiling
+    if "forward" not in measured.operations:
         return {}
     share = (
         timing.ratio(times[best.name], times["forward"])
-        * found.operations["forward"]
+        * measured.operations["forward"]
         / best.operations
     )
     return {"forward, share of ceiling": metric(share, "higher")} | {
         f"{name}/forward": metric(timing.ratio(times[name], times["forward"]), "lower")
-        for name in found.operations
+        for name in measured.operations
         if name != "forward"
     }

@@ -92,9 +92,9 @@ def of(
     counted = count(exp, shapes, programs.trace(exp, shapes), blocks) | _peaks(peaks)
     if compiled:
         counted |= {
-            f"compiled/{name}, {said}": getattr(use, field)
+            f"compiled/{name}, {label}": getattr(use, field)
             for name, use in uses.items()
-            for field, said in USES.items()
+            for field, label in USES.items()
         }
     want = formulas.closed(exp, blocks=blocks, batch=batch)
     rows = {
@@ -116,11 +116,11 @@ def of(
 def count(exp: Experiment, shapes: Shapes, traced: Traced, blocks: int) -> dict[str, float]:
     """Every figure by name, read off the shapes and the programs."""
     keys = _keys(exp, shapes, traced)
-    seen = layouts.layout(exp.cache, layouts.begin(blocks - 1))
+    layout = layouts.layout(exp.cache, layouts.begin(blocks - 1))
     last = {
-        "last block/packed blocks it chooses from": int((seen.ids >= 0).sum()),
-        "last block/packed blocks it attends": int(seen.num_selected),
-        "last block/keys it attends": int(layouts.length(exp.memory, seen)),
+        "last block/packed blocks it chooses from": int((layout.ids >= 0).sum()),
+        "last block/packed blocks it attends": int(layout.num_selected),
+        "last block/keys it attends": int(layouts.length(exp.memory, layout)),
     }
     views = jaxpr_cost.nbytes([layer.view for layer in shapes.layers])
     archive = jaxpr_cost.nbytes([layer.packed for layer in shapes.layers])
@@ -137,7 +137,7 @@ def count(exp: Experiment, shapes: Shapes, traced: Traced, blocks: int) -> dict[
         keys
         | last
         | stored
-        | held(exp, shapes)
+        | resident(exp, shapes)
         | _weights(exp, shapes)
         | _workspace(exp, shapes)
         | _operations(exp, shapes, traced, keys)
@@ -163,17 +163,17 @@ def _keys(exp: Experiment, shapes: Shapes, traced: Traced) -> dict[str, int]:
     }
     current = sum(jaxpr_cost.writes(traced.step, whole)) // (2 * exp.dit.layers)
     cached = sum(parts.values())
-    twin = traced.packed.out_avals[0].shape[1] if traced.packed else 0
+    own_packed = traced.packed.out_avals[0].shape[1] if traced.packed else 0
     return parts | {
         "keys/cached": cached,
         "keys/current": current,
         "keys/attended": cached + current,
-        "keys/packed twin": twin,
+        "keys/packed twin": own_packed,
         "keys/room": whole[1],
     }
 
 
-def held(exp: Experiment, shapes: Shapes) -> dict[str, int]:
+def resident(exp: Experiment, shapes: Shapes) -> dict[str, int]:
     """Bytes that lie there from the first block to the last, however long the video is."""
     layers = shapes.layers
     nets = (shapes.nets, shapes.vae)
@@ -205,10 +205,10 @@ def _weights(exp: Experiment, shapes: Shapes) -> dict[str, int]:
         "compressor": shapes.nets.compressor,
         "codec": shapes.vae,
     }
-    found = {f"parameters/{name}": jaxpr_cost.count(module) for name, module in modules.items()}
-    found["parameters/text encoder"] = jaxpr_cost.count(encoder)
+    counts = {f"parameters/{name}": jaxpr_cost.count(module) for name, module in modules.items()}
+    counts["parameters/text encoder"] = jaxpr_cost.count(encoder)
     return (
-        found
+        counts
         | {f"weights/{name}": jaxpr_cost.nbytes(module) for name, module in modules.items()}
         | {
             "weights/text encoder, on disk alone": jaxpr_cost.nbytes(encoder),
@@ -228,13 +228,13 @@ def _workspace(exp: Experiment, shapes: Shapes) -> dict[str, int]:
     }
 
 
-def _peaks(found: memory_fit.Peaks) -> dict[str, int]:
+def _peaks(peaks: memory_fit.Peaks) -> dict[str, int]:
     """Most bytes of each phase, and of all."""
-    device = {f"peak/{phase}": size for phase, size in found.device.items()}
+    device = {f"peak/{phase}": size for phase, size in peaks.device.items()}
     return device | {
-        "peak/on the device": found.on_device,
-        "peak/on the host": found.on_host,
-        "peak/both, in one memory": found.together,
+        "peak/on the device": peaks.on_device,
+        "peak/on the host": peaks.on_host,
+        "peak/both, in one memory": peaks.together,
     }
 
 

@@ -7,7 +7,7 @@ Networks that a config builds itself have no formula here: what depends on their
 """
 
 import math
-from typing import TypeAlias, TypeGuard
+from typing import Literal, TypeAlias, TypeGuard
 
 from packforcing_jax.config import (
     CompressorConfig,
@@ -87,7 +87,7 @@ def closed(exp: Experiment, *, blocks: int, batch: int) -> Figures:
         keys
         | last_block(exp, blocks)
         | bytes_of(exp, blocks, batch)
-        | held(exp, batch)
+        | resident(exp, batch)
         | parameters(exp)
         | weights(exp)
         | operations(exp, keys, batch)
@@ -104,9 +104,9 @@ def keys_of(exp: Experiment) -> Figures:
     recent = cfg.recent * s
     current = cfg.block * s
     cached = sink + packed + recent
-    twin = p if cfg.top else 0
+    own_packed = p if cfg.top else 0
     together = (cfg.window or cfg.block) * s
-    room = math.ceil((cached + together + twin) / cfg.key_multiple) * cfg.key_multiple
+    room = math.ceil((cached + together + own_packed) / cfg.key_multiple) * cfg.key_multiple
     return {
         "keys/sink": sink,
         "keys/packed": packed,
@@ -114,7 +114,7 @@ def keys_of(exp: Experiment) -> Figures:
         "keys/cached": cached,
         "keys/current": current,
         "keys/attended": cached + current,
-        "keys/packed twin": twin,
+        "keys/packed twin": own_packed,
         "keys/room": room,
     }
 
@@ -161,7 +161,7 @@ def bytes_of(exp: Experiment, blocks: int, batch: int) -> Figures:
     return {name: count * each for name, count in counts.items()}
 
 
-def held(exp: Experiment, batch: int) -> Figures:
+def resident(exp: Experiment, batch: int) -> Figures:
     """Bytes that lie there from the first block to the last beside weights and the codec's state."""
     cfg = exp.cache
     spec = exp.memory
@@ -173,13 +173,13 @@ def held(exp: Experiment, batch: int) -> Figures:
         "held/un-rotated keys": unrotated * s / 2,  # they have no values
     }
     each = token_bytes(exp, batch, exp.dtypes.cache)
-    found: Figures = {name: int(count * each) for name, count in counts.items()}
-    found["held/keys and values"] = sum(found.values())
-    found["held/recent latents"] = 4 * batch * cfg.recent * math.prod(spec.latent)
-    found["held/on the host"] = found["held/archive"] if cfg.archive == "host" else 0
+    figures: Figures = {name: int(count * each) for name, count in counts.items()}
+    figures["held/keys and values"] = sum(figures.values())
+    figures["held/recent latents"] = 4 * batch * cfg.recent * math.prod(spec.latent)
+    figures["held/on the host"] = figures["held/archive"] if cfg.archive == "host" else 0
     if _is_ours(exp.dit):
-        found["held/text_kv"] = exp.dit.text_len * token_bytes(exp, batch, exp.dtypes.compute)
-    return found
+        figures["held/text_kv"] = exp.dit.text_len * token_bytes(exp, batch, exp.dtypes.compute)
+    return figures
 
 
 def _is_ours(model: object) -> TypeGuard[DiTConfig]:
@@ -207,23 +207,23 @@ def largest(exp: Experiment, batch: int) -> int:
     """
     cfg = exp.cache
     model = exp.dit
-    words = exp.text.max_words
+    text_len = exp.text.max_words
     keys = keys_of(exp)
     q = keys["keys/current"]
     packed = cfg.slots * exp.tokens_per_packed_block
-    sharp = (cfg.sink + cfg.recent) * exp.tokens_per_frame
+    full_size = (cfg.sink + cfg.recent) * exp.tokens_per_frame
     width = exp.codec.dim * max(exp.codec.dim_mult[:2]) if isinstance(exp.codec, VAEConfig) else 3
     cells = (
         (cfg.block + 1) * math.prod(exp.latent) * exp.codec.time_factor * exp.codec.space_factor**2
     )
     each = {
         "mlp": q * max(model.ffn_dim if _is_ours(model) else 0, 6 * model.dim),
-        "scores": model.heads * _windows(exp) * (packed + sharp),
+        "scores": model.heads * _windows(exp) * (packed + full_size),
         "archive": packed * model.dim,
         "view": keys["keys/room"] * model.dim,
         "frames": cells * width,
     }
-    text = words * max(exp.text.dim_ffn, exp.text.heads * words, exp.text.dim)
+    text = text_len * max(exp.text.dim_ffn, exp.text.heads * text_len, exp.text.dim)
     return max(logits(exp, batch), 4 * int(max(batch * max(each.values()), text)))
 
 
@@ -232,14 +232,14 @@ def largest(exp: Experiment, batch: int) -> int:
 
 def parameters(exp: Experiment) -> Figures:
     """Numbers in the weights; the video autoencoder's have no short formula."""
-    found: Figures = {"parameters/text encoder": _text_encoder(exp.text)}
+    counts: Figures = {"parameters/text encoder": _text_encoder(exp.text)}
     if _is_ours(exp.dit):
-        found["parameters/transformer"] = _transformer(exp.dit)
+        counts["parameters/transformer"] = _transformer(exp.dit)
     if type(exp.compressor) is CompressorConfig:
-        found["parameters/compressor"] = _compressor(exp)[0]
+        counts["parameters/compressor"] = _compressor(exp)[0]
     if type(exp.codec) is SpaceToDepthConfig:
-        found["parameters/codec"] = 0
-    return found
+        counts["parameters/codec"] = 0
+    return counts
 
 
 def weights(exp: Experiment) -> Figures:
@@ -247,12 +247,12 @@ def weights(exp: Experiment) -> Figures:
     dtypes = exp.dtypes
     numbers = parameters(exp)
     stored = {"transformer": dtypes.params, "compressor": dtypes.params, "codec": dtypes.vae}
-    found = {
+    sizes = {
         f"weights/{name}": numbers[f"parameters/{name}"] * BYTES[dtype]
         for name, dtype in stored.items()
         if f"parameters/{name}" in numbers
     }
-    return found | {
+    return sizes | {
         "weights/text encoder, on disk alone": numbers["parameters/text encoder"]
         * BYTES[dtypes.text],
         "weights/of it while prompts are read": 2 * _text_layer(exp.text) * BYTES[dtypes.text],
@@ -322,15 +322,13 @@ def operations(exp: Experiment, keys: Figures, batch: int) -> Figures:
     room = keys["keys/room"]
     once: Figures = {}
     if _is_ours(model):
-        step = _pass(exp, model, q, cfg.block, room)
+        step = _pass(model, q, cfg.block, room)
         once |= {
             "operations/one step": step,
             "operations/of it self-attention": 4 * model.layers * q * room * model.dim,
-            "operations/one step, keys attended": _pass(
-                exp, model, q, cfg.block, keys["keys/attended"]
-            ),
+            "operations/one step, keys attended": _pass(model, q, cfg.block, keys["keys/attended"]),
             "operations/denoising": len(exp.sample.steps) * step,
-            "operations/clean pass": _pass(exp, model, q, cfg.block, room, ends=False),
+            "operations/clean pass": _pass(model, q, cfg.block, room, until="keys"),
         }
         if type(exp.compressor) is CompressorConfig:
             once["operations/packing pass"] = _packing(exp, model, room) if cfg.top else 0
@@ -345,29 +343,29 @@ def operations(exp: Experiment, keys: Figures, batch: int) -> Figures:
 
 
 def _pass(
-    exp: Experiment,
     cfg: DiTConfig,
     q: float,
     frames: int,
     keys: float,
     *,
-    ends: bool = True,
-    asks: bool = False,
+    until: Literal["keys", "queries", "output"] = "output",
     embeds: bool = True,
 ) -> float:
-    """One pass of `q` tokens. Without its `ends` it is over once the last layer has its keys, or its queries too."""
+    """One pass of `q` tokens, `until` the last layer has its keys, its queries too, or the output is there."""
     d = cfg.dim
     cells = math.prod(cfg.patch)
-    own = 4 * q * d * d
+    own = 4 * q * d * d  # projections to keys and values
     queries = 2 * q * d * d
+    # output projection, attention, query and output of cross-attention, cross-attention, feed-forward
     rest = 2 * q * (d * d + 2 * keys * d + 2 * d * d + 2 * cfg.text_len * d + 2 * d * cfg.ffn_dim)
-    count = cfg.layers * own + (cfg.layers - 1) * (queries + rest) + (ends or asks) * queries
+    count = cfg.layers * own + (cfg.layers - 1) * (queries + rest) + (until != "keys") * queries
+    # embedding of each frame's time and its modulation; embedding of the patches
     count += 2 * frames * d * (cfg.freq_dim + 7 * d) + embeds * 2 * q * cfg.in_channels * cells * d
-    return count + ends * (rest + 2 * q * d * cfg.out_channels * cells)
+    return count + (until == "output") * (rest + 2 * q * d * cfg.out_channels * cells)
 
 
 def _packing(exp: Experiment, cfg: DiTConfig, room: float) -> float:
-    """One more pass for the packed twin, or its projections alone, behind the compressor."""
+    """One more pass for the block's own packed tokens, or their projections alone, behind the compressor."""
     p = exp.tokens_per_packed_block
     d = cfg.dim
     branches = exp.compressor.branches
@@ -375,7 +373,7 @@ def _packing(exp: Experiment, cfg: DiTConfig, room: float) -> float:
     count = _compressor(exp)[1] + (branches != "hr") * embedding
     if exp.compressor.keys == "projected":
         return count + cfg.layers * 4 * p * d * d + 2 * d * (cfg.freq_dim + 7 * d)
-    return count + _pass(exp, cfg, p, 1, room, ends=False, embeds=False)
+    return count + _pass(cfg, p, 1, room, until="keys", embeds=False)
 
 
 def _windows(exp: Experiment) -> int:
@@ -400,5 +398,6 @@ def _selection(exp: Experiment, q: float, room: float) -> float:
         pairs = cfg.score.reads(_windows(exp), packed, full_res, cfg.slots)
     asking = 0.0
     if _is_ours(exp.dit) and _asks_before(exp):
-        asking = _pass(exp, exp.dit, q, cfg.block, room, ends=False, asks=pairs > 0)
+        until = "queries" if pairs > 0 else "keys"
+        asking = _pass(exp.dit, q, cfg.block, room, until=until)
     return 2 * exp.dit.layers * pairs * exp.dit.heads * exp.dit.head_dim + asking

@@ -117,13 +117,13 @@ def read(text: str) -> Program:
     for line in text.splitlines():
         if head := HEAD.match(line):
             computations[head[1]] = ops = {}
-        elif found := LINE.match(line):
-            ops[found[2]] = _op(found, line)
+        elif match := LINE.match(line):
+            ops[match[2]] = _op(match, line)
     return Program({name: _joined(ops) for name, ops in computations.items()})
 
 
-def _op(found: re.Match, line: str) -> Op:
-    root, name, kind, opcode, rest = found.groups()
+def _op(match: re.Match, line: str) -> Op:
+    root, name, kind, opcode, rest = match.groups()
     calls = re.search(r", calls=%?([\w.\-]+)", rest) if opcode.startswith("fusion") else None
     operands = tuple(re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))
     return Op(
@@ -138,8 +138,8 @@ def _op(found: re.Match, line: str) -> Op:
 
 
 def _shape(kind: str) -> Shape:
-    found = ARRAY.match(kind)
-    return (found[1], tuple(int(n) for n in found[2].split(",") if n)) if found else ("", ())
+    match = ARRAY.match(kind)
+    return (match[1], tuple(int(n) for n in match[2].split(",") if n)) if match else ("", ())
 
 
 def _joined(ops: dict[str, Op]) -> dict[str, Op]:
@@ -176,19 +176,19 @@ def remade(program: Program, stores: Collection[Shape], at_least: int) -> list[O
 
     Stores are known by their shapes. What only moves data is a copy of them, what else there is a changed copy.
     """
-    held = set()
-    found = []
+    derived = set()
+    results = []
     for computation, op in program.kernels():
         if op.shape in stores:
-            held.add((computation, op.name))
+            derived.add((computation, op.name))
         elif (
             op.bytes >= at_least
             and not program.mixes(op)
-            and held & {(computation, name) for name in op.operands}
+            and derived & {(computation, name) for name in op.operands}
         ):
-            held.add((computation, op.name))
-            found += [op] * (op.opcode not in RENAMES)
-    return found
+            derived.add((computation, op.name))
+            results += [op] * (op.opcode not in RENAMES)
+    return results
 
 
 def written(program: Program, shapes: Collection[Shape]) -> list[Op]:
@@ -202,15 +202,15 @@ def written(program: Program, shapes: Collection[Shape]) -> list[Op]:
 
 def astray(assignment: str, shapes: Collection[Shape]) -> list[str]:
     """Results of one of `shapes` that XLA put anywhere but into a buffer handed in, from its buffer assignment."""
-    found = []
-    given = False
+    results = []
+    is_parameter = False
     for line in assignment.splitlines():
         if line.startswith("allocation "):
-            given = ", parameter " in line
+            is_parameter = ", parameter " in line
         elif (
-            not given
+            not is_parameter
             and (value := PLACE.match(line))
             and _shape(f"{value[2]}[{value[3]}]") in shapes
         ):
-            found.append(value[1])
-    return found
+            results.append(value[1])
+    return results

@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from jax.extend import core
+
+Program: TypeAlias = core.Jaxpr | core.ClosedJaxpr
+Tree: TypeAlias = Any  # any pytree of arrays or of their shapes
 
 
 def trace(f: Callable, *args: Any) -> core.ClosedJaxpr:
@@ -13,15 +16,13 @@ def trace(f: Callable, *args: Any) -> core.ClosedJaxpr:
     return jax.make_jaxpr(f)(*args)
 
 
-def walk(
-    program: core.Jaxpr | core.ClosedJaxpr, times: int = 1
-) -> Iterator[tuple[core.JaxprEqn, int]]:
+def walk(program: Program, times: int = 1) -> Iterator[tuple[core.JaxprEqn, int]]:
     """Every innermost equation with how often one run executes it: a scan's body `length` times, else once.
 
     What no result needs is left out, as compilers do. Of a `cond` the branch with most operations counts. A `while`
     has no known number of turns and counts one.
     """
-    for eqn in _needed(getattr(program, "jaxpr", program)):
+    for eqn in _needed(_opened(program)):
         inside = _inside(eqn)
         turns = eqn.params["length"] if eqn.primitive.name == "scan" else 1
         if not inside:
@@ -30,18 +31,23 @@ def walk(
             yield from walk(body, times * turns)
 
 
-def _needed(program: Any) -> list[core.JaxprEqn]:
+def _opened(program: Program) -> core.Jaxpr:
+    """A program without the constants that it closes over."""
+    return program.jaxpr if isinstance(program, core.ClosedJaxpr) else program
+
+
+def _needed(program: core.Jaxpr) -> list[core.JaxprEqn]:
     """The equations that results or effects depend on."""
-    kept = []
+    needed = []
     wanted = _variables(program.outvars)
     for eqn in reversed(program.eqns):
         if eqn.effects or wanted.intersection(eqn.outvars):
-            kept.append(eqn)
+            needed.append(eqn)
             wanted |= _variables(eqn.invars)
-    return kept[::-1]
+    return needed[::-1]
 
 
-def _inside(eqn: core.JaxprEqn) -> list[Any]:
+def _inside(eqn: core.JaxprEqn) -> list[Program]:
     """The programs that an equation runs: the body of a loop, a call, a checkpoint, a custom derivative."""
     if eqn.primitive.name == "cond":
         return [max(eqn.params["branches"], key=operations)]
@@ -69,8 +75,8 @@ def _convolution(eqn: core.JaxprEqn) -> int:
     return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(kernel) // max(kernel[spec[0]], 1)
 
 
-def _shape(variable: Any) -> tuple[int, ...]:
-    return variable.aval.shape
+def _shape(variable: core.Var | core.Literal) -> tuple[int, ...]:
+    return variable.aval.shape  # type: ignore[attr-defined]  operands are arrays
 
 
 COSTS: dict[str, Callable[[core.JaxprEqn], int]] = {
@@ -79,7 +85,7 @@ COSTS: dict[str, Callable[[core.JaxprEqn], int]] = {
 }
 
 
-def operations(program: core.Jaxpr | core.ClosedJaxpr, on: tuple[int, ...] | None = None) -> int:
+def operations(program: Program, on: tuple[int, ...] | None = None) -> int:
     """Operations of all matrix products and convolutions of one run; a multiplication with its addition is two.
 
     `on`: only of those with an operand of that shape.
@@ -91,20 +97,18 @@ def operations(program: core.Jaxpr | core.ClosedJaxpr, on: tuple[int, ...] | Non
     )
 
 
-def writes(
-    program: core.Jaxpr | core.ClosedJaxpr, shape: tuple[int, ...], axis: int = 1
-) -> list[int]:
+def writes(program: Program, shape: tuple[int, ...], axis: int = 1) -> list[int]:
     """Lengths along `axis` of the pieces laid into arrays of `shape`, in the order of one run."""
-    found = []
+    lengths = []
     for eqn, times in walk(program):
         if eqn.primitive.name == "dynamic_update_slice":
             whole, piece = map(_shape, eqn.invars[:2])
-            found += [piece[axis]] * times * (whole == shape)
-    return found
+            lengths += [piece[axis]] * times * (whole == shape)
+    return lengths
 
 
 def peak(
-    program: core.Jaxpr | core.ClosedJaxpr,
+    program: Program,
     besides: Collection[tuple[int, ...]] = (),
     *,
     results: bool = True,
@@ -114,11 +118,11 @@ def peak(
     `besides`: arrays of these shapes are not counted, such as those that are updated in place. Without `results`
     neither are the program's own, as in what XLA calls temporary memory.
     """
-    jaxpr = getattr(program, "jaxpr", program)
+    jaxpr = _opened(program)
     return _peak(jaxpr, besides, set() if results else _variables(jaxpr.outvars))
 
 
-def _peak(jaxpr: Any, besides: Collection[tuple[int, ...]], elsewhere: set[core.Var]) -> int:
+def _peak(jaxpr: core.Jaxpr, besides: Collection[tuple[int, ...]], elsewhere: set[core.Var]) -> int:
     """`peak` without the variables `elsewhere`."""
     eqns = _needed(jaxpr)
     alive = 0
@@ -127,15 +131,15 @@ def _peak(jaxpr: Any, besides: Collection[tuple[int, ...]], elsewhere: set[core.
     last |= dict.fromkeys(_variables(jaxpr.outvars), len(eqns))
     own = {variable for eqn in eqns for variable in eqn.outvars} - elsewhere
 
-    def weigh(variables: Iterable[Any]) -> int:
+    def weigh(variables: Iterable[core.Var]) -> int:
         return sum(
             nbytes(one.aval)
             for one in variables
             if one in last and one not in elsewhere and _shape(one) not in besides
         )
 
-    def inside(body: Any, eqn: core.JaxprEqn) -> int:
-        inner = getattr(body, "jaxpr", body)
+    def inside(body: Program, eqn: core.JaxprEqn) -> int:
+        inner = _opened(body)
         placed = (
             one for one, out in zip(inner.outvars, eqn.outvars, strict=False) if out in elsewhere
         )
@@ -153,11 +157,11 @@ def _variables(atoms: Iterable[Any]) -> set[core.Var]:
     return {atom for atom in atoms if isinstance(atom, core.Var)}
 
 
-def count(tree: Any) -> int:
+def count(tree: Tree) -> int:
     """Numbers in all leaves of a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def nbytes(tree: Any) -> int:
+def nbytes(tree: Tree) -> int:
     """Bytes of all leaves of a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -101,7 +101,7 @@ def bounded(exp: Experiment, batch: int = 1) -> Uses:
 
 def _results(exp: Experiment, batch: int) -> dict[str, int]:
     """Bytes of what each program hands back in room of its own."""
-    shown = programs.showing(exp)
+    show = programs.showing(exp)
     states = programs.states_of(exp.text, exp.dtypes.text)[0]
     decoder = programs.codec_of(exp.codec, exp.latent, batch, exp.dtypes.vae)[1]
     each = exp.tokens_per_packed_block * formulas.token_bytes(exp, batch, exp.dtypes.compute)
@@ -109,7 +109,7 @@ def _results(exp: Experiment, batch: int) -> dict[str, int]:
         ENCODING: jaxpr_cost.nbytes(states),
         PROMPT: resting(exp, batch)["text_kv"],
         DENOISING: jaxpr_cost.nbytes(_latent_of(exp, batch)),
-        SHOWING: jaxpr_cost.nbytes((programs.shown_of(shown, batch), decoder)),
+        SHOWING: jaxpr_cost.nbytes((programs.frames_of(show, batch), decoder)),
         COMMITTING: bool(exp.cache.top) * (exp.cache.archive == "host") * each,
     }
 
@@ -131,10 +131,10 @@ def resting(exp: Experiment, batch: int = 1) -> dict[str, int]:
     """Bytes on the device between two blocks, by part."""
     vae, decoder = programs.codec_of(exp.codec, exp.latent, batch, exp.dtypes.vae)
     nets = programs.nets_of(exp.step, exp.dtypes.params)
-    stored = formulas.held(exp, batch)
-    kept = ("views", "archive", "un-rotated keys", "recent latents")
-    found = {name: int(stored[f"held/{name}"]) for name in kept}
-    found["archive"] -= int(stored["held/on the host"])
+    stored = formulas.resident(exp, batch)
+    parts = ("views", "archive", "un-rotated keys", "recent latents")
+    sizes = {name: int(stored[f"held/{name}"]) for name in parts}
+    sizes["archive"] -= int(stored["held/on the host"])
     trees = {
         "text_kv": programs.text_kv_of(exp.step, exp.dtypes.params, exp.dtypes.text, batch),
         "transformer": nets.dit,
@@ -142,7 +142,7 @@ def resting(exp: Experiment, batch: int = 1) -> dict[str, int]:
         "codec": vae,
         "decoder": decoder,
     }
-    return found | {name: jaxpr_cost.nbytes(tree) for name, tree in trees.items()}
+    return sizes | {name: jaxpr_cost.nbytes(tree) for name, tree in trees.items()}
 
 
 def peaks(exp: Experiment, batch: int, uses: Uses) -> Peaks:
@@ -151,13 +151,13 @@ def peaks(exp: Experiment, batch: int, uses: Uses) -> Peaks:
     Beside what is held and what a program takes lie: the frames shown last, until the next ones are there; while
     committing, the codec's state before the block too; while a text encoder is read, two of its layers.
     """
-    held = resting(exp, batch)
+    resident = resting(exp, batch)
     text = formulas.weights(exp)
-    whole = sum(held.values())
+    whole = sum(resident.values())
     state = int(text["weights/text states of one prompt"])
     frames, low_res, latent = map(
         jaxpr_cost.nbytes,
-        (*programs.shown_of(programs.showing(exp), batch), _latent_of(exp, batch)),
+        (*programs.frames_of(programs.showing(exp), batch), _latent_of(exp, batch)),
     )
     layers = int(text["weights/of it while prompts are read"])
     reading = max(
@@ -165,9 +165,9 @@ def peaks(exp: Experiment, batch: int, uses: Uses) -> Peaks:
         batch * state + taken(uses, PROMPT),
     )
     fetched = _fetched(exp, batch)
-    archived = int(formulas.held(exp, batch)["held/on the host"])
+    archived = int(formulas.resident(exp, batch)["held/on the host"])
     device = {
-        LOADING: sum(held[name] for name in NETS),
+        LOADING: sum(resident[name] for name in NETS),
         READING: whole + frames + reading,
         DENOISING: whole + frames + fetched + taken(uses, DENOISING),
         SHOWING: whole + frames + latent + taken(uses, SHOWING),
@@ -175,12 +175,12 @@ def peaks(exp: Experiment, batch: int, uses: Uses) -> Peaks:
         + 2 * frames
         + latent
         + low_res
-        + held["decoder"]
+        + resident["decoder"]
         + taken(uses, COMMITTING),
     }
     models, encoder = _largest_tensors(exp)
-    kept = archived + 2 * frames // batch
-    return Peaks(device, {LOADING: models, READING: kept + encoder, SAMPLING: kept + fetched})
+    host = archived + 2 * frames // batch
+    return Peaks(device, {LOADING: models, READING: host + encoder, SAMPLING: host + fetched})
 
 
 def taken(uses: Uses, name: str) -> int:
@@ -235,8 +235,8 @@ class Room:
 
 def parse(text: str) -> Room:
     """The room of `24GB` (10^9 bytes), `22.5GiB` (2^30) and the like on a GPU."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]i?B)\s*", text, re.IGNORECASE)
-    size = int(float(found[1]) * UNITS[found[2].lower()]) if found else 0
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]i?B)\s*", text, re.IGNORECASE)
+    size = int(float(match[1]) * UNITS[match[2].lower()]) if match else 0
     require(size > 0, f"{text!r} is no size of a memory; write it as 24GB or 22.5GiB.")
     return Room(text.strip(), size)
 
@@ -400,11 +400,11 @@ def refusal(name: str, verdict: Verdict) -> str:
     """Why it does not fit, and what would."""
     room = verdict.room
     lacks = verdict.lacks
-    said = f"{name} needs {spell(room.device + lacks)} of memory, {room.name} has {spell(room.device)}; "
+    message = f"{name} needs {spell(room.device + lacks)} of memory, {room.name} has {spell(room.device)}; "
     then = spell(room.device + room.lacks(verdict.then))
     if verdict.overrides is None:
-        return f"{said}settings alone bring it down to {then} at best; use a larger device or a smaller model."
-    return f"{said}{flags(verdict.overrides)} brings it down to {then}."
+        return f"{message}settings alone bring it down to {then} at best; use a larger device or a smaller model."
+    return f"{message}{flags(verdict.overrides)} brings it down to {then}."
 
 
 def flags(overrides: Setting) -> str:

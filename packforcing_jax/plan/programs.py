@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,10 @@ from packforcing_jax.memory import layout as layouts
 from packforcing_jax.memory.cache import LayerCache, Memory, Selection
 from packforcing_jax.networks import base_model, codec, compressor, text
 from packforcing_jax.plan import jaxpr_cost
+from packforcing_jax.pytrees import PerLayer
 from packforcing_jax.sampling import block_step, host_archive, player
 from packforcing_jax.sampling.block_step import Nets
+from packforcing_jax.types import KV, Latent, Video
 
 ENCODING = "a layer of the text encoder"
 PROMPT = "a prompt's keys and values"
@@ -29,6 +31,10 @@ SHOWING = "showing"
 COMMITTING = "committing"
 FUSED = "fused attention"
 WRITTEN = "attention written out"
+
+DecoderState: TypeAlias = (
+    Any  # what a codec remembers between chunks; each codec has a form of its own
+)
 
 
 def forms(build: Callable[[], Any], dtype: str) -> Any:
@@ -42,11 +48,11 @@ class BlockShapes:
 
     nets: Nets
     memory: Memory
-    seeds: Any
-    videos: Any
-    context: Any  # text states
-    text_kv: Any  # what each layer reads of them
-    latent: Any
+    seeds: jax.ShapeDtypeStruct
+    videos: jax.ShapeDtypeStruct
+    context: jax.ShapeDtypeStruct  # text states
+    text_kv: PerLayer[KV]  # what each layer reads of them
+    latent: jax.ShapeDtypeStruct
     selection: Selection  # of one layer
 
     @property
@@ -65,10 +71,10 @@ class Shapes(BlockShapes):
     """What a sampler holds between two blocks, and what comes into a block, as shapes; all packed blocks are there."""
 
     computed: Nets  # as they are computed with
-    vae: Any
-    decoder: Any
-    frames: Any
-    low_res: Any
+    vae: codec.Codec
+    decoder: DecoderState
+    frames: jax.ShapeDtypeStruct
+    low_res: jax.ShapeDtypeStruct
 
 
 @dataclass(frozen=True)
@@ -111,9 +117,9 @@ def shapes_of(exp: Experiment, batch: int = 1) -> Shapes:
     """All shapes of `batch` videos in the dtypes of the experiment."""
     cfg = plain(exp.step)
     dtypes = exp.dtypes
-    shown = showing(exp)
-    vae, decoder = codec_of(shown.codec, shown.latent, batch, shown.dtype)
-    frames, low_res = shown_of(shown, batch)
+    show = showing(exp)
+    vae, decoder = codec_of(show.codec, show.latent, batch, show.dtype)
+    frames, low_res = frames_of(show, batch)
     return Shapes(
         **vars(block_shapes(cfg, dtypes.params, dtypes.cache, dtypes.text, batch)),
         computed=nets_of(cfg, dtypes.compute),
@@ -151,13 +157,13 @@ def context_of(cfg: ModelConfig, dtype: str, batch: int) -> jax.ShapeDtypeStruct
     return jax.ShapeDtypeStruct((batch, cfg.text_len, cfg.text_dim), dtype)
 
 
-def text_kv_of(cfg: StepConfig, params: str, text: str, batch: int) -> Any:
+def text_kv_of(cfg: StepConfig, params: str, text: str, batch: int) -> PerLayer[KV]:
     """Shapes of what each layer reads of the text."""
     return _text_kv_of(cfg.dit, cfg.compute, params, text, batch)
 
 
 @functools.cache
-def _text_kv_of(cfg: ModelConfig, compute: str, params: str, text: str, batch: int) -> Any:
+def _text_kv_of(cfg: ModelConfig, compute: str, params: str, text: str, batch: int) -> PerLayer[KV]:
     def read(model, states):
         return player.text_program(model, compute, states)
 
@@ -190,7 +196,9 @@ def shallow(cfg: StepConfig) -> StepConfig:
 
 
 @functools.cache
-def codec_of(cfg: codec.Config, latent: tuple[int, int], batch: int, dtype: str) -> tuple[Any, Any]:
+def codec_of(
+    cfg: codec.Config, latent: tuple[int, int], batch: int, dtype: str
+) -> tuple[codec.Codec, DecoderState]:
     """Shapes of a codec and of its decoder's state."""
     vae = jax.eval_shape(lambda vae: pytrees.cast(vae, dtype), codec.shapes(cfg))
     return vae, jax.eval_shape(lambda vae: codec.init_decoder(vae, batch, *latent), vae)
@@ -204,15 +212,17 @@ def latent_of(
 
 
 @functools.cache
-def shown_of(shown: Showing, batch: int) -> tuple[Any, Any]:
+def frames_of(show: Showing, batch: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """Shapes of a block's frames and of their low-resolution latents."""
-    return jax.eval_shape(functools.partial(_show, shown), *_show_given(shown, batch))[:2]
+    return jax.eval_shape(functools.partial(_show, show), *_show_arguments(show, batch))[:2]
 
 
-def _show_given(shown: Showing, batch: int) -> tuple[Any, Any, Any]:
+def _show_arguments(
+    show: Showing, batch: int
+) -> tuple[codec.Codec, DecoderState, jax.ShapeDtypeStruct]:
     """What showing is given: the codec, its decoder's state and a block."""
-    latent = latent_of(shown.latent, shown.block, shown.codec.z_dim, batch)
-    return *codec_of(shown.codec, shown.latent, batch, shown.dtype), latent
+    latent = latent_of(show.latent, show.block, show.codec.z_dim, batch)
+    return *codec_of(show.codec, show.latent, batch, show.dtype), latent
 
 
 @functools.cache
@@ -240,7 +250,7 @@ class Traced:
 def trace(exp: Experiment, shapes: Shapes) -> Traced:
     """The programs whose operations are counted: the player's, and the parts that they consist of."""
     cfg = plain(exp.step)
-    shown = showing(exp)
+    show = showing(exp)
     progress = shapes.memory.progress
     own = shapes.computed, shapes.latent, shapes.text_kv, shapes.memory
 
@@ -274,36 +284,42 @@ def trace(exp: Experiment, shapes: Shapes) -> Traced:
         clean=jaxpr_cost.trace(clean, *own),
         packed=jaxpr_cost.trace(packed, *own, shapes.low_res) if cfg.cache.top else None,
         decode=jaxpr_cost.trace(_decode, shapes.vae, shapes.decoder, shapes.latent),
-        shrink=jaxpr_cost.trace(functools.partial(_shrink, shown), shapes.vae, shapes.frames),
+        shrink=jaxpr_cost.trace(functools.partial(_shrink, show), shapes.vae, shapes.frames),
     )
 
 
-def _traced_denoising(cfg: StepConfig, held: BlockShapes, nets: Nets) -> core.ClosedJaxpr:
+def _traced_denoising(cfg: StepConfig, shapes: BlockShapes, nets: Nets) -> core.ClosedJaxpr:
     def denoise(nets, memory, seeds, videos, text_kv):
         return player.denoise_program(nets, cfg, memory, seeds, videos, text_kv)
 
-    return jaxpr_cost.trace(denoise, nets, held.memory, held.seeds, held.videos, held.text_kv)
+    return jaxpr_cost.trace(
+        denoise, nets, shapes.memory, shapes.seeds, shapes.videos, shapes.text_kv
+    )
 
 
-def _traced_committing(cfg: StepConfig, held: BlockShapes, low_res: Any) -> core.ClosedJaxpr:
+def _traced_committing(
+    cfg: StepConfig, shapes: BlockShapes, low_res: jax.ShapeDtypeStruct
+) -> core.ClosedJaxpr:
     def commit(nets, memory, latent, low_res, selection, text_kv):
         each = [selection] * cfg.memory.layers
         return player.commit_program(nets, cfg, memory, latent, low_res, each, text_kv)
 
-    given = held.nets, held.memory, held.latent, low_res, held.selection, held.text_kv
-    return jaxpr_cost.trace(commit, *given)
+    arguments = shapes.nets, shapes.memory, shapes.latent, low_res, shapes.selection, shapes.text_kv
+    return jaxpr_cost.trace(commit, *arguments)
 
 
-def _decode(vae: Any, decoder: Any, latent: Any) -> Any:
+def _decode(vae: codec.Codec, decoder: DecoderState, latent: Latent) -> tuple[Video, DecoderState]:
     return codec.decode_chunk(vae, decoder, latent, first=False)
 
 
-def _shrink(shown: Showing, vae: Any, frames: Any) -> Any:
-    return codec.low_res_latents(vae, frames, **shown.packing)
+def _shrink(show: Showing, vae: codec.Codec, frames: Video) -> Latent:
+    return codec.low_res_latents(vae, frames, **show.packing)
 
 
-def _show(shown: Showing, vae: Any, decoder: Any, latent: Any) -> Any:
-    return player.show_program(vae, decoder, latent, first=False, **shown.packing)
+def _show(
+    show: Showing, vae: codec.Codec, decoder: DecoderState, latent: Latent
+) -> tuple[Video, Latent, DecoderState]:
+    return player.show_program(vae, decoder, latent, first=False, **show.packing)
 
 
 # How much memory each takes while it runs, estimated from the traced programs
@@ -317,15 +333,15 @@ def workspace(exp: Experiment, batch: int = 1) -> dict[str, int]:
     """
     cfg = plain(exp.step)
     dtypes = exp.dtypes
-    shown = showing(exp)
+    show = showing(exp)
     casts = dtypes.params != dtypes.compute
     cast = casts * jaxpr_cost.nbytes(nets_of(cfg, dtypes.compute))
-    low_res = shown_of(shown, batch)[1]
+    low_res = frames_of(show, batch)[1]
     block = {
         name: size + cast * (name != PROMPT)
         for name, size in _block_workspace(shallow(cfg), dtypes.cache, dtypes.text, low_res).items()
     }
-    return _text_workspace(exp.text, dtypes.text) | block | _show_workspace(shown, batch)
+    return _text_workspace(exp.text, dtypes.text) | block | _show_workspace(show, batch)
 
 
 @functools.cache
@@ -333,19 +349,19 @@ def _block_workspace(
     cfg: StepConfig, stored: str, text: str, low_res: jax.ShapeDtypeStruct
 ) -> dict[str, int]:
     batch = low_res.shape[0]
-    held = block_shapes(cfg, cfg.compute, stored, text, batch)
-    _, room, heads, _ = held.view
+    shapes = block_shapes(cfg, cfg.compute, stored, text, batch)
+    _, room, heads, _ = shapes.view
     queries = cfg.cache.block * cfg.tokens_per_frame
     logits = [(batch, heads, queries, keys) for keys in (room, cfg.dit.text_len)]
-    stores = {leaf.shape for leaf in jax.tree.leaves(held.layers) if leaf.ndim >= 4}
+    stores = {leaf.shape for leaf in jax.tree.leaves(shapes.layers) if leaf.ndim >= 4}
     programs = {
-        DENOISING: (_traced_denoising(cfg, held, held.nets), {held.view}),
-        COMMITTING: (_traced_committing(cfg, held, low_res), stores),
+        DENOISING: (_traced_denoising(cfg, shapes, shapes.nets), {shapes.view}),
+        COMMITTING: (_traced_committing(cfg, shapes, low_res), stores),
     }
     text_kv = jaxpr_cost.trace(
         lambda dit, states: player.text_program(dit, cfg.compute, states),
-        held.nets.dit,
-        held.context,
+        shapes.nets.dit,
+        shapes.context,
     )
     kinds = {FUSED: logits, WRITTEN: []}
     return {PROMPT: jaxpr_cost.peak(text_kv, results=False)} | {
@@ -356,15 +372,15 @@ def _block_workspace(
 
 
 @functools.cache
-def _show_workspace(shown: Showing, batch: int) -> dict[str, int]:
-    given = _show_given(shown, batch)
-    frames = shown_of(shown, batch)[0]
+def _show_workspace(show: Showing, batch: int) -> dict[str, int]:
+    arguments = _show_arguments(show, batch)
+    frames = frames_of(show, batch)[0]
     programs = {
-        "decoding": jaxpr_cost.trace(_decode, *given),
+        "decoding": jaxpr_cost.trace(_decode, *arguments),
         "low-resolution encode": jaxpr_cost.trace(
-            functools.partial(_shrink, shown), given[0], frames
+            functools.partial(_shrink, show), arguments[0], frames
         ),
-        SHOWING: jaxpr_cost.trace(functools.partial(_show, shown), *given),
+        SHOWING: jaxpr_cost.trace(functools.partial(_show, show), *arguments),
     }
     return {name: jaxpr_cost.peak(program, results=False) for name, program in programs.items()}
 
@@ -377,7 +393,7 @@ def _text_workspace(cfg: TextConfig, dtype: str) -> dict[str, int]:
     return {ENCODING: jaxpr_cost.peak(program, results=False)}
 
 
-def states_of(cfg: TextConfig, dtype: str) -> tuple[Any, Any]:
+def states_of(cfg: TextConfig, dtype: str) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """Shapes of the text states of one prompt, and of the mask of its words."""
     return (
         jax.ShapeDtypeStruct((1, cfg.max_words, cfg.dim), dtype),
@@ -400,7 +416,7 @@ class Use:
 
 def compiled(exp: Experiment, batch: int = 1) -> dict[str, Use]:
     """What this machine's compiler reserves for each program that sampling runs."""
-    found = {
+    analyses = {
         name: lowered.compile().memory_analysis() for name, lowered in lowered_programs(exp, batch)
     }
     return {
@@ -410,7 +426,7 @@ def compiled(exp: Experiment, batch: int = 1) -> dict[str, Use]:
             arguments=each.argument_size_in_bytes,
             reused=each.alias_size_in_bytes,
         )
-        for name, each in found.items()
+        for name, each in analyses.items()
         if each
     }
 
@@ -419,73 +435,80 @@ def lowered_programs(exp: Experiment, batch: int = 1) -> Iterator[tuple[str, jax
     """The real programs with what they are given, by name."""
     cfg = exp.step
     dtypes = exp.dtypes
-    shown = showing(exp)
-    held = block_shapes(cfg, dtypes.params, dtypes.cache, dtypes.text, batch)
+    show = showing(exp)
+    shapes = block_shapes(cfg, dtypes.params, dtypes.cache, dtypes.text, batch)
     layer = encoder_layer(exp.text, dtypes.text)
-    given = _show_given(shown, batch)
+    arguments = _show_arguments(show, batch)
     yield (
         ENCODING,
         text_encoder._layer.lower(layer, *states_of(exp.text, dtypes.text), cfg=exp.text),
     )
-    yield PROMPT, player.text_program.lower(held.nets.dit, cfg.compute, held.context)
-    yield from _lowered_denoising(cfg, held, shapes_of(exp, batch).layers[0])
+    yield PROMPT, player.text_program.lower(shapes.nets.dit, cfg.compute, shapes.context)
+    yield from _lowered_denoising(cfg, shapes, shapes_of(exp, batch).layers[0])
     for name, first in ((f"{SHOWING} the first block", True), (SHOWING, False)):
-        yield name, player.show_program.lower(*given, first=first, **shown.packing)
+        yield name, player.show_program.lower(*arguments, first=first, **show.packing)
     yield (
         COMMITTING,
         player.commit_program.lower(
-            held.nets,
+            shapes.nets,
             cfg,
-            held.memory,
-            held.latent,
-            shown_of(shown, batch)[1],
-            [held.selection] * cfg.memory.layers,
-            held.text_kv,
+            shapes.memory,
+            shapes.latent,
+            frames_of(show, batch)[1],
+            [shapes.selection] * cfg.memory.layers,
+            shapes.text_kv,
         ),
     )
 
 
 def _lowered_denoising(
-    cfg: StepConfig, held: BlockShapes, archived: LayerCache
+    cfg: StepConfig, shapes: BlockShapes, archived: LayerCache
 ) -> Iterator[tuple[str, jax.stages.Lowered]]:
     """Denoising is one program, or several where packed blocks, as in the layer `archived`, come from the host."""
     if cfg.cache.archive == "device":
         yield (
             DENOISING,
             player.denoise_program.lower(
-                held.nets, cfg, held.memory, held.seeds, held.videos, held.text_kv
+                shapes.nets, cfg, shapes.memory, shapes.seeds, shapes.videos, shapes.text_kv
             ),
         )
         return
-    number = held.memory.num_blocks
+    number = shapes.memory.num_blocks
     noise = jax.eval_shape(
-        functools.partial(player.noise_program, cfg), held.seeds, held.videos, number
+        functools.partial(player.noise_program, cfg), shapes.seeds, shapes.videos, number
     )
-    gathered = [jax.eval_shape(view.gather, archived, held.selection)] * cfg.memory.layers
-    own = held.nets, cfg, held.memory, noise, held.text_kv
-    _, clean, asked = jax.eval_shape(
+    gathered = [jax.eval_shape(view.gather, archived, shapes.selection)] * cfg.memory.layers
+    own = shapes.nets, cfg, shapes.memory, noise, shapes.text_kv
+    _, clean, queries = jax.eval_shape(
         lambda nets, memory, noise, text_kv, gathered, selection: host_archive._first_pass(
             nets, cfg, memory, noise, text_kv, gathered, selection
         ),
-        held.nets,
-        held.memory,
+        shapes.nets,
+        shapes.memory,
         noise,
-        held.text_kv,
+        shapes.text_kv,
         gathered,
-        held.selection,
+        shapes.selection,
     )
     yield (
         f"{DENOISING}, its noise",
-        player.noise_program.lower(cfg, held.seeds, held.videos, number),
+        player.noise_program.lower(cfg, shapes.seeds, shapes.videos, number),
     )
     yield (
         f"{DENOISING}, the first step",
-        host_archive._first_pass.lower(*own, gathered, held.selection),
+        host_archive._first_pass.lower(*own, gathered, shapes.selection),
     )
     random = jax.ShapeDtypeStruct(noise.random.shape[1:], jnp.float32)
-    scored = cfg.memory, held.memory.progress, held.layers[0], archived.packed.k, asked[0], random
+    scored = (
+        cfg.memory,
+        shapes.memory.progress,
+        shapes.layers[0],
+        archived.packed.k,
+        queries[0],
+        random,
+    )
     yield f"{DENOISING}, scoring a layer", host_archive._score.lower(*scored)
     yield (
         f"{DENOISING}, the other steps",
-        host_archive._remaining_passes.lower(*own, clean, gathered, held.selection),
+        host_archive._remaining_passes.lower(*own, clean, gathered, shapes.selection),
     )

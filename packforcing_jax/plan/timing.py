@@ -10,14 +10,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+State: TypeAlias = Any  # what steps hand on: any pytree of arrays
 # From a state to the next one and a result. Buffers of the state may be used up: the next call gets what came back.
-Step = Callable[[Any], tuple[Any, Any]]
+Step = Callable[[State], tuple[State, Any]]
 Show = Callable[
     [Sequence[Any], str], Iterable[Any]
 ]  # (items, unit) -> the same items, shown as they pass
@@ -50,7 +51,7 @@ def unshown(items: Sequence[Any], unit: str) -> Iterable[Any]:
 
 def measure(
     steps: Mapping[str, Step],
-    state: Any,
+    state: State,
     *,
     warmup: int = 3,
     repeats: int = 20,
@@ -129,8 +130,11 @@ def products(dtype: str) -> list[Product]:
 POOL = 1_000_003  # random numbers dealt out again and again; a prime, so that no two rows of a matrix are alike
 
 
-def normal(seed: int, shape: Sequence[int], dtype: Any, scale: float = 1.0) -> jax.Array:
+def normal(
+    seed: int, shape: Sequence[int], dtype: jax.typing.DTypeLike, scale: float = 1.0
+) -> jax.Array:
     """Random numbers, laid out on the device: hardware is faster on zeros. Little to compile, whatever the shape."""
+    # each seed begins far from the others in the pool
     return _dealt(_pool(), seed * 7919 % POOL, scale, tuple(shape), jnp.dtype(dtype).name)
 
 

@@ -66,10 +66,12 @@ def caption(story: world.Story, block: int) -> str:
 
 def write(prompt: Prompt) -> str:
     """The sentence for a prompt in which only the guest may be missing."""
-    said = {name: words[prompt._asdict()[name]] for name, words in WORDS.items() if name != "guest"}
+    phrases = {
+        name: words[prompt._asdict()[name]] for name, words in WORDS.items() if name != "guest"
+    }
     sentence = (
         "in scene {scene} a {colour} {shape} walks {speed} before the {backdrop} curtain".format(
-            **said
+            **phrases
         )
     )
     return (
@@ -88,10 +90,10 @@ def parse(text: str) -> Prompt:
     )
 
 
-def _only(name: str, found: list[str], words: tuple[str, ...]) -> int | None:
+def _only(name: str, named: list[str], words: tuple[str, ...]) -> int | None:
     """The number of the one word found, if any."""
     require(
-        len(found) < 2,
-        f"The text names more than one {name} ({', '.join(found)}); keep one of them.",
+        len(named) < 2,
+        f"The text names more than one {name} ({', '.join(named)}); keep one of them.",
     )
-    return words.index(found[0]) if found else None
+    return words.index(named[0]) if named else None

@@ -44,9 +44,9 @@ def _call_back(
     """One kind early and again in the last block; in between another kind with chance `others`, else -1."""
     kind = rng.integers(kinds)
     another = (kind + rng.integers(1, kinds, size=blocks)) % kinds
-    shown = np.where(rng.random(blocks) < others, another, -1)
-    shown[[rng.integers(blocks - 2), -1]] = kind
-    return shown
+    timeline = np.where(rng.random(blocks) < others, another, -1)
+    timeline[[rng.integers(blocks - 2), -1]] = kind
+    return timeline
 
 
 def _passers_by(rng: np.random.Generator, blocks: int) -> Int[np.ndarray, " blocks"]:
@@ -59,15 +59,15 @@ def _constant(rng: np.random.Generator, blocks: int) -> Int[np.ndarray, " blocks
     return np.full(blocks, rng.integers(len(world.SCENES)))
 
 
-def seen_before(guests: Int[np.ndarray, " blocks"]) -> Bool[np.ndarray, " blocks"]:
+def appeared_before(guests: Int[np.ndarray, " blocks"]) -> Bool[np.ndarray, " blocks"]:
     """Whether the guest of each block was on stage in an earlier one."""
     earlier = np.tril(guests[:, None] == guests, k=-1).any(axis=1)
     return earlier & (guests >= 0)
 
 
-def entering(shown: Int[np.ndarray, " blocks"]) -> Bool[np.ndarray, " blocks"]:
+def entering(timeline: Int[np.ndarray, " blocks"]) -> Bool[np.ndarray, " blocks"]:
     """Whether each block shows a guest or scene that the block before did not; -1 stands for nobody."""
-    return (shown >= 0) & (shown != np.append(-1, shown[:-1]))
+    return (timeline >= 0) & (timeline != np.append(-1, timeline[:-1]))
 
 
 def loss_weight(story: world.Story) -> Float[np.ndarray, "blocks block 32 32"]:
@@ -76,9 +76,9 @@ def loss_weight(story: world.Story) -> Float[np.ndarray, "blocks block 32 32"]:
     A first appearance cannot be foretold, a call-back can; all else counts 1.
     """
     weight = np.ones((len(story.guests), world.BLOCK, world.SIZE, world.SIZE), np.float32)
-    for shown, place in ((story.guests, world.GUEST_CELL), (story.scenes, world.POSTER_CELL)):
-        value = np.where(entering(shown), np.where(seen_before(shown), 4.0, 0.25), 1.0)
-        weight[:, :, *world.cell(*place)] = value[:, None, None, None]
+    for timeline, cell in ((story.guests, world.GUEST_CELL), (story.scenes, world.POSTER_CELL)):
+        value = np.where(entering(timeline), np.where(appeared_before(timeline), 4.0, 0.25), 1.0)
+        weight[:, :, *world.cell(*cell)] = value[:, None, None, None]
     return weight
 
 
@@ -86,7 +86,10 @@ def called_back(story: world.Story) -> Bool[np.ndarray, "blocks 2 blocks"]:
     """For each block, the earlier ones that show the guest (kind 0) or scene (kind 1) it calls onto the stage again."""
     kinds = (story.guests, story.scenes)
     return np.stack(
-        [np.tril(shown[:, None] == shown, k=-1) & entering(shown)[:, None] for shown in kinds],
+        [
+            np.tril(timeline[:, None] == timeline, k=-1) & entering(timeline)[:, None]
+            for timeline in kinds
+        ],
         axis=1,
     )
 
@@ -101,7 +104,7 @@ def clip(seed: int, index: int, encode: Encode) -> dict[str, np.ndarray]:
         "mask": np.asarray(mask, np.int32),
         "guests": story.guests.astype(np.int32),
         "scenes": story.scenes.astype(np.int32),
-        "recalled": seen_before(story.guests),
+        "recalled": appeared_before(story.guests),
         "columns": story.columns.astype(np.int32),
         "weight": loss_weight(story),
         "called": called_back(story),

@@ -12,7 +12,7 @@ from packforcing_jax.stage import captions, oracle, world
 
 WINDOW = 20  # frames: the length of a training clip
 REFERENCE = 8  # frames whose majority fixes the subject's mark
-ASKED = ("colour", "shape", "speed", "backdrop", "scene", "guest")
+ATTRIBUTES = ("colour", "shape", "speed", "backdrop", "scene", "guest")
 CELLS_PER_FRAME = 1 / np.array(world.STEP_FRAMES)  # by speed
 SPEED_TOLERANCE = (
     0.25  # half the way between two legal paces (0, 1/2, 1); a block on the border has no pace
@@ -27,7 +27,7 @@ def windows(frames: int, size: int = WINDOW) -> tuple[slice, ...]:
     return tuple(slice(start, min(start + size, frames)) for start in starts)
 
 
-def asked(prompts: Prompts, name: str, frames: int) -> Int[np.ndarray, " t"]:
+def prompted(prompts: Prompts, name: str, frames: int) -> Int[np.ndarray, " t"]:
     """What the text of each frame asks for; -1 where it asks for nothing."""
     require(
         len(prompts) * world.BLOCK >= frames,
@@ -54,15 +54,15 @@ def valid_share(reading: oracle.Reading, window: slice) -> float:
     return _share(reading.valid[window])
 
 
-def speed_seen(columns: Int[np.ndarray, " t"]) -> Int[np.ndarray, " t"]:
+def speed_of(columns: Int[np.ndarray, " t"]) -> Int[np.ndarray, " t"]:
     """The speed of each frame's block, from the steps into its frames; -1 where it stands, jumps or keeps no pace."""
-    seen = np.full(len(columns), -1)
+    speeds = np.full(len(columns), -1)
     for start in range(0, len(columns), world.BLOCK):
         steps = abs(np.diff(columns[max(start - 1, 0) : start + world.BLOCK]))
         near = abs(_share(steps) - CELLS_PER_FRAME) < SPEED_TOLERANCE
         if near.any() and steps.max() <= 1:
-            seen[start : start + world.BLOCK] = near.argmax()
-    return seen
+            speeds[start : start + world.BLOCK] = near.argmax()
+    return speeds
 
 
 def text_alignment(reading: oracle.Reading, prompts: Prompts, window: slice) -> dict[str, float]:
@@ -71,10 +71,10 @@ def text_alignment(reading: oracle.Reading, prompts: Prompts, window: slice) -> 
     A text without a guest asks for an empty place; without anything else it asks for nothing.
     """
     hits = {}
-    for name in ASKED:
-        want = asked(prompts, name, len(reading))[window]
-        seen = (speed_seen(reading.column) if name == "speed" else getattr(reading, name))[window]
-        hits[name] = (seen == want)[(want >= 0) | (name == "guest")]
+    for name in ATTRIBUTES:
+        want = prompted(prompts, name, len(reading))[window]
+        values = (speed_of(reading.column) if name == "speed" else getattr(reading, name))[window]
+        hits[name] = (values == want)[(want >= 0) | (name == "guest")]
     return {name: _share(hit) for name, hit in hits.items()} | {
         "mean": _share(np.concatenate([*hits.values()]))
     }
@@ -85,13 +85,13 @@ def text_alignment(reading: oracle.Reading, prompts: Prompts, window: slice) -> 
 
 def mark_agreement(reading: oracle.Reading, window: slice) -> dict[str, float]:
     """Share of frames with the mark of the first `REFERENCE` frames, and the poster of their scene's first block."""
-    kept = reading.mark == majority(reading.mark[:REFERENCE])
+    unchanged = reading.mark == majority(reading.mark[:REFERENCE])
     first = [
         majority(reading.poster[reading.scene == scene][: world.BLOCK])
         for scene in range(len(world.SCENES))
     ]
     return {
-        "mark": _share(kept[window]),
+        "mark": _share(unchanged[window]),
         "poster": _share((reading.poster == np.array(first)[reading.scene])[window]),
     }
 
@@ -114,6 +114,7 @@ def _drift(values: Float[np.ndarray, " t"], window: slice) -> float:
 def diversity(marks: Int[np.ndarray, " videos"]) -> float:
     """Entropy of first-appearance marks over videos, as a share of its maximum; 0 for a model that draws one mark."""
     share = np.bincount(marks, minlength=world.MARKS) / len(marks)
+    # + 0.0, so that one mark alone gives 0 and not -0
     return (
         float(-(share * np.log(np.where(share > 0, share, 1))).sum() / math.log(world.MARKS)) + 0.0
     )
@@ -122,9 +123,11 @@ def diversity(marks: Int[np.ndarray, " videos"]) -> float:
 def fair_diversity(videos: int) -> float:
     """What `diversity` is on average when every mark is drawn fairly."""
     total = 0.0
-    chance = 1 / world.MARKS
+    probability = 1 / world.MARKS
     for count in range(1, videos + 1):
-        weight = math.comb(videos, count) * chance**count * (1 - chance) ** (videos - count)
+        weight = (
+            math.comb(videos, count) * probability**count * (1 - probability) ** (videos - count)
+        )
         total -= world.MARKS * weight * count / videos * math.log(count / videos)
     return total / math.log(world.MARKS)
 
@@ -142,27 +145,27 @@ class Revisit(NamedTuple):
 
 def visits(reading: oracle.Reading, prompts: Prompts, kind: str) -> list[list[tuple[int, int]]]:
     """For each guest or scene called: (gap, majority mark) of its visits; a first visit has gap 0, not shown is -1."""
-    seen, marks = (
+    identity, marks = (
         (reading.guest, reading.guest_mark) if kind == "guest" else (reading.scene, reading.poster)
     )
-    called = asked(prompts, kind, len(reading))
+    called = prompted(prompts, kind, len(reading))
     block = np.arange(len(reading)) // world.BLOCK
-    found = []
+    visited = []
     for who in np.unique(called[called >= 0]):
         blocks = np.unique(block[called == who])
         runs = np.split(blocks, np.flatnonzero(np.diff(blocks) > 1) + 1)
         gaps = [0] + [int(run[0] - before[-1]) for before, run in zip(runs, runs[1:], strict=False)]
-        shown = np.where(seen == who, marks, -1)
+        own_marks = np.where(identity == who, marks, -1)
         judged = [runs[0]] + [
             run[:1] for run in runs[1:]
         ]  # the whole first visit, the first block of a revisit
-        found.append(
+        visited.append(
             [
-                (gap, majority(shown[np.isin(block, span)]))
+                (gap, majority(own_marks[np.isin(block, span)]))
                 for gap, span in zip(gaps, judged, strict=True)
             ]
         )
-    return found
+    return visited
 
 
 def recall(reading: oracle.Reading, prompts: Prompts) -> list[Revisit]:
@@ -194,7 +197,7 @@ def motion(reading: oracle.Reading, prompts: Prompts, window: slice) -> dict[str
     at least a quarter of the steps cover half the command. `jumps`: share of steps over more than one cell.
     """
     steps = abs(np.diff(reading.column[window]))
-    speed = asked(prompts, "speed", len(reading))[window][1:]
+    speed = prompted(prompts, "speed", len(reading))[window][1:]
     wanted = np.where(speed >= 0, CELLS_PER_FRAME[speed], np.nan)
     pairs = steps[:-1] + steps[1:]
     due = wanted[:-1] + wanted[1:]
@@ -347,10 +350,10 @@ def _plain(interval: Sequence[float]) -> list[float | None]:
 def _whole(videos: list[tuple[oracle.Reading, Prompts]]) -> dict[str, dict]:
     """The scores that belong to no window: diversity of marks, and recall by kind and gap; `n` things were counted."""
     first = np.array([majority(reading.mark[:REFERENCE]) for reading, _ in videos])
-    found, fair = zip(*(distinct_marks(*video) for video in videos), strict=True)
+    distinct, fair = zip(*(distinct_marks(*video) for video in videos), strict=True)
     rows = {
         "first-mark entropy": _row(fair_diversity(len(first)), jackknife(first), len(first)),
-        "distinct guest marks": _row(float(np.mean(fair)), bootstrap(found), len(found)),
+        "distinct guest marks": _row(float(np.mean(fair)), bootstrap(distinct), len(distinct)),
     }
     revisits = [revisit for video in videos for revisit in recall(*video)]
     for kind in ("guest", "scene"):

@@ -34,32 +34,32 @@ def default_timeline(seed: int, blocks: int) -> list[str]:
 
 def guests(rng: np.random.Generator, blocks: int) -> Int[np.ndarray, " blocks"]:
     """Who visits each block, -1 for nobody: every guest comes back after a mix of gaps, one of them its leading gap."""
-    shown = np.full(blocks, -1)
+    timeline = np.full(blocks, -1)
     for guest, lead in zip(rng.permutation(len(world.GUESTS)), (*GAPS, GAPS[1]), strict=True):
         start = _free(
-            shown, OPENING + int(rng.integers(max(1, min(blocks // 6, blocks - lead - OPENING))))
+            timeline, OPENING + int(rng.integers(max(1, min(blocks // 6, blocks - lead - OPENING))))
         )
         others = rng.permutation([gap for gap in GAPS if gap != lead])
-        visits = [start, *_returns(shown, start, [lead, *others])]
+        visits = [start, *_returns(timeline, start, [lead, *others])]
         if len(visits) > 1:
-            shown[visits] = guest
-    return shown
+            timeline[visits] = guest
+    return timeline
 
 
-def _returns(shown: Int[np.ndarray, " blocks"], last: int, gaps: list[int]) -> list[int]:
+def _returns(timeline: Int[np.ndarray, " blocks"], last: int, gaps: list[int]) -> list[int]:
     """Later visits, each a gap after the one before where that block exists, or the next one without a guest."""
-    found = []
+    returns = []
     for gap in gaps:
-        block = _free(shown, last + gap)
-        if block < len(shown):
-            found.append(block)
+        block = _free(timeline, last + gap)
+        if block < len(timeline):
+            returns.append(block)
             last = block
-    return found
+    return returns
 
 
-def _free(shown: Int[np.ndarray, " blocks"], block: int) -> int:
+def _free(timeline: Int[np.ndarray, " blocks"], block: int) -> int:
     """The first block from `block` on without a guest; possibly one behind the end."""
-    taken = np.flatnonzero(shown >= 0)
+    taken = np.flatnonzero(timeline >= 0)
     while block in taken:
         block += 1
     return block
@@ -67,12 +67,12 @@ def _free(shown: Int[np.ndarray, " blocks"], block: int) -> int:
 
 def scenes(rng: np.random.Generator, blocks: int) -> Int[np.ndarray, " blocks"]:
     """The scene of each block: every scene once in every round of a new order, never twice in a row."""
-    shown: list[int] = []
+    timeline: list[int] = []
     order: list[int] = []
-    while len(shown) < blocks:
+    while len(timeline) < blocks:
         if not order:
             order = rng.permutation(len(world.SCENES)).tolist()
-            if shown and order[0] == shown[-1]:
+            if timeline and order[0] == timeline[-1]:
                 order.reverse()
-        shown += [order.pop(0)] * int(rng.integers(*SCENE_BLOCKS))
-    return np.array(shown[:blocks])
+        timeline += [order.pop(0)] * int(rng.integers(*SCENE_BLOCKS))
+    return np.array(timeline[:blocks])

@@ -191,11 +191,9 @@ def data(exp: Experiment, train: TrainConfig, seed: int, program: Program) -> gr
     return program.batches(
         exp,
         train.source,
+        sources.Share(train.batch, jax.process_index(), jax.process_count()),
         seed=seed,
-        batch=train.batch,
-        process=jax.process_index(),
         needs=needs(exp, train),
-        processes=jax.process_count(),
         encode=exports.tokenizer_of(exp, train).encode,
     )
 
