@@ -385,7 +385,7 @@ def test_thirty_commits_compile_once_and_keep_shape_and_sink():
     assert sorted(ids) == [-1, 24, 25, 26, 27, 28]  # past capacity the oldest went; 29 is recent
     held = numbers(late.layers[0].packed.v[:, :, 0])
     np.testing.assert_array_equal(held[ids >= 0], 501 + 1000 * ids[ids >= 0])
-    recent = cache.recent_latents(exp.memory, late, layouts.recent_block(layout, 0))
+    recent = cache.latents_of(exp.memory, late, 29 * 2 + jnp.arange(2))
     np.testing.assert_array_equal(recent, story.latent[29])
 
 

@@ -15,7 +15,10 @@ def read(tmp_path, text, name="lines.jsonl"):
 
 def test_text_files_hold_a_prompt_per_line(tmp_path):
     found = read(tmp_path, '# heading\n a red disc \n\n{"prompt": 3}\n', "lines.txt")
-    assert [job.entries for job in found] == [((0, "a red disc"),), ((0, '{"prompt": 3}'),)]
+    assert [job.entries for job in found] == [
+        ((0, "a red disc", ""),),
+        ((0, '{"prompt": 3}', ""),),
+    ]
     assert [job.source.rpartition(",")[2] for job in found] == [" line 2", " line 4"]
 
 
@@ -28,7 +31,7 @@ def test_json_lines_hold_settings(tmp_path):
         "set": ["cache.top=3"],
     }
     (job,) = read(tmp_path, json.dumps(line))
-    assert job.entries == ((0, "a"), (7, "b: c"))
+    assert job.entries == ((0, "a", ""), (7, "b: c", ""))
     assert (job.seconds, job.seed, job.memory, job.overrides, job.blocks) == (
         2.5,
         4,

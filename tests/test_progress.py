@@ -22,7 +22,7 @@ UNEVEN = CacheConfig(
 
 def progress(blocks, scene=0, first=0):
     return dataclasses.replace(
-        layouts.begin(blocks), scene_start=jnp.int32(scene), first_visible=jnp.int32(first)
+        layouts.begin(blocks), scene_start=jnp.int32(3 * scene), first_visible=jnp.int32(3 * first)
     )
 
 
@@ -142,7 +142,7 @@ def test_after_a_flush_the_sink_stays_and_all_else_is_gone(text, rule):
     long = memory_of(exp, 7, text)
     short = memory_of(exp, 1, text)
     flushed = flush(exp.memory, long)
-    assert [int(x) for x in jax.tree.leaves(flushed.progress)] == [7, 0, 7]
+    assert [int(x) for x in jax.tree.leaves(flushed.progress)] == [7, 0, 7 * 3]
     sinks = [tiny.committed(exp, memory) for memory in (flushed, short)]
     assert sinks[0].k.shape[2] == sinks[1].k.shape[2] == 3
     np.testing.assert_array_equal(sinks[0].v, sinks[1].v)
@@ -166,7 +166,7 @@ def test_after_a_cut_the_next_blocks_are_those_of_a_new_video(text, rule):
     exp = tiny.with_cache(rope_adjustment=rule)
     after = cut(exp.memory, memory_of(exp, 7, text))
     new = cache.init(exp.memory, tiny.BATCH)
-    assert [int(x) for x in jax.tree.leaves(after.progress)] == [7, 7, 7]
+    assert [int(x) for x in jax.tree.leaves(after.progress)] == [7, 7 * 3, 7 * 3]
     assert tiny.committed(exp, after).k.shape[2] == 0
     for number in range(5):
         noise = tiny.noise(exp, number)

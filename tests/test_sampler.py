@@ -361,9 +361,10 @@ def test_committing_counts_and_writes_one_block_only(filled, text):
         changed = (np.asarray(new.packed.v) != np.asarray(old.packed.v)).any(axis=(0, 2, 3, 4))
         assert changed.sum() == 1
         assert changed[SLOT]
-    there = layouts.recent_block(layouts.layout(EXP.cache, later.progress), 0)
-    held = cache.recent_latents(EXP.memory, later, there)
-    np.testing.assert_array_equal(held, tiny.latents(1)[0])
+    size = EXP.cache.block
+    newest = int(later.num_blocks) * size - size + jnp.arange(size)
+    stored = cache.latents_of(EXP.memory, later, newest)
+    np.testing.assert_array_equal(stored, tiny.latents(1)[0])
 
 
 SLOT = 4  # block 5 is the fifth behind one sink block, in a ring of five

@@ -10,7 +10,7 @@ def test_each_prompt_holds_until_the_next_one_starts():
     entries = timelines.parse(
         ["# a story", "0: a red disc", "", "  3 :  a blue square  ", "5: guest : jade"], "here"
     )
-    assert entries == [(0, "a red disc"), (3, "a blue square"), (5, "guest : jade")]
+    assert entries == [(0, "a red disc", ""), (3, "a blue square", ""), (5, "guest : jade", "")]
     prompts = timelines.spread(entries, 7)
     assert prompts == ["a red disc"] * 3 + ["a blue square"] * 2 + ["guest : jade"] * 2
 
@@ -49,7 +49,7 @@ def test_a_file_is_read_and_a_missing_or_binary_one_is_refused(tmp_path):
     binary = tmp_path / "story.bin"
     good.write_text("0: a red disc\n12: a lime figure\n")
     binary.write_bytes(b"\xff\xfe\x00")
-    assert timelines.read(good) == [(0, "a red disc"), (12, "a lime figure")]
+    assert timelines.read(good) == [(0, "a red disc", ""), (12, "a lime figure", "")]
     for path in (binary, tmp_path / "none.txt", tmp_path):
         with pytest.raises(InputError, match="cannot be read"):
             timelines.read(path)

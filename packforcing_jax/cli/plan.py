@@ -52,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, help="instead of every one of the experiment's own dtypes.*"
     )
     parser.add_argument(
+        "--method",
+        metavar="NAME",
+        help="how the past is kept and shown (default: the config's own)",
+    )
+    parser.add_argument(
         "--memory", metavar="PROFILE", help="another memory than the config's own, such as no-mid"
     )
     parser.add_argument(
@@ -81,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     from packforcing_jax.sampling import pipeline
 
     rooms = [memory_fit.parse(size) for size in args.rooms or CARDS]
-    exp = pipeline.with_overrides(exp, args.memory, args.overrides)
+    exp = pipeline.with_overrides(exp, args.memory, args.overrides, args.method)
     blocks = pipeline.blocks_of(exp, args.seconds) if args.blocks is None else args.blocks
     costs = budget.of(exp, blocks, batch=args.batch, dtype=args.dtype, compiled=args.compile)
     known = costs.peaks if args.compile and jax.default_backend() == "gpu" else None

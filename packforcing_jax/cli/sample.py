@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `sample`."""
     parser.add_argument("--prompt", metavar="TEXT", help="one prompt for the whole video")
     parser.add_argument(
-        "--timeline", metavar="FILE", help="prompts by block, lines `BLOCK: prompt`"
+        "--timeline",
+        metavar="FILE",
+        help="prompts by block, lines `BLOCK: prompt` or, to say what the memory does, `BLOCK recache: prompt`",
     )
     parser.add_argument(
         "--prompts",
@@ -38,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     parser.add_argument(
         "--memory", metavar="PROFILE", help="another memory than the model's own, such as no-mid"
+    )
+    parser.add_argument(
+        "--method",
+        metavar="NAME",
+        help="how the past is kept and shown, such as longlive (default: what the model was made for)",
     )
     parser.add_argument(
         "--out",
@@ -77,12 +84,16 @@ def run(args: argparse.Namespace) -> int:
     _writable(args)
     _require_fits(args)
     pipeline = Pipeline.from_pretrained(
-        args.weights, experiment=_config(args), memory=args.memory, overrides=args.overrides
+        args.weights,
+        experiment=_config(args),
+        memory=args.memory,
+        overrides=args.overrides,
+        method=args.method,
     )
     exp = pipeline.experiment
     if not wanted:
         return _make(
-            _film(args, pipeline, _prompts(args, _blocks(args, exp), stage=captions.tells(exp)))
+            _film(args, pipeline, *_prompts(args, _blocks(args, exp), stage=captions.tells(exp)))
         )
     return _make_all([(job, _of_job(args, pipeline, job)) for job in wanted], Path(args.out))
 
@@ -95,7 +106,9 @@ def _require_fits(args: argparse.Namespace) -> None:
 
     exp = _config(args) or model_folder.opened(args.weights or pipeline.SHIPPED).experiment
     if not args.anyway:
-        memory_fit.require_fits(pipeline.with_overrides(exp, args.memory, args.overrides))
+        memory_fit.require_fits(
+            pipeline.with_overrides(exp, args.memory, args.overrides, args.method)
+        )
 
 
 def _config(args: argparse.Namespace):
@@ -109,9 +122,16 @@ class Film:
 
     pipeline: Any
     prompts: list[str]
+    changes: dict[int, str]  # what a new prompt does to the memory, by block, where it is said
     seed: int
     blocks: int
     args: argparse.Namespace  # where files go, and what the settings inside the video say
+
+    @property
+    def timeline(self) -> list[str]:
+        """One prompt per block, marked where it is said what it does to the memory."""
+        marks = {block: f"[{change}] " for block, change in self.changes.items()}
+        return [marks.get(block, "") + prompt for block, prompt in enumerate(self.prompts)]
 
     @property
     def settings(self) -> dict:
@@ -125,13 +145,18 @@ class Film:
             "set": args.overrides,
             "config": args.config,
             "weights": args.weights,
-            "prompts": _runs(self.prompts),
+            "method": self.pipeline.method.name,
+            "prompts": _runs(self.timeline),
         }
 
 
-def _film(args: argparse.Namespace, pipeline, prompts: list[str]) -> Film:
+def _film(args: argparse.Namespace, pipeline, prompts: list[str], changes: dict[int, str]) -> Film:
     pipeline.check(prompts)
-    return Film(pipeline, prompts, args.seed, len(prompts), args)
+    require(
+        args.trace is None or not {"flush", "cut"} & {*changes.values()},
+        f"--trace {args.trace} records a memory that only grows; leave it out where a prompt flushes or cuts it.",
+    )
+    return Film(pipeline, prompts, changes, args.seed, len(prompts), args)
 
 
 def _of_job(args: argparse.Namespace, pipeline, job: prompt_files.Job) -> Film:
@@ -154,8 +179,13 @@ def _of_job(args: argparse.Namespace, pipeline, job: prompt_files.Job) -> Film:
             pipeline = pipeline.with_memory(job.memory).with_settings(args.overrides)
         if job.overrides:
             pipeline = pipeline.with_settings(job.overrides)
+        blocks = _blocks(own, pipeline.experiment)
+        entries = list(job.entries)
         return _film(
-            own, pipeline, timelines.spread(list(job.entries), _blocks(own, pipeline.experiment))
+            own,
+            pipeline,
+            timelines.spread(entries, blocks),
+            timelines.changes(entries, blocks),
         )
     except InputError as error:
         raise InputError(f"{job.source}: {error}") from error
@@ -172,7 +202,7 @@ def _make_all(films: list[tuple[prompt_files.Job, Film]], folder: Path) -> int:
             experiment=model_folder.experiment_to_json(film.pipeline.experiment),
             seed=film.seed,
             weights=resume.digest(film.pipeline),
-            prompts=_runs(film.prompts),
+            prompts=_runs(film.timeline),
             blocks=film.blocks,
             name=job.name,
         )
@@ -196,7 +226,7 @@ def _make(film: Film) -> int:
     pipeline = film.pipeline
     exp = film.pipeline.experiment
     began = time.monotonic()
-    keeper, at = _resumed(args, pipeline, film.prompts)
+    keeper, at = _resumed(args, pipeline, film.timeline)
     backend, why = attention.resolve(exp.attention, exp.dtypes.cache)
     common.start_line(
         "sample", experiment=exp, dtype=exp.dtypes.compute, attention=backend, why=why
@@ -222,7 +252,7 @@ def _make(film: Film) -> int:
             if args.trace
             else None
         )
-        stream = pipeline.stream(film.prompts, seed=film.seed, state=at.state)
+        stream = pipeline.stream(film.prompts, seed=film.seed, state=at.state, changes=film.changes)
         first = 0 if at.state is None else int(at.state.memory.num_blocks)
         for block in common.progress(
             stream, name="sample", unit="blocks", total=film.blocks - first
@@ -358,16 +388,19 @@ def _blocks(args: argparse.Namespace, exp) -> int:
     return args.blocks or TIMES_CLIP * exp.clip // exp.cache.block
 
 
-def _prompts(args: argparse.Namespace, blocks: int, *, stage: bool) -> list[str]:
-    """One prompt per block."""
+def _prompts(
+    args: argparse.Namespace, blocks: int, *, stage: bool
+) -> tuple[list[str], dict[int, str]]:
+    """One prompt per block, and what new prompts do to the memory where the timeline says so."""
     if args.timeline is not None:
-        return timelines.spread(timelines.read(args.timeline), blocks)
+        entries = timelines.read(args.timeline)
+        return timelines.spread(entries, blocks), timelines.changes(entries, blocks)
     if args.prompt is not None:
-        return [args.prompt] * blocks
+        return [args.prompt] * blocks, {}
     require(stage, "this model has no default story; give --prompt or --timeline.")
     from packforcing_jax.stage import stories
 
-    return stories.default_timeline(args.seed, blocks)
+    return stories.default_timeline(args.seed, blocks), {}
 
 
 def _runs(prompts: list[str]) -> list[tuple[int, str]]:

@@ -327,12 +327,6 @@ def _rotated(spec: MemorySpec, frames: Array, times: Float[Array, " frame"]) -> 
 # Committing again
 
 
-def recent_latents(spec: MemorySpec, memory: Memory, layout: Layout) -> Latent:
-    """The latents of the block that begins at `layout.start`, one of the recent ones."""
-    frames = layout.start + jnp.arange(spec.cache.block)
-    return latents_of(spec, memory, frames)
-
-
 def latents_of(spec: MemorySpec, memory: Memory, frames: Array) -> Latent:
     """The latents of some of the newest `full_frames` frames, by their true numbers."""
     return jnp.take(memory.latents, FIFO.slot_of(frames, spec.cache.full_frames), axis=1)

@@ -146,17 +146,6 @@ def recent_frames(cfg: CacheConfig, layout: Layout) -> Int[Array, " frame"]:
     return layout.start - layout.recent + jnp.arange(cfg.recent)
 
 
-def recent_block(layout: Layout, first: int) -> Layout:
-    """The layout of the recent block that begins `first` frames into `recent`, behind the sink and those before it."""
-    return dataclasses.replace(
-        layout,
-        start=layout.start - layout.recent + first,
-        recent=jnp.full_like(layout.recent, first),
-        num_selected=jnp.zeros_like(layout.num_selected),
-        current_position=layout.recent_position + first,
-    )
-
-
 @struct.dataclass
 class Recache:
     """A pass over the newest `sink + recent + block` frames that writes their keys and values anew (LongLive)."""

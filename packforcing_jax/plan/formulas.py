@@ -43,7 +43,7 @@ TERMS = {
     "held/views": "V 2 L d bytes b",
     "held/archive": "(capacity + N_recent / B) p 2 L d bytes b",
     "held/un-rotated keys": "N_recent s L d bytes b; N_sink if that moves",
-    "held/recent latents": "N_recent cells channels 4 b",
+    "held/recent latents": "(N_sink + N_recent + B) cells channels 4 b",
     "held/text_kv": "W 2 L d bytes b",
     "held/weights": "transformer + compressor + codec",
     "held/decoder": "what the codec remembers of frames before",
@@ -166,7 +166,7 @@ def resident(exp: Experiment, batch: int) -> Figures:
     cfg = exp.cache
     spec = exp.memory
     s = exp.tokens_per_frame
-    unrotated = cfg.recent if spec.recent_moves else cfg.sink if spec.sink_moves else 0
+    unrotated = cfg.recent * spec.recent_moves + cfg.sink * spec.sink_moves
     counts = {
         "held/views": keys_of(exp)["keys/room"],
         "held/archive": cfg.slots * exp.tokens_per_packed_block,
@@ -175,7 +175,7 @@ def resident(exp: Experiment, batch: int) -> Figures:
     each = token_bytes(exp, batch, exp.dtypes.cache)
     figures: Figures = {name: int(count * each) for name, count in counts.items()}
     figures["held/keys and values"] = sum(figures.values())
-    figures["held/recent latents"] = 4 * batch * cfg.recent * math.prod(spec.latent)
+    figures["held/recent latents"] = 4 * batch * cfg.full_frames * math.prod(spec.latent)
     figures["held/on the host"] = figures["held/archive"] if cfg.archive == "host" else 0
     if _is_ours(exp.dit):
         figures["held/text_kv"] = exp.dit.text_len * token_bytes(exp, batch, exp.dtypes.compute)

@@ -1,0 +1,297 @@
+"""Methods: recorded rollouts, one value for verify, layout and sample, and what a new prompt does to the memory."""
+
+import dataclasses
+import json
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from test_examples import logic
+
+from packforcing_jax import methods
+from packforcing_jax.cli.main import main
+from packforcing_jax.config import loading
+from packforcing_jax.errors import InputError
+from packforcing_jax.memory import cache
+from packforcing_jax.memory import layout as layouts
+from packforcing_jax.methods import calls
+from packforcing_jax.methods.method import Method, applied, memory_of, sized
+from packforcing_jax.networks import rope
+from packforcing_jax.sampling import timelines
+from packforcing_jax.sampling.pipeline import Pipeline
+from packforcing_jax.types import KV
+from packforcing_jax.verify import kinds
+from packforcing_jax.verify import methods as rollouts
+
+RECORDED = sorted((pathlib.Path(__file__).parent / "golden" / "methods").glob("*.safetensors"))
+WINDOWED = [each for each in methods.METHODS.values() if each.window is not None]
+QUICK = ["sample.steps=(1000, 400)"]
+RED, BLUE = (
+    f"a {colour} disc walks slowly before the moss curtain in scene one"
+    for colour in ("red", "blue")
+)
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+def test_recorded_rollouts_are_reproduced(path):
+    rows = kinds.verify([path])
+    assert [row for row in rows if not row.ok] == []
+    assert any(row.output.endswith("layout") for row in rows)
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """The smallest rollout of a sink and a window: (fixture, what it should give)."""
+    path = next(path for path in RECORDED if path.stem == "infinite_forcing")
+    return kinds.read(path), kinds.expected(path)
+
+
+def wrong(fixture, expected, method=methods.INFINITE_FORCING):
+    ours = rollouts.sink_and_window(method, fixture)
+    return {row.output for row in kinds.compare("", fixture.kind, ours, expected) if not row.ok}
+
+
+def test_a_changed_weight_and_a_changed_number_are_noticed(recorded):
+    fixture, expected = recorded
+    name = "blocks.0.self_attn.q.weight"
+    bent = {**fixture.weights, name: fixture.weights[name] * 1.01}
+    assert "latents" in wrong(dataclasses.replace(fixture, weights=bent), expected)
+    for key in ("layout.key_frame", "layout.key_pos", "layout.call", "layout.key_prompt"):
+        other = expected[key].copy()
+        other[7, 1] += 1
+        assert wrong(fixture, {**expected, key: other}) == {"layout"}
+
+
+def test_one_value_decides_what_is_verified_shown_and_sampled(recorded, monkeypatch, capsys):
+    """A sink of one frame more."""
+    fixture, expected = recorded
+    own = methods.INFINITE_FORCING
+    longer = dataclasses.replace(own, settings=own.settings | {"sink": 2, "recent": 1})
+    config = {**fixture.config, "runs": fixture.config["runs"][:1]}
+    one_run = dataclasses.replace(fixture, config=config)
+    others = tuple(f"{run['name']}." for run in fixture.config["runs"][1:])
+    main_run = {key: value for key, value in expected.items() if not key.startswith(others)}
+    assert wrong(one_run, main_run) == set()
+    assert {"latents", "layout"} <= wrong(one_run, main_run, longer)
+
+    def shown():
+        assert main(["layout", "--method", own.name, "--blocks", "8", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["steps"][-1]["keys"]
+
+    def sampled():
+        model = Pipeline.from_pretrained(method=own.name, overrides=QUICK)
+        return [block.latent for block in model.stream([RED] * 6)]
+
+    before = shown(), sampled()
+    published = methods.METHODS[own.name]
+    monkeypatch.setitem(
+        methods.METHODS,
+        own.name,
+        dataclasses.replace(published, sink=4, window=published.window + 3),
+    )
+    after = shown(), sampled()
+    assert [key["frames"] for key in before[0]] != [key["frames"] for key in after[0]]
+    # while nothing has left either window, two programs differ by their rounding alone
+    np.testing.assert_allclose(before[1][:2], after[1][:2], atol=1e-4)
+    assert np.abs(before[1][-1] - after[1][-1]).max() > 1e-2
+
+
+# What attention receives is what `layout` prints
+
+
+def numbered(exp, blocks, method, prompts):
+    """The memory after blocks whose values are their frames' numbers and whose keys all were one before rotation."""
+    spec = exp.memory
+    memory = cache.init(spec, 1)
+    ones = jnp.ones((1, spec.cache.block * spec.tokens_per_frame, spec.heads, spec.head_dim))
+    for block in range(blocks):
+        frames = block * spec.cache.block + np.arange(spec.cache.block)
+        values = jnp.asarray(np.repeat(frames, spec.tokens_per_frame), jnp.float32)
+        own = KV(k=ones, v=ones * values[None, :, None, None])
+        latent = jnp.zeros((1, spec.cache.block, *spec.latent))
+        memory = cache.commit(spec, memory, latent, [own] * spec.layers, None)
+    return memory
+
+
+@pytest.mark.parametrize("method", WINDOWED, ids=lambda method: method.name)
+@pytest.mark.parametrize("blocks", [0, 1, 2, 5, 9])
+def test_attention_receives_the_frames_and_positions_that_are_shown(method, blocks):
+    exp = dataclasses.replace(
+        tiny.EXP, cache=memory_of(dataclasses.replace(method, one_clip=False), tiny.EXP.cache)
+    )
+    spec = exp.memory
+    memory = numbered(exp, blocks, method, [0] * (blocks + 1))
+    step = [c for c in calls.calls(spec, method, [0] * (blocks + 1)) if c.call == calls.DENOISE][-1]
+    past = [key for key in step.keys if key.kind != "current"]
+    layout = layouts.layout(spec.cache, memory.progress)
+    valid = int(layouts.length(spec, layout)) - spec.cache.block * spec.tokens_per_frame
+    frames = jnp.asarray([key.frames[0] for key in past], jnp.int32)
+    slots = layouts.frame_slots(spec.cache, layout, frames)
+    view = jax.tree.map(
+        lambda x: x[0, : spec.full_res].reshape(-1, spec.tokens_per_frame, *x.shape[2:]),
+        memory.layers[0].view,
+    )
+    assert len(past) * spec.tokens_per_frame == valid
+    if method.settings.get("sink_average"):
+        mixed = [sum(f * share for f, share in key.mix) or key.frames[0] for key in past]
+    else:
+        mixed = [key.frames[0] for key in past]
+    np.testing.assert_allclose(view.v[slots][:, 0, 0, 0], mixed, rtol=1e-5)
+    times = jnp.asarray([key.position for key in past], jnp.float32)
+    angles = rope.time_angles(times, spec)
+    ones = jnp.ones((1, len(past), spec.heads, spec.head_dim))
+    np.testing.assert_allclose(view.k[slots][:, 0], rope.rotate(ones, angles)[0], atol=1e-4)
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("packforcing", 26_312),
+        ("self-forcing", 32_760),
+        ("causal-forcing", 32_760),
+        ("longlive", 18_720),
+        ("longlive-infinity", 18_720),
+        ("infinite-forcing", 9_360),
+        ("reward-forcing", 14_040),
+    ],
+)
+def test_at_full_size_a_method_attends_what_was_published(name, tokens, capsys):
+    assert (
+        main(["layout", "--config", "wan_t2v_1_3b", "--method", name, "--blocks", "60", "--json"])
+        == 0
+    )
+    table = json.loads(capsys.readouterr().out)
+    assert max(step["tokens"] for step in table["steps"]) == tokens
+    assert [step["block"] for step in table["steps"]] == list(range(60))
+    for step in table["steps"]:
+        assert step["tokens"] == sum(key["tokens"] for key in step["keys"])
+
+
+@pytest.mark.parametrize(
+    ("name", "sink", "window"),
+    [
+        ("longlive", 4, 16),
+        ("longlive-infinity", 4, 16),
+        ("infinite-forcing", 4, 12),
+        ("reward-forcing", 4, 12),
+        ("self-forcing", 0, 20),
+        ("causal-forcing", 0, 20),
+    ],
+)
+def test_on_stage_sizes_are_counted_in_blocks_and_fit_the_trained_range(name, sink, window):
+    stage = loading.load_experiment("stage")
+    ours = sized(methods.METHODS[name], stage.cache)
+    assert (ours.sink, ours.window) == (sink, window)
+    assert applied(methods.METHODS[name], stage).cache.full_frames == window
+
+
+def test_models_of_single_frames_keep_published_sizes():
+    one = dataclasses.replace(loading.load_experiment("wan_t2v_1_3b").cache, block=1, top=0)
+    assert sized(methods.LONGLIVE, one) == methods.LONGLIVE
+    assert memory_of(methods.LONGLIVE, one).recent == 8
+
+
+def test_a_window_too_short_is_refused():
+    with pytest.raises(InputError, match="window of 5 frames, too short for a sink of 3"):
+        memory_of(Method("short", "", sink=3, window=5), tiny.EXP.cache)
+
+
+# A new prompt
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Pipeline.from_pretrained(overrides=QUICK)
+
+
+@pytest.mark.parametrize(
+    ("how", "sink", "recent"), [("keep", 8, 4), ("recache", 8, 4), ("flush", 8, 0), ("cut", 0, 0)]
+)
+def test_a_new_prompt_does_to_the_memory_what_is_said(model, how, sink, recent):
+    prompts = [RED] * 6 + [BLUE] * 3
+    kept = list(model.stream(prompts))
+    changed = list(model.stream(prompts, changes={6: how}))
+    seen = changed[6].layout
+    assert (seen["sink"], seen["recent"]) == (sink, recent)
+    same = [(one.latent == other.latent).all() for one, other in zip(kept, changed, strict=True)]
+    assert same[:6] == [True] * 6
+    assert same[6] == (how == "keep")
+
+
+def test_a_change_survives_a_stop_right_before_it(model):
+    prompts, how = [RED] * 5 + [BLUE] * 3, {5: "recache"}
+    whole = [block.latent for block in model.stream(prompts, changes=how)]
+    *_, last = model.stream(prompts[:5], seed=0)
+    rest = [block.latent for block in model.stream(prompts, state=last.state, changes=how)]
+    np.testing.assert_array_equal(rest, whole[5:])
+
+
+def test_longlive_reads_its_window_again_without_being_told(model):
+    live = model.with_method("longlive")
+    prompts = [RED] * 6 + [BLUE] * 2
+    own, kept = (list(live.stream(prompts, changes=how)) for how in ({}, {6: "keep"}))
+    assert (own[5].latent == kept[5].latent).all()
+    assert (own[6].latent != kept[6].latent).any()
+
+
+def test_timelines_say_what_a_prompt_does():
+    entries = timelines.parse(["0: one", "3 recache: two", "5: three", "9 cut: four"], "t")
+    assert timelines.changes(entries, 12) == {3: "recache", 9: "cut"}
+    assert timelines.changes(entries, 9) == {3: "recache"}
+    with pytest.raises(InputError, match="line 2: 'forget' is nothing"):
+        timelines.parse(["0: one", "3 forget: two"], "t")
+    with pytest.raises(InputError, match="block 0 has no memory to cut"):
+        timelines.parse(["0 cut: one"], "t")
+
+
+# Wrong use
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--method", "rolling-forcing"], "no driver yet"),
+        (["--method", "bidirectional"], "all frames of a clip at once"),
+        (["--method", "longlve"], "did you mean longlive"),
+        (["--method", "longlive", "--memory", "no-mid"], "belongs to method packforcing"),
+        (["--method", "self-forcing-short"], "one clip of 20 frames"),
+    ],
+)
+def test_wrong_use_is_refused_in_one_sentence(flags, sentence, tmp_path, capsys):
+    target = tmp_path / "a.mp4"
+    assert main(["sample", *flags, "--blocks", "9", "--out", str(target)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert sentence in error
+    assert not target.exists()
+
+
+def test_a_trace_knows_no_flush(tmp_path, capsys):
+    story = tmp_path / "story.txt"
+    story.write_text(f"0: {RED}\n2 flush: {BLUE}\n")
+    files = [
+        "--timeline",
+        str(story),
+        "--trace",
+        str(tmp_path / "t"),
+        "--out",
+        str(tmp_path / "a.mp4"),
+    ]
+    assert main(["sample", *files, "--blocks", "3"]) == 2
+    assert "records a memory that only grows" in capsys.readouterr().err
+
+
+def test_a_method_of_ones_own_is_sampled_shown_and_planned(capsys):
+    path = pathlib.Path(__file__).parent.parent / "examples" / "own_method.py"
+    runpy.run_path(str(path), run_name="__main__")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[5] == "5 (4, 32, 32, 3) 0 0"  # the cut
+    assert json.loads(printed[10]) == [64, 128, 192, 192, 192, 64, 128, 192, 192, 192]
+    assert printed[11] == "nothing differs from its formula"
+    assert len(logic(path)) <= 40
