@@ -51,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="video file (default: out/video.mp4); with --prompts a folder (default: out/videos)",
     )
+    parser.add_argument(
+        "--oracle",
+        action="store_true",
+        help="also print what the Stage world's oracle reads in the video, beside chance",
+    )
     parser.add_argument("--sheet", metavar="FILE", help="also write a contact sheet, a PNG")
     parser.add_argument(
         "--trace", metavar="FILE", help="also record what each layer looked back at, for `inspect`"
@@ -75,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Makes the videos and prints where each is and, in the Stage world, what the oracle reads in it."""
+    """Makes the videos and prints where each is and, if asked, what the Stage world's oracle reads in it."""
     _check(args)
     wanted = prompt_files.named(prompt_files.read(args.prompts)) if args.prompts else []
     from packforcing_jax.sampling.pipeline import Pipeline
@@ -151,7 +156,13 @@ class Film:
 
 
 def _film(args: argparse.Namespace, pipeline, prompts: list[str], changes: dict[int, str]) -> Film:
+    from packforcing_jax.stage import captions
+
     pipeline.check(prompts)
+    require(
+        not args.oracle or captions.tells(pipeline.experiment),
+        f"--oracle reads videos of the Stage world, and {pipeline.experiment.name} makes others; leave it out.",
+    )
     require(
         args.trace is None or not {"flush", "cut"} & {*changes.values()},
         f"--trace {args.trace} records a memory that only grows; leave it out where a prompt flushes or cuts it.",
@@ -220,7 +231,6 @@ def _make(film: Film) -> int:
     from packforcing_jax.io import video
     from packforcing_jax.policies import attention
     from packforcing_jax.sampling import trace
-    from packforcing_jax.stage import captions
 
     args = film.args
     pipeline = film.pipeline
@@ -232,7 +242,7 @@ def _make(film: Film) -> int:
         "sample", experiment=exp, dtype=exp.dtypes.compute, attention=backend, why=why
     )
     size = (exp.latent[1] * exp.codec.space_factor, exp.latent[0] * exp.codec.space_factor)
-    retained = _Retained(all=captions.tells(exp), total=film.blocks if args.sheet else 0)
+    retained = _Retained(all=args.oracle, total=film.blocks if args.sheet else 0)
     with contextlib.ExitStack() as files:
         if keeper is not None:
             files.callback(keeper.close)
@@ -422,11 +432,15 @@ def _report(film: Film, first: int, retained: _Retained, seconds: float) -> None
     if first:
         made |= {"resumed_at": first}
     if not retained.all or first:
-        print(
-            json.dumps(made)
-            if args.json
-            else f"{made['out']}: {made['blocks']} blocks in {made['seconds']} s"
-        )
+        if retained.all:
+            print(
+                "sample: the oracle reads whole videos, and this run made the rest of one; make it again to read it",
+                file=sys.stderr,
+            )
+        length = len(prompts) * exp.cache.block / exp.clip
+        times = "" if first else f", {length:.3g} times the training clip"
+        line = f"{made['out']}: {made['blocks']} blocks{times}, in {made['seconds']} s"
+        print(json.dumps(made) if args.json else line)
         return
     import numpy as np
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from packforcing_jax.config import CacheConfig, Experiment
+from packforcing_jax.config.choices import AT_PROMPT_CHANGE
 from packforcing_jax.errors import require
 
 PUBLISHED_BLOCK = 3  # frames of a block in the models that methods were published with
-AT_PROMPT_CHANGE = ("keep", "recache", "flush", "cut")
 
 
 @dataclass(frozen=True)

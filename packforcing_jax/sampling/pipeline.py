@@ -13,10 +13,11 @@ from flax import nnx
 
 from packforcing_jax import methods, pytrees
 from packforcing_jax.config import PROFILES, Experiment, cards, loading
+from packforcing_jax.config.choices import AT_PROMPT_CHANGE
 from packforcing_jax.errors import nearest, require
 from packforcing_jax.io import model_folder, text_encoder, video
 from packforcing_jax.memory.layout import Progress
-from packforcing_jax.methods.method import AT_PROMPT_CHANGE, Method, applied
+from packforcing_jax.methods.method import Method, applied
 from packforcing_jax.networks import base_model, codec, compressor, text, tokenizer
 from packforcing_jax.sampling import block_step, player
 from packforcing_jax.sampling.player import State

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from packforcing_jax.config.choices import AT_PROMPT_CHANGE
 from packforcing_jax.errors import InputError, require
-from packforcing_jax.methods.method import AT_PROMPT_CHANGE
 
 LINE = re.compile(r"\s*(\d+)(?:\s+([a-z]+))?\s*:\s*(.+?)\s*")
 
