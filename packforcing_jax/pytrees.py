@@ -51,9 +51,9 @@ def fill(
         if ours != theirs
     ]
     if wrong:
-        shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+        named = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
         raise InputError(
-            f"{source} do not fit the model ({len(wrong)} tensors: {shown}); use weights of this config."
+            f"{source} do not fit the model ({len(wrong)} tensors: {named}); use weights of this config."
         )
     make = put or (lambda path, value: value.astype(wanted[path].dtype))
     return jax.tree_util.tree_map_with_path(
@@ -61,7 +61,7 @@ def fill(
     )
 
 
-def as_given(path: str, value: Any) -> Any:
+def unchanged(path: str, value: Any) -> Any:
     """For `fill`: the value as it is, whatever dtype the leaf had that it replaces."""
     return value
 

@@ -377,7 +377,9 @@ def test_the_map_shows_who_recalled_what(tmp_path):
                 assert (colour == none, colour == both) == (count == 0, count == 2)
             elif id < block.index:
                 assert colour == (
-                    inspect_trace.SHARP if id < 2 or id == block.index - 1 else inspect_trace.GONE
+                    inspect_trace.FULL_RES
+                    if id < 2 or id == block.index - 1
+                    else inspect_trace.GONE
                 )
             else:
                 assert colour == (inspect_trace.NOW if id == block.index else inspect_trace.GONE)
@@ -411,7 +413,12 @@ def test_the_map_stands_in_a_frame_that_names_its_axes_and_colours(tmp_path, blo
     assert written[top : top + side, :30].any()  # the title of the rows
     assert written[top + side + 25 :, left : left + side].any()  # and of the columns
     legend = {tuple(pixel) for pixel in image[:, left + side :].reshape(-1, 3).tolist()}
-    colours = {inspect_trace.SHARP, inspect_trace.NOW, inspect_trace.GONE, *inspect_trace.RAMP[::3]}
+    colours = {
+        inspect_trace.FULL_RES,
+        inspect_trace.NOW,
+        inspect_trace.GONE,
+        *inspect_trace.RAMP[::3],
+    }
     assert colours <= legend
 
 

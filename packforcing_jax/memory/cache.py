@@ -84,11 +84,11 @@ def init(
             return jnp.zeros((batch, *sizes, spec.heads, spec.head_dim), dtype)
 
         keys = spec.room if scratch else spec.full_res
-        kept = cfg.slots if cfg.archive == "device" else 0
+        slots = cfg.slots if cfg.archive == "device" else 0
         turned = cfg.slots if cfg.rope_adjustment == "incremental" else 0
         return LayerCache(
             view=KV(k=store(keys), v=store(keys)),
-            packed=KV(*(store(kept, spec.tokens_per_packed_block) for _ in "kv")),
+            packed=KV(*(store(slots, spec.tokens_per_packed_block) for _ in "kv")),
             sink=store(cfg.sink if spec.sink_moves else 0, s),
             recent=store(cfg.recent if spec.recent_moves else 0, s),
             sink_position=jnp.zeros(()),
@@ -170,10 +170,10 @@ def commit(
     angles = rope.time_angles(jnp.repeat(times, spec.tokens_per_frame), spec)
 
     def one(
-        layer: LayerCache, own: KV, packed_kv: KV | None, chosen: Selection | None
+        layer: LayerCache, own: KV, packed_kv: KV | None, selected: Selection | None
     ) -> LayerCache:
         layer = keep_unrotated(spec, now, layer, own.k)
-        layer = finish_layer(spec, now, following, layer, packed_kv, chosen)
+        layer = finish_layer(spec, now, following, layer, packed_kv, selected)
         own = KV(k=rope.rotate(own.k.astype(layer.view.k.dtype), angles), v=own.v)
         return dataclasses.replace(layer, view=write_block(spec, now, layer.view, own))
 
@@ -282,10 +282,10 @@ def _archive(spec: MemorySpec, layout: Layout, layer: LayerCache, packed: KV) ->
 def _settle(spec: MemorySpec, layer: LayerCache, selection: Selection) -> LayerCache:
     """`layer` with every packed key that was attended to left where it was turned to."""
     b, slots, p, n, h = layer.packed.k.shape
-    chosen = selection.slots[..., None] == jnp.arange(slots)[None, None]
-    chosen = chosen & (selection.ids >= 0)[..., None]
-    target = jnp.where(chosen, selection.positions[..., None], 0.0).sum(axis=1)
-    positions = jnp.where(chosen.any(axis=1), target, layer.packed_positions)
+    attended = selection.slots[..., None] == jnp.arange(slots)[None, None]
+    attended = attended & (selection.ids >= 0)[..., None]
+    target = jnp.where(attended, selection.positions[..., None], 0.0).sum(axis=1)
+    positions = jnp.where(attended.any(axis=1), target, layer.packed_positions)
     turn = rope.time_angles(jnp.repeat(positions - layer.packed_positions, p, axis=1), spec)
     keys = rope.rotate(layer.packed.k.reshape(b, slots * p, n, h), turn)
     packed = KV(k=keys.reshape(layer.packed.k.shape), v=layer.packed.v)
@@ -308,8 +308,8 @@ def reposition(spec: MemorySpec, layout: Layout, layer: LayerCache) -> LayerCach
         frames = layouts.recent_frames(cfg, layout)
         for first in range(0, cfg.recent, cfg.chunk):
             part = frames[first : first + cfg.chunk]
-            kept = FIFO.slot_of(part[0] - layout.origin, cfg.recent)
-            unrotated = jax.lax.dynamic_slice_in_dim(layer.recent, kept, cfg.chunk, axis=1)
+            slot_in_ring = FIFO.slot_of(part[0] - layout.origin, cfg.recent)
+            unrotated = jax.lax.dynamic_slice_in_dim(layer.recent, slot_in_ring, cfg.chunk, axis=1)
             new = _rotated(spec, unrotated, layouts.frame_positions(cfg, layout, part))
             slot = layouts.frame_slots(cfg, layout, part[0])
             keys = jax.lax.dynamic_update_slice_in_dim(keys, new, slot * s, axis=1)
@@ -472,9 +472,9 @@ def export(spec: MemorySpec, memory: Memory) -> KV:
     cfg = spec.cache
     layout = layouts.layout(cfg, memory.progress)
     start, scene, origin = (int(x) for x in (layout.start, layout.scene, layout.origin))
-    held = cfg.recent if spec.recent_moves else cfg.ring
+    stored = cfg.recent if spec.recent_moves else cfg.ring
     sink = np.arange(scene, scene + int(layout.sink))
-    frames = np.concatenate([sink, np.arange(max(origin, start - held), max(origin, start))])
+    frames = np.concatenate([sink, np.arange(max(origin, start - stored), max(origin, start))])
     slots = layouts.frame_slots(cfg, layout, jnp.asarray(frames))
     turn = jnp.asarray(frames) - layouts.frame_positions(cfg, layout, jnp.asarray(frames))
     angles = rope.time_angles(jnp.repeat(turn, spec.tokens_per_frame), spec)

@@ -113,9 +113,9 @@ def _visible(cfg: CacheConfig, origin: Array, written: Array) -> tuple[Array, Ar
     """Ids [slot] of the archive's blocks that have left `recent`, -1 elsewhere, and how many these are."""
     if cfg.slots == 0:
         return jnp.zeros(0, jnp.int32), jnp.int32(0)
-    held = cfg.evicts.ids_in(written, cfg.slots)
-    visible = (held >= 0) & (held < written - cfg.recent // cfg.block)
-    return jnp.where(visible, held + origin, -1).astype(jnp.int32), visible.sum()
+    in_slots = cfg.evicts.ids_in(written, cfg.slots)
+    visible = (in_slots >= 0) & (in_slots < written - cfg.recent // cfg.block)
+    return jnp.where(visible, in_slots + origin, -1).astype(jnp.int32), visible.sum()
 
 
 def packed_slot(cfg: CacheConfig, layout: Layout) -> Array:
@@ -210,8 +210,8 @@ def packed_positions(spec: MemorySpec) -> tuple[np.ndarray, np.ndarray]:
 
 def current_times(spec: MemorySpec, layout: Layout, frames: int) -> Float[Array, " q"]:
     """Position in time of each token of the next `frames` frames."""
-    places = np.repeat(np.arange(frames), spec.tokens_per_frame).astype(np.float32)
-    return layout.current_position + jnp.asarray(places)
+    frame_numbers = np.repeat(np.arange(frames), spec.tokens_per_frame).astype(np.float32)
+    return layout.current_position + jnp.asarray(frame_numbers)
 
 
 def packed_times(spec: MemorySpec, layout: Layout) -> Float[Array, " p"]:

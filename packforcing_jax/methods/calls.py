@@ -125,7 +125,7 @@ def _past(spec: MemorySpec, now: Layout, made: _Made) -> tuple[Key, ...]:
         "sink": range(scene, scene + int(now.sink)),
         "recent": range(start - int(now.recent), start),
     }
-    found = {
+    by_kind = {
         kind: [
             _key(spec, kind, frame, at, made.prompts.get(frame), _mix(made, frame))
             for frame, at in _placed(cfg, now, frames)
@@ -144,7 +144,7 @@ def _past(spec: MemorySpec, now: Layout, made: _Made) -> tuple[Key, ...]:
         )
         for rank in range(count)
     ]
-    return (*found["sink"], *packed, *found["recent"])
+    return (*by_kind["sink"], *packed, *by_kind["recent"])
 
 
 def _mix(made: _Made, frame: int) -> tuple[tuple[int, float], ...]:
@@ -176,15 +176,16 @@ def _recache(
     exist = frames >= int(now.scene)
     sink = range(int(now.scene), int(now.scene) + int(now.sink)) if plan.behind_sink else ()
     old = [
-        _key(spec, "sink", frame, place, made.prompts.get(frame), _mix(made, frame))
-        for frame, place in _placed(cfg, now, sink)
+        _key(spec, "sink", frame, position, made.prompts.get(frame), _mix(made, frame))
+        for frame, position in _placed(cfg, now, sink)
     ]
     made.prompts |= {int(frame): prompt for frame in frames[written]}
     new = [
-        _key(spec, "current", int(frame), float(place), prompt)
-        for frame, place in zip(frames[written], at[written], strict=True)
+        _key(spec, "current", int(frame), float(position), prompt)
+        for frame, position in zip(frames[written], at[written], strict=True)
     ]
     queries = tuple(
-        (int(frame), float(place)) for frame, place in zip(frames[exist], at[exist], strict=True)
+        (int(frame), float(position))
+        for frame, position in zip(frames[exist], at[exist], strict=True)
     )
     return Call(RECACHE, block, queries, (*old, *new), prompt)

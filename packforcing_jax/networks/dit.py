@@ -47,8 +47,8 @@ class Attention(nnx.Module):
     def keys_values(self, x: Tokens) -> KV:
         return KV(k=self.split(self.norm_k(self.k(x))), v=self.split(self.v(x)))
 
-    def merge(self, mixed: Heads) -> Tokens:
-        return self.o(einops.rearrange(mixed, "b q n h -> b q (n h)"))
+    def merge(self, attended: Heads) -> Tokens:
+        return self.o(einops.rearrange(attended, "b q n h -> b q (n h)"))
 
 
 class Block(nnx.Module):
@@ -84,14 +84,14 @@ class Block(nnx.Module):
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.rows(time)
         y = layers.modulate(layers.standardize(x, self.eps), shift, scale)
         own = self.attn.keys_values(y)
-        mixed, kept = self_attention(self.attn.queries(y), own.k, own.v, past)
-        x = x + self.attn.merge(mixed) * layers.per_frame(x, gate)
+        attended, outputs = self_attention(self.attn.queries(y), own.k, own.v, past)
+        x = x + self.attn.merge(attended) * layers.per_frame(x, gate)
         text_kv_in = cross_attention(self.cross.queries(self.norm3(x)), text.k, text.v)
         x = x + self.cross.merge(text_kv_in)
         y = layers.modulate(layers.standardize(x, self.eps), shift_mlp, scale_mlp)
         return x + self.ffn_out(jax.nn.gelu(self.ffn_in(y), approximate=True)) * layers.per_frame(
             x, gate_mlp
-        ), kept
+        ), outputs
 
 
 @struct.dataclass
@@ -167,13 +167,13 @@ class WanDiT(nnx.Module):
         again rather than stored, which takes less memory and is faster on a CPU too.
         """
         if isinstance(self.blocks, nnx.List):
-            kept = []
+            outputs = []
             for block, text_kv_in, before in zip(
                 self.blocks, text, past or [None] * len(self.blocks), strict=True
             ):
                 x, one = block(x, time.rows, text_kv_in, before, self_attention, cross_attention)
-                kept.append(one)
-            return x, kept
+                outputs.append(one)
+            return x, outputs
 
         @partial(jax.checkpoint, prevent_cse=False)
         def layer(x, inputs):

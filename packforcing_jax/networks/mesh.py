@@ -68,25 +68,25 @@ def make(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 def sizes(cfg: MeshConfig, count: int) -> tuple[int, ...]:
     """The sizes of the axes over `count` devices; raises `InputError` if they do not multiply to it."""
-    given = tuple(getattr(cfg, name) for name in AXES)
-    for name, size, least in zip(AXES, given, (0, 1, 1, 1)):
+    sizes = tuple(getattr(cfg, name) for name in AXES)
+    for name, size, least in zip(AXES, sizes, (0, 1, 1, 1)):
         require(size >= least, f"train.mesh.{name}={size} is no size; give {least} or more.")
-    rest = math.prod(given[1:])
-    found = (given[0] or max(count // rest, 1), *given[1:])
+    rest = math.prod(sizes[1:])
+    filled = (sizes[0] or max(count // rest, 1), *sizes[1:])
     require(
-        math.prod(found) == count,
-        f"train.mesh {_named(given)} takes {math.prod(found)} devices, but there are {count}; "
-        f"{_named(_near(given, count))} would fit.",
+        math.prod(filled) == count,
+        f"train.mesh {_named(sizes)} takes {math.prod(filled)} devices, but there are {count}; "
+        f"{_named(_near(sizes, count))} would fit.",
     )
-    return found
+    return filled
 
 
-def _near(given: Sequence[int], count: int) -> tuple[int, ...]:
+def _near(sizes: Sequence[int], count: int) -> tuple[int, ...]:
     """Sizes that multiply to `count`, each axis but the first a divisor of what was asked for."""
-    found: dict[str, int] = {}
-    for name, size in reversed(list(zip(AXES[1:], given[1:]))):
-        found[name] = math.gcd(size, count // math.prod(found.values()))
-    return count // math.prod(found.values()), *(found[name] for name in AXES[1:])
+    shares: dict[str, int] = {}
+    for name, size in reversed(list(zip(AXES[1:], sizes[1:]))):
+        shares[name] = math.gcd(size, count // math.prod(shares.values()))
+    return count // math.prod(shares.values()), *(shares[name] for name in AXES[1:])
 
 
 def _named(sizes: Sequence[int]) -> str:
@@ -98,13 +98,13 @@ def _named(sizes: Sequence[int]) -> str:
 
 def rule(path: str) -> P:
     """The one rule of a parameter."""
-    found = [spec for pattern, spec in _PATTERNS if pattern.fullmatch(path)]
+    matches = [spec for pattern, spec in _PATTERNS if pattern.fullmatch(path)]
     require(
-        len(found) == 1,
-        f"{path} is matched by {len(found)} sharding rules and needs exactly one; "
+        len(matches) == 1,
+        f"{path} is matched by {len(matches)} sharding rules and needs exactly one; "
         "correct RULES in packforcing_jax/training/mesh.py.",
     )
-    return found[0]
+    return matches[0]
 
 
 def spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
@@ -122,11 +122,11 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
     What belongs to a parameter has its path as the last key, as in flat networks; everything else is whole everywhere.
     """
 
-    def place(keys: tuple, leaf: Any) -> NamedSharding:
+    def sharding_of(keys: tuple, leaf: Any) -> NamedSharding:
         path = str(getattr(keys[-1], "key", "")) if keys else ""
         return NamedSharding(mesh, spec(path, np.shape(leaf), mesh) if "/" in path else P())
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -39,11 +39,11 @@ def time_angles(frames: Float[Array, "*b k"], cfg: Rotary) -> Float[Array, "*b k
     return jnp.pad(turned, ((0, 0),) * frames.ndim + ((0, rows + columns),))
 
 
-def space_angles(places: Float[Array, "k 2"], cfg: Rotary) -> Float[Array, "k pairs"]:
+def space_angles(positions: Float[Array, "k 2"], cfg: Rotary) -> Float[Array, "k pairs"]:
     """Angles of the row and column pairs at (possibly fractional) grid places; zero for the time pairs."""
     time, rows, columns = cfg.pairs
-    along_rows = places[:, :1] * jnp.asarray(frequencies(rows, cfg.rope_theta[1]))[None]
-    along_columns = places[:, 1:] * jnp.asarray(frequencies(columns, cfg.rope_theta[2]))[None]
+    along_rows = positions[:, :1] * jnp.asarray(frequencies(rows, cfg.rope_theta[1]))[None]
+    along_columns = positions[:, 1:] * jnp.asarray(frequencies(columns, cfg.rope_theta[2]))[None]
     return jnp.pad(jnp.concatenate([along_rows, along_columns], axis=-1), ((0, 0), (time, 0)))
 
 

@@ -86,9 +86,9 @@ class Tokenizer:
         ids = np.full((len(rows), self.max_words), self.inner.token_to_id(PAD), np.int32)
         mask = np.zeros_like(ids)
         for index, row in enumerate(rows):
-            kept = [*row[: self.max_words - 1], self.inner.token_to_id(END)]
-            ids[index, : len(kept)] = kept
-            mask[index, : len(kept)] = 1
+            row_ids = [*row[: self.max_words - 1], self.inner.token_to_id(END)]
+            ids[index, : len(row_ids)] = row_ids
+            mask[index, : len(row_ids)] = 1
         return ids, mask
 
     def _words(self, text: str, index: int, total: int) -> list[int]:
@@ -138,12 +138,12 @@ def word_tokenizer(words: Sequence[str]) -> tokenizers.Tokenizer:
 def _unknown(inner: tokenizers.Tokenizer, text: str) -> Iterator[str]:
     """Each word of `text` outside the vocabulary, once, as it was written."""
     encoded = inner.encode(text, add_special_tokens=False)
-    places = [
-        place
-        for index, place in zip(encoded.ids, encoded.offsets)
+    spans = [
+        span
+        for index, span in zip(encoded.ids, encoded.offsets)
         if index == inner.token_to_id(UNKNOWN)
     ]
-    yield from dict.fromkeys(text[start:end] for start, end in places)
+    yield from dict.fromkeys(text[start:end] for start, end in spans)
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:

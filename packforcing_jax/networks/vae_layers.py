@@ -75,8 +75,8 @@ def blank(conv: nnx.Conv, size: Size, frames: int = HISTORY) -> Frames:
 
 def extend(conv: nnx.Conv, x: Frames, past: Frames) -> tuple[Frames, Frames]:
     """`conv` over `x` continued from `past`, and the last input frames it has now seen."""
-    seen = jnp.concatenate([past, x], axis=1)
-    return conv(seen), seen[:, -HISTORY:]
+    frames = jnp.concatenate([past, x], axis=1)
+    return conv(frames), frames[:, -HISTORY:]
 
 
 class RMSNorm(nnx.Module):
@@ -156,12 +156,12 @@ class Attention(nnx.Module):
         rows = x.shape[2]
         qkv = rearrange(self.to_qkv(self.norm(x)), "b t y x (part c) -> t part b (y x) c", part=3)
         mixed = jax.lax.map(
-            _mix_places, qkv
+            _spatial_attention, qkv
         )  # frame by frame, to hold one frame's weights at a time
         return x + self.proj(rearrange(mixed, "t b (y x) c -> b t y x c", y=rows)), ()
 
 
-def _mix_places(qkv: Float[Array, "3 b places c"]) -> Float[Array, "b places c"]:
+def _spatial_attention(qkv: Float[Array, "3 b places c"]) -> Float[Array, "b places c"]:
     """The attention of one frame; softmax in float32."""
     q, k, v = qkv
     affinity = (
@@ -188,9 +188,9 @@ class Downsample(nnx.Module):
         x = self.conv(x)
         if self.time_conv is None:
             return x, ()
-        alone, seen = (x[:, :1], x) if first else (x[:, :0], jnp.concatenate([past, x], axis=1))
-        pairs = self.time_conv(seen) if seen.shape[1] > 1 else seen[:, :0]
-        return jnp.concatenate([alone, pairs], axis=1), seen[:, -1:]
+        alone, frames = (x[:, :1], x) if first else (x[:, :0], jnp.concatenate([past, x], axis=1))
+        pairs = self.time_conv(frames) if frames.shape[1] > 1 else frames[:, :0]
+        return jnp.concatenate([alone, pairs], axis=1), frames[:, -1:]
 
 
 class Upsample(nnx.Module):

@@ -96,12 +96,12 @@ def backend(choice: str | Backend, dtype=jnp.float32) -> AttentionFn:
 
 def working_backends() -> dict[str, str]:
     """Backends by name -> "ok" or why they cannot run on this machine, found by running each once."""
-    found = {}
+    available = {}
     q = jnp.ones((1, 128, 1, 64), jnp.bfloat16)
     for name, one in BACKENDS.items():
         try:
             jax.block_until_ready(one.attention_fn(q, q, q, jnp.int32(100)))
-            found[name] = "ok"
+            available[name] = "ok"
         except Exception as error:  # noqa: BLE001  a backend may refuse in many ways; each is the answer
-            found[name] = (str(error).splitlines() or [type(error).__name__])[0][:120]
-    return found
+            available[name] = (str(error).splitlines() or [type(error).__name__])[0][:120]
+    return available

@@ -47,7 +47,7 @@ EVICTIONS = {FIFO.name: FIFO}
 
 def check(rule: Eviction, size: int) -> None:
     """Raises `InputError` unless the two halves of `rule` agree, item by item, for a store of `size`."""
-    held = np.full(size, -1)
+    in_slots = np.full(size, -1)
     for item in range(HISTORY * size):
         slot = int(rule.slot_of(item, size))
         require(
@@ -55,10 +55,10 @@ def check(rule: Eviction, size: int) -> None:
             f"cache.eviction={rule.name!r} writes item {item} to slot {slot} of {size}; correct it.",
         )
         if slot >= 0:
-            held[slot] = item
+            in_slots[slot] = item
         said = np.maximum(np.asarray(rule.ids_in(item + 1, size)), -1)
         require(
-            said.shape == held.shape and bool((said == held).all()),
+            said.shape == in_slots.shape and bool((said == in_slots).all()),
             f"cache.eviction={rule.name!r}: after {item + 1} items ids_in says {said.tolist()}, but slot_of wrote "
-            f"{held.tolist()}; make them agree.",
+            f"{in_slots.tolist()}; make them agree.",
         )

@@ -61,11 +61,11 @@ def _masses(inputs: ScoreInputs) -> Float[Array, "b n q slot"]:
         for keys, valid in zip(inputs.full_res, inputs.full_res_valid, strict=True)
     ]
     highest = packed.max((-2, -1), initial=lowest)
-    for sharp in others:
-        highest = jnp.maximum(highest, sharp.max(-1, initial=lowest))
+    for full_res in others:
+        highest = jnp.maximum(highest, full_res.max(-1, initial=lowest))
     highest = jax.lax.stop_gradient(highest)[..., None]
     mine = jnp.exp(packed - highest[..., None]).sum(-1)
-    theirs = [jnp.exp(sharp - highest).sum(-1, keepdims=True) for sharp in others]
+    theirs = [jnp.exp(full_res - highest).sum(-1, keepdims=True) for full_res in others]
     return mine / sum(theirs, mine.sum(-1, keepdims=True))
 
 
@@ -205,10 +205,12 @@ def choose(
 def pool(q: Heads, grid: tuple[int, int], window: tuple[int, int, int]) -> Heads:
     """Queries averaged over windows of (frames, rows, columns); tokens that do not fill a window are left out."""
     rows, columns = grid
-    by_place = einops.rearrange(q, "b (t y x) n h -> b t y x n h", y=rows, x=columns)
-    t, y, x = (size // step * step for size, step in zip(by_place.shape[1:4], window, strict=True))
+    by_position = einops.rearrange(q, "b (t y x) n h -> b t y x n h", y=rows, x=columns)
+    t, y, x = (
+        size // step * step for size, step in zip(by_position.shape[1:4], window, strict=True)
+    )
     return einops.reduce(
-        by_place[:, :t, :y, :x],
+        by_position[:, :t, :y, :x],
         "b (t pt) (y py) (x px) n h -> b (t y x) n h",
         "mean",
         pt=window[0],

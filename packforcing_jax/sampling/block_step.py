@@ -104,8 +104,8 @@ def denoise_block(
     random = random_scores(memory, noise)
     if cfg.cache.top == 0 or (cfg.cache.scope, cfg.cache.timing) == ("layer", "first"):
         past = pytrees.zipped(memory.layers, random)
-        clean, kept = first_step(nets, cfg, layout, noise, text, past, attends=choosing)
-        views, selection = pytrees.unzip(kept)
+        clean, outputs = first_step(nets, cfg, layout, noise, text, past, attends=choosing)
+        views, selection = pytrees.unzip(outputs)
         return remaining_steps(nets, cfg, with_views(memory, views), noise, text, clean, selection)
     newest = pytrees.over(lambda _: view.newest(spec, layout, len(noise.noise)), memory.layers)
     gathered = pytrees.over(view.gather, memory.layers, newest)
@@ -130,8 +130,8 @@ def first_pass(
     """A first step behind given packed blocks: (the memory, the clean prediction, what each layer asked)."""
     layout = layouts.layout(cfg.cache, memory.progress)
     memory = laid(cfg, memory, gathered, selection)
-    clean, kept = first_step(nets, cfg, layout, noise, text, views_of(memory), attends=asking)
-    views, queries = pytrees.unzip(kept)
+    clean, outputs = first_step(nets, cfg, layout, noise, text, views_of(memory), attends=asking)
+    views, queries = pytrees.unzip(outputs)
     return with_views(memory, views), clean, queries
 
 
@@ -219,11 +219,11 @@ def predict_x0(
     self_attention = block_attention(cfg, layout, noisy.shape[1], access)
     if attends is not None:
         self_attention = attends(cfg, layout, self_attention)
-    x, kept = _run(nets, cfg, nets.dit.embed(noisy), time, text, past, self_attention)
+    x, outputs = _run(nets, cfg, nets.dit.embed(noisy), time, text, past, self_attention)
     output = nets.dit.output(x, time, cfg.grid).astype(noisy.dtype)
     if cfg.sample.prediction == "clean":
-        return output, kept
-    return schedules.clean_from_velocity(noisy, output, sigma), kept
+        return output, outputs
+    return schedules.clean_from_velocity(noisy, output, sigma), outputs
 
 
 # Committing
@@ -255,20 +255,20 @@ def commit_block(
         selection = newest
 
     def keep_full(own: KV, whole: KV, past: Any) -> LayerCache:
-        layer, chosen = past
+        layer, selected = past
         layer = dataclasses.replace(layer, view=whole)
         layer = cache.keep_unrotated(spec, now, layer, own.k)
         return (
             layer
             if cache_cfg.top
-            else cache.finish_layer(spec, now, following, layer, None, chosen)
+            else cache.finish_layer(spec, now, following, layer, None, selected)
         )
 
     def keep_packed(own: KV, whole: KV, past: Any) -> tuple[LayerCache, KV | None]:
-        layer, chosen = past
+        layer, selected = past
         layer = dataclasses.replace(layer, view=whole)
         stored, handed = (own, None) if cache_cfg.archive == "device" else (None, own)
-        return cache.finish_layer(spec, now, following, layer, stored, chosen), handed
+        return cache.finish_layer(spec, now, following, layer, stored, selected), handed
 
     past = pytrees.zipped(memory.layers, selection)
     writes = Access(view_of=lambda past: past[0].view, keep=keep_full, writes=True)
@@ -279,8 +279,8 @@ def commit_block(
         layers, latent, low_res = jax.lax.optimization_barrier((layers, latent, low_res))
         past = pytrees.zipped(layers, selection)
         writes = dataclasses.replace(writes, keep=keep_packed)
-        kept = read_packed(nets, cfg, now, latent, low_res, text, past, writes)
-        layers, packed = pytrees.unzip(kept)
+        outputs = read_packed(nets, cfg, now, latent, low_res, text, past, writes)
+        layers, packed = pytrees.unzip(outputs)
     memory = cache.advanced(spec, dataclasses.replace(memory, layers=layers), latent)
     return memory, packed if cache_cfg.archive == "host" else None
 
@@ -508,8 +508,8 @@ def views_of(memory: Memory) -> PerLayer[KV]:
 def with_views(memory: Memory, views: PerLayer[KV]) -> Memory:
     """`memory` with these views: the same in all that is remembered, other scratch."""
 
-    def one(layer: LayerCache, seen: KV) -> LayerCache:
-        return dataclasses.replace(layer, view=seen)
+    def one(layer: LayerCache, view: KV) -> LayerCache:
+        return dataclasses.replace(layer, view=view)
 
     return dataclasses.replace(memory, layers=pytrees.over(one, memory.layers, views))
 

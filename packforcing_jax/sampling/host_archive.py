@@ -71,9 +71,9 @@ def denoise(
     memory, clean, queries = _first_pass(nets, cfg, memory, noise, text, gathered, newest)
     scores = jnp.zeros(())
     layers: Any = memory.layers  # one by one, as in sampling
-    for one, layer, asked, random in zip(archive, layers, queries, noise.random, strict=True):
+    for one, layer, pooled, random in zip(archive, layers, queries, noise.random, strict=True):
         keys = jnp.asarray(one.k)
-        scores = scores + _score(cfg.memory, memory.progress, layer, keys, asked, random)
+        scores = scores + _score(cfg.memory, memory.progress, layer, keys, pooled, random)
     selection = _decide(cfg.memory, memory.progress, scores)
     gathered = gather(archive, selection)
     return _remaining_passes(nets, cfg, memory, noise, text, clean, gathered, selection)

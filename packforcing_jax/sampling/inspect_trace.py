@@ -29,11 +29,11 @@ RAMP = (
     (255, 240, 160),
 )  # recalled by no layer ... by all
 GONE = (0, 0, 0)
-SHARP = (44, 72, 66)
+FULL_RES = (44, 72, 66)
 NOW = (255, 255, 255)
 MEANINGS = (  # colours of the map beside RAMP
     (NOW, "the block itself"),
-    (SHARP, "seen at full size", "(sink, recent)"),
+    (FULL_RES, "seen at full size", "(sink, recent)"),
     (GONE, "forgotten, or", "still to come"),
 )
 PAPER = (250, 250, 250)
@@ -66,8 +66,8 @@ def visible(cfg: CacheConfig, block: int) -> list[int]:
     """Ids of the packed blocks that `block` may recall."""
     first = cfg.sink // cfg.block
     written = max(0, block - cfg.sink // cfg.block)
-    held = np.asarray(cfg.evicts.ids_in(written, cfg.slots)) if cfg.top else np.zeros(0, int)
-    return sorted(int(id) + first for id in held if 0 <= id < written - cfg.recent // cfg.block)
+    in_slots = np.asarray(cfg.evicts.ids_in(written, cfg.slots)) if cfg.top else np.zeros(0, int)
+    return sorted(int(id) + first for id in in_slots if 0 <= id < written - cfg.recent // cfg.block)
 
 
 def due(cfg: CacheConfig, block: int) -> int:
@@ -75,9 +75,9 @@ def due(cfg: CacheConfig, block: int) -> int:
     return min(len(visible(cfg, block)), cfg.attended)
 
 
-def _same(found: float, wanted: float) -> bool:
+def _same(reading: float, wanted: float) -> bool:
     """Whether two places agree as far as float32 tells them apart, a thousandth of a frame at least."""
-    return math.isfinite(wanted) and abs(found - wanted) <= max(1e-3, 4 * EPS * abs(wanted))
+    return math.isfinite(wanted) and abs(reading - wanted) <= max(1e-3, 4 * EPS * abs(wanted))
 
 
 def _order(cfg: CacheConfig, before: Block | None, block: Block) -> Iterator[str]:
@@ -137,15 +137,19 @@ def _layout(cfg: CacheConfig, before: Block | None, block: Block) -> Iterator[st
 
 def _recalled(cfg: CacheConfig, before: Block | None, block: Block) -> Iterator[str]:
     """Every layer recalls as many visible blocks as there should be, in time order, none twice."""
-    seen = visible(cfg, block.index)
+    visible_ids = visible(cfg, block.index)
     count = due(cfg, block.index)
     for number, layer in enumerate(block.layers):
         where = f"Block {block.index}, layer {number}"
         ids = layer.ids.tolist()
         if len(ids) != count:
             yield f"{where}: {len(ids)} packed blocks were recalled, but {count} were due."
-        for id in sorted(set(ids) - set(seen)):
-            may = f"only {seen[0]} to {seen[-1]} could be" if seen else "none could be"
+        for id in sorted(set(ids) - set(visible_ids)):
+            may = (
+                f"only {visible_ids[0]} to {visible_ids[-1]} could be"
+                if visible_ids
+                else "none could be"
+            )
             yield f"{where}: packed block {id} was recalled, but {may}."
         for one, other in zip(ids, ids[1:]):
             if one >= other:
@@ -154,7 +158,7 @@ def _recalled(cfg: CacheConfig, before: Block | None, block: Block) -> Iterator[
                 )
 
 
-def _places(cfg: CacheConfig, before: Block | None, block: Block) -> Iterator[str]:
+def _positions(cfg: CacheConfig, before: Block | None, block: Block) -> Iterator[str]:
     """Packed blocks stand in one row behind the sink, or at their true frames, with finite scores and true ages."""
     row = block.layout["sink_position"] + block.layout["sink"]
     step = block.layout["step"]
@@ -181,17 +185,17 @@ def _shared(cfg: CacheConfig, before: Block | None, block: Block) -> Iterator[st
             yield f"Block {block.index}, layer {number}: recalled {layer.ids.tolist()}, but layer 0 recalled {first}."
 
 
-INVARIANTS = (_order, _sink, _layout, _recalled, _places, _shared)
+INVARIANTS = (_order, _sink, _layout, _recalled, _positions, _shared)
 
 
 def problems(trace: Trace) -> list[str]:
     """One sentence for everything in the trace that must not be; none if all holds."""
     pairs = list(zip((None, *trace.blocks), trace.blocks))
     return [
-        found
+        problem
         for before, block in pairs
         for check in INVARIANTS
-        for found in check(trace.cache, before, block)
+        for problem in check(trace.cache, before, block)
     ]
 
 
@@ -222,10 +226,10 @@ def _change(one: np.ndarray, other: np.ndarray) -> float:
 
 def _change_at_random(cfg: CacheConfig, one: Block, other: Block) -> float:
     """The change that choices at random have, from the mean of what they have in common."""
-    (seen, count), (later, wanted) = (
+    (visible_ids, count), (later, wanted) = (
         (visible(cfg, block.index), due(cfg, block.index)) for block in (one, other)
     )
-    common = len(set(seen) & set(later)) * count / len(seen) * wanted / len(later)
+    common = len(set(visible_ids) & set(later)) * count / len(visible_ids) * wanted / len(later)
     return 1 - common / (count + wanted - common)
 
 
@@ -244,36 +248,36 @@ def _free(trace: Trace) -> list[tuple[Block, Block]]:
 
 def _of_layer(trace: Trace, number: int) -> dict[str, Any]:
     """The figures of one layer's choices."""
-    held = [block.layers[number] for block in trace.blocks if len(block.layers[number].ids)]
-    ages = np.concatenate([layer.ages for layer in held] or [np.zeros(0)])
+    choices = [block.layers[number] for block in trace.blocks if len(block.layers[number].ids)]
+    ages = np.concatenate([layer.ages for layer in choices] or [np.zeros(0)])
     changes = [
         _change(one.layers[number].ids, other.layers[number].ids) for one, other in _free(trace)
     ]
     return (
-        {"layer": number, "recalled": _mean(len(layer.ids) for layer in held)}
+        {"layer": number, "recalled": _mean(len(layer.ids) for layer in choices)}
         | _ages(ages, np.ones(len(ages)))
         | {
             "change": _mean(changes),
-            "distinct": len({id for layer in held for id in layer.ids.tolist()}),
-            "best": _mean(np.fmax.reduce(layer.scores) for layer in held),
-            "last": _mean(np.fmin.reduce(layer.scores) for layer in held),
+            "distinct": len({id for layer in choices for id in layer.ids.tolist()}),
+            "best": _mean(np.fmax.reduce(layer.scores) for layer in choices),
+            "last": _mean(np.fmin.reduce(layer.scores) for layer in choices),
         }
     )
 
 
 def _at_random(trace: Trace) -> dict[str, Any]:
     """The same figures if every block chose at random among what it could see."""
-    seen = [
+    candidates = [
         (block.index, visible(trace.cache, block.index), due(trace.cache, block.index))
         for block in trace.blocks
     ]
-    seen = [(index, np.array(ids), count) for index, ids, count in seen if count]
-    ages = np.concatenate([index - ids for index, ids, _ in seen] or [np.zeros(0)])
+    candidates = [(index, np.array(ids), count) for index, ids, count in candidates if count]
+    ages = np.concatenate([index - ids for index, ids, _ in candidates] or [np.zeros(0)])
     weights = np.concatenate(
-        [np.full(len(ids), count / len(ids)) for _, ids, count in seen] or [np.zeros(0)]
+        [np.full(len(ids), count / len(ids)) for _, ids, count in candidates] or [np.zeros(0)]
     )
     return (
-        {"layer": "random", "recalled": _mean(count for *_, count in seen)}
+        {"layer": "random", "recalled": _mean(count for *_, count in candidates)}
         | _ages(ages, weights)
         | {
             "change": _mean(_change_at_random(trace.cache, *pair) for pair in _free(trace)),
@@ -299,14 +303,14 @@ def _cell(value: Any, form: str) -> str:
 
 def by_age(trace: Trace) -> list[tuple[str, list[float] | None]]:
     """For RANGES ranges of blocks: their name, and the share of all layers' choices in each range of AGES."""
-    found = []
+    shares = []
     for part in np.array_split(np.arange(len(trace.blocks)), min(RANGES, len(trace.blocks))):
         blocks = [trace.blocks[i] for i in part]
         ages = np.concatenate([layer.ages for block in blocks for layer in block.layers])
         counts = np.bincount(np.searchsorted(AGES, ages), minlength=len(AGES) + 1)
         name = f"{blocks[0].index}-{blocks[-1].index}"
-        found.append((name, (counts / len(ages)).tolist() if len(ages) else None))
-    return found
+        shares.append((name, (counts / len(ages)).tolist() if len(ages) else None))
+    return shares
 
 
 def table(trace: Trace) -> str:
@@ -353,9 +357,9 @@ def _shares(trace: Trace, size: int, step: int) -> tuple[np.ndarray, np.ndarray]
         ids = np.concatenate([np.unique(layer.ids) for layer in block.layers])
         hits = np.bincount(ids[(ids >= 0) & (ids < count)], minlength=count) / len(block.layers)
         row = block.index // step
-        seen = visible(trace.cache, block.index)
+        visible_ids = visible(trace.cache, block.index)
         share[row] = np.maximum(share[row], np.maximum.reduceat(hits, np.arange(0, count, step)))
-        may[row, np.array(seen, int) // step] = True
+        may[row, np.array(visible_ids, int) // step] = True
     return share, may
 
 
@@ -376,21 +380,21 @@ def cells(trace: Trace) -> np.ndarray:
     size, step = _grid(trace)
     share, may = _shares(trace, size, step)
     row, column = np.ogrid[:size, :size]
-    kept = (column * step < cfg.sink // cfg.block) | (
+    full_res = (column * step < cfg.sink // cfg.block) | (
         (row - column) * step <= cfg.recent // cfg.block
     )
     stops = np.linspace(0, 1, len(RAMP))
-    shown = np.stack([np.interp(share, stops, level) for level in np.transpose(RAMP)], axis=-1)
+    colours = np.stack([np.interp(share, stops, level) for level in np.transpose(RAMP)], axis=-1)
     other = ~may & (share == 0)
     for where, colour in (
         (other, GONE),
-        (other & kept & (column < row), SHARP),
+        (other & full_res & (column < row), FULL_RES),
         (row == column, NOW),
     ):
-        shown[where] = colour
+        colours[where] = colour
     scale = max(1, SIDE // size)
     return einops.repeat(
-        np.rint(shown).astype(np.uint8), "h w c -> (h a) (w b) c", a=scale, b=scale
+        np.rint(colours).astype(np.uint8), "h w c -> (h a) (w b) c", a=scale, b=scale
     )
 
 

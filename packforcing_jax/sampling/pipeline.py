@@ -111,9 +111,9 @@ def check_changes(changes: Mapping[int, str]) -> None:
 def _read(model: model_folder.Opened, part: str, build: Callable[[], Any], dtype: str) -> Any:
     """A part of a model folder as the module that `build` makes; one without parameters needs no file."""
     shapes = jax.eval_shape(build)
-    held = model.part(part) if pytrees.flatten(shapes) else {}
+    tensors = model.part(part) if pytrees.flatten(shapes) else {}
     return model_folder.fill(
-        shapes, held, dtype=dtype, source=f"the {part} weights of {model.folder}"
+        shapes, tensors, dtype=dtype, source=f"the {part} weights of {model.folder}"
     )
 
 
@@ -276,15 +276,15 @@ class Pipeline:
                 )
             before = jax.tree.map(np.asarray, state.memory.progress)
             state, block = player.next_block(self, state, text_kv)
-            shown = np.asarray(block.frames[0])
-            video.guard(shown, first=index * len(shown))
-            yield self._finished(index, prompts[index], shown, block, before, state)
+            frames = np.asarray(block.frames[0])
+            video.guard(frames, first=index * len(frames))
+            yield self._finished(index, prompts[index], frames, block, before, state)
 
     def _finished(
         self,
         index: int,
         prompt: str,
-        shown: np.ndarray,
+        frames: np.ndarray,
         block: player.Block,
         before: Progress,
         state: State,
@@ -310,7 +310,7 @@ class Pipeline:
         return Finished(
             index=index,
             prompt=prompt,
-            frames=shown,
+            frames=frames,
             latent=np.asarray(block.latent[0]),
             block_ids=per_layer["ids"],
             scores=per_layer["scores"],

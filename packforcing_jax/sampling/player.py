@@ -233,8 +233,8 @@ def sink_sum(spec: MemorySpec, memory: Memory) -> Array:
     total = jnp.uint32(0)
     layers: Any = memory.layers  # one by one, as in sampling
     for layer in layers:
-        kept = (layer.view.v,) if moves else (layer.view.k, layer.view.v)
-        for store in kept:
+        stores = (layer.view.v,) if moves else (layer.view.k, layer.view.v)
+        for store in stores:
             bits = jax.lax.bitcast_convert_type(store[:, :tokens], sizes[store.dtype.itemsize])
             total = total + bits.sum(dtype=jnp.uint32)
     return total

@@ -82,13 +82,13 @@ def read(path: str | Path) -> list[Job]:
             f"--prompts {path} cannot be read ({error}); give a text or JSONL file."
         ) from error
     parse = _from_json if path.suffix == ".jsonl" else _from_text
-    found = [
+    jobs = [
         parse(line.strip(), f"{path}, line {number}")
         for number, line in enumerate(lines, start=1)
         if line.strip() and (path.suffix == ".jsonl" or not line.lstrip().startswith("#"))
     ]
-    require(len(found) > 0, f"{path} holds no prompt; write one per line.")
-    return found
+    require(len(jobs) > 0, f"{path} holds no prompt; write one per line.")
+    return jobs
 
 
 def _from_text(line: str, source: str) -> Job:
@@ -105,7 +105,7 @@ def _from_json(line: str, source: str) -> Job:
         require(key in KINDS, f"{source}: {key!r} is unknown; {nearest(key, KINDS)}")
         fits = isinstance(value, KINDS[key]) and not isinstance(value, bool)
         require(fits, f"{source}: {key}={value!r} is of the wrong kind; correct it.")
-    told = {
+    settings = {
         key: table[key] for key in ("name", "blocks", "seconds", "seed", "memory") if key in table
     }
     overrides = table.get("set", [])
@@ -113,7 +113,9 @@ def _from_json(line: str, source: str) -> Job:
         all(isinstance(each, str) for each in overrides),
         f'{source}: set={overrides!r} must be a list of "a.b=value".',
     )
-    return Job(entries=_entries(table, source), overrides=tuple(overrides), source=source, **told)
+    return Job(
+        entries=_entries(table, source), overrides=tuple(overrides), source=source, **settings
+    )
 
 
 def _entries(table: dict[str, Any], source: str) -> Entries:

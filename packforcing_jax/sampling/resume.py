@@ -48,19 +48,19 @@ class Keeper:
         self.saved.check()
         if self.saved.latest() is None:
             return Resumed()
-        kept, notes = self.saved.restore(_form(self.model))
-        block = int(kept["sampler"].memory.num_blocks)
-        told = notes["prompts"][:block]
+        state, notes = self.saved.restore(_form(self.model))
+        block = int(state["sampler"].memory.num_blocks)
+        saved_prompts = notes["prompts"][:block]
         require(
-            told == self.prompts[:block],
+            saved_prompts == self.prompts[:block],
             f"Checkpoint folder {self.saved.folder} tells another story in its first "
             f"{block} blocks; give the same prompts up to there or choose another folder.",
         )
-        at = {name: int(value) for name, value in kept["video"].items()}
+        at = {name: int(value) for name, value in state["video"].items()}
         return Resumed(
-            player.with_scratch(self.model, kept["sampler"]),
+            player.with_scratch(self.model, state["sampler"]),
             video.Position(**at),
-            int(kept["trace"]),
+            int(state["trace"]),
         )
 
     def keep(self, block: Finished, written: video.Writer, traced: trace.Writer | None) -> None:

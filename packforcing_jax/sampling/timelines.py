@@ -39,12 +39,12 @@ def parse(lines: list[str], source: str) -> list[Entry]:
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        found = LINE.fullmatch(line)
-        if found is None:
+        match = LINE.fullmatch(line)
+        if match is None:
             raise InputError(
                 f"{source}, line {number}: {line.strip()!r} is not `BLOCK: prompt`, as in `12: a disc`."
             )
-        entries.append(Entry(int(found[1]), found[3], found[2] or ""))
+        entries.append(Entry(int(match[1]), match[3], match[2] or ""))
         change = entries[-1].change
         require(
             not change or change in AT_PROMPT_CHANGE,

@@ -89,8 +89,8 @@ def header(exp: Experiment, **settings: Any) -> dict[str, Any]:
 
 def memory_settings(cache: CacheConfig) -> dict[str, Any]:
     """The memory's settings as JSON holds them; a policy stands there by its name."""
-    held = {field.name: getattr(cache, field.name) for field in dataclasses.fields(cache)}
-    return {name: getattr(value, "name", value) for name, value in held.items()}
+    stored = {field.name: getattr(cache, field.name) for field in dataclasses.fields(cache)}
+    return {name: getattr(value, "name", value) for name, value in stored.items()}
 
 
 def _number(value: float) -> float | None:
@@ -107,12 +107,12 @@ def line(finished: Any) -> dict[str, Any]:
         finished.block_ids, finished.scores, finished.positions, strict=True
     ):
         valid = np.asarray(ids) >= 0
-        kept = np.asarray(ids)[valid].tolist()
+        selected = np.asarray(ids)[valid].tolist()
         layers.append(
             {
-                "ids": kept,
+                "ids": selected,
                 "scores": list(map(_number, np.asarray(scores)[valid].tolist())),
-                "ages": [finished.index - id for id in kept],
+                "ages": [finished.index - id for id in selected],
                 "positions": list(map(_number, np.asarray(positions)[valid].tolist())),
             }
         )
@@ -147,11 +147,11 @@ def _check_same_run(path: Path, head: dict[str, Any], position: int) -> None:
             file.read(1) == b"\n",
             f"Trace {path} has no line that ends at byte {position}; {remedy}.",
         )
-    found = _parsed(path, 1, first, _of_this_version)
+    line = _parsed(path, 1, first, _of_this_version)
     for name, value in json.loads(json.dumps(head)).items():
         require(
-            name not in SAME_RUN or found.get(name) == value,
-            f"Trace {path} is of another run ({name}={found.get(name)}, here {value}); {remedy}.",
+            name not in SAME_RUN or line.get(name) == value,
+            f"Trace {path} is of another run ({name}={line.get(name)}, here {value}); {remedy}.",
         )
 
 
@@ -216,10 +216,10 @@ def _parsed(path, number: int, text: bytes, make: Callable[[Any], Any]) -> Any:
 
     try:
         try:
-            found = json.loads(text.decode(), parse_constant=refuse)
+            line = json.loads(text.decode(), parse_constant=refuse)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError("is not JSON") from error
-        return make(found)
+        return make(line)
     except (ValueError, OverflowError, InputError) as error:
         raise InputError(
             f"Trace {path}, line {number}: {str(error).rstrip('.')}; "
@@ -227,61 +227,61 @@ def _parsed(path, number: int, text: bytes, make: Callable[[Any], Any]) -> Any:
         ) from error
 
 
-def _take(found: Any, name: str, kind: type) -> Any:
+def _field(line: Any, name: str, kind: type) -> Any:
     """The value `name` of a JSON object, of type `kind`."""
-    require(isinstance(found, dict), "is no JSON object")
-    require(name in found, f"has no {name!r}")
-    require(type(found[name]) is kind, f"{name!r} is no {kind.__name__}")
-    return found[name]
+    require(isinstance(line, dict), "is no JSON object")
+    require(name in line, f"has no {name!r}")
+    require(type(line[name]) is kind, f"{name!r} is no {kind.__name__}")
+    return line[name]
 
 
-def _of_this_version(found: Any) -> dict[str, Any]:
+def _of_this_version(line: Any) -> dict[str, Any]:
     """A header that has all that this version writes."""
     require(
-        _take(found, "trace", int) == VERSION,
-        f"is version {found['trace']}, but {VERSION} is read here",
+        _field(line, "trace", int) == VERSION,
+        f"is version {line['trace']}, but {VERSION} is read here",
     )
-    _take(found, "experiment", str)
-    require(_take(found, "layers", int) > 0, f"has {found['layers']} layers")
-    other = set(_take(found, "cache", dict)) ^ {one.name for one in dataclasses.fields(CacheConfig)}
+    _field(line, "experiment", str)
+    require(_field(line, "layers", int) > 0, f"has {line['layers']} layers")
+    other = set(_field(line, "cache", dict)) ^ {one.name for one in dataclasses.fields(CacheConfig)}
     require(
         not other, f"its cache settings differ from this version's in {', '.join(sorted(other))}"
     )
-    return found
+    return line
 
 
-def _header(found: Any, known: CacheConfig | None) -> tuple[dict[str, Any], CacheConfig]:
+def _header(line: Any, known: CacheConfig | None) -> tuple[dict[str, Any], CacheConfig]:
     """A header and the settings of the memory in it: those `known`, with policies of their own, where they agree."""
-    held = _of_this_version(found)["cache"]
+    stored = _of_this_version(line)["cache"]
     fields = dataclasses.fields(CacheConfig)
     if known is not None:
         wanted = json.loads(json.dumps(memory_settings(known)))
-        differing = sorted(name for name in wanted if wanted[name] != held[name])
+        differing = sorted(name for name in wanted if wanted[name] != stored[name])
         require(
             not differing, f"--config has other settings of {', '.join(differing)} than the run"
         )
-        return found, known
+        return line, known
     values = {}
     for field in fields:
-        value = _take(held, field.name, type(json.loads(json.dumps(field.default))))
+        value = _field(stored, field.name, type(json.loads(json.dumps(field.default))))
         values[field.name] = tuple(value) if isinstance(value, list) else value
-    _require_known(held)
-    return found, CacheConfig(**values)
+    _require_known(stored)
+    return line, CacheConfig(**values)
 
 
-def _require_known(held: Mapping[str, Any]) -> None:
+def _require_known(stored: Mapping[str, Any]) -> None:
     """Raises `InputError` where a policy is one of the run's own, of which a name says too little."""
     tables = {"selection": selection.SCORES, "eviction": eviction.EVICTIONS}
     for name, table in tables.items():
         require(
-            held[name] in table,
-            f"cache.{name}={held[name]!r} is a policy of the run's own; give the --config that the run was given",
+            stored[name] in table,
+            f"cache.{name}={stored[name]!r} is a policy of the run's own; give the --config that the run was given",
         )
 
 
-def _numbers(found: Any, name: str, kind: type) -> np.ndarray:
+def _numbers(line: Any, name: str, kind: type) -> np.ndarray:
     """The list `name` as an array; a null, where numbers may have been infinite, is nan."""
-    values = _take(found, name, list)
+    values = _field(line, name, list)
     allowed = (int,) if kind is int else (int, float, type(None))
     require(
         all(type(value) in allowed for value in values),
@@ -293,23 +293,28 @@ def _numbers(found: Any, name: str, kind: type) -> np.ndarray:
     )
 
 
-def _block(found: Any, layers: int) -> Block:
+def _block(line: Any, layers: int) -> Block:
     """The finished block in one line."""
     index, prompt, latent, total, layout, rows = (
-        _take(found, name, kind) for name, kind in BLOCK.items()
+        _field(line, name, kind) for name, kind in BLOCK.items()
     )
     require(0 <= index < 2**31, f"is of block {index}, which no run reaches")
     require(len(rows) == layers, f"has {len(rows)} layers instead of {layers}")
-    held = []
+    stored = []
     for row in rows:
         parts = [_numbers(row, name, int if name in ("ids", "ages") else float) for name in LAYER]
         require(len(set(map(len, parts))) == 1, f"a layer's {', '.join(LAYER)} differ in length")
-        held.append(Layer(*parts))
+        stored.append(Layer(*parts))
     missing = [name for name in LAYOUT if name not in layout]
     require(not missing, f"its layout has no {', '.join(missing)}")
     layout = {name: _numbers({name: [layout[name]]}, name, float).item() for name in LAYOUT}
     return Block(
-        index=index, prompt=prompt, latent=latent, sink_sum=total, layout=layout, layers=tuple(held)
+        index=index,
+        prompt=prompt,
+        latent=latent,
+        sink_sum=total,
+        layout=layout,
+        layers=tuple(stored),
     )
 
 
@@ -339,9 +344,9 @@ def read(path, known: CacheConfig | None = None) -> Trace:
             f"Trace {path} cannot be read ({error.strerror}); check the path."
         ) from error
     first = lines[0] if lines else b""
-    head, cache = _parsed(path, 1, first, lambda found: _header(found, known))
+    head, cache = _parsed(path, 1, first, lambda line: _header(line, known))
     blocks = tuple(
-        _parsed(path, number, text, lambda found: _block(found, head["layers"]))
+        _parsed(path, number, text, lambda line: _block(line, head["layers"]))
         for number, text in enumerate(lines[1:], start=2)
     )
     require(

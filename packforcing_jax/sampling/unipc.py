@@ -85,14 +85,14 @@ def init(latent: Array) -> State:
 def step(solver: UniPC, state: State, velocity: Array, index: ArrayLike) -> State:
     """The state after step `index`, whose network returned `velocity` for `state.latent`."""
     clean = state.latent - jnp.asarray(solver.sigmas)[index] * velocity
-    corrected = _mix(
+    corrected = _weighted(
         jnp.asarray(solver.corrector)[index], state.corrected, state.older, state.clean, clean
     )
-    latent = _mix(jnp.asarray(solver.predictor)[index], corrected, state.clean, clean)
+    latent = _weighted(jnp.asarray(solver.predictor)[index], corrected, state.clean, clean)
     return State(latent=latent, corrected=corrected, clean=clean, older=state.clean)
 
 
-def _mix(weights: Array, *samples: Array) -> Array:
+def _weighted(weights: Array, *samples: Array) -> Array:
     return functools.reduce(
         jnp.add, (weight * sample for weight, sample in zip(weights, samples, strict=True))
     )

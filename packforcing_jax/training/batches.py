@@ -94,7 +94,7 @@ def as_model(exp: Experiment, params: Mapping[str, Array]) -> Model:
     """The modules that hold `params`, whose paths begin with dit/, compressor/ and, if it reads, text/."""
     reads = any(path.startswith("text/") for path in params)
     shapes = jax.eval_shape(lambda: new_model(exp, jax.random.key(0), reads=reads))
-    return pytrees.fill(shapes, params, put=pytrees.as_given)
+    return pytrees.fill(shapes, params, put=pytrees.unchanged)
 
 
 def part(params: Mapping[str, Leaf], name: str) -> dict[str, Leaf]:
@@ -109,7 +109,7 @@ def part(params: Mapping[str, Leaf], name: str) -> dict[str, Leaf]:
 def as_transformer(exp: Experiment, params: Mapping[str, Array]) -> dit.WanDiT:
     """The transformer alone, from the paths under dit/."""
     shapes = jax.eval_shape(lambda: dit.WanDiT(exp.dit, nnx.Rngs(0)))
-    return pytrees.fill(shapes, part(params, "dit"), put=pytrees.as_given)
+    return pytrees.fill(shapes, part(params, "dit"), put=pytrees.unchanged)
 
 
 def as_codec(exp: Experiment, params: Mapping[str, Array] | None) -> codec.Codec | None:
@@ -117,7 +117,7 @@ def as_codec(exp: Experiment, params: Mapping[str, Array] | None) -> codec.Codec
     shapes = codec.shapes(exp.codec)
     if params is None and pytrees.flatten(shapes):
         return None
-    return pytrees.fill(shapes, params or {}, put=pytrees.as_given)
+    return pytrees.fill(shapes, params or {}, put=pytrees.unchanged)
 
 
 def encode(exp: Experiment, vae: codec.Codec, raw: Mapping[str, Array]) -> Batch:
