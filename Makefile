@@ -22,7 +22,7 @@ define install
 	@touch $(VENV)/.installed $@
 endef
 
-.PHONY: setup demo test test-slow wheel-test docs docs-test overfit parity check format lint types h200 clean
+.PHONY: setup demo test test-slow verify-methods wheel-test docs docs-test overfit parity check format lint types h200 clean
 
 setup: $(VENV)/.installed$(EXTRAS:%=-%)
 
@@ -55,6 +55,10 @@ docs: $(VENV)/.installed-docs
 
 docs-test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m docs tests/test_docs.py
+
+FILES = tests/golden/methods/*.safetensors
+verify-methods: $(VENV)/.installed
+	$(BIN)/packforcing verify $(FILES)
 
 overfit: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.overfit --out runs/overfit
