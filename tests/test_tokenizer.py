@@ -109,9 +109,8 @@ def test_open_vocabularies_keep_case_and_ignore_the_widths_in_their_file(tmp_pat
 def test_an_unknown_word_is_named_as_written_with_its_nearest(closed):
     with pytest.raises(InputError) as caught:
         closed.encode(["a red fox", "a PurPel fox"])
-    assert (
-        str(caught.value)
-        == "word 'PurPel' in prompt is not in this model's vocabulary; nearest: purple"
+    assert str(caught.value).startswith(
+        "word 'PurPel' in prompt is not in this model's vocabulary; nearest: purple; its "
     )
 
 
@@ -126,7 +125,7 @@ def test_every_unknown_word_is_named_once(closed):
 
 
 def test_a_word_like_no_other_still_gets_suggestions(closed):
-    with pytest.raises(InputError, match=r"nearest: \S+, \S+, \S+$"):
+    with pytest.raises(InputError, match=r"nearest: [^,]+, [^,]+, [^,;]+; its 7 words"):
         tokenizer.refuse_unknown(closed, "zzzz")
 
 

@@ -159,4 +159,7 @@ def refuse_unknown(tokenizer: Tokenizer, text: str) -> None:
         f"word {word!r} in prompt is not in this model's vocabulary; nearest: {_nearest(word, known)}"
         for word in _unknown(tokenizer.inner, clean(text))
     ]
-    require(not sentences, "; ".join(sentences))
+    known_words = (
+        f"its {len(known)} words are in tokenizer.json, the Stage world's also in docs/sampling.md"
+    )
+    require(not sentences, f"{'; '.join(sentences)}; {known_words}.")
