@@ -272,6 +272,14 @@ def test_wrong_use_is_refused_in_one_sentence(flags, sentence, tmp_path, capsys)
     assert not target.exists()
 
 
+def test_a_line_of_prompts_cannot_bring_another_methods_memory(tmp_path, capsys):
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text(json.dumps({"prompt": RED, "memory": "no-mid", "blocks": 2}) + "\n")
+    flags = ["--method", "longlive", "--prompts", str(lines), "--out", str(tmp_path / "videos")]
+    assert main(["sample", *flags]) == 2
+    assert "belongs to method packforcing" in capsys.readouterr().err
+
+
 def test_a_trace_knows_no_flush(tmp_path, capsys):
     story = tmp_path / "story.txt"
     story.write_text(f"0: {RED}\n2 flush: {BLUE}\n")

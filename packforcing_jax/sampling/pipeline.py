@@ -195,8 +195,7 @@ class Pipeline:
 
     def with_memory(self, profile: str) -> "Pipeline":
         """The same model with another memory: a name in `config.PROFILES`."""
-        exp = with_overrides(self.experiment, profile, (), methods.PACKFORCING)
-        return dataclasses.replace(self._with(exp), method=methods.PACKFORCING)
+        return self._with(with_overrides(self.experiment, profile, (), self.method))
 
     def with_settings(self, overrides: Sequence[str]) -> "Pipeline":
         """The same weights with settings changed, such as `cache.top=8`."""
