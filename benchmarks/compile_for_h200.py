@@ -28,7 +28,6 @@ from packforcing_jax.errors import InputError, require
 from packforcing_jax.memory.cache import Memory
 from packforcing_jax.plan import hlo, programs
 from packforcing_jax.sampling import player
-from packforcing_jax.sampling.block_step import Nets
 
 DEVICE = Path(__file__).parent / "h200.txtpb"
 CUDNN = {
@@ -99,39 +98,27 @@ def build(exp: Experiment) -> Iterator[Built]:
     where = device()
     shapes = programs.shapes_of(exp)
     numbers = shapes.seeds, shapes.videos
-    yield compiled(
-        DENOISE,
-        player.denoise_program,
-        exp,
-        where,
-        shapes.memory,
-        *numbers,
-        shapes.text_kv,
-        nets=shapes.nets,
-    )
+    denoiser = shapes.denoiser(exp.step, shapes.nets)
+    operands = denoiser, shapes.memory, *numbers
+    yield compiled(DENOISE, player.denoise_program, where, operands)
     selection = [shapes.selection] * exp.dit.layers
-    operands = shapes.latent, shapes.low_res, selection, shapes.text_kv
-    yield compiled(
-        COMMIT, player.commit_program, exp, where, shapes.memory, *operands, nets=shapes.nets
-    )
+    operands = denoiser, shapes.memory, shapes.latent, shapes.low_res, selection
+    yield compiled(COMMIT, player.commit_program, where, operands)
 
 
 def compiled(
     name: str,
     function: jax.stages.Wrapped,
-    exp: Experiment,
     where: jax.sharding.Sharding,
-    memory: Memory,
-    *args: Any,
-    nets: Nets,
+    operands: tuple[Any, ...],
 ) -> Built:
-    """`function` of (nets, cfg, memory, ...), compiled for `where`, with XLA's account of where each result lies."""
+    """`function` of (denoiser, memory, ...), compiled for `where`, with XLA's account of where each result lies."""
     start = time.monotonic()
-    nets, *rest = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), (nets, memory, *args)
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), operands
     )
     with tempfile.TemporaryDirectory() as folder:
-        done = function.lower(nets, exp.step, *rest).compile(
+        done = function.lower(*placed).compile(
             {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         )
         assignment = "".join(
@@ -139,7 +126,7 @@ def compiled(
         )
     return Built(
         name=name,
-        memory=memory,
+        memory=operands[1],
         stats=done.memory_analysis(),
         program=hlo.read(done.as_text()),
         assignment=assignment,

@@ -167,12 +167,14 @@ def _tensor(
     offset: object,
     shape: object,
     stride: object,
-    requires_grad: object = False,
-    hooks: object = None,
-    metadata: object = None,
-    dtype: object = None,
+    *more: object,
 ) -> safetensors_io.Tensor:
-    """A view of a storage that is sure to lie inside; `dtype` is for a storage of bytes."""
+    """A view of a storage that is sure to lie inside.
+
+    `more` is what torch writes behind it: whether it has a gradient, hooks, metadata, and a dtype for a storage of
+    bytes.
+    """
+    _, hooks, metadata, dtype = (*more, *(None,) * (4 - len(more)))
     if not isinstance(storage, _Storage):
         raise ValueError("a tensor has no storage")
     kind = dtype if storage.dtype is None else storage.dtype
@@ -211,12 +213,11 @@ def _tensor_of(
     offset: object,
     shape: object,
     stride: object,
-    requires_grad: object,
-    hooks: object,
-    dtype: object,
-    metadata: object = None,
+    *more: object,
 ) -> safetensors_io.Tensor:
-    return _tensor(storage, offset, shape, stride, requires_grad, hooks, metadata, dtype)
+    """The same in torch's third form, where the dtype stands before the metadata."""
+    gradient, hooks, dtype, metadata = (*more, *(None,) * (4 - len(more)))
+    return _tensor(storage, offset, shape, stride, gradient, hooks, metadata, dtype)
 
 
 def _parameter(

@@ -231,17 +231,10 @@ class Player:
         text = nets.dit.text_kv(prompt)
         no_scores = jnp.zeros((self.exp.dit.layers, len(prompt), self.exp.cache.slots))
         given = block_step.Noise(noise=noise[0], renoise=noise[1:], random=no_scores)
-        memory, denoised = block_step.denoise_block(
-            nets, self.exp.step, memory, noise=given, text=text
-        )
+        denoiser = block_step.Denoiser(nets, self.exp.step, text)
+        memory, denoised = block_step.denoise_block(denoiser, memory, given)
         after, _ = block_step.commit_block(
-            nets,
-            self.exp.step,
-            memory,
-            latent=latent,
-            low_res=low(latent),
-            selection=denoised.selection,
-            text=text,
+            denoiser, memory, latent, low(latent), denoised.selection
         )
         return after, denoised.latent, jnp.stack([one.ids for one in denoised.selection])
 

@@ -103,8 +103,9 @@ def test_storing_is_given_what_committing_makes():
     def made(nets, latent, low, words, memory):
         nets = pytrees.cast(nets, "float16")
         views = block_step.views_of(memory)
-        full = block_step.read_clean(nets, exp.step, layout, latent, words, views, own)
-        packed = block_step.read_packed(nets, exp.step, layout, latent, low, words, views, own)
+        denoiser = block_step.Denoiser(nets, exp.step, words)
+        full = block_step.read_clean(denoiser, layout, latent, views, own)
+        packed = block_step.read_packed(denoiser, layout, latent, low, views, own)
         return full, packed, nets.dit.blocks[0].attn.queries(nets.dit.embed(latent))
 
     given = (held.inputs[name] for name in ("latent", "low_res", "text_kv"))
@@ -163,7 +164,8 @@ def test_forward_is_the_first_step_of_a_block():
     def step(nets, noise, words, memory):
         layout = layouts.layout(cfg.cache, memory.progress)
         views = block_step.views_of(memory)
-        return block_step.first_step(nets, cfg, layout, noise, words, views)[0]
+        denoiser = block_step.Denoiser(nets, cfg, words)
+        return block_step.first_step(denoiser, layout, noise, views)[0]
 
     want = tiny.jit(step)(held.model.nets, noise, held.inputs["text_kv"], memory)
     _, clean = held.run("forward")(held.state)
@@ -296,9 +298,10 @@ def test_a_full_size_model_is_built_without_being_made():
     assert held.inputs["packed"][0].v.shape == (1, 182, 12, 128)
     assert held.inputs["frames"].shape == (1, 16, 480, 832, 3)
     assert bench.attended(exp) == 27_872
-    given = held.state.memory, held.inputs["latent"], held.inputs["text_kv"]
-    program = bench.forward.lower(held.model.nets, exp.step, *given)
-    assert program.as_text().count("tf.aliasing_output") == len(jax.tree.leaves(given[0]))
+    denoiser = block_step.Denoiser(held.model.nets, exp.step, held.inputs["text_kv"])
+    memory = held.state.memory
+    program = bench.forward.lower(denoiser, memory, held.inputs["latent"])
+    assert program.as_text().count("tf.aliasing_output") == len(jax.tree.leaves(memory))
     one_layer = 2 * 6_240 * 1_536 * (4 * 1_536 + 2 * 27_872 + 2 * 8_960 + 2 * 1_536 + 2 * 512)
     ends = 2 * 6_240 * 64 * 1_536 * 2
     counted = bench.operations(exp, ["forward"])["forward"]

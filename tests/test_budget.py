@@ -17,6 +17,7 @@ from packforcing_jax.networks import compressor, dit
 from packforcing_jax.plan import budget, formulas, jaxpr_cost, memory_fit, programs
 from packforcing_jax.policies import eviction, selection
 from packforcing_jax.sampling import block_step, pipeline
+from packforcing_jax.sampling.schedules import NoiseLevel
 
 FILM = dataclasses.replace(
     tiny.EXP,
@@ -279,10 +280,11 @@ def test_the_compiler_counts_the_operations_of_the_full_size_step_too(paper):
     held = programs.shapes_of(paper.experiment)
 
     def step(nets, latent, words, memory):
-        none = jnp.zeros(())
+        none = NoiseLevel(timestep=jnp.zeros(()), sigma=jnp.zeros(()))
         layout = layouts.layout(cfg.cache, memory.progress)
         views = block_step.views_of(memory)
-        return block_step.predict_x0(nets, cfg, layout, latent, none, none, words, views)
+        denoiser = block_step.Denoiser(nets, cfg, words)
+        return block_step.predict_x0(denoiser, layout, latent, none, views)
 
     lowered = jax.jit(step).lower(held.computed, held.latent, held.text_kv, held.memory)
     theirs = (lowered.cost_analysis() or {})["flops"]

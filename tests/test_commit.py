@@ -14,6 +14,7 @@ from packforcing_jax.memory import cache
 from packforcing_jax.memory import layout as layouts
 from packforcing_jax.networks import dit
 from packforcing_jax.sampling import block_step
+from packforcing_jax.sampling.schedules import NoiseLevel
 
 ADJUSTMENTS = ("sink", "incremental", "sink_only", "none")
 CONTEXT = tiny.normal(2, 2, 15, 10)
@@ -95,9 +96,9 @@ def predict(exp, nets, memory, noisy, times, text):
     """(the network's output for frames that are denoised together, the memory with them in its views)"""
     layout = layouts.layout(exp.cache, memory.progress)
     views = block_step.views_of(memory)
-    output, views = block_step.predict_x0(
-        nets, exp.step, layout, noisy, times, times / 1000, text, views
-    )
+    denoiser = block_step.Denoiser(nets, exp.step, text)
+    level = NoiseLevel(timestep=times, sigma=times / 1000)
+    output, views = block_step.predict_x0(denoiser, layout, noisy, level, views)
     return output, block_step.with_views(memory, views)
 
 
@@ -170,12 +171,13 @@ def test_a_window_leaves_the_memory_alone_and_its_first_block_is_committed_as_on
 
 # A re-cache
 
-recache = tiny.jit(block_step.recache, static_argnames=("cfg", "keep_sink"))
+recache = tiny.jit(block_step.recache, static_argnames="keep_sink")
 LONG = {"sink": 3, "recent": 6, "capacity": 4}
 
 
 def again(exp, memory, context, **how):
-    return recache(tiny.apart(), exp.step, memory, text=text_of(context), **how)[0]
+    denoiser = block_step.Denoiser(tiny.apart(), exp.step, text_of(context))
+    return recache(denoiser, memory, **how)[0]
 
 
 @pytest.mark.parametrize("rule", ADJUSTMENTS)

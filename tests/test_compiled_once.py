@@ -11,7 +11,7 @@ import pytest
 
 HERE = Path(__file__).parent
 OURS = {"denoise_program", "commit_program", "show_program", "text_program", "layout", "sink_sum"}
-HOST = {"_first_pass", "_score", "_decide", "_remaining_passes", "_newest", "draw_noise"}
+HOST = {"first_pass", "_score", "_decide", "remaining_passes", "_newest", "draw_noise"}
 AUTOENCODER = f"""
 import dataclasses, sys
 sys.path.insert(0, {str(HERE)!r})

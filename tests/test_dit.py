@@ -17,6 +17,7 @@ from packforcing_jax.memory import layout as layouts
 from packforcing_jax.networks import dit
 from packforcing_jax.policies import attention
 from packforcing_jax.sampling import block_step
+from packforcing_jax.sampling.schedules import NoiseLevel
 from packforcing_jax.types import KV
 
 MODEL = tiny.nets().dit
@@ -101,22 +102,13 @@ def behind_memory(exp, memory, noisy, clean, times, text):
     """The output for a noisy block behind the memory, and the memory after its clean twin."""
     layout = layouts.layout(exp.cache, memory.progress)
     past = pytrees.zipped(memory.layers, [jnp.zeros((2, 0))] * exp.dit.layers)
-    output, kept = block_step.predict_x0(
-        APART,
-        exp.step,
-        layout,
-        noisy,
-        times,
-        times / 1000,
-        text,
-        past,
-        attends=block_step.choosing,
-    )
+    denoiser = block_step.Denoiser(APART, exp.step, text)
+    level = NoiseLevel(timestep=times, sigma=times / 1000)
+    choosing = block_step.Access(attends=block_step.choosing)
+    output, kept = block_step.predict_x0(denoiser, layout, noisy, level, past, choosing)
     views, selection = pytrees.unzip(kept)
     memory = block_step.with_views(memory, views)
-    after, _ = block_step.commit_block(
-        APART, exp.step, memory, latent=clean, low_res=clean, selection=selection, text=text
-    )
+    after, _ = block_step.commit_block(denoiser, memory, clean, clean, selection)
     return output, after
 
 

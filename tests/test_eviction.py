@@ -17,7 +17,7 @@ from packforcing_jax.errors import InputError
 from packforcing_jax.memory import cache
 from packforcing_jax.policies import eviction
 from packforcing_jax.policies.eviction import FIFO, Eviction
-from packforcing_jax.sampling import host_archive
+from packforcing_jax.sampling import block_step, host_archive
 
 
 def _half_slot(item, size):
@@ -190,9 +190,8 @@ def played(exp, blocks):
         noise = tiny.noise(exp, block)
         progress = jax.tree.map(np.asarray, memory.progress)
         if exp.cache.archive == "host":
-            memory, done = host_archive.denoise(
-                nets, exp.step, memory, archive, noise=noise, text=text
-            )
+            denoiser = block_step.Denoiser(nets, exp.step, text)
+            memory, done = host_archive.denoise(denoiser, memory, archive, noise)
         else:
             memory, done = tiny.denoise(nets, exp.step, memory, noise=noise, text=text)
         memory, packed = tiny.commit(

@@ -135,15 +135,12 @@ def test_training_guesses_behind_the_memory_that_sampling_fills():
         past = pytrees.zipped(memory.layers, random)
         noisy = schedules.add_noise(latent, noise, sigma)
         clean, kept = block_step.predict_x0(
-            APART,
-            exp.step,
+            block_step.Denoiser(APART, exp.step, words),
             layout,
             noisy,
-            1000 * sigma,
-            sigma,
-            words,
+            schedules.NoiseLevel(timestep=1000 * sigma, sigma=sigma),
             past,
-            attends=block_step.choosing,
+            block_step.Access(attends=block_step.choosing),
         )
         views, selection = pytrees.unzip(kept)
         loss = jnp.mean(weight * (clean - latent) ** 2)

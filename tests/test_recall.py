@@ -12,6 +12,7 @@ import pytest
 from packforcing_jax.memory import layout as layouts
 from packforcing_jax.memory import view
 from packforcing_jax.sampling import block_step
+from packforcing_jax.sampling.schedules import NoiseLevel
 
 VIDEOS = 11
 CALLED = 4
@@ -207,15 +208,12 @@ def test_a_sum_of_raw_products_misses_what_one_place_asks(story):
     def first_queries(memory, noise, prompt):
         layout = layouts.layout(exp.cache, memory.progress)
         _, queries = block_step.predict_x0(
-            nets,
-            exp.step,
+            block_step.Denoiser(nets, exp.step, nets.dit.text_kv(prompt)),
             layout,
             noise,
-            jnp.float32(1000.0),
-            jnp.float32(1.0),
-            nets.dit.text_kv(prompt),
+            NoiseLevel(timestep=jnp.float32(1000.0), sigma=jnp.float32(1.0)),
             memory.layers,
-            attends=keep_queries,
+            block_step.Access(attends=keep_queries),
         )
         return queries, layout.ids
 

@@ -38,12 +38,12 @@ SETTINGS = {
     "host": ["cache.scope=shared", "cache.timing=late", "cache.archive=host"],
 }
 PROGRAMS = {
-    (player, "denoise_program"): {"static_argnames": "cfg", "donate_argnames": "memory"},
-    (player, "show_program"): {"static_argnames": ("first", "latents", "pool")},
-    (player, "commit_program"): {"static_argnames": "cfg", "donate_argnames": "memory"},
-    (host_archive, "_first_pass"): {"static_argnames": "cfg", "donate_argnames": "memory"},
+    (player, "denoise_program"): {"donate_argnames": "memory"},
+    (player, "show_program"): {"static_argnames": ("first", "shrink")},
+    (player, "commit_program"): {"donate_argnames": "memory"},
+    (host_archive, "first_pass"): {"donate_argnames": "memory"},
     (host_archive, "_score"): {"static_argnames": "spec"},
-    (host_archive, "_remaining_passes"): {"static_argnames": "cfg", "donate_argnames": "memory"},
+    (host_archive, "remaining_passes"): {"donate_argnames": "memory"},
 }
 AWKWARD = (
     1,

@@ -289,24 +289,19 @@ def test_the_gradient_of_a_block_without_packed_ones_is_that_of_its_last_step_al
 ):
     """Block 2 sees sink and recent alone: differentiated behind the sampler's memory, a constant."""
     weights = tiny.normal(9, *clip.latent.shape)[2]
-    times_sigmas = block_step.step_table(EXP.sample)
     memory = sampled[2][0]
     random = jnp.zeros((EXP.dit.layers, tiny.BATCH, EXP.cache.slots))
     past = pytrees.stack(memory.layers), random
 
     def total(transformer):
         nets = block_step.Nets(dit=transformer, compressor=NETS.compressor)
-        time, sigma = (x[2] for x in times_sigmas)
         clean, _ = block_step.predict_x0(
-            nets,
-            EXP.step,
+            block_step.Denoiser(nets, EXP.step, batches.of_block(text, 2)),
             layouts.layout(EXP.cache, memory.progress),
             clip.noisy[2],
-            time,
-            sigma,
-            batches.of_block(text, 2),
+            block_step.noise_levels(EXP.sample)[2],
             past,
-            attends=block_step.choosing,
+            block_step.Access(attends=block_step.choosing),
         )
         return (clean * weights).sum()
 

@@ -15,6 +15,8 @@ from packforcing_jax.memory import cache, view
 from packforcing_jax.memory import layout as layouts
 from packforcing_jax.networks import rope
 from packforcing_jax.sampling import block_step, schedules
+from packforcing_jax.sampling.block_step import Access, Denoiser
+from packforcing_jax.sampling.schedules import NoiseLevel
 
 EXP = tiny.EXP
 NETS = tiny.apart()
@@ -170,27 +172,26 @@ def recalled(memory, noise):
 def rest_by_hand(exp, layout, noise, text, clean, views):
     """The steps behind the first one after the other."""
     times, sigmas = block_step.step_table(exp.sample)
+    denoiser = Denoiser(NETS, exp.step, text)
     for step in range(1, len(times)):
         noisy = (1 - sigmas[step]) * clean + sigmas[step] * noise.renoise[step - 1]
-        clean, views = block_step.predict_x0(
-            NETS, exp.step, layout, noisy, jnp.asarray(times[step]), sigmas[step], text, views
-        )
+        level = NoiseLevel(timestep=jnp.asarray(times[step]), sigma=sigmas[step])
+        clean, views = block_step.predict_x0(denoiser, layout, noisy, level, views)
     return clean, views
 
 
-def first_by_hand(exp, layout, noise, text, past, attends):
+def first_by_hand(exp, layout, noise, text, past, access=block_step.READS):
     times, sigmas = block_step.step_table(exp.sample)
-    time = jnp.asarray(times[0])
-    return block_step.predict_x0(
-        NETS, exp.step, layout, noise.noise, time, sigmas[0], text, past, attends=attends
-    )
+    level = NoiseLevel(timestep=jnp.asarray(times[0]), sigma=sigmas[0])
+    denoiser = Denoiser(NETS, exp.step, text)
+    return block_step.predict_x0(denoiser, layout, noise.noise, level, past, access)
 
 
 def by_hand(exp, memory, text, noise):
     """The steps of a block one after the other."""
     layout = layouts.layout(exp.cache, memory.progress)
     clean, kept = first_by_hand(
-        exp, layout, noise, text, recalled(memory, noise), block_step.choosing
+        exp, layout, noise, text, recalled(memory, noise), Access(attends=block_step.choosing)
     )
     views, _ = pytrees.unzip(kept)
     return rest_by_hand(exp, layout, noise, text, clean, views)
@@ -240,10 +241,10 @@ def predict(prediction, memory, noise, text, timestep, sigma):
     exp = dataclasses.replace(EXP, sample=dataclasses.replace(EXP.sample, prediction=prediction))
     layout = layouts.layout(exp.cache, memory.progress)
     past = recalled(memory, noise)
-    level = (timestep, sigma)
-    return block_step.predict_x0(
-        NETS, exp.step, layout, noise.noise, *level, text, past, attends=block_step.choosing
-    )[0]
+    level = NoiseLevel(timestep=timestep, sigma=sigma)
+    denoiser = Denoiser(NETS, exp.step, text)
+    choosing = Access(attends=block_step.choosing)
+    return block_step.predict_x0(denoiser, layout, noise.noise, level, past, choosing)[0]
 
 
 def test_levels_may_be_given_per_block_per_video_or_per_frame(filled, text):
@@ -300,15 +301,8 @@ def test_the_block_never_sees_its_packed_twin_and_the_twin_sees_the_block(filled
 
     def stored(latent, low_res, views):
         behind = block_step.with_views(memory, views)
-        after, _ = block_step.commit_block(
-            NETS,
-            lr.step,
-            behind,
-            latent=latent,
-            low_res=low_res,
-            selection=done.selection,
-            text=text,
-        )
+        denoiser = Denoiser(NETS, lr.step, text)
+        after, _ = block_step.commit_block(denoiser, behind, latent, low_res, done.selection)
         return sums(lr, after)
 
     views = block_step.views_of(memory)
@@ -518,7 +512,9 @@ def behind_the_newest(exp, memory, text, noise):
     """(the first prediction, the scores [layer, b, slot] that its queries give by the selection of `exp`)."""
     newest = dataclasses.replace(exp, cache=dataclasses.replace(exp.cache, selection="recency"))
     layout = layouts.layout(exp.cache, memory.progress)
-    clean, kept = first_by_hand(newest, layout, noise, text, recalled(memory, noise), asking)
+    clean, kept = first_by_hand(
+        newest, layout, noise, text, recalled(memory, noise), Access(attends=asking)
+    )
     spec = exp.memory
     scores = [
         view.score(spec, layout, layer, view.pool_queries(spec, layout, q), random)
@@ -544,7 +540,7 @@ def behind_the_chosen(exp, memory, text, noise, chosen, clean):
         gathered = view.gather(layer, selected)
         views.append(view.lay(exp.memory, layout, layer, gathered, selected))
     if clean is None:
-        clean, views = first_by_hand(exp, layout, noise, text, views, None)
+        clean, views = first_by_hand(exp, layout, noise, text, views)
     return rest_by_hand(exp, layout, noise, text, clean, views)[0]
 
 

@@ -13,6 +13,7 @@ from packforcing_jax.memory import cache
 from packforcing_jax.memory import layout as layouts
 from packforcing_jax.networks import codec, compressor, dit
 from packforcing_jax.sampling import block_step
+from packforcing_jax.sampling.block_step import Denoiser
 
 EXP = config.Experiment(
     name="tiny",
@@ -133,8 +134,18 @@ def low_res(blocks, exp=EXP, batch=BATCH, seed=6):
 
 
 text_kv = jit(dit.WanDiT.text_kv)
-denoise = jit(block_step.denoise_block, static_argnames="cfg")
-commit = jit(block_step.commit_block, static_argnames="cfg")
+
+
+def _denoise(nets, cfg, memory, *, noise, text):
+    return block_step.denoise_block(Denoiser(nets, cfg, text), memory, noise)
+
+
+def _commit(nets, cfg, memory, *, latent, low_res, selection, text):
+    return block_step.commit_block(Denoiser(nets, cfg, text), memory, latent, low_res, selection)
+
+
+denoise = jit(_denoise, static_argnames="cfg")
+commit = jit(_commit, static_argnames="cfg")
 _noise = jit(block_step.draw_noise, static_argnames="cfg")
 
 

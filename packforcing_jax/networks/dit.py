@@ -7,7 +7,7 @@ functions.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import einops
 import jax
@@ -226,23 +226,29 @@ def grid_positions(cfg: DiTConfig, latent: Latent) -> np.ndarray:
     return rope.grid(np.arange(rows), np.arange(columns), latent.shape[1])
 
 
+class _Frames(NamedTuple):
+    """Where the frames of a pass lie in time, and which tokens see which; None: all see all."""
+
+    positions: np.ndarray
+    mask: Array | None = None  # [q, k]
+
+
 def _whole(
     model: WanDiT,
     latent: Latent,
     timesteps: Array,
     context: Array,
-    frames: np.ndarray,
-    mask: Array | None,
+    frames: _Frames,
     attention_fn: AttentionFn,
 ) -> Latent:
-    """One pass over all frames with rotary time positions `frames` and an optional dense mask over tokens.
+    """One pass over all frames.
 
     `context` [b, words, text] is read by all frames, [b, block, words, text] by as many equal blocks of them.
     """
     cfg = model.cfg
     size = np.prod(token_grid(model.cfg, latent))
     angles = rope.time_angles(
-        jnp.asarray(np.repeat(frames, size), jnp.float32), cfg
+        jnp.asarray(np.repeat(frames.positions, size), jnp.float32), cfg
     ) + rope.space_angles(jnp.asarray(grid_positions(cfg, latent)), cfg)
     texts = context if context.ndim == 4 else context[:, None]
     blocks = texts.shape[1]
@@ -251,7 +257,9 @@ def _whole(
         q = rope.rotate(q, angles)
         k = rope.rotate(k, angles)
         return (
-            attention_fn(q, k, v) if mask is None else attention.reference(q, k, v, mask=mask)
+            attention_fn(q, k, v)
+            if frames.mask is None
+            else attention.reference(q, k, v, mask=frames.mask)
         ), None
 
     def read(q, k, v):
@@ -285,7 +293,8 @@ def bidirectional(
 
     `context` holds one prompt's states per clip [b, words, text], or per block of the clip [b, block, words, text].
     """
-    return _whole(model, latent, timesteps, context, np.arange(latent.shape[1]), None, attention_fn)
+    frames = _Frames(np.arange(latent.shape[1]))
+    return _whole(model, latent, timesteps, context, frames, attention_fn)
 
 
 def block_of_frame(block_ends: tuple[int, ...]) -> np.ndarray:
@@ -312,7 +321,9 @@ def parallel(
     size = int(np.prod(token_grid(model.cfg, latent)))
     if clean is None:
         visible = _mask(owner[:, None] >= owner[None], size)
-        return _whole(model, latent, timesteps, context, frames, visible, attention.reference)
+        return _whole(
+            model, latent, timesteps, context, _Frames(frames, visible), attention.reference
+        )
     past = owner[:, None] > owner[None]
     now = owner[:, None] == owner[None]
     visible = _mask(np.block([[past | now, np.zeros_like(now)], [past, now]]), size)
@@ -321,7 +332,8 @@ def parallel(
         for pair in ((clean, latent), (jnp.zeros_like(timesteps), timesteps))
     )
     texts = jnp.tile(context, (1, 2, 1, 1)) if context.ndim == 4 else context
-    whole = _whole(model, both, times, texts, np.tile(frames, 2), visible, attention.reference)
+    twice = _Frames(np.tile(frames, 2), visible)
+    whole = _whole(model, both, times, texts, twice, attention.reference)
     return whole[:, latent.shape[1] :]
 
 

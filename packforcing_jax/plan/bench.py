@@ -23,7 +23,7 @@ from packforcing_jax.plan import budget, jaxpr_cost, programs, timing
 from packforcing_jax.policies import attention
 from packforcing_jax.pytrees import PerLayer
 from packforcing_jax.sampling import block_step, player
-from packforcing_jax.sampling.block_step import Nets
+from packforcing_jax.sampling.block_step import Denoiser, Nets
 from packforcing_jax.sampling.player import State
 from packforcing_jax.types import KV, Heads, Latent, Tokens, Video
 
@@ -42,16 +42,13 @@ class Model:
 # The parts. Each runs what sampling runs, takes a state to the next, and says what came out.
 
 
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="memory")
-def forward(
-    nets: Nets, cfg: StepConfig, memory: Memory, noisy: Latent, text_kv: PerLayer[KV]
-) -> tuple[Memory, Latent]:
+@functools.partial(jax.jit, donate_argnames="memory")
+def forward(denoiser: Denoiser, memory: Memory, noisy: Latent) -> tuple[Memory, Latent]:
     """The first denoising step, its views in place."""
-    times, sigmas = (jnp.asarray(x) for x in block_step.step_table(cfg.sample))
-    nets = pytrees.cast(nets, cfg.compute)
-    layout = layouts.layout(cfg.cache, memory.progress)
-    operands = noisy, times[0], sigmas[0], text_kv, block_step.views_of(memory)
-    clean, views = block_step.predict_x0(nets, cfg, layout, *operands)
+    layout = layouts.layout(denoiser.cfg.cache, memory.progress)
+    level = block_step.noise_levels(denoiser.cfg.sample)[0]
+    views = block_step.views_of(memory)
+    clean, views = block_step.predict_x0(denoiser.computed(), layout, noisy, level, views)
     return block_step.with_views(memory, views), clean
 
 
@@ -83,10 +80,12 @@ store = jax.jit(cache.commit, static_argnames="spec", donate_argnames="memory")
 decode = jax.jit(codec.decode_chunk, static_argnames="first")
 
 
+def _denoiser(model: player.Model, inputs: Inputs) -> Denoiser:
+    return Denoiser(model.nets, model.experiment.step, inputs["text_kv"])
+
+
 def _forward(model: player.Model, state: State, inputs: Inputs) -> tuple[State, Any]:
-    memory, clean = forward(
-        model.nets, model.experiment.step, state.memory, inputs["latent"], inputs["text_kv"]
-    )
+    memory, clean = forward(_denoiser(model, inputs), state.memory, inputs["latent"])
     return dataclasses.replace(state, memory=memory), clean
 
 
@@ -116,8 +115,8 @@ def _store(model: player.Model, state: State, inputs: Inputs) -> tuple[State, An
 
 
 def _commit(model: player.Model, state: State, inputs: Inputs) -> tuple[State, Any]:
-    new = (inputs[name] for name in PARTS["commit"].takes)
-    memory, packed = player.commit_program(model.nets, model.experiment.step, state.memory, *new)
+    new = (inputs[name] for name in ("latent", "low_res", "selection"))
+    memory, packed = player.commit_program(_denoiser(model, inputs), state.memory, *new)
     return dataclasses.replace(state, memory=memory), packed
 
 

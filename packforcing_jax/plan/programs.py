@@ -21,7 +21,8 @@ from packforcing_jax.networks import base_model, codec, compressor, text
 from packforcing_jax.plan import jaxpr_cost
 from packforcing_jax.pytrees import PerLayer
 from packforcing_jax.sampling import block_step, host_archive, player
-from packforcing_jax.sampling.block_step import Nets
+from packforcing_jax.sampling.block_step import Denoiser, Nets
+from packforcing_jax.sampling.schedules import NoiseLevel
 from packforcing_jax.types import KV, Latent, Video
 
 ENCODING = "a layer of the text encoder"
@@ -60,6 +61,10 @@ class BlockShapes:
         assert isinstance(self.memory.layers, list)  # one by one, as in sampling
         return self.memory.layers
 
+    def denoiser(self, cfg: StepConfig, nets: Nets) -> Denoiser:
+        """What their passes take."""
+        return Denoiser(nets, cfg, self.text_kv)
+
     @property
     def view(self) -> tuple[int, ...]:
         """Shape of the keys of a view."""
@@ -85,13 +90,7 @@ class Showing:
     dtype: str
     latent: tuple[int, int]
     block: int  # latent frames
-    latents: int  # low-resolution ones
-    pool: tuple[int, int, int]
-
-    @property
-    def packing(self) -> dict[str, Any]:
-        """The part of it that packing needs, as `player.show_program` takes it."""
-        return {"latents": self.latents, "pool": self.pool}
+    shrink: player.Shrink
 
 
 def showing(exp: Experiment) -> Showing:
@@ -101,8 +100,7 @@ def showing(exp: Experiment) -> Showing:
         dtype=exp.dtypes.vae,
         latent=exp.latent,
         block=exp.cache.block,
-        latents=exp.packed_grid[0],
-        pool=exp.compressor.pool,
+        shrink=player.shrink_of(exp),
     )
 
 
@@ -252,30 +250,27 @@ def trace(exp: Experiment, shapes: Shapes) -> Traced:
     cfg = plain(exp.step)
     show = showing(exp)
     progress = shapes.memory.progress
-    own = shapes.computed, shapes.latent, shapes.text_kv, shapes.memory
+    own = shapes.denoiser(cfg, shapes.computed), shapes.latent, shapes.memory
 
     def lay(layer, progress):
         layout = layouts.layout(cfg.cache, progress)
         chosen = view.newest(cfg.memory, layout, shapes.latent.shape[0])
         return view.lay(cfg.memory, layout, layer, view.gather(layer, chosen), chosen)
 
-    def step(nets, latent, text_kv, memory):
-        none = jnp.zeros(())
+    def step(denoiser, latent, memory):
         layout = layouts.layout(cfg.cache, memory.progress)
-        views = block_step.views_of(memory)
-        return block_step.predict_x0(nets, cfg, layout, latent, none, none, text_kv, views)
+        none = NoiseLevel(jnp.zeros(()), jnp.zeros(()))
+        return block_step.predict_x0(denoiser, layout, latent, none, block_step.views_of(memory))
 
-    def clean(nets, latent, text_kv, memory):
+    def clean(denoiser, latent, memory):
         layout = layouts.layout(cfg.cache, memory.progress)
-        return block_step.read_clean(
-            nets, cfg, layout, latent, text_kv, block_step.views_of(memory)
-        )
+        return block_step.read_clean(denoiser, layout, latent, block_step.views_of(memory))
 
-    def packed(nets, latent, text_kv, memory, low_res):
+    def packed(denoiser, latent, memory, low_res):
         layout = layouts.layout(cfg.cache, memory.progress)
         own = block_step.Access(keep=lambda own, view, past: own)
         views = block_step.views_of(memory)
-        return block_step.read_packed(nets, cfg, layout, latent, low_res, text_kv, views, own)
+        return block_step.read_packed(denoiser, layout, latent, low_res, views, own)
 
     return Traced(
         lay=jaxpr_cost.trace(lay, shapes.layers[0], progress),
@@ -289,22 +284,20 @@ def trace(exp: Experiment, shapes: Shapes) -> Traced:
 
 
 def _traced_denoising(cfg: StepConfig, shapes: BlockShapes, nets: Nets) -> core.ClosedJaxpr:
-    def denoise(nets, memory, seeds, videos, text_kv):
-        return player.denoise_program(nets, cfg, memory, seeds, videos, text_kv)
-
-    return jaxpr_cost.trace(
-        denoise, nets, shapes.memory, shapes.seeds, shapes.videos, shapes.text_kv
-    )
+    denoiser = shapes.denoiser(cfg, nets)
+    program = player.denoise_program
+    return jaxpr_cost.trace(program, denoiser, shapes.memory, shapes.seeds, shapes.videos)
 
 
 def _traced_committing(
     cfg: StepConfig, shapes: BlockShapes, low_res: jax.ShapeDtypeStruct
 ) -> core.ClosedJaxpr:
-    def commit(nets, memory, latent, low_res, selection, text_kv):
+    def commit(denoiser, memory, latent, low_res, selection):
         each = [selection] * cfg.memory.layers
-        return player.commit_program(nets, cfg, memory, latent, low_res, each, text_kv)
+        return player.commit_program(denoiser, memory, latent, low_res, each)
 
-    arguments = shapes.nets, shapes.memory, shapes.latent, low_res, shapes.selection, shapes.text_kv
+    denoiser = shapes.denoiser(cfg, shapes.nets)
+    arguments = denoiser, shapes.memory, shapes.latent, low_res, shapes.selection
     return jaxpr_cost.trace(commit, *arguments)
 
 
@@ -313,13 +306,13 @@ def _decode(vae: codec.Codec, decoder: DecoderState, latent: Latent) -> tuple[Vi
 
 
 def _shrink(show: Showing, vae: codec.Codec, frames: Video) -> Latent:
-    return codec.low_res_latents(vae, frames, **show.packing)
+    return codec.low_res_latents(vae, frames, **show.shrink._asdict())
 
 
 def _show(
     show: Showing, vae: codec.Codec, decoder: DecoderState, latent: Latent
 ) -> tuple[Video, Latent, DecoderState]:
-    return player.show_program(vae, decoder, latent, first=False, **show.packing)
+    return player.show_program(vae, decoder, latent, first=False, shrink=show.shrink)
 
 
 # How much memory each takes while it runs, estimated from the traced programs
@@ -446,17 +439,15 @@ def lowered_programs(exp: Experiment, batch: int = 1) -> Iterator[tuple[str, jax
     yield PROMPT, player.text_program.lower(shapes.nets.dit, cfg.compute, shapes.context)
     yield from _lowered_denoising(cfg, shapes, shapes_of(exp, batch).layers[0])
     for name, first in ((f"{SHOWING} the first block", True), (SHOWING, False)):
-        yield name, player.show_program.lower(*arguments, first=first, **show.packing)
+        yield name, player.show_program.lower(*arguments, first=first, shrink=show.shrink)
     yield (
         COMMITTING,
         player.commit_program.lower(
-            shapes.nets,
-            cfg,
+            shapes.denoiser(cfg, shapes.nets),
             shapes.memory,
             shapes.latent,
             frames_of(show, batch)[1],
             [shapes.selection] * cfg.memory.layers,
-            shapes.text_kv,
         ),
     )
 
@@ -465,12 +456,11 @@ def _lowered_denoising(
     cfg: StepConfig, shapes: BlockShapes, archived: LayerCache
 ) -> Iterator[tuple[str, jax.stages.Lowered]]:
     """Denoising is one program, or several where packed blocks, as in the layer `archived`, come from the host."""
+    denoiser = shapes.denoiser(cfg, shapes.nets)
     if cfg.cache.archive == "device":
         yield (
             DENOISING,
-            player.denoise_program.lower(
-                shapes.nets, cfg, shapes.memory, shapes.seeds, shapes.videos, shapes.text_kv
-            ),
+            player.denoise_program.lower(denoiser, shapes.memory, shapes.seeds, shapes.videos),
         )
         return
     number = shapes.memory.num_blocks
@@ -478,25 +468,15 @@ def _lowered_denoising(
         functools.partial(player.noise_program, cfg), shapes.seeds, shapes.videos, number
     )
     gathered = [jax.eval_shape(view.gather, archived, shapes.selection)] * cfg.memory.layers
-    own = shapes.nets, cfg, shapes.memory, noise, shapes.text_kv
-    _, clean, queries = jax.eval_shape(
-        lambda nets, memory, noise, text_kv, gathered, selection: host_archive._first_pass(
-            nets, cfg, memory, noise, text_kv, gathered, selection
-        ),
-        shapes.nets,
-        shapes.memory,
-        noise,
-        shapes.text_kv,
-        gathered,
-        shapes.selection,
-    )
+    own = denoiser, shapes.memory, noise
+    _, clean, queries = jax.eval_shape(host_archive.first_pass, *own, gathered, shapes.selection)
     yield (
         f"{DENOISING}, its noise",
         player.noise_program.lower(cfg, shapes.seeds, shapes.videos, number),
     )
     yield (
         f"{DENOISING}, the first step",
-        host_archive._first_pass.lower(*own, gathered, shapes.selection),
+        host_archive.first_pass.lower(*own, gathered, shapes.selection),
     )
     random = jax.ShapeDtypeStruct(noise.random.shape[1:], jnp.float32)
     scored = (
@@ -510,5 +490,5 @@ def _lowered_denoising(
     yield f"{DENOISING}, scoring a layer", host_archive._score.lower(*scored)
     yield (
         f"{DENOISING}, the other steps",
-        host_archive._remaining_passes.lower(*own, clean, gathered, shapes.selection),
+        host_archive.remaining_passes.lower(*own, clean, gathered, shapes.selection),
     )

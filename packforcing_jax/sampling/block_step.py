@@ -31,6 +31,7 @@ from packforcing_jax.networks.dit import SelfAttention
 from packforcing_jax.policies import attention
 from packforcing_jax.pytrees import PerLayer
 from packforcing_jax.sampling import schedules
+from packforcing_jax.sampling.schedules import NoiseLevel
 from packforcing_jax.types import KV, Heads, Latent, Tokens
 
 RANDOM_SCORES = (
@@ -45,13 +46,16 @@ class Access:
     `view_of(past)` is the view that it attends in, `keep(own, view, past)` what the layer keeps: `own` tokens with keys
     rotated in space only, the view with these tokens in it. `writes`: `keep` writes into stores, which is then done
     at once, or keys and values of all layers wait for the end side by side. `write(view, own)` lays the block's tokens
-    into a view other than the layer's own.
+    into a view other than the layer's own. `attends` takes the place of a layer's plain attention, as `choosing` does.
     """
 
     view_of: Callable[[Any], KV] = lambda past: past
     keep: Callable[[KV, KV, Any], Any] = lambda own, view, past: view
     writes: bool = False
     write: Callable[[KV, KV], KV] | None = None
+    attends: Callable[[StepConfig, Layout, SelfAttention], SelfAttention] = (
+        lambda cfg, layout, attention_fn: attention_fn
+    )
 
 
 READS = Access()  # past: a view, which is kept with the tokens in it
@@ -63,6 +67,19 @@ class Nets:
 
     dit: BaseModel
     compressor: Any
+
+
+@struct.dataclass
+class Denoiser:
+    """What every pass of a block takes: the networks, their settings, and what they read of the prompt."""
+
+    nets: Nets
+    cfg: StepConfig = struct.field(pytree_node=False)
+    text: Any  # per layer, of one prompt per video
+
+    def computed(self) -> "Denoiser":
+        """The same with weights in the dtype that is computed with."""
+        return dataclasses.replace(self, nets=pytrees.cast(self.nets, self.cfg.compute))
 
 
 @struct.dataclass
@@ -90,47 +107,44 @@ class Denoised:
 # Denoising
 
 
-def denoise_block(
-    nets: Nets, cfg: StepConfig, memory: Memory, *, noise: Noise, text: Any
-) -> tuple[Memory, Denoised]:
+def denoise_block(denoiser: Denoiser, memory: Memory, noise: Noise) -> tuple[Memory, Denoised]:
     """The next block, denoised from pure noise in a few steps; of the memory only scratch is written.
 
     The queries of the first step choose the packed blocks, which then serve the later steps, the clean pass and the
     packing pass. A layer that chooses for itself does so on its way. A choice that takes all layers, or comes late,
     is made after a first step behind the newest blocks.
     """
+    cfg = denoiser.cfg
     spec = cfg.memory
     layout = layouts.layout(cfg.cache, memory.progress)
     random = random_scores(memory, noise)
     if cfg.cache.top == 0 or (cfg.cache.scope, cfg.cache.timing) == ("layer", "first"):
         past = pytrees.zipped(memory.layers, random)
-        clean, outputs = first_step(nets, cfg, layout, noise, text, past, attends=choosing)
+        clean, outputs = first_step(denoiser, layout, noise, past, Access(attends=choosing))
         views, selection = pytrees.unzip(outputs)
-        return remaining_steps(nets, cfg, with_views(memory, views), noise, text, clean, selection)
+        return remaining_steps(denoiser, with_views(memory, views), noise, clean, selection)
     newest = pytrees.over(lambda _: view.newest(spec, layout, len(noise.noise)), memory.layers)
     gathered = pytrees.over(view.gather, memory.layers, newest)
-    memory, clean, queries = first_pass(nets, cfg, memory, noise, text, gathered, newest)
+    memory, clean, queries = first_pass(denoiser, memory, noise, gathered, newest)
     scores = pytrees.over(
         lambda *one: view.score(spec, layout, *one), memory.layers, queries, random
     )
     selection = decide(cfg, layout, scores)
     gathered = pytrees.over(view.gather, memory.layers, selection)
-    return remaining_passes(nets, cfg, memory, noise, text, clean, gathered, selection)
+    return remaining_passes(denoiser, memory, noise, clean, gathered, selection)
 
 
 def first_pass(
-    nets: Nets,
-    cfg: StepConfig,
+    denoiser: Denoiser,
     memory: Memory,
     noise: Noise,
-    text: Any,
     gathered: PerLayer[view.Gathered],
     selection: PerLayer[Selection],
 ) -> tuple[Memory, Latent, PerLayer[view.PooledQueries]]:
     """A first step behind given packed blocks: (the memory, the clean prediction, what each layer asked)."""
-    layout = layouts.layout(cfg.cache, memory.progress)
-    memory = laid(cfg, memory, gathered, selection)
-    clean, outputs = first_step(nets, cfg, layout, noise, text, views_of(memory), attends=asking)
+    layout = layouts.layout(denoiser.cfg.cache, memory.progress)
+    memory = laid(denoiser.cfg, memory, gathered, selection)
+    clean, outputs = first_step(denoiser, layout, noise, views_of(memory), Access(attends=asking))
     views, queries = pytrees.unzip(outputs)
     return with_views(memory, views), clean, queries
 
@@ -144,100 +158,87 @@ def decide(cfg: StepConfig, layout: Layout, scores: PerLayer[Array]) -> PerLayer
 
 
 def remaining_passes(
-    nets: Nets,
-    cfg: StepConfig,
+    denoiser: Denoiser,
     memory: Memory,
     noise: Noise,
-    text: Any,
     clean: Latent,
     gathered: PerLayer[view.Gathered],
     selection: PerLayer[Selection],
 ) -> tuple[Memory, Denoised]:
     """The block, given the packed blocks that were chosen after a first step predicted `clean`."""
+    cfg = denoiser.cfg
     layout = layouts.layout(cfg.cache, memory.progress)
     memory = laid(cfg, memory, gathered, selection)
     if cfg.cache.timing == "first":
-        clean, views = first_step(nets, cfg, layout, noise, text, views_of(memory))
+        clean, views = first_step(denoiser, layout, noise, views_of(memory))
         memory = with_views(memory, views)
-    return remaining_steps(nets, cfg, memory, noise, text, clean, selection)
+    return remaining_steps(denoiser, memory, noise, clean, selection)
 
 
 def first_step(
-    nets: Nets, cfg: StepConfig, layout: Layout, noise: Noise, text: Any, past: Any, **attends: Any
+    denoiser: Denoiser, layout: Layout, noise: Noise, past: Any, access: Access = READS
 ) -> tuple[Latent, Any]:
     """The clean prediction out of pure noise, and what each layer kept."""
-    times, sigmas = (jnp.asarray(x) for x in step_table(cfg.sample))
-    return predict_x0(nets, cfg, layout, noise.noise, times[0], sigmas[0], text, past, **attends)
+    level = noise_levels(denoiser.cfg.sample)[0]
+    return predict_x0(denoiser, layout, noise.noise, level, past, access)
 
 
 def remaining_steps(
-    nets: Nets,
-    cfg: StepConfig,
+    denoiser: Denoiser,
     memory: Memory,
     noise: Noise,
-    text: Any,
     clean: Latent,
     selection: PerLayer[Selection],
 ) -> tuple[Memory, Denoised]:
     """The block after the remaining steps, each from the clean prediction before it plus noise."""
-    layout = layouts.layout(cfg.cache, memory.progress)
-    times, sigmas = (jnp.asarray(x) for x in step_table(cfg.sample))
+    layout = layouts.layout(denoiser.cfg.cache, memory.progress)
 
     def step(carry, inputs):
         clean, views = carry
-        time, sigma, fresh = inputs
-        noisy = schedules.add_noise(clean, fresh, sigma)
-        after = predict_x0(nets, cfg, layout, noisy, time, sigma, text, views)
+        level, fresh = inputs
+        noisy = schedules.add_noise(clean, fresh, level.sigma)
+        after = predict_x0(denoiser, layout, noisy, level, views)
         return after, after[0]
 
-    fresh = (times[1:], sigmas[1:], noise.renoise)
-    (latent, views), later = jax.lax.scan(step, (clean, views_of(memory)), fresh)
+    later_steps = noise_levels(denoiser.cfg.sample)[1:], noise.renoise
+    (latent, views), later = jax.lax.scan(step, (clean, views_of(memory)), later_steps)
     predictions = jnp.concatenate([clean[None], later])
     return with_views(memory, views), Denoised(latent, selection, predictions)
 
 
 def predict_x0(
-    nets: Nets,
-    cfg: StepConfig,
+    denoiser: Denoiser,
     layout: Layout,
     noisy: Latent,
-    timestep: Array,
-    sigma: Array,
-    text: Any,
+    level: NoiseLevel,
     past: Any,
-    *,
     access: Access = READS,
-    attends: "Attends | None" = None,
 ) -> tuple[Latent, Any]:
     """The clean sample that the network sees behind `noisy`, and what each layer kept: its view, unless told else.
 
-    `past` holds views, or what `access` or `attends` take. `timestep` and `sigma` are scalars, one value per video [b]
-    or one per frame [b, t]. `noisy` may hold several blocks, up to `cache.window` frames, which attend to one another.
+    `past` holds views, or what `access` takes. `level` is one for all [], one per video [b] or one per frame [b, t].
+    `noisy` may hold several blocks, up to `cache.window` frames, which attend to one another.
     """
-    per_frame = jnp.expand_dims(timestep, range(jnp.ndim(timestep), 2))
-    time = nets.dit.embed_time(jnp.broadcast_to(per_frame, noisy.shape[:2]))
+    dit, cfg = denoiser.nets.dit, denoiser.cfg
+    per_frame = jnp.expand_dims(level.timestep, range(jnp.ndim(level.timestep), 2))
+    time = dit.embed_time(jnp.broadcast_to(per_frame, noisy.shape[:2]))
     self_attention = block_attention(cfg, layout, noisy.shape[1], access)
-    if attends is not None:
-        self_attention = attends(cfg, layout, self_attention)
-    x, outputs = _run(nets, cfg, nets.dit.embed(noisy), time, text, past, self_attention)
-    output = nets.dit.output(x, time, cfg.grid).astype(noisy.dtype)
+    x, outputs = _run(denoiser, dit.embed(noisy), time, past, self_attention)
+    output = dit.output(x, time, cfg.grid).astype(noisy.dtype)
     if cfg.sample.prediction == "clean":
         return output, outputs
-    return schedules.clean_from_velocity(noisy, output, sigma), outputs
+    return schedules.clean_from_velocity(noisy, output, level.sigma), outputs
 
 
 # Committing
 
 
 def commit_block(
-    nets: Nets,
-    cfg: StepConfig,
+    denoiser: Denoiser,
     memory: Memory,
-    *,
     latent: Latent,
     low_res: Latent,
     selection: PerLayer[Selection] | None,
-    text: Any,
 ) -> tuple[Memory, PerLayer[KV] | None]:
     """(the memory after `latent`, the packed keys and values per layer where the archive is not in it).
 
@@ -245,6 +246,7 @@ def commit_block(
     the clean pass saw, the block at full size, and itself; the block never sees its twin. `selection` is what the
     block was denoised with; None lays down the newest packed blocks, for a block that was given and not denoised.
     """
+    cfg = denoiser.cfg
     spec = cfg.memory
     cache_cfg = cfg.cache
     now = layouts.layout(cache_cfg, memory.progress)
@@ -272,41 +274,34 @@ def commit_block(
 
     past = pytrees.zipped(memory.layers, selection)
     writes = Access(view_of=lambda past: past[0].view, keep=keep_full, writes=True)
-    layers = read_clean(nets, cfg, now, latent, text, past, writes)
+    layers = read_clean(denoiser, now, latent, past, writes)
     packed = None
     if cache_cfg.top:
         # Without the barrier a layer's view may be wanted before and after the twin is laid into it: two copies of it.
         layers, latent, low_res = jax.lax.optimization_barrier((layers, latent, low_res))
         past = pytrees.zipped(layers, selection)
         writes = dataclasses.replace(writes, keep=keep_packed)
-        outputs = read_packed(nets, cfg, now, latent, low_res, text, past, writes)
+        outputs = read_packed(denoiser, now, latent, low_res, past, writes)
         layers, packed = pytrees.unzip(outputs)
     memory = cache.advanced(spec, dataclasses.replace(memory, layers=layers), latent)
     return memory, packed if cache_cfg.archive == "host" else None
 
 
 def read_clean(
-    nets: Nets,
-    cfg: StepConfig,
-    layout: Layout,
-    latent: Latent,
-    text: Any,
-    past: Any,
-    access: Access = READS,
+    denoiser: Denoiser, layout: Layout, latent: Latent, past: Any, access: Access = READS
 ) -> Any:
     """What each layer keeps of a pass of a clean block, at timestep 0, by default its view with the block in it."""
-    time = nets.dit.embed_time(jnp.zeros(latent.shape[:2]))
-    self_attention = block_attention(cfg, layout, latent.shape[1], access)
-    return _run(nets, cfg, nets.dit.embed(latent), time, text, past, self_attention)[1]
+    dit = denoiser.nets.dit
+    time = dit.embed_time(jnp.zeros(latent.shape[:2]))
+    self_attention = block_attention(denoiser.cfg, layout, latent.shape[1], access)
+    return _run(denoiser, dit.embed(latent), time, past, self_attention)[1]
 
 
 def read_packed(
-    nets: Nets,
-    cfg: StepConfig,
+    denoiser: Denoiser,
     layout: Layout,
     latent: Latent,
     low_res: Latent,
-    text: Any,
     past: Any,
     access: Access = READS,
 ) -> Any:
@@ -314,6 +309,7 @@ def read_packed(
 
     The twin passes through all layers, or (`projected`) each layer projects the packed tokens themselves.
     """
+    nets, cfg = denoiser.nets, denoiser.cfg
     tokens = nets.compressor.pack(nets.dit, cfg, latent, low_res)
     time = nets.dit.embed_time(jnp.zeros((latent.shape[0], 1)))
     grid = jnp.asarray(layouts.packed_positions(cfg.memory)[1])
@@ -326,20 +322,20 @@ def read_packed(
 
         return pytrees.over(projected, nets.dit.keys_values(tokens, time), past)
     length = layouts.length(cfg.memory, layout)
+    behind_all = dataclasses.replace(
+        access, write=lambda view, own: cache.extend(view, own, length)
+    )
     self_attention = _attention(
         cfg,
         layouts.packed_times(cfg.memory, layout),
         grid,
-        write=lambda view, own: cache.extend(view, own, length),
+        behind_all,
         valid=length + cfg.tokens_per_packed_block,
-        access=access,
     )
-    return _run(nets, cfg, tokens, time, text, past, self_attention)[1]
+    return _run(denoiser, tokens, time, past, self_attention)[1]
 
 
-def recache(
-    nets: Nets, cfg: StepConfig, memory: Memory, *, text: Any, keep_sink: bool = True
-) -> tuple[Memory, Latent]:
+def recache(denoiser: Denoiser, memory: Memory, *, keep_sink: bool = True) -> tuple[Memory, Latent]:
     """`memory` with the keys and values of its frames at full size computed again, as at a prompt switch (LongLive).
 
     One pass at timestep 0 over the finished latents of the newest `sink + recent + block` frames, which attend to one
@@ -347,6 +343,7 @@ def recache(
     or, not `keep_sink`, the oldest of these frames become the sink. Packed blocks stay as they are.
     Raises `InputError` where packed blocks would be left behind a sink that moves.
     """
+    dit, cfg = denoiser.nets.dit, denoiser.cfg
     spec, count = cfg.memory, cfg.cache.full_frames
     require(
         keep_sink or cfg.cache.top == 0,
@@ -366,24 +363,21 @@ def recache(
         cfg,
         each(plan.positions.astype(jnp.float32)),
         jnp.asarray(rope.grid(range(rows), range(columns), count)),
-        write=behind,
-        valid=None,
-        mask=mask,
-        access=Access(
+        Access(
             view_of=lambda layer: cache.sink_of(spec, layer.view),
             keep=lambda own, view, layer: own,
+            write=behind,
         ),
+        mask=mask,
     )
     latents = cache.latents_of(spec, memory, plan.frames)
-    time = nets.dit.embed_time(jnp.zeros(latents.shape[:2]))
-    x, own = _run(nets, cfg, nets.dit.embed(latents), time, text, memory.layers, self_attention)
+    time = dit.embed_time(jnp.zeros(latents.shape[:2]))
+    x, own = _run(denoiser, dit.embed(latents), time, memory.layers, self_attention)
     memory = cache.rewritten(spec, memory, plan, own)
-    return memory, nets.dit.output(x, time, cfg.grid)
+    return memory, dit.output(x, time, cfg.grid)
 
 
 # What a layer does when its tokens attend
-
-Attends = Callable[[StepConfig, Layout, SelfAttention], SelfAttention]
 
 
 def choosing(cfg: StepConfig, layout: Layout, attention_fn: SelfAttention) -> SelfAttention:
@@ -436,27 +430,27 @@ def block_attention(
     def write(view: KV, own: KV) -> KV:
         return cache.write_block(spec, layout, view, own)
 
-    return _attention(
+    self_attention = _attention(
         cfg,
         layouts.current_times(spec, layout, frames),
         jnp.asarray(rope.grid(range(rows), range(columns), frames)),
-        write=access.write or write,
+        dataclasses.replace(access, write=access.write or write),
         valid=layouts.length(spec, layout, frames),
-        access=access,
     )
+    return access.attends(cfg, layout, self_attention)
 
 
 def _attention(
     cfg: StepConfig,
     times: Float[Array, " q"],
     grid: Float[Array, "q 2"],
-    *,
-    write: Callable[[KV, KV], KV],
-    valid: Array | None,
     access: Access,
+    valid: Array | None = None,
     mask: Array | None = None,
 ) -> SelfAttention:
     """Attention of tokens at (times, grid), once written into a view, to its first `valid` keys, or by a mask."""
+    assert access.write is not None
+    write = access.write
     in_time = rope.time_angles(times, cfg.memory)
     in_space = rope.space_angles(grid, cfg.memory)
 
@@ -476,21 +470,16 @@ def _attention(
 
 
 def _run(
-    nets: Nets,
-    cfg: StepConfig,
-    x: Tokens,
-    time: Any,
-    text: Any,
-    past: Any,
-    self_attention: SelfAttention,
+    denoiser: Denoiser, x: Tokens, time: Any, past: Any, self_attention: SelfAttention
 ) -> tuple[Tokens, Any]:
     """Tokens after all layers, which read the text, if there is any, by the attention that the config names."""
-    read = jax.tree.leaves(text)
+    cfg = denoiser.cfg
+    read = jax.tree.leaves(denoiser.text)
     cross_attention = attention.backend(cfg.attention, read[0].dtype if read else cfg.compute)
-    return nets.dit.run(
+    return denoiser.nets.dit.run(
         x,
         time,
-        text,
+        denoiser.text,
         past=past,
         self_attention=self_attention,
         cross_attention=cross_attention,
@@ -540,6 +529,11 @@ def step_table(cfg: SampleConfig):
     if cfg.warp:
         times = schedules.shifted_timesteps(cfg.steps, cfg.shift)
     return times, schedules.sigma_at(schedules.table(cfg.shift), jnp.asarray(times))
+
+
+def noise_levels(cfg: SampleConfig) -> NoiseLevel:
+    """The levels [step] of the denoising steps."""
+    return NoiseLevel(*(jnp.asarray(x) for x in step_table(cfg)))
 
 
 def random_scores(memory: Memory, noise: Noise) -> PerLayer[Array]:

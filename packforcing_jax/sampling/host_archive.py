@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from packforcing_jax import pytrees
-from packforcing_jax.config import MemorySpec, StepConfig
+from packforcing_jax.config import MemorySpec
 from packforcing_jax.memory import layout as layouts
 from packforcing_jax.memory import view
 from packforcing_jax.memory.cache import LayerCache, Memory, Selection
 from packforcing_jax.memory.layout import Progress
 from packforcing_jax.sampling import block_step
-from packforcing_jax.sampling.block_step import Denoised, Nets, Noise
+from packforcing_jax.sampling.block_step import Denoised, Denoiser, Noise
 from packforcing_jax.types import KV, Latent
 
 Archive: TypeAlias = list[KV]  # per layer, NumPy [b, slot, p, n, h]; keys rotated in space only
@@ -63,20 +62,21 @@ def gather(archive: Archive, selection: Selection) -> list[view.Gathered]:
 
 
 def denoise(
-    nets: Nets, cfg: StepConfig, memory: Memory, archive: Archive, *, noise: Noise, text: Any
+    denoiser: Denoiser, memory: Memory, archive: Archive, noise: Noise
 ) -> tuple[Memory, Denoised]:
     """`block_step.denoise_block` with the packed blocks fetched from the host between its parts."""
-    newest = _newest(cfg.memory, memory.progress, batch=noise.noise.shape[0])
+    spec = denoiser.cfg.memory
+    newest = _newest(spec, memory.progress, batch=noise.noise.shape[0])
     gathered = gather(archive, newest)
-    memory, clean, queries = _first_pass(nets, cfg, memory, noise, text, gathered, newest)
+    memory, clean, queries = first_pass(denoiser, memory, noise, gathered, newest)
     scores = jnp.zeros(())
     layers: Any = memory.layers  # one by one, as in sampling
     for one, layer, pooled, random in zip(archive, layers, queries, noise.random, strict=True):
         keys = jnp.asarray(one.k)
-        scores = scores + _score(cfg.memory, memory.progress, layer, keys, pooled, random)
-    selection = _decide(cfg.memory, memory.progress, scores)
+        scores = scores + _score(spec, memory.progress, layer, keys, pooled, random)
+    selection = _decide(spec, memory.progress, scores)
     gathered = gather(archive, selection)
-    return _remaining_passes(nets, cfg, memory, noise, text, clean, gathered, selection)
+    return remaining_passes(denoiser, memory, noise, clean, gathered, selection)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "batch"))
@@ -84,19 +84,17 @@ def _newest(spec: MemorySpec, progress: Progress, batch: int) -> Selection:
     return view.newest(spec, layouts.layout(spec.cache, progress), batch)
 
 
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="memory")
-def _first_pass(
-    nets: Nets,
-    cfg: StepConfig,
+@functools.partial(jax.jit, donate_argnames="memory")
+def first_pass(
+    denoiser: Denoiser,
     memory: Memory,
     noise: Noise,
-    text: Any,
     gathered: list[view.Gathered],
     selection: Selection,
 ) -> tuple[Memory, Latent, Any]:
-    nets = pytrees.cast(nets, cfg.compute)
-    selections = [selection] * cfg.memory.layers
-    return block_step.first_pass(nets, cfg, memory, noise, text, gathered, selections)
+    """`block_step.first_pass` behind one choice for all layers, in place."""
+    selections = [selection] * denoiser.cfg.memory.layers
+    return block_step.first_pass(denoiser.computed(), memory, noise, gathered, selections)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -117,17 +115,17 @@ def _decide(spec: MemorySpec, progress: Progress, scores: Array) -> Selection:
     return view.select(spec, layouts.layout(spec.cache, progress), scores)
 
 
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="memory")
-def _remaining_passes(
-    nets: Nets,
-    cfg: StepConfig,
+@functools.partial(jax.jit, donate_argnames="memory")
+def remaining_passes(
+    denoiser: Denoiser,
     memory: Memory,
     noise: Noise,
-    text: Any,
     clean: Latent,
     gathered: list[view.Gathered],
     selection: Selection,
 ) -> tuple[Memory, Denoised]:
-    nets = pytrees.cast(nets, cfg.compute)
-    selections = [selection] * cfg.memory.layers
-    return block_step.remaining_passes(nets, cfg, memory, noise, text, clean, gathered, selections)
+    """`block_step.remaining_passes` behind one choice for all layers, in place."""
+    selections = [selection] * denoiser.cfg.memory.layers
+    return block_step.remaining_passes(
+        denoiser.computed(), memory, noise, clean, gathered, selections
+    )

@@ -5,7 +5,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from packforcing_jax.memory.cache import Memory, Selection
 from packforcing_jax.networks import codec
 from packforcing_jax.pytrees import PerLayer
 from packforcing_jax.sampling import block_step, host_archive
-from packforcing_jax.sampling.block_step import Denoised, Nets
+from packforcing_jax.sampling.block_step import Denoised, Denoiser, Nets
 from packforcing_jax.types import KV, Latent, TextStates, Video
 
 
@@ -94,20 +94,13 @@ def next_block(
     exp = model.experiment
     opens = exp.codec.time_factor > 1 and int(state.memory.num_blocks) == 0
     slot = host_archive.slot(exp.memory, state.memory.progress) if state.archive else -1
+    denoiser = Denoiser(model.nets, exp.step, text)
     memory, denoised = denoise(model, state, text)
     frames, low_res, decoder = show_program(
-        model.vae,
-        state.decoder,
-        denoised.latent,
-        given,
-        first=opens,
-        latents=exp.packed_grid[0],
-        pool=exp.compressor.pool,
+        model.vae, state.decoder, denoised.latent, given, first=opens, shrink=shrink_of(exp)
     )
     latent = denoised.latent if given is None else given
-    memory, packed = commit_program(
-        model.nets, exp.step, memory, latent, low_res, denoised.selection, text
-    )
+    memory, packed = commit_program(denoiser, memory, latent, low_res, denoised.selection)
     if packed is not None:
         host_archive.put(state.archive, slot, packed)
     state = dataclasses.replace(state, memory=memory, decoder=decoder)
@@ -119,7 +112,8 @@ def change_prompt(model: Model, state: State, text: Any, *, how: str, keep_sink:
     exp = model.experiment
     memory = state.memory
     if how == "recache":
-        memory = recache_program(model.nets, exp.step, memory, text, keep_sink=keep_sink)
+        denoiser = Denoiser(model.nets, exp.step, text)
+        memory = recache_program(denoiser, memory, keep_sink=keep_sink)
     elif how == "flush":
         memory = flush_program(exp.memory, memory)
     elif how == "cut":
@@ -132,12 +126,11 @@ def denoise(model: Model, state: State, text: Any) -> tuple[Memory, Denoised]:
     cfg = model.experiment.step
     if cfg.sample.first_steps and int(state.memory.num_blocks) == 0:
         cfg = first_block(cfg)
+    denoiser = Denoiser(model.nets, cfg, text)
     if cfg.cache.archive == "device":
-        return denoise_program(model.nets, cfg, state.memory, state.seeds, state.videos, text)
+        return denoise_program(denoiser, state.memory, state.seeds, state.videos)
     noise = noise_program(cfg, state.seeds, state.videos, state.memory.num_blocks)
-    return host_archive.denoise(
-        model.nets, cfg, state.memory, state.archive, noise=noise, text=text
-    )
+    return host_archive.denoise(denoiser, state.memory, state.archive, noise)
 
 
 def first_block(cfg: StepConfig) -> StepConfig:
@@ -150,14 +143,13 @@ def first_block(cfg: StepConfig) -> StepConfig:
 # The programs
 
 
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="memory")
+@functools.partial(jax.jit, donate_argnames="memory")
 def denoise_program(
-    nets: Nets, cfg: StepConfig, memory: Memory, seeds: Array, videos: Array, text: Any
+    denoiser: Denoiser, memory: Memory, seeds: Array, videos: Array
 ) -> tuple[Memory, Denoised]:
     """`block_step.denoise_block` with the noise of (seed, video, block), in place."""
-    noise = block_step.draw_noise(cfg, seeds, videos, memory.num_blocks)
-    nets = pytrees.cast(nets, cfg.compute)
-    memory, denoised = block_step.denoise_block(nets, cfg, memory, noise=noise, text=text)
+    noise = block_step.draw_noise(denoiser.cfg, seeds, videos, memory.num_blocks)
+    memory, denoised = block_step.denoise_block(denoiser.computed(), memory, noise)
     return memory, dataclasses.replace(denoised, predictions=None)
 
 
@@ -165,7 +157,19 @@ noise_program = jax.jit(block_step.draw_noise, static_argnames="cfg")
 layout_program = jax.jit(layouts.layout, static_argnames="cfg")
 
 
-@functools.partial(jax.jit, static_argnames=("first", "latents", "pool"))
+class Shrink(NamedTuple):
+    """How a block's pixels become low-resolution latents."""
+
+    latents: int
+    pool: tuple[int, int, int]  # pixels (t, y, x) that are averaged
+
+
+def shrink_of(exp: Experiment) -> Shrink:
+    """How blocks of `exp` are shrunk."""
+    return Shrink(latents=exp.packed_grid[0], pool=exp.compressor.pool)
+
+
+@functools.partial(jax.jit, static_argnames=("first", "shrink"))
 def show_program(
     vae: codec.Codec,
     decoder: Any,
@@ -173,10 +177,9 @@ def show_program(
     given: Latent | None = None,
     *,
     first: bool,
-    latents: int,
-    pool: tuple[int, int, int],
+    shrink: Shrink,
 ) -> tuple[Video, Latent, Any]:
-    """(frames of `latent`, `latents` low-resolution latents for packing, the decoder after them).
+    """(frames of `latent`, low-resolution latents for packing, the decoder after them).
 
     What is packed, and what the decoder goes on from, is the block that is `given`, if one is.
     """
@@ -184,34 +187,26 @@ def show_program(
     committed = frames
     if given is not None:
         committed, after = codec.decode_chunk(vae, decoder, given, first=first)
-    low_res = codec.low_res_latents(vae, committed, latents=latents, pool=pool)
+    low_res = codec.low_res_latents(vae, committed, **shrink._asdict())
     return frames, low_res, after
 
 
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="memory")
+@functools.partial(jax.jit, donate_argnames="memory")
 def commit_program(
-    nets: Nets,
-    cfg: StepConfig,
+    denoiser: Denoiser,
     memory: Memory,
     latent: Latent,
     low_res: Latent,
     selection: PerLayer[Selection],
-    text: Any,
 ) -> tuple[Memory, PerLayer[KV] | None]:
     """`block_step.commit_block`, in place."""
-    nets = pytrees.cast(nets, cfg.compute)
-    return block_step.commit_block(
-        nets, cfg, memory, latent=latent, low_res=low_res, selection=selection, text=text
-    )
+    return block_step.commit_block(denoiser.computed(), memory, latent, low_res, selection)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "keep_sink"), donate_argnames="memory")
-def recache_program(
-    nets: Nets, cfg: StepConfig, memory: Memory, text: Any, *, keep_sink: bool
-) -> Memory:
+@functools.partial(jax.jit, static_argnames="keep_sink", donate_argnames="memory")
+def recache_program(denoiser: Denoiser, memory: Memory, *, keep_sink: bool) -> Memory:
     """`block_step.recache`, in place."""
-    nets = pytrees.cast(nets, cfg.compute)
-    return block_step.recache(nets, cfg, memory, text=text, keep_sink=keep_sink)[0]
+    return block_step.recache(denoiser.computed(), memory, keep_sink=keep_sink)[0]
 
 
 flush_program = jax.jit(cache.flush, static_argnames="spec", donate_argnames="memory")

@@ -7,9 +7,11 @@ timestep 0 therefore means the table's last sigma.
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -24,6 +26,17 @@ class Table:
 
     sigmas: np.ndarray
     timesteps: np.ndarray
+
+
+@struct.dataclass
+class NoiseLevel:
+    """How noisy a sample is, or several are: an index takes a part of them."""
+
+    timestep: Array  # on the 0..1000 scale
+    sigma: Array
+
+    def __getitem__(self, index: Any) -> "NoiseLevel":
+        return NoiseLevel(timestep=self.timestep[index], sigma=self.sigma[index])
 
 
 def _frozen(values: np.ndarray) -> np.ndarray:

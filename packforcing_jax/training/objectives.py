@@ -21,6 +21,8 @@ from packforcing_jax.memory import cache
 from packforcing_jax.memory import layout as layouts
 from packforcing_jax.networks import dit
 from packforcing_jax.sampling import block_step, schedules
+from packforcing_jax.sampling.block_step import Denoiser
+from packforcing_jax.sampling.schedules import NoiseLevel
 from packforcing_jax.training import batches, distillation, rollout
 from packforcing_jax.training.batches import Batch, Model, Networks
 
@@ -132,34 +134,23 @@ def behind_memory(
     count = noisy.sample.shape[1]
     random = jnp.zeros((exp.dit.layers, count, exp.cache.slots))
     asks = train.cover.matching > 0 and exp.cache.top > 0
-    attends = block_step.watching if asks else block_step.choosing
+    asks_first = block_step.Access(attends=block_step.watching if asks else block_step.choosing)
     keep_both = block_step.Access(keep=lambda own, view, past: (own, view))
     keep_own = block_step.Access(keep=lambda own, view, past: own)
 
     def one_block(memory: cache.Memory, inputs):
         latent, low_res, noised, level = inputs
         layout = layouts.layout(exp.cache, memory.progress, gap)
-        text_kv = batches.of_block(text, memory.num_blocks)
+        denoiser = Denoiser(nets, exp.step, batches.of_block(text, memory.num_blocks))
         past = (memory.layers, random)
+        noise_level = NoiseLevel(timestep=schedules.TIMESTEPS * level, sigma=level)
         clean, (views, selection, *scores) = block_step.predict_x0(
-            nets,
-            exp.step,
-            layout,
-            noised,
-            schedules.TIMESTEPS * level,
-            level,
-            text_kv,
-            past,
-            attends=attends,
+            denoiser, layout, noised, noise_level, past, asks_first
         )
-        full, views = block_step.read_clean(
-            nets, exp.step, layout, latent, text_kv, views, keep_both
-        )
+        full, views = block_step.read_clean(denoiser, layout, latent, views, keep_both)
         packed = None
         if exp.cache.top:
-            packed = block_step.read_packed(
-                nets, exp.step, layout, latent, low_res, text_kv, views, keep_own
-            )
+            packed = block_step.read_packed(denoiser, layout, latent, low_res, views, keep_own)
         memory = cache.commit(exp.memory, memory, latent, full, packed, selection, gap)
         return memory, (clean, scores[0][-1] if asks else None, layout.ids)
 

@@ -29,7 +29,7 @@ from packforcing_jax.memory.cache import Selection
 from packforcing_jax.memory.layout import Layout
 from packforcing_jax.networks import codec, dit, rope
 from packforcing_jax.sampling import block_step, schedules
-from packforcing_jax.sampling.block_step import Access
+from packforcing_jax.sampling.block_step import Access, Denoiser
 from packforcing_jax.training import batches
 from packforcing_jax.types import KV, Heads, Latent
 
@@ -264,36 +264,24 @@ def _steps(
     exit: Array,
 ) -> tuple[Latent, Latent, Selection]:
     """(what the exit step read, the block as its history keeps it, what each layer attended to)."""
-    cfg = exp.step
     layout = condition.layout
     stored = condition.stored
-    text = condition.text
     access = in_clip(exp.memory, layout)
-    times, sigmas = (jnp.asarray(x) for x in block_step.step_table(exp.sample))
-    clean, selection = block_step.predict_x0(
-        nets,
-        cfg,
-        layout,
-        noise.noise,
-        times[0],
-        sigmas[0],
-        text,
-        (stored, noise.random),
-        attends=choosing,
-    )
+    denoiser = Denoiser(nets, exp.step, condition.text)
+    levels = block_step.noise_levels(exp.sample)
+    choose = block_step.Access(attends=choosing)
+    past = (stored, noise.random)
+    clean, selection = block_step.first_step(denoiser, layout, noise, past, choose)
     behind = dataclasses.replace(stored, selection=selection)
 
     def step(i, carry):
         read, before = carry
-        noisy = schedules.add_noise(before, noise.renoise[i], sigmas[i + 1])
-        time = times[i + 1]
-        sigma = sigmas[i + 1]
-        clean, _ = block_step.predict_x0(
-            nets, cfg, layout, noisy, time, sigma, text, behind, access=access
-        )
+        level = levels[i + 1]
+        noisy = schedules.add_noise(before, noise.renoise[i], level.sigma)
+        clean, _ = block_step.predict_x0(denoiser, layout, noisy, level, behind, access)
         return jnp.where(i < exit, noisy, read), clean
 
-    last = len(sigmas) - 1 if distil.finished else exit
+    last = len(levels.sigma) - 1 if distil.finished else exit
     return *jax.lax.fori_loop(0, last, step, (noise.noise, clean)), selection
 
 
@@ -321,7 +309,8 @@ def _remembered(
     layout = condition.layout
     stored = condition.stored
     access = in_clip(exp.memory, layout)
-    full = block_step.read_clean(nets, exp.step, layout, clean, condition.text, stored, access)
+    denoiser = Denoiser(nets, exp.step, condition.text)
+    full = block_step.read_clean(denoiser, layout, clean, stored, access)
     frames = KV(
         *(
             einops.rearrange(x, "layer b (t s) n h -> layer b t s n h", t=exp.cache.block)
@@ -348,9 +337,8 @@ def _packed(
     """Keys and values [layer, b, p, n, h] of a packed block."""
     layout = condition.layout
     access = behind_block(exp.memory, layout)
-    return block_step.read_packed(
-        nets, exp.step, layout, latent, low_res, condition.text, condition.stored, access
-    )
+    denoiser = Denoiser(nets, exp.step, condition.text)
+    return block_step.read_packed(denoiser, layout, latent, low_res, condition.stored, access)
 
 
 def _put(store: KV, new: KV, at: Array) -> KV:
@@ -402,7 +390,7 @@ def again(
     first: int = 0,
 ) -> Array:
     """The blocks of `clip` from number `first` on [block, b, t, y, x, c], each drawn again under a gradient."""
-    times, sigmas = (jnp.asarray(x) for x in block_step.step_table(exp.sample))
+    level = block_step.noise_levels(exp.sample)[clip.exit]
     stored = _through_packed(nets, exp, clip, text) if distil.gradient == "packed" else clip.stored
     leaks = distil.gradient == "leak"
     start = jax.tree.map(jnp.zeros_like, stored.full) if leaks else None
@@ -410,19 +398,11 @@ def again(
     def one_block(leaked, inputs):
         n, noisy, selection = inputs
         layout = layouts.layout(exp.cache, layouts.begin(n), clip.gap)
-        text_kv = batches.of_block(text, n)
+        denoiser = Denoiser(nets, exp.step, batches.of_block(text, n))
         full = stored.full if leaked is None else jax.tree.map(jnp.add, stored.full, leaked)
         behind = Stored(full=full, packed=stored.packed, selection=selection)
         latent, own = block_step.predict_x0(
-            nets,
-            exp.step,
-            layout,
-            noisy,
-            times[clip.exit],
-            sigmas[clip.exit],
-            text_kv,
-            behind,
-            access=in_clip(exp.memory, layout),
+            denoiser, layout, noisy, level, behind, in_clip(exp.memory, layout)
         )
         if leaked is None:
             return None, latent

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import einops
@@ -12,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from packforcing_jax import methods
-from packforcing_jax.config import Experiment, SampleConfig, StepConfig
+from packforcing_jax.config import Experiment, SampleConfig
 from packforcing_jax.memory import cache
 from packforcing_jax.memory.cache import Memory
 from packforcing_jax.methods import calls
 from packforcing_jax.methods.method import Method, memory_of
 from packforcing_jax.networks import dit
-from packforcing_jax.pytrees import PerLayer
 from packforcing_jax.sampling import block_step, player
-from packforcing_jax.types import KV, Latent
+from packforcing_jax.sampling.block_step import Denoiser
+from packforcing_jax.types import Latent
 from packforcing_jax.verify import transformer
 from packforcing_jax.verify.parts import Fixture, Outputs
 
@@ -149,37 +148,27 @@ def _renoise(noise: np.ndarray) -> np.ndarray:
     return einops.rearrange(noise, "block step b t c y x -> block step b t y x c")
 
 
-@partial(jax.jit, static_argnames="cfg")
+@jax.jit
 def _block(
-    nets: block_step.Nets,
-    cfg: StepConfig,
-    memory: Memory,
-    noise: Latent,
-    renoise: jax.Array,
-    text: PerLayer[KV],
+    denoiser: Denoiser, memory: Memory, noise: Latent, renoise: jax.Array
 ) -> tuple[Memory, jax.Array, Latent]:
     """(the memory after the next block, what each step predicted, what the network returns of it clean)."""
-    no_scores = jnp.zeros((cfg.memory.layers, len(noise), 0))
+    no_scores = jnp.zeros((denoiser.cfg.memory.layers, len(noise), 0))
     start = block_step.Noise(noise=noise, renoise=renoise, random=no_scores)
-    memory, denoised = block_step.denoise_block(nets, cfg, memory, noise=start, text=text)
-    memory, flow = _given(nets, cfg, memory, denoised.latent, text)
+    memory, denoised = block_step.denoise_block(denoiser, memory, start)
+    memory, flow = _given(denoiser, memory, denoised.latent)
     return memory, denoised.predictions, flow  # type: ignore[return-value]
 
 
-@partial(jax.jit, static_argnames="cfg")
-def _given(
-    nets: block_step.Nets, cfg: StepConfig, memory: Memory, latent: Latent, text: PerLayer[KV]
-) -> tuple[Memory, Latent]:
+@jax.jit
+def _given(denoiser: Denoiser, memory: Memory, latent: Latent) -> tuple[Memory, Latent]:
     """(the memory after a block that is given, what the network returns of it at timestep 0)."""
-    raw = dataclasses.replace(cfg, sample=SampleConfig(prediction="clean"))
-    flow = transformer.raw_output(nets, raw, memory, latent, jnp.zeros(latent.shape[:2]), text)
-    memory, _ = block_step.commit_block(
-        nets, cfg, memory, latent=latent, low_res=latent, selection=None, text=text
-    )
+    flow = transformer.raw_output(denoiser, memory, latent, jnp.zeros(latent.shape[:2]))
+    memory, _ = block_step.commit_block(denoiser, memory, latent, latent, None)
     return memory, flow
 
 
-_recache = jax.jit(block_step.recache, static_argnames=("cfg", "keep_sink"))
+_recache = jax.jit(block_step.recache, static_argnames="keep_sink")
 
 
 def _rollout(fixture: Fixture, run: Run, contexts: Sequence[str] | None = None) -> Outputs:
@@ -194,20 +183,21 @@ def _rollout(fixture: Fixture, run: Run, contexts: Sequence[str] | None = None) 
     latents = [jnp.asarray(run.given)]
     for start in range(0, run.given.shape[1], size):
         block = jnp.asarray(run.given[:, start : start + size])
-        memory, _ = _given(nets, cfg, memory, block, texts[run.prompts[0]])
+        memory, _ = _given(Denoiser(nets, cfg, texts[run.prompts[0]]), memory, block)
     out: Outputs = {}
     for block, prompt in enumerate(run.prompts):
-        text = texts[prompt]
+        denoiser = Denoiser(nets, cfg, texts[prompt])
         if block and prompt != run.prompts[block - 1]:
-            memory, flow = _recache(nets, cfg, memory, text=text, keep_sink=run.method.keeps_sink)
+            memory, flow = _recache(denoiser, memory, keep_sink=run.method.keeps_sink)
             there = min(spec.cache.full_frames, block * size)
             out[f"{run.prefix}recache_before_block{block}.flow"] = _theirs(flow[:, -there:])
         of_block = player.first_block(cfg) if block == 0 else cfg
         steps = len(of_block.sample.steps)
         noise = run.noise[:, block * size : (block + 1) * size]
         renoise = run.renoise[block, : steps - 1]
+        denoiser = dataclasses.replace(denoiser, cfg=of_block)
         memory, predictions, flow = _block(
-            nets, of_block, memory, jnp.asarray(noise), jnp.asarray(renoise), text
+            denoiser, memory, jnp.asarray(noise), jnp.asarray(renoise)
         )
         out |= {
             f"{run.prefix}block{block}.step{step}.x0": _theirs(x0)

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import einops
@@ -18,7 +17,6 @@ from packforcing_jax.config import (
     DiTConfig,
     Experiment,
     SampleConfig,
-    StepConfig,
     VAEConfig,
 )
 from packforcing_jax.convert import rules, wan_dit
@@ -27,8 +25,9 @@ from packforcing_jax.memory import cache
 from packforcing_jax.memory import layout as layouts
 from packforcing_jax.memory.cache import Memory
 from packforcing_jax.networks import dit
-from packforcing_jax.pytrees import PerLayer
 from packforcing_jax.sampling import block_step
+from packforcing_jax.sampling.block_step import Denoiser
+from packforcing_jax.sampling.schedules import NoiseLevel
 from packforcing_jax.types import KV, Latent
 from packforcing_jax.verify import parts
 from packforcing_jax.verify.parts import Fixture, Outputs
@@ -185,36 +184,25 @@ class RecordedBlock:
     clean: jax.Array  # [b, t, y, x, c]
 
 
-@partial(jax.jit, static_argnames="cfg")
+@jax.jit
 def _noisy_then_clean(
-    nets: block_step.Nets,
-    cfg: StepConfig,
-    memory: Memory,
-    block: RecordedBlock,
-    text: PerLayer[KV],
+    denoiser: Denoiser, memory: Memory, block: RecordedBlock
 ) -> tuple[Latent, Latent, Memory]:
     """The network's output for a noisy block and for the clean one at timestep 0, and the memory after the latter."""
     clean = block.clean
-    flow = raw_output(nets, cfg, memory, block.noisy, block.timesteps, text)
-    flow_clean = raw_output(nets, cfg, memory, clean, jnp.zeros_like(block.timesteps), text)
-    memory, _ = block_step.commit_block(
-        nets, cfg, memory, latent=clean, low_res=clean, selection=None, text=text
-    )
+    flow = raw_output(denoiser, memory, block.noisy, block.timesteps)
+    flow_clean = raw_output(denoiser, memory, clean, jnp.zeros_like(block.timesteps))
+    memory, _ = block_step.commit_block(denoiser, memory, clean, clean, None)
     return flow, flow_clean, memory
 
 
-def raw_output(
-    nets: block_step.Nets,
-    cfg: StepConfig,
-    memory: Memory,
-    latent: Latent,
-    times: jax.Array,
-    text: PerLayer[KV],
-) -> Latent:
-    """The network's output for the next block at a timestep per frame [b, t]."""
-    layout = layouts.layout(cfg.cache, memory.progress)
-    views = block_step.views_of(memory)
-    return block_step.predict_x0(nets, cfg, layout, latent, times, times / 1000, text, views)[0]
+def raw_output(denoiser: Denoiser, memory: Memory, latent: Latent, times: jax.Array) -> Latent:
+    """The network's output for the next block at a timestep per frame [b, t], whatever it predicts."""
+    raw = dataclasses.replace(denoiser.cfg, sample=SampleConfig(prediction="clean"))
+    layout = layouts.layout(raw.cache, memory.progress)
+    level = NoiseLevel(timestep=times, sigma=times / 1000)
+    denoiser = dataclasses.replace(denoiser, cfg=raw)
+    return block_step.predict_x0(denoiser, layout, latent, level, block_step.views_of(memory))[0]
 
 
 def causal_dit_kvcache(fixture: Fixture) -> Outputs:
@@ -226,6 +214,7 @@ def causal_dit_kvcache(fixture: Fixture) -> Outputs:
     exp = experiment(fixture.config, frames=blocks * size, latent=noisy.shape[-2:], sample=raw)
     nets = nets_of(fixture, exp)
     text = jax.jit(dit.WanDiT.text_kv)(nets.dit, _context(fixture, exp.dit))
+    denoiser = Denoiser(nets, exp.step, text)
     memory = cache.init(exp.memory, batch)
     out = _by_layer("crossattn", text)
     for block, times in enumerate(fixture.inputs["t"]):
@@ -234,7 +223,7 @@ def causal_dit_kvcache(fixture: Fixture) -> Outputs:
             timesteps=jnp.asarray(np.tile(times, (batch, 1))),
             clean=parts.ours(clean[block]),
         )
-        flow, flow_clean, memory = _noisy_then_clean(nets, exp.step, memory, recorded, text)
+        flow, flow_clean, memory = _noisy_then_clean(denoiser, memory, recorded)
         out[f"block{block}.flow_noisy"] = parts.theirs(flow)
         out[f"block{block}.flow_clean_t0"] = parts.theirs(flow_clean)
         out |= _by_layer(
@@ -249,24 +238,16 @@ def causal_dit_kvcache(fixture: Fixture) -> Outputs:
     return out
 
 
-@partial(jax.jit, static_argnames="cfg")
+@jax.jit
 def _next_block(
-    nets: block_step.Nets,
-    cfg: StepConfig,
-    memory: Memory,
-    noise: Latent,
-    renoise: jax.Array,
-    text: PerLayer[KV],
+    denoiser: Denoiser, memory: Memory, noise: Latent, renoise: jax.Array
 ) -> tuple[Latent, Memory]:
     """The next block and the memory that holds it."""
-    no_scores = jnp.zeros((cfg.memory.layers, len(noise), 0))
+    no_scores = jnp.zeros((denoiser.cfg.memory.layers, len(noise), 0))
     block_noise = block_step.Noise(noise=noise, renoise=renoise, random=no_scores)
-    memory, denoised = block_step.denoise_block(nets, cfg, memory, noise=block_noise, text=text)
+    memory, denoised = block_step.denoise_block(denoiser, memory, block_noise)
     latent = denoised.latent
-    selection = denoised.selection
-    memory, _ = block_step.commit_block(
-        nets, cfg, memory, latent=latent, low_res=latent, selection=selection, text=text
-    )
+    memory, _ = block_step.commit_block(denoiser, memory, latent, latent, denoised.selection)
     return latent, memory
 
 
@@ -294,10 +275,11 @@ def causal_rollout(fixture: Fixture) -> Outputs:
     memory = cache.init(exp.memory, len(noise))
     latents = []
     text = jax.jit(dit.WanDiT.text_kv)(nets.dit, _context(fixture, exp.dit))
+    denoiser = Denoiser(nets, exp.step, text)
     for block, fresh in enumerate(renoise):
         start = block * exp.cache.block
         latent, memory = _next_block(
-            nets, exp.step, memory, noise[:, start : start + exp.cache.block], fresh, text
+            denoiser, memory, noise[:, start : start + exp.cache.block], fresh
         )
         latents.append(latent)
     return {
