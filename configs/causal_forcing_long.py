@@ -12,7 +12,7 @@ experiment = Experiment(
         top=0,
         capacity=0,
         window=12,
-        rope_adjustment="sink",
+        rope_adjustment="sink_only",
         max_position=21,
     ),
     sample=SampleConfig(steps=(1000, 750, 500, 250), shift=5.0),

@@ -12,7 +12,7 @@ experiment = Experiment(
         top=0,
         capacity=0,
         window=15,
-        rope_adjustment="sink",
+        rope_adjustment="sink_only",
         max_position=21,
     ),
     sample=SampleConfig(steps=(1000, 800, 600, 400, 200), shift=5.0),

@@ -76,30 +76,26 @@ def test_a_given_block_is_committed_behind_the_newest_packed_ones(rule):
     np.testing.assert_array_equal(newest, LATENTS[6])
 
 
-# Windows
-
-NO_PACKED = {"top": 0, "capacity": 0, "sink": 3, "recent": 3}
+# Windows of several blocks
 
 
-def windowed(layers, window, rule="sink"):
-    """An experiment in which blocks are denoised together; its prediction is the network's output."""
-    exp = tiny.with_cache(**NO_PACKED, window=window, rope_adjustment=rule)
-    return dataclasses.replace(
-        exp,
-        dit=dataclasses.replace(exp.dit, layers=layers),
-        sample=dataclasses.replace(exp.sample, prediction="clean"),
+def joint(layers, window, recent):
+    """An experiment in which a window of blocks is denoised together; its prediction is the network's output."""
+    steps = tuple(range(1000, 0, -100)[: window // 3])
+    exp = dataclasses.replace(
+        tiny.EXP,
+        dit=dataclasses.replace(tiny.EXP.dit, layers=layers),
+        sample=dataclasses.replace(tiny.EXP.sample, prediction="clean", steps=steps),
     )
+    sizes = {"sink": 3, "recent": recent, "window": window}
+    return tiny.with_cache(exp, top=0, capacity=0, rope_adjustment="sink_only", **sizes)
 
 
 @partial(tiny.jit, static_argnums=0)
-def predict(exp, nets, memory, noisy, times, text):
-    """(the network's output for frames that are denoised together, the memory with them in its views)"""
-    layout = layouts.layout(exp.cache, memory.progress)
-    views = block_step.views_of(memory)
+def predict(exp, nets, memory, noisy, times, blocks, text):
     denoiser = block_step.Denoiser(nets, exp.step, text)
     level = NoiseLevel(timestep=times, sigma=times / 1000)
-    output, views = block_step.predict_x0(denoiser, layout, noisy, level, views)
-    return output, block_step.with_views(memory, views)
+    return block_step.denoise_jointly(denoiser, memory, noisy, level, blocks)
 
 
 parallel = tiny.jit(dit.parallel, static_argnames="block_ends")
@@ -108,65 +104,85 @@ parallel = tiny.jit(dit.parallel, static_argnames="block_ends")
 def dense(exp, clean, noisy, times):
     """One pass over clean frames and a window behind them, by the transformer's own attention."""
     frames = jnp.concatenate([*clean, noisy], axis=1)
-    at = jnp.concatenate([jnp.zeros((2, frames.shape[1] - times.shape[1])), times], axis=1)
+    at = jnp.concatenate([jnp.zeros(frames.shape[1] - len(times)), times])
+    at = jnp.broadcast_to(at, frames.shape[:2])
     ends = (*(3 * (i + 1) for i in range(len(clean))), frames.shape[1])
     whole = parallel(tiny.nets(exp).dit, frames, at, CONTEXT, block_ends=ends)
-    return whole[:, -times.shape[1] :]
-
-
-WINDOWS = [  # layers, blocks before it, frames of the largest window, and of this one
-    (2, 0, 6, 6),  # an empty memory
-    (2, 1, 6, 6),  # the sink alone
-    (2, 2, 6, 6),  # nothing has left `recent` yet
-    (1, 3, 6, 6),  # with one layer, what has left does not matter
-    (1, 4, 6, 6),
-    (1, 5, 6, 6),
-    (1, 5, 9, 9),
-    (1, 5, 9, 6),  # the last window of a video
-    (1, 5, 9, 3),
-]
+    return whole[:, -len(times) :]
 
 
 @pytest.mark.parametrize(
-    ("rule", "layers", "blocks", "window", "frames"),
-    [("sink", *one) for one in WINDOWS]
-    + [("none", *one) for one in WINDOWS[:3]],  # later its sink is further away than in one pass
+    ("layers", "before", "exist", "window", "recent", "seen"),
+    [
+        (2, 0, 1, 9, 3, []),  # it fills up
+        (2, 0, 2, 9, 3, []),
+        (2, 0, 3, 9, 3, []),
+        (2, 1, 3, 9, 3, [0]),  # the sink alone
+        (2, 2, 3, 9, 3, [0, 1]),
+        (1, 3, 3, 9, 3, [0, 2]),  # with one layer, what has left does not matter
+        (1, 8, 3, 9, 3, [0, 7]),
+        (1, 8, 2, 9, 3, [0, 6, 7]),  # it runs empty, and sees more
+        (1, 8, 1, 9, 3, [0, 5, 6, 7]),
+        (1, 4, 2, 6, 0, [0]),  # no recent frames at all
+        (1, 4, 1, 6, 0, [0, 3]),
+    ],
 )
-def test_a_window_with_levels_of_its_own_is_one_dense_pass(rule, layers, blocks, window, frames):
-    """Over the sink, the recent block and all frames of the window, whatever had been laid there before."""
-    exp = windowed(layers, window, rule)
-    memory = given(exp, range(blocks))
-    noisy = tiny.normal(31, 2, frames, *exp.latent, 12)
-    times = jnp.abs(tiny.normal(32, 2, frames)) * 300 + jnp.arange(frames)[None] * 20
-    clean = [
-        LATENTS[b] for b in sorted({*range(min(blocks, 1)), *range(max(blocks - 1, 0), blocks)})
-    ]
-    text = text_of(CONTEXT, exp)
-    _, memory = predict(exp, tiny.apart(exp), memory, 9 * noisy, times, text)
-    output, memory = predict(exp, tiny.apart(exp), memory, noisy, times, text)
-    expected = dense(exp, clean, noisy, times)
+def test_a_window_is_one_dense_pass_behind_a_sink_that_moved(
+    layers, before, exist, window, recent, seen
+):
+    """Over the sink, the recent frames and its own blocks; what lies behind them means nothing."""
+    exp = joint(layers, window, recent)
+    memory = given(exp, range(before))
+    noisy = tiny.normal(31, 2, window, *exp.latent, 12)
+    times = jnp.abs(tiny.normal(32, window)) * 300 + jnp.arange(window) * 20
+    there = slice(0, 3 * exist)
+    ask = partial(predict, exp, tiny.apart(exp), memory)
+    output = ask(noisy, times, exist, text_of(CONTEXT, exp))[:, there]
+    clean = [LATENTS[block] for block in seen]
+    expected = dense(exp, clean, noisy[:, there], times[there])
     np.testing.assert_allclose(output, expected, atol=1e-5 * np.abs(expected).max())
-    apart = predict(exp, tiny.apart(exp), memory, noisy[:, :3], times[:, :3], text)[0]
-    assert (np.abs(apart - output[:, :3]).max() > 1e-3) == (frames > 3)  # frames hear each other
+    other = ask(noisy.at[:, 3 * exist :].set(9.0), times, exist, text_of(CONTEXT, exp))[:, there]
+    np.testing.assert_array_equal(output, other)
+    if exist > 1:  # frames hear each other
+        alone = ask(noisy.at[:, 3].add(1.0), times, exist, text_of(CONTEXT, exp))[:, :3]
+        assert np.abs(alone - output[:, :3]).max() > 1e-4
 
 
-@pytest.mark.parametrize("blocks", [0, 1, 2, 3, 4, 5])
-def test_a_window_leaves_the_memory_alone_and_its_first_block_is_committed_as_one(blocks):
-    exp = windowed(2, 6)
-    memory = given(exp, range(blocks))
+@pytest.mark.parametrize("block", range(8))
+def test_a_block_of_a_window_is_committed_behind_the_newest_frames(block):
+    """It sees as many as a whole window does (15), the sink as long as it is among them, all where they stand."""
+    exp = joint(1, 9, 3)
+    memory = given(exp, range(block))
+    now = layouts.layout(exp.cache, memory.progress)
+    newest = range(max(0, 3 * block - 12), 3 * block)
+    assert int(now.sink) == (max(0, 3 - newest.start) if block else 0)
+    assert int(now.recent) == len(newest) - int(now.sink)
+    assert int(now.start - now.recent) == max(3, newest.start) or block < 2
+    if block < 5:
+        assert int(now.sink_position) == 0
+    plain = tiny.with_cache(exp, sink=0, recent=12, window=0, rope_adjustment="none")
     text = text_of(CONTEXT, exp)
-    noisy = tiny.normal(31, 2, 6, *exp.latent, 12)
-    times = jnp.full((2, 6), 700.0)
-    _, after = predict(exp, tiny.apart(exp), memory, noisy, times, text)
-    jax.tree.map(
-        np.testing.assert_array_equal, tiny.committed(exp, memory), tiny.committed(exp, after)
-    )
-    ours, theirs = (give(exp, x, blocks, CONTEXT) for x in (after, memory))
-    jax.tree.map(
-        np.testing.assert_array_equal, tiny.committed(exp, ours), tiny.committed(exp, theirs)
-    )
-    one_by_one = given(tiny.with_cache(exp, window=0), range(blocks + 1))
-    close(tiny.committed(exp, ours), tiny.committed(exp, one_by_one), atol=1e-6)
+    outputs = []
+    for each in (exp, plain):
+        denoiser = block_step.Denoiser(tiny.apart(exp), each.step, text)
+        behind = given(each, range(block))
+        outputs.append(clean_pass(denoiser, behind, LATENTS[block]))
+    np.testing.assert_allclose(*outputs, atol=1e-5)
+
+
+@tiny.jit
+def clean_pass(denoiser, memory, latent):
+    layout = layouts.layout(denoiser.cfg.cache, memory.progress)
+    none = NoiseLevel(timestep=jnp.zeros(()), sigma=jnp.zeros(()))
+    return block_step.predict_x0(denoiser, layout, latent, none, block_step.views_of(memory))[0]
+
+
+def test_a_window_needs_a_block_for_each_step_and_a_sink_that_moves_alone():
+    exp = joint(1, 9, 3)
+    with pytest.raises(InputError, match="a block of 3 frames for each of the 2"):
+        dataclasses.replace(exp, sample=dataclasses.replace(exp.sample, steps=(1000, 500)))
+    with pytest.raises(InputError, match="rope_adjustment=sink_only"):
+        dataclasses.replace(exp.cache, rope_adjustment="none")
 
 
 # A re-cache

@@ -1,6 +1,7 @@
 """Methods: recorded rollouts, one value for verify, layout and sample, and what a new prompt does to the memory."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import runpy
@@ -16,7 +17,7 @@ from packforcing_jax import methods
 from packforcing_jax.cli.main import main
 from packforcing_jax.config import loading
 from packforcing_jax.errors import InputError
-from packforcing_jax.memory import cache
+from packforcing_jax.memory import cache, view
 from packforcing_jax.memory import layout as layouts
 from packforcing_jax.methods import calls
 from packforcing_jax.methods.method import Method, applied, memory_of, sized
@@ -28,7 +29,7 @@ from packforcing_jax.verify import kinds
 from packforcing_jax.verify import methods as rollouts
 
 RECORDED = sorted((pathlib.Path(__file__).parent / "golden" / "methods").glob("*.safetensors"))
-WINDOWED = [each for each in methods.METHODS.values() if each.window is not None]
+WINDOWED = [each for each in methods.METHODS.values() if each.window is not None and not each.joint]
 QUICK = ["sample.steps=(1000, 400)"]
 RED, BLUE = (
     f"a {colour} disc walks slowly before the moss curtain in scene one"
@@ -121,7 +122,7 @@ def numbered(exp, blocks, method, prompts):
 @pytest.mark.parametrize("blocks", [0, 1, 2, 5, 9])
 def test_attention_receives_the_frames_and_positions_that_are_shown(method, blocks):
     exp = dataclasses.replace(
-        tiny.EXP, cache=memory_of(dataclasses.replace(method, one_clip=False), tiny.EXP.cache)
+        tiny.EXP, cache=memory_of(dataclasses.replace(method, one_clip=False), tiny.EXP.cache, 3)
     )
     spec = exp.memory
     memory = numbered(exp, blocks, method, [0] * (blocks + 1))
@@ -147,6 +148,43 @@ def test_attention_receives_the_frames_and_positions_that_are_shown(method, bloc
     np.testing.assert_allclose(view.k[slots][:, 0], rope.rotate(ones, angles)[0], atol=1e-4)
 
 
+ROLLING = dataclasses.replace(
+    tiny.EXP,
+    cache=memory_of(methods.ROLLING_FORCING, tiny.EXP.cache, 4),
+    sample=dataclasses.replace(tiny.EXP.sample, steps=(1000, 750, 500, 250)),
+)
+
+
+@pytest.mark.parametrize("block", [0, 1, 2, 5, 9, 10, 11])
+def test_a_window_receives_the_frames_and_positions_that_are_shown(block):
+    """Twelve blocks: the window runs empty behind the ninth."""
+    spec, total = ROLLING.memory, 12
+    memory = numbered(ROLLING, block, methods.ROLLING_FORCING, [0] * total)
+    every = calls.calls(spec, methods.ROLLING_FORCING, [0] * total)
+    steps = [call for call in every if call.call == calls.DENOISE]
+    (step,) = [call for call in steps if call.block == block + 3]
+    layout = layouts.joint(spec.cache, memory.progress, len(step.queries))
+    own = [key for key in step.keys if key.kind == "current"]
+    past = [key for key in step.keys if key.kind != "current"]
+    assert [key.frames[0] for key in own] == [frame for frame, _ in step.queries]
+    assert int(layouts.length(spec, layout)) == step.tokens
+    seen = jax.tree.map(
+        lambda x: x[0, : len(past) * spec.tokens_per_frame], joint_view(spec, layout, memory)
+    )
+    frames = np.repeat([key.frames[0] for key in past], spec.tokens_per_frame)
+    np.testing.assert_allclose(seen.v[:, 0, 0], frames)
+    times = np.repeat([key.position for key in past], spec.tokens_per_frame)
+    ones = jnp.ones((1, len(times), spec.heads, spec.head_dim))
+    angles = rope.time_angles(jnp.asarray(times, jnp.float32), spec)
+    np.testing.assert_allclose(seen.k, rope.rotate(ones, angles)[0], atol=1e-4)
+    assert int(layout.current_position) == step.queries[0][1]
+
+
+@functools.partial(tiny.jit, static_argnums=0)
+def joint_view(spec, layout, memory):
+    return view.joint(spec, layout, memory.layers[0])
+
+
 # Sizes
 
 
@@ -160,6 +198,7 @@ def test_attention_receives_the_frames_and_positions_that_are_shown(method, bloc
         ("longlive-infinity", 18_720),
         ("infinite-forcing", 9_360),
         ("reward-forcing", 14_040),
+        ("rolling-forcing", 32_760),
     ],
 )
 def test_at_full_size_a_method_attends_what_was_published(name, tokens, capsys):
@@ -169,7 +208,8 @@ def test_at_full_size_a_method_attends_what_was_published(name, tokens, capsys):
     )
     table = json.loads(capsys.readouterr().out)
     assert max(step["tokens"] for step in table["steps"]) == tokens
-    assert [step["block"] for step in table["steps"]] == list(range(60))
+    passes = 60 + (3 if name == "rolling-forcing" else 0)  # a window moves over the end
+    assert [step["block"] for step in table["steps"]] == list(range(passes))
     for step in table["steps"]:
         assert step["tokens"] == sum(key["tokens"] for key in step["keys"])
 
@@ -192,15 +232,70 @@ def test_on_stage_sizes_are_counted_in_blocks_and_fit_the_trained_range(name, si
     assert applied(methods.METHODS[name], stage).cache.full_frames == window
 
 
+def test_on_stage_a_rolling_window_of_four_steps_fits_the_trained_range():
+    student = loading.load_experiment("stage_student")
+    ours = applied(methods.ROLLING_FORCING, student).cache
+    assert (ours.sink, ours.recent, ours.window) == (4, 0, 16)
+
+
+def test_more_steps_than_a_rolling_window_has_room_for_are_thinned_out():
+    stage = loading.load_experiment("stage")
+    ours = applied(methods.ROLLING_FORCING, stage)
+    assert len(stage.sample.steps) == 16
+    assert ours.sample.steps == stage.sample.steps[::4]
+    assert ours.cache.window == 16
+
+
 def test_models_of_single_frames_keep_published_sizes():
     one = dataclasses.replace(loading.load_experiment("wan_t2v_1_3b").cache, block=1, top=0)
     assert sized(methods.LONGLIVE, one) == methods.LONGLIVE
-    assert memory_of(methods.LONGLIVE, one).recent == 8
+    assert memory_of(methods.LONGLIVE, one, 4).recent == 8
 
 
 def test_a_window_too_short_is_refused():
     with pytest.raises(InputError, match="window of 5 frames, too short for a sink of 3"):
-        memory_of(Method("short", "", sink=3, window=5), tiny.EXP.cache)
+        memory_of(Method("short", "", sink=3, window=5), tiny.EXP.cache, 4)
+
+
+# A rolling window
+
+
+@pytest.fixture(scope="module")
+def rolling():
+    steps = ["sample.steps=(1000, 750, 500, 250)"]
+    return Pipeline.from_pretrained(overrides=steps).with_method("rolling-forcing")
+
+
+def test_a_rolling_window_goes_on_from_a_state_as_if_it_had_never_stopped(rolling):
+    prompts = [RED] * 4 + [BLUE] * 3
+    whole = [block.latent for block in rolling.stream(prompts, seed=3)]
+    first = rolling.stream(prompts, seed=3)
+    states = [next(first).state for _ in range(5)]
+    rest = [block.latent for block in rolling.stream(prompts, state=states[-1])]
+    np.testing.assert_array_equal(rest, whole[5:])
+    assert np.isfinite(whole).all()
+
+
+def test_a_longer_video_begins_as_a_shorter_one_until_its_window_runs_empty(rolling):
+    short, long = (
+        [block.latent for block in rolling.stream([RED] * count, seed=3)] for count in (5, 6)
+    )
+    np.testing.assert_array_equal(short[:2], long[:2])
+    assert all(np.abs(one - other).max() > 0 for one, other in zip(short[2:], long[2:5]))
+
+
+def test_a_video_whose_window_ran_empty_is_not_made_longer(rolling):
+    *_, last = rolling.stream([RED] * 4, seed=3)
+    with pytest.raises(InputError, match="ended with block 3.*draw a longer video from its beginn"):
+        next(rolling.stream([RED] * 9, state=last.state))
+
+
+def test_a_rolling_window_refuses_fewer_blocks_than_steps(tmp_path, capsys):
+    folder = "packforcing_jax/weights/stage_student"
+    command = ["sample", "--weights", folder, "--method", "rolling-forcing", "--blocks", "3"]
+    assert main([*command, "--out", str(tmp_path / "a.mp4")]) == 2
+    assert "ask for at least 4" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 # A new prompt
@@ -257,7 +352,6 @@ def test_timelines_say_what_a_prompt_does():
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--method", "rolling-forcing"], "no driver yet"),
         (["--method", "bidirectional"], "all frames of a clip at once"),
         (["--method", "longlve"], "did you mean longlive"),
         (["--method", "longlive", "--memory", "no-mid"], "belongs to method packforcing"),

@@ -105,6 +105,13 @@ class Experiment:
             self.cache.top == 0 or all(0 < window <= size for window, size in zip(pool, frame)),
             f"cache.score_pool={pool} does not fit into a block of {frame} tokens; make it smaller.",
         )
+        steps = len(self.sample.steps)
+        require(
+            not self.cache.joint
+            or (self.cache.window == steps * self.cache.block and not self.sample.first_steps),
+            f"cache.window={self.cache.window} must be a block of {self.cache.block} frames for each of the {steps} "
+            "denoising steps, and no sample.first_steps; change one.",
+        )
         require(
             self.codec.z_dim == self.dit.in_channels,
             f"codec.z_dim={self.codec.z_dim} differs from dit.in_channels={self.dit.in_channels}; change one.",

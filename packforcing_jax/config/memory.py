@@ -26,7 +26,7 @@ class CacheConfig:
     recent: int = 4
     top: int = 16
     capacity: int = 128
-    window: int = 0  # frames denoised together, whole blocks of them; 0: one block
+    window: int = 0  # frames denoised together at falling noise, whole blocks; 0: one block
     rope_adjustment: str = "sink"
     sink_average: float = (
         0.0  # share that the sink keeps of itself when leaving frames are averaged in; 0: none are
@@ -59,6 +59,11 @@ class CacheConfig:
             self.window % self.block == 0 and (self.top == 0 or self.window in (0, self.block)),
             f"cache.window={self.window} must be whole blocks of {self.block} frames, and one block when packed blocks "
             "are attended; change it or set top=0.",
+        )
+        require(
+            not self.joint or self.rope_adjustment == "sink_only",
+            f"cache.window={self.window} denoises blocks together behind a sink that moves alone, but "
+            f"rope_adjustment={self.rope_adjustment!r}; set rope_adjustment=sink_only.",
         )
         require_choices("cache", self)
         require(
@@ -104,9 +109,28 @@ class CacheConfig:
         return named(eviction.EVICTIONS, self.eviction, "cache.eviction")
 
     @property
+    def joint(self) -> bool:
+        """Whether several blocks are denoised together, each at a noise level of its own (Rolling Forcing)."""
+        return self.window > self.block
+
+    @property
+    def together(self) -> int:
+        """Frames that are denoised together: a joint window, or one block."""
+        return self.window if self.joint else self.block
+
+    @property
     def ring(self) -> int:
-        """Frames of the ring behind the sink: those that are attended to, and the block that is being made."""
-        return self.recent + self.block
+        """Frames of the ring behind the sink: those that are attended to, and the block that is being made.
+
+        A joint window that shrinks at a video's end sees as many more recent frames, and a block that is committed
+        alone sees as many in all, without the sink once they are all there.
+        """
+        return self.recent + (self.sink + self.window if self.joint else self.block)
+
+    @property
+    def held(self) -> int:
+        """Recent frames that are kept at full size, the current block not among them."""
+        return self.ring - self.block
 
     @property
     def full_frames(self) -> int:
@@ -163,14 +187,38 @@ class MemorySpec:
 
     @property
     def room(self) -> int:
-        """Keys that a view has room for: all that a block attends to, itself and its packed form, rounded up.
-
-        Where blocks are denoised together, those behind the first one have room too.
-        """
+        """Keys that a view has room for: all that a block attends to, itself and its packed form, rounded up."""
         cache = self.cache
         packed = (cache.attended + 1) * self.tokens_per_packed_block if cache.top else 0
-        ahead = max(cache.window - cache.block, 0) * self.tokens_per_frame
-        return -(-(self.full_res + ahead + packed) // cache.key_multiple) * cache.key_multiple
+        if cache.joint:
+            return cache.sink * self.tokens_per_frame + self.ring_room
+        return self._rounded(self.full_res + packed)
+
+    @property
+    def ring_room(self) -> int:
+        """Keys that are attended to at most where a block is committed without the sink."""
+        return self._rounded(self.cache.ring * self.tokens_per_frame)
+
+    @property
+    def ahead_room(self) -> int:
+        """Keys of a view in which several blocks are denoised together, behind the most recent frames they may see."""
+        cache = self.cache
+        recent = cache.held - cache.sink
+        return self._rounded((cache.sink + recent + cache.window) * self.tokens_per_frame)
+
+    @property
+    def denoised_in(self) -> int:
+        """Keys of the view that frames are denoised in."""
+        return self.ahead_room if self.cache.joint else self.room
+
+    @property
+    def committed_in(self) -> int:
+        """Keys of the view that a block is committed in."""
+        return self.ring_room if self.cache.joint else self.room
+
+    def _rounded(self, keys: int) -> int:
+        """So many keys, rounded up to what attention kernels take."""
+        return -(-keys // self.cache.key_multiple) * self.cache.key_multiple
 
     @property
     def sink_moves(self) -> bool:

@@ -138,7 +138,9 @@ def play(
     for block, sentences in enumerate(which.T):
         committed = None if truth is None else true_block(model, truth, block)
         maker = model if block >= first else looking
-        state, made = player.next_block(maker, state, text_of(texts, sentences), given=committed)
+        state, made = player.next_block(
+            maker, state, text_of(texts, sentences), given=committed, left=which.shape[1] - block
+        )
         if block >= first:
             frames.append(np.asarray(made.frames))
             chosen.append(np.asarray(pytrees.stack(made.selection).ids))

@@ -117,16 +117,10 @@ def extend(view: KV, own: KV, at: Length) -> KV:
 
 
 def write_block(spec: MemorySpec, layout: Layout, view: KV, own: KV) -> KV:
-    """`view` with the current block's tokens [b, block*s, n, h] in the slots of its frames.
-
-    Blocks that are denoised together with it follow behind all that is seen, so that valid keys come first for one
-    block as for several, and no committed frame is written over by what is still noisy.
-    """
+    """`view` with the current block's tokens [b, block*s, n, h] in the slots of its frames."""
     for frames, at in _chunks(spec, layout, own.k.shape[1] // spec.tokens_per_frame):
         tokens = slice(frames.start * spec.tokens_per_frame, frames.stop * spec.tokens_per_frame)
         slot = layouts.frame_slots(spec.cache, layout, at)
-        if frames.start >= spec.cache.block:
-            slot = layout.sink + layout.recent + frames.start
         part = KV(k=own.k[:, tokens], v=own.v[:, tokens])
         view = extend(view, part, slot * spec.tokens_per_frame)
     return view
@@ -302,22 +296,22 @@ def reposition(spec: MemorySpec, layout: Layout, layer: LayerCache) -> LayerCach
         sink = rope.rotate(keys[:, : cfg.sink * s], rope.time_angles(turn, spec))
         keys = jax.lax.dynamic_update_slice_in_dim(keys, sink, 0, axis=1)
     if spec.sink_moves:
-        sink = _rotated(spec, layer.sink, layout.sink_position + jnp.arange(cfg.sink))
+        sink = rotated(spec, layer.sink, layout.sink_position + jnp.arange(cfg.sink))
         keys = jax.lax.dynamic_update_slice_in_dim(keys, sink, 0, axis=1)
     if spec.recent_moves:
-        frames = layouts.recent_frames(cfg, layout)
+        frames = layouts.recent_frames(layout, cfg.recent)
         for first in range(0, cfg.recent, cfg.chunk):
             part = frames[first : first + cfg.chunk]
             slot_in_ring = FIFO.slot_of(part[0] - layout.origin, cfg.recent)
             unrotated = jax.lax.dynamic_slice_in_dim(layer.recent, slot_in_ring, cfg.chunk, axis=1)
-            new = _rotated(spec, unrotated, layouts.frame_positions(cfg, layout, part))
+            new = rotated(spec, unrotated, layouts.frame_positions(cfg, layout, part))
             slot = layouts.frame_slots(cfg, layout, part[0])
             keys = jax.lax.dynamic_update_slice_in_dim(keys, new, slot * s, axis=1)
     view = KV(k=keys, v=layer.view.v)
     return dataclasses.replace(layer, view=view, sink_position=layout.sink_position)
 
 
-def _rotated(spec: MemorySpec, frames: Array, times: Float[Array, " frame"]) -> Heads:
+def rotated(spec: MemorySpec, frames: Array, times: Float[Array, " frame"]) -> Heads:
     """Keys of whole frames [b, frame, s, n, h] as tokens, rotated in time."""
     b, _, s, n, h = frames.shape
     angles = rope.time_angles(jnp.repeat(times.astype(jnp.float32), s), spec)
@@ -367,7 +361,7 @@ def rewritten(spec: MemorySpec, memory: Memory, plan: layouts.Recache, own: PerL
     def one(layer: LayerCache, own: KV) -> LayerCache:
         unrotated, values = by_frame(own.k), by_frame(own.v)
         times = layouts.frame_positions(cfg, layout, plan.frames)
-        turned = by_frame(_rotated(spec, unrotated, times))
+        turned = by_frame(rotated(spec, unrotated, times))
         return dataclasses.replace(
             layer,
             view=KV(k=into_view(layer.view.k, turned), v=into_view(layer.view.v, values)),
@@ -447,7 +441,7 @@ def layer_at(spec: MemorySpec, layout: Layout, full: KV, packed: KV) -> LayerCac
     def taken(store: Array, ids: Array) -> Array:
         return jnp.take(store, ids, axis=1, mode="clip")
 
-    keys = _rotated(spec, taken(full.k, frames), layouts.frame_positions(cfg, layout, frames))
+    keys = rotated(spec, taken(full.k, frames), layouts.frame_positions(cfg, layout, frames))
     values = taken(full.v, frames)
     b, _, s, n, h = values.shape
     nothing = jnp.zeros((b, 0, s, n, h), keys.dtype)

@@ -42,8 +42,9 @@ class Layout:
     start: Array  # true number of the current block's first frame
     scene: Array  # true number of the sink's first frame
     origin: Array  # true number of the first frame that went into the ring behind the sink
-    sink: Array  # valid sink frames
+    sink: Array  # visible sink frames
     recent: Array  # visible recent frames
+    current: Array | np.int32 | int  # frames that are made: one block, or several together
     num_selected: Array  # attended packed blocks
     ids: Array  # [slot] block whose packed twin lies in each slot of the archive, -1 where none is visible
     step: Array  # positions that one packed block takes
@@ -72,14 +73,17 @@ def cut(cfg: CacheConfig, progress: Progress) -> Progress:
 def layout(cfg: CacheConfig, progress: Progress, gap: Array | float = 0.0) -> Layout:
     """What the next block sees, everything before `recent` moved `gap` frames further back (training jitter).
 
-    `rope_adjustment="none"` leaves the sink at its true frames.
+    `rope_adjustment="none"` leaves the sink at its true frames. So does a block that is committed where several are
+    denoised together (`joint`): it sees the newest frames, and the sink until these are as many as it may see.
     """
     start = progress.num_blocks * cfg.block
     scene = progress.scene_start
     origin = jnp.maximum(scene + cfg.sink, progress.first_visible)
     sink = jnp.minimum(start - scene, cfg.sink)
     behind = jnp.maximum(start - origin, 0)
-    recent = jnp.minimum(behind, cfg.recent)
+    recent = jnp.minimum(behind, cfg.held)
+    if cfg.joint:
+        sink = jnp.where(sink + recent > cfg.held, 0, sink)
     ids, visible = _visible(cfg, origin // cfg.block, behind // cfg.block)
     num_selected = jnp.minimum(visible, cfg.attended)
 
@@ -90,7 +94,7 @@ def layout(cfg: CacheConfig, progress: Progress, gap: Array | float = 0.0) -> La
     row = sink + num_selected * step + gap + recent
     moved = 0.0 if cfg.rope_adjustment == "sink" else start - row
     positions = {
-        "sink_position": scene if cfg.rope_adjustment == "none" else moved,
+        "sink_position": scene if cfg.rope_adjustment == "none" or cfg.joint else moved,
         "mid_position": moved + sink,
         "recent_position": moved + row - recent,
         "current_position": moved + row,
@@ -102,10 +106,38 @@ def layout(cfg: CacheConfig, progress: Progress, gap: Array | float = 0.0) -> La
         origin=origin,
         sink=sink,
         recent=recent,
+        current=cfg.block,
         num_selected=num_selected,
         ids=ids,
         step=step,
         **{name: jnp.asarray(value, jnp.float32) for name, value in positions.items()},
+    )
+
+
+def denoising(cfg: CacheConfig, progress: Progress) -> Layout:
+    """What the frames see that are denoised next: the next block, or a whole window of blocks."""
+    return joint(cfg, progress, cfg.window) if cfg.joint else layout(cfg, progress)
+
+
+def joint(cfg: CacheConfig, progress: Progress, frames: Array | np.int32 | int) -> Layout:
+    """What the next `frames` frames see that are denoised together (Rolling Forcing sec. 3.3).
+
+    `cfg.sink + cfg.recent + cfg.window` frames in all: the sink moved to stand before the recent frames, and as many
+    more recent frames as the window has grown shorter.
+    """
+    alone = layout(cfg, progress)
+    behind = jnp.maximum(alone.start - alone.origin, 0)
+    recent = jnp.minimum(behind, cfg.recent + cfg.window - frames)
+    sink = jnp.minimum(alone.start - alone.scene, cfg.sink)
+    moved = jnp.asarray(alone.start - recent - sink, jnp.float32)
+    return dataclasses.replace(
+        alone,
+        sink=sink,
+        recent=recent,
+        current=frames,
+        sink_position=moved,
+        mid_position=moved + sink,
+        recent_position=moved + sink,
     )
 
 
@@ -141,9 +173,9 @@ def frame_positions(cfg: CacheConfig, layout: Layout, frames: Array) -> Array:
     return jnp.where(in_sink < cfg.sink, layout.sink_position + in_sink, behind)
 
 
-def recent_frames(cfg: CacheConfig, layout: Layout) -> Int[Array, " frame"]:
-    """True numbers of the `cfg.recent` frames that may be visible, in order; the first `layout.recent` of them are."""
-    return layout.start - layout.recent + jnp.arange(cfg.recent)
+def recent_frames(layout: Layout, count: int) -> Int[Array, " frame"]:
+    """True numbers of the `count` frames that may be visible, in order; the first `layout.recent` of them are."""
+    return layout.start - layout.recent + jnp.arange(count)
 
 
 @struct.dataclass
@@ -173,16 +205,16 @@ def recache(cfg: CacheConfig, progress: Progress, keep_sink: bool) -> Recache:
     scene = now.scene if keep_sink else oldest
     return Recache(
         frames=frames,
-        positions=frames if cfg.rope_adjustment == "none" else in_row,
+        positions=frames if cfg.rope_adjustment == "none" or cfg.joint else in_row,
         written=frames >= first_written,
         behind_sink=behind_sink,
         progress=dataclasses.replace(progress, scene_start=scene.astype(jnp.int32)),
     )
 
 
-def length(spec: MemorySpec, layout: Layout, frames: int | None = None) -> Length:
-    """Valid keys of a view, the `frames` that are denoised together (one block) among them."""
-    full_res = layout.sink + layout.recent + (frames or spec.cache.block)
+def length(spec: MemorySpec, layout: Layout) -> Length:
+    """Valid keys of a view, those of the current frames among them."""
+    full_res = layout.sink + layout.recent + layout.current
     return full_res * spec.tokens_per_frame + layout.num_selected * spec.tokens_per_packed_block
 
 

@@ -114,13 +114,47 @@ def score_inputs(
 def _recent_keys(spec: MemorySpec, layout: Layout, keys: Heads) -> Heads:
     """Keys of the recent frames in time order, the visible ones first."""
     cfg = spec.cache
-    size = spec.cache.chunk * spec.tokens_per_frame
-    if cfg.recent == 0:
-        return keys[:, :0]
-    first = layouts.recent_frames(cfg, layout)[:: cfg.chunk]
-    slots = layouts.frame_slots(cfg, layout, first) * spec.tokens_per_frame
-    parts = [jax.lax.dynamic_slice_in_dim(keys, slots[i], size, axis=1) for i in range(len(first))]
-    return jnp.concatenate(parts, axis=1)
+    return _in_order(spec, layout, keys, cfg.recent)
+
+
+def _in_order(spec: MemorySpec, layout: Layout, store: Array, count: int) -> Array:
+    """Of a view's keys or values, those of `count` recent frames in time order, the visible ones first."""
+    cfg, s = spec.cache, spec.tokens_per_frame
+    first = layouts.recent_frames(layout, count)[:: cfg.chunk]
+    slots = layouts.frame_slots(cfg, layout, first) * s
+    size = cfg.chunk * s
+    parts = [jax.lax.dynamic_slice_in_dim(store, slots[i], size, axis=1) for i in range(len(first))]
+    return jnp.concatenate([store[:, :0], *parts], axis=1)
+
+
+# Several blocks together
+
+
+def joint(spec: MemorySpec, layout: Layout, layer: LayerCache) -> KV:
+    """The view [b, ahead_room, n, h] in which several blocks are denoised together: sink, recent frames, and room.
+
+    The sink's keys are turned to where it stands before the recent frames.
+    """
+    cfg, s = spec.cache, spec.tokens_per_frame
+    count = cfg.held - cfg.sink
+    at = layout.sink_position + jnp.arange(cfg.sink)
+    sink = KV(k=cache.rotated(spec, layer.sink, at), v=cache.sink_of(spec, layer.view).v)
+    behind = jax.tree.map(lambda store: _in_order(spec, layout, store, count), layer.view)
+    seen = layout.sink * s
+    view = jax.tree.map(
+        lambda one: jnp.pad(one, ((0, 0), (0, spec.ahead_room - cfg.sink * s), (0, 0), (0, 0))),
+        sink,
+    )
+    return cache.extend(view, behind, seen)
+
+
+def alone(spec: MemorySpec, layout: Layout, view: KV) -> KV:
+    """The part of a view in which a block is committed that was denoised with others: valid keys come first."""
+    hides_sink = (layout.sink == 0) & (layout.start > layout.scene)
+    hidden = jnp.where(hides_sink, spec.cache.sink * spec.tokens_per_frame, 0)
+    return jax.tree.map(
+        lambda store: jax.lax.dynamic_slice_in_dim(store, hidden, spec.ring_room, axis=1), view
+    )
 
 
 def score(

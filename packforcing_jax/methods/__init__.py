@@ -6,10 +6,10 @@ from packforcing_jax.methods.longlive import LONGLIVE, LONGLIVE_INFINITY
 from packforcing_jax.methods.method import Method
 from packforcing_jax.methods.packforcing import PACKFORCING
 from packforcing_jax.methods.reward_forcing import REWARD_FORCING
+from packforcing_jax.methods.rolling_forcing import ROLLING_FORCING
 from packforcing_jax.methods.self_forcing import CAUSAL_FORCING, SELF_FORCING, SELF_FORCING_SHORT
 
 UNBUILT = {  # methods that cards name, and why they cannot be sampled here
-    "rolling-forcing": "its window of blocks at falling noise has no driver yet",
     "causvid": "its restart from an overlap has no driver yet",
     "deep-forcing": "its compression of tokens is not built yet",
     "packforcing-unofficial": "its compressor is not built yet",
@@ -27,6 +27,7 @@ METHODS: dict[str, Method] = {
         LONGLIVE_INFINITY,
         INFINITE_FORCING,
         REWARD_FORCING,
+        ROLLING_FORCING,
     )
 }
 

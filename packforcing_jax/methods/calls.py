@@ -36,10 +36,11 @@ class Call:
     """One pass of the network."""
 
     call: str  # denoise, commit, pack, recache or given
-    block: int  # that is made; of a block that was given, its number among those
+    block: int  # that is made, or the window's number; of a block that was given, its number among those
     queries: tuple[tuple[int, float], ...]  # (frame, position)
     keys: tuple[Key, ...]
     prompt: int
+    steps: tuple[int, ...] = ()  # of denoising that each query frame is at, where not the first
 
     @property
     def tokens(self) -> int:
@@ -76,9 +77,12 @@ def calls(
         queries = _placed(cfg, now, range(start, start + cfg.block))
         past = _past(spec, now, made)
         own = tuple(_key(spec, "current", frame, at, prompt) for frame, at in queries)
-        kinds = (GIVEN,) if block < 0 else (DENOISE, COMMIT)
-        for kind in kinds:
-            yield Call(kind, number if block < 0 else block, queries, (*past, *own), prompt)
+        if block >= 0 and cfg.joint:
+            yield from _windows(spec, progress, made, (block, len(prompts)), prompt)
+        elif block >= 0:
+            yield Call(DENOISE, block, queries, (*past, *own), prompt)
+        finished = number if block < 0 else block + max(cfg.window // cfg.block - 1, 0)
+        yield Call(GIVEN if block < 0 else COMMIT, finished, queries, (*past, *own), prompt)
         if cfg.top:
             packed = Key(
                 "mid",
@@ -91,6 +95,26 @@ def calls(
         made.prompts |= {frame: prompt for frame, _ in queries}
         _average(cfg, now, made)
         progress = progress.after_block()
+
+
+def _windows(
+    spec: MemorySpec, progress: Progress, made: _Made, place: tuple[int, int], prompt: int
+) -> Iterator[Call]:
+    """The passes over a window of blocks that finish one: one, or as many as the first one needs.
+
+    `place`: the number of that block, and of all blocks.
+    """
+    cfg = spec.cache
+    block, total = place
+    whole = cfg.window // cfg.block
+    for step in range(whole) if block == 0 else [whole - 1]:
+        frames = min(step + 1, total - block) * cfg.block
+        now = layouts.joint(cfg, progress, frames)
+        start = int(now.start)
+        queries = _placed(cfg, now, range(start, start + frames))
+        own = [_key(spec, "current", frame, at, prompt) for frame, at in queries]
+        steps = tuple(step - i // cfg.block for i in range(frames))
+        yield Call(DENOISE, block + step, queries, (*_past(spec, now, made), *own), prompt, steps)
 
 
 def after_change(cfg: CacheConfig, method: Method, progress: Progress) -> Progress:

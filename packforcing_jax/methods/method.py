@@ -6,6 +6,7 @@ A method is a value. `sample --method NAME`, `layout`, `plan` and `verify` read 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from packforcing_jax.config import CacheConfig, Experiment
 from packforcing_jax.config.choices import AT_PROMPT_CHANGE
@@ -22,17 +23,18 @@ class Method:
     the experiment's own. `settings` are fields of `CacheConfig`. `at_prompt_change` is what a new prompt does to the
     memory: `keep` it, `recache` the frames at full size under the new prompt, `flush` all but the sink, `cut`
     everything. `keeps_sink`: a re-cache leaves the sink as it is once it has left the window. `one_clip`: no block is
-    made beyond the window.
+    made beyond the window. `joint`: as many blocks as there are denoising steps are denoised together.
     """
 
     name: str
     source: str
     sink: int = 0
     window: int | None = None
-    settings: Mapping[str, object] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     at_prompt_change: str = "keep"
     keeps_sink: bool = True
     one_clip: bool = False
+    joint: bool = False
 
     def __post_init__(self):
         require(
@@ -41,27 +43,32 @@ class Method:
         )
 
 
-def memory_of(method: Method, own: CacheConfig) -> CacheConfig:
-    """The memory of the method for a model whose own is `own`, which gives the block and the trained range."""
+def memory_of(method: Method, own: CacheConfig, steps: int) -> CacheConfig:
+    """The memory of the method for a model that denoises in `steps` and whose own memory is `own`.
+
+    The latter gives the block and the trained range.
+    """
     if method.window is None:
         return own
-    recent = method.window - method.sink - own.block
+    together = own.block * (steps if method.joint else 1)
+    recent = method.window - method.sink - together
     require(
         recent >= 0,
-        f"method {method.name!r} has a window of {method.window} frames, too short for a sink of {method.sink} and a "
-        f"block of {own.block}; give a longer window.",
+        f"method {method.name!r} has a window of {method.window} frames, too short for a sink of {method.sink} and "
+        f"{together} frames that are made at once; give a longer window, or a model of fewer denoising steps.",
     )
-    bare = CacheConfig(
-        block=own.block,
-        sink=method.sink,
-        recent=recent,
-        top=0,
-        capacity=0,
-        max_position=own.max_position,
-        score_pool=own.score_pool,
-        key_multiple=own.key_multiple,
-    )
-    return dataclasses.replace(bare, **method.settings)
+    sizes: dict[str, Any] = {
+        "block": own.block,
+        "sink": method.sink,
+        "recent": recent,
+        "top": 0,
+        "capacity": 0,
+        "window": together if together > own.block else 0,
+        "max_position": own.max_position,
+        "score_pool": own.score_pool,
+        "key_multiple": own.key_multiple,
+    }
+    return CacheConfig(**sizes | dict(method.settings))
 
 
 def sized(method: Method, own: CacheConfig) -> Method:
@@ -81,7 +88,17 @@ def sized(method: Method, own: CacheConfig) -> Method:
 
 
 def applied(method: Method, experiment: Experiment) -> Experiment:
-    """`experiment` with the memory of the method, at the sizes of its model."""
+    """`experiment` with the memory of the method, at the sizes of its model.
+
+    Where more blocks than a `joint` window has room for would be denoised together, evenly spaced steps are left out.
+    """
     own = experiment.cache
-    memory = memory_of(sized(method, own), own)
-    return dataclasses.replace(experiment, cache=memory, method=method.name)
+    value = sized(method, own)
+    sample = experiment.sample
+    if method.joint and value.window is not None:
+        most = max((value.window - value.sink) // own.block, 1)
+        count = min(most, len(sample.steps))
+        steps = tuple(sample.steps[i * len(sample.steps) // count] for i in range(count))
+        sample = dataclasses.replace(sample, steps=steps)
+    memory = memory_of(value, own, len(sample.steps))
+    return dataclasses.replace(experiment, cache=memory, sample=sample, method=method.name)

@@ -90,8 +90,7 @@ def _forward(model: player.Model, state: State, inputs: Inputs) -> tuple[State, 
 
 
 def _denoise(model: player.Model, state: State, inputs: Inputs) -> tuple[State, Any]:
-    memory, denoised = player.denoise(model, state, inputs["text_kv"])
-    return dataclasses.replace(state, memory=memory), denoised
+    return player.denoise(model, state, inputs["text_kv"])
 
 
 def _selection(model: player.Model, state: State, inputs: Inputs) -> tuple[State, Any]:
@@ -183,7 +182,7 @@ def full(exp: Experiment) -> layouts.Progress:
 
 def attended(exp: Experiment) -> int:
     """Keys that a block attends to behind a full memory, its own among them."""
-    return int(layouts.length(exp.memory, layouts.layout(exp.cache, full(exp))))
+    return int(layouts.length(exp.memory, layouts.denoising(exp.cache, full(exp))))
 
 
 def shapes(exp: Experiment) -> Scene:

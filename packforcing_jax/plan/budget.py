@@ -117,6 +117,8 @@ def count(exp: Experiment, shapes: Shapes, traced: Traced, blocks: int) -> dict[
     """Every figure by name, read off the shapes and the programs."""
     keys = _keys(exp, shapes, traced)
     layout = layouts.layout(exp.cache, layouts.begin(blocks - 1))
+    if exp.cache.joint:  # the last window of a video holds its last block alone
+        layout = layouts.joint(exp.cache, layouts.begin(blocks - 1), exp.cache.block)
     last = {
         "last block/packed blocks it chooses from": int((layout.ids >= 0).sum()),
         "last block/packed blocks it attends": int(layout.num_selected),
@@ -124,14 +126,17 @@ def count(exp: Experiment, shapes: Shapes, traced: Traced, blocks: int) -> dict[
     }
     views = jaxpr_cost.nbytes([layer.view for layer in shapes.layers])
     archive = jaxpr_cost.nbytes([layer.packed for layer in shapes.layers])
-    each = views // keys["keys/room"]
+    each = views // shapes.view[1]
     one = archive // max(exp.cache.slots, 1)
     stored = {
         "bytes/cached": keys["keys/cached"] * each,
         "bytes/attended": keys["keys/attended"] * each,
         "bytes/one packed block": one,
         "bytes/archive of the last block": one * last["last block/packed blocks it chooses from"],
-        "bytes/every block at full size": keys["keys/current"] * each * blocks,
+        "bytes/every block at full size": shapes.latent.shape[1]
+        * exp.tokens_per_frame
+        * each
+        * blocks,
     }
     return (
         keys
@@ -146,7 +151,7 @@ def count(exp: Experiment, shapes: Shapes, traced: Traced, blocks: int) -> dict[
 
 def full_position(exp: Experiment) -> int:
     """The number of a block behind which nothing is empty any more: sink, recent frames and the whole archive."""
-    return -(-(exp.cache.sink + exp.cache.recent) // exp.cache.block) + exp.cache.capacity
+    return -(-(exp.cache.sink + exp.cache.held) // exp.cache.block) + exp.cache.capacity
 
 
 def _keys(exp: Experiment, shapes: Shapes, traced: Traced) -> dict[str, int]:
@@ -154,14 +159,18 @@ def _keys(exp: Experiment, shapes: Shapes, traced: Traced) -> dict[str, int]:
 
     Those of sink and recent frames lie where commits left them, the others are laid down for each block.
     """
-    full = layouts.layout(exp.cache, layouts.begin(full_position(exp)))
+    full = layouts.denoising(exp.cache, layouts.begin(full_position(exp)))
     whole = shapes.view
+    room = exp.memory.denoised_in
     parts = {
         "keys/sink": int(full.sink) * exp.tokens_per_frame,
         "keys/packed": sum(jaxpr_cost.writes(traced.lay, whole)) // 2,  # keys, then values
         "keys/recent": int(full.recent) * exp.tokens_per_frame,
     }
-    current = sum(jaxpr_cost.writes(traced.step, whole)) // (2 * exp.dit.layers)
+    written = jaxpr_cost.writes(traced.step, (whole[0], room, *whole[2:]))
+    current = sum(written) // (2 * exp.dit.layers)
+    if exp.cache.joint:  # its view is laid down with the recent frames
+        current -= (exp.cache.held - exp.cache.sink) * exp.tokens_per_frame
     cached = sum(parts.values())
     own_packed = traced.packed.out_avals[0].shape[1] if traced.packed else 0
     return parts | {
@@ -169,7 +178,7 @@ def _keys(exp: Experiment, shapes: Shapes, traced: Traced) -> dict[str, int]:
         "keys/current": current,
         "keys/attended": cached + current,
         "keys/packed twin": own_packed,
-        "keys/room": whole[1],
+        "keys/room": room,
     }
 
 
@@ -191,9 +200,11 @@ def resident(exp: Experiment, shapes: Shapes) -> dict[str, int]:
         "decoder": shapes.decoder,
     }
     host = jaxpr_cost.nbytes(archive) if exp.cache.archive == "host" else 0
-    every = jaxpr_cost.nbytes((nets, shapes.memory, shapes.text_kv, shapes.decoder))
+    window = {"blocks in the window": shapes.window} if exp.cache.joint else {}
+    every = jaxpr_cost.nbytes((nets, shapes.memory, shapes.text_kv, shapes.decoder, shapes.window))
     totals = {"held/on the device": every - host, "held/on the host": host}
-    return {f"held/{name}": jaxpr_cost.nbytes(tree) for name, tree in trees.items()} | totals
+    held = trees | window
+    return {f"held/{name}": jaxpr_cost.nbytes(tree) for name, tree in held.items()} | totals
 
 
 def _weights(exp: Experiment, shapes: Shapes) -> dict[str, int]:
@@ -243,8 +254,9 @@ def _operations(
 ) -> dict[str, float]:
     """Operations of one block, and what share of them the choice of packed blocks takes."""
     step = jaxpr_cost.operations(traced.step)
-    steps = len(exp.sample.steps)
-    attending = jaxpr_cost.operations(traced.step, on=shapes.view)
+    steps = 1 if exp.cache.joint else len(exp.sample.steps)
+    batch, _, *heads = shapes.view
+    attending = jaxpr_cost.operations(traced.step, on=(batch, exp.memory.denoised_in, *heads))
     denoising = jaxpr_cost.operations(traced.denoise)
     clean = jaxpr_cost.operations(traced.clean)
     packing = jaxpr_cost.operations(traced.packed) if traced.packed else 0

@@ -1,8 +1,8 @@
 """What an experiment costs by closed formula, from its config alone: the arithmetic that counted figures must meet.
 
 Letters: B frames a block, s keys a frame, p keys a packed block, L layers, d width, f width of the MLP, W words,
-q keys of one block (B s), S denoising steps, b videos, V room of a view (of a window, where there is one, for the
-block); `bytes` are those of one number.
+q keys that are denoised at once (B s, or those of a window of blocks), S passes to denoise a block, b videos, V room of
+the view that they are denoised in; `bytes` are those of one number.
 Networks that a config builds itself have no formula here: what depends on their insides is counted alone.
 """
 
@@ -27,7 +27,7 @@ TERMS = {
     "keys/packed": "N_top p",
     "keys/recent": "N_recent s",
     "keys/cached": "sink + packed + recent",
-    "keys/current": "B s",
+    "keys/current": "q",
     "keys/attended": "cached + current",
     "keys/packed twin": "p",
     "keys/room": "attended + p, rounded up",
@@ -40,10 +40,11 @@ TERMS = {
     "bytes/archive of the last block": "one packed block for each it chooses from",
     "bytes/every block at full size": "blocks B s 2 L d bytes b",
     "held/keys and values": "views + archive + un-rotated keys",
-    "held/views": "V 2 L d bytes b",
+    "held/views": "the view that is kept (V, or in a window's place a block's) 2 L d bytes b",
     "held/archive": "(capacity + N_recent / B) p 2 L d bytes b",
     "held/un-rotated keys": "N_recent s L d bytes b; N_sink if that moves",
-    "held/recent latents": "(N_sink + N_recent + B) cells channels 4 b",
+    "held/recent latents": "frames at full size, cells channels 4 b",
+    "held/blocks in the window": "N_window cells channels 4 b, two counters",
     "held/text_kv": "W 2 L d bytes b",
     "held/weights": "transformer + compressor + codec",
     "held/decoder": "what the codec remembers of frames before",
@@ -71,9 +72,9 @@ TERMS = {
     "operations/one step": "2 b (L q (6 d d + 2 W d + 2 d f + 2 V d) + ends)",
     "operations/of it self-attention": "4 b L q V d",
     "operations/one step, keys attended": "with attended for V",
-    "operations/denoising": "S steps",
+    "operations/denoising": "S steps, one in a window of blocks",
     "operations/selection": "2 b L windows (keys it scores) d",
-    "operations/clean pass": "a step without the last layer's end",
+    "operations/clean pass": "a step of one block without the last layer's end",
     "operations/packing pass": "a clean pass of p, and the compressor",
     "operations/whole block": "denoising + selection + clean + packing",
     "share/selection": "selection / whole block",
@@ -102,11 +103,11 @@ def keys_of(exp: Experiment) -> Figures:
     sink = cfg.sink * s
     packed = cfg.attended * p
     recent = cfg.recent * s
-    current = cfg.block * s
+    current = cfg.together * s
     cached = sink + packed + recent
     own_packed = p if cfg.top else 0
-    together = (cfg.window or cfg.block) * s
-    room = math.ceil((cached + together + own_packed) / cfg.key_multiple) * cfg.key_multiple
+    ahead = (cfg.window - cfg.block) * s if cfg.joint else 0  # a window that shrinks sees more
+    room = _rounded(exp, cached + ahead + current + own_packed)
     return {
         "keys/sink": sink,
         "keys/packed": packed,
@@ -119,6 +120,26 @@ def keys_of(exp: Experiment) -> Figures:
     }
 
 
+def _rounded(exp: Experiment, keys: float) -> int:
+    return math.ceil(keys / exp.cache.key_multiple) * exp.cache.key_multiple
+
+
+def _stored(exp: Experiment) -> int:
+    """Keys of the view that is kept from block to block."""
+    cfg, s = exp.cache, exp.tokens_per_frame
+    if cfg.joint:
+        return cfg.sink * s + _alone(exp)
+    return int(keys_of(exp)["keys/room"])
+
+
+def _alone(exp: Experiment) -> int:
+    """Keys of the view that a block is committed in."""
+    cfg, s = exp.cache, exp.tokens_per_frame
+    if cfg.joint:
+        return _rounded(exp, (cfg.sink + cfg.recent + cfg.window) * s)
+    return int(keys_of(exp)["keys/room"])
+
+
 def last_block(exp: Experiment, blocks: int) -> Figures:
     """What block number `blocks` sees of those before it, if the archive forgets the oldest first."""
     cfg = exp.cache
@@ -126,7 +147,10 @@ def last_block(exp: Experiment, blocks: int) -> Figures:
     if cfg.evicts is not eviction.FIFO:
         return {}
     sink = min(frames, cfg.sink)
-    recent = min(frames - sink, cfg.recent)
+    longer = (
+        cfg.window - cfg.block if cfg.joint else 0
+    )  # the last window of a video is its shortest
+    recent = min(frames - sink, cfg.recent + longer)
     archived = min((frames - sink - recent) // cfg.block, cfg.capacity)
     attended = min(archived, cfg.attended)
     keys = (
@@ -168,7 +192,7 @@ def resident(exp: Experiment, batch: int) -> Figures:
     s = exp.tokens_per_frame
     unrotated = cfg.recent * spec.recent_moves + cfg.sink * spec.sink_moves
     counts = {
-        "held/views": keys_of(exp)["keys/room"],
+        "held/views": _stored(exp),
         "held/archive": cfg.slots * exp.tokens_per_packed_block,
         "held/un-rotated keys": unrotated * s / 2,  # they have no values
     }
@@ -176,6 +200,8 @@ def resident(exp: Experiment, batch: int) -> Figures:
     figures: Figures = {name: int(count * each) for name, count in counts.items()}
     figures["held/keys and values"] = sum(figures.values())
     figures["held/recent latents"] = 4 * batch * cfg.full_frames * math.prod(spec.latent)
+    if cfg.joint:
+        figures["held/blocks in the window"] = 4 * batch * cfg.window * math.prod(spec.latent) + 8
     figures["held/on the host"] = figures["held/archive"] if cfg.archive == "host" else 0
     if _is_ours(exp.dit):
         figures["held/text_kv"] = exp.dit.text_len * token_bytes(exp, batch, exp.dtypes.compute)
@@ -320,15 +346,18 @@ def operations(exp: Experiment, keys: Figures, batch: int) -> Figures:
     model = exp.dit
     q = keys["keys/current"]
     room = keys["keys/room"]
+    own = cfg.block * exp.tokens_per_frame
     once: Figures = {}
     if _is_ours(model):
-        step = _pass(model, q, cfg.block, room)
+        step = _pass(model, q, cfg.together, room)
         once |= {
             "operations/one step": step,
             "operations/of it self-attention": 4 * model.layers * q * room * model.dim,
-            "operations/one step, keys attended": _pass(model, q, cfg.block, keys["keys/attended"]),
-            "operations/denoising": len(exp.sample.steps) * step,
-            "operations/clean pass": _pass(model, q, cfg.block, room, until="keys"),
+            "operations/one step, keys attended": _pass(
+                model, q, cfg.together, keys["keys/attended"]
+            ),
+            "operations/denoising": (1 if cfg.joint else len(exp.sample.steps)) * step,
+            "operations/clean pass": _pass(model, own, cfg.block, _alone(exp), until="keys"),
         }
         if type(exp.compressor) is CompressorConfig:
             once["operations/packing pass"] = _packing(exp, model, room) if cfg.top else 0

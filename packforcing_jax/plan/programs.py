@@ -20,7 +20,7 @@ from packforcing_jax.memory.cache import LayerCache, Memory, Selection
 from packforcing_jax.networks import base_model, codec, compressor, text
 from packforcing_jax.plan import jaxpr_cost
 from packforcing_jax.pytrees import PerLayer
-from packforcing_jax.sampling import block_step, host_archive, player
+from packforcing_jax.sampling import block_step, host_archive, player, rolling_window
 from packforcing_jax.sampling.block_step import Denoiser, Nets
 from packforcing_jax.sampling.schedules import NoiseLevel
 from packforcing_jax.types import KV, Latent, Video
@@ -55,6 +55,7 @@ class BlockShapes:
     text_kv: PerLayer[KV]  # what each layer reads of them
     latent: jax.ShapeDtypeStruct
     selection: Selection  # of one layer
+    window: Any  # blocks that are denoised together, or ()
 
     @property
     def layers(self) -> list[LayerCache]:
@@ -64,6 +65,11 @@ class BlockShapes:
     def denoiser(self, cfg: StepConfig, nets: Nets) -> Denoiser:
         """What their passes take."""
         return Denoiser(nets, cfg, self.text_kv)
+
+    def joint(self, denoiser: Denoiser) -> tuple[Any, ...]:
+        """What a pass over blocks that are denoised together is given."""
+        blocks = jax.ShapeDtypeStruct((), jnp.int32)
+        return denoiser, (self.seeds, self.videos), self.memory, self.window, blocks
 
     @property
     def view(self) -> tuple[int, ...]:
@@ -147,6 +153,7 @@ def block_shapes(cfg: StepConfig, params: str, stored: str, text: str, batch: in
             lambda progress: view.newest(spec, layouts.layout(cfg.cache, progress), batch),
             memory.progress,
         ),
+        window=jax.eval_shape(functools.partial(player.window_of, cfg), numbers, numbers),
     )
 
 
@@ -272,10 +279,11 @@ def trace(exp: Experiment, shapes: Shapes) -> Traced:
         views = block_step.views_of(memory)
         return block_step.read_packed(denoiser, layout, latent, low_res, views, own)
 
+    denoise = _traced_denoising(cfg, shapes, shapes.computed)
     return Traced(
         lay=jaxpr_cost.trace(lay, shapes.layers[0], progress),
-        step=jaxpr_cost.trace(step, *own),
-        denoise=_traced_denoising(cfg, shapes, shapes.computed),
+        step=denoise if cfg.cache.joint else jaxpr_cost.trace(step, *own),
+        denoise=denoise,
         clean=jaxpr_cost.trace(clean, *own),
         packed=jaxpr_cost.trace(packed, *own, shapes.low_res) if cfg.cache.top else None,
         decode=jaxpr_cost.trace(_decode, shapes.vae, shapes.decoder, shapes.latent),
@@ -285,6 +293,8 @@ def trace(exp: Experiment, shapes: Shapes) -> Traced:
 
 def _traced_denoising(cfg: StepConfig, shapes: BlockShapes, nets: Nets) -> core.ClosedJaxpr:
     denoiser = shapes.denoiser(cfg, nets)
+    if cfg.cache.joint:
+        return jaxpr_cost.trace(rolling_window.pass_program, *shapes.joint(denoiser))
     program = player.denoise_program
     return jaxpr_cost.trace(program, denoiser, shapes.memory, shapes.seeds, shapes.videos)
 
@@ -343,9 +353,13 @@ def _block_workspace(
 ) -> dict[str, int]:
     batch = low_res.shape[0]
     shapes = block_shapes(cfg, cfg.compute, stored, text, batch)
-    _, room, heads, _ = shapes.view
-    queries = cfg.cache.block * cfg.tokens_per_frame
-    logits = [(batch, heads, queries, keys) for keys in (room, cfg.dit.text_len)]
+    heads = shapes.view[2]
+    sizes = (cfg.cache.together, cfg.memory.denoised_in), (cfg.cache.block, cfg.memory.committed_in)
+    logits = [
+        (batch, heads, frames * cfg.tokens_per_frame, keys)
+        for frames, room in sizes
+        for keys in (room, cfg.dit.text_len)
+    ]
     stores = {leaf.shape for leaf in jax.tree.leaves(shapes.layers) if leaf.ndim >= 4}
     programs = {
         DENOISING: (_traced_denoising(cfg, shapes, shapes.nets), {shapes.view}),
@@ -457,6 +471,9 @@ def _lowered_denoising(
 ) -> Iterator[tuple[str, jax.stages.Lowered]]:
     """Denoising is one program, or several where packed blocks, as in the layer `archived`, come from the host."""
     denoiser = shapes.denoiser(cfg, shapes.nets)
+    if cfg.cache.joint:
+        yield DENOISING, rolling_window.pass_program.lower(*shapes.joint(denoiser))
+        return
     if cfg.cache.archive == "device":
         yield (
             DENOISING,

@@ -46,13 +46,15 @@ class Access:
     `view_of(past)` is the view that it attends in, `keep(own, view, past)` what the layer keeps: `own` tokens with keys
     rotated in space only, the view with these tokens in it. `writes`: `keep` writes into stores, which is then done
     at once, or keys and values of all layers wait for the end side by side. `write(view, own)` lays the block's tokens
-    into a view other than the layer's own. `attends` takes the place of a layer's plain attention, as `choosing` does.
+    into a view other than the layer's own, and `seen(view)` is the part of it that is attended to. `attends` takes
+    the place of a layer's plain attention, as `choosing` does.
     """
 
     view_of: Callable[[Any], KV] = lambda past: past
     keep: Callable[[KV, KV, Any], Any] = lambda own, view, past: view
     writes: bool = False
     write: Callable[[KV, KV], KV] | None = None
+    seen: Callable[[KV], KV] = lambda view: view
     attends: Callable[[StepConfig, Layout, SelfAttention], SelfAttention] = (
         lambda cfg, layout, attention_fn: attention_fn
     )
@@ -217,7 +219,6 @@ def predict_x0(
     """The clean sample that the network sees behind `noisy`, and what each layer kept: its view, unless told else.
 
     `past` holds views, or what `access` takes. `level` is one for all [], one per video [b] or one per frame [b, t].
-    `noisy` may hold several blocks, up to `cache.window` frames, which attend to one another.
     """
     dit, cfg = denoiser.nets.dit, denoiser.cfg
     per_frame = jnp.expand_dims(level.timestep, range(jnp.ndim(level.timestep), 2))
@@ -228,6 +229,26 @@ def predict_x0(
     if cfg.sample.prediction == "clean":
         return output, outputs
     return schedules.clean_from_velocity(noisy, output, level.sigma), outputs
+
+
+def denoise_jointly(
+    denoiser: Denoiser, memory: Memory, noisy: Latent, level: NoiseLevel, blocks: Array | np.int32
+) -> Latent:
+    """The clean predictions of all blocks of a window at once, each from its own noise level (Rolling Forcing).
+
+    `noisy` holds [b, window, y, x, c], `level` one value per frame [window]. The first `blocks` blocks exist and
+    attend to one another and to what `layouts.joint` says; what is predicted of the others means nothing.
+    """
+    cfg, spec = denoiser.cfg, denoiser.cfg.memory
+    layout = layouts.joint(cfg.cache, memory.progress, blocks * cfg.cache.block)
+    behind = (layout.sink + layout.recent) * cfg.tokens_per_frame
+    access = Access(
+        view_of=lambda layer: view.joint(spec, layout, layer),
+        keep=lambda own, whole, layer: (),
+        write=lambda whole, own: cache.extend(whole, own, behind),
+    )
+    per_frame = jax.tree.map(lambda x: jnp.broadcast_to(x, noisy.shape[:2]), level)
+    return predict_x0(denoiser, layout, noisy, per_frame, memory.layers, access)[0]
 
 
 # Committing
@@ -427,15 +448,19 @@ def block_attention(
     spec = cfg.memory
     rows, columns = cfg.grid
 
-    def write(view: KV, own: KV) -> KV:
-        return cache.write_block(spec, layout, view, own)
-
+    if access.write is None:
+        alone = functools.partial(view.alone, spec, layout)
+        access = dataclasses.replace(
+            access,
+            write=functools.partial(cache.write_block, spec, layout),
+            seen=alone if cfg.cache.joint else access.seen,
+        )
     self_attention = _attention(
         cfg,
         layouts.current_times(spec, layout, frames),
         jnp.asarray(rope.grid(range(rows), range(columns), frames)),
-        dataclasses.replace(access, write=access.write or write),
-        valid=layouts.length(spec, layout, frames),
+        access,
+        valid=layouts.length(spec, layout),
     )
     return access.attends(cfg, layout, self_attention)
 
@@ -457,9 +482,10 @@ def _attention(
     def self_attention(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, Any]:
         own = KV(k=rope.rotate(k, in_space), v=v)
         whole = write(access.view_of(past), KV(k=rope.rotate(own.k, in_time), v=v))
-        attention_fn = attention.backend(cfg.attention, whole.k.dtype)
-        turned = rope.rotate(q, in_time + in_space).astype(whole.k.dtype)
-        mixed = attention_fn(turned, whole.k, whole.v, valid, mask).astype(q.dtype)
+        seen = access.seen(whole)
+        attention_fn = attention.backend(cfg.attention, seen.k.dtype)
+        turned = rope.rotate(q, in_time + in_space).astype(seen.k.dtype)
+        mixed = attention_fn(turned, seen.k, seen.v, valid, mask).astype(q.dtype)
         if not access.writes:
             return mixed, access.keep(own, whole, past)
         # The first barrier: what is read now is written only afterwards, or it is copied. The second: it is then done.
@@ -546,25 +572,32 @@ def draw_noise(cfg: StepConfig, seeds: Array, videos: Array, block: Array) -> No
 
     `seeds` is one for all videos, or one for each [b].
     """
-    shape = cfg.cache.block, *cfg.latent, cfg.dit.in_channels
     seeds = jnp.broadcast_to(jnp.asarray(seeds, jnp.uint32), videos.shape)
 
-    def key(seed: Array, video: Array, step: Array | int) -> Array:
-        of_block = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), video), block)
-        return jax.random.fold_in(of_block, step)
+    def uniforms(layer: Array) -> Array:
+        def one(seed: Array, video: Array) -> Array:
+            of_block = _noise_key(seed, video, block, jnp.uint32(RANDOM_SCORES))
+            return jax.random.uniform(jax.random.fold_in(of_block, layer), (cfg.cache.slots,))
 
-    def every(one: Callable, count: int) -> Array:
-        return jax.vmap(lambda i: jax.vmap(lambda *who: one(*who, i))(seeds, videos))(
-            jnp.arange(count)
-        )
+        return jax.vmap(one)(seeds, videos)
 
-    def normal(seed: Array, video: Array, step: Array) -> Array:
-        return jax.random.normal(key(seed, video, step), shape)
+    steps, layers = jnp.arange(len(cfg.sample.steps)), jnp.arange(cfg.dit.layers)
+    noise = jax.vmap(lambda step: step_noise(cfg, seeds, videos, block, step))(steps)
+    return Noise(noise=noise[0], renoise=noise[1:], random=jax.vmap(uniforms)(layers))
 
-    def uniform(seed: Array, video: Array, layer: Array) -> Array:
-        of_layer = jax.random.fold_in(key(seed, video, jnp.uint32(RANDOM_SCORES)), layer)
-        return jax.random.uniform(of_layer, (cfg.cache.slots,))
 
-    noise = every(normal, len(cfg.sample.steps))
-    random = every(uniform, cfg.dit.layers)
-    return Noise(noise=noise[0], renoise=noise[1:], random=random)
+def step_noise(
+    cfg: StepConfig, seeds: Array, videos: Array, block: Array, step: Array
+) -> Float[Array, "b t y x c"]:
+    """The noise with which one block of each video goes into a denoising step; into the first it is that alone."""
+    shape = cfg.cache.block, *cfg.latent, cfg.dit.in_channels
+
+    def normal(seed: Array, video: Array) -> Array:
+        return jax.random.normal(_noise_key(seed, video, block, step), shape)
+
+    return jax.vmap(normal)(seeds, videos)
+
+
+def _noise_key(seed: Array, video: Array, block: Array, step: Array | int) -> Array:
+    of_block = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), video), block)
+    return jax.random.fold_in(of_block, step)

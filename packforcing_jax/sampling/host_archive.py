@@ -66,9 +66,9 @@ def denoise(
 ) -> tuple[Memory, Denoised]:
     """`block_step.denoise_block` with the packed blocks fetched from the host between its parts."""
     spec = denoiser.cfg.memory
-    newest = _newest(spec, memory.progress, batch=noise.noise.shape[0])
-    gathered = gather(archive, newest)
-    memory, clean, queries = first_pass(denoiser, memory, noise, gathered, newest)
+    before = newest(spec, memory.progress, batch=noise.noise.shape[0])
+    gathered = gather(archive, before)
+    memory, clean, queries = first_pass(denoiser, memory, noise, gathered, before)
     scores = jnp.zeros(())
     layers: Any = memory.layers  # one by one, as in sampling
     for one, layer, pooled, random in zip(archive, layers, queries, noise.random, strict=True):
@@ -80,7 +80,8 @@ def denoise(
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "batch"))
-def _newest(spec: MemorySpec, progress: Progress, batch: int) -> Selection:
+def newest(spec: MemorySpec, progress: Progress, batch: int) -> Selection:
+    """What a layer attends to before it has asked anything; with nothing packed, nothing."""
     return view.newest(spec, layouts.layout(spec.cache, progress), batch)
 
 

@@ -89,8 +89,14 @@ def with_overrides(
 
 
 def require_length(method: Method, exp: Experiment, blocks: int) -> None:
-    """Raises `InputError` for more blocks than a method of one clip makes."""
+    """Raises `InputError` for more blocks than a method of one clip makes, or fewer than its window has."""
     window = exp.cache.full_frames
+    together = exp.cache.window // exp.cache.block
+    require(
+        not exp.cache.joint or blocks >= together,
+        f"method {method.name} denoises {together} blocks together, one for each step, and {blocks} were asked for; "
+        f"ask for at least {together}.",
+    )
     require(
         not method.one_clip or blocks * exp.cache.block <= window,
         f"method {method.name} makes one clip of {window} frames, and {blocks} blocks of {exp.cache.block} were asked "
@@ -274,7 +280,7 @@ class Pipeline:
                     self, state, text_kv, how=how, keep_sink=self.method.keeps_sink
                 )
             before = jax.tree.map(np.asarray, state.memory.progress)
-            state, block = player.next_block(self, state, text_kv)
+            state, block = player.next_block(self, state, text_kv, left=len(prompts) - index)
             frames = np.asarray(block.frames[0])
             video.guard(frames, first=index * len(frames))
             yield self._finished(index, prompts[index], frames, block, before, state)
@@ -289,7 +295,7 @@ class Pipeline:
         state: State,
     ) -> Finished:
         exp = self.experiment
-        layout = player.layout_program(exp.cache, before)
+        layout = player.layout_program(exp.cache, before)  # as it was denoised
         names = (
             "sink",
             "recent",

@@ -20,8 +20,9 @@ from packforcing_jax.memory import layout as layouts
 from packforcing_jax.memory.cache import Memory, Selection
 from packforcing_jax.networks import codec
 from packforcing_jax.pytrees import PerLayer
-from packforcing_jax.sampling import block_step, host_archive
+from packforcing_jax.sampling import block_step, host_archive, rolling_window
 from packforcing_jax.sampling.block_step import Denoised, Denoiser, Nets
+from packforcing_jax.sampling.rolling_window import Window
 from packforcing_jax.types import KV, Latent, TextStates, Video
 
 
@@ -48,6 +49,7 @@ class State:
     decoder: Any
     seeds: Int[Array, " b"]
     videos: Int[Array, " b"]  # ids, which with the seed decide the noise
+    window: Window | tuple[()] = ()  # blocks that are denoised together, where a method does so
 
 
 @struct.dataclass
@@ -68,12 +70,14 @@ def start(model: Model, *, seeds: Any, videos: Any) -> State:
     batch = len(videos)
     dtype = jnp.dtype(model.experiment.dtypes.cache)
     videos = jnp.asarray(videos, jnp.uint32)
+    seeds = jnp.broadcast_to(jnp.asarray(seeds, jnp.uint32), videos.shape)
     state = State(
         memory=cache.init(exp.memory, batch, dtype),
         archive=[],
         decoder=codec.init_decoder(model.vae, batch, *exp.latent),
-        seeds=jnp.broadcast_to(jnp.asarray(seeds, jnp.uint32), videos.shape),
+        seeds=seeds,
         videos=videos,
+        window=window_program(exp.step, seeds, videos),
     )
     state = jax.device_put(state, beside(model.nets))
     return dataclasses.replace(state, archive=host_archive.init(exp.memory, batch, dtype))
@@ -85,22 +89,23 @@ def beside(nets: Nets) -> Any:
 
 
 def next_block(
-    model: Model, state: State, text: Any, *, given: Latent | None = None
+    model: Model, state: State, text: Any, *, given: Latent | None = None, left: int | None = None
 ) -> tuple[State, Block]:
     """One more block of every video, its text as keys and values per layer; `state` is used up.
 
-    A block that is `given` [b, t, y, x, c] is committed in place of the denoised one.
+    A block that is `given` [b, t, y, x, c] is committed in place of the denoised one. `left` counts the blocks from
+    this one to the video's last one, None for a video without an end.
     """
     exp = model.experiment
     opens = exp.codec.time_factor > 1 and int(state.memory.num_blocks) == 0
     slot = host_archive.slot(exp.memory, state.memory.progress) if state.archive else -1
     denoiser = Denoiser(model.nets, exp.step, text)
-    memory, denoised = denoise(model, state, text)
+    state, denoised = denoise(model, state, text, left=left)
     frames, low_res, decoder = show_program(
         model.vae, state.decoder, denoised.latent, given, first=opens, shrink=shrink_of(exp)
     )
     latent = denoised.latent if given is None else given
-    memory, packed = commit_program(denoiser, memory, latent, low_res, denoised.selection)
+    memory, packed = commit_program(denoiser, state.memory, latent, low_res, denoised.selection)
     if packed is not None:
         host_archive.put(state.archive, slot, packed)
     state = dataclasses.replace(state, memory=memory, decoder=decoder)
@@ -121,16 +126,27 @@ def change_prompt(model: Model, state: State, text: Any, *, how: str, keep_sink:
     return dataclasses.replace(state, memory=memory)
 
 
-def denoise(model: Model, state: State, text: Any) -> tuple[Memory, Denoised]:
-    """The next block as it is denoised, and the memory with other scratch; the memory of `state` is used up."""
+def denoise(
+    model: Model, state: State, text: Any, *, left: int | None = None
+) -> tuple[State, Denoised]:
+    """The next block as it is denoised, and the state before it is committed; the memory of `state` is used up."""
     cfg = model.experiment.step
     if cfg.sample.first_steps and int(state.memory.num_blocks) == 0:
         cfg = first_block(cfg)
     denoiser = Denoiser(model.nets, cfg, text)
+    who = state.seeds, state.videos
+    if isinstance(state.window, Window):
+        one_pass = functools.partial(rolling_window.pass_program, denoiser, who)
+        latent, window = rolling_window.denoise(cfg, state.memory, state.window, one_pass, left)
+        none = host_archive.newest(cfg.memory, state.memory.progress, batch=len(state.videos))
+        selection = [none] * cfg.memory.layers  # nothing is packed
+        return dataclasses.replace(state, window=window), Denoised(latent, selection)
     if cfg.cache.archive == "device":
-        return denoise_program(denoiser, state.memory, state.seeds, state.videos)
-    noise = noise_program(cfg, state.seeds, state.videos, state.memory.num_blocks)
-    return host_archive.denoise(denoiser, state.memory, state.archive, noise)
+        memory, denoised = denoise_program(denoiser, state.memory, *who)
+    else:
+        noise = noise_program(cfg, *who, state.memory.num_blocks)
+        memory, denoised = host_archive.denoise(denoiser, state.memory, state.archive, noise)
+    return dataclasses.replace(state, memory=memory), denoised
 
 
 def first_block(cfg: StepConfig) -> StepConfig:
@@ -153,8 +169,16 @@ def denoise_program(
     return memory, dataclasses.replace(denoised, predictions=None)
 
 
+def window_of(cfg: StepConfig, seeds: Array, videos: Array) -> Window | tuple[()]:
+    """The blocks that are denoised together, before the first pass; nothing where each is denoised alone."""
+    if not cfg.cache.joint:
+        return ()
+    return rolling_window.start(cfg, rolling_window.drawn(cfg, seeds, videos))
+
+
+window_program = jax.jit(window_of, static_argnames="cfg")
 noise_program = jax.jit(block_step.draw_noise, static_argnames="cfg")
-layout_program = jax.jit(layouts.layout, static_argnames="cfg")
+layout_program = jax.jit(layouts.denoising, static_argnames="cfg")
 
 
 class Shrink(NamedTuple):

@@ -70,12 +70,15 @@ CASES = {
         )
     },
     "method_self_forcing_rolling": Case(partial(methods.sink_and_window, published.SELF_FORCING)),
+    "method_rolling_forcing": Case(methods.rolling_forcing, 5e-5),
+    "method_causal_forcing_longvideo": Case(methods.rolling_forcing, 5e-5),
     "method_causal_forcing_chunkwise": Case(methods.causal_forcing, 5e-5),
     "method_causal_forcing_framewise": Case(methods.causal_forcing, 5e-5),
     "dmd_math": Case(training.dmd_math, 5e-5, derived=2e-4),
     "self_forcing_train_rollout": Case(training.self_forcing_train_rollout, 5e-5, derived=2e-4),
 }
 LAYOUT = r"^(.*\.)?layout\."  # tensors that together say whom each call of a run sees
+COMMIT = 1  # in the second column of a layout's calls
 PLACE, SHARE = 1e-3, 1e-5  # how far positions and shares of a mixed key may be off
 UNKNOWN = Case(lambda fixture: {}, 0.0)
 
@@ -192,21 +195,33 @@ def layout_difference(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.nd
 
     The order of keys does not matter. Positions are taken from the query's first and may differ by a thousandth.
     """
-    if not set(theirs) <= set(ours) or len(ours["call"]) != len(theirs["call"]):
+    if not set(theirs) <= set(ours):
+        return math.inf
+    rows = [_with_effect(each) for each in (ours, theirs)]
+    if len(rows[0]) != len(rows[1]):
         return math.inf
     made_by = sorted(set(theirs) & {"key_prompt", "key_timestep", "query_timestep"})
-    calls = range(len(theirs["call"]))
-    return float(sum(not _same_call(ours, theirs, row, made_by) for row in calls))
+    sights = [
+        [_sights(each, row, made_by) for row in own]
+        for each, own in zip((ours, theirs), rows, strict=True)
+    ]
+    return float(sum(not _same(*pair) for pair in zip(*sights, strict=True)))
 
 
-def _same_call(
-    ours: Mapping[str, np.ndarray],
-    theirs: Mapping[str, np.ndarray],
-    row: int,
-    made_by: Sequence[str],
+def _with_effect(layout: Mapping[str, np.ndarray]) -> list[int]:
+    """The calls of a layout, without commits whose frames another commit writes over before anyone reads them."""
+    calls = layout["call"]
+    rollouts = layout.get("rollout", np.zeros(len(calls)))
+    frames = [(rollout, *call[1:3]) for rollout, call in zip(rollouts, calls, strict=True)]
+    commits = {frame: row for row, frame in enumerate(frames) if frame[1] == COMMIT}
+    return [row for row, frame in enumerate(frames) if commits.get(frame, row) == row]
+
+
+def _same(
+    one_call: tuple[np.ndarray, np.ndarray], other_call: tuple[np.ndarray, np.ndarray]
 ) -> bool:
     """Whether one call is the same on both sides."""
-    (one, mix), (other, wanted) = (_sights(each, row, made_by) for each in (ours, theirs))
+    (one, mix), (other, wanted) = one_call, other_call
     frames = wanted.shape[1]
     return (
         one.shape == other.shape

@@ -17,9 +17,11 @@ from packforcing_jax.memory.cache import Memory
 from packforcing_jax.methods import calls
 from packforcing_jax.methods.method import Method, memory_of
 from packforcing_jax.networks import dit
-from packforcing_jax.sampling import block_step, player
+from packforcing_jax.pytrees import PerLayer
+from packforcing_jax.sampling import block_step, player, rolling_window, schedules
 from packforcing_jax.sampling.block_step import Denoiser
-from packforcing_jax.types import Latent
+from packforcing_jax.sampling.rolling_window import Window
+from packforcing_jax.types import KV, Latent
 from packforcing_jax.verify import transformer
 from packforcing_jax.verify.parts import Fixture, Outputs
 
@@ -73,6 +75,76 @@ def causal_forcing(fixture: Fixture) -> Outputs:
         out |= _rollout(fixture, run, contexts=("context",))
         out |= _step_lists(run.prefix, out_of=run.experiment.sample)
     return out
+
+
+def rolling_forcing(fixture: Fixture) -> Outputs:
+    """The run of a file about a rolling window of blocks."""
+    config = fixture.config
+    sample = _sample(config)
+    noise = _frames_last(fixture.inputs["noise"])
+    run = Run(
+        prefix="",
+        method=dataclasses.replace(
+            methods.ROLLING_FORCING,
+            sink=config["sink_frames"],
+            window=config["max_attention_frames"],
+        ),
+        experiment=_model(config, config["frames_per_block"], noise.shape[2:4], sample),
+        noise=noise,
+        renoise=_renoise(fixture.inputs["renoise"]),
+        prompts=(0,) * config["num_blocks"],
+        given=noise[:, :0],
+    )
+    exp, nets, (text,) = _begun(fixture, run, ("context",))
+    denoiser = Denoiser(nets, exp.step, text)
+    recorded = _by_block(run.noise, exp.cache.block), jnp.asarray(run.renoise)
+    out = _step_lists("", out_of=sample)
+    latents = []
+
+    def one_pass(
+        memory: Memory, window: Window, blocks: jax.Array | np.int32
+    ) -> tuple[Latent, Window]:
+        clean, following = _window(denoiser, memory, window, recorded, blocks)
+        for i, x0 in enumerate(_by_block(clean, exp.cache.block)[: int(blocks)]):
+            name = f"block{int(memory.num_blocks) + i}.step{int(window.step) - i}.x0"
+            out[name] = _theirs(x0)
+        return clean, following
+
+    memory = cache.init(exp.memory, len(run.noise))
+    window = rolling_window.start(exp.step, _recorded(*recorded))
+    for block, left in enumerate(range(len(run.prompts), 0, -1)):
+        latent, window = rolling_window.denoise(exp.step, memory, window, one_pass, left)
+        memory, flow = _given(denoiser, memory, latent)
+        out[f"block{block}.context_pass.flow"] = _theirs(flow)
+        latents.append(latent)
+    out["latents"] = _theirs(jnp.concatenate(latents, axis=1))
+    return out | {f"layout.{name}": rows for name, rows in _rows(exp.memory, run).items()}
+
+
+def _by_block(latent: Latent | np.ndarray, block: int) -> jax.Array:
+    return einops.rearrange(jnp.asarray(latent), "b (block t) y x c -> block b t y x c", t=block)
+
+
+def _recorded(noise: jax.Array, renoise: jax.Array) -> rolling_window.Fresh:
+    """The noise of a file for blocks [n] that go into steps [n]; of blocks behind the last one, anything."""
+
+    def fresh(blocks: jax.Array, steps: jax.Array) -> jax.Array:
+        block = jnp.minimum(blocks, len(noise) - 1)
+        later = renoise[block, jnp.maximum(steps - 1, 0)]
+        return jnp.where(schedules.over(steps == 0, later), noise[block], later)
+
+    return fresh
+
+
+@jax.jit
+def _window(
+    denoiser: Denoiser,
+    memory: Memory,
+    window: Window,
+    recorded: tuple[jax.Array, jax.Array],
+    blocks: jax.Array | np.int32,
+) -> tuple[Latent, Window]:
+    return rolling_window.advance(denoiser, memory, window, _recorded(*recorded), blocks)
 
 
 def _windowed_run(fixture: Fixture, method: Method, config: Mapping[str, Any], prefix: str) -> Run:
@@ -171,14 +243,22 @@ def _given(denoiser: Denoiser, memory: Memory, latent: Latent) -> tuple[Memory, 
 _recache = jax.jit(block_step.recache, static_argnames="keep_sink")
 
 
+def _begun(
+    fixture: Fixture, run: Run, contexts: Sequence[str]
+) -> tuple[Experiment, block_step.Nets, list[PerLayer[KV]]]:
+    """(the model with the memory of the method, its networks, what they read of each prompt)."""
+    own = run.experiment
+    exp = dataclasses.replace(own, cache=memory_of(run.method, own.cache, len(own.sample.steps)))
+    nets = transformer.nets_of(fixture, exp)
+    text_kv = jax.jit(dit.WanDiT.text_kv)
+    return exp, nets, [text_kv(nets.dit, jnp.asarray(fixture.inputs[name])) for name in contexts]
+
+
 def _rollout(fixture: Fixture, run: Run, contexts: Sequence[str] | None = None) -> Outputs:
     """Latents, predictions and calls of one run."""
-    exp = dataclasses.replace(run.experiment, cache=memory_of(run.method, run.experiment.cache))
-    cfg, spec, size = exp.step, exp.memory, exp.cache.block
-    nets = transformer.nets_of(fixture, exp)
     names = contexts or [f"context_{i}" for i in range(fixture.config["num_prompts"])]
-    text_kv = jax.jit(dit.WanDiT.text_kv)
-    texts = [text_kv(nets.dit, jnp.asarray(fixture.inputs[name])) for name in names]
+    exp, nets, texts = _begun(fixture, run, names)
+    cfg, spec, size = exp.step, exp.memory, exp.cache.block
     memory = cache.init(spec, len(run.noise))
     latents = [jnp.asarray(run.given)]
     for start in range(0, run.given.shape[1], size):
@@ -215,7 +295,7 @@ def _theirs(latent: Latent) -> np.ndarray:
 
 def _rows(spec: Any, run: Run) -> dict[str, np.ndarray]:
     """The calls of a run as a file lists them, padded with -1."""
-    first = float(block_step.step_table(player.first_block(run.experiment.step).sample)[0][0])
+    times = block_step.step_table(player.first_block(run.experiment.step).sample)[0].tolist()
     made = list(
         calls.calls(spec, run.method, run.prompts, given=run.given.shape[1] // spec.cache.block)
     )
@@ -226,8 +306,14 @@ def _rows(spec: Any, run: Run) -> dict[str, np.ndarray]:
     def padded(values: Sequence[Any], width: int) -> list[Any]:
         return [*values, *[-1] * (width - len(values))]
 
-    def timestep(call: calls.Call, kind: str = "current") -> float:
-        return first if call.call == calls.DENOISE and kind == "current" else 0.0
+    def queried(call: calls.Call) -> list[float]:
+        if call.call != calls.DENOISE:
+            return [0.0] * len(call.queries)
+        return [times[step] for step in call.steps or [0] * len(call.queries)]
+
+    def made_at(call: calls.Call) -> list[float]:
+        now = dict(zip([frame for frame, _ in call.queries], queried(call), strict=True))
+        return [now[k.frames[0]] if k.kind == "current" else 0.0 for k in call.keys]  # type: ignore[index]
 
     def shares(call: calls.Call) -> np.ndarray:
         mix = np.zeros((widest, frames), np.float32)
@@ -252,12 +338,10 @@ def _rows(spec: Any, run: Run) -> dict[str, np.ndarray]:
         ),
         "query_frame": np.array([padded([q[0] for q in c.queries], most) for c in made]),
         "query_pos": np.array([padded([q[1] for q in c.queries], most) for c in made]),
-        "query_timestep": np.array([padded([timestep(c)] * len(c.queries), most) for c in made]),
+        "query_timestep": np.array([padded(queried(c), most) for c in made]),
         "key_frame": np.array([padded([k.frames[0] for k in c.keys], widest) for c in made]),  # type: ignore[index]
         "key_pos": np.array([padded([k.position for k in c.keys], widest) for c in made]),
         "key_prompt": np.array([padded([k.prompt for k in c.keys], widest) for c in made]),
-        "key_timestep": np.array(
-            [padded([timestep(c, k.kind) for k in c.keys], widest) for c in made]
-        ),
+        "key_timestep": np.array([padded(made_at(c), widest) for c in made]),
         "key_mix": np.stack([shares(call) for call in made]),
     }
