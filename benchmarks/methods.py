@@ -88,7 +88,7 @@ class Plan(NamedTuple):
         """What a finished video has to share with this to be kept."""
         settings = model_folder.experiment_to_json(self.experiment)
         told = [repr(self.method), settings, self.prompts, self.frames, self.seed, weights()]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([*told, *COLUMN]).encode()).hexdigest()
 
 
 def plan(name: str, frames: int, seed: int) -> Plan:
@@ -152,7 +152,7 @@ def draw(name: str, frames: int, seed: int, folder: Path) -> Row:
     wanted = plan(name, frames, seed)
     exp = wanted.experiment
     shown = times(frames)
-    seconds, held, count = [], [], 0
+    seconds, processor, held, count = [], [], [], 0
     chosen: list[np.ndarray] = []
     height, width = (side * exp.codec.space_factor for side in exp.latent)
     size = (width, height)
@@ -163,9 +163,10 @@ def draw(name: str, frames: int, seed: int, folder: Path) -> Row:
         stream = Pipeline.from_pretrained(method=name).stream(wanted.prompts, seed=seed)
         for index in common.progress(range(len(wanted.prompts)), name=name, unit="blocks"):
             compiled.block = index
-            began = time.perf_counter()
+            began, busy = time.perf_counter(), time.process_time()
             block = next(stream)
             seconds.append(time.perf_counter() - began)
+            processor.append(time.process_time() - busy)
             held.append(sum(leaf.nbytes for leaf in jax.tree.leaves(block.state)))
             writer.write(block.frames)
             chosen += [
@@ -195,6 +196,7 @@ def draw(name: str, frames: int, seed: int, folder: Path) -> Row:
         "bytes": max(held),
         "first": seconds[0],
         "seconds": quartiles(seconds[OPENING:]),
+        "processor": quartiles(processor[OPENING:]),
         "compiled": compiled.programs(),
         "device": common.device_line(),
         "jax": jax.__version__,
@@ -269,11 +271,11 @@ def programs(row: Row) -> str:
     return ", ".join([f"{len(counts)}, each once" if not again else f"{len(counts)}", *again])
 
 
-def pace(row: Row) -> str:
-    """Median milliseconds a block and their quartiles."""
-    if row["seconds"] is None:
+def milliseconds(seconds: Sequence[float] | None) -> str:
+    """Their median and quartiles; seconds of the processor depend less on what else a machine does."""
+    if seconds is None:
         return "-"
-    low, middle, high = (1e3 * each for each in row["seconds"])
+    low, middle, high = (1e3 * each for each in seconds)
     return f"{middle:.0f} [{low:.0f}, {high:.0f}]"
 
 
@@ -288,7 +290,8 @@ COLUMN: Mapping[str, Callable[[Row], str]] = {
     "packed blocks": lambda row: str(row["packed"]),
     "keys": lambda row: f"{row['keys']:,}",
     "held, bytes": lambda row: f"{row['bytes']:,}",
-    "ms a block": pace,
+    "ms a block": lambda row: milliseconds(row["seconds"]),
+    "of processor": lambda row: milliseconds(row["processor"]),
     "first, s": lambda row: f"{row['first']:.1f}",
     "programs compiled": programs,
 }
@@ -315,7 +318,7 @@ def table(rows: Mapping[str, Row]) -> str:
 def markdown(rows: Mapping[str, Row]) -> str:
     """The same as a table of the documentation."""
     head, *lines = cells(rows)
-    rule = "|".join(["---", "---", "---", "---", "--:", "--:", "--:", "--:", "--:", "---"])
+    rule = "|".join([*["---"] * 4, *["--:"] * 6, "---"])
     told = [[f"`{line[0]}`", *line[1:]] for line in lines]
     return "\n".join(
         [f"| {' | '.join(head)} |", f"|{rule}|", *(f"| {' | '.join(x)} |" for x in told)]

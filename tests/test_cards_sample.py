@@ -73,7 +73,10 @@ def blocks_of(card: cards.Card) -> int:
 @pytest.mark.parametrize("name", SAMPLED)
 def test_a_card_samples(name, converted):
     line, card = test_cards.LINES[name], cards.find(name)
-    model = Pipeline.from_pretrained(converted(name))
+    folder = converted(name)
+    stored = "bfloat16" if line.content is test_cards.half else "float32"
+    test_cards.expect_network(folder, test_cards.MEANT, stored)
+    model = Pipeline.from_pretrained(folder)
     exp = model.experiment
     assert model.method.name == line.method
     assert (exp.card, exp.sample.steps, exp.sample.first_steps) == (
