@@ -21,7 +21,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ from packforcing_jax.errors import InputError, MachineError, nearest, require
 from packforcing_jax.io import atomic, model_folder, video
 from packforcing_jax.methods import METHODS, calls
 from packforcing_jax.methods.method import Method
-from packforcing_jax.sampling.pipeline import SHIPPED, Pipeline, with_overrides
+from packforcing_jax.sampling.pipeline import SHIPPED, Finished, Pipeline, with_overrides
 
 ROOT = Path(__file__).parent.parent
 RED = "a red disc walks slowly before the moss curtain"
@@ -146,13 +146,31 @@ def ours() -> set[str]:
     return {value.__name__ for value in values if hasattr(value, "_cache_size")}
 
 
+class Spent(NamedTuple):
+    """Seconds that a block took."""
+
+    wall: float
+    processor: float
+
+
+def timed(stream: Iterator[Finished]) -> Iterator[tuple[Finished, Spent]]:
+    """Each block with the seconds that it took."""
+    while True:
+        began, busy = time.perf_counter(), time.process_time()
+        block = next(stream, None)
+        if block is None:
+            return
+        yield block, Spent(time.perf_counter() - began, time.process_time() - busy)
+
+
 def draw(name: str, frames: int, seed: int, folder: Path) -> Row:
     """Draws the video of a method and its row of the sheet; what was measured."""
     compiled = Compiled()
     wanted = plan(name, frames, seed)
     exp = wanted.experiment
     shown = times(frames)
-    seconds, processor, held, count = [], [], [], 0
+    spent: list[Spent] = []
+    held, count = 0, 0
     chosen: list[np.ndarray] = []
     height, width = (side * exp.codec.space_factor for side in exp.latent)
     size = (width, height)
@@ -160,14 +178,12 @@ def draw(name: str, frames: int, seed: int, folder: Path) -> Row:
     path.unlink(missing_ok=True)
     settings = {"experiment": exp.name, "method": name, "seed": seed, "prompts": wanted.prompts}
     with video.Writer(path, fps=exp.fps, size=size, settings=settings, scale=VIDEO_SCALE) as writer:
-        stream = Pipeline.from_pretrained(method=name).stream(wanted.prompts, seed=seed)
-        for index in common.progress(range(len(wanted.prompts)), name=name, unit="blocks"):
-            compiled.block = index
-            began, busy = time.perf_counter(), time.process_time()
-            block = next(stream)
-            seconds.append(time.perf_counter() - began)
-            processor.append(time.process_time() - busy)
-            held.append(sum(leaf.nbytes for leaf in jax.tree.leaves(block.state)))
+        stream = timed(Pipeline.from_pretrained(method=name).stream(wanted.prompts, seed=seed))
+        blocks = len(wanted.prompts)
+        for block, taken in common.progress(stream, name=name, unit="blocks", total=blocks):
+            spent.append(taken)
+            compiled.block = len(spent)
+            held = max(held, sum(leaf.nbytes for leaf in jax.tree.leaves(block.state)))
             writer.write(block.frames)
             chosen += [
                 block.frames[frame - count]
@@ -186,17 +202,17 @@ def draw(name: str, frames: int, seed: int, folder: Path) -> Row:
         "trained for": name == model_folder.opened(SHIPPED).experiment.method,
         "one clip": wanted.method.one_clip,
         "frames": count,
-        "blocks": len(seconds),
+        "blocks": len(spent),
         "sink": cache.sink,
         "packed": cache.attended,
         "recent": cache.recent,
         "block": cache.block,
         "window": cache.window,
         "keys": max(call.tokens for call in steps if call.call == calls.DENOISE),
-        "bytes": max(held),
-        "first": seconds[0],
-        "seconds": quartiles(seconds[OPENING:]),
-        "processor": quartiles(processor[OPENING:]),
+        "bytes": held,
+        "first": spent[0].wall,
+        "seconds": quartiles([each.wall for each in spent[OPENING:]]),
+        "processor": quartiles([each.processor for each in spent[OPENING:]]),
         "compiled": compiled.programs(),
         "device": common.device_line(),
         "jax": jax.__version__,
