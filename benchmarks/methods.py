@@ -400,11 +400,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.child is not None:
             print(json.dumps(draw(args.child, args.frames, args.seed, args.out)))
             return 0
-        names = chosen_names(args.methods)
+        rows = compare(chosen_names(args.methods), args.frames, args.seed, args.out)
     except (InputError, MachineError) as error:
         print(f"methods: {error}", file=sys.stderr)
         return error.exit_code
-    rows = compare(names, args.frames, args.seed, args.out)
+    except KeyboardInterrupt:
+        if args.child is None:
+            print("methods: interrupted; the same command goes on", file=sys.stderr)
+        return 130
     print(markdown(rows) if args.markdown else table(rows))
     if any("failed" not in row for row in rows.values()):
         print(sheet(rows, args.frames, args.out), file=sys.stderr)

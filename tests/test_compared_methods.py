@@ -102,6 +102,25 @@ def test_what_breaks_is_said():
     assert comparison.breaks({"failed": "its process ended with 1"})
 
 
+def test_what_is_finished_survives_an_interruption_and_a_failure(tmp_path, monkeypatch, capsys):
+    ends = {"packforcing": 3, "longlive": KeyboardInterrupt}
+
+    def run(command, **_):
+        end = ends[command[command.index("--child") + 1]]
+        if end is KeyboardInterrupt:
+            raise end
+        return subprocess.CompletedProcess(command, end)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    command = ["--out", str(tmp_path), "--methods", "packforcing,longlive"]
+    assert comparison.main(command) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    held = json.loads((tmp_path / "methods.json").read_text())["methods"]
+    assert held == {"packforcing": {"failed": "its process ended with 3"}}
+    assert comparison.main(command[:-1] + ["packforcing"]) == 1
+    assert "BROKEN packforcing: its process ended with 3" in capsys.readouterr().err
+
+
 def test_an_unknown_method_is_refused(tmp_path, capsys):
     assert comparison.main(["--out", str(tmp_path / "a"), "--methods", "longlve"]) == 2
     assert "did you mean longlive" in capsys.readouterr().err
