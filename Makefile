@@ -22,7 +22,7 @@ define install
 	@touch $(VENV)/.installed $@
 endef
 
-.PHONY: setup demo test test-slow verify-methods wheel-test docs docs-test overfit parity check format lint types h200 clean
+.PHONY: setup demo test test-slow verify-methods wheel-test docs docs-test methods overfit parity check format lint types h200 clean
 
 setup: $(VENV)/.installed$(EXTRAS:%=-%)
 
@@ -59,6 +59,9 @@ docs-test: $(VENV)/.installed-dev
 FILES = tests/golden/methods/*.safetensors
 verify-methods: $(VENV)/.installed
 	$(BIN)/packforcing verify $(FILES)
+
+methods: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.methods --out out/methods
 
 overfit: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.overfit --out runs/overfit

@@ -1,0 +1,111 @@
+"""A checkpoint of every card, converted at toy size, is sampled with the card's own settings, or says why not.
+
+Transformers are those of `test_cards` with two layers, beside a small Wan autoencoder and text encoder.
+"""
+
+import convert_layouts
+import numpy as np
+import pytest
+import test_cards
+import torchfiles
+from convert_layouts import put
+
+from packforcing_jax import methods
+from packforcing_jax.cli import main
+from packforcing_jax.config import cards
+from packforcing_jax.methods.method import applied
+from packforcing_jax.sampling.pipeline import Pipeline
+
+BLOCKS = 4
+TEXT_DIM = 48  # of the small text encoder
+TOY = ("dit.text_len=6", "text.max_words=6", "latent=(8, 8)")
+REFUSED = [
+    name
+    for name in test_cards.LINES
+    if cards.find(name).samples or cards.find(name).method in methods.UNBUILT
+]
+SAMPLED = [name for name in test_cards.LINES if name not in REFUSED]
+
+
+def network(seed, dtype="float32"):
+    """A transformer whose output is as wide as its latents, and which reads what the text encoder gives."""
+    shapes = convert_layouts.shapes_of_dit(layers=2, out=4)
+    shapes["text_embedding.0.weight"] = (shapes["text_embedding.0.bias"][0], TEXT_DIM)
+    return convert_layouts.random(shapes, dtype, seed)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """What the checkpoints lack: autoencoder, text encoder and tokenizer, as Wan2.1 has them."""
+    folder = tmp_path_factory.mktemp("parts")
+    encoder = torchfiles.state_dict(convert_layouts.umt5("bfloat16"))
+    return [
+        put(folder / "Wan2.1_VAE.pth", convert_layouts.vae()),
+        put(folder / "models_t5_umt5-xxl-enc-bf16.pth", encoder),
+        "--tokenizer",
+        convert_layouts.put_tokenizer(folder / "tokenizer.json"),
+    ]
+
+
+@pytest.fixture
+def converted(parts, tmp_path, capsys, monkeypatch):
+    """A function that converts the checkpoint of a card, under its real names, and gives the model folder."""
+    monkeypatch.setattr(test_cards, "net", network)
+
+    def convert(name):
+        folder = tmp_path / "model"
+        given = [*test_cards.written(tmp_path, name), *parts, "--out", folder]
+        told = [] if name in test_cards.PUBLISHED else ["--card", name]
+        toy = [word for each in TOY for word in ("--set", each)]
+        code, said = test_cards.convert(capsys, *given, *told, *toy)
+        assert code == 0, said
+        return folder
+
+    return convert
+
+
+def blocks_of(card: cards.Card) -> int:
+    """Blocks to sample: a window of blocks that are denoised together has to fill."""
+    cache = card.experiment.cache
+    return max(BLOCKS, cache.window // cache.block)
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_card_samples(name, converted):
+    line, card = test_cards.LINES[name], cards.find(name)
+    folder = converted(name)
+    stored = "bfloat16" if line.content is test_cards.half else "float32"
+    test_cards.expect_network(folder, test_cards.MEANT, stored)
+    model = Pipeline.from_pretrained(folder)
+    exp = model.experiment
+    assert model.method.name == line.method
+    assert (exp.card, exp.sample.steps, exp.sample.first_steps) == (
+        name,
+        line.steps,
+        line.first_steps,
+    )
+    assert exp.cache == applied(methods.METHODS[card.method], card.experiment).cache
+    made = list(model.stream(["red green"] * blocks_of(card)))
+    assert [block.index for block in made] == list(range(blocks_of(card)))
+    for block in made:
+        assert block.latent.shape == (line.block, 8, 8, 4)
+        assert block.frames.shape[1:] == (32, 32, 3)
+        assert np.isfinite(block.latent).all()
+        assert np.isfinite(block.frames).all()
+    assert len(made[0].frames) == 1 + 4 * (line.block - 1)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_card_that_cannot_be_sampled_says_why(name, converted, tmp_path, capsys):
+    card = cards.find(name)
+    target = tmp_path / "video.mp4"
+    words = ["--weights", converted(name), "--prompt", "red", "--blocks", BLOCKS, "--out", target]
+    capsys.readouterr()
+    assert main.main(["sample", *map(str, words)]) == 2
+    said = capsys.readouterr().err.strip()
+    unbuilt = methods.UNBUILT.get(card.method)
+    assert said.count("\n") == 0
+    assert (
+        card.samples and f"card {name} cannot be sampled block by block: {card.samples}" in said
+    ) or (unbuilt and f"method {card.method!r} cannot be sampled: {unbuilt}" in said)
+    assert not target.exists()
