@@ -34,7 +34,7 @@ from packforcing_jax.config import Experiment
 from packforcing_jax.errors import InputError, MachineError, nearest, require
 from packforcing_jax.io import atomic, model_folder, video
 from packforcing_jax.methods import METHODS, calls
-from packforcing_jax.methods.method import Method
+from packforcing_jax.methods.method import Method, lengthened
 from packforcing_jax.sampling.pipeline import SHIPPED, Finished, Pipeline, with_overrides
 
 ROOT = Path(__file__).parent.parent
@@ -96,6 +96,7 @@ def plan(name: str, frames: int, seed: int) -> Plan:
     method = METHODS[name]
     exp = with_overrides(model_folder.opened(SHIPPED).experiment, None, (), method)
     prompts = story(-(-frames // exp.cache.block))
+    exp = lengthened(method, exp, len(prompts))
     if method.one_clip:
         prompts = prompts[: exp.cache.full_frames // exp.cache.block]
     return Plan(method, exp, prompts, frames, seed)

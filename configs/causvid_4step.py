@@ -6,7 +6,14 @@ from packforcing_jax.config.cards import Card
 experiment = Experiment(
     name="causvid_4step",
     cache=CacheConfig(
-        block=3, sink=0, recent=18, top=0, capacity=0, rope_adjustment="none", max_position=21
+        block=3,
+        sink=0,
+        recent=18,
+        top=0,
+        capacity=0,
+        overlap=3,
+        rope_adjustment="none",
+        max_position=21,
     ),
     sample=SampleConfig(steps=(1000, 750, 500, 250), shift=8.0),
     dtypes=HALF,

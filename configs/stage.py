@@ -40,7 +40,10 @@ experiment = Experiment(
     cache=PROFILES["stage"],
     compressor=CompressorConfig(channels=(32, 64, 128, 192)),
     sample=SampleConfig(
-        steps=tuple(round(1000 - 62.5 * i) for i in range(16)), shift=6.0, prediction="clean"
+        steps=tuple(round(1000 - 62.5 * i) for i in range(16)),
+        shift=6.0,
+        exact_timesteps=True,
+        prediction="clean",
     ),
     latent=(8, 8),
     fps=8,

@@ -24,7 +24,9 @@ CRITIC = dataclasses.replace(FINE, rate=1e-3)
 small = dataclasses.replace(
     stage.experiment,
     name="stage_overfit",
-    sample=SampleConfig(steps=(1000, 750, 500, 250), shift=6.0, prediction="clean"),
+    sample=SampleConfig(
+        steps=(1000, 750, 500, 250), shift=6.0, exact_timesteps=True, prediction="clean"
+    ),
     dit=dataclasses.replace(
         stage.experiment.dit, dim=48, ffn_dim=128, layers=2, rope_pairs=(4, 2, 2)
     ),

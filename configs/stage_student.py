@@ -14,7 +14,7 @@ from packforcing_jax.configs import stage
 
 from packforcing_jax.config import CoverConfig, DistilConfig, OptimiserConfig, SampleConfig, Stage
 
-FEW = SampleConfig(steps=(1000, 500, 250, 100), shift=6.0, prediction="clean")
+FEW = SampleConfig(steps=(1000, 500, 250, 100), shift=6.0, exact_timesteps=True, prediction="clean")
 COVER = CoverConfig(sinks=(0, 0, 4, 8), gap=64.0, gap_share=0.5)
 GENTLE = dataclasses.replace(stage.train.generator, matrix_rate=1e-3, rate=7e-4)
 STEADY = dataclasses.replace(stage.train.generator, matrix_rate=2e-3, rate=1.5e-3)

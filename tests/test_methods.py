@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 import runpy
+from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +23,18 @@ from packforcing_jax.memory import layout as layouts
 from packforcing_jax.methods import calls
 from packforcing_jax.methods.method import Method, applied, memory_of, sized
 from packforcing_jax.networks import rope
-from packforcing_jax.sampling import timelines
+from packforcing_jax.sampling import block_step, host_archive, player, timelines
 from packforcing_jax.sampling.pipeline import Pipeline
 from packforcing_jax.types import KV
 from packforcing_jax.verify import kinds
 from packforcing_jax.verify import methods as rollouts
 
 RECORDED = sorted((pathlib.Path(__file__).parent / "golden" / "methods").glob("*.safetensors"))
-WINDOWED = [each for each in methods.METHODS.values() if each.window is not None and not each.joint]
+WINDOWED = [
+    each
+    for each in methods.METHODS.values()
+    if each.window is not None and not each.joint and not each.overlap
+]
 QUICK = ["sample.steps=(1000, 400)"]
 RED, BLUE = (
     f"a {colour} disc walks slowly before the moss curtain in scene one"
@@ -199,6 +204,7 @@ def joint_view(spec, layout, memory):
         ("infinite-forcing", 9_360),
         ("reward-forcing", 14_040),
         ("rolling-forcing", 32_760),
+        ("causvid", 32_760),
     ],
 )
 def test_at_full_size_a_method_attends_what_was_published(name, tokens, capsys):
@@ -223,6 +229,7 @@ def test_at_full_size_a_method_attends_what_was_published(name, tokens, capsys):
         ("reward-forcing", 4, 12),
         ("self-forcing", 0, 20),
         ("causal-forcing", 0, 20),
+        ("causvid", 0, 20),
     ],
 )
 def test_on_stage_sizes_are_counted_in_blocks_and_fit_the_trained_range(name, sink, window):
@@ -255,6 +262,75 @@ def test_models_of_single_frames_keep_published_sizes():
 def test_a_window_too_short_is_refused():
     with pytest.raises(InputError, match="window of 5 frames, too short for a sink of 3"):
         memory_of(Method("short", "", sink=3, window=5), tiny.EXP.cache, 4)
+
+
+# Clips
+
+
+@pytest.fixture(scope="module")
+def clipped(model):
+    return model.with_method("causvid")
+
+
+def test_a_clip_begins_with_the_end_of_the_one_before_and_nothing_else(clipped):
+    """Five blocks a clip on Stage, one of them given: blocks 4 and 8 end a clip."""
+    assert (clipped.experiment.cache.full_frames, clipped.experiment.cache.overlap) == (20, 4)
+    blocks = list(clipped.stream([RED] * 11, seed=3))
+    assert [block.state.position for block in blocks[-1:]] == [11]
+    spec = clipped.experiment.memory
+    for end in (4, 8):
+        state = next(iter(islice(clipped.stream([RED] * 11, seed=3), end, None))).state
+        assert int(state.memory.num_blocks) == end + 1 + end // 4
+        fresh = player.start(clipped, seeds=3, videos=[0])
+        latent = jnp.asarray(blocks[end].latent)[None]
+        denoiser = block_step.Denoiser(
+            clipped.nets, clipped.experiment.step, clipped.text_kv([RED])
+        )
+        none = [host_archive.newest(spec, fresh.memory.progress, batch=1)] * spec.layers
+        memory, _ = player.commit_program(denoiser, fresh.memory, latent, latent, none)
+        for ours, theirs in zip(state.memory.layers, memory.layers, strict=True):
+            seen = slice(0, spec.cache.block * spec.tokens_per_frame)
+            slot = int(state.memory.progress.scene_start) % spec.cache.ring
+            there = slice(slot * spec.tokens_per_frame, None)
+            for name in "kv":
+                one = getattr(ours.view, name)[:, there][:, seen]
+                np.testing.assert_allclose(one, getattr(theirs.view, name)[:, seen], atol=1e-5)
+        assert int(layouts.layout(spec.cache, state.memory.progress).recent) == 4
+
+
+def test_what_overlaps_is_shown_once(clipped):
+    whole = [block.frames for block in clipped.stream([RED] * 11, seed=3)]
+    assert [len(frames) for frames in whole] == [4] * 11
+    short = [block.frames for block in clipped.stream([RED] * 9, seed=3)]
+    assert [len(frames) for frames in short] == [4] * 8 + [0]  # the last one loses its end too
+    np.testing.assert_array_equal(np.concatenate(short), np.concatenate(whole[:8]))
+
+
+def test_clips_go_on_from_a_state_as_if_they_had_never_stopped(clipped):
+    whole = [block.latent for block in clipped.stream([RED] * 7, seed=3)]
+    state = list(islice(clipped.stream([RED] * 7, seed=3), 5))[-1].state
+    rest = [block.latent for block in clipped.stream([RED] * 7, state=state)]
+    np.testing.assert_array_equal(rest, whole[5:])
+
+
+# Without a bound
+
+
+def test_the_unbounded_memory_sees_every_frame_of_the_length_asked_for(model, capsys):
+    full = model.with_method("full")
+    blocks = [block.layout for block in full.stream([RED] * 8, seed=3)]
+    assert [layout["recent"] for layout in blocks] == list(range(0, 32, 4))
+    assert main(["layout", "--method", "full", "--config", "stage", "--blocks", "8", "--json"]) == 0
+    steps = json.loads(capsys.readouterr().out)["steps"]
+    assert [step["tokens"] for step in steps] == [16 * 4 * n for n in range(1, 9)]
+    assert main(["plan", "--method", "full", "--config", "stage", "--blocks", "8"]) == 0
+    assert "0 differ" in capsys.readouterr().out
+
+
+def test_the_unbounded_memory_draws_a_clip_as_self_forcing_does(model):
+    each = [model.with_method(name).stream([RED] * 5, seed=3) for name in ("full", "self-forcing")]
+    for ours, theirs in zip(*each, strict=True):
+        np.testing.assert_array_equal(ours.latent, theirs.latent)
 
 
 # A rolling window

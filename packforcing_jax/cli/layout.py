@@ -38,12 +38,14 @@ def run(args: argparse.Namespace) -> int:
         )
     from packforcing_jax import methods
     from packforcing_jax.methods import calls
+    from packforcing_jax.methods.method import lengthened
     from packforcing_jax.sampling import pipeline
 
     own = common.load_experiment(args.config)
     exp = pipeline.with_overrides(own, None, args.overrides, args.method)
     method = methods.named(own.method if args.method is None else args.method)
     pipeline.require_length(method, exp, args.blocks)
+    exp = lengthened(method, exp, args.blocks)
     prompts = [sum(start <= block for start in args.switch) for block in range(args.blocks)]
     every = list(calls.calls(exp.memory, method, prompts))
     steps = [call for call in every if call.call == calls.DENOISE]
@@ -72,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
 def _as_json(call) -> dict:
     """A call as plain data."""
     told = {} if call.call == "denoise" else {"call": call.call}
+    if call.clip:
+        told |= {"clip": call.clip}
     return told | {
         "block": call.block,
         "queries": [list(query) for query in call.queries],

@@ -159,6 +159,7 @@ def _film(args: argparse.Namespace, pipeline, prompts: list[str], changes: dict[
     from packforcing_jax.stage import captions
 
     pipeline.check(prompts)
+    pipeline = pipeline.for_length(len(prompts))
     require(
         not args.oracle or captions.tells(pipeline.experiment),
         f"--oracle reads videos of the Stage world, and {pipeline.experiment.name} makes others; leave it out.",
@@ -263,7 +264,7 @@ def _make(film: Film) -> int:
             else None
         )
         stream = pipeline.stream(film.prompts, seed=film.seed, state=at.state, changes=film.changes)
-        first = 0 if at.state is None else int(at.state.memory.num_blocks)
+        first = 0 if at.state is None else at.state.position
         for block in common.progress(
             stream, name="sample", unit="blocks", total=film.blocks - first
         ):
@@ -313,7 +314,7 @@ def _resumed(args: argparse.Namespace, pipeline, prompts: list[str]):
     )
     if at.state is not None:
         print(
-            f"sample: goes on behind block {int(at.state.memory.num_blocks)}, as kept in {args.state}",
+            f"sample: goes on behind block {at.state.position}, as kept in {args.state}",
             file=sys.stderr,
         )
     return keeper, at

@@ -27,6 +27,7 @@ class CacheConfig:
     top: int = 16
     capacity: int = 128
     window: int = 0  # frames denoised together at falling noise, whole blocks; 0: one block
+    overlap: int = 0  # frames that a clip takes over from the one before; 0: one video, no clips
     rope_adjustment: str = "sink"
     sink_average: float = (
         0.0  # share that the sink keeps of itself when leaving frames are averaged in; 0: none are
@@ -64,6 +65,15 @@ class CacheConfig:
             not self.joint or self.rope_adjustment == "sink_only",
             f"cache.window={self.window} denoises blocks together behind a sink that moves alone, but "
             f"rope_adjustment={self.rope_adjustment!r}; set rope_adjustment=sink_only.",
+        )
+        require(
+            self.overlap == 0
+            or (self.overlap < self.full_frames and self.overlap % self.block == 0)
+            and (self.sink, self.top, self.rope_adjustment) == (0, 0, "none")
+            and self.recent % self.block == 0
+            and not self.joint,
+            f"cache.overlap={self.overlap} must be whole blocks of {self.block} frames within clips of "
+            f"{self.full_frames}, whole blocks too, with sink=0, top=0 and rope_adjustment=none; change them.",
         )
         require_choices("cache", self)
         require(

@@ -11,13 +11,15 @@ class SampleConfig:
     """How a block is denoised: nominal `steps` warped by `shift` (Self-Forcing), re-noised after each but the last.
 
     `first_steps` are those of the first generated block, if they are others (Causal-Forcing++). Without `warp` the
-    steps are timesteps as they stand (CausVid).
+    steps are timesteps as they stand (CausVid). Warped timesteps are computed in float32 throughout as in the
+    original, or, `exact_timesteps`, rounded once, which changes their last bit.
     """
 
     steps: tuple[int, ...] = (1000, 750, 500, 250)
     first_steps: tuple[int, ...] = ()
     shift: float = 5.0
     warp: bool = True
+    exact_timesteps: bool = False
     prediction: str = "velocity"  # what the network returns: velocity or clean
 
     def __post_init__(self):

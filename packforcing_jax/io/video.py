@@ -45,7 +45,7 @@ def guard(frames, first: int = 0) -> None:
         raise MachineError(
             f"Frame {first + broken[0]} holds values that are not finite; what came before it is kept."
         )
-    if (frames.std(axis=(1, 2), dtype=np.float64) < GREY_LEVEL / 2).all():
+    if len(frames) and (frames.std(axis=(1, 2), dtype=np.float64) < GREY_LEVEL / 2).all():
         last = first + len(frames) - 1
         colour = to_uint8(frames[0, 0, 0]).tolist()
         raise MachineError(

@@ -93,6 +93,8 @@ def layout(cfg: CacheConfig, progress: Progress, gap: Array | float = 0.0) -> La
         step = jnp.minimum(step, room / jnp.maximum(num_selected, 1))
     row = sink + num_selected * step + gap + recent
     moved = 0.0 if cfg.rope_adjustment == "sink" else start - row
+    if cfg.overlap:  # positions begin anew with each clip
+        moved = moved - scene
     positions = {
         "sink_position": scene if cfg.rope_adjustment == "none" or cfg.joint else moved,
         "mid_position": moved + sink,

@@ -1,6 +1,8 @@
 """The methods that are compared, each a page of its source; `METHODS` looks their names up."""
 
 from packforcing_jax.errors import nearest, require
+from packforcing_jax.methods.causvid import CAUSVID
+from packforcing_jax.methods.full import FULL
 from packforcing_jax.methods.infinite_forcing import INFINITE_FORCING
 from packforcing_jax.methods.longlive import LONGLIVE, LONGLIVE_INFINITY
 from packforcing_jax.methods.method import Method
@@ -10,11 +12,9 @@ from packforcing_jax.methods.rolling_forcing import ROLLING_FORCING
 from packforcing_jax.methods.self_forcing import CAUSAL_FORCING, SELF_FORCING, SELF_FORCING_SHORT
 
 UNBUILT = {  # methods that cards name, and why they cannot be sampled here
-    "causvid": "its restart from an overlap has no driver yet",
     "deep-forcing": "its compression of tokens is not built yet",
     "packforcing-unofficial": "its compressor is not built yet",
     "bidirectional": "it makes all frames of a clip at once, not block by block",
-    "full": "an unbounded memory is not built yet",
 }
 METHODS: dict[str, Method] = {
     method.name: method
@@ -23,11 +23,13 @@ METHODS: dict[str, Method] = {
         SELF_FORCING,
         SELF_FORCING_SHORT,
         CAUSAL_FORCING,
+        CAUSVID,
         LONGLIVE,
         LONGLIVE_INFINITY,
         INFINITE_FORCING,
         REWARD_FORCING,
         ROLLING_FORCING,
+        FULL,
     )
 }
 

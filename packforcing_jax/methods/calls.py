@@ -3,6 +3,7 @@
 All of it follows from `memory.layout`, which the block step reads too; nothing is traced and no network is needed.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,7 @@ class Call:
     keys: tuple[Key, ...]
     prompt: int
     steps: tuple[int, ...] = ()  # of denoising that each query frame is at, where not the first
+    clip: int = 0  # frames are counted in it; one that was given blocks counts those too
 
     @property
     def tokens(self) -> int:
@@ -66,35 +68,63 @@ def calls(
     cfg = spec.cache
     progress = layouts.begin()
     made = _Made({}, {})
+    clip = 0
     for number, prompt in enumerate([*[prompts[0]] * given, *prompts]):
         block = number - given
         if block > 0 and prompt != prompts[block - 1]:
             if method.at_prompt_change == "recache":
                 yield _recache(spec, method, progress, made, block, prompt)
             progress = after_change(cfg, method, progress)
-        now = layouts.layout(cfg, progress)
-        start = int(now.start)
-        queries = _placed(cfg, now, range(start, start + cfg.block))
-        past = _past(spec, now, made)
-        own = tuple(_key(spec, "current", frame, at, prompt) for frame, at in queries)
-        if block >= 0 and cfg.joint:
+        if block < 0:
+            yield from _remembered(spec, progress, made, GIVEN, number, prompt)
+        elif cfg.joint:
             yield from _windows(spec, progress, made, (block, len(prompts)), prompt)
-        elif block >= 0:
-            yield Call(DENOISE, block, queries, (*past, *own), prompt)
-        finished = number if block < 0 else block + max(cfg.window // cfg.block - 1, 0)
-        yield Call(GIVEN if block < 0 else COMMIT, finished, queries, (*past, *own), prompt)
-        if cfg.top:
-            packed = Key(
-                "mid",
-                (start, start + cfg.block - 1),
-                queries[0][1],
-                spec.tokens_per_packed_block,
-                prompt,
-            )
-            yield Call(PACK, number if block < 0 else block, queries, (*past, *own, packed), prompt)
-        made.prompts |= {frame: prompt for frame, _ in queries}
-        _average(cfg, now, made)
+            finished_in = block + cfg.window // cfg.block - 1
+            yield from _remembered(spec, progress, made, COMMIT, finished_in, prompt)
+        else:
+            queries, keys = _sight(spec, progress, made, prompt)
+            yield Call(DENOISE, block, queries, keys, prompt, clip=clip)
+            for call in _remembered(spec, progress, made, COMMIT, block, prompt):
+                yield dataclasses.replace(call, clip=clip)
         progress = progress.after_block()
+        if _fills_a_clip(cfg, progress) and block + 1 < len(prompts):
+            clip += 1
+            progress, made = layouts.begin(), _Made({}, {})
+            for own in range(cfg.overlap // cfg.block):
+                for call in _remembered(spec, progress, made, GIVEN, own, prompt):
+                    yield dataclasses.replace(call, clip=clip)
+                progress = progress.after_block()
+
+
+def _fills_a_clip(cfg: CacheConfig, progress: Progress) -> bool:
+    return cfg.overlap > 0 and int(progress.num_blocks) * cfg.block == cfg.full_frames
+
+
+def _sight(
+    spec: MemorySpec, progress: Progress, made: _Made, prompt: int
+) -> tuple[tuple[tuple[int, float], ...], tuple[Key, ...]]:
+    """Queries and keys of the next block alone."""
+    now = layouts.layout(spec.cache, progress)
+    start = int(now.start)
+    queries = _placed(spec.cache, now, range(start, start + spec.cache.block))
+    own = [_key(spec, "current", frame, at, prompt) for frame, at in queries]
+    return queries, (*_past(spec, now, made), *own)
+
+
+def _remembered(
+    spec: MemorySpec, progress: Progress, made: _Made, call: str, number: int, prompt: int
+) -> Iterator[Call]:
+    """The passes that commit the next block, as number `number`."""
+    cfg = spec.cache
+    queries, keys = _sight(spec, progress, made, prompt)
+    yield Call(call, number, queries, keys, prompt)
+    if cfg.top:
+        first = queries[0][0]
+        tokens = spec.tokens_per_packed_block
+        packed = Key("mid", (first, first + cfg.block - 1), queries[0][1], tokens, prompt)
+        yield Call(PACK, number, queries, (*keys, packed), prompt)
+    made.prompts |= {frame: prompt for frame, _ in queries}
+    _average(cfg, layouts.layout(cfg, progress), made)
 
 
 def _windows(

@@ -23,7 +23,9 @@ class Method:
     the experiment's own. `settings` are fields of `CacheConfig`. `at_prompt_change` is what a new prompt does to the
     memory: `keep` it, `recache` the frames at full size under the new prompt, `flush` all but the sink, `cut`
     everything. `keeps_sink`: a re-cache leaves the sink as it is once it has left the window. `one_clip`: no block is
-    made beyond the window. `joint`: as many blocks as there are denoising steps are denoised together.
+    made beyond the window. `joint`: as many blocks as there are denoising steps are denoised together. `overlap`: the
+    video consists of clips as long as the window, and each begins with so many frames of the one before. `unbounded`:
+    the window grows to the whole video.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Method:
     keeps_sink: bool = True
     one_clip: bool = False
     joint: bool = False
+    overlap: int = 0
+    unbounded: bool = False
 
     def __post_init__(self):
         require(
@@ -64,6 +68,7 @@ def memory_of(method: Method, own: CacheConfig, steps: int) -> CacheConfig:
         "top": 0,
         "capacity": 0,
         "window": together if together > own.block else 0,
+        "overlap": method.overlap,
         "max_position": own.max_position,
         "score_pool": own.score_pool,
         "key_multiple": own.key_multiple,
@@ -84,7 +89,9 @@ def sized(method: Method, own: CacheConfig) -> Method:
     sink, recent = (-(-frames // PUBLISHED_BLOCK) * block for frames in (method.sink, recent))
     room = max(own.max_position // block * block - block, 0)
     sink = min(sink, room)
-    return dataclasses.replace(method, sink=sink, window=sink + min(recent, room - sink) + block)
+    overlap = -(-method.overlap // PUBLISHED_BLOCK) * block
+    window = sink + min(recent, room - sink) + block
+    return dataclasses.replace(method, sink=sink, window=window, overlap=overlap)
 
 
 def applied(method: Method, experiment: Experiment) -> Experiment:
@@ -102,3 +109,12 @@ def applied(method: Method, experiment: Experiment) -> Experiment:
         sample = dataclasses.replace(sample, steps=steps)
     memory = memory_of(value, own, len(sample.steps))
     return dataclasses.replace(experiment, cache=memory, sample=sample, method=method.name)
+
+
+def lengthened(method: Method, experiment: Experiment, blocks: int) -> Experiment:
+    """`experiment` with room for so many blocks, where the window of the method grows with the video."""
+    cache = experiment.cache
+    if not method.unbounded:
+        return experiment
+    recent = max(cache.recent, blocks * cache.block - cache.sink - cache.block)
+    return dataclasses.replace(experiment, cache=dataclasses.replace(cache, recent=recent))

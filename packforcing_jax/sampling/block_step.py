@@ -553,7 +553,7 @@ def step_table(cfg: SampleConfig):
     """
     times = np.asarray(cfg.steps, np.float32)
     if cfg.warp:
-        times = schedules.shifted_timesteps(cfg.steps, cfg.shift)
+        times = schedules.shifted_timesteps(cfg.steps, cfg.shift, exact=cfg.exact_timesteps)
     return times, schedules.sigma_at(schedules.table(cfg.shift), jnp.asarray(times))
 
 

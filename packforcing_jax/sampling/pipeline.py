@@ -17,7 +17,7 @@ from packforcing_jax.config.choices import AT_PROMPT_CHANGE
 from packforcing_jax.errors import nearest, require
 from packforcing_jax.io import model_folder, text_encoder, video
 from packforcing_jax.memory.layout import Progress
-from packforcing_jax.methods.method import Method, applied
+from packforcing_jax.methods.method import Method, applied, lengthened
 from packforcing_jax.networks import base_model, codec, compressor, text, tokenizer
 from packforcing_jax.sampling import block_step, player
 from packforcing_jax.sampling.player import State
@@ -214,6 +214,11 @@ class Pipeline:
             self._with(with_overrides(self.experiment, None, (), value)), method=value
         )
 
+    def for_length(self, blocks: int) -> "Pipeline":
+        """The same model with room for a video of so many blocks, where its method needs more for a longer one."""
+        exp = lengthened(self.method, self.experiment, blocks)
+        return self if exp == self.experiment else self._with(exp)
+
     def _with(self, exp: Experiment) -> "Pipeline":
         return dataclasses.replace(
             self,
@@ -258,17 +263,18 @@ class Pipeline:
         changes = dict(changes or {})
         check_changes(changes)
         require_length(self.method, self.experiment, len(prompts))
+        model = self.for_length(len(prompts))
         if state is None:
-            state = self.start(
+            state = model.start(
                 seed=seed, videos=[video_id(prompts[0]) if identity is None else identity]
             )
-        return self._stream(prompts, state, changes)
+        return model._stream(prompts, state, changes)
 
     def _stream(
         self, prompts: Sequence[str], state: State, changes: Mapping[int, str]
     ) -> Iterator[Finished]:
         text_kv = None
-        first = int(state.memory.num_blocks)
+        first = state.position
         if prompts[first:]:
             self.text.prepare(*self.tokenizer.encode(list(dict.fromkeys(prompts[first:]))))
         for index in range(first, len(prompts)):
@@ -282,7 +288,7 @@ class Pipeline:
             before = jax.tree.map(np.asarray, state.memory.progress)
             state, block = player.next_block(self, state, text_kv, left=len(prompts) - index)
             frames = np.asarray(block.frames[0])
-            video.guard(frames, first=index * len(frames))
+            video.guard(frames, first=index * len(frames))  # about, where a clip ends
             yield self._finished(index, prompts[index], frames, block, before, state)
 
     def _finished(

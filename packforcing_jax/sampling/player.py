@@ -20,8 +20,9 @@ from packforcing_jax.memory import layout as layouts
 from packforcing_jax.memory.cache import Memory, Selection
 from packforcing_jax.networks import codec
 from packforcing_jax.pytrees import PerLayer
-from packforcing_jax.sampling import block_step, host_archive, rolling_window
+from packforcing_jax.sampling import block_step, clips, host_archive, rolling_window
 from packforcing_jax.sampling.block_step import Denoised, Denoiser, Nets
+from packforcing_jax.sampling.clips import Seam
 from packforcing_jax.sampling.rolling_window import Window
 from packforcing_jax.types import KV, Latent, TextStates, Video
 
@@ -50,6 +51,13 @@ class State:
     seeds: Int[Array, " b"]
     videos: Int[Array, " b"]  # ids, which with the seed decide the noise
     window: Window | tuple[()] = ()  # blocks that are denoised together, where a method does so
+    seam: Seam | tuple[()] = ()  # what the next clip begins with, where a video consists of clips
+
+    @property
+    def position(self) -> int:
+        """Blocks of the video that are finished; the memory may have been given more."""
+        given = int(self.seam.given) if isinstance(self.seam, Seam) else 0
+        return int(self.memory.num_blocks) - given
 
 
 @struct.dataclass
@@ -78,6 +86,7 @@ def start(model: Model, *, seeds: Any, videos: Any) -> State:
         seeds=seeds,
         videos=videos,
         window=window_program(exp.step, seeds, videos),
+        seam=clips.start(exp, batch) if exp.cache.overlap else (),
     )
     state = jax.device_put(state, beside(model.nets))
     return dataclasses.replace(state, archive=host_archive.init(exp.memory, batch, dtype))
@@ -96,11 +105,24 @@ def next_block(
     A block that is `given` [b, t, y, x, c] is committed in place of the denoised one. `left` counts the blocks from
     this one to the video's last one, None for a video without an end.
     """
+    state, denoised = denoise(model, state, text, left=left)
+    return finish(model, state, denoised, text, given=given, left=left)
+
+
+def finish(
+    model: Model,
+    state: State,
+    denoised: Denoised,
+    text: Any,
+    *,
+    given: Latent | None = None,
+    left: int | None = None,
+) -> tuple[State, Block]:
+    """A denoised block shown and committed, or the one that is `given` in its place; `state` is used up."""
     exp = model.experiment
     opens = exp.codec.time_factor > 1 and int(state.memory.num_blocks) == 0
     slot = host_archive.slot(exp.memory, state.memory.progress) if state.archive else -1
     denoiser = Denoiser(model.nets, exp.step, text)
-    state, denoised = denoise(model, state, text, left=left)
     frames, low_res, decoder = show_program(
         model.vae, state.decoder, denoised.latent, given, first=opens, shrink=shrink_of(exp)
     )
@@ -109,7 +131,52 @@ def next_block(
     if packed is not None:
         host_archive.put(state.archive, slot, packed)
     state = dataclasses.replace(state, memory=memory, decoder=decoder)
+    if isinstance(state.seam, Seam):
+        state, frames = _in_clip(model, denoiser, (state, state.seam), frames, left)
     return state, Block(frames=frames, latent=denoised.latent, selection=denoised.selection)
+
+
+def _in_clip(
+    model: Model, denoiser: Denoiser, made: tuple[State, Seam], frames: Video, left: int | None
+) -> tuple[State, Video]:
+    """(the state behind a block of a clip, what is shown of it): its last block is followed by the next clip's begin.
+
+    A clip that the video's end cuts short is shown whole.
+    """
+    exp = model.experiment
+    state, seam = made
+    progress = state.memory.progress
+    block = int(progress.num_blocks) - 1 - int(progress.scene_start) // exp.cache.block
+    to_end = clips.blocks(exp.cache) - block
+    left = to_end + 1 if left is None else left
+    seam = clips.keep_frame(exp, seam, block, frames)
+    if left >= to_end:
+        frames = frames[:, : clips.shown(exp, block)]
+    if to_end > 1 or left == 1:
+        return dataclasses.replace(state, seam=seam), frames
+    state, opening = _next_clip(model, denoiser, state, seam)
+    return state, jnp.concatenate([frames, opening], axis=1)
+
+
+def _next_clip(model: Model, denoiser: Denoiser, state: State, seam: Seam) -> tuple[State, Video]:
+    """(the state behind the blocks that the next clip is given, their frames)."""
+    exp = model.experiment
+    given = clips.beginning(exp, model.vae, state.memory, seam.frame)
+    batch, count = given.shape[0], exp.cache.overlap // exp.cache.block
+    none = [host_archive.newest(exp.memory, state.memory.progress, batch=batch)] * exp.memory.layers
+    memory = cut_program(exp.memory, state.memory)
+    decoder = jax.device_put(codec.init_decoder(model.vae, batch, *exp.latent), beside(model.nets))
+    opening = []
+    for number, latent in enumerate(jnp.split(given, count, axis=1)):
+        first = exp.codec.time_factor > 1 and number == 0
+        frames, low_res, decoder = show_program(
+            model.vae, decoder, latent, first=first, shrink=shrink_of(exp)
+        )
+        memory, _ = commit_program(denoiser, memory, latent, low_res, none)
+        opening.append(frames)
+    seam = Seam(given=seam.given + count, frame=seam.frame)
+    state = dataclasses.replace(state, memory=memory, decoder=decoder, seam=seam)
+    return state, jnp.concatenate(opening, axis=1)
 
 
 def change_prompt(model: Model, state: State, text: Any, *, how: str, keep_sink: bool) -> State:

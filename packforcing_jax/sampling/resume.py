@@ -49,7 +49,7 @@ class Keeper:
         if self.saved.latest() is None:
             return Resumed()
         state, notes = self.saved.restore(_form(self.model))
-        block = int(state["sampler"].memory.num_blocks)
+        block = state["sampler"].position
         saved_prompts = notes["prompts"][:block]
         require(
             saved_prompts == self.prompts[:block],

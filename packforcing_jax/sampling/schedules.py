@@ -46,7 +46,7 @@ def _frozen(values: np.ndarray) -> np.ndarray:
     return values
 
 
-def shifted(sigma: np.ndarray, shift: float) -> np.ndarray:
+def shifted(sigma: np.ndarray, shift: float | np.float32) -> np.ndarray:
     """Sigmas moved towards noise: s u / (1 + (s - 1) u)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
@@ -74,13 +74,19 @@ def sigmas_to_zero(table: Table) -> np.ndarray:
 
 
 @functools.cache
-def shifted_timesteps(steps: tuple[int, ...], shift: float) -> np.ndarray:
-    """The timesteps a step list stands for, float32 [len(steps)]: listed n is grid entry 1000 - n, listed 0 is 0."""
+def shifted_timesteps(steps: tuple[int, ...], shift: float, *, exact: bool = False) -> np.ndarray:
+    """The timesteps a step list stands for, float32 [len(steps)]: listed n is grid entry 1000 - n, listed 0 is 0.
+
+    The original computes them in float32 throughout; `exact` ones are rounded once.
+    """
     require(
         all(0 <= step <= TIMESTEPS for step in steps),
         f"steps={steps} must lie within {TIMESTEPS}..0.",
     )
-    grid = np.append(table(shift).timesteps, np.float32(0))
+    whole = table(shift)
+    line = np.linspace(1, 0, TIMESTEPS + 1)[:-1].astype(np.float32)
+    times = whole.timesteps if exact else np.float32(TIMESTEPS) * shifted(line, np.float32(shift))
+    grid = np.append(times, np.float32(0))
     return _frozen(grid[TIMESTEPS - np.asarray(steps, dtype=int)])
 
 

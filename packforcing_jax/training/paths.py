@@ -9,7 +9,7 @@ from jax import Array
 
 from packforcing_jax.config import DistilConfig, Experiment, TrainConfig
 from packforcing_jax.errors import require
-from packforcing_jax.sampling import schedules
+from packforcing_jax.sampling import block_step, schedules
 from packforcing_jax.training import batches, distillation, objectives
 from packforcing_jax.training.batches import Batch, Model
 
@@ -73,10 +73,7 @@ def trajectory(
 
 def timesteps(exp: Experiment) -> list[float]:
     """The timesteps of these states."""
-    return [
-        *(float(time) for time in schedules.shifted_timesteps(exp.sample.steps, exp.sample.shift)),
-        0.0,
-    ]
+    return [*block_step.step_table(exp.sample)[0].tolist(), 0.0]
 
 
 def noise_to_clip(

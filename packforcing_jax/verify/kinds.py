@@ -72,6 +72,7 @@ CASES = {
     "method_self_forcing_rolling": Case(partial(methods.sink_and_window, published.SELF_FORCING)),
     "method_rolling_forcing": Case(methods.rolling_forcing, 5e-5),
     "method_causal_forcing_longvideo": Case(methods.rolling_forcing, 5e-5),
+    "method_causvid": Case(methods.causvid, 5e-5),
     "method_causal_forcing_chunkwise": Case(methods.causal_forcing, 5e-5),
     "method_causal_forcing_framewise": Case(methods.causal_forcing, 5e-5),
     "dmd_math": Case(training.dmd_math, 5e-5, derived=2e-4),

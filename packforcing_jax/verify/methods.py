@@ -12,17 +12,18 @@ import numpy as np
 
 from packforcing_jax import methods
 from packforcing_jax.config import Experiment, SampleConfig
+from packforcing_jax.convert import wan_vae
 from packforcing_jax.memory import cache
 from packforcing_jax.memory.cache import Memory
 from packforcing_jax.methods import calls
 from packforcing_jax.methods.method import Method, memory_of
-from packforcing_jax.networks import dit
+from packforcing_jax.networks import dit, vae
 from packforcing_jax.pytrees import PerLayer
 from packforcing_jax.sampling import block_step, player, rolling_window, schedules
 from packforcing_jax.sampling.block_step import Denoiser
 from packforcing_jax.sampling.rolling_window import Window
 from packforcing_jax.types import KV, Latent
-from packforcing_jax.verify import transformer
+from packforcing_jax.verify import parts, transformer
 from packforcing_jax.verify.parts import Fixture, Outputs
 
 KINDS = {calls.DENOISE: 0, calls.COMMIT: 1, calls.RECACHE: 2, calls.GIVEN: 3}
@@ -125,6 +126,100 @@ def _by_block(latent: Latent | np.ndarray, block: int) -> jax.Array:
     return einops.rearrange(jnp.asarray(latent), "b (block t) y x c -> block b t y x c", t=block)
 
 
+@dataclass(frozen=True)
+class Model:
+    """What the player needs of a model."""
+
+    experiment: Experiment
+    nets: block_step.Nets
+    vae: vae.WanVAE
+
+
+def causvid(fixture: Fixture) -> Outputs:
+    """The cases of a file about clips that go on from one another: latents, and the pixels between two clips."""
+    scale = {"z_dim": fixture.config["in_dim"], "scale": fixture.config["vae_scale"]}
+    cfg = wan_vae.vae_config({**fixture.config["vae"], **scale})
+    tensors = {
+        name.removeprefix("vae/"): value
+        for name, value in fixture.weights.items()
+        if name.startswith("vae/")
+    }
+    codec = parts.load(vae.WanVAE, cfg, tensors, wan_vae.WAN_VAE)
+
+    network = {name: value for name, value in fixture.weights.items() if "vae/" not in name}
+    fixture = dataclasses.replace(fixture, weights=network)
+    out: Outputs = {}
+    for name, changes in fixture.config["cases"].items():
+        config = {**fixture.config, **changes}
+        out |= _clips(fixture, config, f"{name}.", codec)
+    return out
+
+
+def _clips(fixture: Fixture, config: Mapping[str, Any], prefix: str, codec: vae.WanVAE) -> Outputs:
+    """Latents, predictions, pixels and calls of one case, its blocks finished by the player."""
+    steps = [step for step in config["denoising_step_list"] if step]  # 0 stands for the clean end
+    sample = _sample({**config, "denoising_step_list": steps})
+    block, count, overlap = (
+        config[name] for name in ("frames_per_block", "num_rollout", "num_overlap_frames")
+    )
+    noise = [_by_block(_frames_last(each), block) for each in fixture.inputs[f"{prefix}noise"]]
+    renoise = [_renoise(each) for each in fixture.inputs[f"{prefix}renoise"]]
+    own = _model(config, block, noise[0].shape[3:5], sample)
+    total = count * len(noise[0]) - (count - 1) * overlap // block
+    run = Run(
+        prefix=prefix,
+        method=dataclasses.replace(
+            methods.CAUSVID, window=config["episode_frames"], overlap=overlap
+        ),
+        experiment=dataclasses.replace(own, codec=codec.cfg),
+        noise=np.zeros(0),
+        renoise=np.zeros(0),
+        prompts=(0,) * total,
+        given=np.zeros((0, 0)),
+    )
+    exp, nets, (text,) = _begun(fixture, run, ("context",))
+    model = Model(exp, nets, codec)
+    denoiser = Denoiser(nets, exp.step, text)
+    state = player.start(model, seeds=0, videos=[0] * noise[0].shape[1])
+    times, sigmas = block_step.step_table(sample)
+    out: Outputs = {f"{prefix}denoising_step_list_used": times, f"{prefix}sigma_of_steps": sigmas}
+    rollouts: list[list[Latent]] = [[]]
+    pixels, seams = [], []
+    for left in range(total, 0, -1):
+        progress = state.memory.progress
+        place = int(progress.num_blocks) - int(progress.scene_start) // block
+        clip = len(rollouts) - 1
+        memory, denoised, flow = _denoised(
+            denoiser, state.memory, noise[clip][place], jnp.asarray(renoise[clip][place])
+        )
+        at = f"{prefix}rollout{clip}.block{place}"
+        out[f"{at}.context_pass.flow"] = _theirs(flow)
+        for step, x0 in enumerate(denoised.predictions):  # type: ignore[arg-type]
+            out[f"{at}.step{step}.x0"] = _theirs(x0)
+        state = dataclasses.replace(state, memory=memory)
+        state, shown = player.finish(model, state, denoised, text, left=left)
+        rollouts[-1].append(denoised.latent)
+        pixels.append(shown.frames)
+        if int(state.memory.progress.scene_start) > int(progress.scene_start):
+            newest = int(state.memory.num_blocks) * block - overlap + jnp.arange(overlap)
+            rollouts.append([cache.latents_of(exp.memory, state.memory, newest)])
+            seams.append(np.asarray(state.seam.frame[0, 0]))  # type: ignore[union-attr]
+    video = (np.concatenate(pixels, axis=1)[0] + 1) / 2
+    each = len(video) // count
+    shown_ids = np.array([0, each - 1, each, len(video) - 1])
+    rows = _rows(exp.memory, run)
+    made = {
+        "latents": np.stack([_theirs(jnp.concatenate(one, axis=1)) for one in rollouts]),
+        "start_latents": np.stack([_theirs(one[0]) for one in rollouts[1:]]),
+        "overlap_pixel_frame": (einops.rearrange(np.stack(seams), "n y x c -> n c y x") + 1) / 2,
+        "video_total_frames": np.array([len(video)]),
+        "video_frame_ids": shown_ids,
+        "video_frames": video[shown_ids],
+        **{f"layout.{name}": value for name, value in rows.items()},
+    }
+    return out | {f"{prefix}{name}": value for name, value in made.items()}
+
+
 def _recorded(noise: jax.Array, renoise: jax.Array) -> rolling_window.Fresh:
     """The noise of a file for blocks [n] that go into steps [n]; of blocks behind the last one, anything."""
 
@@ -225,11 +320,21 @@ def _block(
     denoiser: Denoiser, memory: Memory, noise: Latent, renoise: jax.Array
 ) -> tuple[Memory, jax.Array, Latent]:
     """(the memory after the next block, what each step predicted, what the network returns of it clean)."""
+    memory, denoised, _ = _denoised(denoiser, memory, noise, renoise)
+    memory, flow = _given(denoiser, memory, denoised.latent)
+    return memory, denoised.predictions, flow  # type: ignore[return-value]
+
+
+@jax.jit
+def _denoised(
+    denoiser: Denoiser, memory: Memory, noise: Latent, renoise: jax.Array
+) -> tuple[Memory, block_step.Denoised, Latent]:
+    """(the memory with other scratch, the next block, what the network returns of it clean)."""
     no_scores = jnp.zeros((denoiser.cfg.memory.layers, len(noise), 0))
     start = block_step.Noise(noise=noise, renoise=renoise, random=no_scores)
     memory, denoised = block_step.denoise_block(denoiser, memory, start)
-    memory, flow = _given(denoiser, memory, denoised.latent)
-    return memory, denoised.predictions, flow  # type: ignore[return-value]
+    clean = jnp.zeros(denoised.latent.shape[:2])
+    return memory, denoised, transformer.raw_output(denoiser, memory, denoised.latent, clean)
 
 
 @jax.jit
@@ -293,6 +398,13 @@ def _theirs(latent: Latent) -> np.ndarray:
     return np.asarray(einops.rearrange(latent, "b t y x c -> b t c y x"))
 
 
+def _number(call: calls.Call, block: int) -> int:
+    """The number of a call as a file has it: of a block in its rollout; -1 for one that was given to the first."""
+    if call.clip:
+        return call.queries[0][0] // block
+    return -1 if call.call == calls.GIVEN else call.block
+
+
 def _rows(spec: Any, run: Run) -> dict[str, np.ndarray]:
     """The calls of a run as a file lists them, padded with -1."""
     times = block_step.step_table(player.first_block(run.experiment.step).sample)[0].tolist()
@@ -326,7 +438,7 @@ def _rows(spec: Any, run: Run) -> dict[str, np.ndarray]:
         "call": np.array(
             [
                 [
-                    -1 if call.call == calls.GIVEN else call.block,
+                    _number(call, spec.cache.block),
                     KINDS[call.call],
                     call.queries[0][0],
                     len(call.queries),
@@ -336,6 +448,7 @@ def _rows(spec: Any, run: Run) -> dict[str, np.ndarray]:
                 for call in made
             ]
         ),
+        "rollout": np.array([call.clip for call in made]),
         "query_frame": np.array([padded([q[0] for q in c.queries], most) for c in made]),
         "query_pos": np.array([padded([q[1] for q in c.queries], most) for c in made]),
         "query_timestep": np.array([padded(queried(c), most) for c in made]),
