@@ -164,6 +164,12 @@ def _film(args: argparse.Namespace, pipeline, prompts: list[str], changes: dict[
         not args.oracle or captions.tells(pipeline.experiment),
         f"--oracle reads videos of the Stage world, and {pipeline.experiment.name} makes others; leave it out.",
     )
+    cache = pipeline.experiment.cache
+    require(
+        args.trace is None or not (cache.joint or cache.overlap),
+        f"--trace {args.trace} records blocks that are made one by one in one memory, and method "
+        f"{pipeline.method.name} makes them otherwise; leave it out.",
+    )
     require(
         args.trace is None or not {"flush", "cut"} & {*changes.values()},
         f"--trace {args.trace} records a memory that only grows; leave it out where a prompt flushes or cuts it.",
@@ -230,6 +236,7 @@ def _make_all(films: list[tuple[prompt_files.Job, Film]], folder: Path) -> int:
 def _make(film: Film) -> int:
     """Draws and writes one video."""
     from packforcing_jax.io import video
+    from packforcing_jax.methods.method import sizes_told
     from packforcing_jax.policies import attention
     from packforcing_jax.sampling import trace
 
@@ -242,6 +249,8 @@ def _make(film: Film) -> int:
     common.start_line(
         "sample", experiment=exp, dtype=exp.dtypes.compute, attention=backend, why=why
     )
+    if pipeline.method.window is not None:
+        print(f"sample: {sizes_told(pipeline.method, exp)}", file=sys.stderr, flush=True)
     size = (exp.latent[1] * exp.codec.space_factor, exp.latent[0] * exp.codec.space_factor)
     retained = _Retained(all=args.oracle, total=film.blocks if args.sheet else 0)
     with contextlib.ExitStack() as files:

@@ -118,3 +118,15 @@ def lengthened(method: Method, experiment: Experiment, blocks: int) -> Experimen
         return experiment
     recent = max(cache.recent, blocks * cache.block - cache.sink - cache.block)
     return dataclasses.replace(experiment, cache=dataclasses.replace(cache, recent=recent))
+
+
+def sizes_told(method: Method, experiment: Experiment) -> str:
+    """The sizes of the method on this model, in a sentence."""
+    cache = experiment.cache
+    together = f"{cache.together} frames at once" if cache.joint else f"blocks of {cache.block}"
+    clips = f", clips of {cache.full_frames} with {cache.overlap} shared" if cache.overlap else ""
+    steps = " ".join(map(str, experiment.sample.steps))
+    return (
+        f"method {method.name}: sink {cache.sink}, recent {cache.recent}, {together}{clips} "
+        f"(latent frames), steps {steps}"
+    )
