@@ -2,8 +2,8 @@
 
 import math
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from packforcing_jax.convert import (
     lora,
     manifest,
     networks,
+    quantised,
     recognition,
     rules,
     sources,
@@ -21,12 +22,15 @@ from packforcing_jax.convert import (
     writing,
 )
 from packforcing_jax.convert.contents import LORA, Contents, Ignored
+from packforcing_jax.convert.lora import Addition, Lora, Module
+from packforcing_jax.convert.quantised import Quantised
 from packforcing_jax.convert.recognition import Recognised
 from packforcing_jax.convert.sources import Inputs
 
 from packforcing_jax.config import DTYPES, Experiment, cards, loading
 from packforcing_jax.errors import require
-from packforcing_jax.io import model_folder
+from packforcing_jax.io import identity, model_folder
+from packforcing_jax.io.safetensors_io import Tensor
 from packforcing_jax.networks.tokenizer import Tokenizer
 
 TEMPLATE = "wan_t2v_1_3b"
@@ -47,6 +51,7 @@ class Request:
     config: str | None = None
     overrides: tuple[str, ...] = ()
     network: str | None = None
+    prefix: str | None = None
     kind: str | None = None
     dtype: str | None = None
     lora_alpha: float | None = None
@@ -66,7 +71,7 @@ class Done:
 def convert(request: Request, watch: exporting.Watch = lambda steps, count: steps) -> Done:
     """Writes the model folder, complete or not at all; one `InputError` names everything that does not fit."""
     _check_request(request)
-    inputs = sources.gather(list(request.sources))
+    inputs = sources.gather(list(request.sources), request.prefix)
     notes = list(inputs.notes)
     recognised = recognition.recognise(inputs, _wish(request), notes)
     tensors = contents.sort(inputs, recognised.network, request.kind)
@@ -74,7 +79,11 @@ def convert(request: Request, watch: exporting.Watch = lambda steps, count: step
     _require_lora(request, recognised, tensors, taken, notes)
     exp = _experiment(request, recognised, inputs, tensors=tensors, taken=taken, notes=notes)
     jobs = _jobs(request, recognised, tensors, taken=taken, exp=exp, notes=notes)
-    notes += _remarks(recognised, tensors)
+    tensors.ignored += [
+        Ignored(tensor.name, tensor.origin, f"not behind --prefix {request.prefix}", "", tensor)
+        for tensor in inputs.unmeant
+    ]
+    notes += _remarks(recognised, tensors, jobs)
     tokenizer = _tokenizer(request, inputs, exp, notes)
     _require_fit(jobs, tensors.wrong, watch)
     with model_folder.replacing(request.out) as fresh:
@@ -82,6 +91,9 @@ def convert(request: Request, watch: exporting.Watch = lambda steps, count: step
             watch(writing.carry_out(jobs, fresh, tensors.wrong), sum(job.count for job in jobs))
         )
         _raise(tensors.wrong)
+        notes += _zeros(entries)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, fresh / model_folder.TOKENIZER)
         texts = {
             model_folder.CONFIG: model_folder.experiment_to_json(exp),
             model_folder.CARD: _card(exp, inputs, jobs),
@@ -91,15 +103,24 @@ def convert(request: Request, watch: exporting.Watch = lambda steps, count: step
                 tensors.ignored,
                 origin={"card": exp.card, "method": exp.method, "network": recognised.network},
                 notes=notes,
+                record=identity.record(fresh),
             ),
         }
         for name, text in texts.items():
             (fresh / name).write_text(text, encoding="utf-8")
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, fresh / model_folder.TOKENIZER)
     return Done(
         request.out, _rows(jobs, entries, tensors.ignored), tuple(tensors.ignored), tuple(notes)
     )
+
+
+def _zeros(entries: Sequence[writing.Entry]) -> list[str]:
+    """A line that names the tensors of zeros alone, which a download that broke off leaves in a file of full length."""
+    zero = [entry.tensor.name for entry in entries if entry.zero]
+    more = f" and {len(zero) - rules.SHOWN} more" if len(zero) > rules.SHOWN else ""
+    return [
+        f"{len(zero)} of {len(entries)} tensors are all zero ({', '.join(zero[: rules.SHOWN])}{more}): check that the "
+        "download is complete, unless the network was saved so"
+    ] * bool(zero)
 
 
 def _rows(
@@ -193,6 +214,8 @@ def _experiment(
     template = replace(template, name=request.out.resolve().name)
     exp = experiments.describe(tensors, taken, template, overrides=request.overrides, notes=notes)
     overridden = {each.partition("=")[0].strip() for each in request.overrides}
+    if "dit" in tensors.networks or "dit" in taken:
+        wan_dit.require_text_alone(exp.dit, recognised.file or "the transformer")
     if request.config is None and overridden.isdisjoint({"dit.dim", "dit.layers"}):
         recognition.check_sizes(recognised, exp.dit, notes)
     return exp
@@ -254,12 +277,26 @@ def _require_lora(
     )
 
 
-def _remarks(recognised: Recognised, tensors: Contents) -> list[str]:
-    """What has to be known of a card, and of what was left out for want of a place."""
+def _remarks(recognised: Recognised, tensors: Contents, jobs: Sequence[writing.Job]) -> list[str]:
+    """What has to be known of a card, of numbers of 8 bits, and of what was left out for want of a place."""
     card = recognised.card
     remarks = []
-    if any(each.reason == wan_dit.OTHER_COMPRESSOR for each in tensors.ignored):
-        remarks.append(f"pack_compressor is left out: it is the {wan_dit.OTHER_COMPRESSOR}")
+    for reason in dict.fromkeys(why for _, why in contents.EXTRAS.values()):
+        left = [each.name for each in tensors.ignored if each.reason == reason]
+        if left and reason == wan_dit.OTHER_COMPRESSOR:
+            remarks.append(f"pack_compressor is left out: it is the {reason}")
+        elif left:
+            remarks.append(
+                f"{', '.join(left[: sources.SHOWN])} left out ({len(left)} in all): {reason}"
+            )
+    for job in jobs:
+        small = [each for each in job.tensors.values() if isinstance(each, Quantised)]
+        stored = ", ".join(sorted({job.dtype or each.dtype.name for each in small}))
+        if small:
+            remarks.append(
+                f"{len(small)} tensors of {job.part} are fp8 ({sum(each.scale is not None for each in small)} with a "
+                f"scale): stored as {stored}, as the numbers that they stand for"
+            )
     if card is not None and card.unconfirmed:
         remarks.append(f"not confirmed of card {card.name}: {'; '.join(card.unconfirmed)}")
     if card is not None and card.samples:
@@ -277,22 +314,21 @@ def _jobs(
     notes: list[str],
 ) -> list[writing.Job]:
     """What is written for each part, in the order of the parts."""
+    files = ", ".join(each.origin for each in tensors.adapters)
     require(
         not tensors.adapters or "dit" in tensors.networks or "dit" in taken,
-        "a LoRA was given without the network it adds to; give the base checkpoint as well.",
+        f"a LoRA ({files}) was given without the network it adds to; give the base checkpoint as well, or a model "
+        "folder that holds it.",
     )
     require(bool(tensors.networks or taken), "the sources hold no weights; give a checkpoint.")
     jobs = []
-    lora_of_card = recognised.card.lora if recognised.card else None
-    scale = lora_of_card.scale if lora_of_card else 1.0
     for part in model_folder.PARTS:
-        adapters = tensors.adapters if part == "dit" else {}
+        adapters = tensors.adapters if part == "dit" else []
         if part in tensors.networks or (adapters and part in taken):
             base = tensors.networks.get(part) or exporting.originals(
                 taken[part], part, tensors.wrong
             )
-            alpha = _alpha(request, tensors, notes)
-            added = lora.additions(adapters, base, alpha, tensors.wrong, scale)
+            added = _added(request, recognised, tensors, base=base, notes=notes) if adapters else {}
             jobs.append(
                 writing.job(part, base, exp, tensors.wrong, added=added, dtype=request.dtype)
             )
@@ -306,16 +342,88 @@ def _jobs(
     return jobs
 
 
-def _alpha(request: Request, tensors: Contents, notes: list[str]) -> float | None:
-    """How strong a LoRA is: as its file says, else as the user says."""
-    note = f"--lora-alpha {request.lora_alpha} is not used: the LoRA itself says {tensors.alpha}"
-    if (
-        tensors.alpha is not None
-        and request.lora_alpha not in (None, tensors.alpha)
-        and note not in notes
-    ):
-        notes.append(note)
-    return request.lora_alpha if tensors.alpha is None else tensors.alpha
+def _added(
+    request: Request,
+    recognised: Recognised,
+    tensors: Contents,
+    *,
+    base: Mapping[str, Tensor],
+    notes: list[str],
+) -> dict[str, Addition]:
+    """What all LoRA add, by the original name of the weight; how strong each is goes to `notes`."""
+    terms: dict[str, list[lora.Term]] = defaultdict(list)
+    for each in tensors.adapters:
+        modules = lora.modules(each, base, tensors.wrong)
+        scale = _scale(request, recognised, each)
+        own = lora.terms(modules, base, scale, tensors.wrong)
+        notes += _strength(request, recognised, each, modules=modules, terms=own)
+        for weight, added in own.items():
+            terms[weight] += added
+    return {weight: Addition(tuple(added)) for weight, added in terms.items()}
+
+
+def _scale(request: Request, recognised: Recognised, added: Lora) -> Callable[[int], float]:
+    """What the product of two factors of a rank is multiplied with, where no alpha is beside them.
+
+    As the LoRA's file says, else as the user, else as the card, else 1.
+    """
+    alpha = added.strength.alpha if added.strength.alpha is not None else request.lora_alpha
+    of_card = recognised.card.lora if recognised.card else None
+    if alpha is None:
+        return lambda rank: of_card.scale if of_card else 1.0
+    return lambda rank: alpha / rank
+
+
+def _strength(
+    request: Request,
+    recognised: Recognised,
+    added: Lora,
+    *,
+    modules: Mapping[str, Module],
+    terms: Mapping[str, Sequence[lora.Term]],
+) -> list[str]:
+    """How strong a LoRA is and who says so: lines for the user and for the manifest."""
+    own = [sides for sides in modules.values() if "alpha" in sides]
+    silent = [sides for sides in modules.values() if "down" in sides and "alpha" not in sides]
+    scales = sorted(
+        {t.scale for each in terms.values() for t in each if isinstance(t, lora.LowRank)}
+    )
+    ranks = sorted({sides["down"].shape[0] for sides in modules.values() if "down" in sides})
+    said = added.strength
+    spread = (
+        f"{scales[0]:g}" + (f" to {scales[-1]:g}" if len(scales) > 1 else "") if scales else "1"
+    )
+    head = f"LoRA {added.origin} adds to {len(terms)} weights at {spread}"
+    lines = []
+    if own and not silent:
+        lines.append(f"{head}: alpha / rank, of which alpha stands beside each of them")
+    elif silent and said.alpha is not None:
+        lines.append(f"{head}: alpha {said.alpha:g}, as {said.where} says, over its rank")
+    elif silent and request.lora_alpha is not None:
+        lines.append(f"{head}: alpha {request.lora_alpha:g}, as --lora-alpha says, over its rank")
+    elif silent and recognised.card is not None and recognised.card.lora is not None:
+        lines.append(f"{head}: as card {recognised.card.name} says, since no file does")
+    elif silent:
+        lines.append(
+            f"{head}: no file says how strong it is, so alpha = rank is assumed; give --lora-alpha A if not"
+        )
+    elif terms:
+        lines.append(head)
+    stated = said.alpha if silent else "an alpha for each weight" if own else None
+    if stated is not None and request.lora_alpha not in (None, stated):
+        lines.append(
+            f"--lora-alpha {request.lora_alpha} is not used: the LoRA itself says {stated}"
+        )
+    if silent and said.rank is not None and said.rank not in ranks:
+        lines.append(
+            f"{said.where} says rank {said.rank:g} and the tensors of {added.origin} have "
+            f"{', '.join(map(str, ranks))}: theirs is used"
+        )
+    if 0.0 in scales:
+        lines.append(
+            f"alpha of LoRA {added.origin} is 0 where it adds at 0: nothing is added there"
+        )
+    return lines
 
 
 def _require_fit(
@@ -329,10 +437,21 @@ def _require_fit(
     _raise(wrong)
 
 
+REMEDIES = {  # for what does not fit, where it is not the network itself
+    rules.MIXED: "say with --dtype in which number format to store them",
+    lora.NO_WEIGHT: "give a LoRA that was trained on this network, or its base checkpoint",
+    lora.HALF: "fetch the LoRA again",
+    lora.OTHER_SHAPE: "give a LoRA that was trained on a network of this size",
+    **dict.fromkeys(quantised.COMPLAINTS, quantised.REMEDY),
+}
+
+
 def _raise(wrong: rules.Mismatches) -> None:
-    rules.raise_all(
-        wrong, "the sources do not make a model", "give each network once, whole and of one size"
-    )
+    kinds = {kind for kind, each in wrong.items() if each}
+    remedies = dict.fromkeys(REMEDIES[kind] for kind in kinds if kind in REMEDIES)
+    if kinds - REMEDIES.keys():
+        remedies["give each network once, whole and of one size"] = None
+    rules.raise_all(wrong, "the sources do not make a model", ", and ".join(remedies))
 
 
 # Files of text

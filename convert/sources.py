@@ -1,13 +1,14 @@
 """What the user points at: files and folders of weights by their names, and no file outside of a folder given."""
 
 import json
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from packforcing_jax.convert import networks, pickles
+from packforcing_jax.convert import names, networks, pickles
 
 from packforcing_jax.errors import InputError, require
 from packforcing_jax.io import model_folder, safetensors_io
@@ -20,38 +21,71 @@ READERS: dict[str, Callable[[Path], Content]] = {
     ".pth": pickles.opened,
     ".pt": pickles.opened,
     ".bin": pickles.opened,
+    ".ckpt": pickles.opened,
 }
+UNREADABLE = {  # how the names of weights end that are not read -> what they are, and the remedy
+    ".gguf": "is GGUF, whose numbers are packed in groups of bits; fetch the same weights as safetensors in bfloat16, "
+    "float16 or fp8",
+    ".distcp": "is a piece of a distributed checkpoint of torch; join it first: "
+    "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER weights.pt`",
+    ".onnx": "is ONNX, a program with its weights; fetch the checkpoint that it was made of",
+    ".msgpack": "holds weights of Flax; save them as safetensors under Wan2.1's names",
+    ".h5": "holds weights of Keras; save them as safetensors under Wan2.1's names",
+}
+LIKE_WEIGHTS = frozenset([*READERS, *UNREADABLE, ".pkl"])
 INDEX = ".index.json"  # ends the name of the list of a network's shards
 SETTINGS = "config.json"
 ADAPTER = "adapter_config.json"
 FOLDERS = (".", "transformer", "vae", "text_encoder")  # where a folder given may have weights
 TOKENIZERS = ("google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json", "tokenizer.json")
 LONGEST_INDEX = 1 << 26  # bytes
+MOST_FILES = 20_000  # in a folder given
+SHOWN = 4  # names in a sentence
+PICKLED_COPY = re.compile(
+    r"(diffusion_)?pytorch_model\b.*\.bin\b.*"
+)  # of what safetensors beside it hold
 
 
 @dataclass(frozen=True)
 class Group:
     """What came together, as one file or as shards: tables of tensors inside each other, and the settings beside it.
 
-    `named`: the user named the file itself, and not a folder that has it.
+    `header` holds the texts of a safetensors header. `named`: the user named the file itself, and not a folder that has
+    it.
     """
 
     origin: str
     content: Content
     settings: Mapping[str, Any]
     adapter: Mapping[str, Any]
+    header: Mapping[str, str]
     named: bool
+
+
+@dataclass(frozen=True)
+class Left:
+    """A file of a source that was not read, and why; `weights`: it may hold some."""
+
+    file: str
+    bytes: int
+    reason: str
+    weights: bool
 
 
 @dataclass
 class Inputs:
-    """Everything that the sources hold; `files` are those read, under the names that reports give them."""
+    """Everything that the sources hold; `files` are those read, under the names that reports give them.
+
+    `left` are the files that were not read, `unmeant` the tensors (file, name) that --prefix leaves out.
+    """
 
     groups: list[Group] = field(default_factory=list)
     folders: list[model_folder.Opened] = field(default_factory=list)
     tokenizers: list[Path] = field(default_factory=list)
     files: dict[str, Path] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+    unmeant: list[safetensors_io.Tensor] = field(default_factory=list)
 
     def label(self, path: str | Path) -> str:
         """The name that reports give to a file, or that name itself."""
@@ -62,8 +96,11 @@ class Inputs:
         )
 
 
-def gather(paths: list[Path]) -> Inputs:
-    """What the files and folders `paths` hold; every tensor of them unread."""
+def gather(paths: list[Path], prefix: str | None = None) -> Inputs:
+    """What the files and folders `paths` hold; every tensor of them unread.
+
+    With a `prefix`, of each file that has names which begin with it those alone, without it.
+    """
     inputs = Inputs()
     for path in paths:
         require(
@@ -74,7 +111,56 @@ def gather(paths: list[Path]) -> Inputs:
             _folder(path, inputs)
         else:
             _group(path, Folder(path.parent), inputs, named=True)
-    return inputs
+    inputs.notes += _told(inputs.left)
+    return inputs if prefix is None else _behind(prefix, inputs)
+
+
+def _told(left: Sequence[Left]) -> list[str]:
+    """A line for each reason why files that may hold weights were not read."""
+    by_reason: dict[str, list[str]] = {}
+    for each in left:
+        if each.weights:
+            by_reason.setdefault(each.reason, []).append(each.file)
+    return [
+        f"{', '.join(files[:SHOWN])}{f' and {len(files) - SHOWN} more' if len(files) > SHOWN else ''} "
+        f"{'is' if len(files) == 1 else 'are'} passed over: {reason}"
+        for reason, files in by_reason.items()
+    ]
+
+
+def _behind(prefix: str, inputs: Inputs) -> Inputs:
+    """The inputs with the tensors alone whose names begin with `prefix`, in each file that has such names."""
+    groups = []
+    fronts: set[str] = set()
+    for group in inputs.groups:
+        flat = dict(_flat(group.content))
+        inside = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in flat.items()
+            if name.startswith(prefix)
+        }
+        fronts |= {name.partition(".")[0] for name in flat}
+        if inside:
+            inputs.unmeant += [
+                tensor for name, tensor in flat.items() if not name.startswith(prefix)
+            ]
+        groups.append(replace(group, content=inside) if inside else group)
+    require(
+        any(group is not own for group, own in zip(groups, inputs.groups, strict=True)),
+        f"no tensor of the sources has a name that begins with --prefix {prefix}; their names begin with "
+        f"{', '.join(sorted(fronts)[:8])}.",
+    )
+    return replace(inputs, groups=groups)
+
+
+def _flat(content: Content, front: str = "") -> Iterator[tuple[str, safetensors_io.Tensor]]:
+    """Every tensor of a file by its keys, joined with dots."""
+    if isinstance(content, safetensors_io.Tensor):
+        yield front.removesuffix("."), content
+    elif isinstance(content, dict | list | tuple):
+        items = content.items() if isinstance(content, dict) else enumerate(content)
+        for key, value in items:
+            yield from _flat(value, f"{front}{key}.")
 
 
 @dataclass(frozen=True)
@@ -110,19 +196,114 @@ class Folder:
 def _folder(path: Path, inputs: Inputs) -> None:
     """Notes everything in a folder: one of our models, or weights in the layouts of others."""
     folder = Folder(path)
+    _refuse_folder(path)
     before = len(inputs.groups) + len(inputs.folders) + len(inputs.tokenizers)
     inputs.tokenizers += [file for name in TOKENIZERS if (file := folder.known(path / name))]
     if _is_model(folder):
         _model(folder, inputs)
+        _note_rest(folder, inputs)
         return
     for name in FOLDERS:
         if (path / name).is_dir():
             _weights(path / name, folder, inputs)
-    require(
-        len(inputs.groups) + len(inputs.folders) + len(inputs.tokenizers) > before,
-        f"{path} holds no weights; known are files that end in {', '.join(READERS)}, a diffusers folder with "
-        "transformer/, vae/ or text_encoder/, and model folders.",
+    _note_rest(folder, inputs)
+    read = len(inputs.groups) + len(inputs.folders) + len(inputs.tokenizers)
+    require(read > before, f"{path} holds no weights{_instead(path)}.")
+
+
+def _instead(path: Path) -> str:
+    """What to give instead of a folder in which nothing was found to read."""
+    files = _files(path)
+    unread = next((file for file in files if file.suffix in UNREADABLE), None)
+    elsewhere = sorted({str(file.parent) for file in files if file.suffix in READERS} - {str(path)})
+    if elsewhere:
+        return f" of its own; give one of the folders in it that do: {', '.join(elsewhere[:SHOWN])}"
+    if unread is not None:
+        return f" that are read here: {unread.name} {UNREADABLE[unread.suffix]}"
+    return (
+        f"; known are files that end in {', '.join(READERS)}, a diffusers folder with "
+        "transformer/, vae/ or text_encoder/, and model folders"
     )
+
+
+def _refuse_folder(path: Path) -> None:
+    """Raises `InputError` for folders of several models, of a cache, and of checkpoints in pieces."""
+    inside = [each.name for each in path.iterdir() if each.is_dir()]
+    snapshots = model_folder.snapshots(path)
+    require(
+        not snapshots,
+        f"{path} is a folder of the hub's cache, whose files lie in snapshots/; give {' or '.join(snapshots)}.",
+    )
+    experts = sorted(
+        name for name in inside if names.EXPERTS.fullmatch(name) and _has_weights(path / name)
+    )
+    require(
+        len(experts) < 2,
+        f"{path} holds {len(experts)} transformers ({', '.join(experts)}), one for each noise level as in Wan2.2, "
+        f"and a model here has one; give the folder of one alone, such as {path / (experts or [''])[0]}.",
+    )
+    pieces = next((file for file in _files(path) if names.DISTRIBUTED.fullmatch(file.name)), None)
+    if pieces is not None:
+        remedy = (
+            UNREADABLE[".distcp"]
+            if pieces.suffix == ".distcp"
+            else "is a piece of a DeepSpeed checkpoint; join it first with the zero_to_fp32.py beside it"
+        )
+        raise InputError(f"{pieces} {remedy}, and convert what that writes.")
+
+
+def _has_weights(path: Path) -> bool:
+    return any(file.suffix in LIKE_WEIGHTS for file in _files(path))
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a folder and of those inside of it, by name, hidden folders left out."""
+    found: list[Path] = []
+    for folder, inner, files in os.walk(path):
+        inner[:] = sorted(name for name in inner if not name.startswith(".") and name != "__MACOSX")
+        found += [Path(folder, name) for name in sorted(files)]
+        require(
+            len(found) <= MOST_FILES,
+            f"{path} holds more than {MOST_FILES} files; give the folder that the weights lie in.",
+        )
+    return found
+
+
+def _note_rest(folder: Folder, inputs: Inputs) -> None:
+    """Notes every file of the folder that was not read, and why."""
+    read = {*inputs.files.values(), *inputs.tokenizers}
+    for file in _files(folder.root):
+        beside = file.name in (SETTINGS, ADAPTER) or file.name.endswith(INDEX)
+        if file in read or beside and any(each.parent == file.parent for each in read):
+            continue
+        weights = file.suffix in LIKE_WEIGHTS and not names.OF_MACOS.fullmatch(file.name)
+        inputs.left.append(
+            Left(_label(file, folder), _size(file), _why_left(file, folder), weights)
+        )
+
+
+def _why_left(file: Path, folder: Folder) -> str:
+    """Why a file of a folder is not read."""
+    known = str(file.parent.relative_to(folder.root)) in FOLDERS
+    if names.OF_MACOS.fullmatch(file.name):
+        return "a note of macOS about another file"
+    if names.TRAINERS.fullmatch(file.name):
+        return "the state of a trainer and no network"
+    if file.suffix in UNREADABLE:
+        return UNREADABLE[file.suffix].replace("is ", "it is ", 1)
+    if file.suffix not in LIKE_WEIGHTS:
+        return "holds no weights"
+    if known:
+        copy = PICKLED_COPY.fullmatch(file.name)
+        return "the folder has safetensors" if copy else "of a type that is not read"
+    return f"only {', '.join(FOLDERS[1:])} are looked into beside the folder itself; give the file if it is meant"
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # a link that leads nowhere
+        return 0
 
 
 def _is_model(folder: Folder) -> bool:
@@ -149,29 +330,35 @@ def _model(folder: Folder, inputs: Inputs) -> None:
 
 def _weights(path: Path, folder: Folder, inputs: Inputs) -> None:
     """Notes the weights that lie directly in `path`: shards together, every other file alone."""
-    files = sorted(file for file in path.iterdir() if not file.is_dir())
+    files = sorted(
+        file for file in path.iterdir() if not file.is_dir() and not _no_network(file.name)
+    )
     indexes = [file for file in files if file.name.endswith(INDEX)]
     shards = {path / name for index in indexes for name in _shards(folder.inside(index)).values()}
     alone = [file for file in files if file.suffix in READERS and file not in shards]
     if any(file.suffix == ".safetensors" for file in [*alone, *shards]):
-        passed = [
-            file
-            for file in [*alone, *indexes]
-            if re.match(r"(diffusion_)?pytorch_model\b.*\.bin\b", file.name)
-        ]
-        inputs.notes += [
-            f"{path.name}/{file.name} is passed over: the folder has safetensors" for file in passed
-        ]
         alone, indexes = (
-            [file for file in files if file not in passed] for files in (alone, indexes)
+            [file for file in files if not PICKLED_COPY.match(file.name)]
+            for files in (alone, indexes)
         )
     for file in [*indexes, *alone]:
         _group(file, folder, inputs, named=False)
 
 
+def _no_network(name: str) -> bool:
+    """Whether a file's name says that it is no network's."""
+    return any(pattern.fullmatch(name) for pattern in (names.TRAINERS, names.OF_MACOS))
+
+
 def _group(file: Path, folder: Folder, inputs: Inputs, *, named: bool) -> None:
     """Notes one file, or the shards that an index lists."""
     index = file.name.endswith(INDEX)
+    require(
+        not names.OF_MACOS.fullmatch(file.name),
+        f"{file} is a note of macOS about a file and not the file; give {file.name.removeprefix('._')}.",
+    )
+    unread = next((why for suffix, why in UNREADABLE.items() if file.suffix == suffix), None)
+    require(unread is None, f"{file} {unread}.")
     require(
         index or file.suffix in READERS,
         f"{file} is of a type that is not known; known are {', '.join([*READERS, '*' + INDEX])}.",
@@ -180,20 +367,23 @@ def _group(file: Path, folder: Folder, inputs: Inputs, *, named: bool) -> None:
     settings, adapter = ({} if path is None else networks.read_settings(path) for path in beside)
     real = file if named else folder.inside(file)
     content = _sharded(real, folder, inputs) if index else READERS[file.suffix](real)
+    header = safetensors_io.metadata(real) if file.suffix == ".safetensors" else {}
     inputs.groups.append(
-        Group(_note(file, folder, inputs, named), content, settings, adapter, named)
+        Group(_note(file, folder, inputs, named), content, settings, adapter, header, named)
     )
 
 
 def _note(file: Path, folder: Folder, inputs: Inputs, named: bool) -> str:
     """The name that reports give to a file from now on, which tells nothing of this machine."""
-    name = (
-        file.name if named else str(Path(folder.root.resolve().name, file.relative_to(folder.root)))
-    )
+    name = file.name if named else _label(file, folder)
     while name in inputs.files and inputs.files[name] != file:
         name += "'"
     inputs.files[name] = file
     return name
+
+
+def _label(file: Path, folder: Folder) -> str:
+    return str(Path(folder.root.resolve().name, file.relative_to(folder.root)))
 
 
 # Shards

@@ -38,14 +38,14 @@ def complaint(path: Path, wanted: str) -> str | None:
     with path.open("rb") as file:
         head = file.read(LONGEST_MESSAGE + 1)
     if not head:
-        return "is empty; fetch it again."
+        return "is empty; fetch it again." if wanted == "zip" else None
     known = next((meaning for pattern, meaning in KNOWN if pattern.match(head[:LOOK])), None)
     if known is not None:
         return known
     if ZIP.match(head) and wanted == "safetensors":
         return "is what torch.save writes, or another zip archive; check the path, and give it a name that ends in .pt."
     if SAFETENSORS.match(head) and wanted == "zip":
-        return "is no checkpoint of torch.save but safetensors; check the path, and give it a name that ends in .safetensors."
+        return "is no checkpoint of torch.save but safetensors; check the path and rename it to end in .safetensors."
     if len(head) <= LONGEST_MESSAGE and head.isascii() and head.decode().strip().isprintable():
         return f"is a text ({head.decode().strip()[:80]!r}) and not the weights; check the address and fetch it again."
     return None
