@@ -57,7 +57,7 @@ def sort(inputs: Inputs, network: str | None = None, kind: str | None = None) ->
     """The tensors of all groups by network; `network` and `kind` are what the user wants of them."""
     contents = Contents()
     offers = defaultdict(list)
-    tables = {group.origin: _tables(group.content) for group in inputs.groups}
+    tables = {group.origin: _tables(group.content, (), group.origin) for group in inputs.groups}
     known = {key for per_group in tables.values() for path in per_group for key in path}
     require(
         network is None or not known.isdisjoint({network, f"{network}_{LORA}"}),
@@ -86,7 +86,7 @@ def transformers(group: Group) -> tuple[str, ...]:
 
 
 def _tables(
-    content: Content, path: tuple[str, ...] = ()
+    content: Content, path: tuple[str, ...] = (), origin: str = ""
 ) -> dict[tuple[str, ...], dict[str, Tensor]]:
     """Every table that has tensors itself, by the keys that lead to it; words in front of names are keys as well."""
     items = (
@@ -102,7 +102,7 @@ def _tables(
         f"{'.'.join(path) or 'the file'} has a number and a text as keys that read alike; re-save it.",
     )
     tables: dict[tuple[str, ...], dict[str, Tensor]] = {}
-    for key, value in named.items():
+    for key, value in (named | _strengths(named, path, origin)).items():
         if isinstance(value, Tensor):
             words, name = names.split(key)
             own = tables.setdefault((*path, *words), {})
@@ -114,8 +114,26 @@ def _tables(
             own[name] = value
     for key, value in named.items():
         if not isinstance(value, Tensor):
-            _merge(tables, _tables(value, (*path, key)))
+            _merge(tables, _tables(value, (*path, key), origin))
     return tables
+
+
+def _strengths(
+    table: Mapping[str, Content], path: tuple[str, ...], origin: str
+) -> dict[str, Tensor]:
+    """The bare numbers of a table that say how strong a LoRA is at one of its modules, as tensors."""
+    tensors = [key for key, value in table.items() if isinstance(value, Tensor)]
+    alphas = {(hit[0], "alpha") for key in tensors if (hit := names.addition(key))}
+    return {
+        key: _number(float(value), ".".join((*path, key)), origin)
+        for key, value in table.items()
+        if type(value) in (int, float) and names.addition(key) in alphas
+    }
+
+
+def _number(value: float, name: str, origin: str) -> Tensor:
+    held = np.asarray(value, np.float64)
+    return Tensor(name, (), held.dtype, lambda: held, origin)
 
 
 def _merge(
@@ -199,10 +217,12 @@ def _pick(
 def _numbers(content: Content) -> Iterator[str]:
     """What a trainer's file holds beside tensors, such as step counters."""
     if isinstance(content, dict):
+        named = {str(key): value for key, value in content.items()}
+        strengths = _strengths(named, (), "")
         yield from (
-            str(key)
-            for key, value in content.items()
-            if not isinstance(value, Tensor) and not _tables(value)
+            key
+            for key, value in named.items()
+            if not isinstance(value, Tensor) and not _tables(value) and key not in strengths
         )
 
 

@@ -15,6 +15,8 @@ from packforcing_jax.io import safetensors_io
 from packforcing_jax.io.safetensors_io import Tensor
 
 ALPHAS = ("lora_alpha", "alpha", "network_alpha", "ss_network_alpha")  # a strength beside tensors
+CERTAIN = ("lora_alpha", "network_alpha")  # those that mean nothing else, wherever they stand
+DEEPEST = 4  # tables inside each other that are searched for one
 RANKS = ("r", "rank", "lora_rank", "ss_network_dim")
 HEADER = "lora_adapter_metadata"  # a text in safetensors headers: JSON such as {"transformer.lora_alpha": 16}
 UNREAD = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # settings that change the sum
@@ -121,6 +123,7 @@ def strength(
                 raise InputError(f"{origin}: {key} of the LoRA is not supported; {MERGE}.")
     places = (
         (own, f"{origin} itself"),
+        (_inside(own), f"{origin} itself"),
         (adapter, "adapter_config.json"),
         (peft, f"the header of {origin}"),
         (header, f"the header of {origin}"),
@@ -130,6 +133,16 @@ def strength(
         if alpha is not None:
             return Strength(alpha, _number(table, RANKS, origin), where)
     return Strength()
+
+
+def _inside(table: Mapping[object, object], depth: int = 0) -> dict[str, object]:
+    """What tables inside a file's table say of a strength, by the names that nothing else has."""
+    found: dict[str, object] = {}
+    for value in table.values() if depth < DEEPEST else ():
+        if isinstance(value, dict):
+            found |= _inside(value, depth + 1)
+            found |= {key: value[key] for key in (*CERTAIN, *RANKS) if key in value}
+    return found if not found.keys().isdisjoint(CERTAIN) else {}
 
 
 def _of_transformer(text: str | None) -> Mapping[str, object]:

@@ -37,18 +37,20 @@ WRAPPERS = re.compile(  # what tools for training and fine-tuning put into names
     r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|_orig_mod|base_model|"
     r"base_layer|diffusion_model|transformer|module|model)\."
 )
+DEEPEST = 64  # wrappers around each other
 LEADING = re.compile(r"(?:pipe|dit|net|unet)\.")  # only in front: diffusers has `ffn.net`
 
 
 def plain(name: str) -> str:
     """A tensor's name without what tools put around it."""
-    while True:
+    for _ in range(DEEPEST):
         shorter = WRAPPERS.sub("", name)
         front = LEADING.match(shorter)
         shorter = shorter[front.end() :] if front else shorter
         if shorter == name:
-            return name
+            break
         name = shorter
+    return name
 
 
 def split(name: str) -> tuple[Path, str]:
@@ -58,7 +60,7 @@ def split(name: str) -> tuple[Path, str]:
     """
     words: list[str] = []
     kept = rest = name  # kept: behind the last such word; rest: behind wrappers as well
-    while True:
+    for _ in range(DEEPEST):
         part = next(((hit, word) for pattern, word in PARTS if (hit := pattern.match(rest))), None)
         head, dot, tail = rest.partition(".")
         if part is not None:
@@ -69,7 +71,8 @@ def split(name: str) -> tuple[Path, str]:
         elif hit := WRAPPERS.match(rest) or LEADING.match(rest):
             rest = rest[hit.end() :]
         else:
-            return tuple(words), kept
+            break
+    return tuple(words), kept
 
 
 def part_of(path: Iterable[str]) -> str | None:

@@ -32,7 +32,10 @@ UNREADABLE = {  # how the names of weights end that are not read -> what they ar
     ".msgpack": "holds weights of Flax; save them as safetensors under Wan2.1's names",
     ".h5": "holds weights of Keras; save them as safetensors under Wan2.1's names",
 }
-LIKE_WEIGHTS = frozenset([*READERS, *UNREADABLE, ".pkl"])
+UNFINISHED = frozenset([".part", ".incomplete", ".crdownload", ".download", ".tmp", ".aria2"])
+LIKE_WEIGHTS = frozenset(
+    [*READERS, *UNREADABLE, *UNFINISHED, ".pkl", ".pickle", ".npz", ".npy", ".sft", ".zip", ".tar"]
+)
 INDEX = ".index.json"  # ends the name of the list of a network's shards
 SETTINGS = "config.json"
 ADAPTER = "adapter_config.json"
@@ -291,6 +294,8 @@ def _why_left(file: Path, folder: Folder) -> str:
         return "the state of a trainer and no network"
     if file.suffix in UNREADABLE:
         return UNREADABLE[file.suffix].replace("is ", "it is ", 1)
+    if file.suffix in UNFINISHED:
+        return "the beginning of a download that did not end; fetch it again if it is meant"
     if file.suffix not in LIKE_WEIGHTS:
         return "holds no weights"
     if known:
