@@ -16,6 +16,7 @@ from packforcing_jax.io.safetensors_io import Tensor
 
 WHOLE = ("state_dict", "model_state_dict", "model", "module")  # tables that name no network
 PREFERRED = ("generator_ema", "generator", *WHOLE)  # tables of trainers
+SHOWN = 4  # names in a sentence
 LORA = "lora"  # the kind of a source that holds additions to a network
 EXTRAS = {  # names of what is left out -> (part, why)
     **{pattern: ("dit", why) for pattern, why in wan_dit.EXTRAS.items()},
@@ -59,6 +60,8 @@ def sort(inputs: Inputs, network: str | None = None, kind: str | None = None) ->
     offers = defaultdict(list)
     tables = {group.origin: _tables(group.content, (), group.origin) for group in inputs.groups}
     known = {key for per_group in tables.values() for path in per_group for key in path}
+    if any(path == () for per_group in tables.values() for path in per_group):
+        known |= {*WHOLE} if network in WHOLE else set()
     require(
         network is None or not known.isdisjoint({network, f"{network}_{LORA}"}),
         f"no source has a network called {network!r}; they have {', '.join(sorted(known)[:8]) or 'one each'}.",
@@ -112,6 +115,10 @@ def _tables(
                 "tensor; re-save it with one of them.",
             )
             own[name] = value
+    for words, own in tables.items():
+        front = names.fronts(own)
+        if len(front) == 1 and all(name.startswith(front[0]) for name in own):
+            tables[words] = {name.removeprefix(front[0]): each for name, each in own.items()}
     for key, value in named.items():
         if not isinstance(value, Tensor):
             _merge(tables, _tables(value, (*path, key), origin))
@@ -320,12 +327,12 @@ def _sort_names(
 
 
 def _hint(unknown: Sequence[str]) -> str:
-    ours = any("/" in name for name in unknown)
-    return (
-        "give the model folder that it belongs to"
-        if ours
-        else "convert a checkpoint of Wan2.1 text-to-video, or say with --prefix what stands in front of its names"
-    )
+    """What to do about names that no network knows."""
+    if any("/" in name for name in unknown):
+        return "give the model folder that it belongs to"
+    fronts = names.fronts(unknown)
+    found = f"one of {', '.join(fronts[:SHOWN])}" if fronts else "what stands in front of its names"
+    return f"convert a checkpoint of Wan2.1 text-to-video, or say with --prefix {found}"
 
 
 def _put(table: dict[str, Tensor], name: str, tensor: Tensor, wrong: rules.Mismatches) -> None:

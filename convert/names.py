@@ -15,13 +15,32 @@ NETWORKS = (  # words in front of a name, or keys of a trainer's file, that say 
     "student_ema",
     "ema",
     "ema_model",
+    "model_ema",
+    "net_ema",
+    "dit_ema",
     "critic",
     "discriminator",
     "fake_score",
     "real_score",
     "teacher",
+    "generator_lora",
+    "generator_ema_lora",
+    "student_lora",
+    "critic_lora",
 )
-AVERAGES = {"generator_ema": "generator", "student_ema": "student"}  # of which raw network
+AVERAGES = {  # over a training -> the raw network at its end; "": one without a name
+    "generator_ema": "generator",
+    "student_ema": "student",
+    **dict.fromkeys(("ema", "ema_model", "model_ema", "net_ema", "dit_ema"), ""),
+}
+MARKERS = (  # names of which every network has one
+    "patch_embedding.weight",
+    "patch_embedding.proj.weight",
+    "encoder.conv1.weight",
+    "encoder.conv_in.weight",
+    "token_embedding.weight",
+    "shared.weight",
+)
 PARTS = (  # what stands in front of the names of another part than the transformer, where one file holds all
     (re.compile(r"(?:vae|first_stage_model)\."), "vae"),
     (re.compile(r"(?:text_encoders\.[^.]+|text_encoder|cond_stage_model)\."), "text_encoder"),
@@ -75,6 +94,19 @@ def split(name: str) -> tuple[Path, str]:
     return tuple(words), kept
 
 
+def fronts(table: Iterable[str]) -> list[str]:
+    """What stands in front of the names of networks that only something unknown wraps; none where one is bare."""
+    hits = [
+        (name, marker)
+        for name in table
+        for marker in MARKERS
+        if (short := plain(name)) == marker or short.endswith(f".{marker}")
+    ]
+    if any(plain(name) == marker for name, marker in hits):
+        return []
+    return sorted({name.removesuffix(marker) for name, marker in hits})
+
+
 def part_of(path: Iterable[str]) -> str | None:
     """The part that a table is of, by the keys that lead to it: "vae", "text_encoder", or None for any other."""
     return next((PART_KEYS[key] for key in path if key in PART_KEYS), None)
@@ -111,7 +143,8 @@ OTHER_ADDITIONS: Mapping[
     r".*\.set_weight": "a replacement of whole weights",
 }
 FRONTS = frozenset(  # words that tools put in front of an addition's name, between dots or underscores
-    "lora unet transformer diffusion model base pipe dit net student generator ema module lycoris wan default".split()
+    "lora unet transformer diffusion model base pipe dit net student generator ema module lycoris wan default "
+    "backbone denoiser".split()
 )
 
 
@@ -152,10 +185,10 @@ def found(module: str, known: Mapping[str, str]) -> str | None:
 
 TRAINERS = re.compile(  # state of a trainer, which is no network
     r"(?:optimizer|optim|scheduler|lr_scheduler|scaler|rng_state|random_states|training_args|trainer_state|"
-    r"custom_checkpoint|dataloader|sampler)(?:[_-]\w+)*\.(?:bin|pt|pth|ckpt|pkl|json|safetensors)"
+    r"training_state|train_state|trainer_args|custom_checkpoint|dataloader|sampler)(?:[_-]\w+)*\.(?:bin|pt|pth|ckpt|pkl|json|safetensors)"
 )
 OF_MACOS = re.compile(r"\._.*|\.DS_Store")
-DISTRIBUTED = re.compile(r".*\.distcp|(?:bf16_)?zero_pp_rank_.*|mp_rank_\d+.*_states\.pt")
+DEEPSPEED = re.compile(r"(?:bf16_)?zero_pp_rank_.*\.pt|mp_rank_\d+.*_states\.pt")
 EXPERTS = re.compile(
     r"transformer(?:_\d+)?|(?:high|low)_noise(?:_model)?"
 )  # folders of a transformer

@@ -25,6 +25,7 @@ from packforcing_jax.config import (
     VAEConfig,
 )
 from packforcing_jax.errors import InputError, require
+from packforcing_jax.io import beginnings
 from packforcing_jax.networks import codec, compressor, dit, text
 
 PartConfig: TypeAlias = (
@@ -228,9 +229,8 @@ def read_settings(path: Path) -> Mapping[str, Any]:
     with contextlib.suppress(ValueError, RecursionError):
         settings = json.loads(path.read_bytes())
     if not isinstance(settings, dict):
-        raise InputError(
-            f"{path} is damaged (no table of settings in JSON); fetch it again or remove it."
-        )
+        damaged = "is damaged (no table of settings in JSON); fetch it again or remove it."
+        raise InputError(f"{path} {beginnings.complaint(path, 'json') or damaged}")
     return settings
 
 

@@ -187,7 +187,7 @@ def _entry(
         f"--network {_preferred(named)} to take that one.",
     )
     require(
-        _both(named) is None,
+        _both(entries) is None,
         f"{has}, and card {card.name}, which it is by its name, is {wanted}; give --card NAME or --network NAME.",
     )
     notes.append(
@@ -207,10 +207,10 @@ def _preferred(named: Sequence[str]) -> str:
     )
 
 
-def _both(named: Sequence[str]) -> tuple[str, str] | None:
+def _both(entries: Sequence[str]) -> tuple[str, str] | None:
     """(the raw network, its average over the training) if a file holds both of one."""
     pairs = ((raw, average) for average, raw in names.AVERAGES.items())
-    return next((pair for pair in pairs if set(pair) <= set(named)), None)
+    return next((pair for pair in pairs if set(pair) <= set(entries)), None)
 
 
 def _without_card(
@@ -225,11 +225,14 @@ def _without_card(
     if wish.network is not None:
         notes.append(_taken(wish.network, named, ", as --network says"))
         return wish.network
-    both = _both(named)
+    both = _both(entries)
+    bare = both is not None and not both[0]
+    held = " and ".join(each or "a network without a name" for each in both or ())
     require(
         both is None,
-        f"{name} holds both {' and '.join(both or ())}, and its name does not say which one its authors sample with; "
-        "give --card NAME (`packforcing download --list` has them) or --network NAME.",
+        f"{name} holds both {held}, and its name does not say which one its authors sample with; "
+        "give --card NAME (`packforcing download --list` has them) or --network NAME"
+        + (f" (model for the one without a name, or {both[1] if both else ''})." if bare else "."),
     )
     sampled = [each for each in named if each in contents.PREFERRED]
     if "" in entries and not sampled:

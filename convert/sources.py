@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from packforcing_jax.convert import names, networks, pickles
 
 from packforcing_jax.errors import InputError, require
-from packforcing_jax.io import model_folder, safetensors_io
+from packforcing_jax.io import beginnings, model_folder, safetensors_io
 
 Content: TypeAlias = (
     Any  # of a file: tables and lists inside each other, at their ends tensors and plain values
@@ -32,6 +32,7 @@ UNREADABLE = {  # how the names of weights end that are not read -> what they ar
     ".msgpack": "holds weights of Flax; save them as safetensors under Wan2.1's names",
     ".h5": "holds weights of Keras; save them as safetensors under Wan2.1's names",
 }
+DEEPSPEED = "is a piece of a DeepSpeed checkpoint; join it first with the zero_to_fp32.py that lies beside it"
 UNFINISHED = frozenset([".part", ".incomplete", ".crdownload", ".download", ".tmp", ".aria2"])
 LIKE_WEIGHTS = frozenset(
     [*READERS, *UNREADABLE, *UNFINISHED, ".pkl", ".pickle", ".npz", ".npy", ".sft", ".zip", ".tar"]
@@ -217,12 +218,13 @@ def _folder(path: Path, inputs: Inputs) -> None:
 def _instead(path: Path) -> str:
     """What to give instead of a folder in which nothing was found to read."""
     files = _files(path)
-    unread = next((file for file in files if file.suffix in UNREADABLE), None)
-    elsewhere = sorted({str(file.parent) for file in files if file.suffix in READERS} - {str(path)})
+    unread = next((file for file in files if _unreadable(file)), None)
+    whole = [file for file in files if file.suffix in READERS and not _no_network(file.name)]
+    elsewhere = sorted({str(file.parent) for file in whole} - {str(path)})
     if elsewhere:
         return f" of its own; give one of the folders in it that do: {', '.join(elsewhere[:SHOWN])}"
     if unread is not None:
-        return f" that are read here: {unread.name} {UNREADABLE[unread.suffix]}"
+        return f" that are read here: {unread.name} {_unreadable(unread)}"
     return (
         f"; known are files that end in {', '.join(READERS)}, a diffusers folder with "
         "transformer/, vae/ or text_encoder/, and model folders"
@@ -230,7 +232,7 @@ def _instead(path: Path) -> str:
 
 
 def _refuse_folder(path: Path) -> None:
-    """Raises `InputError` for folders of several models, of a cache, and of checkpoints in pieces."""
+    """Raises `InputError` for folders of several models, and of a cache."""
     inside = [each.name for each in path.iterdir() if each.is_dir()]
     snapshots = model_folder.snapshots(path)
     require(
@@ -245,14 +247,6 @@ def _refuse_folder(path: Path) -> None:
         f"{path} holds {len(experts)} transformers ({', '.join(experts)}), one for each noise level as in Wan2.2, "
         f"and a model here has one; give the folder of one alone, such as {path / (experts or [''])[0]}.",
     )
-    pieces = next((file for file in _files(path) if names.DISTRIBUTED.fullmatch(file.name)), None)
-    if pieces is not None:
-        remedy = (
-            UNREADABLE[".distcp"]
-            if pieces.suffix == ".distcp"
-            else "is a piece of a DeepSpeed checkpoint; join it first with the zero_to_fp32.py beside it"
-        )
-        raise InputError(f"{pieces} {remedy}, and convert what that writes.")
 
 
 def _has_weights(path: Path) -> bool:
@@ -292,8 +286,9 @@ def _why_left(file: Path, folder: Folder) -> str:
         return "a note of macOS about another file"
     if names.TRAINERS.fullmatch(file.name):
         return "the state of a trainer and no network"
-    if file.suffix in UNREADABLE:
-        return UNREADABLE[file.suffix].replace("is ", "it is ", 1)
+    unreadable = _unreadable(file)
+    if unreadable is not None:
+        return f"it {unreadable}"
     if file.suffix in UNFINISHED:
         return "the beginning of a download that did not end; fetch it again if it is meant"
     if file.suffix not in LIKE_WEIGHTS:
@@ -352,7 +347,14 @@ def _weights(path: Path, folder: Folder, inputs: Inputs) -> None:
 
 def _no_network(name: str) -> bool:
     """Whether a file's name says that it is no network's."""
-    return any(pattern.fullmatch(name) for pattern in (names.TRAINERS, names.OF_MACOS))
+    state = (names.TRAINERS, names.OF_MACOS, names.DEEPSPEED)
+    return any(pattern.fullmatch(name) for pattern in state)
+
+
+def _unreadable(file: Path) -> str | None:
+    """What a file is that holds weights in a form that is not read, with the remedy."""
+    piece = names.DEEPSPEED.fullmatch(file.name) is not None
+    return DEEPSPEED if piece else UNREADABLE.get(file.suffix)
 
 
 def _group(file: Path, folder: Folder, inputs: Inputs, *, named: bool) -> None:
@@ -362,7 +364,7 @@ def _group(file: Path, folder: Folder, inputs: Inputs, *, named: bool) -> None:
         not names.OF_MACOS.fullmatch(file.name),
         f"{file} is a note of macOS about a file and not the file; give {file.name.removeprefix('._')}.",
     )
-    unread = next((why for suffix, why in UNREADABLE.items() if file.suffix == suffix), None)
+    unread = UNREADABLE.get(file.suffix)
     require(unread is None, f"{file} {unread}.")
     require(
         index or file.suffix in READERS,
@@ -404,7 +406,11 @@ def _shards(index: Path) -> dict[str, str]:
         whole = bool(weight_map) and all(isinstance(name, str) for name in weight_map.values())
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         whole = False
-    require(whole, f"{index} is damaged (no weight_map of tensors to files); fetch it again.")
+    other = None if whole else beginnings.complaint(index, "json")
+    require(
+        whole,
+        f"{index} {other or 'is damaged (no weight_map of tensors to files); fetch it again.'}",
+    )
     for name in set(weight_map.values()):
         plain = Path(name).name == name and "\\" not in name and "\0" not in name
         require(

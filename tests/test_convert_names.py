@@ -90,6 +90,7 @@ WRAPPED = {
     "model.diffusion_model.": "m.safetensors",
     "pipe.dit.": "m.safetensors",
     "ema.": "m.safetensors",
+    "net_ema.": "m.safetensors",
     "state_dict.generator.": "m.ckpt",
 }
 
@@ -138,7 +139,8 @@ def test_served_names_are_those_of_every_tensor():
 def test_a_prefix_of_ones_own_is_taken_away_when_it_is_told(tmp_path, plain, capsys):
     held = prefixed("policy.denoiser7.", dit()) | prefixed("policy.value.", dit(seed=1))
     file = put(tmp_path / "m.safetensors", held)
-    assert "say with --prefix" in refused(capsys, file, "--out", tmp_path / "a")
+    said = refused(capsys, file, "--out", tmp_path / "a")
+    assert "say with --prefix one of policy.denoiser7., policy.value." in said
     _, made = converted(tmp_path / "model", file, prefix="policy.denoiser7.")
     assert_bits(made["dit.safetensors"], plain["dit.safetensors"])
     manifest = json.loads((tmp_path / "model" / "manifest.json").read_text())
@@ -576,6 +578,53 @@ def test_a_file_of_another_kind_is_called_by_its_name(name, tmp_path, capsys):
     file, content, sentence = OTHERS[name]
     (tmp_path / file).write_bytes(content)
     assert sentence in refused(capsys, tmp_path / file, "--out", tmp_path / "model")
+
+
+def test_an_average_beside_a_bare_network_is_asked_about(tmp_path, plain, capsys):
+    for front, average in (("", "ema."), ("net.", "net_ema."), ("model.", "ema_model.")):
+        held = prefixed(front, dit()) | prefixed(average, dit(seed=1))
+        file = put(tmp_path / f"m{average}safetensors", held)
+        said = refused(capsys, file, "--out", tmp_path / "model")
+        assert f"holds both a network without a name and {average[:-1]}" in said
+        _, made = converted(tmp_path / "model", file, network="model")
+        assert_bits(made["dit.safetensors"], plain["dit.safetensors"])
+        _, made = converted(tmp_path / "model", file, network=average[:-1])
+        assert (
+            made["dit.safetensors"]["patch/bias"].tobytes()
+            == dit(seed=1)["patch_embedding.bias"].tobytes()
+        )
+
+
+@pytest.mark.parametrize("front", ["policy.", "my.own.wrapper.", "wan_backbone.model."])
+@pytest.mark.parametrize("part", ["dit", "codec", "text"])
+def test_an_unknown_word_in_front_of_all_names_is_taken_away(part, front, tmp_path, plain):
+    held = {"dit": dit(), "codec": vae(), "text": convert_layouts.as_transformers(umt5())}[part]
+    notes, made = converted(tmp_path / "m", put(tmp_path / "m.safetensors", prefixed(front, held)))
+    assert_bits(made[f"{part}.safetensors"], plain[f"{part}.safetensors"])
+    stated = any("nothing says which published checkpoint" in note for note in notes)
+    assert stated == (part == "dit")
+
+
+def test_pieces_beside_a_whole_model_are_passed_over(tmp_path, plain):
+    put(tmp_path / "W" / "model.safetensors", dit())
+    (tmp_path / "W" / "global_step5").mkdir()
+    for name in ("mp_rank_00_model_states.pt", "__0_0.distcp"):
+        (tmp_path / "W" / "global_step5" / name).write_bytes(b"x")
+        (tmp_path / "W" / name).write_bytes(b"x")
+    notes, made = converted(tmp_path / "m", tmp_path / "W")
+    assert_bits(made["dit.safetensors"], plain["dit.safetensors"])
+    assert any("zero_to_fp32.py" in note for note in notes)
+    assert any("dcp_to_torch" in note for note in notes)
+
+
+@pytest.mark.parametrize("name", ["config.json", "diffusion_pytorch_model.safetensors.index.json"])
+def test_a_pointer_in_the_place_of_settings_is_called_by_its_name(name, tmp_path, capsys):
+    folder = tmp_path / "W"
+    convert_layouts.put_shards(folder, "diffusion_pytorch_model", dit())
+    put_json(folder / "config.json", convert_layouts.SIZES)
+    (folder / name).write_bytes(POINTER)
+    said = refused(capsys, folder, "--out", tmp_path / "m")
+    assert f"{name} is a pointer of git LFS" in said
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ ZIP = re.compile(rb"PK\x03\x04")
 
 
 def complaint(path: Path, wanted: str) -> str | None:
-    """What is wrong with `path`, if its first bytes tell; `wanted`: safetensors, or the zip of torch.save."""
+    """What is wrong with `path`, if its first bytes tell; `wanted`: "safetensors", "zip" (of torch.save) or "json"."""
     with path.open("rb") as file:
         head = file.read(LONGEST_MESSAGE + 1)
     if not head:
@@ -46,6 +46,11 @@ def complaint(path: Path, wanted: str) -> str | None:
         return "is what torch.save writes, or another zip archive; check the path, and give it a name that ends in .pt."
     if SAFETENSORS.match(head) and wanted == "zip":
         return "is no checkpoint of torch.save but safetensors; check the path and rename it to end in .safetensors."
-    if len(head) <= LONGEST_MESSAGE and head.isascii() and head.decode().strip().isprintable():
+    if (
+        wanted != "json"
+        and len(head) <= LONGEST_MESSAGE
+        and head.isascii()
+        and head.decode().strip().isprintable()
+    ):
         return f"is a text ({head.decode().strip()[:80]!r}) and not the weights; check the address and fetch it again."
     return None
