@@ -26,13 +26,17 @@ EXTRAS = {  # names of what is left out -> (part, why)
 
 @dataclass(frozen=True)
 class Ignored:
-    """What is left out and why; `part` is the network it would have belonged to, if that is known."""
+    """What is left out and why; `part` is the network it would have belonged to, if that is known.
+
+    `table`: the entry of its file that was not chosen.
+    """
 
     name: str
     origin: str
     reason: str
     part: str = ""
     tensor: Tensor | None = None
+    table: str = ""
 
 
 @dataclass
@@ -174,7 +178,10 @@ def _chosen(
         if all(names.adds(n) or names.addition(n) for n in map(names.plain, table))
     ]
     parts = [path for path in tables if path not in loras and names.part_of(path)]
-    others = [path for path in tables if path not in loras and path not in parts]
+    aside = [path for path in tables if path and _extra(names.plain(".".join((*path, "x"))))]
+    others = [path for path in tables if path not in (*loras, *parts, *aside)]
+    if network is None:  # a trainer's own state is no choice
+        others = [path for path in others if names.marked(tables[path])] or others
     preferred = (network, *PREFERRED) if network else PREFERRED
     paths = [
         *_pick(others, preferred, group),
@@ -194,7 +201,8 @@ def _left(path: tuple[str, ...], name: str, tensor: Tensor) -> Ignored:
     """Why a tensor of a table that was not chosen is left out."""
     extra = _extra(names.plain(".".join((*path, name)))) or _extra(names.plain(name))
     reason = extra[1] if extra else f"of {'.'.join(path) or 'no network'}, which was not chosen"
-    return Ignored(tensor.name, tensor.origin, reason, "dit", tensor)
+    table = "" if extra else path[0] if path else "names without a network"
+    return Ignored(tensor.name, tensor.origin, reason, "dit", tensor, table)
 
 
 def _extra(name: str) -> tuple[str, str] | None:

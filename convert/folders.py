@@ -289,6 +289,10 @@ def _remarks(recognised: Recognised, tensors: Contents, jobs: Sequence[writing.J
             remarks.append(
                 f"{', '.join(left[: sources.SHOWN])} left out ({len(left)} in all): {reason}"
             )
+    tables = Counter(each.table for each in tensors.ignored if each.table)
+    if tables:
+        told = ", ".join(f"{table} ({count} tensors)" for table, count in tables.items())
+        remarks.append(f"left out, as not of the network that is taken: {told}")
     for job in jobs:
         small = [each for each in job.tensors.values() if isinstance(each, Quantised)]
         stored = ", ".join(sorted({job.dtype or each.dtype.name for each in small}))

@@ -94,6 +94,11 @@ def split(name: str) -> tuple[Path, str]:
     return tuple(words), kept
 
 
+def marked(table: Iterable[str]) -> bool:
+    """Whether names are those of a network, whatever stands in front of them."""
+    return any(name.endswith(marker) for name in table for marker in MARKERS)
+
+
 def fronts(table: Iterable[str]) -> list[str]:
     """What stands in front of the names of networks that only something unknown wraps; none where one is bare."""
     hits = [

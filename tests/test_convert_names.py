@@ -724,3 +724,35 @@ def test_a_download_that_did_not_end_is_named(tmp_path):
     (tmp_path / "W" / "vae.safetensors.incomplete").write_bytes(b"x")
     notes, _ = converted(tmp_path / "model", tmp_path / "W")
     assert any("vae.safetensors.incomplete is passed over" in note for note in notes)
+
+
+def test_whatever_was_not_chosen_is_told(tmp_path, plain):
+    held = {
+        "student": dit(),
+        "pack_compressor": {"net.0.weight": np.ones((3, 3), np.float32)},
+        "optimizer": {"state": [{"exp_avg": np.ones(3, np.float32)}]},
+    }
+    notes, made = converted(tmp_path / "m", put(tmp_path / "m.pt", held), network="student")
+    assert_bits(made["dit.safetensors"], plain["dit.safetensors"])
+    assert any("pack_compressor is left out" in note for note in notes)
+    told = "left out, as not of the network that is taken: optimizer (1 tensors)"
+    assert told in notes
+
+
+def test_a_lora_of_the_text_encoder_beside_one_of_the_transformer_is_told(tmp_path):
+    pairs = convert_layouts.lora()
+    held = convert_layouts.peft(pairs, "transformer.{}.lora_{}.weight")
+    held["text_encoder.encoder.block.0.lora_A.weight"] = np.ones((2, 48), np.float32)
+    base = put(tmp_path / "base.safetensors", dit())
+    notes, _ = converted(tmp_path / "m", base, put(tmp_path / "lora.safetensors", held))
+    assert any("text_encoder (1 tensors)" in note for note in notes)
+
+
+@pytest.mark.parametrize(("key", "part"), [("student", "dit"), ("autoencoder", "codec")])
+def test_the_state_of_an_optimizer_is_no_other_network(key, part, tmp_path, plain):
+    held = {"dit": dit(), "codec": vae()}[part]
+    state = {"state": {0: {"exp_avg": np.ones(3, np.float32)}}, "param_groups": []}
+    file = put(tmp_path / "m.pt", {key: held, "optimizer": state})
+    notes, made = converted(tmp_path / "m", file)
+    assert_bits(made[f"{part}.safetensors"], plain[f"{part}.safetensors"])
+    assert any("optimizer (1 tensors)" in note for note in notes)

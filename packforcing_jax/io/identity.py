@@ -15,6 +15,7 @@ from typing import TypedDict
 
 from packforcing_jax.errors import InputError
 
+PARTS = ("dit", "compressor", "codec", "text")  # of a model, each in a file of its own
 MANIFEST = "manifest.json"
 FILES = "files"  # the entry of a manifest that has the record
 SMALL = (
@@ -87,7 +88,8 @@ def of_arrays(arrays: Mapping[str, tuple[str, tuple[int, ...], bytes | memoryvie
 
 def _files(folder: Path) -> list[Path]:
     """The files that make a model what it is, by name."""
-    return sorted([*folder.glob("*.safetensors"), *folder.glob("tokenizer.json")])
+    known = [f"{part}.safetensors" for part in PARTS] + ["tokenizer.json"]
+    return sorted(path for name in known if (path := folder / name).is_file())
 
 
 def _joined(hashes: Mapping[str, str]) -> str:

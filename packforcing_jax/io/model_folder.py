@@ -33,7 +33,7 @@ THEIRS = (
     "model_type",
 )  # in published settings
 SNAPSHOTS = "snapshots"  # in a repository of the hub's cache
-PARTS = ("dit", "compressor", "codec", "text")
+PARTS = identity.PARTS
 GONE = {
     "train": "the table `train` has no place in a model folder any more; delete it from the file."
 }  # of earlier versions
