@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from packforcing_jax.convert import lora, names, networks, quantised, rules, umt5, wan_dit
+from packforcing_jax.convert import lora, names, networks, quantised, rules, strength, umt5, wan_dit
 from packforcing_jax.convert.sources import Content, Group, Inputs
 
 from packforcing_jax.errors import InputError, require
@@ -221,10 +221,10 @@ def _pick(
     ):
         if len(matches) == 1:
             return list(matches)
-        names = ", ".join(sorted({path[0] for path in matches if path})[:8])
+        keys = sorted({path[0] if path else "one without a name" for path in matches})
         require(
             not matches,
-            f"{group.origin} holds several networks ({names}); choose one with --network NAME.",
+            f"{group.origin} holds several networks ({', '.join(keys[:8])}); choose one with --network NAME.",
         )
     return []
 
@@ -272,7 +272,7 @@ def _refuse_others(name: str, tensor: Tensor, group: Group) -> None:
             )
     for pattern, kind in names.OTHER_ADDITIONS.items():
         if re.fullmatch(pattern, name):
-            raise InputError(f"{group.origin} is {kind} (it has {tensor.name}); {lora.MERGE}.")
+            raise InputError(f"{group.origin} is {kind} (it has {tensor.name}); {strength.MERGE}.")
 
 
 def _by_part(
@@ -296,7 +296,7 @@ def _by_part(
     )
     contents.wrong["unknown to the table"] += unknown
     if added:
-        strong = lora.strength(group.content, group.adapter, group.header, group.origin)
+        strong = strength.read(group.content, group.adapter, group.header, group.origin)
         contents.adapters.append(lora.Lora(group.origin, added, strong))
     return parts
 

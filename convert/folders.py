@@ -2,8 +2,8 @@
 
 import math
 import shutil
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,9 @@ from packforcing_jax.convert import (
     exporting,
     lora,
     manifest,
+    merging,
     networks,
+    passed_over,
     quantised,
     recognition,
     rules,
@@ -22,15 +24,14 @@ from packforcing_jax.convert import (
     writing,
 )
 from packforcing_jax.convert.contents import LORA, Contents, Ignored
-from packforcing_jax.convert.lora import Addition, Lora, Module
 from packforcing_jax.convert.quantised import Quantised
 from packforcing_jax.convert.recognition import Recognised
 from packforcing_jax.convert.sources import Inputs
+from packforcing_jax.convert.strength import Otherwise
 
 from packforcing_jax.config import DTYPES, Experiment, cards, loading
 from packforcing_jax.errors import require
 from packforcing_jax.io import identity, model_folder
-from packforcing_jax.io.safetensors_io import Tensor
 from packforcing_jax.networks.tokenizer import Tokenizer
 
 TEMPLATE = "wan_t2v_1_3b"
@@ -287,7 +288,7 @@ def _remarks(recognised: Recognised, tensors: Contents, jobs: Sequence[writing.J
             remarks.append(f"pack_compressor is left out: it is the {reason}")
         elif left:
             remarks.append(
-                f"{', '.join(left[: sources.SHOWN])} left out ({len(left)} in all): {reason}"
+                f"{', '.join(left[: passed_over.SHOWN])} left out ({len(left)} in all): {reason}"
             )
     tables = Counter(each.table for each in tensors.ignored if each.table)
     if tables:
@@ -324,7 +325,10 @@ def _jobs(
         f"a LoRA ({files}) was given without the network it adds to; give the base checkpoint as well, or a model "
         "folder that holds it.",
     )
-    require(bool(tensors.networks or taken), "the sources hold no weights; give a checkpoint.")
+    asked = f" that --kind {request.kind} asks for" if request.kind else ""
+    require(
+        bool(tensors.networks or taken), f"the sources hold no weights{asked}; give a checkpoint."
+    )
     jobs = []
     for part in model_folder.PARTS:
         adapters = tensors.adapters if part == "dit" else []
@@ -332,7 +336,8 @@ def _jobs(
             base = tensors.networks.get(part) or exporting.originals(
                 taken[part], part, tensors.wrong
             )
-            added = _added(request, recognised, tensors, base=base, notes=notes) if adapters else {}
+            otherwise = Otherwise(request.lora_alpha, recognised.card)
+            added = merging.additions(adapters, base, otherwise, tensors.wrong, notes)
             jobs.append(
                 writing.job(part, base, exp, tensors.wrong, added=added, dtype=request.dtype)
             )
@@ -344,90 +349,6 @@ def _jobs(
                 for tensor in taken[part].part(part).values()
             ]
     return jobs
-
-
-def _added(
-    request: Request,
-    recognised: Recognised,
-    tensors: Contents,
-    *,
-    base: Mapping[str, Tensor],
-    notes: list[str],
-) -> dict[str, Addition]:
-    """What all LoRA add, by the original name of the weight; how strong each is goes to `notes`."""
-    terms: dict[str, list[lora.Term]] = defaultdict(list)
-    for each in tensors.adapters:
-        modules = lora.modules(each, base, tensors.wrong)
-        scale = _scale(request, recognised, each)
-        own = lora.terms(modules, base, scale, tensors.wrong)
-        notes += _strength(request, recognised, each, modules=modules, terms=own)
-        for weight, added in own.items():
-            terms[weight] += added
-    return {weight: Addition(tuple(added)) for weight, added in terms.items()}
-
-
-def _scale(request: Request, recognised: Recognised, added: Lora) -> Callable[[int], float]:
-    """What the product of two factors of a rank is multiplied with, where no alpha is beside them.
-
-    As the LoRA's file says, else as the user, else as the card, else 1.
-    """
-    alpha = added.strength.alpha if added.strength.alpha is not None else request.lora_alpha
-    of_card = recognised.card.lora if recognised.card else None
-    if alpha is None:
-        return lambda rank: of_card.scale if of_card else 1.0
-    return lambda rank: alpha / rank
-
-
-def _strength(
-    request: Request,
-    recognised: Recognised,
-    added: Lora,
-    *,
-    modules: Mapping[str, Module],
-    terms: Mapping[str, Sequence[lora.Term]],
-) -> list[str]:
-    """How strong a LoRA is and who says so: lines for the user and for the manifest."""
-    own = [sides for sides in modules.values() if "alpha" in sides]
-    silent = [sides for sides in modules.values() if "down" in sides and "alpha" not in sides]
-    scales = sorted(
-        {t.scale for each in terms.values() for t in each if isinstance(t, lora.LowRank)}
-    )
-    ranks = sorted({sides["down"].shape[0] for sides in modules.values() if "down" in sides})
-    said = added.strength
-    spread = (
-        f"{scales[0]:g}" + (f" to {scales[-1]:g}" if len(scales) > 1 else "") if scales else "1"
-    )
-    head = f"LoRA {added.origin} adds to {len(terms)} weights at {spread}"
-    lines = []
-    if own and not silent:
-        lines.append(f"{head}: alpha / rank, of which alpha stands beside each of them")
-    elif silent and said.alpha is not None:
-        lines.append(f"{head}: alpha {said.alpha:g}, as {said.where} says, over its rank")
-    elif silent and request.lora_alpha is not None:
-        lines.append(f"{head}: alpha {request.lora_alpha:g}, as --lora-alpha says, over its rank")
-    elif silent and recognised.card is not None and recognised.card.lora is not None:
-        lines.append(f"{head}: as card {recognised.card.name} says, since no file does")
-    elif silent:
-        lines.append(
-            f"{head}: no file says how strong it is, so alpha = rank is assumed; give --lora-alpha A if not"
-        )
-    elif terms:
-        lines.append(head)
-    stated = said.alpha if silent else "an alpha for each weight" if own else None
-    if stated is not None and request.lora_alpha not in (None, stated):
-        lines.append(
-            f"--lora-alpha {request.lora_alpha} is not used: the LoRA itself says {stated}"
-        )
-    if silent and said.rank is not None and said.rank not in ranks:
-        lines.append(
-            f"{said.where} says rank {said.rank:g} and the tensors of {added.origin} have "
-            f"{', '.join(map(str, ranks))}: theirs is used"
-        )
-    if 0.0 in scales:
-        lines.append(
-            f"alpha of LoRA {added.origin} is 0 where it adds at 0: nothing is added there"
-        )
-    return lines
 
 
 def _require_fit(

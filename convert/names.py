@@ -101,15 +101,11 @@ def marked(table: Iterable[str]) -> bool:
 
 def fronts(table: Iterable[str]) -> list[str]:
     """What stands in front of the names of networks that only something unknown wraps; none where one is bare."""
-    hits = [
-        (name, marker)
-        for name in table
-        for marker in MARKERS
-        if (short := plain(name)) == marker or short.endswith(f".{marker}")
-    ]
+    hits = [(name, marker) for name in table for marker in MARKERS if name.endswith(marker)]
     if any(plain(name) == marker for name, marker in hits):
         return []
-    return sorted({name.removesuffix(marker) for name, marker in hits})
+    found = {name.removesuffix(marker) for name, marker in hits}
+    return sorted(front for front in found if front.endswith("."))
 
 
 def part_of(path: Iterable[str]) -> str | None:

@@ -1,14 +1,12 @@
 """What the user points at: files and folders of weights by their names, and no file outside of a folder given."""
 
 import json
-import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from packforcing_jax.convert import names, networks, pickles
+from packforcing_jax.convert import names, networks, passed_over, pickles
 
 from packforcing_jax.errors import InputError, require
 from packforcing_jax.io import beginnings, model_folder, safetensors_io
@@ -16,38 +14,16 @@ from packforcing_jax.io import beginnings, model_folder, safetensors_io
 Content: TypeAlias = (
     Any  # of a file: tables and lists inside each other, at their ends tensors and plain values
 )
+SAFE = ".safetensors"
 READERS: dict[str, Callable[[Path], Content]] = {
-    ".safetensors": safetensors_io.opened,
-    ".pth": pickles.opened,
-    ".pt": pickles.opened,
-    ".bin": pickles.opened,
-    ".ckpt": pickles.opened,
+    suffix: safetensors_io.opened if suffix == SAFE else pickles.opened
+    for suffix in passed_over.READABLE
 }
-UNREADABLE = {  # how the names of weights end that are not read -> what they are, and the remedy
-    ".gguf": "is GGUF, whose numbers are packed in groups of bits; fetch the same weights as safetensors in bfloat16, "
-    "float16 or fp8",
-    ".distcp": "is a piece of a distributed checkpoint of torch; join it first: "
-    "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER weights.pt`",
-    ".onnx": "is ONNX, a program with its weights; fetch the checkpoint that it was made of",
-    ".msgpack": "holds weights of Flax; save them as safetensors under Wan2.1's names",
-    ".h5": "holds weights of Keras; save them as safetensors under Wan2.1's names",
-}
-DEEPSPEED = "is a piece of a DeepSpeed checkpoint; join it first with the zero_to_fp32.py that lies beside it"
-UNFINISHED = frozenset([".part", ".incomplete", ".crdownload", ".download", ".tmp", ".aria2"])
-LIKE_WEIGHTS = frozenset(
-    [*READERS, *UNREADABLE, *UNFINISHED, ".pkl", ".pickle", ".npz", ".npy", ".sft", ".zip", ".tar"]
-)
 INDEX = ".index.json"  # ends the name of the list of a network's shards
 SETTINGS = "config.json"
 ADAPTER = "adapter_config.json"
-FOLDERS = (".", "transformer", "vae", "text_encoder")  # where a folder given may have weights
 TOKENIZERS = ("google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json", "tokenizer.json")
 LONGEST_INDEX = 1 << 26  # bytes
-MOST_FILES = 20_000  # in a folder given
-SHOWN = 4  # names in a sentence
-PICKLED_COPY = re.compile(
-    r"(diffusion_)?pytorch_model\b.*\.bin\b.*"
-)  # of what safetensors beside it hold
 
 
 @dataclass(frozen=True)
@@ -66,21 +42,11 @@ class Group:
     named: bool
 
 
-@dataclass(frozen=True)
-class Left:
-    """A file of a source that was not read, and why; `weights`: it may hold some."""
-
-    file: str
-    bytes: int
-    reason: str
-    weights: bool
-
-
 @dataclass
 class Inputs:
     """Everything that the sources hold; `files` are those read, under the names that reports give them.
 
-    `left` are the files that were not read, `unmeant` the tensors (file, name) that --prefix leaves out.
+    `left` are the files that were not read, `unmeant` the tensors that --prefix leaves out.
     """
 
     groups: list[Group] = field(default_factory=list)
@@ -88,7 +54,7 @@ class Inputs:
     tokenizers: list[Path] = field(default_factory=list)
     files: dict[str, Path] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    left: list[Left] = field(default_factory=list)
+    left: list[passed_over.Left] = field(default_factory=list)
     unmeant: list[safetensors_io.Tensor] = field(default_factory=list)
 
     def label(self, path: str | Path) -> str:
@@ -115,21 +81,8 @@ def gather(paths: list[Path], prefix: str | None = None) -> Inputs:
             _folder(path, inputs)
         else:
             _group(path, Folder(path.parent), inputs, named=True)
-    inputs.notes += _told(inputs.left)
+    inputs.notes += passed_over.told(inputs.left)
     return inputs if prefix is None else _behind(prefix, inputs)
-
-
-def _told(left: Sequence[Left]) -> list[str]:
-    """A line for each reason why files that may hold weights were not read."""
-    by_reason: dict[str, list[str]] = {}
-    for each in left:
-        if each.weights:
-            by_reason.setdefault(each.reason, []).append(each.file)
-    return [
-        f"{', '.join(files[:SHOWN])}{f' and {len(files) - SHOWN} more' if len(files) > SHOWN else ''} "
-        f"{'is' if len(files) == 1 else 'are'} passed over: {reason}"
-        for reason, files in by_reason.items()
-    ]
 
 
 def _behind(prefix: str, inputs: Inputs) -> Inputs:
@@ -207,28 +160,12 @@ def _folder(path: Path, inputs: Inputs) -> None:
         _model(folder, inputs)
         _note_rest(folder, inputs)
         return
-    for name in FOLDERS:
+    for name in passed_over.FOLDERS:
         if (path / name).is_dir():
             _weights(path / name, folder, inputs)
     _note_rest(folder, inputs)
     read = len(inputs.groups) + len(inputs.folders) + len(inputs.tokenizers)
-    require(read > before, f"{path} holds no weights{_instead(path)}.")
-
-
-def _instead(path: Path) -> str:
-    """What to give instead of a folder in which nothing was found to read."""
-    files = _files(path)
-    unread = next((file for file in files if _unreadable(file)), None)
-    whole = [file for file in files if file.suffix in READERS and not _no_network(file.name)]
-    elsewhere = sorted({str(file.parent) for file in whole} - {str(path)})
-    if elsewhere:
-        return f" of its own; give one of the folders in it that do: {', '.join(elsewhere[:SHOWN])}"
-    if unread is not None:
-        return f" that are read here: {unread.name} {_unreadable(unread)}"
-    return (
-        f"; known are files that end in {', '.join(READERS)}, a diffusers folder with "
-        "transformer/, vae/ or text_encoder/, and model folders"
-    )
+    require(read > before, f"{path} holds no weights{passed_over.instead(path)}.")
 
 
 def _refuse_folder(path: Path) -> None:
@@ -240,7 +177,9 @@ def _refuse_folder(path: Path) -> None:
         f"{path} is a folder of the hub's cache, whose files lie in snapshots/; give {' or '.join(snapshots)}.",
     )
     experts = sorted(
-        name for name in inside if names.EXPERTS.fullmatch(name) and _has_weights(path / name)
+        name
+        for name in inside
+        if names.EXPERTS.fullmatch(name) and passed_over.has_weights(path / name)
     )
     require(
         len(experts) < 2,
@@ -249,61 +188,24 @@ def _refuse_folder(path: Path) -> None:
     )
 
 
-def _has_weights(path: Path) -> bool:
-    return any(file.suffix in LIKE_WEIGHTS for file in _files(path))
-
-
-def _files(path: Path) -> list[Path]:
-    """The files of a folder and of those inside of it, by name, hidden folders left out."""
-    found: list[Path] = []
-    for folder, inner, files in os.walk(path):
-        inner[:] = sorted(name for name in inner if not name.startswith(".") and name != "__MACOSX")
-        found += [Path(folder, name) for name in sorted(files)]
-        require(
-            len(found) <= MOST_FILES,
-            f"{path} holds more than {MOST_FILES} files; give the folder that the weights lie in.",
-        )
-    return found
-
-
 def _note_rest(folder: Folder, inputs: Inputs) -> None:
     """Notes every file of the folder that was not read, and why."""
     read = {*inputs.files.values(), *inputs.tokenizers}
-    for file in _files(folder.root):
+    for file in passed_over.files_in(folder.root):
         beside = file.name in (SETTINGS, ADAPTER) or file.name.endswith(INDEX)
         if file in read or beside and any(each.parent == file.parent for each in read):
             continue
-        weights = file.suffix in LIKE_WEIGHTS and not names.OF_MACOS.fullmatch(file.name)
-        inputs.left.append(
-            Left(_label(file, folder), _size(file), _why_left(file, folder), weights)
+        weights = file.suffix in passed_over.LIKE_WEIGHTS and not names.OF_MACOS.fullmatch(
+            file.name
         )
-
-
-def _why_left(file: Path, folder: Folder) -> str:
-    """Why a file of a folder is not read."""
-    known = str(file.parent.relative_to(folder.root)) in FOLDERS
-    if names.OF_MACOS.fullmatch(file.name):
-        return "a note of macOS about another file"
-    if names.TRAINERS.fullmatch(file.name):
-        return "the state of a trainer and no network"
-    unreadable = _unreadable(file)
-    if unreadable is not None:
-        return f"it {unreadable}"
-    if file.suffix in UNFINISHED:
-        return "the beginning of a download that did not end; fetch it again if it is meant"
-    if file.suffix not in LIKE_WEIGHTS:
-        return "holds no weights"
-    if known:
-        copy = PICKLED_COPY.fullmatch(file.name)
-        return "the folder has safetensors" if copy else "of a type that is not read"
-    return f"only {', '.join(FOLDERS[1:])} are looked into beside the folder itself; give the file if it is meant"
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError:  # a link that leads nowhere
-        return 0
+        inputs.left.append(
+            passed_over.Left(
+                _label(file, folder),
+                passed_over.size(file),
+                passed_over.why_left(file, folder.root),
+                weights,
+            )
+        )
 
 
 def _is_model(folder: Folder) -> bool:
@@ -331,30 +233,20 @@ def _model(folder: Folder, inputs: Inputs) -> None:
 def _weights(path: Path, folder: Folder, inputs: Inputs) -> None:
     """Notes the weights that lie directly in `path`: shards together, every other file alone."""
     files = sorted(
-        file for file in path.iterdir() if not file.is_dir() and not _no_network(file.name)
+        file
+        for file in path.iterdir()
+        if not file.is_dir() and not passed_over.no_network(file.name)
     )
     indexes = [file for file in files if file.name.endswith(INDEX)]
     shards = {path / name for index in indexes for name in _shards(folder.inside(index)).values()}
     alone = [file for file in files if file.suffix in READERS and file not in shards]
-    if any(file.suffix == ".safetensors" for file in [*alone, *shards]):
+    if any(file.suffix == SAFE for file in [*alone, *shards]):
         alone, indexes = (
-            [file for file in files if not PICKLED_COPY.match(file.name)]
+            [file for file in files if not passed_over.PICKLED_COPY.match(file.name)]
             for files in (alone, indexes)
         )
     for file in [*indexes, *alone]:
         _group(file, folder, inputs, named=False)
-
-
-def _no_network(name: str) -> bool:
-    """Whether a file's name says that it is no network's."""
-    state = (names.TRAINERS, names.OF_MACOS, names.DEEPSPEED)
-    return any(pattern.fullmatch(name) for pattern in state)
-
-
-def _unreadable(file: Path) -> str | None:
-    """What a file is that holds weights in a form that is not read, with the remedy."""
-    piece = names.DEEPSPEED.fullmatch(file.name) is not None
-    return DEEPSPEED if piece else UNREADABLE.get(file.suffix)
 
 
 def _group(file: Path, folder: Folder, inputs: Inputs, *, named: bool) -> None:
@@ -364,7 +256,7 @@ def _group(file: Path, folder: Folder, inputs: Inputs, *, named: bool) -> None:
         not names.OF_MACOS.fullmatch(file.name),
         f"{file} is a note of macOS about a file and not the file; give {file.name.removeprefix('._')}.",
     )
-    unread = UNREADABLE.get(file.suffix)
+    unread = passed_over.UNREADABLE.get(file.suffix)
     require(unread is None, f"{file} {unread}.")
     require(
         index or file.suffix in READERS,
@@ -374,7 +266,7 @@ def _group(file: Path, folder: Folder, inputs: Inputs, *, named: bool) -> None:
     settings, adapter = ({} if path is None else networks.read_settings(path) for path in beside)
     real = file if named else folder.inside(file)
     content = _sharded(real, folder, inputs) if index else READERS[file.suffix](real)
-    header = safetensors_io.metadata(real) if file.suffix == ".safetensors" else {}
+    header = safetensors_io.metadata(real) if file.suffix == SAFE else {}
     inputs.groups.append(
         Group(_note(file, folder, inputs, named), content, settings, adapter, header, named)
     )

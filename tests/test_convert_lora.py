@@ -432,3 +432,11 @@ def test_the_manifest_has_every_tensor_of_a_lora_once(tmp_path):
 def test_a_strength_in_a_file_of_torch_is_read(content, tmp_path):
     _, made = merge(tmp_path, put(tmp_path / "lora.pt", content(named("of ComfyUI"))))
     assert_sum(made, products(2))
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (0, 30)])
+def test_a_factor_that_is_no_matrix_is_refused(shape, tmp_path, capsys):
+    held = named("of kohya") | {"lora_unet_head_head.lora_down.weight": np.ones(shape, np.float32)}
+    lora = put(tmp_path / "lora.safetensors", held)
+    said = refused(capsys, put(tmp_path / "b.safetensors", dit()), lora, "--out", tmp_path / "m")
+    assert "added to a weight of another shape" in said

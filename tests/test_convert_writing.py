@@ -6,7 +6,7 @@ import weakref
 import convert_layouts
 import numpy as np
 import pytest
-from packforcing_jax.convert import folders, lora, networks, rules, writing
+from packforcing_jax.convert import folders, lora, networks, rules, strength, writing
 
 from packforcing_jax.config import loading
 from packforcing_jax.io import model_folder, safetensors_io
@@ -141,7 +141,7 @@ def test_a_sum_is_made_in_float32_and_stored_as_the_weight_was(exp):
     held = rules.in_memory(convert_layouts.dit("bfloat16"))
     wrong = rules.no_mismatches()
     given = rules.in_memory(convert_layouts.peft(pairs, "{}.lora_{}.weight"))
-    modules = lora.modules(lora.Lora("lora", given, lora.Strength()), held, wrong)
+    modules = lora.modules(lora.Lora("lora", given, strength.Strength()), held, wrong)
     found = lora.terms(modules, held, lambda rank: 3.0 / rank, wrong)
     assert list(found) == ["blocks.1.cross_attn.v.weight"]
     weight = held["blocks.1.cross_attn.v.weight"].read()

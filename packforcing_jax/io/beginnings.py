@@ -6,6 +6,10 @@ from pathlib import Path
 LOOK = 64  # bytes that tell
 LONGEST_MESSAGE = 1024  # bytes of a server's answer that was saved in the place of a file
 
+GGUF = (
+    "is GGUF, no checkpoint that is read here (its numbers are packed in groups of bits); fetch the same weights as "
+    "safetensors in bfloat16, float16 or fp8"
+)
 SAFETENSORS = re.compile(rb"(?s).{6}\0\0\{")  # the length of a header below 2^48, and the header
 KNOWN = (  # how it begins -> what it is, and the remedy
     (
@@ -22,8 +26,7 @@ KNOWN = (  # how it begins -> what it is, and the remedy
     ),
     (
         re.compile(rb"GGUF"),
-        "is GGUF, no checkpoint that is read here (its numbers are packed in groups of bits); fetch the same weights "
-        "as safetensors in bfloat16, float16 or fp8.",
+        f"{GGUF}.",
     ),
     (
         re.compile(rb"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\."),
