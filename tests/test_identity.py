@@ -20,6 +20,12 @@ from packforcing_jax.sampling.pipeline import Pipeline
 SETS = ("dit.heads=3",)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """No test reads or writes the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def converted(folder, tensors, *others):
     path = put(folder / "wan.safetensors", tensors)
     request = folders.Request(sources=(path, *others), out=folder / "model", overrides=SETS)
@@ -179,3 +185,33 @@ def test_a_run_knows_networks_in_memory_by_every_array(folder):
 def test_settings_keep_the_model(folder):
     pipe = Pipeline.from_pretrained(folder)
     assert resume.digest(pipe.with_settings(["cache.top=1"])) == resume.digest(pipe)
+
+
+@pytest.fixture
+def large(model, tmp_path, monkeypatch):
+    """A copy of the folder without a record, all of whose files count as large, beside an empty cache."""
+    monkeypatch.setattr(identity, "SMALL", 0)
+    folder = shutil.copytree(model, tmp_path / "copy")
+    (folder / "manifest.json").unlink()
+    identity._read.cache_clear()
+    return folder
+
+
+def test_a_large_file_without_a_record_is_read_once(large, model, monkeypatch):
+    first = identity.of_folder(large)
+    assert first == identity.of_folder(model)
+    identity._read.cache_clear()
+    monkeypatch.setattr(identity, "_sha256", lambda path: pytest.fail(f"{path} was read again"))
+    assert identity.of_folder(large) == first
+
+
+def test_a_cache_that_is_damaged_or_cannot_be_written_is_done_without(large, tmp_path, model):
+    first = identity.of_folder(large)
+    for file in (tmp_path / "cache").rglob("*.txt"):
+        file.write_bytes(b"\xff not a hash")
+    identity._read.cache_clear()
+    assert identity.of_folder(large) == first
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("no folder")
+    identity._read.cache_clear()
+    assert identity.of_folder(large) == first

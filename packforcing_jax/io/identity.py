@@ -2,18 +2,20 @@
 
 Whoever writes a model folder records the size, the time and the SHA-256 of each file in its manifest. A large file
 that still has that size and time is taken to be what the record says. Every other file is read, so a copy of a folder,
-or one whose tensors were replaced, is known by what it holds.
+or one whose tensors were replaced, is known by what it holds; of a large one the user's cache keeps the hash.
 """
 
 import functools
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
 from packforcing_jax.errors import InputError
+from packforcing_jax.io import atomic
 
 PARTS = ("dit", "compressor", "codec", "text")  # of a model, each in a file of its own
 MANIFEST = "manifest.json"
@@ -22,6 +24,10 @@ SMALL = (
     1 << 26
 )  # bytes of a file that is read every time: times of files are too coarse for what is written at once
 LONGEST_MANIFEST = 1 << 27  # bytes
+HASH = re.compile("[0-9a-f]{64}")
+CACHE = Path(
+    "packforcing", "identity"
+)  # in the user's cache: hashes of large files without a record
 LETTERS = 32  # of a model's name
 
 
@@ -50,7 +56,26 @@ def of_file(path: Path) -> str:
     )
     if kept is not None and same and found.st_size > SMALL:
         return kept["sha256"]
-    return _hashed(path)
+    return _remembered(path) if found.st_size > SMALL else _sha256(path)
+
+
+def _remembered(path: Path) -> str:
+    """The SHA-256 of a large file, from the user's cache where that has it for this place, size and time.
+
+    The cache is a convenience: where it cannot be read or written, the file is read again next time.
+    """
+    found = path.stat()
+    place = f"{path.resolve()}\0{found.st_size}\0{found.st_mtime_ns}"
+    name = f"{hashlib.sha256(place.encode(errors='surrogateescape')).hexdigest()[:LETTERS]}.txt"
+    try:
+        store = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / CACHE
+        kept = (store / name).read_text(encoding="ascii") if (store / name).is_file() else ""
+        if not HASH.fullmatch(kept):
+            kept = _hashed(path)
+            atomic.write(store / name, kept.encode())
+        return kept
+    except (OSError, RuntimeError, UnicodeDecodeError):
+        return _hashed(path)
 
 
 def _hashed(path: Path) -> str:
@@ -131,7 +156,7 @@ def _file(entry: Mapping[str, object]) -> File:
         and isinstance(size, int)
         and isinstance(modified, int)
         and isinstance(sha256, str)
-        and re.fullmatch("[0-9a-f]{64}", sha256)
+        and HASH.fullmatch(sha256)
     ):
         return {"file": file, "bytes": size, "modified": modified, "sha256": sha256}
     raise ValueError("no record of a file")
