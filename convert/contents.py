@@ -303,7 +303,8 @@ def _by_part(
 
 def _additions(named: Mapping[str, Tensor], kind: str | None) -> set[str]:
     """The names that add to a network instead of being one."""
-    own = {name for name in named if kind == LORA or names.adds(name)}
+    all_of_it = kind == LORA and not names.marked(named)
+    own = {name for name in named if all_of_it or names.adds(name)}
     return own | {name for name in named if own and names.addition(name)}
 
 

@@ -28,11 +28,10 @@ NETWORKS = (  # words in front of a name, or keys of a trainer's file, that say 
     "student_lora",
     "critic_lora",
 )
-AVERAGES = {  # over a training -> the raw network at its end; "": one without a name
-    "generator_ema": "generator",
-    "student_ema": "student",
-    **dict.fromkeys(("ema", "ema_model", "model_ema", "net_ema", "dit_ema"), ""),
-}
+SAMPLED = ("generator_ema", "generator", "student_ema", "student")  # those that may be sampled with
+UNNAMED = frozenset(  # words that say of a network no more than that it is one
+    ("", "model", "module", "net", "dit", "params", "weights", "state_dict", "model_state_dict")
+)
 MARKERS = (  # names of which every network has one
     "patch_embedding.weight",
     "patch_embedding.proj.weight",
@@ -92,6 +91,13 @@ def split(name: str) -> tuple[Path, str]:
         else:
             break
     return tuple(words), kept
+
+
+def raw_of(network: str) -> str | None:
+    """The network that `network` is the average of by its name, "" for one without a name; None if it is no average."""
+    words = network.lower().split("_")
+    rest = "_".join(word for word in words if word != "ema")
+    return None if "ema" not in words else "" if rest in UNNAMED else rest
 
 
 def marked(table: Iterable[str]) -> bool:

@@ -202,15 +202,13 @@ def _taken(network: str, named: Sequence[str], why: str) -> str:
 
 
 def _preferred(named: Sequence[str]) -> str:
-    return next(
-        (each for pair in names.AVERAGES.items() for each in pair if each in named), named[0]
-    )
+    return next((each for each in names.SAMPLED if each in named), named[0])
 
 
 def _both(entries: Sequence[str]) -> tuple[str, str] | None:
     """(the raw network, its average over the training) if a file holds both of one."""
-    pairs = ((raw, average) for average, raw in names.AVERAGES.items())
-    return next((pair for pair in pairs if set(pair) <= set(entries)), None)
+    pairs = ((raw, each) for each in entries if (raw := names.raw_of(each)) is not None)
+    return next((pair for pair in pairs if pair[0] in entries), None)
 
 
 def _without_card(

@@ -440,3 +440,9 @@ def test_a_factor_that_is_no_matrix_is_refused(shape, tmp_path, capsys):
     lora = put(tmp_path / "lora.safetensors", held)
     said = refused(capsys, put(tmp_path / "b.safetensors", dit()), lora, "--out", tmp_path / "m")
     assert "added to a weight of another shape" in said
+
+
+def test_a_kind_that_is_asked_for_leaves_the_base_what_it_is(tmp_path):
+    lora = put(tmp_path / "lora.safetensors", named("of kohya") | alphas("of kohya", 6))
+    _, made = merge(tmp_path, lora, kind="lora")
+    assert_sum(made, products(2))

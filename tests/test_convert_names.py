@@ -595,6 +595,43 @@ def test_an_average_beside_a_bare_network_is_asked_about(tmp_path, plain, capsys
         )
 
 
+@pytest.mark.parametrize("average", ["ema_state_dict", "model_ema", "ema", "ema_weights"])
+def test_an_average_in_a_table_beside_a_bare_one_is_asked_about(average, tmp_path, capsys):
+    file = put(tmp_path / "m.pt", {"state_dict": dit(), average: dit(seed=1)})
+    assert f"holds both a network without a name and {average}" in refused(
+        capsys, file, "--out", tmp_path / "model"
+    )
+
+
+@pytest.mark.parametrize(
+    ("network", "raw"),
+    [
+        ("generator_ema", "generator"),
+        ("student_ema", "student"),
+        ("ema", ""),
+        ("model_ema", ""),
+        ("ema_model", ""),
+        ("ema_state_dict", ""),
+        ("generator", None),
+        ("critic", None),
+        ("schema", None),
+    ],
+)
+def test_an_average_is_known_by_its_name(network, raw):
+    assert names.raw_of(network) == raw
+
+
+def test_the_decoder_of_a_text_model_is_left_out_aloud(tmp_path, plain):
+    held = convert_layouts.as_transformers(umt5()) | {
+        "decoder.block.0.layer.0.SelfAttention.q.weight": np.ones((3, 3), np.float32),
+        "decoder.final_layer_norm.weight": np.ones(3, np.float32),
+        "lm_head.weight": np.ones((3, 3), np.float32),
+    }
+    notes, made = converted(tmp_path / "model", put(tmp_path / "t5.safetensors", held))
+    assert_bits(made["text.safetensors"], plain["text.safetensors"])
+    assert any("left out (3 in all): of the text model's decoder" in note for note in notes)
+
+
 @pytest.mark.parametrize("front", ["policy.", "my.own.wrapper.", "wan_backbone.model."])
 @pytest.mark.parametrize("part", ["dit", "codec", "text"])
 def test_an_unknown_word_in_front_of_all_names_is_taken_away(part, front, tmp_path, plain):
