@@ -68,6 +68,8 @@ def _told(
             f"{said.where} says rank {said.rank:g} and the tensors of {added.origin} have "
             f"{', '.join(map(str, ranks))}: theirs is used"
         )
+    if silent and said.others:
+        lines.append(f"{added.origin} also says alpha {', '.join(said.others)}, which is not used")
     if 0.0 in scales:
         lines.append(
             f"alpha of LoRA {added.origin} is 0 where it adds at 0: nothing is added there"

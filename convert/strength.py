@@ -1,9 +1,8 @@
 """How strong a LoRA is: what its files say of it, and what holds where they say nothing."""
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from packforcing_jax.config.cards import Card
 from packforcing_jax.errors import InputError
@@ -14,17 +13,19 @@ DEEPEST = 4  # tables inside each other that are searched for one
 RANKS = ("r", "rank", "lora_rank", "ss_network_dim")
 HEADER = "lora_adapter_metadata"  # a text in safetensors headers: JSON such as {"transformer.lora_alpha": 16}
 UNREAD = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # settings that change the sum
+LARGEST = 1e9  # alpha or rank
 DAMAGED = 1 << 20  # characters of a header's text beyond which it is no strength
 MERGE = "merge it into its base with the tool that trained it, and convert the merged checkpoint"
 
 
 @dataclass(frozen=True)
 class Strength:
-    """What a LoRA's own file says of it: its alpha, its rank, and where that stands."""
+    """What a LoRA's own file says of it: its alpha, its rank, where that stands, and other alphas that it says too."""
 
     alpha: float | None = None
     rank: float | None = None
     where: str = ""
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,15 @@ def read(
         (peft, f"the header of {origin}"),
         (header, f"the header of {origin}"),
     )
-    for table, where in places:
-        alpha = _number(table, ALPHAS, origin)
-        if alpha is not None:
-            return Strength(alpha, _number(table, RANKS, origin), where)
-    return Strength()
+    said = [
+        Strength(alpha, _number(table, RANKS, origin), where)
+        for table, where in places
+        if (alpha := _number(table, ALPHAS, origin)) is not None
+    ]
+    if not said:
+        return Strength()
+    others = tuple(f"{each.alpha:g}" for each in said if each.alpha != said[0].alpha)
+    return replace(said[0], others=others)
 
 
 def _inside(table: Mapping[object, object], depth: int = 0) -> dict[str, object]:
@@ -109,7 +114,9 @@ def _number(table: Mapping[str, object], keys: Sequence[str], origin: str) -> fl
             except ValueError:
                 continue  # such as "None"
         if isinstance(value, int | float) and not isinstance(value, bool):
-            if not math.isfinite(value):
-                raise InputError(f"{origin}: {key}={value} of the LoRA is no number; correct it.")
+            if not abs(value) < LARGEST:  # nor if it is no number
+                raise InputError(
+                    f"{origin}: {key} of the LoRA is no number that can be; correct it."
+                )
             return float(value)
     return None

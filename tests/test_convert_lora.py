@@ -446,3 +446,19 @@ def test_a_kind_that_is_asked_for_leaves_the_base_what_it_is(tmp_path):
     lora = put(tmp_path / "lora.safetensors", named("of kohya") | alphas("of kohya", 6))
     _, made = merge(tmp_path, lora, kind="lora")
     assert_sum(made, products(2))
+
+
+def test_two_strengths_in_one_header_are_told(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    save_file(named("of diffusers"), path, HEADERS["both"])
+    notes, _ = merge(tmp_path, path)
+    assert "lora.safetensors also says alpha 16, which is not used" in notes
+
+
+@pytest.mark.parametrize("alpha", [10**400, 1e400, float("nan"), -(10**400)])
+def test_a_strength_that_cannot_be_is_refused(alpha, tmp_path, capsys):
+    path = tmp_path / "lora.safetensors"
+    table = {"transformer.lora_alpha": alpha}
+    save_file(named("of diffusers"), path, header(lora_adapter_metadata=table))
+    said = refused(capsys, put(tmp_path / "b.safetensors", dit()), path, "--out", tmp_path / "m")
+    assert "lora_alpha of the LoRA is no number that can be" in said
