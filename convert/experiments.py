@@ -42,7 +42,9 @@ def describe(
         for part, cfg in parts.items()
         for field in dataclasses.fields(cfg)
     ]
-    return loading.override(start, [*sizes, *overrides])
+    exp = loading.override(start, [*sizes, *overrides])
+    _note_block(contents, exp, notes)
+    return exp
 
 
 def _from_weights(part: str, contents: Contents, template: Experiment) -> Any:
@@ -63,6 +65,21 @@ def _settings(part: str, contents: Contents, cfg: PartConfig) -> list[PartConfig
         for group in contents.groups[part]
     )
     return [each for each in candidates if each is not None]
+
+
+BLOCKS = ("num_frames_per_block", "num_frame_per_block")  # what causal students call `cache.block`
+
+
+def _note_block(contents: Contents, exp: Experiment, notes: list[str]) -> None:
+    """Notes where the settings beside a transformer ask for other blocks than are taken."""
+    for group in contents.groups.get("dit", ()):
+        for key in BLOCKS:
+            said = group.settings.get(key)
+            if said not in (None, exp.cache.block):
+                notes.append(
+                    f"the settings beside {group.origin} say {key}={str(said)[:20]} and blocks of {exp.cache.block} "
+                    "are taken; give the --card that it is, or --set cache.block=N"
+                )
 
 
 def _codec_for(channels: int, codec: Config, notes: list[str]) -> Config:

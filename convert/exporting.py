@@ -26,7 +26,7 @@ def originals(model: model_folder.Opened, part: str, wrong: rules.Mismatches) ->
         {path: rules.Target(path) for path in tensors},
         networks.wanted(part, model.experiment),
         wrong,
-        f"{part}/",
+        rules.Fit(f"{part}/"),
     )
     shapes = {path: tensor.shape for path, tensor in tensors.items()}
     sizes = networks.merged_axes(model.experiment)

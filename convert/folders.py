@@ -13,7 +13,10 @@ from packforcing_jax.convert import (
     exporting,
     lora,
     manifest,
+    merging,
     networks,
+    passed_over,
+    quantised,
     recognition,
     rules,
     sources,
@@ -21,12 +24,14 @@ from packforcing_jax.convert import (
     writing,
 )
 from packforcing_jax.convert.contents import LORA, Contents, Ignored
+from packforcing_jax.convert.quantised import Quantised
 from packforcing_jax.convert.recognition import Recognised
 from packforcing_jax.convert.sources import Inputs
+from packforcing_jax.convert.strength import Otherwise
 
 from packforcing_jax.config import DTYPES, Experiment, cards, loading
 from packforcing_jax.errors import require
-from packforcing_jax.io import model_folder
+from packforcing_jax.io import identity, model_folder
 from packforcing_jax.networks.tokenizer import Tokenizer
 
 TEMPLATE = "wan_t2v_1_3b"
@@ -47,6 +52,7 @@ class Request:
     config: str | None = None
     overrides: tuple[str, ...] = ()
     network: str | None = None
+    prefix: str | None = None
     kind: str | None = None
     dtype: str | None = None
     lora_alpha: float | None = None
@@ -66,7 +72,7 @@ class Done:
 def convert(request: Request, watch: exporting.Watch = lambda steps, count: steps) -> Done:
     """Writes the model folder, complete or not at all; one `InputError` names everything that does not fit."""
     _check_request(request)
-    inputs = sources.gather(list(request.sources))
+    inputs = sources.gather(list(request.sources), request.prefix)
     notes = list(inputs.notes)
     recognised = recognition.recognise(inputs, _wish(request), notes)
     tensors = contents.sort(inputs, recognised.network, request.kind)
@@ -74,7 +80,11 @@ def convert(request: Request, watch: exporting.Watch = lambda steps, count: step
     _require_lora(request, recognised, tensors, taken, notes)
     exp = _experiment(request, recognised, inputs, tensors=tensors, taken=taken, notes=notes)
     jobs = _jobs(request, recognised, tensors, taken=taken, exp=exp, notes=notes)
-    notes += _remarks(recognised, tensors)
+    tensors.ignored += [
+        Ignored(tensor.name, tensor.origin, f"not behind --prefix {request.prefix}", "", tensor)
+        for tensor in inputs.unmeant
+    ]
+    notes += _remarks(recognised, tensors, jobs)
     tokenizer = _tokenizer(request, inputs, exp, notes)
     _require_fit(jobs, tensors.wrong, watch)
     with model_folder.replacing(request.out) as fresh:
@@ -82,6 +92,9 @@ def convert(request: Request, watch: exporting.Watch = lambda steps, count: step
             watch(writing.carry_out(jobs, fresh, tensors.wrong), sum(job.count for job in jobs))
         )
         _raise(tensors.wrong)
+        notes += _zeros(entries)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, fresh / model_folder.TOKENIZER)
         texts = {
             model_folder.CONFIG: model_folder.experiment_to_json(exp),
             model_folder.CARD: _card(exp, inputs, jobs),
@@ -91,15 +104,24 @@ def convert(request: Request, watch: exporting.Watch = lambda steps, count: step
                 tensors.ignored,
                 origin={"card": exp.card, "method": exp.method, "network": recognised.network},
                 notes=notes,
+                record=identity.record(fresh),
             ),
         }
         for name, text in texts.items():
             (fresh / name).write_text(text, encoding="utf-8")
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, fresh / model_folder.TOKENIZER)
     return Done(
         request.out, _rows(jobs, entries, tensors.ignored), tuple(tensors.ignored), tuple(notes)
     )
+
+
+def _zeros(entries: Sequence[writing.Entry]) -> list[str]:
+    """A line that names the tensors of zeros alone, which a download that broke off leaves in a file of full length."""
+    zero = [entry.tensor.name for entry in entries if entry.zero]
+    more = f" and {len(zero) - rules.SHOWN} more" if len(zero) > rules.SHOWN else ""
+    return [
+        f"{len(zero)} of {len(entries)} tensors are all zero ({', '.join(zero[: rules.SHOWN])}{more}): check that the "
+        "download is complete, unless the network was saved so"
+    ] * bool(zero)
 
 
 def _rows(
@@ -193,6 +215,8 @@ def _experiment(
     template = replace(template, name=request.out.resolve().name)
     exp = experiments.describe(tensors, taken, template, overrides=request.overrides, notes=notes)
     overridden = {each.partition("=")[0].strip() for each in request.overrides}
+    if "dit" in tensors.networks or "dit" in taken:
+        wan_dit.require_text_alone(exp.dit, recognised.file or "the transformer")
     if request.config is None and overridden.isdisjoint({"dit.dim", "dit.layers"}):
         recognition.check_sizes(recognised, exp.dit, notes)
     return exp
@@ -254,12 +278,30 @@ def _require_lora(
     )
 
 
-def _remarks(recognised: Recognised, tensors: Contents) -> list[str]:
-    """What has to be known of a card, and of what was left out for want of a place."""
+def _remarks(recognised: Recognised, tensors: Contents, jobs: Sequence[writing.Job]) -> list[str]:
+    """What has to be known of a card, of numbers of 8 bits, and of what was left out for want of a place."""
     card = recognised.card
     remarks = []
-    if any(each.reason == wan_dit.OTHER_COMPRESSOR for each in tensors.ignored):
-        remarks.append(f"pack_compressor is left out: it is the {wan_dit.OTHER_COMPRESSOR}")
+    for reason in dict.fromkeys(why for _, why in contents.EXTRAS.values()):
+        left = [each.name for each in tensors.ignored if each.reason == reason]
+        if left and reason == wan_dit.OTHER_COMPRESSOR:
+            remarks.append(f"pack_compressor is left out: it is the {reason}")
+        elif left:
+            remarks.append(
+                f"{', '.join(left[: passed_over.SHOWN])} left out ({len(left)} in all): {reason}"
+            )
+    tables = Counter(each.table for each in tensors.ignored if each.table)
+    if tables:
+        told = ", ".join(f"{table} ({count} tensors)" for table, count in tables.items())
+        remarks.append(f"left out, as not of the network that is taken: {told}")
+    for job in jobs:
+        small = [each for each in job.tensors.values() if isinstance(each, Quantised)]
+        stored = ", ".join(sorted({job.dtype or each.dtype.name for each in small}))
+        if small:
+            remarks.append(
+                f"{len(small)} tensors of {job.part} are fp8 ({sum(each.scale is not None for each in small)} with a "
+                f"scale): stored as {stored}, as the numbers that they stand for"
+            )
     if card is not None and card.unconfirmed:
         remarks.append(f"not confirmed of card {card.name}: {'; '.join(card.unconfirmed)}")
     if card is not None and card.samples:
@@ -277,22 +319,25 @@ def _jobs(
     notes: list[str],
 ) -> list[writing.Job]:
     """What is written for each part, in the order of the parts."""
+    files = ", ".join(each.origin for each in tensors.adapters)
     require(
         not tensors.adapters or "dit" in tensors.networks or "dit" in taken,
-        "a LoRA was given without the network it adds to; give the base checkpoint as well.",
+        f"a LoRA ({files}) was given without the network it adds to; give the base checkpoint as well, or a model "
+        "folder that holds it.",
     )
-    require(bool(tensors.networks or taken), "the sources hold no weights; give a checkpoint.")
+    asked = f" that --kind {request.kind} asks for" if request.kind else ""
+    require(
+        bool(tensors.networks or taken), f"the sources hold no weights{asked}; give a checkpoint."
+    )
     jobs = []
-    lora_of_card = recognised.card.lora if recognised.card else None
-    scale = lora_of_card.scale if lora_of_card else 1.0
     for part in model_folder.PARTS:
-        adapters = tensors.adapters if part == "dit" else {}
+        adapters = tensors.adapters if part == "dit" else []
         if part in tensors.networks or (adapters and part in taken):
             base = tensors.networks.get(part) or exporting.originals(
                 taken[part], part, tensors.wrong
             )
-            alpha = _alpha(request, tensors, notes)
-            added = lora.additions(adapters, base, alpha, tensors.wrong, scale)
+            otherwise = Otherwise(request.lora_alpha, recognised.card)
+            added = merging.additions(adapters, base, otherwise, tensors.wrong, notes)
             jobs.append(
                 writing.job(part, base, exp, tensors.wrong, added=added, dtype=request.dtype)
             )
@@ -306,18 +351,6 @@ def _jobs(
     return jobs
 
 
-def _alpha(request: Request, tensors: Contents, notes: list[str]) -> float | None:
-    """How strong a LoRA is: as its file says, else as the user says."""
-    note = f"--lora-alpha {request.lora_alpha} is not used: the LoRA itself says {tensors.alpha}"
-    if (
-        tensors.alpha is not None
-        and request.lora_alpha not in (None, tensors.alpha)
-        and note not in notes
-    ):
-        notes.append(note)
-    return request.lora_alpha if tensors.alpha is None else tensors.alpha
-
-
 def _require_fit(
     jobs: Sequence[writing.Job], wrong: rules.Mismatches, watch: exporting.Watch
 ) -> None:
@@ -329,10 +362,21 @@ def _require_fit(
     _raise(wrong)
 
 
+REMEDIES = {  # for what does not fit, where it is not the network itself
+    rules.MIXED: "say with --dtype in which number format to store them",
+    lora.NO_WEIGHT: "give a LoRA that was trained on this network, or its base checkpoint",
+    lora.HALF: "fetch the LoRA again",
+    lora.OTHER_SHAPE: "give a LoRA that was trained on a network of this size",
+    **dict.fromkeys(quantised.COMPLAINTS, quantised.REMEDY),
+}
+
+
 def _raise(wrong: rules.Mismatches) -> None:
-    rules.raise_all(
-        wrong, "the sources do not make a model", "give each network once, whole and of one size"
-    )
+    kinds = {kind for kind, each in wrong.items() if each}
+    remedies = dict.fromkeys(REMEDIES[kind] for kind in kinds if kind in REMEDIES)
+    if kinds - REMEDIES.keys():
+        remedies["give each network once, whole and of one size"] = None
+    rules.raise_all(wrong, "the sources do not make a model", ", and ".join(remedies))
 
 
 # Files of text

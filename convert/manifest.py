@@ -12,7 +12,7 @@ from packforcing_jax.convert.writing import Entry
 
 from packforcing_jax.io.safetensors_io import Form, Tensor
 
-FORMAT = "packforcing-jax manifest 1"
+FORMAT = "packforcing-jax manifest 2"
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,34 @@ def text(
     *,
     origin: Mapping[str, str | None],
     notes: Sequence[str],
+    record: Mapping[str, Any],
 ) -> str:
     """The manifest as JSON; it names files as the user does, and nothing else of this machine.
 
     `origin`: the checkpoint that the transformer comes from, by which method it is sampled, and its network's entry.
+    `record`: what was written, as `io.identity` keeps it.
     """
     return (
         json.dumps(
             {
                 "format": FORMAT,
                 **origin,
+                **record,
                 "sources": [
                     {"file": name, "bytes": path.stat().st_size}
                     for name, path in inputs.files.items()
                 ],
                 "tensors": [_taken(entry, inputs) for entry in entries],
                 "ignored": [_left(each, inputs) for each in ignored],
+                "passed_over": [
+                    {"file": each.file, "bytes": each.bytes, "reason": each.reason}
+                    for each in inputs.left
+                ],
+                "zero": [
+                    {"file": inputs.label(entry.tensor.origin), "name": entry.tensor.name}
+                    for entry in entries
+                    if entry.zero
+                ],
                 "assumptions": list(notes),
             },
             indent=1,

@@ -25,6 +25,7 @@ from packforcing_jax.config import (
     VAEConfig,
 )
 from packforcing_jax.errors import InputError, require
+from packforcing_jax.io import beginnings
 from packforcing_jax.networks import codec, compressor, dit, text
 
 PartConfig: TypeAlias = (
@@ -37,13 +38,13 @@ LONGEST_SETTINGS = 1 << 20  # bytes of a config.json
 
 @dataclass(frozen=True)
 class Network:
-    """One part of a model. `foreign` tells what names of its other public layout are called originally."""
+    """One part of a model. `foreign`: for each other public layout, what its names are called originally."""
 
     kind: str  # as people call it
     table: Sequence[rules.Rule]
     build: Callable[[Any], Any]  # out of its settings; the compressor out of all of them
     from_shapes: Callable[[Mapping[str, rules.Shape], Any], Any]
-    foreign: Callable[[Collection[str]], Mapping[str, Sequence[str]]] | None = None
+    foreign: Sequence[Callable[[Collection[str]], Mapping[str, Sequence[str]]]] = ()
 
 
 NETWORKS = {  # by part of a model folder; the same word names the settings in an experiment
@@ -52,7 +53,10 @@ NETWORKS = {  # by part of a model folder; the same word names the settings in a
         wan_dit.WAN_DIT,
         lambda cfg: dit.WanDiT(cfg, nnx.Rngs(0)),
         wan_dit.config_from_shapes,
-        lambda names: rules.renamings(names, wan_dit.DIFFUSERS),
+        tuple(
+            functools.partial(lambda layout, names: rules.renamings(names, layout), layout)
+            for layout in wan_dit.LAYOUTS
+        ),
     ),
     "compressor": Network(
         "compressor",
@@ -65,14 +69,14 @@ NETWORKS = {  # by part of a model folder; the same word names the settings in a
         wan_vae.WAN_VAE,
         lambda cfg: codec.make(cfg, nnx.Rngs(0)),
         wan_vae.config_from_shapes,
-        wan_vae.renamings,
+        (wan_vae.renamings,),
     ),
     "text": Network(
         "text",
         umt5.UMT5,
         lambda cfg: text.UMT5(cfg, nnx.Rngs(0)),
         umt5.config_from_shapes,
-        umt5.renamings,
+        (umt5.renamings,),
     ),
 }
 KINDS = {network.kind: part for part, network in NETWORKS.items()}
@@ -107,9 +111,9 @@ def original_names(
         }
     ]
     for part in among:
-        foreign = NETWORKS[part].foreign
-        renamed = foreign(names) if foreign else {}
-        layouts.append({name: (part, new[0]) for name, new in renamed.items() if len(new) == 1})
+        for foreign in NETWORKS[part].foreign:
+            renamed = foreign(names)
+            layouts.append({name: (part, new[0]) for name, new in renamed.items() if len(new) == 1})
     return max(layouts, key=len)
 
 
@@ -225,9 +229,8 @@ def read_settings(path: Path) -> Mapping[str, Any]:
     with contextlib.suppress(ValueError, RecursionError):
         settings = json.loads(path.read_bytes())
     if not isinstance(settings, dict):
-        raise InputError(
-            f"{path} is damaged (no table of settings in JSON); fetch it again or remove it."
-        )
+        damaged = "is damaged (no table of settings in JSON); fetch it again or remove it."
+        raise InputError(f"{path} {beginnings.complaint(path, 'json') or damaged}")
     return settings
 
 

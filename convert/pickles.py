@@ -48,6 +48,8 @@ DTYPES = {
     "uint32": np.uint32,
     "uint64": np.uint64,
     "bool": np.bool_,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
 }
 STORAGES = {
     "DoubleStorage": "float64",

@@ -6,19 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from packforcing_jax.convert import contents
+from packforcing_jax.convert import contents, names
 from packforcing_jax.convert.sources import Inputs
 
 from packforcing_jax.config import ModelConfig
 from packforcing_jax.config.cards import Card, cards, find
 from packforcing_jax.errors import require
+from packforcing_jax.io.model_folder import SNAPSHOTS
 
-AVERAGE = "generator_ema"
-RAW = "generator"  # of one network: over the training, and at its end
 TELLS_NOTHING = re.compile(r"(ema_)?model\.pt|\*\.pt|diffusion_pytorch_model.*")  # names of files
 COMMON = ("", "checkpoints", "models", "transformer")  # folders that anything may lie in
 SILENCE = (False, False, False)  # no evidence
-SNAPSHOTS = "snapshots"  # the folder of the hub's cache that has a commit's files
 
 
 @dataclass(frozen=True)
@@ -189,7 +187,7 @@ def _entry(
         f"--network {_preferred(named)} to take that one.",
     )
     require(
-        not {AVERAGE, RAW} <= set(named),
+        _both(entries) is None,
         f"{has}, and card {card.name}, which it is by its name, is {wanted}; give --card NAME or --network NAME.",
     )
     notes.append(
@@ -204,7 +202,13 @@ def _taken(network: str, named: Sequence[str], why: str) -> str:
 
 
 def _preferred(named: Sequence[str]) -> str:
-    return next((each for each in (AVERAGE, RAW) if each in named), named[0])
+    return next((each for each in names.SAMPLED if each in named), named[0])
+
+
+def _both(entries: Sequence[str]) -> tuple[str, str] | None:
+    """(the raw network, its average over the training) if a file holds both of one."""
+    pairs = ((raw, each) for each in entries if (raw := names.raw_of(each)) is not None)
+    return next((pair for pair in pairs if pair[0] in entries), None)
 
 
 def _without_card(
@@ -217,15 +221,26 @@ def _without_card(
         f"{name} may be {_names(possible)} by its name, which are sampled differently; give --card NAME.",
     )
     if wish.network is not None:
+        notes.append(_taken(wish.network, named, ", as --network says"))
         return wish.network
+    both = _both(entries)
+    bare = both is not None and not both[0]
+    held = " and ".join(each or "a network without a name" for each in both or ())
     require(
-        not {AVERAGE, RAW} <= set(named),
-        f"{name} holds both {RAW} and {AVERAGE}, and its name does not say which one its authors sample with; "
-        "give --card NAME (`packforcing download --list` has them) or --network NAME.",
+        both is None,
+        f"{name} holds both {held}, and its name does not say which one its authors sample with; "
+        "give --card NAME (`packforcing download --list` has them) or --network NAME"
+        + (f" (model for the one without a name, or {both[1] if both else ''})." if bare else "."),
     )
-    if len(named) > 1 and {AVERAGE, RAW} & set(named):
-        notes.append(_taken(_preferred(named), named, ""))
-        return _preferred(named)
+    sampled = [each for each in named if each in contents.PREFERRED]
+    if "" in entries and not sampled:
+        if named:
+            notes.append(f"the network without a name is taken; left out: {', '.join(named)}")
+        return None
+    if len(sampled) == 1 or len(named) == 1:
+        network = (sampled or named)[0]
+        notes.append(_taken(network, named, ""))
+        return network
     return None
 
 

@@ -30,6 +30,7 @@ gamma3d = "c 1 1 1 -> c"
 drop0 = "1 ... -> ..."
 
 NUMBER = "(0|[1-9][0-9]{0,3})"  # what `(\d+)` of a pattern matches: names have one spelling, layers an end
+MIXED = "of another dtype than its other layers"
 SHOWN = 8  # names per kind of mismatch in an error
 PIECE = 1 << 22  # elements looked at together
 
@@ -140,15 +141,26 @@ class Plan:
     forms: Mapping[str, Form]
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How tensors are held against a model: `where` stands before paths in what is noted of them.
+
+    `any_dtype`: layers may differ in number format, as where all are cast.
+    """
+
+    where: str = ""
+    any_dtype: bool = False
+
+
 def plan(
     tensors: Mapping[str, Tensor],
     table: Sequence[Rule],
     wanted: Mapping[str, Shape],
     wrong: Mismatches,
-    where: str = "",
+    how: Fit = Fit(),
 ) -> Plan:
-    """Where each tensor goes, seen by name, shape and dtype; notes whatever does not fit, paths as `where` + path."""
-    return fit(tensors, _targets(tensors, table, wrong), wanted, wrong, where)
+    """Where each tensor goes, seen by name, shape and dtype; notes whatever does not fit."""
+    return fit(tensors, _targets(tensors, table, wrong), wanted, wrong, how)
 
 
 def fit(
@@ -156,10 +168,10 @@ def fit(
     targets: Mapping[str, Target],
     wanted: Mapping[str, Shape],
     wrong: Mismatches,
-    where: str = "",
+    how: Fit = Fit(),
 ) -> Plan:
     """The plan of `targets`, less what does not fit."""
-    _check_cover(tensors, targets, wanted, wrong, where)
+    _check_cover(tensors, targets, wanted, wrong, how.where)
     fitting = {
         name: target
         for name, target in targets.items()
@@ -168,10 +180,8 @@ def fit(
     forms: dict[str, Form] = {}
     for name, target in fitting.items():
         _, dtype = forms.setdefault(target.path, (wanted[target.path], tensors[name].dtype))
-        if dtype != tensors[name].dtype:
-            wrong["of another dtype than its other layers"].append(
-                f"{tensors[name].name} ({tensors[name].dtype})"
-            )
+        if dtype != tensors[name].dtype and not how.any_dtype:
+            wrong[MIXED].append(f"{tensors[name].name} ({tensors[name].dtype})")
     return Plan(fitting, forms)
 
 

@@ -42,6 +42,12 @@ EMBEDDING_COPY = (
     "encoder.embed_tokens.weight"  # transformers may write the shared embedding a second time
 )
 
+EXTRAS = {  # names of what stands beside the encoder in files -> why it is left out
+    r"spiece_model|spm_model|tokenizer_model": "the tokenizer's bytes, for which --tokenizer FILE gives tokenizer.json",
+    r"decoder\.(block|embed_tokens|final_layer_norm)\..*|lm_head\.weight": "of the text model's decoder",
+    r"logit_scale": "number of another text encoder",
+}
+
 
 def renamings(names: Collection[str]) -> dict[str, list[str]]:
     """What each name of a transformers checkpoint is called originally; two of them may be the same tensor."""

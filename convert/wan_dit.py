@@ -10,7 +10,7 @@ from packforcing_jax.convert import rules
 from packforcing_jax.convert.rules import Rule
 
 from packforcing_jax.config import DiTConfig
-from packforcing_jax.errors import InputError
+from packforcing_jax.errors import InputError, require
 
 
 def _dense(pattern: str, target: str) -> tuple[Rule, Rule]:
@@ -72,11 +72,38 @@ DIFFUSERS = (
     ("head.head", "proj_out"),
 )
 
+SERVED = (  # SGLang and FastVideo, as their own classes of the network have it
+    ("patch_embedding", "patch_embedding.proj"),
+    ("text_embedding.0", "condition_embedder.text_embedder.fc_in"),
+    ("text_embedding.2", "condition_embedder.text_embedder.fc_out"),
+    ("time_embedding.0", "condition_embedder.time_embedder.mlp.fc_in"),
+    ("time_embedding.2", "condition_embedder.time_embedder.mlp.fc_out"),
+    ("time_projection.1", "condition_embedder.time_modulation.linear"),
+    ("blocks.{}.modulation", "blocks.{}.scale_shift_table"),
+    *((f"blocks.{{}}.self_attn.{x}", f"blocks.{{}}.to_{x}") for x in "qkv"),
+    ("blocks.{}.self_attn.o", "blocks.{}.to_out"),
+    *((f"blocks.{{}}.self_attn.norm_{x}", f"blocks.{{}}.norm_{x}") for x in "qk"),
+    ("blocks.{}.norm3", "blocks.{}.self_attn_residual_norm.norm"),
+    *((f"blocks.{{}}.cross_attn.{x}", f"blocks.{{}}.attn2.to_{x}") for x in "qkv"),
+    ("blocks.{}.cross_attn.o", "blocks.{}.attn2.to_out"),
+    *((f"blocks.{{}}.cross_attn.norm_{x}", f"blocks.{{}}.attn2.norm_{x}") for x in "qk"),
+    ("blocks.{}.ffn.0", "blocks.{}.ffn.fc_in"),
+    ("blocks.{}.ffn.2", "blocks.{}.ffn.fc_out"),
+    ("head.modulation", "scale_shift_table"),
+    ("head.head", "proj_out"),
+)
+LAYOUTS = (DIFFUSERS, SERVED)  # of names, beside the original one
+FIRST = (
+    "patch_embedding.weight",
+    "patch_embedding.proj.weight",
+)  # one of them is in every transformer
+
 
 OTHERS = {  # names that only other models of the family have -> which
     r"img_emb\..*|.*\.(k_img|v_img|norm_k_img)\..*": "an image-to-video model",
     r"condition_embedder\.image_embedder\..*|.*\.(add_[kv]_proj|norm_added_k)\..*": "an image-to-video model",
     r"vace_.*": "a VACE model",
+    r"control_adapter\..*|ref_conv\..*": "a model that follows a control signal",
 }
 OTHER_COMPRESSOR = "compressor of PackForcing-Unofficial, which is another network than ours"
 EXTRAS = {  # names of what stands beside the network in trainers' files -> why it is left out
@@ -90,6 +117,9 @@ VARIANTS = {  # setting -> the values that this architecture has
     "image_dim": (None,),
     "added_kv_proj_dim": (None,),
 }
+IMAGE_CHANNELS = (
+    36  # that Wan2.1 takes with an image: a latent, its mask, and the latent of the image
+)
 WIDEST_HEAD = 128  # of every released model
 
 
@@ -126,6 +156,20 @@ def config_from_shapes(shapes: Mapping[str, rules.Shape], template: DiTConfig) -
         out_channels=size(r"head\.head\.(weight|bias)", 0, 0) // math.prod(cell)
         or template.out_channels,
         patch=cell,
+    )
+
+
+def require_text_alone(cfg: DiTConfig, where: str) -> None:
+    """Raises `InputError` for a network that takes more channels than it gives: those of an image or of a control."""
+    kind = (
+        "an image-to-video model"
+        if cfg.in_channels == IMAGE_CHANNELS
+        else "a model of images or controls"
+    )
+    require(
+        cfg.in_channels <= cfg.out_channels,
+        f"{where} is {kind} (it takes {cfg.in_channels} channels and gives {cfg.out_channels}), not Wan2.1's "
+        "text-to-video network; convert a text-to-video checkpoint.",
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from packforcing_jax.convert import networks, rules
 from packforcing_jax.convert.contents import digest
 from packforcing_jax.convert.lora import Addition
+from packforcing_jax.convert.quantised import Quantised
 
 from packforcing_jax.config import Experiment
 from packforcing_jax.io import model_folder, safetensors_io
@@ -18,6 +19,7 @@ from packforcing_jax.io.safetensors_io import Form, Tensor
 LARGE = (
     1 << 26
 )  # bytes beyond which a tensor that only changes its number format is written row by row
+SCALE = "scale that an fp8 weight is multiplied with"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Job:
     @property
     def count(self) -> int:
         """Tensors of the sources that are read for it."""
-        return len(self.tensors) + sum(len(each.used) for each in self.added.values())
+        scales = sum(scale_of(tensor) is not None for tensor in self.tensors.values())
+        return len(self.tensors) + scales + sum(each.count for each in self.added.values())
 
     @property
     def forms(self) -> dict[str, Form]:
@@ -50,7 +53,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Entry:
-    """What became of one tensor of the sources."""
+    """What became of one tensor of the sources; `zero`: all its numbers are 0."""
 
     tensor: Tensor
     original: str
@@ -59,6 +62,12 @@ class Entry:
     path: str
     layer: int | None
     transform: str
+    zero: bool = False
+
+
+def scale_of(tensor: Tensor) -> Tensor | None:
+    """The scale that an fp8 tensor is multiplied with."""
+    return tensor.scale if isinstance(tensor, Quantised) else None
 
 
 def _named(dtype: str) -> type:
@@ -75,8 +84,10 @@ def job(
     dtype: str | None,
 ) -> Job:
     """How tensors under original names become a part of a model of this experiment."""
+    wanted = networks.wanted(part, exp)
+    table = networks.NETWORKS[part].table
     plan = rules.plan(
-        tensors, networks.NETWORKS[part].table, networks.wanted(part, exp), wrong, f"{part}/"
+        tensors, table, wanted, wrong, rules.Fit(f"{part}/", any_dtype=dtype is not None)
     )
     return Job(part, tensors, plan, added, dtype)
 
@@ -91,7 +102,7 @@ def taking(
     """How a part of a model folder is taken over: as it is, unless its number format is to change."""
     tensors = model.part(part)
     targets = {path: rules.Target(path) for path in tensors}
-    plan = rules.fit(tensors, targets, networks.wanted(part, exp), wrong, f"{part}/")
+    plan = rules.fit(tensors, targets, networks.wanted(part, exp), wrong, rules.Fit(f"{part}/"))
     stays = all(dtype in (None, tensor.dtype.name) for tensor in tensors.values())
     return Job(
         part,
@@ -107,7 +118,12 @@ def check(job: Job, wrong: rules.Mismatches) -> Iterator[str]:
     """Notes the tensors of a part that are not finite; yields the name of each that was read."""
     for tensor in [
         *job.tensors.values(),
-        *(used for each in job.added.values() for used in each.used.values()),
+        *(
+            used
+            for each in job.added.values()
+            for term in each.terms
+            for used in term.used.values()
+        ),
     ]:
         _read(tensor, wrong)
         yield tensor.name
@@ -120,14 +136,14 @@ def carry_out(jobs: Sequence[Job], folder: Path, wrong: rules.Mismatches) -> Ite
         if job.link is not None:
             _link(job.link, path)
             for name, target in job.plan.targets.items():
-                yield _entry(job, name, target, _read(job.tensors[name], wrong))
+                yield from _entries(job, name, target, _read(job.tensors[name], wrong))
             continue
         with safetensors_io.Writer(path, job.forms, {"format": model_folder.FORMAT}) as file:
             for name, target in job.plan.targets.items():
                 array = _read(job.tensors[name], wrong)
                 if array is not None:
                     _put(file, job, name, array, wrong)
-                yield _entry(job, name, target, array)
+                yield from _entries(job, name, target, array)
                 yield from _additions(job, name, target, wrong)
 
 
@@ -148,29 +164,44 @@ def _read(tensor: Tensor, wrong: rules.Mismatches) -> np.ndarray | None:
     return None
 
 
-def _entry(job: Job, name: str, target: rules.Target, array: np.ndarray | None) -> Entry:
+def _entries(
+    job: Job, name: str, target: rules.Target, array: np.ndarray | None
+) -> Iterator[Entry]:
+    """What became of tensor `name`, and of its scale if it has one."""
+    tensor = job.tensors[name]
+    stored = tensor.stored if isinstance(tensor, Quantised) else tensor
+    scale = scale_of(tensor)
+    held = array if stored is tensor or array is None else np.asarray(stored.read(), order="C")
+    yield _entry(stored, held, job, target, (name, target.transform))
+    if scale is not None:
+        yield _entry(scale, np.asarray(scale.read(), order="C"), job, target, (name, SCALE))
+
+
+def _entry(
+    tensor: Tensor,
+    array: np.ndarray | None,
+    job: Job,
+    target: rules.Target,
+    became: tuple[str, str],
+) -> Entry:
+    """What became of `tensor`, whose values are `array` (None: some are no numbers): (original name, transform)."""
     sha256 = "" if array is None else digest(array)
-    return Entry(
-        job.tensors[name], name, sha256, job.part, target.path, target.layer, target.transform
-    )
+    zero = array is not None and array.size > 0 and not array.any()
+    original, transform = became
+    return Entry(tensor, original, sha256, job.part, target.path, target.layer, transform, zero)
 
 
 def _additions(
     job: Job, name: str, target: rules.Target, wrong: rules.Mismatches
 ) -> Iterator[Entry]:
     """What became of the tensors that are added to weight `name`."""
-    for added in [job.added[name]] if name in job.added else []:
-        for side, tensor in added.used.items():
+    for term in job.added[name].terms if name in job.added else ():
+        for what, tensor in term.used.items():
             array = _read(tensor, wrong)
-            yield Entry(
-                tensor,
-                name,
-                "" if array is None else digest(array),
-                job.part,
-                target.path,
-                target.layer,
-                f"{side} of + {added.scale:g} * up @ down",
-            )
+            if isinstance(tensor, Quantised) and array is not None:
+                tensor = tensor.stored
+                array = np.asarray(tensor.read(), order="C")
+            yield _entry(tensor, array, job, target, (name, term.told(what)))
 
 
 def _put(

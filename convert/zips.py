@@ -9,14 +9,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from packforcing_jax.errors import InputError, require
+from packforcing_jax.io import beginnings
 
 ZIP = b"PK\x03\x04"
-BEGINNINGS = {  # of files that are often met instead of a zip archive
-    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": "was saved by torch < 1.6; re-save it with a newer torch.",
-    b"version https://git-lfs": "is a pointer of git LFS and not the checkpoint; fetch the checkpoint itself.",
-    b"<": "is a web page and not the checkpoint; fetch the checkpoint itself.",
-    b"": "is no checkpoint of torch.save (it does not start as a zip archive); check the path or fetch it again.",
-}
+NO_ZIP = "is no checkpoint of torch.save (it does not start as a zip archive); check the path or fetch it again."
 LOCAL_HEADER = struct.Struct(
     "<4s2x2H16x2H"
 )  # signature, flags, compression, lengths of the name and of the extras
@@ -93,12 +89,8 @@ class Archive:
 
 def opened(path: Path, file: BinaryIO) -> Archive:
     """The archive in an open file, which must hold every entry once, one data.pkl, and little-endian numbers."""
-    beginning = file.read(32)
-    require(bool(beginning), f"{path} is empty; fetch it again.")
-    if not beginning.startswith(ZIP):
-        raise InputError(
-            f"{path} {next(meaning for known, meaning in BEGINNINGS.items() if beginning.startswith(known))}"
-        )
+    if file.read(len(ZIP)) != ZIP:
+        raise InputError(f"{path} {beginnings.complaint(path, 'zip') or NO_ZIP}")
     with zipfile.ZipFile(file) as whole:
         infos = whole.infolist()
     entries = {entry.filename: entry for entry in infos}

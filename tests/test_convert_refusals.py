@@ -234,8 +234,8 @@ def a_part_of_a_model_folder_alone(tmp):
 
 @case
 def a_file_of_an_unknown_type(tmp):
-    (tmp / "wan.gguf").write_bytes(b"GGUF")
-    return [tmp / "wan.gguf"], "wan.gguf is of a type that is not known; known are .safetensors"
+    (tmp / "wan.npz").write_bytes(b"PK")
+    return [tmp / "wan.npz"], "wan.npz is of a type that is not known; known are .safetensors"
 
 
 @case
@@ -386,7 +386,9 @@ def a_lora_that_is_no_number(tmp):
 def a_lora_with_magnitudes(tmp):
     named = convert_layouts.peft(convert_layouts.lora())
     named["base_model.model.blocks.0.self_attn.q.lora_magnitude_vector"] = np.ones(30, np.float32)
-    return _lora(tmp, named), "1 unknown to the table: .*lora_magnitude_vector"
+    return _lora(
+        tmp, named
+    ), r"lora.safetensors is DoRA \(it has .*lora_magnitude_vector\); merge it into its base"
 
 
 # Shards

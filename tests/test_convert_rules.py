@@ -9,7 +9,7 @@ import pytest
 import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packforcing_jax.convert import contents, networks, rules, wan_dit
+from packforcing_jax.convert import names, networks, rules, wan_dit
 from packforcing_jax.convert.rules import Rule
 from safetensors.numpy import load_file
 
@@ -322,16 +322,18 @@ def test_layers_have_one_spelling_and_an_end():
         "model._orig_mod.blocks.0._checkpoint_wrapped_module.x",
         "blocks._fsdp_wrapped_module.0.base_layer.x",
         "model.diffusion_model.blocks.0.x",
+        "pipe.dit.blocks.0.x",
+        "net.blocks.0.x",
+        "_forward_module.module.dit.blocks.0.x",
     ],
 )
 def test_what_trainers_put_into_names_is_removed(name):
-    assert contents.WRAPPERS.sub("", name) == "blocks.0.x"
+    assert names.plain(name) == "blocks.0.x"
 
 
 def test_names_that_only_look_wrapped_are_kept():
     assert (
-        contents.WRAPPERS.sub("", "remodel.blocks.modulation.submodule")
-        == "remodel.blocks.modulation.submodule"
+        names.plain("remodel.blocks.modulation.submodule") == "remodel.blocks.modulation.submodule"
     )
 
 

@@ -6,7 +6,7 @@ import weakref
 import convert_layouts
 import numpy as np
 import pytest
-from packforcing_jax.convert import folders, lora, networks, rules, writing
+from packforcing_jax.convert import folders, lora, networks, rules, strength, writing
 
 from packforcing_jax.config import loading
 from packforcing_jax.io import model_folder, safetensors_io
@@ -140,16 +140,16 @@ def test_a_sum_is_made_in_float32_and_stored_as_the_weight_was(exp):
     pairs = convert_layouts.lora("bfloat16", modules=("blocks.1.cross_attn.v",))
     held = rules.in_memory(convert_layouts.dit("bfloat16"))
     wrong = rules.no_mismatches()
-    found = lora.additions(
-        rules.in_memory(convert_layouts.peft(pairs, "{}.lora_{}.weight")), held, 3.0, wrong
-    )
+    given = rules.in_memory(convert_layouts.peft(pairs, "{}.lora_{}.weight"))
+    modules = lora.modules(lora.Lora("lora", given, strength.Strength()), held, wrong)
+    found = lora.terms(modules, held, lambda rank: 3.0 / rank, wrong)
     assert list(found) == ["blocks.1.cross_attn.v.weight"]
     weight = held["blocks.1.cross_attn.v.weight"].read()
     down, up = pairs["blocks.1.cross_attn.v"]
     exact = weight.astype(np.float32) + np.float32(1.5) * (
         up.astype(np.float32) @ down.astype(np.float32)
     )
-    made = found["blocks.1.cross_attn.v.weight"].onto(weight)
+    made = lora.Addition(tuple(found["blocks.1.cross_attn.v.weight"])).onto(weight)
     assert made.dtype == weight.dtype
     np.testing.assert_array_equal(
         made.astype(np.float32), exact.astype(weight.dtype).astype(np.float32)

@@ -168,6 +168,7 @@ def test_half_precision_folders_are_rounded_and_leave_integers_alone(tmp_path, d
         "compressor.safetensors",
         "config.json",
         "dit.safetensors",
+        "manifest.json",
         "text.safetensors",
         "tokenizer.json",
     ]
@@ -272,7 +273,8 @@ def test_saving_again_replaces_the_whole_folder(tmp_path):
     experiment, back = read(folder)
     assert experiment == WAN
     assert {part: list(flat) for part, flat in back.items()} == {"dit": ["a"]}
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "dit.safetensors"]
+    names = ["config.json", "dit.safetensors", "manifest.json"]
+    assert sorted(p.name for p in folder.iterdir()) == names
     assert list(tmp_path.iterdir()) == [folder]
 
 

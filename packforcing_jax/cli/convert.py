@@ -49,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which network of a trainer's file (default: the card's; without a card the only generator there)",
     )
     parser.add_argument(
+        "--prefix",
+        metavar="P",
+        help="take only tensors whose names begin with P, and take P away (default: known prefixes are found)",
+    )
+    parser.add_argument(
         "--kind", choices=NETWORKS, help="what the files hold, where names do not tell"
     )
     parser.add_argument(
@@ -88,6 +93,7 @@ def _to_folder(args: argparse.Namespace) -> int:
             config=args.config,
             overrides=tuple(args.overrides),
             network=args.network,
+            prefix=args.prefix,
             kind=args.kind,
             dtype=args.dtype,
             lora_alpha=args.lora_alpha,

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,15 +17,23 @@ from flax import nnx
 from packforcing_jax import config, pytrees
 from packforcing_jax.config import decode
 from packforcing_jax.errors import MachineError, brief, require
-from packforcing_jax.io import atomic, safetensors_io
+from packforcing_jax.io import atomic, identity, safetensors_io
 from packforcing_jax.io.safetensors_io import Tensor
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 CARD = "README.md"
-MANIFEST = "manifest.json"
+MANIFEST = identity.MANIFEST
 FORMAT = "packforcing-jax 2"
-PARTS = ("dit", "compressor", "codec", "text")
+PIPELINE = "model_index.json"  # of a folder of diffusers
+THEIRS = (
+    "_class_name",
+    "_diffusers_version",
+    "architectures",
+    "model_type",
+)  # in published settings
+SNAPSHOTS = "snapshots"  # in a repository of the hub's cache
+PARTS = identity.PARTS
 GONE = {
     "train": "the table `train` has no place in a model folder any more; delete it from the file."
 }  # of earlier versions
@@ -85,6 +94,13 @@ def save(
         for name, content in {CONFIG: experiment_to_json(experiment), **(texts or {})}.items():
             if content is not None:
                 (fresh / name).write_text(content, encoding="utf-8")
+        write_record(fresh)
+
+
+def write_record(folder: Path) -> None:
+    """Writes the manifest of a folder that nothing was converted for: which files it has, and their hashes."""
+    manifest = json.dumps({"format": FORMAT, **identity.record(folder)}, indent=1)
+    (folder / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
 
 
 def _stored(dtype: jax.typing.DTypeLike, floating: str) -> np.dtype:
@@ -125,6 +141,11 @@ class Opened:
         text = (self.folder / CONFIG).read_text(encoding="utf-8", errors="replace")
         return experiment_from_json(text, str(self.folder / CONFIG), self.known)
 
+    @functools.cached_property
+    def identity(self) -> str:
+        """What tells this model from others: a hash of every tensor of every part, and of the tokenizer."""
+        return identity.of_folder(self.folder)
+
     def part(self, name: str) -> Mapping[str, Tensor]:
         """The tensors of a part; raises `InputError` if the folder lacks it."""
         require(
@@ -138,20 +159,52 @@ class Opened:
 def opened(folder: str | Path, known: Sequence[type] = ()) -> Opened:
     """The model in `folder`; `known` are classes of its settings beside the package's own."""
     folder = Path(folder)
-    require(
-        folder.is_dir(),
-        f"Model folder {folder} does not exist; check the path or convert a checkpoint into it.",
-    )
-    require(
-        (folder / CONFIG).is_file(),
-        f"Model folder {folder} has no {CONFIG}; fetch or convert the model again.",
-    )
+    _require_ours(folder)
     files = {part: folder / weights_file(part) for part in PARTS}
     return Opened(
         folder,
         {part: safetensors_io.opened(path) for part, path in files.items() if path.is_file()},
         known,
     )
+
+
+def _require_ours(folder: Path) -> None:
+    """Raises `InputError` unless `folder` is a model folder, with what to do about what it is instead."""
+    convert = f"convert it first: `packforcing convert {folder} --out DIR`, and give DIR"
+    require(not folder.is_file(), f"{folder} is a file and no model folder; {convert}.")
+    require(
+        folder.is_dir(),
+        f"Model folder {folder} does not exist; check the path or convert a checkpoint into it.",
+    )
+    cached = snapshots(folder)
+    require(
+        not cached,
+        f"{folder} is a folder of the hub's cache, whose files lie in snapshots/; convert one first: "
+        f"`packforcing convert {cached[0] if cached else ''} --out DIR`, and give DIR.",
+    )
+    published = f"{folder} is a published checkpoint and no model folder; {convert}."
+    require((folder / CONFIG).is_file() or not (folder / PIPELINE).is_file(), published)
+    require(
+        (folder / CONFIG).is_file(),
+        f"Model folder {folder} has no {CONFIG}; fetch or convert the model again.",
+    )
+    require(not _is_published(folder / CONFIG), published)
+
+
+def _is_published(path: Path) -> bool:
+    """Whether settings are those of somebody else's network."""
+    try:
+        settings = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(settings, dict) and not settings.keys().isdisjoint(THEIRS)
+
+
+def snapshots(folder: Path) -> list[str]:
+    """The folders with the files of each commit, if `folder` is a repository in the hub's cache, or holds several."""
+    own = [folder] if (folder / SNAPSHOTS).is_dir() else folder.glob("models--*")
+    found = [commit for each in own for commit in (each / SNAPSHOTS).glob("*") if commit.is_dir()]
+    return [str(each) for each in sorted(found)]
 
 
 def in_memory(module: nnx.Module) -> dict[str, Tensor]:

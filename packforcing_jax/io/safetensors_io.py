@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from packforcing_jax.errors import InputError, require
+from packforcing_jax.io import beginnings
 
 DTYPES = {
     "F64": np.float64,
@@ -28,8 +29,11 @@ DTYPES = {
     "U32": np.uint32,
     "U64": np.uint64,
     "BOOL": np.bool_,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
 }
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+METADATA = "__metadata__"  # the entry of a header that holds texts
 LONGEST_HEADER = 100_000_000  # bytes, as the format's own library allows
 ALIGNMENT = 64  # bytes; the header is padded so that every memory map starts on a whole vector
 
@@ -68,12 +72,35 @@ def mapped(path: Path, form: Form, offset: int) -> np.ndarray:
 def opened(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name; raises `InputError` where its header cannot be true."""
     path = Path(path)
+    header, start, size = _header(path)
+    return {
+        name: _tensor(path, name, entry, start, size)
+        for name, entry in header.items()
+        if name != METADATA
+    }
+
+
+def metadata(path: str | Path) -> dict[str, str]:
+    """The texts that the header of a safetensors file holds beside its tensors; others are left out."""
+    texts = _header(Path(path))[0].get(METADATA)
+    return (
+        {name: text for name, text in texts.items() if isinstance(text, str)}
+        if isinstance(texts, dict)
+        else {}
+    )
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """(the header of a safetensors file, where its numbers begin, its bytes); what else it is gets its own sentence."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
+            fits = 8 <= length + 8 <= size and length <= LONGEST_HEADER
+            other = None if fits else beginnings.complaint(path, "safetensors")
+            require(other is None, f"{path} {other}")
             require(
-                8 <= length + 8 <= size and length <= LONGEST_HEADER,
+                fits,
                 f"{path} is damaged or no safetensors file "
                 f"({size} bytes cannot hold a header of {length}); fetch it again.",
             )
@@ -87,11 +114,7 @@ def opened(path: str | Path) -> dict[str, Tensor]:
     require(
         isinstance(header, dict), f"{path} is damaged (its header is no table); fetch it again."
     )
-    return {
-        name: _tensor(path, name, entry, 8 + length, size)
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+    return header, 8 + length, size
 
 
 def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -133,7 +156,7 @@ class Writer:
     """A safetensors file of known `forms`, filled in any order; only what is being put is in memory."""
 
     def __init__(self, path: str | Path, forms: Mapping[str, Form], metadata: Mapping[str, str]):
-        entries: dict[str, object] = {"__metadata__": dict(metadata)}
+        entries: dict[str, object] = {METADATA: dict(metadata)}
         self._offsets: dict[str, tuple[int, Form]] = {}
         end = 0
         for name, (shape, dtype) in sorted(

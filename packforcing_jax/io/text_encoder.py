@@ -16,6 +16,7 @@ from jax import Array
 from packforcing_jax.config import DtypeConfig, TextConfig
 from packforcing_jax.errors import InputError, MachineError
 from packforcing_jax.io import atomic, model_folder, safetensors_io
+from packforcing_jax.io import identity as weights
 from packforcing_jax.io.safetensors_io import Tensor
 from packforcing_jax.networks import layers, text
 from packforcing_jax.types import TextStates
@@ -26,7 +27,6 @@ NORM = "norm/"
 WORTH = (
     10**9
 )  # bytes of an encoder below which encoding a prompt again is quicker than asking the disk
-SAMPLE = 4096  # bytes of each tensor that tell one encoder from another
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,12 +104,17 @@ def default_store() -> Path:
 
 @functools.cache
 def identity(encoder: Encoder) -> str:
-    """What tells one encoder from another: a hash of its tensors' names, forms and first bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-        digest.update(tensor.read().reshape(-1)[: SAMPLE // tensor.dtype.itemsize].tobytes())
-    return digest.hexdigest()[:32]
+    """What tells one encoder from another: a hash of every tensor, that of their file where one holds them all."""
+    files = {tensor.origin for tensor in encoder.tensors.values()}
+    file = Path(next(iter(files), ""))
+    if len(files) == 1 and file.is_file():
+        return weights.of_file(file)[: weights.LETTERS]
+    return weights.of_arrays(
+        {
+            name: (tensor.dtype.name, tensor.shape, tensor.read().tobytes())
+            for name, tensor in encoder.tensors.items()
+        }
+    )
 
 
 def encode(encoder: Encoder, ids: np.ndarray, mask: np.ndarray) -> list[Array]:

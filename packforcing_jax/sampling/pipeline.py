@@ -123,6 +123,19 @@ def _read(model: model_folder.Opened, part: str, build: Callable[[], Any], dtype
     )
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The folder that networks were read from: true of a pipeline as long as it holds these very networks."""
+
+    model: model_folder.Opened
+    nets: block_step.Nets
+    vae: codec.Codec
+
+    def of(self, nets: block_step.Nets, vae: codec.Codec) -> bool:
+        """Whether these networks are those of the folder."""
+        return self.nets is nets and self.vae is vae
+
+
 @dataclass(frozen=True, eq=False)
 class Pipeline:
     """A loaded model. `stream` yields finished blocks, `generate` a whole video."""
@@ -133,6 +146,7 @@ class Pipeline:
     vae: codec.Codec
     tokenizer: Tokenizer
     method: Method = methods.PACKFORCING
+    origin: Origin | None = None  # None: networks that were made in memory
 
     @classmethod
     def from_pretrained(
@@ -170,15 +184,17 @@ class Pipeline:
                 exp.dtypes.params,
             ),
         )
+        vae = _read(model, "codec", lambda: codec.make(exp.codec, nnx.Rngs(0)), exp.dtypes.vae)
         return cls(
             experiment=exp,
             method=methods.named(own.method if method is None else method),
             nets=nets,
+            origin=Origin(model, nets, vae),
             text=text_encoder.of_folder(model, exp.text, exp.dtypes),
             tokenizer=tokenizer.Tokenizer.from_file(
                 model.folder / model_folder.TOKENIZER, exp.text.max_words
             ),
-            vae=_read(model, "codec", lambda: codec.make(exp.codec, nnx.Rngs(0)), exp.dtypes.vae),
+            vae=vae,
         )
 
     @classmethod
@@ -220,11 +236,18 @@ class Pipeline:
         return self if exp == self.experiment else self._with(exp)
 
     def _with(self, exp: Experiment) -> "Pipeline":
+        nets = pytrees.cast(self.nets, exp.dtypes.params)
+        vae = pytrees.cast(self.vae, exp.dtypes.vae)
+        origin = self.origin
+        if origin is not None:
+            read = origin.of(self.nets, self.vae)
+            origin = dataclasses.replace(origin, nets=nets, vae=vae) if read else None
         return dataclasses.replace(
             self,
             experiment=exp,
-            nets=pytrees.cast(self.nets, exp.dtypes.params),
-            vae=pytrees.cast(self.vae, exp.dtypes.vae),
+            nets=nets,
+            vae=vae,
+            origin=origin,
             text=dataclasses.replace(self.text, dtype=exp.dtypes.text),
         )
 

@@ -1,7 +1,6 @@
 """Runs that can be stopped at any moment: everything a run is, put into one pytree after every few blocks."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from packforcing_jax import interrupts
+from packforcing_jax import interrupts, pytrees
 from packforcing_jax.errors import require
-from packforcing_jax.io import checkpoints, model_folder, video
+from packforcing_jax.io import checkpoints, identity, model_folder, text_encoder, video
 from packforcing_jax.sampling import player, trace
 from packforcing_jax.sampling.pipeline import Finished, Pipeline, State
 
@@ -90,7 +89,18 @@ def _form(model: Pipeline) -> dict[str, Any]:
 
 
 def digest(model: Pipeline) -> str:
-    """What tells one set of weights from another: a hash of the first and the last array of the base model."""
-    leaves = jax.tree.leaves(model.nets.dit)
-    ends = (np.asarray(leaf).tobytes() for leaf in (leaves[0], leaves[-1]))
-    return hashlib.sha256(b"".join(ends)).hexdigest()[:16]
+    """What tells one model from another: every tensor of all its networks.
+
+    Of a model folder its identity, which its manifest keeps; of networks in memory their values.
+    """
+    if model.origin is not None and model.origin.of(model.nets, model.vae):
+        return model.origin.model.identity
+    held = {"nets": model.nets, "codec": model.vae}
+    arrays = {
+        f"{part}/{path}": (str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes())
+        for part, module in held.items()
+        for path, leaf in pytrees.flatten(module).items()
+    }
+    words = model.tokenizer.inner.to_str().encode()
+    texts = {"text": ("", (), text_encoder.identity(model.text).encode()), "words": ("", (), words)}
+    return identity.of_arrays(arrays | texts)

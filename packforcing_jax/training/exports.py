@@ -161,6 +161,7 @@ def save(
             )
             for name in model_folder.PARTS:
                 _borrow(train, model_folder.weights_file(name), fresh)
+            model_folder.write_record(fresh)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"{folder} is written")
 
