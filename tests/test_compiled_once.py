@@ -10,8 +10,15 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-OURS = {"denoise_program", "commit_program", "show_program", "text_program", "layout", "sink_sum"}
-HOST = {"first_pass", "_score", "_decide", "remaining_passes", "_newest", "draw_noise"}
+OURS = {
+    "denoise_program",
+    "commit_program",
+    "show_program",
+    "text_program",
+    "denoising",
+    "sink_sum",
+}
+HOST = {"first_pass", "_score", "_decide", "remaining_passes", "newest", "draw_noise"}
 AUTOENCODER = f"""
 import dataclasses, sys
 sys.path.insert(0, {str(HERE)!r})

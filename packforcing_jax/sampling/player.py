@@ -85,7 +85,7 @@ def start(model: Model, *, seeds: Any, videos: Any) -> State:
         decoder=codec.init_decoder(model.vae, batch, *exp.latent),
         seeds=seeds,
         videos=videos,
-        window=window_program(exp.step, seeds, videos),
+        window=window_program(exp.step, seeds, videos) if exp.cache.joint else (),
         seam=clips.start(exp, batch) if exp.cache.overlap else (),
     )
     state = jax.device_put(state, beside(model.nets))
@@ -170,7 +170,7 @@ def _next_clip(model: Model, denoiser: Denoiser, state: State, seam: Seam) -> tu
     for number, latent in enumerate(jnp.split(given, count, axis=1)):
         first = exp.codec.time_factor > 1 and number == 0
         frames, low_res, decoder = show_program(
-            model.vae, decoder, latent, first=first, shrink=shrink_of(exp)
+            model.vae, decoder, latent, None, first=first, shrink=shrink_of(exp)
         )
         memory, _ = commit_program(denoiser, memory, latent, low_res, none)
         opening.append(frames)
