@@ -22,9 +22,24 @@ def require(condition: bool, sentence: str) -> None:
         raise InputError(sentence)
 
 
-def brief(error: Exception) -> str:
+def brief(error: BaseException) -> str:
     """The first line of what an error says."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def shown(value: object, most: int = 100) -> str:
+    """A value as Python writes it, in at most about `most` characters, whatever its size."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # digits beyond what Python spells, tables in tables
+        return f"a {type(value).__name__} too long to print"
+    return shortened(text, most)
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """`text`, with its middle left out if it is longer than about `most` characters."""
+    half = most // 2
+    return text if len(text) <= most + 20 else f"{text[:half]}[...]{text[-half:]}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: raised where the program stands, and remembered, or held or noted until something is finished.
+"""Ctrl-C, SIGTERM and SIGHUP: raised where the program stands and remembered, or held or noted until a thing is done.
 
 An exception raised inside a callback of the garbage collector is printed and lost. There a signal is only remembered,
 and whoever works in steps looks here between them.
@@ -10,7 +10,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SWALLOW = ("__del__", "_xla_gc_callback")  # functions out of which no exception comes
 _heard = threading.Event()
 
@@ -47,6 +47,13 @@ def raised() -> Iterator[None]:
     _heard.clear()
     with _handled(interrupt):
         yield
+
+
+def ignored() -> None:
+    """From now on signals change nothing: for the last lines of a program that ends anyway."""
+    if threading.current_thread() is threading.main_thread():
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
 
 
 def look() -> None:

@@ -132,11 +132,14 @@ def test_flags_reach_the_measurement(run):
     ("words", "sentence"),
     [
         (["--weights", "x"], "--config and --weights exclude each other"),
-        (["--repeats", "0"], "--repeats 0 measures nothing"),
-        (["--warmup", "-1"], "--warmup -1 is negative"),
+        (["--repeats", "0"], "--repeats 0 is out of range"),
+        (["--warmup", "-1"], "--warmup -1 is out of range"),
         (["--part", "stor"], "--part stor is unknown; did you mean store"),
         (["--set", "cache.top=0", "--part", "selection"], "selection: cache.top=0 leaves nothing"),
-        (["--write", "nowhere/at/all.json"], "nowhere/at is no folder"),
+        (
+            ["--write", "/proc/nowhere/at/all.json"],
+            "--write /proc/nowhere/at/all.json is not writable",
+        ),
         (
             ["--gate", "nothing.json"],
             "Baseline nothing.json does not exist; make it with packforcing bench --write",

@@ -186,7 +186,7 @@ def wrong(words, sentence, make=lambda tmp_path: None):
             lambda tmp_path: (tmp_path / "odd.txt").write_text("a zebra"),
         ),
         wrong(
-            ["p.txt", "--out", "b", "--weights", "W", "--limit", "0"], "--limit 0 leaves nothing"
+            ["p.txt", "--out", "b", "--weights", "W", "--limit", "0"], "--limit 0 is out of range"
         ),
         wrong(
             ["p.txt", "--out", "b", "--weights", "W", "--timesteps", "1,b"],
@@ -224,3 +224,39 @@ def test_what_cannot_be_prepared_is_refused_in_a_sentence(
 def test_its_kinds_are_those_that_can_be_imported():
     assert set(prepare.KINDS) == set(importing.KINDS)
     assert {need for kind in importing.KINDS.values() for need in kind.needs} <= set(prepare.NEEDED)
+
+
+def test_a_word_outside_the_vocabulary_is_told_before_anything_is_written(folder, tmp_path, capsys):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join([*SAID, "a red zeppelin"]))
+    out = tmp_path / "set"
+    assert run(path, "--out", out, "--weights", folder) == 2
+    assert "zeppelin" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_source_of_which_nothing_can_be_prepared_leaves_nothing(folder, tmp_path, capsys):
+    (tmp_path / "x.mp4").write_bytes(b"no video")
+    (tmp_path / "x.txt").write_text("a red disc")
+    out = tmp_path / "set"
+    assert run(tmp_path, "--kind", "videos", "--out", out, "--weights", folder) == 2
+    assert "none of the 1 items" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_values_that_are_not_finite_are_left_out_by_name(folder, tmp_path, capsys, monkeypatch):
+    broken = [
+        importing.Item(
+            f"clip {number}", "a red disc", lambda parts, text, value=value: {"latent": value}
+        )
+        for number, value in enumerate((np.ones(4, np.float16), np.full(4, np.nan, np.float16)))
+    ]
+    (tmp_path / "p.txt").write_text("a red disc")
+    kind = importing.KINDS["prompts"]
+    monkeypatch.setitem(
+        importing.KINDS, "prompts", importing.Kind(kind.sees, lambda path: broken, kind.needs, "")
+    )
+    out = tmp_path / "set"
+    assert run(tmp_path / "p.txt", "--out", out, "--weights", folder) == 0
+    assert "left out: clip 1: 4 of 4 values of latent are not finite" in capsys.readouterr().err
+    assert len(records.opened(out)) == 1

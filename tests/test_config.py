@@ -12,6 +12,7 @@ from packforcing_jax.config import (
     DiTConfig,
     Experiment,
     SampleConfig,
+    memory,
 )
 from packforcing_jax.errors import InputError
 
@@ -35,9 +36,15 @@ from packforcing_jax.errors import InputError
             lambda: config.TextConfig(dim_attn=10, heads=3),
             r"text\.dim_attn=10 is not divisible by heads=3",
         ),
-        (lambda: CacheConfig(sink=-4), r"cache\.sink=-4 is negative"),
-        (lambda: CacheConfig(key_multiple=-1), r"cache\.key_multiple=-1 is negative"),
-        (lambda: CacheConfig(block=0), r"cache\.block=0 must be at least one"),
+        (
+            lambda: CacheConfig(sink=-4),
+            r"cache\.sink=-4 is out of range; give a whole number from 0",
+        ),
+        (lambda: CacheConfig(key_multiple=-1), r"cache\.key_multiple=-1 is out of range"),
+        (
+            lambda: CacheConfig(block=0),
+            r"cache\.block=0 is out of range; give a whole number from 1",
+        ),
         (lambda: CacheConfig(top=9, capacity=8), r"cache\.top=9 exceeds capacity=8"),
         (lambda: CacheConfig(sink=6), r"cache\.sink=6 and recent=4 must be whole blocks of 4"),
         (lambda: CacheConfig(recent=7), r"cache\.sink=8 and recent=7 must be whole blocks of 4"),
@@ -90,14 +97,20 @@ from packforcing_jax.errors import InputError
             lambda: CompressorConfig(keys="own"),
             r"compressor\.keys='own' is unknown; choose one of blocks, projected",
         ),
-        (lambda: CompressorConfig(channels=(3, 4)), "channels and strides need the same length"),
+        (
+            lambda: CompressorConfig(channels=(3, 4)),
+            r"channels=\(3, 4\) and strides=.* need the same length",
+        ),
         (lambda: CompressorConfig(branches="none"), r"compressor\.branches='none' is unknown"),
-        (lambda: SampleConfig(steps=()), r"sample\.steps=\(\) must fall"),
+        (lambda: SampleConfig(steps=()), r"sample\.steps=\(\) holds no step"),
         (lambda: SampleConfig(steps=(500, 500)), r"sample\.steps=\(500, 500\) must fall"),
-        (lambda: SampleConfig(steps=(1001, 5)), r"sample\.steps=\(1001, 5\)"),
+        (lambda: SampleConfig(steps=(1001, 5)), r"sample\.steps=\(1001, 5\) is out of range"),
         (lambda: SampleConfig(steps=(5, 0)), r"sample\.steps=\(5, 0\)"),
         (lambda: SampleConfig(prediction="noise"), r"sample\.prediction='noise' is unknown"),
-        (lambda: config.TrainConfig(batch=0), r"train\.batch=0 must be at least 1"),
+        (
+            lambda: config.TrainConfig(batch=0),
+            r"train\.batch=0 is out of range; give a whole number from 1",
+        ),
         (lambda: config.TrainConfig(save_every=-1), r"train\.save_every=-1"),
         (
             lambda: config.TrainConfig(history="none"),
@@ -105,7 +118,7 @@ from packforcing_jax.errors import InputError
         ),
         (
             lambda: config.TrainConfig(blend=1.5, blend_from="model"),
-            r"train\.blend=1\.5 is no share",
+            r"train\.blend=1\.5 is out of range; give a number from 0\.0 to 1\.0",
         ),
         (
             lambda: config.TrainConfig(blend=0.25),
@@ -116,7 +129,7 @@ from packforcing_jax.errors import InputError
             r"latent=\(60, 103\) is not a multiple of dit\.patch",
         ),
         (
-            lambda: Experiment("odd", dit=DiTConfig(in_channels=8)),
+            lambda: Experiment("odd", dit=DiTConfig(in_channels=8, out_channels=8)),
             r"codec\.z_dim=16 differs from dit\.in_channels=8",
         ),
     ],
@@ -207,3 +220,42 @@ def test_profiles_build_and_can_be_keys(profile):
 def test_values_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         tiny.EXP.cache.sink = 4  # type: ignore[misc]
+
+
+OWN = CacheConfig(
+    block=3,
+    sink=6,
+    recent=9,
+    top=5,
+    capacity=7,
+    max_position=30,
+    score_pool=(3, 2, 1),
+    key_multiple=9,
+)
+
+
+@pytest.mark.parametrize("profile", config.PROFILES)
+def test_a_profile_keeps_what_the_model_was_trained_with(profile):
+    got = memory.profiled(OWN, profile)
+    kept = ("block", "max_position", "score_pool", "key_multiple")
+    assert [getattr(got, name) for name in kept] == [getattr(OWN, name) for name in kept]
+
+
+@pytest.mark.parametrize(
+    ("profile", "changed"),
+    [
+        ("no-mid", {"top": 0, "capacity": 0}),
+        ("no-sink", {"top": 0, "capacity": 0, "sink": 0, "recent": 15}),
+        ("paper", {"top": 16, "capacity": 128, "sink": 6, "recent": 3}),
+        ("published", {"top": 16, "capacity": 128, "sink": 9, "recent": 3, "span": "fit"}),
+    ],
+)
+def test_a_profile_changes_what_its_name_says(profile, changed):
+    assert memory.profiled(OWN, profile) == dataclasses.replace(OWN, **changed)
+
+
+def test_profiles_of_the_stage_model_are_as_they_were():
+    stage = config.PROFILES["stage"]
+    for name in ("stage", "no-mid", "no-sink"):
+        assert memory.profiled(stage, name) == config.PROFILES[name]
+    assert memory.profiled(stage, "no-sink").recent == 12

@@ -59,6 +59,8 @@ class Outer:
 class Woven:
     """A codec of a user's own, of the channels that `Experiment` wants."""
 
+    time_factor = 1
+    space_factor = 8
     depth: int = 16
     shifts: tuple[float, ...] = (0.5,)
 

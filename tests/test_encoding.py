@@ -10,7 +10,7 @@ import tiny
 from flax import nnx
 
 from packforcing_jax import config
-from packforcing_jax.errors import InputError, MachineError
+from packforcing_jax.errors import InputError
 from packforcing_jax.io import model_folder, text_encoder
 from packforcing_jax.networks import text
 
@@ -118,10 +118,27 @@ def test_damaged_states_are_read_again_and_mended(model, tmp_path, damage):
     assert [path.name for path in kept.parent.iterdir()] == [kept.name]
 
 
-def test_a_store_that_cannot_be_written_is_named(model, tmp_path):
+def test_a_store_that_cannot_be_written_is_named_once_and_done_without(model, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    with pytest.raises(MachineError, match="XDG_CACHE_HOME"):
-        held(model, store=tmp_path / "file")(IDS[:1], MASK[:1])
+    text_encoder._say_once.cache_clear()
+    encoder = held(model, store=tmp_path / "file")
+    np.testing.assert_array_equal(encoder(IDS[:1], MASK[:1]), held(model)(IDS[:1], MASK[:1]))
+    encoder(IDS[:1], MASK[:1])
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert str(tmp_path / "file") in err
+    assert "XDG_CACHE_HOME" in err
+
+
+def test_without_a_home_folder_nothing_is_kept(monkeypatch, capsys):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(text_encoder.Path, "home", homeless)
+    text_encoder._say_once.cache_clear()
+    assert text_encoder.default_store() is None
+    assert "no home folder" in capsys.readouterr().err
 
 
 def test_weights_of_another_encoder_are_refused(model):

@@ -9,6 +9,7 @@ from flax import nnx
 
 from packforcing_jax import config, pytrees
 from packforcing_jax.cli import main
+from packforcing_jax.config import loading
 from packforcing_jax.errors import InputError
 from packforcing_jax.evaluation import recall, stage_figures
 from packforcing_jax.evaluation.stage_figures import Sampling
@@ -443,7 +444,9 @@ def test_flags_reach_the_evaluation(run, tiny, capsys, monkeypatch, mode, module
         == 0
     )
     assert capsys.readouterr().out == f"table of {mode}\n"
-    assert asked.pop("cache") == dataclasses.replace(config.PROFILES["no-mid"], sink=4)
+    assert asked.pop("cache") == dataclasses.replace(
+        loading.load_experiment(tiny).cache, top=0, capacity=0, sink=4
+    )
     sampling = asked.pop("sampling")
     assert callable(sampling.watch)
     assert (sampling.seed, sampling.batch) == (5, 16)

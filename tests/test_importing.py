@@ -173,7 +173,7 @@ def lists(text):
 
 
 WRONG = {
-    "no caption": (no_caption, "x.mp4 has no caption; write it into .*x.txt"),
+    "no caption": (no_caption, "1 of 1 videos have no caption .*x.mp4.* write each into"),
     "empty caption": (empty_caption, "x.txt is empty"),
     "no such video": (lists('{"file": "y.mp4", "prompt": "a"}'), "video 1: .*y.mp4 does not exist"),
     "no prompt": (lists('{"file": "x.mp4", "prompt": ""}'), "video 1: prompt is empty"),
@@ -331,7 +331,7 @@ def test_databases_that_lack_something_are_refused(tmp_path, case):
 def test_a_damaged_database_is_refused(tmp_path):
     pytest.importorskip("lmdb")
     (tmp_path / "data.mdb").write_bytes(b"x" * 5000)
-    with pytest.raises(InputError, match="cannot be read as LMDB"):
+    with pytest.raises(InputError, match="is no LMDB file"):
         importing.KINDS["lmdb"].items(tmp_path)
 
 

@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import subprocess
 import sys
 import threading
 
@@ -106,3 +107,30 @@ def test_outside_the_main_thread_nothing_is_changed():
     thread.start()
     thread.join()
     assert seen == [(before, False)]
+
+
+def test_a_terminal_that_is_closed_interrupts_too():
+    with pytest.raises(KeyboardInterrupt), interrupts.raised():
+        os.kill(os.getpid(), signal.SIGHUP)
+
+
+TWICE = """
+import os, signal, sys
+from packforcing_jax.cli import main
+def run(words):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)
+main.run = run
+code = main.main()
+os.kill(os.getpid(), signal.SIGINT)  # while the program ends
+os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(code)
+"""
+
+
+def test_signals_while_a_program_ends_change_nothing():
+    done = subprocess.run([sys.executable, "-c", TWICE, "sample"], capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr == "packforcing: interrupted; what was finished is kept.\n"

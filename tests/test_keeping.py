@@ -154,14 +154,19 @@ def test_what_follows_the_kept_blocks_may_be_told_anew(pipe, tmp_path, story):
 
 
 @pytest.mark.parametrize(
-    "story", [[LIME, *STORY[1:]], STORY[:7] + [LIME] * 4, STORY[:7], [RED] + STORY]
+    ("story", "named"),
+    [
+        ([LIME, *STORY[1:]], "tells another story from block 0 on, and holds 8 blocks"),
+        (STORY[:7] + [LIME] * 4, "tells another story from block 7 on, and holds 8 blocks"),
+        ([RED] + STORY, "tells another story from block 5 on"),
+        ([LIME] * 3, "tells another story from block 0 on"),
+        (STORY[:7], "holds 8 blocks of this story, and 7 are asked for; ask for 8 or more"),
+        (STORY[:1], "holds 8 blocks of this story, and 1 are asked for"),
+    ],
 )
-def test_another_story_is_refused(pipe, tmp_path, story):
+def test_another_story_is_refused_and_a_shorter_run_is_not_called_one(pipe, tmp_path, story, named):
     keep(keeper(tmp_path, pipe), 8)
-    with pytest.raises(
-        InputError,
-        match="^Checkpoint folder .* another story in its first 8 blocks; give the same prompts",
-    ):
+    with pytest.raises(InputError, match=f"^Checkpoint folder .* {named}"):
         keeper(tmp_path, pipe, prompts=story).resume()
 
 

@@ -27,17 +27,21 @@ RECORDED = Path(__file__).parent / "pinned" / "runs.safetensors"
 # The published memory, small: three frames packed as four, three of five packed blocks attended.
 SMALL = ["cache.sink=9", "cache.top=3", "cache.capacity=5", "cache.score_pool=(3,2,1)"]
 LATE = ["cache.scope=shared", "cache.timing=late"]
-# Memories of the tiny networks: a profile or none, and settings. Changes that do not meet share a run.
+BARE = [  # of blocks as the Stage model has them, without packed ones
+    "cache.block=4",
+    "cache.top=0",
+    "cache.capacity=0",
+    "cache.max_position=20",
+    "cache.key_multiple=32",
+]
+# Settings of the tiny networks' memories. Changes that do not meet share a run.
 MEMORIES = {
-    "published": (None, [*SMALL, "cache.span=fit", "cache.max_position=21"]),  # in the room of two
-    "host_sink_only": (
-        None,
-        [*SMALL, *LATE, "cache.archive=host", "cache.rope_adjustment=sink_only"],
-    ),
-    "incremental_late": (None, [*SMALL, "cache.timing=late", "cache.rope_adjustment=incremental"]),
-    "none_shared": (None, [*SMALL, "cache.scope=shared", "cache.rope_adjustment=none"]),
-    "no_mid": ("no-mid", []),
-    "no_sink_bfloat16": ("no-sink", ["dtypes.cache=bfloat16"]),
+    "published": [*SMALL, "cache.span=fit", "cache.max_position=21"],  # in the room of two
+    "host_sink_only": [*SMALL, *LATE, "cache.archive=host", "cache.rope_adjustment=sink_only"],
+    "incremental_late": [*SMALL, "cache.timing=late", "cache.rope_adjustment=incremental"],
+    "none_shared": [*SMALL, "cache.scope=shared", "cache.rope_adjustment=none"],
+    "no_mid": [*BARE, "cache.sink=8", "cache.recent=4"],
+    "no_sink_bfloat16": [*BARE, "cache.sink=0", "cache.recent=12", "dtypes.cache=bfloat16"],
 }
 PROMPTS = ["a red disc"] * 5 + ["the blue figure walks"] * 4 + ["lime square"] * 5
 TOLERANCE = {"ships": 5e-5, "no_sink_bfloat16": 5e-3}  # of any other run 1e-5; see `compare`
@@ -63,9 +67,7 @@ def what_ships():
 
 
 def behind_memory(name, folder):
-    profile, settings = MEMORIES[name]
-    pipe = Pipeline.from_pretrained(folder)
-    pipe = (pipe.with_memory(profile) if profile else pipe).with_settings(settings)
+    pipe = Pipeline.from_pretrained(folder).with_settings(MEMORIES[name])
     return streamed(pipe, PROMPTS, seed=4, every=7)
 
 

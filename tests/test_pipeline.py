@@ -9,7 +9,6 @@ import pytest
 import tiny
 
 from packforcing_jax import pytrees
-from packforcing_jax.config import PROFILES
 from packforcing_jax.errors import InputError, MachineError
 from packforcing_jax.sampling import pipeline, player
 
@@ -119,9 +118,7 @@ def streams(pipe):
 @pytest.mark.parametrize(("name", "after"), [("plain", 0), ("plain", 6), ("incremental", 6)])
 def test_a_stream_goes_on_from_the_state_a_block_left(streams, name, after):
     model, whole, states = streams[name]
-    rest = list(
-        model.stream(PROMPTS, seed=99, state=copied(states[after]))
-    )  # the state knows its seed
+    rest = list(model.stream(PROMPTS, state=copied(states[after])))  # which knows its seed
     assert [block.index for block in rest] == list(range(after + 1, len(PROMPTS)))
     for block, expected in zip(rest, whole[after + 1 :], strict=True):
         assert (block.prompt, block.layout, block.sink_sum) == (
@@ -253,7 +250,9 @@ def test_generate_is_the_stream_in_one_piece(pipe):
 
 
 def test_memory_profiles_are_names(pipe):
-    assert pipe.with_memory("no-mid").experiment.cache == PROFILES["no-mid"]
+    own = pipe.experiment.cache
+    changed = dataclasses.replace(own, top=0, capacity=0)
+    assert pipe.with_memory("no-mid").experiment.cache == changed
     for wrong, remedy in (("papre", "did you mean paper"), ("qqq", "known: .*no-mid")):
         with pytest.raises(InputError, match=f"'{wrong}' is unknown; {remedy}"):
             pipe.with_memory(wrong)
@@ -304,3 +303,69 @@ def test_keys_and_values_are_stored_as_asked(pipe):
         assert rounded.dtype == exact.dtype
         assert np.abs(rounded - exact).max() < 0.5
     assert np.abs(bits(model)[2] - bits(pipe)[2]).max() > 0
+
+
+@pytest.mark.parametrize("prompts", [RED, "", [RED, 3], [None], b"a red disc"], ids=repr)
+def test_one_string_is_no_list_of_prompts(pipe, prompts):
+    with pytest.raises(InputError, match=r"is no list of prompts.*\[prompt\] \* blocks"):
+        pipe.stream(prompts)
+    with pytest.raises(InputError, match="is no list of prompts"):
+        pipe.generate(prompts)
+
+
+@pytest.mark.parametrize("seed", [1.5, -1, 2**32, 10**30, True, "7", np.float32(1)], ids=repr)
+def test_a_seed_is_a_whole_number_of_32_bits(pipe, seed):
+    with pytest.raises(InputError, match=r"seed=.* must be a whole number from 0 to 4294967295"):
+        pipe.stream([RED], seed=seed)
+    with pytest.raises(InputError, match="a video's id=.* must be a whole number"):
+        pipe.stream([RED], identity=seed)
+
+
+def test_seeds_of_numpy_are_numbers_too(pipe):
+    one, other = (latents(pipe, [RED], seed=seed) for seed in (7, np.int64(7)))
+    np.testing.assert_array_equal(one, other)
+
+
+def test_a_state_holds_its_seed_and_identity(streams):
+    model, _, states = streams["plain"]
+    for beside in ({"seed": 3}, {"identity": 4}, {"seed": 0}):
+        with pytest.raises(InputError, match="stand beside a state, which holds both already"):
+            model.stream(PROMPTS, state=copied(states[0]), **beside)
+
+
+def test_a_state_that_was_used_up_is_refused(pipe):
+    first, _ = pipe.stream([RED] * 2)
+    with pytest.raises(InputError, match="used up by the block that was drawn behind it"):
+        pipe.stream([RED] * 3, state=first.state)
+
+
+def test_a_state_of_another_memory_is_refused(pipe, streams):
+    _, _, states = streams["plain"]
+    others = [
+        pipe.with_memory("no-mid"),
+        pipe.with_settings(["cache.recent=6"]),
+        pipe.with_settings(["dtypes.cache=bfloat16"]),
+        pipe.with_method("longlive"),
+    ]
+    for other in others:
+        with pytest.raises(InputError, match="belongs to another memory"):
+            other.stream(PROMPTS, state=copied(states[0]))
+    with pytest.raises(InputError, match="a dict is no state"):
+        pipe.stream(PROMPTS, state={"memory": 3})
+
+
+@pytest.mark.parametrize("setting", ["dit.eps=0.5", "text.heads=1", "compressor.channels=(5,7,9)"])
+def test_settings_of_loaded_networks_cannot_change(pipe, setting):
+    with pytest.raises(InputError, match=f"{setting.partition('=')[0]} .*when it is loaded"):
+        pipe.with_settings([setting])
+
+
+def test_a_method_is_not_a_setting(pipe):
+    for change in (pipe.with_settings, lambda sets: pipeline.with_overrides(tiny.EXP, None, sets)):
+        with pytest.raises(InputError, match="would leave the memory as it is; give --method NAME"):
+            change(["method=longlive"])
+
+
+def test_bytes_that_are_no_text_are_no_prompt(pipe):
+    with pytest.raises(InputError, match="holds bytes that are no text; write it in UTF-8"):
+        pipe.stream(["a red \udcff disc"])

@@ -159,9 +159,9 @@ def test_settings_memory_batch_dtype_and_seconds_change_the_figures(run):
     assert (figures["keys/packed"], figures["keys/recent"], figures["keys/cached"]) == (
         0,
         6 * 8,
-        (8 + 6) * 8,
+        (3 + 6) * 8,
     )
-    assert figures["bytes/cached"] == 14 * 8 * 2 * 2 * 36 * 2 * 3
+    assert figures["bytes/cached"] == 9 * 8 * 2 * 2 * 36 * 2 * 3
     assert set(said["dtypes"].values()) == {"bfloat16"}
 
 

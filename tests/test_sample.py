@@ -94,14 +94,14 @@ WRONG = {
         [*PROMPT, "--set", "cache.selection=afinity"],
         ["'afinity'", "did you mean affinity?"],
     ),
-    "trace in place of a folder": ([*PROMPT, "--trace", "."], ["Trace .", "folder"]),
+    "trace in place of a folder": ([*PROMPT, "--trace", "."], ["--trace .", "folder"]),
     "trace that cannot be written": (
         [*PROMPT, "--trace", "/proc/run.jsonl"],
         ["/proc/run.jsonl", "not writable"],
     ),
     "saves in a place that is none": (
         [*PROMPT, "--state", "/proc/version/saves"],
-        ["/proc/version", "not usable"],
+        ["--state /proc/version/saves", "which is a file"],
     ),
     "no pace of saving": ([*PROMPT, "--state", "saves", "--every", "0"], ["--every 0", "1"]),
     "no pace, nothing saved": ([*PROMPT, "--every", "-2"], ["--every -2", "1"]),
@@ -129,8 +129,8 @@ WRONG = {
         ["dtypes.cache='float8'", "bfloat16"],
     ),
     "more than there is memory": (
-        [*PROMPT, "--set", "cache.capacity=99999999"],
-        ["needs", "of memory", "--set cache."],
+        [*PROMPT, "--set", "latent=(1024,1024)"],
+        ["needs", "of memory", "use a larger device"],
     ),
     "empty prompt": (["--prompt", "  "], ["--prompt", "empty"]),
     "prompt and timeline": ([*PROMPT, "--timeline", "x"], ["--prompt", "--timeline"]),
@@ -410,8 +410,8 @@ OTHERS = {
     "another seed": (["--seed", "9"], "seed: 0 saved, 9 wanted"),
     "another memory": (["--set", "cache.top=1"], "experiment.cache.top: 2 saved, 1 wanted"),
     "another profile": (["--memory", "no-mid"], "experiment.cache"),
-    "another story": (["--timeline", "other.txt"], "tells another story in its first 5 blocks"),
-    "fewer blocks": (["--blocks", "3"], "tells another story in its first 5 blocks"),
+    "another story": (["--timeline", "other.txt"], "tells another story from block 3 on"),
+    "fewer blocks": (["--blocks", "3"], "holds 5 blocks of this story, and 3 are asked for"),
     "another video": (["--out", "other.mp4"], "other.mp4 has 0 bytes"),
     "another trace": (["--trace", "other.jsonl"], "other.jsonl has 0 bytes"),
 }

@@ -231,7 +231,10 @@ WRONG_SIZES = {
         r"need \[15, 8, 4, 48\]",
     ),
     "text": (
-        of_size(text=dataclasses.replace(tiny.EXP.text, dim=14)),
+        of_size(
+            text=dataclasses.replace(tiny.EXP.text, dim=14),
+            dit=dataclasses.replace(tiny.EXP.dit, text_dim=14),
+        ),
         r"states bfloat16\[\*, 10\].* text.dim=14",
     ),
     "blocks": (

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from packforcing_jax import configs
-from packforcing_jax.cli import common, plan
+from packforcing_jax.cli import common, places, plan
+from packforcing_jax.cli.places import Place
 from packforcing_jax.errors import InputError, require
 from packforcing_jax.io import atomic
 
@@ -67,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints every figure; 1 if one is worse than the baseline allows."""
     _check(args)
+    with places.held([Place("--write", args.write, "file")]):
+        return _measured(args)
+
+
+def _measured(args: argparse.Namespace) -> int:
     import jax.numpy as jnp
 
     from packforcing_jax.plan import bench, timing
@@ -108,15 +114,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses what can be refused before anything is loaded."""
+    common.require_model_folder(args.weights)
     require(
         args.config is None or args.weights is None,
         "--config and --weights exclude each other; give one.",
     )
-    require(args.repeats > 0, f"--repeats {args.repeats} measures nothing; give 1 or more.")
-    require(args.warmup >= 0, f"--warmup {args.warmup} is negative; give 0 or more.")
-    if args.write:
-        folder = Path(args.write).parent
-        require(folder.is_dir(), f"--write {args.write}: {folder} is no folder; make it first.")
+    common.require_count("--repeats", args.repeats)
+    common.require_count("--warmup", args.warmup, least=0)
 
 
 def _model(args: argparse.Namespace):
@@ -203,7 +207,7 @@ def read(path: Path) -> dict[str, Any]:
         baseline |= {"device": baseline["machine"]["device"]} | {
             key: baseline[key] for key in ALIKE if key != "device"
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"Baseline {path} cannot be read ({type(error).__name__}: {error}); write it anew."
         ) from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from packforcing_jax import interrupts
+from packforcing_jax.errors import require, shown
 
 if TYPE_CHECKING:
     from packforcing_jax.config import Experiment
@@ -19,17 +20,10 @@ SECONDS_BETWEEN_LINES = (
 
 
 def load_experiment(config: str | Path, overrides: Sequence[str] = ()) -> "Experiment":
-    """`config.overrides.load_experiment`, which loads jax."""
+    """`config.loading.load_experiment`, which loads jax."""
     from packforcing_jax.config import loading
 
     return loading.load_experiment(config, overrides)
-
-
-def override(experiment: "Experiment", overrides: Sequence[str]) -> "Experiment":
-    """`config.overrides.override`: of an experiment that came with its weights."""
-    from packforcing_jax.config import loading
-
-    return loading.override(experiment, overrides)
 
 
 def add_experiment_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -48,6 +42,23 @@ def add_experiment_arguments(parser: argparse.ArgumentParser, default: str | Non
         default=[],
         dest="overrides",
         help="change one setting, such as cache.top=8; may be repeated",
+    )
+
+
+def require_model_folder(folder: str | Path | None) -> None:
+    """Raises `InputError` if --weights names a file, such as weights that have to be converted first."""
+    require(
+        folder is None or not Path(folder).is_file(),
+        f"--weights {folder} is a file, not a model folder; make one of it first: packforcing convert {folder} "
+        "--out DIR.",
+    )
+
+
+def require_count(flag: str, value: int | None, least: int = 1, most: int = 10**6) -> None:
+    """Raises `InputError` about a flag unless its number, if one is given, lies between bounds."""
+    require(
+        value is None or least <= value <= most,
+        f"{flag} {shown(value)} is out of range; give a whole number from {least:,} to {most:,}.",
     )
 
 
@@ -70,8 +81,13 @@ def start_line(
     out: TextIO | None = None,
 ):
     """Prints on stderr what is about to run: experiment, device, dtype, attention backend really used and why."""
+    import jax
     import jax.numpy as jnp
 
+    require(
+        attention != "cudnn" or jax.default_backend() == "gpu",
+        f"attention=cudnn needs a GPU, and this is {jax.default_backend()}; set attention=auto.",
+    )
     print(
         f"{verb}: {experiment.name} on {device_line()}, {jnp.dtype(dtype).name}, attention {attention} ({why})",
         file=out or sys.stderr,

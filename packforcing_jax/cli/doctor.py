@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from packforcing_jax import versions
-from packforcing_jax.cli import common
+from packforcing_jax.cli import common, failures
 
 ENOUGH_DISK = 10**9  # bytes; an hour of the small model's video with room for a checkpoint
 
@@ -62,8 +62,12 @@ def ffmpeg() -> Finding:
     """Whether videos can be written."""
     import imageio_ffmpeg
 
+    from packforcing_jax.io import ffmpeg
+
+    ffmpeg.require_encoder()
     return Finding(
-        True, f"{imageio_ffmpeg.get_ffmpeg_version()} at {imageio_ffmpeg.get_ffmpeg_exe()}"
+        True,
+        f"{imageio_ffmpeg.get_ffmpeg_version()} with {ffmpeg.ENCODER} at {ffmpeg.program()}",
     )
 
 
@@ -117,6 +121,10 @@ def examine(check: Callable[[], Finding], remedy: str) -> Finding:
     try:
         return check()
     except Exception as error:
+        told = failures.outcome(error)
+        if told is not None:
+            said, _, own = told[1].rpartition("; ")
+            return Finding(False, said or told[1], own.rstrip(".") if said else remedy)
         return Finding(False, " ".join(f"{type(error).__name__}: {error}".split()), remedy)
 
 

@@ -75,6 +75,12 @@ def run(args: argparse.Namespace) -> int:
         args.config is None or args.run is not None,
         "--config goes with --run; a model folder has its own config.",
     )
+    common.require_model_folder(args.weights)
+    common.require_count("--videos", args.videos)
+    common.require_count("--batch", args.batch)
+    common.require_count("--blocks", args.blocks)
+    for gap in args.gaps:
+        common.require_count("--gaps", gap)
     from packforcing_jax.config import PROFILES
 
     require(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from packforcing_jax.cli import common
 from packforcing_jax.errors import require
-from packforcing_jax.io import atomic
+from packforcing_jax.io import append_file, atomic
 
 SHOWN = 20  # problems printed in full; --json holds all
 
@@ -70,11 +70,11 @@ def _target(args: argparse.Namespace) -> Path | None:
     require(
         target.suffix.lower() == ".png", f"Map {target} does not end in .png; give it that suffix."
     )
-    require(not target.is_dir(), f"Map {target} is a folder; name a file inside it.")
     require(
         target.resolve() != Path(args.file).resolve(),
         f"Map {target} would replace the trace; give --map another name or --no-map.",
     )
+    append_file.check_writable(target, "Map")
     return target
 
 

@@ -5,10 +5,11 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from packforcing_jax.cli import common
-from packforcing_jax.errors import require
+from packforcing_jax.cli import common, places
+from packforcing_jax.errors import require, shown
 
 MARKS = {"sink": "S", "mid": "m", "recent": "R", "current": "C"}
+MOST = 10_000  # blocks
 SHOWN = 24  # rows of the table; --json holds all
 
 
@@ -30,11 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints one row per block, or JSON with every key."""
-    require(args.blocks > 0, f"--blocks {args.blocks} is not a length; give 1 or more.")
+    require(
+        0 < args.blocks <= MOST,
+        f"--blocks {shown(args.blocks)} is not a length that can be laid out; give 1 to {MOST:,}.",
+    )
     for block in args.switch:
         require(
             0 < block < args.blocks,
-            f"--switch {block} is no block behind the first of {args.blocks}; give 1 to {args.blocks - 1}.",
+            f"--switch {shown(block)} is no block behind the first of {args.blocks}; give 1 to {args.blocks - 1}.",
         )
     from packforcing_jax import methods
     from packforcing_jax.methods import calls
@@ -49,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
     prompts = [sum(start <= block for start in args.switch) for block in range(args.blocks)]
     every = list(calls.calls(exp.memory, method, prompts))
     steps = [call for call in every if call.call == calls.DENOISE]
-    if args.picture:
-        _draw(steps, Path(args.picture))
+    with places.held([places.Place("--picture", args.picture, "picture")]):
+        if args.picture:
+            _draw(steps, Path(args.picture))
     if args.json:
         table = {
             "method": method.name,

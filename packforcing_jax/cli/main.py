@@ -1,8 +1,8 @@
 """The program `packforcing`: finds the verb, reads its flags, and turns every failure into one sentence and a code."""
 
 import argparse
-import errno
 import importlib
+import io
 import json
 import os
 import re
@@ -12,7 +12,8 @@ from typing import NamedTuple, NoReturn
 
 import packforcing_jax
 from packforcing_jax import interrupts, versions
-from packforcing_jax.errors import InputError, MachineError, nearest
+from packforcing_jax.cli import failures, field_flags
+from packforcing_jax.errors import InputError, nearest, shortened, shown
 
 
 class Verb(NamedTuple):
@@ -87,17 +88,6 @@ VERBS = {
     ),
 }
 
-INTERRUPTED = 130
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
-PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
-DEVICE = {
-    "RESOURCE_EXHAUSTED": "the device is out of memory; lower --set cache.top or latent, or use a larger device",
-    "UNAVAILABLE": "the device is not reachable any more; run `packforcing doctor`",
-    "DATA_LOSS": "the device lost data; run `packforcing doctor`",
-    "ABORTED": "the device stopped; run `packforcing doctor`",
-    "INTERNAL": "the device failed; run `packforcing doctor`",
-}
-
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one `InputError`, naming the nearest known flag."""
@@ -107,7 +97,7 @@ class Parser(argparse.ArgumentParser):
         return self.prog.split()[-1]
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{self.verb}: {message}; see {self.prog} --help.")
+        raise InputError(f"{self.verb}: {shortened(message)}; see {self.prog} --help.")
 
     def refuse_unknown_flags(self, argv: Sequence[str]) -> None:
         """Raises `InputError` for the first word that looks like a flag and is none (before `--`)."""
@@ -115,7 +105,11 @@ class Parser(argparse.ArgumentParser):
         for word in argv[: argv.index("--")] if "--" in argv else argv:
             flag = word.partition("=")[0]
             if re.match(r"--?[a-zA-Z]", word) and " " not in flag and flag not in known:
-                raise InputError(f"{self.verb} has no flag {flag}; {nearest(flag, known)}")
+                here = field_flags.instead(flag)
+                raise InputError(
+                    f"{self.verb} has no flag {shown(flag)[1:-1]}; "
+                    + (f"{here}." if here else nearest(flag, known))
+                )
 
 
 def overview() -> str:
@@ -169,52 +163,30 @@ def run(argv: Sequence[str]) -> int:
     return module.run(arguments)  # type: ignore[attr-defined]
 
 
-def outcome(error: BaseException) -> tuple[int, str] | None:
-    """(exit code, sentence) of a failure that a user can meet; None for a defect of ours, which keeps its traceback."""
-    status = re.match(r"[A-Z_]+", str(error))
-    match error:
-        case InputError() | MachineError():
-            return error.exit_code, str(error)
-        case KeyboardInterrupt():
-            return INTERRUPTED, "interrupted; what was finished is kept."
-        case MemoryError():
-            return (
-                MachineError.exit_code,
-                "the machine is out of memory; choose a smaller config or free memory.",
-            )
-        case OSError() if error.errno in DISK:
-            where = f" ({error.filename})" if error.filename else ""
-            return (
-                MachineError.exit_code,
-                f"cannot write{where}: {error.strerror}; free space or choose another --out.",
-            )
-        case OSError() if isinstance(error, PATHS) and error.filename:
-            return InputError.exit_code, f"{error.filename}: {error.strerror}; check the path."
-        case BrokenPipeError():
-            return MachineError.exit_code, "the reader of the output went away."
-        case RuntimeError() if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
-            if status and status[0] in DEVICE:
-                return MachineError.exit_code, f"{DEVICE[status[0]]} ({str(error).splitlines()[0]})"
-    return None
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `packforcing WORDS` and returns the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Runs `packforcing WORDS` and returns the exit code; without words, those of the program, which ends with it."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a console that lacks a character shows its number
+            stream.reconfigure(errors="backslashreplace")
     try:
         with interrupts.raised():
-            return run(argv)
+            return run(words)
     except SystemExit as done:  # argparse after --help
         return int(done.code or 0)
     except BaseException as error:
-        result = outcome(error)
+        result = failures.outcome(error)
         if result is None:
             raise
+        if argv is None:
+            interrupts.ignored()  # nothing is left to be stopped
         code = result[0]
         sentence = " ".join(result[1].split())
         if isinstance(error, BrokenPipeError):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  nothing more can be said there, at exit neither
-        if "--json" in argv:
+        if "--json" in words:
             print(json.dumps({"error": sentence}))
         print(f"packforcing: {sentence}", file=sys.stderr)
         return code

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from packforcing_jax.cli import common
 from packforcing_jax.config import DTYPES
+from packforcing_jax.errors import shown
 
 if TYPE_CHECKING:
     from packforcing_jax.plan.budget import Budget, Row
@@ -89,7 +90,10 @@ def run(args: argparse.Namespace) -> int:
 
     rooms = [memory_fit.parse(size) for size in args.rooms or CARDS]
     exp = pipeline.with_overrides(exp, args.memory, args.overrides, args.method)
+    if args.blocks is not None:
+        pipeline.require_blocks(args.blocks, f"--blocks {shown(args.blocks)}")
     blocks = pipeline.blocks_of(exp, args.seconds) if args.blocks is None else args.blocks
+    common.require_count("--batch", args.batch)
     exp = lengthened(methods.named(exp.method), exp, blocks)
     costs = budget.of(exp, blocks, batch=args.batch, dtype=args.dtype, compiled=args.compile)
     known = costs.peaks if args.compile and jax.default_backend() == "gpu" else None

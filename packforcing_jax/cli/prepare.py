@@ -55,10 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints what the data set holds; exit code 0. Items that were left out are named on stderr."""
-    require(
-        args.limit is None or args.limit > 0,
-        f"--limit {args.limit} leaves nothing; give 1 or more.",
-    )
+    common.require_model_folder(args.weights)
+    common.require_count("--limit", args.limit, most=10**9)
     times = timesteps(args.timesteps)
     from packforcing_jax.data import records
     from packforcing_jax.io import append_file
@@ -81,6 +79,9 @@ def run(args: argparse.Namespace) -> int:
             f"preparing {kind} needs {NEEDED[need]}; "
             "give a model folder that has one with --weights.",
         )
+    if parts.tokenizer is not None:  # what it does not know is said before anything is written
+        for group in _groups(list(dict.fromkeys(item.prompt for item in items))):
+            parts.tokenizer.encode(group)
     about = made_with(parts, model) | {"source": importing.digest(items), "timesteps": times}
     backend, why = attention.resolve(exp.attention)
     common.start_line("prepare", experiment=exp, dtype=exp.dtypes.vae, attention=backend, why=why)
@@ -189,6 +190,7 @@ def examples(
         for item, encoded in zip(group, states):
             try:
                 made = item.made(parts, encoded)
+                importing.require_finite(item, made)
             except importing.LeftOut as why:
                 yield str(why)
                 continue

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from packforcing_jax.cli import common
-from packforcing_jax.errors import InputError, require
+from packforcing_jax.cli import common, places
+from packforcing_jax.cli.places import Place
+from packforcing_jax.errors import InputError, require, shown
 from packforcing_jax.sampling import prompt_files, timelines
 
 TIMES_CLIP = 24  # length of the default video in training clips
@@ -83,11 +84,23 @@ def run(args: argparse.Namespace) -> int:
     """Makes the videos and prints where each is and, if asked, what the Stage world's oracle reads in it."""
     _check(args)
     wanted = prompt_files.named(prompt_files.read(args.prompts)) if args.prompts else []
+    with places.held(
+        [
+            Place("--out", args.out, "videos" if args.prompts else "video"),
+            Place("--state", args.state, "folder"),
+            Place("--sheet", args.sheet, "picture"),
+            Place("--trace", args.trace, "file"),
+        ]
+    ):
+        _require_fits(args)
+        return _load_and_make(args, wanted)
+
+
+def _load_and_make(args: argparse.Namespace, wanted: list[prompt_files.Job]) -> int:
+    """Loads the model, checks every video, and makes them."""
     from packforcing_jax.sampling.pipeline import Pipeline
     from packforcing_jax.stage import captions
 
-    _writable(args)
-    _require_fits(args)
     pipeline = Pipeline.from_pretrained(
         args.weights,
         experiment=_config(args),
@@ -155,11 +168,20 @@ class Film:
         }
 
 
+def _shown(exp) -> tuple[tuple[int, int], int]:
+    """(width, height) of a video's frames, and how many times as large they are shown."""
+    factor = exp.codec.space_factor
+    width, height = exp.latent[1] * factor, exp.latent[0] * factor
+    return (width, height), max(1, SHOWN_HEIGHT // height)
+
+
 def _film(args: argparse.Namespace, pipeline, prompts: list[str], changes: dict[int, str]) -> Film:
+    from packforcing_jax.io import video
     from packforcing_jax.stage import captions
 
     pipeline.check(prompts)
     pipeline = pipeline.for_length(len(prompts))
+    video.check_size(*_shown(pipeline.experiment))
     require(
         not args.oracle or captions.tells(pipeline.experiment),
         f"--oracle reads videos of the Stage world, and {pipeline.experiment.name} makes others; leave it out.",
@@ -251,7 +273,7 @@ def _make(film: Film) -> int:
     )
     if pipeline.method.window is not None:
         print(f"sample: {sizes_told(pipeline.method, exp)}", file=sys.stderr, flush=True)
-    size = (exp.latent[1] * exp.codec.space_factor, exp.latent[0] * exp.codec.space_factor)
+    size, scale = _shown(exp)
     retained = _Retained(all=args.oracle, total=film.blocks if args.sheet else 0)
     with contextlib.ExitStack() as files:
         if keeper is not None:
@@ -262,7 +284,7 @@ def _make(film: Film) -> int:
                 fps=exp.fps,
                 size=size,
                 settings=film.settings,
-                scale=max(1, SHOWN_HEIGHT // size[1]),
+                scale=scale,
                 resume=at.written,
             )
         )
@@ -272,7 +294,8 @@ def _make(film: Film) -> int:
             if args.trace
             else None
         )
-        stream = pipeline.stream(film.prompts, seed=film.seed, state=at.state, changes=film.changes)
+        seed = film.seed if at.state is None else None  # which the state holds
+        stream = pipeline.stream(film.prompts, seed=seed, state=at.state, changes=film.changes)
         first = 0 if at.state is None else at.state.position
         for block in common.progress(
             stream, name="sample", unit="blocks", total=film.blocks - first
@@ -345,6 +368,7 @@ def _sheet(frames: list, path: str) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses what can be refused before anything is loaded."""
+    common.require_model_folder(args.weights)
     sources = [
         flag
         for flag, value in (
@@ -366,15 +390,19 @@ def _check(args: argparse.Namespace) -> None:
         "--seconds and --blocks exclude each other; give one.",
     )
     require(
-        args.blocks is None or args.blocks > 0,
-        f"--blocks {args.blocks} is not a length; give 1 or more.",
+        args.blocks is None or 0 < args.blocks <= timelines.MOST_BLOCKS,
+        f"--blocks {shown(args.blocks)} is not a length; give 1 to {timelines.MOST_BLOCKS:,}.",
     )
     require(
-        args.seconds is None or 0 < args.seconds < float("inf"),
-        f"--seconds {args.seconds} is not a length; give a number above 0.",
+        args.seconds is None or 0 < args.seconds <= timelines.MOST_SECONDS,
+        f"--seconds {args.seconds} is not a length; give a number above 0, {timelines.MOST_SECONDS:,} at most.",
     )
-    require(0 <= args.seed < 2**32, f"--seed {args.seed} is out of range; give 0 to {2**32 - 1}.")
-    require(args.every > 0, f"--every {args.every} must be at least 1.")
+    require(
+        0 <= args.seed < 2**32, f"--seed {shown(args.seed)} is out of range; give 0 to {2**32 - 1}."
+    )
+    require(
+        args.every > 0, f"--every {shown(args.every)} must be at least 1; give a number of blocks."
+    )
     resolved = lambda path: path and Path(path).resolve()  # noqa: E731
     for flag, file in (("--out", args.out), ("--sheet", args.sheet), ("--trace", args.trace)):
         require(
@@ -387,16 +415,6 @@ def _check(args: argparse.Namespace) -> None:
     )
     if args.prompt is not None and not args.prompt.strip():
         raise InputError("--prompt is empty; say what the video should show.")
-
-
-def _writable(args: argparse.Namespace) -> None:
-    """Refuses places that cannot be written, leaving nothing there."""
-    from packforcing_jax.io import video
-    from packforcing_jax.sampling import trace
-
-    video.check_writable(Path(args.out, "video.mp4") if args.prompts else args.out)
-    if args.trace is not None:
-        trace.check_writable(args.trace)
 
 
 def _blocks(args: argparse.Namespace, exp) -> int:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packforcing_jax import interrupts
-from packforcing_jax.cli import common
-from packforcing_jax.errors import MachineError, brief, require
+from packforcing_jax.cli import common, places
+from packforcing_jax.errors import MachineError, brief, require, shown
 
 if TYPE_CHECKING:
     from packforcing_jax.config import Stage
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains or continues stage by stage, and exports the averaged weights of each to the folder `model` in its own."""
     require(
         0 <= args.seed < 2**32,
-        f"--seed {args.seed} does not fit into 32 bits; give 0 to {2**32 - 1}.",
+        f"--seed {shown(args.seed)} does not fit into 32 bits; give 0 to {2**32 - 1}.",
     )
     overrides = args.overrides + ([f"train.steps={args.steps}"] if args.steps is not None else [])
     from packforcing_jax.config import loading
@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     from packforcing_jax.training import runs
 
     summary: dict[str, Any] = {}
-    with interrupts.noted() as stopping:
+    mine = [places.Place("--out", args.out, "folder")] if first() else []
+    with places.held(mine), interrupts.noted() as stopping:
         for folder, stage in runs.planned(recipe, Path(args.out), args.stage):
             summary = train(stage, folder, args.seed, stopping)
             if summary["stopped"]:
@@ -136,17 +137,26 @@ def train(stage: "Stage", folder: Path, seed: int, stopping: Callable[[], bool])
         say(f"train: goes on behind step {job.step} in {folder}")
     made = runs.steps(job, stopping)
     metrics = {}
+    left_out = 0
     if first():
         made = common.progress(
             made, name=folder.name, unit="steps", total=settings.steps - job.step
         )
-    for each in made:
-        metrics = each
+    try:
+        for each in made:
+            metrics = each
+            left_out += metrics["skipped"] > 0
+    finally:
+        if left_out:
+            say(
+                f"train: {left_out} updates were left out, as they were not finite; look at the data or lower the rates"
+            )
     runs.finish(job)
     summary |= {
         "step": job.step,
         "model": summary["model"] if job.done else None,
         "stopped": job.stopped,
+        "left_out": left_out,
     }
     return {
         name: logs.plain(value) if name not in summary else value for name, value in metrics.items()

@@ -27,6 +27,10 @@ RENAMED = {  # keys of earlier versions, and what they are called now
     "train.distil.high": "train.distil.max_timestep",
 }
 
+GONE = {  # keys of earlier versions that have no other name, and what to do instead
+    "cache.spare": "the memory keeps recent frames and the block at hand alone; leave it out or raise cache.recent.",
+}
+
 
 def require_choices(group: str, settings: object) -> None:
     """Raises `InputError` for the first field of the dataclass `settings` that is none of its `CHOICES`."""

@@ -17,8 +17,8 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 import ml_collections
 
-from packforcing_jax.config.choices import RENAMED
-from packforcing_jax.errors import InputError, nearest, require
+from packforcing_jax.config.choices import GONE, RENAMED
+from packforcing_jax.errors import InputError, brief, nearest, require, shortened
 
 Settings = TypeVar("Settings")
 Hint: TypeAlias = Any  # what an annotation evaluates to: a class, a union, tuple[int, ...]
@@ -118,14 +118,25 @@ def _taken(values: Iterable[object], hint: Hint, key: str, setting: str) -> Any:
             return as_type(_frozen(value), hint)
         except TypeError:
             continue
-    raise InputError(f"{setting}: {key} must be {spell(hint)}; give such a value.")
+    raise InputError(f"{shortened(setting)}: {key} must be {spell(hint)}; give such a value.")
 
 
-def _require_known(key: str, where: str, known: Collection[str], setting: str) -> None:
-    """Raises `InputError` naming the nearest unless the group at `where` has the field `key`."""
+def _require_known(
+    key: str, where: str, known: Collection[str], setting: str, elsewhere: Collection[str] = ()
+) -> None:
+    """Raises `InputError` naming the nearest unless the group at `where` has the field `key`.
+
+    `elsewhere` are the keys of all groups, one of which may have been meant.
+    """
     if key not in known:
+        setting = shortened(setting)
         now = RENAMED.get(where + key)
         require(now is None, f"{setting}: the key is called {now} now; rename it.")
+        gone = GONE.get(where + key)
+        require(gone is None, f"{setting}: the key is gone: {gone}")
+        meant = [each for each in elsewhere if each.rpartition(".")[2] == key]
+        if meant:
+            raise InputError(f"{setting}: unknown key; did you mean {' or '.join(meant)}?")
         hint = nearest(where + key, {where + each for each in known})
         raise InputError(f"{setting}: unknown key; {hint}")
 
@@ -175,6 +186,13 @@ def from_json(
         ) from error
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits, tables in tables
+        raise InputError(
+            f"{source} cannot be read as JSON ({brief(error)}); fetch the file again."
+        ) from error
 
 
 def _decoded(hint: Hint, data: object, key: str, known: Sequence[type]) -> Any:
@@ -281,8 +299,19 @@ def _tree(group: object) -> dict[str, Any]:
     }
 
 
+def _keys(group: object, where: str) -> list[str]:
+    """The dotted keys of all single values in a group."""
+    inner = _inner(group)
+    return [
+        key
+        for name in hints_of(type(group))
+        for key in (_keys(inner[name], f"{where}{name}.") if name in inner else [where + name])
+    ]
+
+
 def _hint_at(settings: object, path: str, inside: str, beside: Sequence[str]) -> Hint:
     """The type of the single value at a dotted path; raises `InputError` if there is none."""
+    every = _keys(settings, inside)
     *outer, last = path.split(".")
     group = settings
     where = inside
@@ -297,7 +326,7 @@ def _hint_at(settings: object, path: str, inside: str, beside: Sequence[str]) ->
         group = getattr(group, name)
         where = f"{where}{name}."
     known = (*hints_of(type(group)), *(beside if group is settings else ()))
-    _require_known(last, where, known, f"--set {where}{last}")
+    _require_known(last, where, known, f"--set {where}{last}", every)
     if last in _inner(group):
         fields = ", ".join(f"{key}.{name}" for name in hints_of(type(getattr(group, last))))
         raise InputError(f"--set {key}: {key} is a group; set one of {fields}.")

@@ -4,6 +4,7 @@ import functools
 import math
 from dataclasses import dataclass
 
+from packforcing_jax.config import limits
 from packforcing_jax.config.memory import CacheConfig, MemorySpec
 from packforcing_jax.config.networks import (
     CompressorConfig,
@@ -14,8 +15,8 @@ from packforcing_jax.config.networks import (
     VAEConfig,
 )
 from packforcing_jax.config.sampling import DtypeConfig, SampleConfig
-from packforcing_jax.errors import require
-from packforcing_jax.policies.attention import Backend
+from packforcing_jax.errors import nearest, require
+from packforcing_jax.policies.attention import BACKENDS, Backend
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,11 @@ class Experiment:
     card: str = ""  # of the published checkpoint that the weights come from
 
     def __post_init__(self):
+        limits.require_within(limits.EXPERIMENT, "", self)
+        require(
+            isinstance(self.attention, Backend) or self.attention in ("auto", *BACKENDS),
+            f"attention={self.attention!r} is unknown; {nearest(str(self.attention), ('auto', *BACKENDS))}",
+        )
         for axis, size in zip((1, 2), self.latent):
             require(
                 size % self.dit.patch[axis] == 0,
@@ -114,8 +120,13 @@ class Experiment:
         )
         require(
             self.codec.z_dim == self.dit.in_channels,
-            f"codec.z_dim={self.codec.z_dim} differs from dit.in_channels={self.dit.in_channels}; change one.",
+            f"codec.z_dim={self.codec.z_dim}{_factor(self.codec)} differs from dit.in_channels={self.dit.in_channels}; "
+            "change one.",
         )
+        require_pools(self)
+        if self.cache.top:
+            require_packs(self.step, self.codec)
+        require_indexed(self.memory)
 
     @property
     def blocks(self) -> int:
@@ -161,3 +172,99 @@ class Experiment:
     @property
     def tokens_per_packed_block(self) -> int:
         return self.step.tokens_per_packed_block
+
+
+def _factor(codec: VAEConfig | SpaceToDepthConfig) -> str:
+    """Where the channels of a codec come from, if no setting says them."""
+    return f" (codec.factor={codec.factor})" if isinstance(codec, SpaceToDepthConfig) else ""
+
+
+def require_whole(exp: Experiment) -> None:
+    """Raises `InputError` unless the parts of a model go together, so that it can draw; some may be converted alone."""
+    dit: DiTConfig = exp.dit
+    out = getattr(dit, "out_channels", dit.in_channels)
+    require(
+        out == dit.in_channels,
+        f"dit.out_channels={out} differs from in_channels={dit.in_channels}, but what comes out is denoised again; "
+        "give them one value.",
+    )
+    require(
+        exp.text.dim == dit.text_dim,
+        f"text.dim={exp.text.dim} differs from dit.text_dim={dit.text_dim}, which reads it; change one.",
+    )
+    require(
+        exp.text.max_words <= dit.text_len,
+        f"text.max_words={exp.text.max_words} exceeds dit.text_len={dit.text_len}, the words that the transformer "
+        "reads; change one.",
+    )
+
+
+def require_pools(exp: Experiment) -> None:
+    """Raises `InputError` unless the pixels of a block, pooled as packing wants them, fill whole latents."""
+    pool = exp.compressor.pool
+    group = exp.codec.time_factor
+    slots = exp.packed_grid[0]
+    frames = -(-exp.cache.block * group // pool[0])
+    most = slots if group == 1 else 1 + group * slots
+    require(
+        slots > 0 and frames <= most,
+        f"compressor.pool={pool} leaves {frames} frames of a block of cache.block={exp.cache.block}, but "
+        f"compressor.frames={exp.compressor.frames} and strides={exp.compressor.strides} pack {most} at most; pool "
+        "more frames or pack more.",
+    )
+    rows, columns = low_res_cells(exp.latent, exp.codec, pool)
+    require(
+        rows > 0 and columns > 0,
+        f"compressor.pool={pool} leaves no whole cell of latent={exp.latent} in rows or columns; make it smaller.",
+    )
+
+
+def low_res_cells(
+    latent: tuple[int, int], codec: VAEConfig | SpaceToDepthConfig, pool: tuple[int, int, int]
+) -> tuple[int, int]:
+    """Rows and columns of latents that are made of pooled pixels."""
+    factor = codec.space_factor
+    rows, columns = (side * factor // each // factor for side, each in zip(latent, pool[1:]))
+    return rows, columns
+
+
+def require_packs(step: StepConfig, codec: VAEConfig | SpaceToDepthConfig) -> None:
+    """Raises `InputError` unless a block can be packed: its convolutions and its pooled pixels give the same tokens."""
+    cfg = step.compressor
+    require(
+        step.cache.block <= cfg.frames,
+        f"cache.block={step.cache.block} exceeds compressor.frames={cfg.frames}, the frames that are packed together; "
+        "change one or set cache.top=0.",
+    )
+    sizes = (cfg.frames, *step.latent)
+    require(
+        min(step.packed_grid) > 0,
+        f"compressor strides of {tuple(cfg.stride(axis) for axis in range(3))} in all leave nothing of "
+        f"compressor.frames={cfg.frames} and latent={step.latent}; make them smaller or set cache.top=0.",
+    )
+    if isinstance(cfg, CompressorConfig) and cfg.branches != "lr":
+        convolved = tuple(cfg.convolved(axis, size) for axis, size in enumerate(sizes))
+        require(
+            convolved == step.packed_grid,
+            f"compressor.strides={cfg.strides} make {convolved} tokens of compressor.frames={cfg.frames} and "
+            f"latent={step.latent}, not {step.packed_grid}; choose strides that divide them.",
+        )
+    if cfg.branches != "hr":
+        cells = low_res_cells(step.latent, codec, cfg.pool)
+        wanted = tuple(n * p for n, p in zip(step.packed_grid[1:], step.dit.patch[1:]))
+        require(
+            all(have >= want for have, want in zip(cells, wanted)),
+            f"compressor.pool={cfg.pool} leaves {cells} cells of latent={step.latent}, but packing needs {wanted}; "
+            "make pool smaller in rows and columns.",
+        )
+
+
+def require_indexed(memory: MemorySpec) -> None:
+    """Raises `InputError` for a memory of more keys than an index reaches."""
+    stored = memory.cache.slots * memory.tokens_per_packed_block
+    require(
+        max(memory.room, stored) <= limits.KEYS,
+        f"the memory of cache.sink={memory.cache.sink}, recent={memory.cache.recent}, top={memory.cache.top} and "
+        f"capacity={memory.cache.capacity} holds {max(memory.room, stored):,} keys a layer, more than "
+        f"{limits.KEYS:,}; make them smaller.",
+    )

@@ -11,7 +11,7 @@ from packforcing_jax.config import decode
 from packforcing_jax.config.experiment import Experiment
 from packforcing_jax.config.recipe import Stage
 from packforcing_jax.config.training import TrainConfig
-from packforcing_jax.errors import InputError, nearest
+from packforcing_jax.errors import InputError, brief, nearest, shortened
 
 CONFIGS = pathlib.Path(next(iter(configs.__path__)))  # outside the checkout too
 STAGE = re.compile(r"[\w-]+")  # the name of a stage, and of its folder
@@ -44,11 +44,11 @@ def _names_of(path: pathlib.Path) -> dict[str, Any]:
     """What a Python file defines at module level."""
     try:
         return runpy.run_path(str(path))
-    except InputError:
+    except (InputError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # such as sys.exit: a config defines an experiment and ends
         raise InputError(
-            f"config {path} does not run ({type(error).__name__}: {error}); correct that file."
+            f"config {path} does not run ({type(error).__name__}: {shortened(brief(error))}); correct that file."
         ) from error
 
 

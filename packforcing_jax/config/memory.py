@@ -1,9 +1,10 @@
 """The memory: its sizes in latent frames, which past blocks are attended, and where the keys stand in time."""
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
+from packforcing_jax.config import limits
 from packforcing_jax.config.choices import require_choices
 from packforcing_jax.errors import require
 from packforcing_jax.policies import eviction, selection
@@ -43,10 +44,7 @@ class CacheConfig:
     key_multiple: int = 128
 
     def __post_init__(self):
-        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type is int}
-        for name, value in sizes.items():
-            require(value >= 0, f"cache.{name}={value} is negative; give 0 or more.")
-        require(self.block > 0, f"cache.block={self.block} must be at least one latent frame.")
+        limits.require_within(limits.CACHE, "cache", self)
         require(
             self.top <= self.capacity,
             f"cache.top={self.top} exceeds capacity={self.capacity}; raise capacity.",
@@ -241,12 +239,40 @@ class MemorySpec:
         return self.cache.rope_adjustment == "sink"
 
 
+# Profiles
+
+
+STAGE = CacheConfig(score_pool=(4, 1, 1), key_multiple=32)
+# what only leaves parts of a memory out, as changes of the fields of any one
+PARTS_LEFT_OUT: Mapping[str, Callable[[CacheConfig], Mapping[str, int]]] = {
+    "no-mid": lambda own: {"top": 0, "capacity": 0},
+    "no-sink": lambda own: {"sink": 0, "recent": own.sink + own.recent, "top": 0, "capacity": 0},
+}
 PROFILES = {
     "paper": CacheConfig(),
     "published": CacheConfig(
         block=3, sink=9, recent=3, span="fit", max_position=21, score_pool=(3, 4, 4)
     ),
-    "stage": CacheConfig(score_pool=(4, 1, 1), key_multiple=32),
-    "no-mid": CacheConfig(top=0, capacity=0, key_multiple=32),
-    "no-sink": CacheConfig(sink=0, recent=12, top=0, capacity=0, key_multiple=32),
+    "stage": STAGE,
+    **{name: replace(STAGE, **changes(STAGE)) for name, changes in PARTS_LEFT_OUT.items()},
 }
+
+
+def profiled(own: CacheConfig, name: str) -> CacheConfig:
+    """The memory of a profile for a model whose own is `own`.
+
+    What the model was trained with stays: its block, the range of positions, and how its grid is pooled and padded.
+    Frames of a profile count in blocks: 8 frames in blocks of 4 are 6 in blocks of 3.
+    """
+    if name in PARTS_LEFT_OUT:
+        return replace(own, **PARTS_LEFT_OUT[name](own))
+    profile = PROFILES[name]
+    return replace(
+        profile,
+        block=own.block,
+        sink=-(-profile.sink // profile.block) * own.block,
+        recent=-(-profile.recent // profile.block) * own.block,
+        max_position=own.max_position,
+        score_pool=own.score_pool,
+        key_multiple=own.key_multiple,
+    )

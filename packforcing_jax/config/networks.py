@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+from packforcing_jax.config import limits
 from packforcing_jax.config.choices import require_choices
 from packforcing_jax.errors import require
 
@@ -60,6 +61,7 @@ class DiTConfig:
     rope_pairs: tuple[int, int, int] | None = None  # None: Wan's split of the head
 
     def __post_init__(self):
+        limits.require_within(limits.DIT, "dit", self)
         require(
             self.dim % self.heads == 0,
             f"dit.dim={self.dim} is not divisible by heads={self.heads}; change one.",
@@ -68,11 +70,19 @@ class DiTConfig:
             self.head_dim % 2 == 0,
             f"dit.dim/heads={self.head_dim} must be even for rotary pairs; change heads.",
         )
-        require(self.patch[0] == 1, f"dit.patch={self.patch} must be 1 in time, as in Wan2.1.")
+        require(
+            self.patch[0] == 1,
+            f"dit.patch={self.patch} must be 1 in time, as in Wan2.1; give (1, rows, columns).",
+        )
+        require(
+            self.freq_dim % 2 == 0,
+            f"dit.freq_dim={self.freq_dim} must be even, half sines and half cosines; change it.",
+        )
         if self.rope_pairs is not None:
             require(
                 sum(self.rope_pairs) == self.head_dim // 2,
-                f"dit.rope_pairs={self.rope_pairs} must add up to {self.head_dim // 2} pairs.",
+                f"dit.rope_pairs={self.rope_pairs} must add up to {self.head_dim // 2} pairs, half of dim/heads; "
+                "change it.",
             )
 
     @property
@@ -102,13 +112,16 @@ class VAEConfig:
     std: tuple[float, ...] = WAN_STD
 
     def __post_init__(self):
+        limits.require_within(limits.VAE, "codec", self)
+        require(len(self.dim_mult) > 0, "codec.dim_mult=() has no stage; give one entry for each.")
         require(
             len(self.temporal_downsample) == len(self.dim_mult) - 1,
-            f"vae.temporal_downsample={self.temporal_downsample} needs {len(self.dim_mult) - 1} entries.",
+            f"codec.temporal_downsample={self.temporal_downsample} needs {len(self.dim_mult) - 1} entries, one for "
+            "each stage of dim_mult but the last; change one.",
         )
         require(
             len(self.mean) == len(self.std) == self.z_dim,
-            f"vae.mean and vae.std need z_dim={self.z_dim} entries each.",
+            f"codec.mean and codec.std need z_dim={self.z_dim} entries each; give as many.",
         )
 
     @property
@@ -126,6 +139,9 @@ class SpaceToDepthConfig:
 
     tag: ClassVar[str] = "space_to_depth"
     factor: int = 4
+
+    def __post_init__(self):
+        limits.require_within(limits.SPACE_TO_DEPTH, "codec", self)
 
     @property
     def z_dim(self) -> int:
@@ -155,9 +171,15 @@ class TextConfig:
     max_words: int = 512
 
     def __post_init__(self):
+        limits.require_within(limits.TEXT, "text", self)
         require(
             self.dim_attn % self.heads == 0,
             f"text.dim_attn={self.dim_attn} is not divisible by heads={self.heads}; change one.",
+        )
+        require(
+            self.max_distance > self.buckets // 4,
+            f"text.max_distance={self.max_distance} must exceed a quarter of buckets={self.buckets}, the distances "
+            "that have a bucket of their own; change one.",
         )
 
 
@@ -180,12 +202,29 @@ class CompressorConfig:
     keys: str = "blocks"
 
     def __post_init__(self):
+        limits.require_within(limits.COMPRESSOR, "compressor", self)
         require(
-            len(self.channels) == len(self.strides),
-            "compressor.channels and strides need the same length.",
+            0 < len(self.channels) == len(self.strides),
+            f"compressor.channels={self.channels} and strides={self.strides} need the same length, one entry for each "
+            "convolution; change one.",
         )
         require_choices("compressor", self)
 
     def stride(self, axis: int) -> int:
         """Total latent stride along axis 0 (time), 1 (rows) or 2 (columns)."""
         return math.prod(step[axis] for step in self.strides)
+
+    def kernel(self, stride: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Kernel of a convolution: 4 where space is strided, else 3; in time 3 where strided, else 1.
+
+        It is padded by 1 on both sides wherever it is larger than 1: 30x52 -> 15x26 -> 7x13.
+        """
+        time, rows, columns = stride
+        return 3 if time > 1 else 1, 4 if rows > 1 else 3, 4 if columns > 1 else 3
+
+    def convolved(self, axis: int, size: int) -> int:
+        """What the convolutions leave of `size` along an axis."""
+        for stride in self.strides:
+            kernel = self.kernel(stride)[axis]
+            size = (size + 2 * (kernel > 1) - kernel) // stride[axis] + 1
+        return size

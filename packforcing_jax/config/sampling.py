@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from packforcing_jax.config import limits
 from packforcing_jax.config.choices import require_choices
 from packforcing_jax.errors import require
 
@@ -23,12 +24,13 @@ class SampleConfig:
     prediction: str = "velocity"  # what the network returns: velocity or clean
 
     def __post_init__(self):
-        for name, least in (("steps", 1), ("first_steps", 0)):
+        limits.require_within(limits.SAMPLE, "sample", self)
+        require(len(self.steps) > 0, "sample.steps=() holds no step; give one or more.")
+        for name in ("steps", "first_steps"):
             steps = getattr(self, name)
-            falling = all(a > b for a, b in zip(steps, steps[1:]))
             require(
-                len(steps) >= least and falling and all(0 < step <= 1000 for step in steps),
-                f"sample.{name}={steps} must fall strictly within 1000..1.",
+                all(a > b for a, b in zip(steps, steps[1:])),
+                f"sample.{name}={steps} must fall from step to step; reorder it.",
             )
         require_choices("sample", self)
 

@@ -1,9 +1,10 @@
 """How a model is trained, as frozen values: what is minimised, what moves how fast, where, and from what data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from packforcing_jax.config import limits
 from packforcing_jax.config.choices import CHOICES, require_choices
 from packforcing_jax.errors import require
 
@@ -33,10 +34,6 @@ class OptimiserConfig:
         require(
             self.kind in ("adamw", "muon"),
             f"optimiser kind={self.kind!r} is unknown; choose adamw or muon.",
-        )
-        require(
-            self.rate >= 0 and self.matrix_rate >= 0,
-            f"optimiser rate={self.rate} is negative; give 0 or more.",
         )
 
 
@@ -115,8 +112,9 @@ class DistilConfig:
             f"train.distil.gradient={self.gradient!r} is unknown; choose packed, none or leak.",
         )
         require(
-            self.critic_updates > 0,
-            f"train.distil.critic_updates={self.critic_updates} must be at least 1.",
+            self.min_timestep < self.max_timestep,
+            f"train.distil.min_timestep={self.min_timestep} must lie below "
+            f"max_timestep={self.max_timestep}; change one.",
         )
 
 
@@ -142,6 +140,19 @@ class Objective:
     def networks(self) -> tuple[str, ...]:
         """The networks that are trained."""
         return ("generator", "critic") if self.critic else ("generator",)
+
+
+GROUPS: Mapping[
+    str, limits.Limits
+] = {  # fields of `TrainConfig` that are groups, and what they may hold
+    "cover": limits.COVER,
+    "distil": limits.DISTIL,
+    "generator": limits.OPTIMISER,
+    "compressor": limits.OPTIMISER,
+    "critic": limits.OPTIMISER,
+    "mesh": limits.MESH,
+    "source": limits.DATA,
+}
 
 
 @dataclass(frozen=True)
@@ -191,27 +202,14 @@ class TrainConfig:
     profile: tuple[int, int] = (0, 0)  # first and last step of the profiler's window
 
     def __post_init__(self):
-        for name in (
-            "steps",
-            "batch",
-            "accumulate",
-            "grid",
-            "save_every",
-            "keep",
-            "log_every",
-            "patience",
-        ):
-            value = getattr(self, name)
-            require(value > 0, f"train.{name}={value} must be at least 1.")
+        limits.require_within(limits.TRAIN, "train", self)
+        for name, within in GROUPS.items():
+            limits.require_within(within, f"train.{name}", getattr(self, name))
         require_choices("train", self)
         require(
             self.batch % self.accumulate == 0,
             f"train.batch={self.batch} is not a multiple of accumulate={self.accumulate}; change one.",
         )
-        require(
-            0 <= self.drop_text <= 1, f"train.drop_text={self.drop_text} is no chance; give 0 to 1."
-        )
-        require(0 <= self.blend <= 1, f"train.blend={self.blend} is no share; give 0 to 1.")
         require(
             bool(self.blend_from) or not self.blend,
             f"train.blend={self.blend} needs a model to go towards; name it in train.blend_from.",

@@ -89,7 +89,7 @@ def read_notes(source: Path) -> Notes:
         }
         shards = tuple(Shard(**one) for one in table["shards"])
         return Notes(str(table["kind"]), dict(table["about"]), fields, shards, int(table["taken"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{source} is damaged ({brief(error)}); prepare the data again in another folder."
         ) from error
@@ -278,6 +278,12 @@ class Writer:
                 if kind is None:
                     atomic.move(self.folder / UNFINISHED, self.folder / COMPLETE)
                     self.complete = True
+                elif (
+                    isinstance(error, InputError) and not self.notes.examples
+                ):  # nothing to go on from
+                    (self.folder / UNFINISHED).unlink()
+                    with contextlib.suppress(OSError):
+                        self.folder.rmdir()
         finally:
             os.close(self._lock)
 

@@ -6,25 +6,44 @@ import tempfile
 from pathlib import Path
 
 from packforcing_jax.errors import InputError, require
+from packforcing_jax.io import locks
 
 
 def check_writable(path, what: str) -> None:
     """Raises `InputError` about `what` unless a file can be written at `path`; leaves nothing behind."""
     path = Path(path)
+    locks.check_name(path, what)
     require(not path.is_dir(), f"{what} {path} is a folder; name a file inside it.")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
     require(
-        folder.is_dir(),
-        f"{what} {path} lies below {folder}, which is a file; choose another folder.",
+        not path.exists() or path.is_file(),
+        f"{what} {path} is a pipe or a device, which cannot be gone back in; name a file.",
     )
+    _check_takes_files(path.absolute().parent, f"{what} {path}", path if path.exists() else None)
+
+
+def check_folder(path, what: str) -> None:
+    """Raises `InputError` about `what` unless files can be written into the folder `path`; leaves nothing behind."""
+    path = Path(path)
+    locks.check_name(path, what)
+    require(
+        not path.exists() or path.is_dir(),
+        f"{what} {path} is no folder; choose another place.",
+    )
+    _check_takes_files(path.absolute(), f"{what} {path}")
+
+
+def _check_takes_files(folder: Path, said: str, file: Path | None = None) -> None:
+    """Raises `InputError` about what `said` names unless `folder` can be made and written, and `file` is writable."""
+    folder = next(each for each in (folder, *folder.parents) if each.exists())
+    require(folder.is_dir(), f"{said} lies below {folder}, which is a file; choose another folder.")
     try:
-        if path.exists():
-            path.open("ab").close()
+        if file is not None:
+            file.open("ab").close()
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise InputError(
-            f"{what} {path} is not writable ({error.strerror}); choose another folder."
+            f"{said} is not writable ({error.strerror}); choose another folder."
         ) from error
 
 

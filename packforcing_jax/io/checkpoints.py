@@ -4,11 +4,13 @@ Training runs and samplers keep what they are in the same kind of folder. Orbax 
 goes wrong there is raised by the next call, and earlier steps are kept.
 """
 
+import functools
 import hashlib
 import json
 import logging
 import re
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -19,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from packforcing_jax import interrupts
-from packforcing_jax.errors import InputError, MachineError, brief, require
+from packforcing_jax.errors import InputError, MachineError, brief, require, shortened
 from packforcing_jax.io import append_file
 
 Json: TypeAlias = (
@@ -29,7 +31,7 @@ FORMAT = 2  # of what is noted beside a state; version 1 was never released
 STATE = "state"
 NOTES = "notes"
 DIGESTS = "digests.json"  # what a step consists of
-STEP = re.compile(r"\d+")
+STEP = re.compile(r"0|[1-9][0-9]{0,11}")
 EARLIER = re.compile(r"block_\d+")  # names of steps, today and before
 TEMPORARY = ".orbax-checkpoint-tmp"  # behind the name of a step that is being written
 DISCARDED = ".discarded"  # where a step goes first that is not kept, so that half of it never looks like one
@@ -179,7 +181,20 @@ def _orbax():
     import orbax.checkpoint
 
     logging.getLogger("absl").addFilter(_not_orbax)
+    _hear_no_late_writes()
     return orbax.checkpoint
+
+
+@functools.cache
+def _hear_no_late_writes() -> None:
+    """Other writes of a save that failed end later, where nobody waits for them any more, and print a traceback."""
+    hook = sys.unraisablehook
+
+    def heard(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = heard
 
 
 class Checkpoints:
@@ -396,10 +411,18 @@ class Checkpoints:
     def _noted(self, step: int) -> dict[str, Any]:
         """All that was noted of a step, which must be of this run."""
         description = self._read(step, notes=_orbax().args.JsonRestore())["notes"]
+        forms = {"leaves": dict, "keys": dict, "notes": list, "about": dict}
+        if not isinstance(description, dict):
+            raise self._damaged(step, "its notes are no table")
         require(
             description.get("format") == FORMAT,
             f"Checkpoint {self._at(step)} was saved by another version; {START_ANEW}",
         )
+        wrong_kind = [
+            name for name, kind in forms.items() if not isinstance(description.get(name), kind)
+        ]
+        if wrong_kind:
+            raise self._damaged(step, f"{', '.join(wrong_kind)} of its notes are not as they were")
         was = settings(description["about"])
         wanted = settings(json.loads(json.dumps(self.about)))
         wrong = differences(was, wanted, self.free) if self.about else []
@@ -412,21 +435,30 @@ class Checkpoints:
 
     def _read(self, step: int, **items):
         orbax = _orbax()
+        for path in self._at(step).rglob("*"):
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise self._damaged(step, f"{path.name} is a pipe or a device")
         try:
             with orbax.Checkpointer(orbax.CompositeCheckpointHandler()) as disk:
                 return disk.restore(self._at(step), args=orbax.args.Composite(**items))
-        except (OSError, ValueError, KeyError) as error:
-            raise self._damaged(step, brief(error)) from error
+        except Exception as error:  # Orbax and what lies below it raise many sorts
+            raise self._damaged(step, shortened(brief(error))) from error
 
     def _require_whole(self, step: int) -> None:
         """Raises `InputError` unless every file of a step is as it was saved."""
         if not self.digests:
             return
+        if not (self._at(step) / DIGESTS).is_file():
+            raise self._damaged(step, f"{DIGESTS} is missing")
         try:
             wanted = json.loads((self._at(step) / DIGESTS).read_text(encoding="utf-8"))
             digests = _digests(self._at(step))
-            wrong = [name for name in wanted if digests.get(name) != wanted[name]]
-        except (OSError, ValueError, TypeError) as error:
+            wrong = [
+                name
+                for name in sorted({*wanted, *digests})
+                if digests.get(name) != wanted.get(name)
+            ]
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise self._damaged(step, f"{DIGESTS} is unreadable") from error
         if wrong:
             raise self._damaged(step, f"{', '.join(wrong[:2])} missing or changed")

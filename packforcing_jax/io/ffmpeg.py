@@ -1,5 +1,6 @@
 """The ffmpeg program: where it is, one run of it, and a process of it that goes on."""
 
+import functools
 import subprocess
 from typing import IO
 
@@ -7,6 +8,7 @@ import imageio_ffmpeg
 
 from packforcing_jax.errors import MachineError
 
+ENCODER = "libx264"
 QUIET = ("-nostdin", "-hide_banner", "-v", "error", "-y")
 KEPT = "the finished part is kept"
 REMEDY = "install imageio[ffmpeg], whose ffmpeg makes H.264, and leave IMAGEIO_FFMPEG_EXE unset"
@@ -18,6 +20,25 @@ def program() -> str:
         return imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError as error:
         raise MachineError(f"No ffmpeg program was found; {REMEDY}.") from error
+
+
+@functools.cache
+def require_encoder() -> None:
+    """Raises `MachineError` unless the ffmpeg program is here, starts, and makes H.264."""
+    name = program()
+    try:
+        done = subprocess.run(
+            [name, "-nostdin", "-hide_banner", "-v", "error", "-encoders"],
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            timeout=60,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise MachineError(
+            f"The ffmpeg program {name} does not start ({error}); {REMEDY}."
+        ) from error
+    if ENCODER.encode() not in done.stdout.split():
+        raise MachineError(f"The ffmpeg program {name} has no encoder {ENCODER}; {REMEDY}.")
 
 
 def start(arguments: list[str], **streams) -> subprocess.Popen:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from flax import nnx
 from jax import Array
 
 from packforcing_jax.config import DtypeConfig, TextConfig
-from packforcing_jax.errors import InputError, MachineError
+from packforcing_jax.errors import InputError
 from packforcing_jax.io import atomic, model_folder, safetensors_io
 from packforcing_jax.io import identity as weights
 from packforcing_jax.io.safetensors_io import Tensor
@@ -61,11 +62,13 @@ class Encoder:
 
     def _stored(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray | None:
         path = self._path(ids, mask)
-        if path is None or not path.is_file():
+        if path is None:
             return None
         try:
+            if not path.is_file():
+                return None
             states = safetensors_io.opened(path)["states"].read()
-        except (InputError, KeyError):  # damaged, or not ours: read the prompt again
+        except (InputError, KeyError, OSError):  # damaged, or not ours: read the prompt again
             return None
         return np.array(states) if states.shape == (len(ids), self.cfg.dim) else None
 
@@ -78,11 +81,11 @@ class Encoder:
             form = {"states": (value.shape, value.dtype)}
             with atomic.file(path) as fresh, safetensors_io.Writer(fresh, form, {}) as file:
                 file.put("states", value)
-        except OSError as error:
-            raise MachineError(
-                f"Keeping text states in {path.parent} failed ({error.strerror}); free some space "
-                "or choose another folder with XDG_CACHE_HOME."
-            ) from error
+        except OSError as error:  # it only saves time
+            _say_once(
+                f"text states are not kept in {path.parent.parent} ({error.strerror}); "
+                "XDG_CACHE_HOME names another folder"
+            )
 
 
 def of_folder(model: model_folder.Opened, cfg: TextConfig, dtypes: DtypeConfig) -> Encoder:
@@ -97,9 +100,19 @@ def of_module(model: text.UMT5, dtypes: DtypeConfig) -> Encoder:
     return Encoder(model.cfg, model_folder.in_memory(model), dtypes.text)
 
 
-def default_store() -> Path:
-    """Where text states are kept unless XDG_CACHE_HOME says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "packforcing" / "text"
+def default_store() -> Path | None:
+    """Where text states are kept, None for nowhere, unless XDG_CACHE_HOME says otherwise."""
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        _say_once("text states are not kept, as there is no home folder; XDG_CACHE_HOME names one")
+        return None
+    return caches / "packforcing" / "text"
+
+
+@functools.cache
+def _say_once(sentence: str) -> None:
+    print(f"packforcing: {sentence}.", file=sys.stderr)
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from packforcing_jax.errors import InputError, MachineError, require
 from packforcing_jax.io import append_file, atomic, ffmpeg, h264
 
 GREY_LEVEL = 2 / 255  # one 8-bit step on the scale [-1, 1]
+LARGEST = 16384  # pixels of a side
 KEY_SAMPLE = 0x02000000
 OTHER_SAMPLE = 0x01010000  # flags of ISO/IEC 14496-12: depends on no other, on others
 TO_RGB = "scale=flags=bilinear+accurate_rnd+full_chroma_int+full_chroma_inp"
@@ -60,6 +61,21 @@ def check_writable(path) -> None:
         suffix.lower() == ".mp4", f"Video path {path} does not end in .mp4; give it that suffix."
     )
     append_file.check_writable(path, "Video path")
+
+
+def check_size(size: tuple[int, int], scale: int) -> None:
+    """Raises `InputError` unless a video of `size` (width, height), shown `scale` times as large, can be made."""
+    require(scale >= 1, f"scale={scale} must be 1 or more.")
+    require(
+        all(side > 0 and side * scale % 2 == 0 for side in size),
+        f"Video of {size[0]}x{size[1]} pixels at scale {scale} has an odd side, which H.264 players refuse; "
+        "use an even scale or an even size.",
+    )
+    require(
+        all(side * scale <= LARGEST for side in size),
+        f"Video of {size[0]}x{size[1]} pixels at scale {scale} is larger than the {LARGEST} that H.264 takes; "
+        "make it smaller.",
+    )
 
 
 def boxes(stream: bytes | mmap.mmap) -> Iterator[tuple[bytes, bytes]]:
@@ -140,13 +156,8 @@ class Writer:
         scale: int = 1,
         resume: Position | None = None,
     ):
-        require(scale >= 1, f"scale={scale} must be 1 or more.")
         require(fps > 0, f"fps={fps} must be above 0.")
-        require(
-            all(side > 0 and side * scale % 2 == 0 for side in size),
-            f"Video of {size[0]}x{size[1]} pixels at scale {scale} has an odd side, which H.264 players refuse; "
-            "use an even scale.",
-        )
+        check_size(size, scale)
         check_writable(path)
         self.path = Path(path)
         self.fps = fps

@@ -29,7 +29,7 @@ class Compressor(nnx.Module):
             return
         self.convs = nnx.List(
             [
-                _conv(inner, outer, stride, rngs)
+                _conv(inner, outer, stride, cfg.kernel(stride), rngs)
                 for inner, outer, stride in zip(channels, channels[1:], cfg.strides, strict=False)
             ]
         )
@@ -54,9 +54,13 @@ class Compressor(nnx.Module):
         return self(padded) if step.compressor.branches == "hr" else model.embed(small)
 
 
-def _conv(inner: int, outer: int, stride: tuple[int, int, int], rngs: nnx.Rngs) -> nnx.Conv:
-    """Kernel 4, padding 1 where space is halved (30x52 -> 15x26 -> 7x13), else kernel 3; in time only where strided."""
-    kernel = (3 if stride[0] > 1 else 1, *(4 if step > 1 else 3 for step in stride[1:]))
+def _conv(
+    inner: int,
+    outer: int,
+    stride: tuple[int, int, int],
+    kernel: tuple[int, int, int],
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
     return nnx.Conv(
         inner,
         outer,

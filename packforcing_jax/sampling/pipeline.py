@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,14 @@ from flax import nnx
 from packforcing_jax import methods, pytrees
 from packforcing_jax.config import PROFILES, Experiment, cards, loading
 from packforcing_jax.config.choices import AT_PROMPT_CHANGE
-from packforcing_jax.errors import nearest, require
+from packforcing_jax.config.experiment import require_whole
+from packforcing_jax.config.memory import profiled
+from packforcing_jax.errors import nearest, require, shown
 from packforcing_jax.io import model_folder, text_encoder, video
 from packforcing_jax.memory.layout import Progress
 from packforcing_jax.methods.method import Method, applied, lengthened
 from packforcing_jax.networks import base_model, codec, compressor, text, tokenizer
-from packforcing_jax.sampling import block_step, player
+from packforcing_jax.sampling import block_step, player, timelines
 from packforcing_jax.sampling.player import State
 
 TextEncoder: TypeAlias = text.UMT5
@@ -55,11 +58,21 @@ def video_id(prompt: str) -> int:
 def blocks_of(exp: Experiment, seconds: float) -> int:
     """Blocks that make a video of `seconds`; frames that do not fill a last latent are not asked for."""
     require(
-        np.isfinite(seconds) and seconds > 0,
-        f"seconds={seconds} is not a length; give a number above 0.",
+        0 < seconds <= timelines.MOST_SECONDS,
+        f"seconds={shown(seconds)} is not a length; give a number above 0, {timelines.MOST_SECONDS:,} at most.",
     )
     latents = codec.latents_of(exp.codec, int(np.ceil(seconds * exp.fps)))
-    return max(1, -(-latents // exp.cache.block))
+    blocks = max(1, -(-latents // exp.cache.block))
+    require_blocks(blocks, f"seconds={seconds} is {blocks:,} blocks")
+    return blocks
+
+
+def require_blocks(blocks: int, said: str) -> None:
+    """Raises `InputError` unless `blocks` is a length; `said` is what the user gave for it."""
+    require(
+        0 < blocks <= timelines.MOST_BLOCKS,
+        f"{said}, which is not a length; give 1 to {timelines.MOST_BLOCKS:,} blocks.",
+    )
 
 
 def with_overrides(
@@ -83,9 +96,41 @@ def with_overrides(
         "give --method packforcing.",
     )
     exp = applied(value, exp)
-    return loading.override(
-        dataclasses.replace(exp, cache=PROFILES[memory]) if memory else exp, list(overrides)
+    if memory is not None:
+        exp = dataclasses.replace(exp, cache=profiled(exp.cache, memory))
+    exp = _set(exp, overrides)
+    require_whole(exp)
+    return exp
+
+
+def _set(exp: Experiment, overrides: Sequence[str]) -> Experiment:
+    """`exp` with settings changed, but for the method, which brings a memory of its own."""
+    require(
+        not any(each.partition("=")[0].strip() == "method" for each in overrides),
+        "--set method=... would leave the memory as it is; give --method NAME, or method= from Python.",
     )
+    return loading.override(exp, list(overrides))
+
+
+def require_number(what: str, value: object) -> None:
+    """Raises `InputError` unless `value` is a whole number of 32 bits, as noise is drawn from."""
+    fits = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    require(
+        fits and 0 <= int(value) < 2**32,  # type: ignore[arg-type]
+        f"{what}={shown(value)} must be a whole number from 0 to {2**32 - 1}; give such a one.",
+    )
+
+
+def built_of(exp: Experiment) -> Mapping[str, object]:
+    """The settings by their keys that networks are made with, and hold from then on."""
+    groups = {"dit": exp.dit, "codec": exp.codec, "text": exp.text}
+    settings = {
+        f"{name}.{key}": value for name, one in groups.items() for key, value in vars(one).items()
+    }
+    convolutions = {
+        f"compressor.{key}": getattr(exp.compressor, key, None) for key in ("channels", "strides")
+    }
+    return settings | convolutions
 
 
 def require_length(method: Method, exp: Experiment, blocks: int) -> None:
@@ -216,12 +261,12 @@ class Pipeline:
         )
 
     def with_memory(self, profile: str) -> "Pipeline":
-        """The same model with another memory: a name in `config.PROFILES`."""
+        """The same model with another memory, a name in `config.PROFILES`, of its own block, grid and trained range."""
         return self._with(with_overrides(self.experiment, profile, (), self.method))
 
     def with_settings(self, overrides: Sequence[str]) -> "Pipeline":
         """The same weights with settings changed, such as `cache.top=8`."""
-        return self._with(loading.override(self.experiment, list(overrides)))
+        return self._with(_set(self.experiment, overrides))
 
     def with_method(self, method: str | Method) -> "Pipeline":
         """The same model under another method: a name in `methods.METHODS`, or a value."""
@@ -236,6 +281,13 @@ class Pipeline:
         return self if exp == self.experiment else self._with(exp)
 
     def _with(self, exp: Experiment) -> "Pipeline":
+        was = built_of(self.experiment)
+        changed = [key for key, value in built_of(exp).items() if was.get(key) != value]
+        require(
+            not changed,
+            f"{', '.join(changed)} decides about a network when it is loaded; give it to Pipeline.from_pretrained or, "
+            "for all videos of a command, with --set.",
+        )
         nets = pytrees.cast(self.nets, exp.dtypes.params)
         vae = pytrees.cast(self.vae, exp.dtypes.vae)
         origin = self.origin
@@ -253,6 +305,9 @@ class Pipeline:
 
     def start(self, *, seed: int, videos: Sequence[int]) -> State:
         """The state before the first block of `videos`."""
+        require_number("seed", seed)
+        for video_number in videos:
+            require_number("a video's id", video_number)
         return player.start(self, seeds=seed, videos=videos)
 
     def text_kv(self, prompts: Sequence[str]) -> Any:
@@ -262,6 +317,16 @@ class Pipeline:
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raises `InputError` unless there are prompts and every word of them is known."""
+        require(
+            not isinstance(prompts, str) and all(isinstance(each, str) for each in prompts),
+            f"prompts={shown(prompts, 60)} is no list of prompts, one for each block; for one prompt throughout give "
+            "[prompt] * blocks.",
+        )
+        for prompt in dict.fromkeys(prompts):
+            require(
+                prompt.encode(errors="ignore").decode() == prompt,
+                f"prompt {shown(prompt)} holds bytes that are no text; write it in UTF-8.",
+            )
         require(len(prompts) > 0, "a video needs at least one block; give one prompt per block.")
         self.tokenizer.encode(list(dict.fromkeys(prompts)))
 
@@ -269,7 +334,7 @@ class Pipeline:
         self,
         prompts: Sequence[str],
         *,
-        seed: int = 0,
+        seed: int | None = None,
         identity: int | None = None,
         state: State | None = None,
         changes: Mapping[int, str] | None = None,
@@ -280,7 +345,8 @@ class Pipeline:
         elsewhere a new prompt does what the method says.
 
         A longer run begins with the shorter one, bit for bit; a changed later prompt leaves earlier blocks alone.
-        A `state` that an earlier run left goes on from its block, as if that run had never stopped.
+        A `state` that an earlier run left goes on from its block, as if that run had never stopped; it holds the
+        seed and the identity of that run, so neither is given beside it.
         """
         self.check(prompts)
         changes = dict(changes or {})
@@ -289,9 +355,39 @@ class Pipeline:
         model = self.for_length(len(prompts))
         if state is None:
             state = model.start(
-                seed=seed, videos=[video_id(prompts[0]) if identity is None else identity]
+                seed=0 if seed is None else seed,
+                videos=[video_id(prompts[0]) if identity is None else identity],
             )
+        else:
+            require(
+                seed is None and identity is None,
+                f"seed={seed} and identity={identity} stand beside a state, which holds both already; leave them out.",
+            )
+            model.require_own(state)
         return model._stream(prompts, state, changes)
+
+    def require_own(self, state: State) -> None:
+        """Raises `InputError` unless `state` is one that a block of one video of this model left, not used up since."""
+        require(
+            isinstance(state, State),
+            f"a {type(state).__name__} is no state to go on from; give the `state` of a finished block.",
+        )
+        leaves = jax.tree.leaves(state)
+        require(
+            not any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves),
+            "this state was used up by the block that was drawn behind it; go on from the newest block's, or keep a "
+            "copy: jax.tree.map(np.array, block.state).",
+        )
+        own = jax.eval_shape(lambda: player.start(self, seeds=0, videos=[0]))
+        require(
+            jax.tree.structure(own) == jax.tree.structure(state)
+            and all(
+                (one.shape, one.dtype) == (leaf.shape, leaf.dtype)
+                for one, leaf in zip(jax.tree.leaves(own), leaves, strict=True)
+            ),
+            "this state belongs to another memory, other number formats, another model or several videos; go on with "
+            "the settings it was drawn with.",
+        )
 
     def _stream(
         self, prompts: Sequence[str], state: State, changes: Mapping[int, str]
@@ -355,7 +451,7 @@ class Pipeline:
         )
 
     def generate(
-        self, prompts: Sequence[str], *, seed: int = 0, identity: int | None = None
+        self, prompts: Sequence[str], *, seed: int | None = None, identity: int | None = None
     ) -> np.ndarray:
         """The whole video [frames, height, width, 3] in [-1, 1]; `stream` keeps less in memory."""
         return np.concatenate(

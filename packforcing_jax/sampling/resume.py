@@ -49,11 +49,20 @@ class Keeper:
             return Resumed()
         state, notes = self.saved.restore(_form(self.model))
         block = state["sampler"].position
-        saved_prompts = notes["prompts"][:block]
+        told = notes["prompts"][:block]
+        wanted = self.prompts[:block]
         require(
-            saved_prompts == self.prompts[:block],
-            f"Checkpoint folder {self.saved.folder} tells another story in its first "
-            f"{block} blocks; give the same prompts up to there or choose another folder.",
+            told[: len(wanted)] != wanted or len(wanted) == block,
+            f"Checkpoint folder {self.saved.folder} holds {block} blocks of this story, and {len(wanted)} are asked "
+            f"for; ask for {block} or more, or choose another folder.",
+        )
+        changed = next(
+            (at for at, pair in enumerate(zip(told, wanted)) if pair[0] != pair[1]), None
+        )
+        require(
+            told == wanted,
+            f"Checkpoint folder {self.saved.folder} tells another story from block {changed} on, and holds {block} "
+            "blocks; give the same prompts up to there or choose another folder.",
         )
         at = {name: int(value) for name, value in state["video"].items()}
         return Resumed(

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from packforcing_jax.config.choices import AT_PROMPT_CHANGE
-from packforcing_jax.errors import InputError, require
+from packforcing_jax.errors import InputError, require, shown
+from packforcing_jax.io import lines
 
-LINE = re.compile(r"\s*(\d+)(?:\s+([a-z]+))?\s*:\s*(.+?)\s*")
+MOST_BLOCKS = 10**7  # of a video
+MOST_SECONDS = 10**8  # three years
+LINE = re.compile(r"\s*(\d{1,9})(?:\s+([a-z]+))?\s*:\s*(.+?)\s*")
 
 
 class Entry(NamedTuple):
@@ -24,25 +27,19 @@ class Entry(NamedTuple):
 
 def read(path: str | Path) -> list[Entry]:
     """The lines `BLOCK: prompt` or `BLOCK CHANGE: prompt` of a file, in order; `#` opens a comment line."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"timeline {path} cannot be read ({error}); give lines `BLOCK: prompt`."
-        ) from error
-    return parse(lines, str(path))
+    return parse(lines.read(path, f"timeline {path}", "give lines `BLOCK: prompt`"), str(path))
 
 
-def parse(lines: list[str], source: str) -> list[Entry]:
+def parse(written: list[str], source: str) -> list[Entry]:
     """The entries of a timeline's lines; the first starts at block 0 and starts only rise."""
     entries = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(written, start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         match = LINE.fullmatch(line)
         if match is None:
             raise InputError(
-                f"{source}, line {number}: {line.strip()!r} is not `BLOCK: prompt`, as in `12: a disc`."
+                f"{source}, line {number}: {shown(line.strip())} is not `BLOCK: prompt`, as in `12: a disc`."
             )
         entries.append(Entry(int(match[1]), match[3], match[2] or ""))
         change = entries[-1].change
@@ -55,6 +52,11 @@ def parse(lines: list[str], source: str) -> list[Entry]:
             not change or entries[-1].block > 0,
             f"{source}, line {number}: block 0 has no memory to {change}; write `0: {entries[-1].prompt}`.",
         )
+    return checked(entries, source)
+
+
+def checked(entries: list[Entry], source: str) -> list[Entry]:
+    """Entries of which the first starts at block 0, and whose starts rise; `InputError` otherwise."""
     require(
         len(entries) > 0, f"{source} names no prompt; add a line such as `0: a red disc walks`."
     )
@@ -64,7 +66,7 @@ def parse(lines: list[str], source: str) -> list[Entry]:
     )
     require(
         all(a < b for a, b in zip(starts, starts[1:], strict=False)),
-        f"{source} has starts {starts} that do not rise; sort its lines and keep one per block.",
+        f"{source} has starts {shown(starts)} that do not rise; sort its lines and keep one per block.",
     )
     return entries
 
@@ -77,7 +79,10 @@ def changes(entries: Sequence[Sequence[Any]], blocks: int) -> dict[int, str]:
 
 def spread(entries: Sequence[Sequence[Any]], blocks: int) -> list[str]:
     """One prompt per block: each entry holds until the next one starts; the last until the end."""
-    require(blocks > 0, f"blocks={blocks} is not a length; give 1 or more.")
+    require(
+        0 < blocks <= MOST_BLOCKS,
+        f"blocks={shown(blocks)} is not a length; give 1 to {MOST_BLOCKS:,}.",
+    )
     starts = [entry[0] for entry in entries if entry[0] < blocks] + [blocks]
     runs = zip(entries, starts, starts[1:], strict=False)
     return [entry[1] for entry, start, end in runs for _ in range(start, end)]

@@ -20,8 +20,9 @@ from jax import Array
 
 from packforcing_jax import pytrees
 from packforcing_jax.config import Experiment, TrainConfig
-from packforcing_jax.errors import InputError, require
-from packforcing_jax.io import ffmpeg, model_folder, text_encoder
+from packforcing_jax.data import lmdb_files
+from packforcing_jax.errors import InputError, brief, require
+from packforcing_jax.io import ffmpeg, lines, model_folder, text_encoder
 from packforcing_jax.networks import codec, dit
 from packforcing_jax.networks import vae as autoencoder
 from packforcing_jax.networks.tokenizer import Tokenizer, clean
@@ -100,7 +101,7 @@ def digest(items: Iterable[Item]) -> str:
 def _holds_videos(path: Path) -> bool:
     if path.is_dir():
         return any(each.suffix.lower() in VIDEOS for each in path.rglob("*"))
-    return path.suffix == ".jsonl" and any("file" in table for table in _tables(path)[:1])
+    return path.suffix.lower() == ".jsonl" and any("file" in table for table in _tables(path)[:1])
 
 
 def _videos(path: Path) -> list[Item]:
@@ -116,12 +117,29 @@ def _videos(path: Path) -> list[Item]:
 
 
 def _beside(folder: Path) -> Iterable[tuple[Path, Path, str]]:
-    for file in sorted(each for each in folder.rglob("*") if each.suffix.lower() in VIDEOS):
+    files = sorted(
+        each
+        for each in folder.rglob("*")
+        if each.suffix.lower() in VIDEOS and not each.name.startswith(".")
+    )
+    bare = [file for file in files if not file.with_suffix(".txt").is_file()]
+    require(
+        not bare,
+        f"{len(bare)} of {len(files)} videos have no caption ({few(bare)}); write each into a file of the same name "
+        "with the suffix .txt.",
+    )
+    for file in files:
         caption = file.with_suffix(".txt")
-        require(caption.is_file(), f"{file} has no caption; write it into {caption}.")
-        prompt = clean(caption.read_text(encoding="utf-8", errors="replace"))
+        told = lines.read(caption, f"caption {caption}", f"say in UTF-8 what {file.name} shows")
+        prompt = clean("\n".join(told))
         require(prompt != "", f"{caption} is empty; say what {file.name} shows.")
         yield folder, file, prompt
+
+
+def few(names: Sequence[object], most: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
 
 
 def _listed(path: Path) -> Iterable[tuple[Path, Path, str]]:
@@ -145,15 +163,12 @@ def _listed(path: Path) -> Iterable[tuple[Path, Path, str]]:
 
 def _tables(path: Path) -> list[dict[str, Any]]:
     """The tables of a file of JSON lines."""
+    written = lines.read(path, str(path), "write one JSON table per line, in UTF-8")
     try:
-        tables = [
-            json.loads(line)
-            for line in path.read_text(encoding="utf-8").splitlines()
-            if line.strip()
-        ]
-    except (OSError, ValueError, RecursionError) as error:
+        tables = [json.loads(line) for line in written if line.strip()]
+    except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{path} cannot be read ({error}); write one JSON table per line."
+            f"{path} cannot be read ({brief(error)}); write one JSON table per line."
         ) from error
     require(
         all(isinstance(table, dict) for table in tables),
@@ -195,6 +210,11 @@ def frames_of(path: Path, *, count: int, fps: int, size: tuple[int, int]) -> np.
             f"exit status {done.returncode}"
         ]
         raise LeftOut(f"{path} cannot be decoded ({messages[-1]})")
+    wrong = done.stderr.decode(errors="replace").strip().splitlines()
+    if wrong:
+        raise LeftOut(
+            f"{path} is damaged: ffmpeg told of {len(wrong)} errors while decoding it ({wrong[0]})"
+        )
     return np.frombuffer(done.stdout, np.uint8).reshape(-1, height, width, 3)
 
 
@@ -289,18 +309,27 @@ def _clips_of(path: Path) -> Iterable[Item]:
     database = _opened(path)
     shape = _read(database, path, "latents_shape").split()
     require(
-        len(shape) in (5, 6) and all(n.isdigit() for n in shape),
+        len(shape) in (5, 6) and all(n.isdigit() and len(n) < 10 for n in shape),
         f"{path}: latents_shape={shape} is not "
         "N [states] frames channels rows columns; fetch the data again.",
     )
     count, *form = map(int, shape)
     for index in range(count):
-        prompt = _read(database, path, f"prompts_{index}_data").decode("utf-8", errors="replace")
+        prompt = _text(_read(database, path, f"prompts_{index}_data"), path, index)
         yield Item(
             f"{path.name} {index} {form}",
             prompt,
             functools.partial(_of_clip, database, path, index, (1, *form)[-5:]),
         )
+
+
+def _text(stored: bytes, path: Path, index: int) -> str:
+    try:
+        return stored.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: prompts_{index}_data is not UTF-8 ({error}); store the prompt as UTF-8."
+        ) from error
 
 
 def _opened(path: Path) -> Database:
@@ -310,6 +339,7 @@ def _opened(path: Path) -> Database:
         raise InputError(
             f"{path} is an LMDB folder, but lmdb is missing; install packforcing-jax[lmdb]."
         ) from error
+    lmdb_files.require_whole(path)
     try:
         return lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False)
     except lmdb.Error as error:
@@ -482,6 +512,17 @@ class Texts:
         ids, mask = self._parts.tokenizer.encode(prompts)  # type: ignore[union-attr]
         states = np.asarray(self._parts.text(ids, mask))  # type: ignore[misc]
         return [each[: real.sum()] for each, real in zip(states, mask, strict=True)]
+
+
+def require_finite(item: Item, example: Example) -> None:
+    """Raises `LeftOut` for an example that holds what no training could use."""
+    for name, value in example.items():
+        if np.issubdtype(value.dtype, np.floating) or value.dtype.kind == "V":
+            broken = int((~np.isfinite(value.astype(np.float32))).sum())
+            if broken:
+                raise LeftOut(
+                    f"{item.name}: {broken} of {value.size} values of {name} are not finite"
+                )
 
 
 def as_bytes(text: str) -> np.ndarray:

@@ -114,6 +114,7 @@ def store(exp: Experiment, train: TrainConfig, folder: Path, seed: int) -> check
         keep=train.keep,
         about=about(exp, train, seed),
         free=FREE,
+        digests=True,
     )
 
 
@@ -454,7 +455,7 @@ def trained_as(path: Path) -> dict[str, Any] | None:
     """What the model folder beside the file says of its training, if it says anything."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return settings if isinstance(settings, dict) else None
 
