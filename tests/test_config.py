@@ -165,10 +165,18 @@ def test_stores_hold_what_is_seen_and_what_is_being_made():
     assert (cache.ring, cache.slots, cache.attended) == (9, 7, 2)
     assert dataclasses.replace(cache, selection="all").attended == 5
     plain = dataclasses.replace(tiny.EXP, cache=dataclasses.replace(cache, top=0, key_multiple=1))
-    ahead = dataclasses.replace(plain, cache=dataclasses.replace(plain.cache, window=9))
     assert plain.memory.room == plain.memory.full_res == (3 + 9) * 8
-    assert ahead.memory.full_res == plain.memory.full_res
-    assert ahead.memory.room == (3 + 9 + 6) * 8  # two more blocks of the window behind
+    joint = dataclasses.replace(
+        plain,
+        cache=dataclasses.replace(plain.cache, window=9, rope_adjustment="sink_only"),
+        sample=dataclasses.replace(plain.sample, steps=(1000, 600, 300)),
+    )
+    assert joint.cache.ring == 6 + 3 + 9  # as many frames as a whole window sees
+    assert joint.memory.room == (3 + 18) * 8
+    assert (
+        joint.memory.denoised_in == (3 + 6 + 6 + 9) * 8
+    )  # a window that shrinks sees two blocks more
+    assert joint.memory.committed_in == 18 * 8
 
 
 def test_compressor_strides_multiply_per_axis():

@@ -105,6 +105,7 @@ def test_all_kinds_of_files_have_an_example():
     missing = set(kinds.CASES) - {kinds.read(path).kind for path in GOLDEN.glob("**/*.safetensors")}
     same_code = {  # as files that are here: what they add is run by `make verify-methods`
         "method_causal_forcing_chunkwise",
+        "method_causal_forcing_longvideo",
         "method_longlive_infinity",
         "method_self_forcing_rolling",
     }

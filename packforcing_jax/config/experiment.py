@@ -123,10 +123,16 @@ class Experiment:
             f"codec.z_dim={self.codec.z_dim}{_factor(self.codec)} differs from dit.in_channels={self.dit.in_channels}; "
             "change one.",
         )
-        require_pools(self)
+        if self.packs_pixels:
+            require_pools(self)
         if self.cache.top:
             require_packs(self.step, self.codec)
         require_indexed(self.memory)
+
+    @property
+    def packs_pixels(self) -> bool:
+        """Whether packing needs the pixels of a block."""
+        return self.cache.top > 0 and self.compressor.branches != "hr"
 
     @property
     def blocks(self) -> int:

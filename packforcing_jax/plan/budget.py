@@ -275,7 +275,7 @@ def _operations(
         "operations/whole block": whole,
         "operations/decoding": jaxpr_cost.operations(traced.decode),
         "operations/low resolution for packing": jaxpr_cost.operations(traced.shrink)
-        if traced.packed
+        if traced.shrink
         else 0,
         "share/selection": selecting / whole,
     }

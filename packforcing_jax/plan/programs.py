@@ -96,7 +96,7 @@ class Showing:
     dtype: str
     latent: tuple[int, int]
     block: int  # latent frames
-    shrink: player.Shrink
+    shrink: player.Shrink | None
 
 
 def showing(exp: Experiment) -> Showing:
@@ -249,7 +249,7 @@ class Traced:
     clean: core.ClosedJaxpr
     packed: core.ClosedJaxpr | None
     decode: core.ClosedJaxpr
-    shrink: core.ClosedJaxpr
+    shrink: core.ClosedJaxpr | None  # None where packing does not ask for it
 
 
 def trace(exp: Experiment, shapes: Shapes) -> Traced:
@@ -287,7 +287,9 @@ def trace(exp: Experiment, shapes: Shapes) -> Traced:
         clean=jaxpr_cost.trace(clean, *own),
         packed=jaxpr_cost.trace(packed, *own, shapes.low_res) if cfg.cache.top else None,
         decode=jaxpr_cost.trace(_decode, shapes.vae, shapes.decoder, shapes.latent),
-        shrink=jaxpr_cost.trace(functools.partial(_shrink, show), shapes.vae, shapes.frames),
+        shrink=jaxpr_cost.trace(functools.partial(_shrink, show), shapes.vae, shapes.frames)
+        if show.shrink
+        else None,
     )
 
 
@@ -316,6 +318,7 @@ def _decode(vae: codec.Codec, decoder: DecoderState, latent: Latent) -> tuple[Vi
 
 
 def _shrink(show: Showing, vae: codec.Codec, frames: Video) -> Latent:
+    assert show.shrink is not None
     return codec.low_res_latents(vae, frames, **show.shrink._asdict())
 
 
@@ -382,13 +385,12 @@ def _block_workspace(
 def _show_workspace(show: Showing, batch: int) -> dict[str, int]:
     arguments = _show_arguments(show, batch)
     frames = frames_of(show, batch)[0]
-    programs = {
-        "decoding": jaxpr_cost.trace(_decode, *arguments),
-        "low-resolution encode": jaxpr_cost.trace(
+    programs = {"decoding": jaxpr_cost.trace(_decode, *arguments)}
+    if show.shrink:
+        programs["low-resolution encode"] = jaxpr_cost.trace(
             functools.partial(_shrink, show), arguments[0], frames
-        ),
-        SHOWING: jaxpr_cost.trace(functools.partial(_show, show), *arguments),
-    }
+        )
+    programs[SHOWING] = jaxpr_cost.trace(functools.partial(_show, show), *arguments)
     return {name: jaxpr_cost.peak(program, results=False) for name, program in programs.items()}
 
 

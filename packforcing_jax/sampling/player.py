@@ -255,8 +255,10 @@ class Shrink(NamedTuple):
     pool: tuple[int, int, int]  # pixels (t, y, x) that are averaged
 
 
-def shrink_of(exp: Experiment) -> Shrink:
-    """How blocks of `exp` are shrunk."""
+def shrink_of(exp: Experiment) -> Shrink | None:
+    """How blocks of `exp` are shrunk; None where packing does not ask for it."""
+    if not exp.packs_pixels:
+        return None
     return Shrink(latents=exp.packed_grid[0], pool=exp.compressor.pool)
 
 
@@ -268,7 +270,7 @@ def show_program(
     given: Latent | None = None,
     *,
     first: bool,
-    shrink: Shrink,
+    shrink: Shrink | None,
 ) -> tuple[Video, Latent, Any]:
     """(frames of `latent`, low-resolution latents for packing, the decoder after them).
 
@@ -278,7 +280,9 @@ def show_program(
     committed = frames
     if given is not None:
         committed, after = codec.decode_chunk(vae, decoder, given, first=first)
-    low_res = codec.low_res_latents(vae, committed, **shrink._asdict())
+    low_res = latent[:, :0]
+    if shrink is not None:
+        low_res = codec.low_res_latents(vae, committed, **shrink._asdict())
     return frames, low_res, after
 
 

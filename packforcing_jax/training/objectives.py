@@ -156,7 +156,7 @@ def behind_memory(
 
     low_res = batch.latent[:, :, :0] if batch.low_res is None else batch.low_res
     require(
-        batch.low_res is not None or not rollout.packs_pixels(exp),
+        batch.low_res is not None or not exp.packs_pixels,
         "the data hold no low-resolution latents, which packing reads; prepare them again with the VAE, or set "
         "compressor.branches=hr.",
     )

@@ -197,7 +197,7 @@ def draw(
     blocks, batch = draws.noise.shape[:2]
     start = empty(exp, blocks, batch, jax.tree.leaves(text)[0].dtype)
     decoder = (
-        codec.init_decoder(_require_codec(vae), batch, *exp.latent) if packs_pixels(exp) else ()
+        codec.init_decoder(_require_codec(vae), batch, *exp.latent) if exp.packs_pixels else ()
     )
     per_block = (jnp.arange(blocks), draws.noise, draws.renoise, draws.context, draws.random)
 
@@ -350,11 +350,6 @@ def _put(store: KV, new: KV, at: Array) -> KV:
     )
 
 
-def packs_pixels(exp: Experiment) -> bool:
-    """Whether packing needs the pixels of a block."""
-    return exp.cache.top > 0 and exp.compressor.branches != "hr"
-
-
 def _require_codec(vae: codec.Codec | None) -> codec.Codec:
     require(
         vae is not None,
@@ -368,7 +363,7 @@ def low_res_latents(
     exp: Experiment, vae: codec.Codec | None, decoder: DecoderState, latent: Latent, *, first: bool
 ) -> tuple[Latent, DecoderState]:
     """A sampled block in low resolution, through its pixels, and the decoder after it."""
-    if not packs_pixels(exp):
+    if not exp.packs_pixels:
         return latent[:, :0], decoder
     vae = _require_codec(vae)
     frames, decoder = codec.decode_chunk(vae, decoder, latent, first=first)

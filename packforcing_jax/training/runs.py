@@ -24,7 +24,7 @@ from packforcing_jax.data import sources
 from packforcing_jax.errors import MachineError, nearest, require
 from packforcing_jax.io import append_file, checkpoints, model_folder
 from packforcing_jax.networks import mesh
-from packforcing_jax.training import batches, exports, logs, objectives, rollout, state
+from packforcing_jax.training import batches, exports, logs, objectives, state
 from packforcing_jax.training.state import Frozen, TrainState
 
 FREE = (
@@ -183,7 +183,7 @@ def start(
 def needs(exp: Experiment, train: TrainConfig) -> tuple[str, ...]:
     """What the objective reads of the data besides text; low-resolution latents where true blocks are packed."""
     objective = objectives.of(train)
-    packs = objectives.remembers(train) and not objective.own_clips and rollout.packs_pixels(exp)
+    packs = objectives.remembers(train) and not objective.own_clips and exp.packs_pixels
     return (*objective.needs, "low_res") if packs else objective.needs
 
 
