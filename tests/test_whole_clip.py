@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -242,3 +243,15 @@ def test_layout_shows_one_call_in_which_all_frames_see_all(capsys):
 def test_plan_is_about_blocks(capsys):
     assert main(["plan", "--config", "wan2_1_t2v_1_3b"]) == 2
     assert "denoises all frames of a clip together" in capsys.readouterr().err
+
+
+def test_a_folder_that_remembers_it_is_sampled_by_it_and_not_evaluated(folder, tmp_path, capsys):
+    own = shutil.copytree(folder, tmp_path / "own")
+    settings = json.loads((own / "config.json").read_text()) | {"method": "bidirectional"}
+    (own / "config.json").write_text(json.dumps(settings))
+    pipeline = Pipeline.from_pretrained(own)
+    assert pipeline.method is methods.BIDIRECTIONAL
+    assert list(pipeline.experiment.sample.steps) == settings["sample"]["steps"]
+    for verb in ("evaluate", "bench"):
+        assert main([verb, "--weights", str(own)]) == 2
+        assert "denoises all frames of a clip together" in capsys.readouterr().err
