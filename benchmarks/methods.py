@@ -34,7 +34,7 @@ from packforcing_jax.config import Experiment
 from packforcing_jax.errors import InputError, MachineError, nearest, require
 from packforcing_jax.io import atomic, model_folder, video
 from packforcing_jax.methods import METHODS, calls
-from packforcing_jax.methods.method import Method, lengthened
+from packforcing_jax.methods.method import Method, lengthened, require_blocks
 from packforcing_jax.sampling.pipeline import SHIPPED, Finished, Pipeline, with_overrides
 
 ROOT = Path(__file__).parent.parent
@@ -377,9 +377,11 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def chosen_names(text: str | None) -> list[str]:
     """Names of methods as they are given, all of them without any."""
-    names = list(METHODS) if text is None else [name.strip() for name in text.split(",")]
+    known = [name for name, method in METHODS.items() if not method.whole_clip]
+    names = known if text is None else [name.strip() for name in text.split(",")]
     for name in names:
         require(name in METHODS, f"method {name!r} is unknown; {nearest(name, METHODS)}")
+        require_blocks(METHODS[name], "this comparison")
     return names
 
 

@@ -428,7 +428,10 @@ def test_timelines_say_what_a_prompt_does():
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--method", "bidirectional"], "all frames of a clip at once"),
+        (["--method", "bidirectional"], "one clip of 20 frames"),
+        (["--method", "deep-forcing"], "not built yet"),
+        (["--guidance-scale", "5"], "give --method bidirectional"),
+        (["--set", "sample.negative_prompt=red"], "give --method bidirectional"),
         (["--method", "longlve"], "did you mean longlive"),
         (["--method", "longlive", "--memory", "no-mid"], "belongs to method packforcing"),
         (["--method", "self-forcing-short"], "one clip of 20 frames"),

@@ -47,6 +47,20 @@ def test_every_step_matches_the_original(steps, shift):
         )
 
 
+@pytest.mark.parametrize(("steps", "shift"), RUNS)
+def test_the_loop_that_sampling_runs_matches_the_original(steps, shift):
+    name = f"steps{steps}_shift{shift:.0f}."
+    velocities = jnp.asarray(GOLDEN[f"inputs/{name}velocity_per_step"])
+    latent = jnp.asarray(GOLDEN[f"inputs/{name}latent"])
+    last, every = jax.jit(
+        lambda latent: unipc.solve(unipc.UniPC(steps, shift), latent, lambda _, i: velocities[i])
+    )(latent)
+    expected = GOLDEN[f"outputs/{name}latent_after_each_step"]
+    for ours, theirs in zip(every, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6 * np.abs(theirs).max())
+    np.testing.assert_array_equal(last, every[-1])
+
+
 def test_a_scan_equals_a_python_loop():
     solver = unipc.UniPC(7, 3.0)
     latent = sample(0, 2, 3, 5)

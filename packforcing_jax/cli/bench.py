@@ -125,10 +125,14 @@ def _check(args: argparse.Namespace) -> None:
 
 def _model(args: argparse.Namespace):
     """The model that the flags name, with random weights if they name a config."""
+    from packforcing_jax import methods
+    from packforcing_jax.io import model_folder
+    from packforcing_jax.methods.method import require_blocks
     from packforcing_jax.plan import bench
     from packforcing_jax.sampling.pipeline import Pipeline
 
     if args.weights is not None:
+        require_blocks(methods.named(model_folder.opened(args.weights).experiment.method), "bench")
         return Pipeline.from_pretrained(args.weights, overrides=args.overrides)
     exp = common.load_experiment(args.config or DEFAULT, args.overrides)
     bench.parts_of(exp, args.parts)

@@ -121,11 +121,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _model(args: argparse.Namespace):
     """The model that the flags name, with the memory and the settings they ask for."""
+    from packforcing_jax import methods
     from packforcing_jax.config import loading
     from packforcing_jax.evaluation import stage_figures
+    from packforcing_jax.io import model_folder
+    from packforcing_jax.methods.method import require_blocks
     from packforcing_jax.sampling import pipeline
 
     if args.run is None:
+        exp = model_folder.opened(args.weights or pipeline.SHIPPED).experiment
+        require_blocks(methods.named(exp.method), "evaluate")
         return pipeline.Pipeline.from_pretrained(
             args.weights, memory=args.memory, overrides=args.overrides
         )
@@ -135,4 +140,5 @@ def _model(args: argparse.Namespace):
     stage = loading.load_stage(args.config or "stage", training)
     overrides = [each for each in args.overrides if each not in training]
     exp = pipeline.with_overrides(stage.experiment, args.memory, overrides)
+    require_blocks(methods.named(exp.method), "evaluate")
     return stage_figures.of_checkpoint(exp, stage.train, checkpoint)

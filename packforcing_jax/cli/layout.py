@@ -10,13 +10,19 @@ from packforcing_jax.errors import require, shown
 
 MARKS = {"sink": "S", "mid": "m", "recent": "R", "current": "C"}
 MOST = 10_000  # blocks
+BLOCKS = 12
 SHOWN = 24  # rows of the table; --json holds all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `layout`."""
     parser.add_argument("--method", metavar="NAME", help="method (default: the experiment's own)")
-    parser.add_argument("--blocks", type=int, default=12, metavar="N", help="default: 12")
+    parser.add_argument(
+        "--blocks",
+        type=int,
+        metavar="N",
+        help=f"default: {BLOCKS}, or a clip where all of its frames are denoised together",
+    )
     parser.add_argument(
         "--switch",
         type=int,
@@ -32,25 +38,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints one row per block, or JSON with every key."""
     require(
-        0 < args.blocks <= MOST,
+        args.blocks is None or 0 < args.blocks <= MOST,
         f"--blocks {shown(args.blocks)} is not a length that can be laid out; give 1 to {MOST:,}.",
     )
-    for block in args.switch:
-        require(
-            0 < block < args.blocks,
-            f"--switch {shown(block)} is no block behind the first of {args.blocks}; give 1 to {args.blocks - 1}.",
-        )
     from packforcing_jax import methods
     from packforcing_jax.methods import calls
-    from packforcing_jax.methods.method import lengthened
+    from packforcing_jax.methods.method import lengthened, require_one_prompt
     from packforcing_jax.sampling import pipeline
 
     own = common.load_experiment(args.config)
     exp = pipeline.with_overrides(own, None, args.overrides, args.method)
     method = methods.named(own.method if args.method is None else args.method)
-    pipeline.require_length(method, exp, args.blocks)
-    exp = lengthened(method, exp, args.blocks)
-    prompts = [sum(start <= block for start in args.switch) for block in range(args.blocks)]
+    blocks = args.blocks or (exp.blocks if method.whole_clip else BLOCKS)
+    for block in args.switch:
+        require(
+            0 < block < blocks,
+            f"--switch {shown(block)} is no block behind the first of {blocks}; give 1 to {blocks - 1}.",
+        )
+    pipeline.require_length(method, exp, blocks)
+    exp = lengthened(method, exp, blocks)
+    prompts = [sum(start <= block for start in args.switch) for block in range(blocks)]
+    require_one_prompt(method, prompts)
     every = list(calls.calls(exp.memory, method, prompts))
     steps = [call for call in every if call.call == calls.DENOISE]
     with places.held([places.Place("--picture", args.picture, "picture")]):

@@ -84,12 +84,13 @@ def run(args: argparse.Namespace) -> int:
             "jax_platforms", "cpu"
         )  # shapes need no accelerator, which another program may be using
     from packforcing_jax import methods
-    from packforcing_jax.methods.method import lengthened
+    from packforcing_jax.methods.method import lengthened, require_blocks
     from packforcing_jax.plan import budget, memory_fit
     from packforcing_jax.sampling import pipeline
 
     rooms = [memory_fit.parse(size) for size in args.rooms or CARDS]
     exp = pipeline.with_overrides(exp, args.memory, args.overrides, args.method)
+    require_blocks(methods.named(exp.method), "plan")
     if args.blocks is not None:
         pipeline.require_blocks(args.blocks, f"--blocks {shown(args.blocks)}")
     blocks = pipeline.blocks_of(exp, args.seconds) if args.blocks is None else args.blocks

@@ -11,6 +11,7 @@ from typing import Any
 
 from packforcing_jax.cli import common, places
 from packforcing_jax.cli.places import Place
+from packforcing_jax.config import evenly_spaced
 from packforcing_jax.errors import InputError, require, shown
 from packforcing_jax.sampling import prompt_files, timelines
 
@@ -48,6 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how the past is kept and shown, such as longlive (default: what the model was made for)",
     )
     parser.add_argument(
+        "--steps", type=int, metavar="N", help="denoising steps, evenly spaced (sample.steps)"
+    )
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        metavar="W",
+        help="how far method bidirectional moves away from the negative prompt, 1: not (sample.guidance)",
+    )
+    parser.add_argument(
+        "--negative-prompt",
+        metavar="TEXT",
+        help="what it moves away from; empty: from no text (sample.negative_prompt)",
+    )
+    parser.add_argument(
         "--out",
         metavar="PATH",
         help="video file (default: out/video.mp4); with --prompts a folder (default: out/videos)",
@@ -83,6 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Makes the videos and prints where each is and, if asked, what the Stage world's oracle reads in it."""
     _check(args)
+    args.overrides = [*_settings_of_flags(args), *args.overrides]
     wanted = prompt_files.named(prompt_files.read(args.prompts)) if args.prompts else []
     with places.held(
         [
@@ -110,10 +126,19 @@ def _load_and_make(args: argparse.Namespace, wanted: list[prompt_files.Job]) -> 
     )
     exp = pipeline.experiment
     if not wanted:
-        return _make(
-            _film(args, pipeline, *_prompts(args, _blocks(args, exp), stage=captions.tells(exp)))
-        )
+        return _make(_film(args, pipeline, *_prompts(args, pipeline, stage=captions.tells(exp))))
     return _make_all([(job, _of_job(args, pipeline, job)) for job in wanted], Path(args.out))
+
+
+def _settings_of_flags(args: argparse.Namespace) -> list[str]:
+    """What flags of their own say of `sample.*`, as --set says it."""
+    steps = None if args.steps is None else evenly_spaced(args.steps)
+    settings = {
+        "steps": steps,
+        "guidance": args.guidance_scale,
+        "negative_prompt": args.negative_prompt,
+    }
+    return [f"sample.{key}={value!r}" for key, value in settings.items() if value is not None]
 
 
 def _require_fits(args: argparse.Namespace) -> None:
@@ -187,8 +212,14 @@ def _film(args: argparse.Namespace, pipeline, prompts: list[str], changes: dict[
         f"--oracle reads videos of the Stage world, and {pipeline.experiment.name} makes others; leave it out.",
     )
     cache = pipeline.experiment.cache
+    whole_clip = pipeline.method.whole_clip
     require(
-        args.trace is None or not (cache.joint or cache.overlap),
+        args.state is None or not whole_clip,
+        f"--state {args.state} saves between blocks, and method {pipeline.method.name} denoises all frames of a clip "
+        "together; leave it out.",
+    )
+    require(
+        args.trace is None or not (cache.joint or cache.overlap or whole_clip),
         f"--trace {args.trace} records blocks that are made one by one in one memory, and method "
         f"{pipeline.method.name} makes them otherwise; leave it out.",
     )
@@ -219,7 +250,7 @@ def _of_job(args: argparse.Namespace, pipeline, job: prompt_files.Job) -> Film:
             pipeline = pipeline.with_memory(job.memory).with_settings(args.overrides)
         if job.overrides:
             pipeline = pipeline.with_settings(job.overrides)
-        blocks = _blocks(own, pipeline.experiment)
+        blocks = _blocks(own, pipeline)
         entries = list(job.entries)
         return _film(
             own,
@@ -271,8 +302,16 @@ def _make(film: Film) -> int:
     common.start_line(
         "sample", experiment=exp, dtype=exp.dtypes.compute, attention=backend, why=why
     )
-    if pipeline.method.window is not None:
+    if not pipeline.method.own_memory:
         print(f"sample: {sizes_told(pipeline.method, exp)}", file=sys.stderr, flush=True)
+    made_for = pipeline.origin.model.experiment.method if pipeline.origin else exp.method
+    if pipeline.method.whole_clip and made_for != exp.method:
+        print(
+            f"sample: these weights were made for method {made_for} and not trained for this one: the clip shows that "
+            "the network runs, not how good the method is",
+            file=sys.stderr,
+            flush=True,
+        )
     size, scale = _shown(exp)
     retained = _Retained(all=args.oracle, total=film.blocks if args.sheet else 0)
     with contextlib.ExitStack() as files:
@@ -417,19 +456,24 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--prompt is empty; say what the video should show.")
 
 
-def _blocks(args: argparse.Namespace, exp) -> int:
+def _blocks(args: argparse.Namespace, pipeline) -> int:
     """How many blocks make the video."""
-    from packforcing_jax.sampling.pipeline import blocks_of
+    from packforcing_jax.sampling.pipeline import blocks_of, require_length
 
+    exp = pipeline.experiment
+    clips = 1 if pipeline.method.whole_clip else TIMES_CLIP
+    blocks = args.blocks or clips * exp.clip // exp.cache.block
     if args.seconds is not None:
-        return blocks_of(exp, args.seconds)
-    return args.blocks or TIMES_CLIP * exp.clip // exp.cache.block
+        blocks = blocks_of(exp, args.seconds)
+    require_length(pipeline.method, exp, blocks)
+    return blocks
 
 
 def _prompts(
-    args: argparse.Namespace, blocks: int, *, stage: bool
+    args: argparse.Namespace, pipeline, *, stage: bool
 ) -> tuple[list[str], dict[int, str]]:
     """One prompt per block, and what new prompts do to the memory where the timeline says so."""
+    blocks = _blocks(args, pipeline)
     if args.timeline is not None:
         entries = timelines.read(args.timeline)
         return timelines.spread(entries, blocks), timelines.changes(entries, blocks)
@@ -438,7 +482,8 @@ def _prompts(
     require(stage, "this model has no default story; give --prompt or --timeline.")
     from packforcing_jax.stage import stories
 
-    return stories.default_timeline(args.seed, blocks), {}
+    story = stories.default_timeline(args.seed, blocks)
+    return story[:1] * blocks if pipeline.method.whole_clip else story, {}
 
 
 def _runs(prompts: list[str]) -> list[tuple[int, str]]:

@@ -17,7 +17,13 @@ from packforcing_jax.config.networks import (
     TextConfig,
     VAEConfig,
 )
-from packforcing_jax.config.sampling import HALF, DtypeConfig, SampleConfig
+from packforcing_jax.config.sampling import (
+    HALF,
+    WAN_NEGATIVE_PROMPT,
+    DtypeConfig,
+    SampleConfig,
+    evenly_spaced,
+)
 from packforcing_jax.config.training import (
     CoverConfig,
     DataConfig,
@@ -48,6 +54,7 @@ __all__ = [
     "HALF",
     "PROFILES",
     "WAN_MEAN",
+    "WAN_NEGATIVE_PROMPT",
     "WAN_STD",
     "CacheConfig",
     "CompressorConfig",
@@ -69,6 +76,7 @@ __all__ = [
     "TextConfig",
     "TrainConfig",
     "VAEConfig",
+    "evenly_spaced",
 ]
 
 

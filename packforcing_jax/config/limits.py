@@ -76,7 +76,12 @@ CACHE: Limits = {
     "score_pool": (1, SIDE),
     "key_multiple": (1, COUNT),
 }
-SAMPLE: Limits = {"steps": (1, 1000), "first_steps": (1, 1000), "shift": (1e-3, 1e3)}
+SAMPLE: Limits = {
+    "steps": (1, 1000),
+    "first_steps": (1, 1000),
+    "shift": (1e-3, 1e3),
+    "guidance": (-1e3, 1e3),
+}
 EXPERIMENT: Limits = {"latent": (1, SIDE), "fps": (1, 1000), "clip": (1, FRAMES)}
 OPTIMISER: Limits = {
     "rate": (0.0, 1e3),

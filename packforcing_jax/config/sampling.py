@@ -1,10 +1,23 @@
 """How a block is denoised, and in which number formats."""
 
+import math
 from dataclasses import dataclass
 
 from packforcing_jax.config import limits
 from packforcing_jax.config.choices import require_choices
 from packforcing_jax.errors import require
+
+WAN_NEGATIVE_PROMPT = (  # Wan-Video/Wan2.1 9737cba, wan/configs/shared_config.py (Apache-2.0)
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
+    "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
+def evenly_spaced(count: int) -> tuple[int, ...]:
+    """So many nominal steps from 1000 downwards, at equal distances."""
+    require(0 < count <= 1000, f"{count} denoising steps are none or too many; give 1 to 1000.")
+    return tuple(1000 - 1000 * i // count for i in range(count))
 
 
 @dataclass(frozen=True)
@@ -14,6 +27,9 @@ class SampleConfig:
     `first_steps` are those of the first generated block, if they are others (Causal-Forcing++). Without `warp` the
     steps are timesteps as they stand (CausVid). Warped timesteps are computed in float32 throughout as in the
     original, or, `exact_timesteps`, rounded once, which changes their last bit.
+
+    Where all frames of a clip are denoised together, only the number of steps counts, and the prediction is led away
+    from that under `negative_prompt` by `guidance`, 1 for none. An empty negative prompt is no text: states of zero.
     """
 
     steps: tuple[int, ...] = (1000, 750, 500, 250)
@@ -22,6 +38,8 @@ class SampleConfig:
     warp: bool = True
     exact_timesteps: bool = False
     prediction: str = "velocity"  # what the network returns: velocity or clean
+    guidance: float = 1.0
+    negative_prompt: str = ""
 
     def __post_init__(self):
         limits.require_within(limits.SAMPLE, "sample", self)
@@ -32,6 +50,10 @@ class SampleConfig:
                 all(a > b for a, b in zip(steps, steps[1:])),
                 f"sample.{name}={steps} must fall from step to step; reorder it.",
             )
+        require(
+            math.isfinite(self.guidance) and self.guidance >= 0,
+            f"sample.guidance={self.guidance} is no scale; give 1 for none, or more.",
+        )
         require_choices("sample", self)
 
 

@@ -1,6 +1,7 @@
 """The methods that are compared, each a page of its source; `METHODS` looks their names up."""
 
 from packforcing_jax.errors import nearest, require
+from packforcing_jax.methods.bidirectional import BIDIRECTIONAL
 from packforcing_jax.methods.causvid import CAUSVID
 from packforcing_jax.methods.full import FULL
 from packforcing_jax.methods.infinite_forcing import INFINITE_FORCING
@@ -14,7 +15,6 @@ from packforcing_jax.methods.self_forcing import CAUSAL_FORCING, SELF_FORCING, S
 UNBUILT = {  # methods that cards name, and why they cannot be sampled here
     "deep-forcing": "its compression of tokens is not built yet",
     "packforcing-unofficial": "its compressor is not built yet",
-    "bidirectional": "it makes all frames of a clip at once, not block by block",
 }
 METHODS: dict[str, Method] = {
     method.name: method
@@ -30,6 +30,7 @@ METHODS: dict[str, Method] = {
         REWARD_FORCING,
         ROLLING_FORCING,
         FULL,
+        BIDIRECTIONAL,
     )
 }
 

@@ -66,6 +66,9 @@ def calls(
     A change of prompt is met as the method says.
     """
     cfg = spec.cache
+    if method.whole_clip:
+        yield _whole_clip(spec, len(prompts) * cfg.block, prompts[0])
+        return
     progress = layouts.begin()
     made = _Made({}, {})
     clip = 0
@@ -94,6 +97,13 @@ def calls(
                 for call in _remembered(spec, progress, made, GIVEN, own, prompt):
                     yield dataclasses.replace(call, clip=clip)
                 progress = progress.after_block()
+
+
+def _whole_clip(spec: MemorySpec, frames: int, prompt: int) -> Call:
+    """The pass in which every frame sees every frame; each denoising step makes it again."""
+    queries = tuple((frame, float(frame)) for frame in range(frames))
+    keys = tuple(_key(spec, "current", frame, at, prompt) for frame, at in queries)
+    return Call(DENOISE, 0, queries, keys, prompt)
 
 
 def _fills_a_clip(cfg: CacheConfig, progress: Progress) -> bool:

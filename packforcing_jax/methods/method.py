@@ -4,11 +4,11 @@ A method is a value. `sample --method NAME`, `layout`, `plan` and `verify` read 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from packforcing_jax.config import CacheConfig, Experiment
+from packforcing_jax.config import CacheConfig, Experiment, evenly_spaced
 from packforcing_jax.config.choices import AT_PROMPT_CHANGE
 from packforcing_jax.errors import require
 
@@ -25,7 +25,9 @@ class Method:
     everything. `keeps_sink`: a re-cache leaves the sink as it is once it has left the window. `one_clip`: no block is
     made beyond the window. `joint`: as many blocks as there are denoising steps are denoised together. `overlap`: the
     video consists of clips as long as the window, and each begins with so many frames of the one before. `unbounded`:
-    the window grows to the whole video.
+    the window grows to the whole video. `whole_clip`: there are no blocks and no memory, all frames of one clip are
+    denoised together. `steps`: of denoising, evenly spaced, for models that were made for another method; 0: the
+    model's own.
     """
 
     name: str
@@ -39,6 +41,13 @@ class Method:
     joint: bool = False
     overlap: int = 0
     unbounded: bool = False
+    whole_clip: bool = False
+    steps: int = 0
+
+    @property
+    def own_memory(self) -> bool:
+        """Whether the memory is the experiment's own, whose profiles can be chosen."""
+        return self.window is None and not self.whole_clip
 
     def __post_init__(self):
         require(
@@ -80,9 +89,11 @@ def sized(method: Method, own: CacheConfig) -> Method:
     """The method at the sizes of a model.
 
     Published sizes belong to blocks of 3 frames, or of 1. For other blocks they are counted in blocks, rounded up, and
-    recent frames are cut until the window fits the trained range.
+    recent frames are cut until the window fits the trained range. Without a memory nothing stands behind a block.
     """
     block = own.block
+    if method.whole_clip:
+        return dataclasses.replace(method, window=block)
     if method.window is None or PUBLISHED_BLOCK % block == 0:
         return method
     recent = method.window - method.sink - PUBLISHED_BLOCK
@@ -102,6 +113,8 @@ def applied(method: Method, experiment: Experiment) -> Experiment:
     own = experiment.cache
     value = sized(method, own)
     sample = experiment.sample
+    if method.steps and experiment.method != method.name:
+        sample = dataclasses.replace(sample, steps=evenly_spaced(method.steps), first_steps=())
     if method.joint and value.window is not None:
         most = max((value.window - value.sink) // own.block, 1)
         count = min(most, len(sample.steps))
@@ -120,9 +133,38 @@ def lengthened(method: Method, experiment: Experiment, blocks: int) -> Experimen
     return dataclasses.replace(experiment, cache=dataclasses.replace(cache, recent=recent))
 
 
+def require_blocks(method: Method, who: str) -> None:
+    """Raises `InputError` unless the method makes its videos block by block, as `who` needs it."""
+    require(
+        not method.whole_clip,
+        f"{who} is about blocks that are made one behind the other, and method {method.name} denoises all frames of "
+        "a clip together; give another method or model.",
+    )
+
+
+def require_one_prompt(method: Method, prompts: Sequence[object]) -> None:
+    """Raises `InputError` for another prompt than the first where all frames are denoised together."""
+    require(
+        not method.whole_clip or len({*prompts}) < 2,
+        f"method {method.name} denoises all frames of a clip together under one prompt, and {len({*prompts})} were "
+        "given; give one.",
+    )
+
+
 def sizes_told(method: Method, experiment: Experiment) -> str:
     """The sizes of the method on this model, in a sentence."""
-    cache = experiment.cache
+    cache, sample = experiment.cache, experiment.sample
+    if method.whole_clip:
+        against = "sample.negative_prompt" if sample.negative_prompt else "no text (states of zero)"
+        guidance = (
+            "no guidance"
+            if sample.guidance == 1
+            else f"guidance {sample.guidance:g} against {against}"
+        )
+        return (
+            f"method {method.name}: all frames of a clip at once, {len(sample.steps)} steps, shift {sample.shift:g}, "
+            f"{guidance}"
+        )
     together = f"{cache.together} frames at once" if cache.joint else f"blocks of {cache.block}"
     clips = f", clips of {cache.full_frames} with {cache.overlap} shared" if cache.overlap else ""
     steps = " ".join(map(str, experiment.sample.steps))

@@ -17,13 +17,14 @@ from packforcing_jax.config import PROFILES, Experiment, cards, loading
 from packforcing_jax.config.choices import AT_PROMPT_CHANGE
 from packforcing_jax.config.experiment import require_whole
 from packforcing_jax.config.memory import profiled
-from packforcing_jax.errors import nearest, require, shown
+from packforcing_jax.errors import InputError, nearest, require, shown
 from packforcing_jax.io import model_folder, text_encoder, video
 from packforcing_jax.memory.layout import Progress
-from packforcing_jax.methods.method import Method, applied, lengthened
-from packforcing_jax.networks import base_model, codec, compressor, text, tokenizer
-from packforcing_jax.sampling import block_step, player, timelines
+from packforcing_jax.methods.method import Method, applied, lengthened, require_one_prompt
+from packforcing_jax.networks import base_model, codec, compressor, dit, text, tokenizer
+from packforcing_jax.sampling import block_step, player, timelines, whole_clip
 from packforcing_jax.sampling.player import State
+from packforcing_jax.types import TextStates
 
 TextEncoder: TypeAlias = text.UMT5
 Tokenizer: TypeAlias = tokenizer.Tokenizer
@@ -32,7 +33,10 @@ SHIPPED = Path(__file__).parents[1] / "weights" / "stage"
 
 @dataclass(frozen=True)
 class Finished:
-    """One finished block of one video: its place, what was asked for, what came out, and what it looked back at."""
+    """One finished block of one video: its place, what was asked for, what came out, and what it looked back at.
+
+    A block of a clip that was denoised as a whole looked back at nothing and leaves no state.
+    """
 
     index: int
     prompt: str
@@ -47,7 +51,7 @@ class Finished:
         str, float
     ]  # counts and positions of the other partitions: fields of `Layout`, and `block`
     sink_sum: int  # checksum of the sink; its keys do not count when they move
-    state: State  # after this block; used up when the next one is made
+    state: State | None  # after this block; used up when the next one is made
 
 
 def video_id(prompt: str) -> int:
@@ -91,25 +95,35 @@ def with_overrides(
     )
     value = methods.named(exp.method if method is None else method)
     require(
-        memory is None or value.window is None,
+        memory is None or value.own_memory,
         f"--memory {memory} belongs to method packforcing, and the method is {value.name}; leave --memory out, or "
         "give --method packforcing.",
     )
     exp = applied(value, exp)
     if memory is not None:
         exp = dataclasses.replace(exp, cache=profiled(exp.cache, memory))
-    exp = _set(exp, overrides)
+    exp = _set(value, exp, overrides)
     require_whole(exp)
     return exp
 
 
-def _set(exp: Experiment, overrides: Sequence[str]) -> Experiment:
-    """`exp` with settings changed, but for the method, which brings a memory of its own."""
+def _set(method: Method, exp: Experiment, overrides: Sequence[str]) -> Experiment:
+    """`exp` with settings changed.
+
+    Raises `InputError` for the method, which brings a memory of its own, and for guidance of one that knows none.
+    """
     require(
         not any(each.partition("=")[0].strip() == "method" for each in overrides),
         "--set method=... would leave the memory as it is; give --method NAME, or method= from Python.",
     )
-    return loading.override(exp, list(overrides))
+    after = loading.override(exp, list(overrides))
+    own, asked = ((each.sample.guidance, each.sample.negative_prompt) for each in (exp, after))
+    require(
+        method.whole_clip or own == asked,
+        f"sample.guidance and sample.negative_prompt lead clips that are denoised as a whole, and the method is "
+        f"{method.name}; leave them out, or give --method bidirectional.",
+    )
+    return after
 
 
 def require_number(what: str, value: object) -> None:
@@ -135,7 +149,7 @@ def built_of(exp: Experiment) -> Mapping[str, object]:
 
 def require_length(method: Method, exp: Experiment, blocks: int) -> None:
     """Raises `InputError` for more blocks than a method of one clip makes, or fewer than its window has."""
-    window = exp.cache.full_frames
+    window = exp.clip if method.whole_clip else exp.cache.full_frames
     together = exp.cache.window // exp.cache.block
     require(
         not exp.cache.joint or blocks >= together,
@@ -143,9 +157,10 @@ def require_length(method: Method, exp: Experiment, blocks: int) -> None:
         f"ask for at least {together}.",
     )
     require(
-        not method.one_clip or blocks * exp.cache.block <= window,
+        not (method.one_clip or method.whole_clip) or blocks * exp.cache.block <= window,
         f"method {method.name} makes one clip of {window} frames, and {blocks} blocks of {exp.cache.block} were asked "
-        "for; ask for fewer, or take self-forcing, whose window rolls.",
+        f"for; ask for at most {window // exp.cache.block}, or take a method and weights for longer videos, such as "
+        "self-forcing.",
     )
 
 
@@ -213,8 +228,10 @@ class Pipeline:
         """
         model = model_folder.opened(folder or SHIPPED)
         own = experiment or model.experiment
-        cards.require_samples(own.card)
-        exp = with_overrides(own, memory, overrides, method)
+        value = methods.named(own.method if method is None else method)
+        if not value.whole_clip:
+            cards.require_samples(own.card)
+        exp = with_overrides(own, memory, overrides, value)
         nets = block_step.Nets(
             dit=_read(
                 model,
@@ -232,7 +249,7 @@ class Pipeline:
         vae = _read(model, "codec", lambda: codec.make(exp.codec, nnx.Rngs(0)), exp.dtypes.vae)
         return cls(
             experiment=exp,
-            method=methods.named(own.method if method is None else method),
+            method=value,
             nets=nets,
             origin=Origin(model, nets, vae),
             text=text_encoder.of_folder(model, exp.text, exp.dtypes),
@@ -266,11 +283,13 @@ class Pipeline:
 
     def with_settings(self, overrides: Sequence[str]) -> "Pipeline":
         """The same weights with settings changed, such as `cache.top=8`."""
-        return self._with(_set(self.experiment, overrides))
+        return self._with(_set(self.method, self.experiment, overrides))
 
     def with_method(self, method: str | Method) -> "Pipeline":
         """The same model under another method: a name in `methods.METHODS`, or a value."""
         value = methods.named(method)
+        if not value.whole_clip:
+            cards.require_samples(self.experiment.card)
         return dataclasses.replace(
             self._with(with_overrides(self.experiment, None, (), value)), method=value
         )
@@ -316,7 +335,7 @@ class Pipeline:
         return player.text_program(self.nets.dit, self.experiment.dtypes.compute, states)
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raises `InputError` unless there are prompts and every word of them is known."""
+        """Raises `InputError` unless there are prompts that the method can follow, and every word of them is known."""
         require(
             not isinstance(prompts, str) and all(isinstance(each, str) for each in prompts),
             f"prompts={shown(prompts, 60)} is no list of prompts, one for each block; for one prompt throughout give "
@@ -328,7 +347,12 @@ class Pipeline:
                 f"prompt {shown(prompt)} holds bytes that are no text; write it in UTF-8.",
             )
         require(len(prompts) > 0, "a video needs at least one block; give one prompt per block.")
-        self.tokenizer.encode(list(dict.fromkeys(prompts)))
+        require_one_prompt(self.method, prompts)
+        sample = self.experiment.sample
+        negative = (
+            [sample.negative_prompt] if sample.guidance != 1 and sample.negative_prompt else []
+        )
+        self.tokenizer.encode(list(dict.fromkeys([*prompts, *negative])))
 
     def stream(
         self,
@@ -347,17 +371,25 @@ class Pipeline:
         A longer run begins with the shorter one, bit for bit; a changed later prompt leaves earlier blocks alone.
         A `state` that an earlier run left goes on from its block, as if that run had never stopped; it holds the
         seed and the identity of that run, so neither is given beside it.
+
+        Where the method denoises whole clips, the blocks are parts of one, under one prompt; it has no state, and its
+        length decides about all of it.
         """
         self.check(prompts)
         changes = dict(changes or {})
         check_changes(changes)
         require_length(self.method, self.experiment, len(prompts))
+        videos = [video_id(prompts[0]) if identity is None else identity]
+        if self.method.whole_clip:
+            require(
+                state is None and not changes,
+                f"method {self.method.name} denoises all frames of a clip together, without a state to go on from or "
+                "a memory to change; leave state and changes out.",
+            )
+            return self._clip(prompts, 0 if seed is None else seed, videos)
         model = self.for_length(len(prompts))
         if state is None:
-            state = model.start(
-                seed=0 if seed is None else seed,
-                videos=[video_id(prompts[0]) if identity is None else identity],
-            )
+            state = model.start(seed=0 if seed is None else seed, videos=videos)
         else:
             require(
                 seed is None and identity is None,
@@ -388,6 +420,43 @@ class Pipeline:
             "this state belongs to another memory, other number formats, another model or several videos; go on with "
             "the settings it was drawn with.",
         )
+
+    def _clip(self, prompts: Sequence[str], seed: int, videos: Sequence[int]) -> Iterator[Finished]:
+        exp = self.experiment
+        transformer = self.nets.dit
+        if not isinstance(transformer, dit.WanDiT):
+            raise InputError(
+                f"method {self.method.name} runs the transformer of Wan2.1, and this model has "
+                f"{type(transformer).__name__}; give another method."
+            )
+
+        def read(prompt: str) -> TextStates:
+            return self.text(*self.tokenizer.encode([prompt]))
+
+        text = whole_clip.text_of(exp.sample, read(prompts[0]), read)
+        who = (np.asarray(each, np.uint32) for each in ([seed], videos))
+        noise = whole_clip.noise_program(exp.step, *who, blocks=len(prompts))
+        noise, text = jax.device_put((noise, text), player.beside(self.nets))
+        latent = whole_clip.denoise_program(
+            transformer, whole_clip.config_of(exp.step), noise, text
+        )
+        blocks = np.split(np.asarray(latent[0]), len(prompts))
+        nothing = np.zeros((exp.dit.layers, 0))
+        for index, frames in enumerate(whole_clip.shown(self, latent)):
+            frames = np.asarray(frames[0])
+            video.guard(frames, first=index * len(frames))
+            yield Finished(
+                index=index,
+                prompt=prompts[index],
+                frames=frames,
+                latent=blocks[index],
+                block_ids=nothing.astype(np.int32),
+                scores=nothing,
+                positions=nothing,
+                layout={"block": exp.cache.block},
+                sink_sum=0,
+                state=None,
+            )
 
     def _stream(
         self, prompts: Sequence[str], state: State, changes: Mapping[int, str]

@@ -5,8 +5,10 @@ the noise levels is therefore one row of numbers per step, and a step is two wei
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -90,6 +92,19 @@ def step(solver: UniPC, state: State, velocity: Array, index: ArrayLike) -> Stat
     )
     latent = _weighted(jnp.asarray(solver.predictor)[index], corrected, state.clean, clean)
     return State(latent=latent, corrected=corrected, clean=clean, older=state.clean)
+
+
+def solve(
+    solver: UniPC, latent: Array, velocity: Callable[[Array, Array], Array]
+) -> tuple[Array, Array]:
+    """(the clean sample, the latent after every step [steps, ...]) from `latent`, along `velocity(latent, index)`."""
+
+    def one(state: State, index: Array) -> tuple[State, Array]:
+        state = step(solver, state, velocity(state.latent, index), index)
+        return state, state.latent
+
+    state, latents = jax.lax.scan(one, init(latent), jnp.arange(solver.steps))
+    return state.latent, latents
 
 
 def _weighted(weights: Array, *samples: Array) -> Array:
