@@ -13,6 +13,7 @@ from typing import NamedTuple, NoReturn
 import packforcing_jax
 from packforcing_jax import interrupts, versions
 from packforcing_jax.errors import InputError, MachineError, nearest
+from packforcing_jax.io import compilation_cache
 
 
 class Verb(NamedTuple):
@@ -145,6 +146,12 @@ def parser_of(name: str) -> tuple[Parser, object]:
         parser.add_argument(
             "--json", action="store_true", help="print the result as JSON on stdout"
         )
+    if verb.checked:
+        parser.add_argument(
+            "--no-compilation-cache",
+            action="store_true",
+            help="do not keep compiled programs for the next run",
+        )
     return parser, module
 
 
@@ -166,6 +173,8 @@ def run(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(rest)
     if VERBS[name].checked:
         versions.check()
+        if not arguments.no_compilation_cache:
+            compilation_cache.use()
     return module.run(arguments)  # type: ignore[attr-defined]
 
 
@@ -200,7 +209,11 @@ def outcome(error: BaseException) -> tuple[int, str] | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `packforcing WORDS` and returns the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    return interrupts.leave(exit_code(list(sys.argv[1:] if argv is None else argv)))
+
+
+def exit_code(argv: Sequence[str]) -> int:
+    """The exit code of `packforcing WORDS`, whose failures are one sentence on stderr."""
     try:
         with interrupts.raised():
             return run(argv)

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from jax import Array
 
 from packforcing_jax.config import DtypeConfig, TextConfig
 from packforcing_jax.errors import InputError, MachineError
-from packforcing_jax.io import atomic, model_folder, safetensors_io
+from packforcing_jax.io import atomic, model_folder, safetensors_io, user_cache
 from packforcing_jax.io import identity as weights
 from packforcing_jax.io.safetensors_io import Tensor
 from packforcing_jax.networks import layers, text
@@ -99,7 +98,7 @@ def of_module(model: text.UMT5, dtypes: DtypeConfig) -> Encoder:
 
 def default_store() -> Path:
     """Where text states are kept unless XDG_CACHE_HOME says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "packforcing" / "text"
+    return user_cache.folder("text")
 
 
 @functools.cache
