@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from packforcing_jax.cli import common
+from packforcing_jax.cli import common, compiling
 from packforcing_jax.errors import InputError, require
 from packforcing_jax.sampling import prompt_files, timelines
 
@@ -274,8 +274,9 @@ def _make(film: Film) -> int:
         )
         stream = pipeline.stream(film.prompts, seed=film.seed, state=at.state, changes=film.changes)
         first = 0 if at.state is None else at.state.position
+        files.enter_context(compiling.told(lambda: compiling.line("sample", "the block step")))
         for block in common.progress(
-            stream, name="sample", unit="blocks", total=film.blocks - first
+            stream, name="sample", unit="blocks", total=film.blocks, first=first
         ):
             writer.write(block.frames)
             if tracer is not None:
