@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-OURS = {"denoise_program", "commit_program", "show_program", "text_program", "layout", "sink_sum"}
+OURS = {
+    "denoise_program",
+    "commit_program",
+    "show_program",
+    "text_program",
+    "denoising",
+    "sink_sum",
+}
 HOST = {"first_pass", "_score", "_decide", "remaining_passes", "_newest", "draw_noise"}
 AUTOENCODER = f"""
 import dataclasses, sys

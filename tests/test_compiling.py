@@ -1,6 +1,8 @@
 """Compiling is counted once, kept out of the estimate, and told to the user where it takes long."""
 
+import os
 import time
+from pathlib import Path
 
 import jax
 import pytest
@@ -34,22 +36,52 @@ def test_what_compiles_is_counted_inside_and_no_more_behind():
     assert compiling.seconds() == counted
 
 
-def test_a_program_that_takes_long_is_told_once(monkeypatch, capsys):
-    monkeypatch.setattr(compiling, "PATIENCE", 0.0)
+@pytest.fixture
+def compiles(monkeypatch, capsys):
+    """What is said while jax says that it compiles a program, until something is."""
+    monkeypatch.setattr(compiling, "PATIENCE", 0.01)
+
+    def wait(seconds, read=lambda: None):
+        now = time.time()
+        jax.monitoring.record_event_time_span(compiling.LOWERED, now, now, fun_name="f")
+        read()
+        said = ""
+        while not said and time.time() < now + seconds:
+            time.sleep(0.01)
+            said = capsys.readouterr().err
+        jax.monitoring.record_event_time_span(compiling.COMPILED, now, time.time(), fun_name="f")
+        return said
+
+    return wait
+
+
+def test_a_program_that_takes_long_is_told_once(compiles):
     with compiling.told(lambda: "sample: compiling the block step"):
-        for _ in range(3):
-            fresh()(1.0)
-            time.sleep(0.05)
-    assert capsys.readouterr().err == "sample: compiling the block step\n"
+        assert compiles(10) == "sample: compiling the block step\n"
+        assert compiles(0.2) == ""
 
 
-def test_a_program_that_is_there_at_once_is_not_told(capsys):
+def test_a_program_that_is_there_at_once_is_not_told(compiles, monkeypatch):
+    monkeypatch.setattr(compiling, "PATIENCE", 60.0)
     with compiling.told(lambda: "sample: compiling the block step"):
-        fresh()(1.0)
-    assert capsys.readouterr().err == ""
+        assert compiles(0.05) == ""
 
 
-@pytest.mark.parametrize(("kept", "end"), [(True, " (first run only)"), (False, "")])
+def test_a_program_that_is_being_read_is_not_told_however_long_it_takes(
+    tmp_path, monkeypatch, compiles
+):
+    monkeypatch.setattr(compiling.compilation_cache, "in_use", lambda: tmp_path)
+    old = tmp_path / "jit_old-1-atime"
+    old.touch()
+    os.utime(old, (time.time() - 60,) * 2)
+    with compiling.told(lambda: "told"):
+        assert compiles(0.2, read=(tmp_path / "jit_new-1-atime").touch) == ""
+    (tmp_path / "jit_new-1-atime").unlink()
+    with compiling.told(lambda: "told"):
+        assert compiles(10) == "told\n"
+
+
+@pytest.mark.parametrize(("kept", "end"), [(Path("here"), " (first run only)"), (None, "")])
 def test_the_first_run_is_only_blamed_where_programs_are_kept(monkeypatch, kept, end):
     monkeypatch.setattr(compiling.compilation_cache, "in_use", lambda: kept)
     assert compiling.line("sample", "the block step") == f"sample: compiling the block step{end}"

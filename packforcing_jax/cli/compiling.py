@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator
 
 from packforcing_jax.io import compilation_cache
 
-PATIENCE = (
-    2.0  # seconds of one program before a word is said; a program that was kept is read in less
-)
+PATIENCE = 1.0  # seconds of one program before a word is said
 LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # behind it XLA begins
 COMPILED = "/jax/core/compile/backend_compile_duration"
 SPANS = ("/jax/core/compile/jaxpr_trace_duration", LOWERED, COMPILED)
@@ -38,9 +36,9 @@ def told(sentence: Callable[[], str]) -> Iterator[None]:
     said: set[str] = set()
     waiting: list[threading.Timer] = []
 
-    def say() -> None:
+    def say(since: float) -> None:
         text = sentence()
-        if text not in said:
+        if text not in said and not compilation_cache.read_since(since):
             said.add(text)
             write(text)
 
@@ -49,7 +47,7 @@ def told(sentence: Callable[[], str]) -> Iterator[None]:
         if event in SPANS:
             add(start_time, end_time)
         if event == LOWERED:
-            timer = threading.Timer(PATIENCE, say)
+            timer = threading.Timer(PATIENCE, say, [end_time])
             timer.daemon = True
             timer.start()
             waiting.append(timer)

@@ -12,6 +12,7 @@ from pathlib import Path
 from packforcing_jax.io import user_cache
 
 ON = "JAX_ENABLE_COMPILATION_CACHE"
+OFF = ("0", "f", "false", "n", "no", "off")  # as jax reads it
 FOLDER = "JAX_COMPILATION_CACHE_DIR"
 SIZE = "JAX_COMPILATION_CACHE_MAX_SIZE"
 SETTINGS = {
@@ -21,6 +22,7 @@ SETTINGS = {
 }
 ENTRY = "-cache"  # jax's names: of a program, and of the time it was last read, which is written behind it
 READ_AT = "-atime"
+TICK = 0.02  # seconds by which the time of a file may lag behind
 
 
 def use(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -28,14 +30,7 @@ def use(environment: MutableMapping[str, str] = os.environ) -> None:
 
     It has to be called before jax is imported. A folder that cannot be written is a warning.
     """
-    if FOLDER in environment or environment.get(ON, "").lower() in (
-        "0",
-        "f",
-        "false",
-        "n",
-        "no",
-        "off",
-    ):
+    if FOLDER in environment or environment.get(ON, "").lower() in OFF:
         return
     try:
         folder = user_cache.folder("compiled")
@@ -64,9 +59,21 @@ def remove_unfinished(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def in_use() -> bool:
-    """Whether jax keeps the programs that it compiles."""
+def in_use() -> Path | None:
+    """The folder in which jax keeps the programs that it compiles, if it does."""
     import jax
 
     folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    return bool(folder and jax.config.jax_enable_compilation_cache)  # pyright: ignore[reportAttributeAccessIssue]
+    on = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    return Path(folder) if on and folder else None
+
+
+def read_since(moment: float) -> bool:
+    """Whether jax found a program in a folder with a bound since then: it says so before it has loaded it."""
+    folder = in_use()
+    try:
+        return folder is not None and any(
+            each.stat().st_mtime > moment - TICK for each in folder.glob(f"*{READ_AT}")
+        )
+    except OSError:
+        return False
