@@ -1,18 +1,30 @@
 """Ctrl-C, SIGTERM and SIGHUP: raised where the program stands and remembered, or held or noted until a thing is done.
 
 An exception raised inside a callback of the garbage collector is printed and lost. There a signal is only remembered,
-and whoever works in steps looks here between them.
+and whoever works in steps looks here between them. Compiled code hears no signal: it is waited for beside it.
 """
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent import futures
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SWALLOW = ("__del__", "_xla_gc_callback")  # functions out of which no exception comes
+LOOK = 0.1  # seconds between two looks at a stop that is only noted
 _heard = threading.Event()
+_given_up: list[threading.Thread] = []
+
+
+class Stopped(KeyboardInterrupt):
+    """A stop was asked for before some work was done, which was given up."""
 
 
 @contextlib.contextmanager
@@ -87,3 +99,41 @@ def noted() -> Iterator[Callable[[], bool]]:
 
     with _handled(note):
         yield asked.is_set
+
+
+def interruptible(
+    work: Callable[[], Result], stop_requested: Callable[[], bool] = lambda: False
+) -> Result:
+    """What `work` returns, which may spend minutes in compiled code: it is done in a thread, and waited for.
+
+    Raises `Stopped` once a stop is asked for, or the interruption, at once. The work is then given up: it goes on until
+    the process ends, which `leave` sees to, so it must leave nothing half done that others read.
+    """
+    done: futures.Future[Result] = futures.Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while not futures.wait([done], timeout=LOOK).done:
+            if stop_requested():
+                raise Stopped
+    except BaseException:
+        _given_up.append(thread)
+        raise
+    return done.result()
+
+
+def leave(code: int) -> int:
+    """`code` for the end of the process; where work that was given up goes on, the process ends here without it."""
+    if any(thread.is_alive() for thread in _given_up):
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    return code

@@ -9,6 +9,8 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} {quick.FLAGS}"  # read when a backend starts
 )
 
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # each test compiles for itself
+
 import signal
 
 import jax

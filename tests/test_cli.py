@@ -276,18 +276,21 @@ class Clock:
         return self.now
 
 
-def walked(seconds, **settings):
+@pytest.fixture
+def walked(monkeypatch, capsys):
     """Lines that `progress` writes while items take the given seconds each."""
-    clock = Clock()
-    out = io.StringIO()
-    for took in common.progress(
-        seconds, name="sample", unit="block", out=out, clock=clock, **settings
-    ):
-        clock.now += took
-    return out.getvalue().splitlines()
+
+    def walk(seconds, **settings):
+        clock = Clock()
+        monkeypatch.setattr(common, "clock", clock)
+        for took in common.progress(seconds, name="sample", unit="block", **settings):
+            clock.now += took
+        return capsys.readouterr().err.splitlines()
+
+    return walk
 
 
-def test_plain_progress_tells_rate_and_time_left():
+def test_plain_progress_tells_rate_and_time_left(walked):
     assert walked([4.0, 4.0, 4.0, 8.0]) == [
         "sample: 1/4 block, 0.25 block/s, 0:04 gone, 0:12 left",
         "sample: 2/4 block, 0.25 block/s, 0:08 gone, 0:08 left",
@@ -296,28 +299,48 @@ def test_plain_progress_tells_rate_and_time_left():
     ]
 
 
-def test_plain_progress_keeps_a_log_short_but_always_ends_with_a_line():
+def test_plain_progress_counts_from_where_it_resumed_and_ends_with_the_note(walked):
+    assert walked([4.0, 4.0], total=12, first=10, note=lambda took: f"loss {took}") == [
+        "sample: 11/12 block, 0.25 block/s, 0:04 gone, 0:04 left, loss 4.0",
+        "sample: 12/12 block, 0.25 block/s, 0:08 gone, 0:00 left, loss 4.0",
+    ]
+
+
+def test_plain_progress_keeps_a_log_short_but_always_ends_with_a_line(walked):
     lines = walked([0.125] * 1001)
     assert len(lines) == 1000 * 0.125 // common.SECONDS_BETWEEN_LINES + 1
     assert "1001/1001" in lines[-1]
     assert walked([]) == []
 
 
-def test_progress_of_a_stream_without_end_counts_up():
+def test_progress_of_a_stream_without_end_counts_up(walked):
     lines = walked(iter([3.0, 0.5]))
     assert lines[0] == "sample: 1 block, 0.33 block/s, 0:03 gone"
     assert "2/2 block" in lines[-1]
 
 
-def test_progress_on_a_terminal_is_a_bar():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    """A terminal that remembers."""
 
-    out = Terminal()
-    assert list(common.progress([5, 6, 7], name="sample", unit="block", out=out)) == [5, 6, 7]
-    assert "sample: 100%" in out.getvalue()
-    assert "3/3" in out.getvalue()
+    def isatty(self):
+        return True
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert list(common.progress([5, 6, 7], name="sample", unit="block")) == [5, 6, 7]
+    assert "sample: 100%" in sys.stderr.getvalue()
+    assert "3/3" in sys.stderr.getvalue()
+
+
+def test_a_bar_counts_from_where_it_resumed_and_shows_the_note(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    for _ in common.progress(
+        [5, 6], name="train", unit="steps", total=12, first=10, note=lambda each: f"loss {each}"
+    ):
+        assert "10/12" in sys.stderr.getvalue()
+    assert "12/12" in sys.stderr.getvalue()
+    assert "loss 6" in sys.stderr.getvalue()
 
 
 @pytest.mark.parametrize(

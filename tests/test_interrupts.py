@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
 from packforcing_jax import interrupts
 
+ROOT = Path(__file__).parent.parent
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
@@ -21,6 +24,8 @@ def default_handlers():
     yield
     for each, handler in before.items():
         signal.signal(each, handler)
+    with interrupts.raised():  # forgets what was heard, which would interrupt a later test
+        pass
 
 
 @pytest.mark.parametrize("stop", SIGNALS)
@@ -134,3 +139,66 @@ def test_signals_while_a_program_ends_change_nothing():
     done = subprocess.run([sys.executable, "-c", TWICE, "sample"], capture_output=True, text=True)
     assert done.returncode == 130
     assert done.stderr == "packforcing: interrupted; what was finished is kept.\n"
+
+
+def test_interruptible_work_gives_what_it_returns_and_raises_what_it_raises():
+    assert interrupts.interruptible(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        interrupts.interruptible(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize("stop", SIGNALS)
+def test_a_stop_is_answered_while_the_work_goes_on(stop):
+    going = threading.Event()
+
+    def work():
+        os.kill(os.getpid(), stop)
+        going.wait(30)
+
+    try:
+        with pytest.raises(KeyboardInterrupt), interrupts.raised():
+            interrupts.interruptible(work)
+        with pytest.raises(interrupts.Stopped), interrupts.noted() as asked:
+            interrupts.interruptible(work, asked)
+    finally:
+        going.set()
+
+
+COMPILING = """
+import signal, sys, threading
+import jax
+from packforcing_jax import interrupts
+
+def long(x):
+    for i in range(4000):
+        x = jax.numpy.sin(x @ x + i)
+    return x
+
+def work():
+    lowered = jax.jit(long).lower(jax.ShapeDtypeStruct((8, 8), "float32"))
+    threading.Timer(0.5, lambda: print("compiling", flush=True)).start()
+    lowered.compile()
+    print("compiled")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    with interrupts.raised():
+        interrupts.interruptible(work)
+except KeyboardInterrupt:
+    print("stopped")
+    sys.exit(interrupts.leave(130))
+"""
+
+
+@pytest.mark.parametrize("stop", SIGNALS)
+def test_a_process_that_compiles_ends_at_once(stop):
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMPILING], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "compiling\n"
+    sent = time.monotonic()
+    process.send_signal(stop)
+    said, _ = process.communicate(timeout=60)
+    assert (said, process.returncode) == ("stopped\n", 130)
+    assert time.monotonic() - sent < 2

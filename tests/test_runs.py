@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -382,6 +383,35 @@ def test_settings_that_may_change_exist():
         assert any(f"{each}.".startswith(f"{name}.") for each in flat), name
 
 
+def test_a_stop_while_a_program_is_compiled_saves_the_step_before_and_loses_nothing(
+    straight, tmp_path
+):
+    asked = threading.Event()
+    release = threading.Event()
+
+    def slow(*operands, moves):
+        if moves == ("critic",):  # the second program
+            asked.set()
+            release.wait(30)
+        return update(*operands, moves=moves)
+
+    run = runs.start(
+        EXP, TRAIN, tmp_path, seed=7, program=dataclasses.replace(PROGRAM, update=slow)
+    )
+    assert runs.to_compile(run) == 2
+    began = time.monotonic()
+    try:
+        assert [each["step"] for each in runs.steps(run, asked.is_set)] == [1]
+    finally:
+        release.set()
+    runs.finish(run)
+    assert time.monotonic() - began < 15
+    assert (run.step, run.stopped, run.saved.latest(), runs.to_compile(run)) == (1, True, 1, 1)
+    again, _ = trained(tmp_path)
+    assert runs.to_compile(again) == 0
+    assert lines(tmp_path) == lines(straight[0].folder)
+
+
 # beside the steps -----------------------------------------------------------------------------------------------------
 
 
@@ -638,10 +668,10 @@ def test_a_signal_ends_the_step_saves_and_exits_with_0(
 ):
     advance = runs.advance
 
-    def signalled(run):
+    def signalled(run, *rest):
         if run.step == 4:
             os.kill(os.getpid(), stop)
-        return advance(run)
+        return advance(run, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(runs, "advance", signalled)
@@ -658,10 +688,10 @@ def test_a_second_signal_interrupts_at_once_and_the_checkpoint_before_stays(
 ):
     advance = runs.advance
 
-    def signalled(run):
+    def signalled(run, *rest):
         for _ in range(2 * (run.step == 4)):
             os.kill(os.getpid(), signal.SIGINT)
-        return advance(run)
+        return advance(run, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(runs, "advance", signalled)

@@ -5,9 +5,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TextIO, TypeVar
 
 from packforcing_jax import interrupts
+from packforcing_jax.cli import compiling
 from packforcing_jax.errors import require, shown
 
 if TYPE_CHECKING:
@@ -102,48 +103,75 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def clock() -> float:
+    """Seconds on a clock that stands still while jax compiles: the first block says little about the others."""
+    return time.monotonic() - compiling.seconds()
+
+
 def progress(
     items: Iterable[Item],
     *,
     name: str,
     unit: str,
     total: int | None = None,
-    out: TextIO | None = None,
-    clock: Callable[[], float] = time.monotonic,
+    first: int = 0,
+    note: Callable[[Item], str] = lambda item: "",
 ) -> Iterator[Item]:
     """`items` unchanged, shown as a bar with rate and time left on a terminal, as plain lines otherwise (stderr).
 
-    Between two items a lost interruption is raised again.
+    Of a `total` the `first` were done earlier; `note` is shown of the latest item. What jax spends on compiling is left
+    out of rate and times. Between two items a lost interruption is raised again.
     """
-    out = out or sys.stderr
     total = len(items) if total is None and hasattr(items, "__len__") else total  # type: ignore[arg-type]
-    if out is None or not out.isatty():
-        yield from _lines(items, name, unit, total, out, clock)
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield from _lines(items, _Task(name, unit, total, first), note)
         return
     import tqdm
 
-    with tqdm.tqdm(items, desc=name, unit=unit, total=total, file=out, dynamic_ncols=True) as bar:
-        for item in bar:
+    with tqdm.tqdm(
+        desc=name, unit=unit, total=total, initial=first, file=sys.stderr, dynamic_ncols=True
+    ) as bar:
+        compiled = compiling.seconds()
+        for item in items:
             yield item
             interrupts.look()
+            spent = compiling.seconds() - compiled
+            compiled += spent
+            bar.start_t += spent
+            bar.last_print_t += spent
+            bar.set_postfix_str(note(item), refresh=False)
+            bar.update()
 
 
-def _lines(items, name, unit, total, out, clock):
+class _Task(NamedTuple):
+    """What a line of progress is about; of `total`, if that is known, the `first` were done earlier."""
+
+    name: str
+    unit: str
+    total: int | None
+    first: int
+
+    def line(self, made: int, seconds: float, note: str) -> str:
+        rate = made / max(seconds, 1e-9)
+        done = self.first + made
+        count = f"{done}/{self.total}" if self.total else f"{done}"
+        left = f", {duration((self.total - done) / rate)} left" if self.total else ""
+        gone = f"{rate:.2f} {self.unit}/s, {duration(seconds)} gone{left}"
+        return f"{self.name}: {count} {self.unit}, {gone}{note and ', '}{note}"
+
+
+def _lines(items: Iterable[Item], task: _Task, note: Callable[[Item], str]) -> Iterator[Item]:
     start = printed = clock()
-    done = 0
-    for done, item in enumerate(items, start=1):
+    made = 0
+    told = ""
+    for made, item in enumerate(items, start=1):
         yield item
         interrupts.look()
         now = clock()
-        if now - printed >= SECONDS_BETWEEN_LINES or done == total:
-            print(_line(name, unit, done, total, now - start), file=out, flush=True)
+        if now - printed >= SECONDS_BETWEEN_LINES or task.first + made == task.total:
+            told = note(item)
+            print(task.line(made, now - start, told), file=sys.stderr, flush=True)
             printed = now
-    if total is None and done:
-        print(_line(name, unit, done, done, clock() - start), file=out, flush=True)
-
-
-def _line(name: str, unit: str, done: int, total: int | None, seconds: float) -> str:
-    rate = done / max(seconds, 1e-9)
-    count = f"{done}/{total}" if total else f"{done}"
-    left = f", {duration((total - done) / rate)} left" if total else ""
-    return f"{name}: {count} {unit}, {rate:.2f} {unit}/s, {duration(seconds)} gone{left}"
+    if task.total is None and made:
+        whole = task._replace(total=task.first + made)
+        print(whole.line(made, clock() - start, told), file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ import packforcing_jax
 from packforcing_jax import interrupts, versions
 from packforcing_jax.cli import failures, field_flags
 from packforcing_jax.errors import InputError, nearest, shortened, shown
+from packforcing_jax.io import compilation_cache
 
 
 class Verb(NamedTuple):
@@ -139,6 +140,12 @@ def parser_of(name: str) -> tuple[Parser, object]:
         parser.add_argument(
             "--json", action="store_true", help="print the result as JSON on stdout"
         )
+    if verb.checked:
+        parser.add_argument(
+            "--no-compilation-cache",
+            action="store_true",
+            help="do not keep compiled programs for the next run",
+        )
     return parser, module
 
 
@@ -160,6 +167,8 @@ def run(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(rest)
     if VERBS[name].checked:
         versions.check()
+        if not arguments.no_compilation_cache:
+            compilation_cache.use()
     return module.run(arguments)  # type: ignore[attr-defined]
 
 
@@ -171,6 +180,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream, io.TextIOWrapper
         ):  # a console that lacks a character shows its number
             stream.reconfigure(errors="backslashreplace")
+    return interrupts.leave(exit_code(words, last=argv is None))
+
+
+def exit_code(words: Sequence[str], *, last: bool = False) -> int:
+    """The exit code of `packforcing WORDS`, failures as one sentence on stderr; `last`: the process ends then."""
     try:
         with interrupts.raised():
             return run(words)
@@ -180,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = failures.outcome(error)
         if result is None:
             raise
-        if argv is None:
+        if last:
             interrupts.ignored()  # nothing is left to be stopped
         code = result[0]
         sentence = " ".join(result[1].split())

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from packforcing_jax.cli import common, places
+from packforcing_jax.cli import common, compiling, places
 from packforcing_jax.cli.places import Place
 from packforcing_jax.config import evenly_spaced
 from packforcing_jax.errors import InputError, require, shown
@@ -336,8 +336,9 @@ def _make(film: Film) -> int:
         seed = film.seed if at.state is None else None  # which the state holds
         stream = pipeline.stream(film.prompts, seed=seed, state=at.state, changes=film.changes)
         first = 0 if at.state is None else at.state.position
+        files.enter_context(compiling.told(lambda: compiling.line("sample", "the block step")))
         for block in common.progress(
-            stream, name="sample", unit="blocks", total=film.blocks - first
+            stream, name="sample", unit="blocks", total=film.blocks, first=first
         ):
             writer.write(block.frames)
             if tracer is not None:

@@ -1,6 +1,7 @@
 """`packforcing train`: a stage of training or a recipe of several, on one device or many, each to a model folder."""
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -8,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packforcing_jax import interrupts
-from packforcing_jax.cli import common, places
+from packforcing_jax.cli import common, compiling, places
 from packforcing_jax.errors import MachineError, brief, require, shown
 
 if TYPE_CHECKING:
     from packforcing_jax.config import Stage
+    from packforcing_jax.training import runs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,20 +134,31 @@ def train(stage: "Stage", folder: Path, seed: int, stopping: Callable[[], bool])
         common.start_line(
             "train", experiment=exp, dtype=exp.dtypes.compute, attention=backend, why=why
         )
-    job = runs.start(exp, settings, folder, seed=seed)
+    job = interrupts.interruptible(lambda: runs.start(exp, settings, folder, seed=seed), stopping)
     if job.step:
         say(f"train: goes on behind step {job.step} in {folder}")
+    programs = runs.to_compile(job)
+    if programs:
+        several = "1 program" if programs == 1 else f"{programs} programs"
+        say(f"train: {several} to compile, or to read where an earlier run kept them")
     made = runs.steps(job, stopping)
     metrics = {}
     left_out = 0
     if first():
         made = common.progress(
-            made, name=folder.name, unit="steps", total=settings.steps - job.step
+            made,
+            name=folder.name,
+            unit="steps",
+            total=settings.steps,
+            first=job.step,
+            note=logs.losses,
         )
+    told = compiling.told(lambda: _compiling(job)) if first() else contextlib.nullcontext()
     try:
-        for each in made:
-            metrics = each
-            left_out += metrics["skipped"] > 0
+        with told:
+            for each in made:
+                metrics = each
+                left_out += metrics["skipped"] > 0
     finally:
         if left_out:
             say(
@@ -161,6 +174,13 @@ def train(stage: "Stage", folder: Path, seed: int, stopping: Callable[[], bool])
     return {
         name: logs.plain(value) if name not in summary else value for name, value in metrics.items()
     } | summary
+
+
+def _compiling(job: "runs.Run") -> str:
+    from packforcing_jax.training import runs
+
+    compiled = len(job.programs)
+    return compiling.line("train", f"program {compiled + 1} of {compiled + runs.to_compile(job)}")
 
 
 def say(sentence: str) -> None:

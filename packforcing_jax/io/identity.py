@@ -8,14 +8,13 @@ or one whose tensors were replaced, is known by what it holds; of a large one th
 import functools
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
 from packforcing_jax.errors import InputError
-from packforcing_jax.io import atomic
+from packforcing_jax.io import atomic, user_cache
 
 PARTS = ("dit", "compressor", "codec", "text")  # of a model, each in a file of its own
 MANIFEST = "manifest.json"
@@ -25,9 +24,7 @@ SMALL = (
 )  # bytes of a file that is read every time: times of files are too coarse for what is written at once
 LONGEST_MANIFEST = 1 << 27  # bytes
 HASH = re.compile("[0-9a-f]{64}")
-CACHE = Path(
-    "packforcing", "identity"
-)  # in the user's cache: hashes of large files without a record
+CACHE = "identity"  # in the user's cache: hashes of large files without a record
 LETTERS = 32  # of a model's name
 
 
@@ -68,7 +65,7 @@ def _remembered(path: Path) -> str:
     place = f"{path.resolve()}\0{found.st_size}\0{found.st_mtime_ns}"
     name = f"{hashlib.sha256(place.encode(errors='surrogateescape')).hexdigest()[:LETTERS]}.txt"
     try:
-        store = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / CACHE
+        store = user_cache.folder(CACHE)
         kept = (store / name).read_text(encoding="ascii") if (store / name).is_file() else ""
         if not HASH.fullmatch(kept):
             kept = _hashed(path)

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from jax import Array
 
 from packforcing_jax.config import DtypeConfig, TextConfig
 from packforcing_jax.errors import InputError
-from packforcing_jax.io import atomic, model_folder, safetensors_io
+from packforcing_jax.io import atomic, model_folder, safetensors_io, user_cache
 from packforcing_jax.io import identity as weights
 from packforcing_jax.io.safetensors_io import Tensor
 from packforcing_jax.networks import layers, text
@@ -103,11 +102,10 @@ def of_module(model: text.UMT5, dtypes: DtypeConfig) -> Encoder:
 def default_store() -> Path | None:
     """Where text states are kept, None for nowhere, unless XDG_CACHE_HOME says otherwise."""
     try:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return user_cache.folder("text")
     except RuntimeError:
         _say_once("text states are not kept, as there is no home folder; XDG_CACHE_HOME names one")
         return None
-    return caches / "packforcing" / "text"
 
 
 @functools.cache

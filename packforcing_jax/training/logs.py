@@ -60,6 +60,16 @@ def scalars(metrics: Metrics) -> dict[str, float]:
     return numbers
 
 
+def losses(metrics: Metrics) -> str:
+    """The losses of a step as a line has them, such as `loss 0.1234`."""
+    shown = {
+        name: float(np.asarray(value))
+        for name, value in metrics.items()
+        if name.rsplit("/", 1)[-1] == "loss"
+    }
+    return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+
+
 # Lines of JSON
 
 

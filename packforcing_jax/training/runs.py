@@ -7,8 +7,8 @@ anywhere and started again does what the unbroken one would have done.
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,6 +19,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from packforcing_jax import interrupts
 from packforcing_jax.config import Experiment, Stage, TrainConfig, decode, loading
 from packforcing_jax.data import sources
 from packforcing_jax.errors import MachineError, nearest, require
@@ -61,6 +62,7 @@ MODEL = "model"
 CHECKPOINTS = "checkpoints"
 PREVIEWS = "previews"
 PROFILE = "profile"  # inside the folder of a run
+LOOK_AHEAD = 1000  # steps in which the programs that are still to be compiled are counted
 Metrics: TypeAlias = dict[str, Any]  # of one step, by name: NumPy arrays, numbers, texts
 
 
@@ -93,6 +95,7 @@ class Run:
     saved: checkpoints.Checkpoints
     step: int
     stopped: bool = False
+    programs: dict[Hashable, jax.stages.Compiled] = field(default_factory=dict)  # by `kind`
 
     @property
     def done(self) -> bool:
@@ -283,12 +286,18 @@ def compiled(
 # Step by step
 
 
-def steps(run: Run, stop_requested: Callable[[], bool] = lambda: False) -> Iterator[Metrics]:
+def _never() -> bool:
+    return False
+
+
+def steps(run: Run, stop_requested: Callable[[], bool] = _never) -> Iterator[Metrics]:
     """Trains to the end, or until `stop_requested` behind the step at hand; yields the metrics of each step.
 
-    However it ends, a checkpoint that was begun is complete then.
+    A stop does not wait for a step that is still being compiled, unless other processes make it too. However it ends, a
+    checkpoint that was begun is complete then.
     """
     cfg = run.train
+    alone = jax.process_count() == 1
     opened = logs.Log(
         run.folder, cfg.log, after=run.step, about=about(run.exp, run.train, run.seed)
     )
@@ -296,7 +305,13 @@ def steps(run: Run, stop_requested: Callable[[], bool] = lambda: False) -> Itera
         with opened as log, Window(run.folder / PROFILE, *cfg.profile) as window:
             while not (run.done or run.stopped):
                 window.at(run.step)
-                metrics = advance(run)
+                try:
+                    metrics = advance(run, stop_requested if alone else _never)
+                except interrupts.Stopped:
+                    run.stopped = True
+                    if run.step:
+                        save(run)
+                    break
                 if run.step % cfg.log_every == 0 or run.done:
                     log.write(run.step, metrics)
                 require_finite(run, metrics)
@@ -316,22 +331,46 @@ def keep(run: Run) -> None:
         preview(run)
 
 
-def advance(run: Run) -> Metrics:
-    """One update; its metrics, with the seconds it took and those it waited for data."""
+def kind(run: Run, step: int) -> tuple[tuple[str, ...], Experiment]:
+    """(what moves, the experiment) in a step: steps that have both in common are one program."""
+    return run.program.movers(run.train, step), run.program.variant(
+        run.exp, run.train, run.seed, step
+    )
+
+
+def to_compile(run: Run) -> int:
+    """How many programs the coming steps need that are not compiled yet, as far as LOOK_AHEAD steps show."""
+    last = min(run.train.steps, run.step + LOOK_AHEAD)
+    return len({kind(run, step) for step in range(run.step, last)} - {*run.programs})
+
+
+def advance(run: Run, stop_requested: Callable[[], bool] = _never) -> Metrics:
+    """One update; its metrics, with the seconds it took and those it waited for data.
+
+    Raises `Stopped` for a stop before its program is compiled: then the run stands where it stood.
+    """
     began = time.monotonic()
+    moves, variant = kind(run, run.step)
+    position = None if (moves, variant) in run.programs else run.batches.get_state()
     raw = next(run.batches)
     waited = time.monotonic() - began
-    moves = run.program.movers(run.train, run.step)
-    variant = run.program.variant(run.exp, run.train, run.seed, run.step)
     with jax.set_mesh(run.mesh):
-        run.state, metrics = run.update(
+        operands = (
             run.state,
             run.frozen,
             sources.global_batch(run.mesh, raw),
             np.uint32(run.seed),
-            moves,
-            variant,
         )
+    if position is not None:
+        try:
+            run.programs[moves, variant] = interrupts.interruptible(
+                lambda: ahead(run, *operands, moves, variant), stop_requested
+            )
+        except KeyboardInterrupt:
+            run.batches.set_state(position)
+            raise
+    with jax.set_mesh(run.mesh):
+        run.state, metrics = run.programs[moves, variant](*operands)
     host_metrics = {
         name: np.asarray(value) for name, value in metrics.items()
     }  # waits for the step
@@ -349,6 +388,12 @@ def advance(run: Run) -> Metrics:
         "clips_per_second": clips / seconds,
         "tokens_per_second": clips * variant.clip * variant.tokens_per_frame / seconds,
     }
+
+
+def ahead(run: Run, *operands) -> jax.stages.Compiled:
+    """The program of a step, compiled and not run."""
+    with jax.set_mesh(run.mesh):  # of this thread
+        return run.update.lower(*operands).compile()
 
 
 def require_finite(run: Run, metrics: Metrics) -> None:
