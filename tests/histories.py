@@ -93,6 +93,10 @@ def stepper(exp, *, stacked=False):
             own = own.replace(k=rope.rotate(own.k, now))
             return cache.write_block(spec, layout, recalled, own), selection
 
+        def keep_asked(layer, q):
+            total = view.sum_queries(spec, slow_memory.clean_queries(q))
+            return cache.keep_queries(layout, layer, total)
+
         full = pytrees.over(lambda kv: in_space(exp, kv, block_grid(exp)), full)
         packed = pytrees.over(
             lambda kv: in_space(exp, kv, layouts.packed_positions(spec)[1]), packed
@@ -107,6 +111,7 @@ def stepper(exp, *, stacked=False):
             selection,
             gap,
         )
+        after = after.replace(layers=pytrees.over(keep_asked, after.layers, q))
         shown = types.SimpleNamespace(
             views=views, selection=selection, layout=layout, length=layouts.length(spec, layout)
         )

@@ -186,13 +186,38 @@ def affinity(exp, story, seen, q, archive):
     return (mass.sum(-1) ** 4).sum((2, 3))
 
 
+def clean_queries(q):
+    """What a block's clean pass asks [..., k, n, h] in a story: what the block asks, the last token first."""
+    return q[..., ::-1, :, :]
+
+
 def paper_sum(exp, story, seen, q, archive):
     """The paper's double sum of raw products of all queries with all of a block's keys, at true frames."""
-    rows, columns = np.tile(frame_grid(exp), exp.cache.block)
-    frames = np.repeat(seen.start + np.arange(exp.cache.block), len(rows) // exp.cache.block)
-    asked = turn(q, angles_of(exp, frames, rows, columns))
+    return products(exp, story, archive, {seen.blocks: q})
+
+
+def paper(exp, story, seen, q, archive):
+    """The same over some heads and some tokens, of the recent blocks' clean passes too."""
+    cfg = exp.cache
+    asking = {seen.blocks: q}
+    if cfg.recent_queries:
+        recent = {frame // cfg.block for frame in seen.recent}
+        asking |= {block: clean_queries(story.q[block]) for block in recent}
+    heads = max(int(cfg.score_heads * exp.dit.heads), 1)
+    return products(exp, story, archive, asking, heads, cfg.query_stride)
+
+
+def products(exp, story, archive, asking, heads=None, stride=1):
+    """Sums [layer, b, m] of products of the queries [layer, b, q, n, h] of some blocks with the keys of packed ones."""
     keys, _ = twins(exp, story, archive, archive[..., None] * exp.cache.block + packed_grid(exp)[0])
-    return np.einsum("lbqnh,lbmpnh->lbm", asked, keys, optimize=True) / np.sqrt(q.shape[-1])
+    rows, columns = np.tile(frame_grid(exp), exp.cache.block)
+    frames = np.repeat(np.arange(exp.cache.block), len(rows) // exp.cache.block)
+    total = 0
+    for block, q in asking.items():
+        angles = angles_of(exp, block * exp.cache.block + frames, rows, columns)
+        asked = turn(q, angles)[:, :, ::stride, :heads]
+        total = total + np.einsum("lbqnh,lbmpnh->lbm", asked, keys[..., :heads, :], optimize=True)
+    return total / np.sqrt(keys.shape[-1])
 
 
 def scores(exp, story, seen, q, random):
@@ -202,6 +227,8 @@ def scores(exp, story, seen, q, random):
         return affinity(exp, story, seen, q, archive)
     if exp.cache.selection == "paper_sum":
         return paper_sum(exp, story, seen, q, archive)
+    if exp.cache.selection == "paper":
+        return paper(exp, story, seen, q, archive)
     if exp.cache.selection == "random":
         return random[..., np.asarray(seen.slots, int)].astype(float)
     return archive.astype(float)

@@ -94,6 +94,8 @@ def test_keys_bytes_and_last_block_of_awkward_sizes(exp, keys):
         tiny.with_cache(recent=0, rope_adjustment="incremental"),
         tiny.with_cache(selection="all", span="fit"),
         tiny.with_cache(selection="paper_sum", timing="late"),
+        tiny.with_cache(selection="paper", recent=6),
+        tiny.with_cache(selection="paper", scope="shared", score_heads=0.7, recent_queries=False),
         tiny.with_cache(selection="log_sum_exp", scope="shared"),  # one more pass, to ask in
         tiny.with_cache(selection="random", scope="shared"),
         compressed(keys="projected", branches="hr"),

@@ -91,6 +91,33 @@ def test_two_thousand_histories_are_seen_as_the_slow_memory_shows(capsys):
         print(f"\n{count} histories, 0 failures; {dict(tally)}")
 
 
+@pytest.mark.parametrize(
+    ("adjustment", "changes"),
+    [
+        ("sink", {}),
+        ("incremental", {"recent": 6, "score_heads": 1.0}),
+        ("sink_only", {"recent": 6, "query_stride": 1, "recent_queries": False}),
+        ("none", {"sink": 0}),
+    ],
+)
+def test_recent_blocks_ask_through_every_history(adjustment, changes):
+    """The paper's score, before and behind cuts and flushes, and with the past moved back."""
+    sizes = {"block": 3, "sink": 3, "recent": 3, "top": 2, "capacity": 4, "query_stride": 5}
+    cfg = CacheConfig(
+        **sizes | {"rope_adjustment": adjustment, "score_pool": (3, 1, 2)} | changes,
+        selection="paper",
+    )
+    exp = histories.experiment(cfg)
+    step = histories.stepper(exp)
+    for run in range(3):
+        rng = np.random.default_rng((8, run))
+        events = {4: "flush", 9: "cut"} if run == 2 else None
+        tally = histories.check_history(
+            exp, told(exp, rng, 14), step, 7.0 * (run == 1), events=events
+        )
+        assert tally["dropped inside"] > 0 or events
+
+
 @pytest.mark.parametrize("adjustment", ["sink", "incremental", "sink_only", "none"])
 def test_nothing_moves_until_something_is_dropped(adjustment):
     """With room for every block, true frame numbers are the packed timeline."""

@@ -105,7 +105,8 @@ def test_a_run_is_kept_after_every_few_blocks_and_behind_its_last(pipe, tmp_path
 
 
 @pytest.mark.parametrize(
-    "overrides", [[], ["cache.rope_adjustment=incremental"], HOST, ["cache.top=0"]]
+    "overrides",
+    [[], ["cache.rope_adjustment=incremental"], HOST, ["cache.top=0"], ["cache.selection=paper"]],
 )
 def test_what_was_kept_comes_back_with_new_scratch(pipe, tmp_path, overrides):
     model = pipe.with_settings(overrides)

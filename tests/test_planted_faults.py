@@ -27,6 +27,7 @@ KINDS = {
         **{**BASE, "top": 4, "capacity": 9}, selection="random", rope_adjustment="incremental"
     ),
     "sink alone": CacheConfig(**BASE, selection="random", rope_adjustment="sink_only"),
+    "asking": CacheConfig(**{**BASE, "recent": 4}, selection="paper", query_stride=5),
 }
 FAULTS: dict[str, tuple[str, Callable]] = {}  # what is wrong: the kind of memory it shows in, how
 
@@ -393,6 +394,42 @@ def _(patch):
         return original(spec, layout, layer).replace(sink_position=layer.sink_position)
 
     wrap(patch, cache, "reposition", wrong)
+
+
+# Who asks
+
+
+@fault("recent blocks ask at the current block's frames", "asking")
+def _(patch):
+    wrap(
+        patch,
+        view,
+        "_recent_queries",
+        lambda original, spec, layout, layer: jnp.where(
+            layout.recent > 0, layer.queries.sum(axis=1), 0
+        ),
+    )
+
+
+@fault("the newest block's queries are kept in the slot of the one before", "asking")
+def _(patch):
+    wrap(
+        patch,
+        cache,
+        "keep_queries",
+        lambda original, layout, layer, total: original(
+            layout.replace(num_blocks=layout.num_blocks - 1), layer, total
+        ),
+    )
+
+
+@fault("recent blocks ask with every token", "asking")
+def _(patch):
+    def whole(original, spec, q):
+        every = dataclasses.replace(spec, cache=dataclasses.replace(spec.cache, query_stride=1))
+        return original(every, q)
+
+    wrap(patch, view, "sum_queries", whole)
 
 
 EVENTS = {15: "flush", 18: "cut"}

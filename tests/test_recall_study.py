@@ -259,6 +259,18 @@ def test_the_last_block_is_the_one_that_follows_the_true_frames(model, told, ove
     np.testing.assert_array_equal(frames, wanted)
 
 
+@pytest.mark.parametrize("way", ["paper", "recency"])
+def test_a_history_keeps_the_queries_of_recent_blocks_if_any_way_asks_them(model, told, way):
+    ways = [recall.VARIANTS[name] for name in ("affinity", way)]
+    state = recall.history(recall._asking(model, ways), told, seed=7, videos=range(2))
+    spec = recall.changed(SMALL, recall.VARIANTS[way]).memory
+    copied = recall._copied(spec, state.memory)
+    for layer, copy in zip(state.memory.layers, copied.layers, strict=True):
+        assert layer.queries.shape[1] == (way == "paper")
+        assert (np.abs(layer.queries) > 0).all()
+        np.testing.assert_array_equal(copy.queries, layer.queries)
+
+
 def test_a_way_finds_frames_at_its_own_positions(model, told, state, monkeypatch):
     """A first layer's keys depend on no choice: a history of the way's own has the same ones, and where they are."""
     exp = recall.changed(SMALL, recall.VARIANTS["all-true"])

@@ -36,6 +36,7 @@ WAN = config.VAEConfig(
 SETTINGS = {
     "incremental": ["cache.sink=6", "cache.rope_adjustment=incremental", "cache.selection=random"],
     "host": ["cache.scope=shared", "cache.timing=late", "cache.archive=host"],
+    "asking": ["cache.selection=paper", "cache.query_stride=3"],
 }
 PROGRAMS = {
     (player, "denoise_program"): {"donate_argnames": "memory"},

@@ -26,6 +26,7 @@ BY_CONTENT = (
     "centred_logit_max",
     "log_sum_exp",
     "paper_sum",
+    "paper",
 )
 SCORES = selection.SCORES
 choose = jax.jit(selection.choose, static_argnums=2)

@@ -55,6 +55,7 @@ def situation(rope_adjustment="sink", **changes):
         recent=draw(empty.recent),
         sink_position=jnp.float32(rope_adjustment == "incremental"),
         packed_positions=3 * draw(empty.packed_positions),
+        queries=draw(empty.queries),
     )
     return types.SimpleNamespace(exp=exp, layout=layout_of(exp, NUMBER), layer=layer, random=random)
 
@@ -152,7 +153,10 @@ def test_heads_that_are_scored_one_by_one_give_the_score_of_all(rope_adjustment)
     visible = np.asarray(here.layout.ids) >= 0
 
     def both(layout, layer, queries, random):
-        exps = {name: tiny.with_cache(here.exp, selection=name) for name in selection.SCORES}
+        exps = {
+            name: tiny.with_cache(here.exp, selection=name, score_heads=1.0, recent_queries=False)
+            for name in selection.SCORES
+        }
         ours = {
             name: view.score(exp.memory, layout, layer, queries, random)
             for name, exp in exps.items()

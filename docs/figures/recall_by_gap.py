@@ -27,7 +27,7 @@ WAYS = {  # name in the table: title
     "centred_logit_max": "centred_logit_max",
     "logit_max": "logit_max",
     "log_sum_exp": "log_sum_exp",
-    "paper_sum": "paper_sum (the paper's)",
+    "paper_sum": "paper_sum (bilinear form)",
     "all-true": "no choice: all 109 attended",
     "random": "random",
     "recency": "recency",

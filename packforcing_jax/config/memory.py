@@ -41,6 +41,9 @@ class CacheConfig:
     timing: str = "first"
     archive: str = "device"  # where packed blocks lie
     score_pool: tuple[int, int, int] = (2, 4, 4)  # queries averaged: frames, rows, columns
+    score_heads: float = 0.5  # of selection=paper: share of the heads, the first ones
+    query_stride: int = 8  # of selection=paper: one query token in so many
+    recent_queries: bool = True  # of selection=paper: recent blocks ask too, by their clean pass
     key_multiple: int = 128
 
     def __post_init__(self):
@@ -90,6 +93,11 @@ class CacheConfig:
             "set rope_adjustment=sink.",
         )
 
+        require(
+            0 < self.score_heads <= 1,
+            f"cache.score_heads={self.score_heads} is a share of the heads; give more than 0 and at most 1.",
+        )
+        require(self.query_stride > 0, "cache.query_stride=0 takes no query; give at least 1.")
         if self.evicts is not eviction.FIFO:
             eviction.check(self.evicts, self.slots)
         require(
@@ -156,6 +164,17 @@ class CacheConfig:
         return self.capacity if self.top and self.score.attends_all else self.top
 
     @property
+    def stride(self) -> int:
+        """One query token in so many is summed for the score."""
+        return self.query_stride if self.score.subset else 1
+
+    @property
+    def asking_blocks(self) -> int:
+        """Recent blocks whose queries are kept for the score."""
+        asks = self.top > 0 and self.score.subset and self.recent_queries
+        return self.recent // self.block if asks else 0
+
+    @property
     def slots(self) -> int:
         """Slots of the archive: `capacity`, and one for each block that is still at full size in `recent`."""
         return self.capacity + self.recent // self.block if self.top else 0
@@ -187,6 +206,12 @@ class MemorySpec:
     @property
     def tokens_per_packed_block(self) -> int:
         return math.prod(self.packed_grid)
+
+    @property
+    def scored_heads(self) -> int:
+        """Heads that blocks are scored by, the first ones."""
+        share = self.cache.score_heads if self.cache.score.subset else 1
+        return max(int(share * self.heads), 1)
 
     @property
     def full_res(self) -> int:

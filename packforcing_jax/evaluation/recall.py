@@ -6,7 +6,7 @@ each at its own distance from the end, and the last block is drawn once for each
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import jax
@@ -41,7 +41,7 @@ VARIANTS: dict[str, Variant] = {
     },
     **{
         f"{name}-shared": {"selection": name, "scope": "shared"}
-        for name in ("affinity", "paper_sum")
+        for name in ("affinity", "paper_sum", "paper")
     },
     "affinity-late": {"selection": "affinity", "timing": "late"},
     "affinity-shared-late": {"selection": "affinity", "scope": "shared", "timing": "late"},
@@ -100,9 +100,10 @@ def forced(
     seed = sampling.seed
     stories = [forced_story(np.random.default_rng((seed, i)), gaps) for i in range(videos)]
     outcomes = {(gap, variant): [] for gap in gaps for variant in variants}
+    filled = _asking(model, variants.values())
     for part in sampling.chunks(videos):
         group = [stories[i] for i in part]
-        state = history(model, group, seed=seed, videos=part)
+        state = history(filled, group, seed=seed, videos=part)
         for gap, variant in outcomes:
             outcomes[gap, variant].append(answers(model, variants[variant], state, group, gap))
     last = len(stories[0].guests) - 1
@@ -118,6 +119,12 @@ def forced(
         for gap in gaps
     }
     return {"mode": "forced", "videos": videos, "seed": seed, "sections": sections}
+
+
+def _asking(model: Pipeline, variants: Iterable[Variant]) -> Pipeline:
+    """The same model with the score of a variant that asks recent blocks, if one does."""
+    models = [with_variant(model, {"selection": variant["selection"]}) for variant in variants]
+    return next((one for one in models if one.experiment.cache.asking_blocks), model)
 
 
 def forced_story(rng: np.random.Generator, gaps: Sequence[int]) -> world.Story:
@@ -139,8 +146,14 @@ def forced_story(rng: np.random.Generator, gaps: Sequence[int]) -> world.Story:
 def history(
     model: Pipeline, stories: Sequence[world.Story], *, seed: int, videos: Sequence[int]
 ) -> State:
-    """The state before the last block, its memory filled with the stories' own frames."""
-    looking = stage_figures.one_step(with_variant(model, VARIANTS["recency"]))
+    """The state before the last block, its memory filled with the stories' own frames.
+
+    With the queries of recent blocks where the model's own selection asks them.
+    """
+    newest = with_variant(model, VARIANTS["recency"])
+    if model.experiment.cache.asking_blocks:
+        newest = _keeping_queries(newest)
+    looking = stage_figures.one_step(newest)
     prompts = [
         [captions.caption(story, block) for block in range(len(story.guests) - 1)]
         for story in stories
@@ -153,6 +166,13 @@ def history(
         committed = stage_figures.true_block(model, truth, block)
         state, _ = player.next_block(looking, state, text, given=committed)
     return state
+
+
+def _keeping_queries(model: Pipeline) -> Pipeline:
+    """The same model with the queries of recent blocks kept, whatever it selects by."""
+    cfg = model.experiment.cache
+    asks = dataclasses.replace(cfg, selection=dataclasses.replace(cfg.score, subset=True))
+    return dataclasses.replace(model, experiment=dataclasses.replace(model.experiment, cache=asks))
 
 
 def answers(

@@ -34,7 +34,7 @@ class LayerCache:
     Where positions change from block to block, `sink` or `recent` keep the same keys rotated in space only, so that
     no key is rotated twice; they are empty otherwise. Packed keys are rotated in space only. Under
     `rope_adjustment="incremental"` the sink's keys and the packed ones are turned from where they lie, which `sink_at`
-    and `at` say.
+    and `at` say. Where recent blocks are asked too, `queries` keeps the sum of those of each block's clean pass.
     """
 
     view: KV  # [b, room, n, h]
@@ -43,6 +43,7 @@ class LayerCache:
     recent: Array  # [b, frame, s, n, h]
     sink_position: Array  # []       position that the sink's first frame is turned to
     packed_positions: Array  # [b, slot]     and each packed block's first frame
+    queries: Array  # [b, block, n, h] float32, in a ring; frames counted from each block's first
 
 
 @struct.dataclass
@@ -93,6 +94,7 @@ def init(
             recent=store(cfg.recent if spec.recent_moves else 0, s),
             sink_position=jnp.zeros(()),
             packed_positions=jnp.zeros((batch, turned)),
+            queries=jnp.zeros((batch, cfg.asking_blocks, spec.heads, spec.head_dim)),
         )
 
     return Memory(
@@ -203,6 +205,13 @@ def keep_unrotated(spec: MemorySpec, layout: Layout, layer: LayerCache, keys: He
         sink = _overwrite(sink, frames[:, part], slot=slot, when=slot < spec.cache.sink)
     recent = _keep_frames(spec, layout, layer.recent, frames)
     return dataclasses.replace(layer, sink=sink, recent=recent)
+
+
+def keep_queries(layout: Layout, layer: LayerCache, total: Float[Array, "b n h"]) -> LayerCache:
+    """One layer with the sum of the current block's queries in the place of the oldest."""
+    slot = FIFO.slot_of(layout.num_blocks, layer.queries.shape[1])
+    queries = _overwrite(layer.queries, total[:, None], slot=slot, when=jnp.bool_(True))
+    return dataclasses.replace(layer, queries=queries)
 
 
 def _average_into_sink(spec: MemorySpec, layout: Layout, layer: LayerCache) -> LayerCache:
@@ -334,7 +343,7 @@ def sink_of(spec: MemorySpec, view: KV) -> KV:
 def rewritten(spec: MemorySpec, memory: Memory, plan: layouts.Recache, own: PerLayer[KV]) -> Memory:
     """`memory` with the frames of a re-cache written anew, from their `own` keys and values [b, frame*s, n, h].
 
-    Keys are rotated in space only. The other frames stay as they are.
+    Keys are rotated in space only. The other frames stay as they are, and so do the queries of recent blocks.
     """
     cfg = spec.cache
     layout = layouts.layout(cfg, plan.progress)
@@ -452,6 +461,7 @@ def layer_at(spec: MemorySpec, layout: Layout, full: KV, packed: KV) -> LayerCac
         recent=nothing,
         sink_position=layout.sink_position,
         packed_positions=jnp.zeros((b, 0)),
+        queries=jnp.zeros((b, 0, n, h)),
     )
 
 

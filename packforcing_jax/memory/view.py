@@ -16,6 +16,7 @@ from packforcing_jax.memory.cache import LayerCache, Selection
 from packforcing_jax.memory.layout import Layout
 from packforcing_jax.networks import rope
 from packforcing_jax.policies import selection as policy
+from packforcing_jax.policies.eviction import FIFO
 from packforcing_jax.types import KV, Heads
 
 
@@ -24,7 +25,7 @@ class PooledQueries:
     """What a block's queries ask of packed blocks, small enough to keep for every layer."""
 
     pooled: Array  # [b, q, n, h]  averages over windows, rotated at the windows' centres
-    total: Array  # [b, n, h]     sum of all queries, rotated at their own positions, frames from the block's first
+    total: Array  # [b, n, h]     the sum of `sum_queries`
 
 
 @struct.dataclass
@@ -54,15 +55,31 @@ def recall(
 
 def pool_queries(spec: MemorySpec, layout: Layout, q: Heads) -> PooledQueries:
     """What the current block asks, from its queries [b, block*s, n, h] without positions."""
-    block = spec.cache.block
-    frames = np.repeat(np.arange(block), spec.tokens_per_frame).astype(np.float32)
-    grid = rope.grid(*(np.arange(size) for size in spec.grid), frames=block)
-    own = rope.time_angles(jnp.asarray(frames), spec) + rope.space_angles(jnp.asarray(grid), spec)
     pooled = policy.pool(q, spec.grid, spec.cache.score_pool)
     return PooledQueries(
-        pooled=rope.rotate(pooled, _pool_angles(spec, layout)),
-        total=rope.rotate(q.astype(jnp.float32), own).sum(axis=1),
+        pooled=rope.rotate(pooled, _pool_angles(spec, layout)), total=sum_queries(spec, q)
     )
+
+
+def sum_queries(spec: MemorySpec, q: Heads) -> Float[Array, "b n h"]:
+    """The sum of a block's queries, or of one token in `cache.stride`, from [b, block*s, n, h] without positions.
+
+    Each is rotated at its own position, frames counted from the block's first.
+    """
+    block, stride = spec.cache.block, spec.cache.stride
+    frames = np.repeat(np.arange(block), spec.tokens_per_frame).astype(np.float32)[::stride]
+    grid = rope.grid(*(np.arange(size) for size in spec.grid), frames=block)[::stride]
+    own = rope.time_angles(jnp.asarray(frames), spec) + rope.space_angles(jnp.asarray(grid), spec)
+    return rope.rotate(q[:, ::stride].astype(jnp.float32), own).sum(axis=1)
+
+
+def _recent_queries(spec: MemorySpec, layout: Layout, layer: LayerCache) -> Float[Array, "b n h"]:
+    """The sum of what recent blocks keep of their queries, frames counted from the current block's first."""
+    first = FIFO.ids_in(layout.num_blocks, spec.cache.asking_blocks) * spec.cache.block
+    angles = rope.time_angles((first - layout.start).astype(jnp.float32), spec)
+    visible = (first >= layout.start - layout.recent)[None, :, None, None]
+    kept = layer.queries[:, : spec.cache.asking_blocks]
+    return jnp.where(visible, rope.rotate(kept, angles), 0).sum(axis=1)
 
 
 def _pool_angles(spec: MemorySpec, layout: Layout) -> Array:
@@ -83,7 +100,7 @@ def score_inputs(
     """What one layer's packed blocks are scored by.
 
     All lie at one common distance, the middle of the row they will form, so that age does not decide. The paper's
-    sum alone sees them at their true frames, counted from the current block's first.
+    sums alone see them at their true frames, counted from the current block's first.
     """
     cfg = spec.cache
     packed = layer.packed.k
@@ -106,7 +123,7 @@ def score_inputs(
         random=random,
         full_res=(layer.view.k[:, : cfg.sink * s], _recent_keys(spec, layout, layer.view.k)),
         full_res_valid=tuple(jnp.arange(size * s) < count * s for size, count in sizes),
-        query_sum=queries.total,
+        query_sum=queries.total + _recent_queries(spec, layout, layer),
         key_sum=_turn(spec, packed.astype(jnp.float32), true - lies).sum(axis=2),
     )
 
@@ -169,7 +186,7 @@ def score(
         one_layer, one_queries = _head((layer, queries), head)
         return rule.fn(score_inputs(spec, layout, one_layer, one_queries, random))
 
-    return rule.across_heads(jax.lax.map(of, jnp.arange(spec.heads)), axis=0)
+    return rule.across_heads(jax.lax.map(of, jnp.arange(spec.scored_heads)), axis=0)
 
 
 def _head(tree: Any, head: Array) -> Any:

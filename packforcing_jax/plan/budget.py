@@ -200,10 +200,12 @@ def resident(exp: Experiment, shapes: Shapes) -> dict[str, int]:
         "decoder": shapes.decoder,
     }
     host = jaxpr_cost.nbytes(archive) if exp.cache.archive == "host" else 0
-    window = {"blocks in the window": shapes.window} if exp.cache.joint else {}
+    some = {"blocks in the window": shapes.window} if exp.cache.joint else {}
+    if exp.cache.asking_blocks:
+        some["recent queries"] = [layer.queries for layer in layers]
     every = jaxpr_cost.nbytes((nets, shapes.memory, shapes.text_kv, shapes.decoder, shapes.window))
     totals = {"held/on the device": every - host, "held/on the host": host}
-    held = trees | window
+    held = trees | some
     return {f"held/{name}": jaxpr_cost.nbytes(tree) for name, tree in held.items()} | totals
 
 

@@ -44,6 +44,7 @@ TERMS = {
     "held/archive": "(capacity + N_recent / B) p 2 L d bytes b",
     "held/un-rotated keys": "N_recent s L d bytes b; N_sink if that moves",
     "held/recent latents": "frames at full size, cells channels 4 b",
+    "held/recent queries": "L N_recent / B sums d 4 b",
     "held/blocks in the window": "N_window cells channels 4 b, two counters",
     "held/text_kv": "W 2 L d bytes b",
     "held/weights": "transformer + compressor + codec",
@@ -73,8 +74,8 @@ TERMS = {
     "operations/of it self-attention": "4 b L q V d",
     "operations/one step, keys attended": "with attended for V",
     "operations/denoising": "S steps, one in a window of blocks",
-    "operations/selection": "2 b L windows (keys it scores) d",
-    "operations/clean pass": "a step of one block without the last layer's end",
+    "operations/selection": "2 b L windows (keys it scores) d, of the heads it scores",
+    "operations/clean pass": "a step of one block without the last layer's end, its queries if kept",
     "operations/packing pass": "a clean pass of p, and the compressor",
     "operations/whole block": "denoising + selection + clean + packing",
     "share/selection": "selection / whole block",
@@ -200,6 +201,8 @@ def resident(exp: Experiment, batch: int) -> Figures:
     figures: Figures = {name: int(count * each) for name, count in counts.items()}
     figures["held/keys and values"] = sum(figures.values())
     figures["held/recent latents"] = 4 * batch * cfg.full_frames * math.prod(spec.latent)
+    if cfg.asking_blocks:
+        figures["held/recent queries"] = 4 * batch * spec.layers * cfg.asking_blocks * exp.dit.dim
     if cfg.joint:
         figures["held/blocks in the window"] = 4 * batch * cfg.window * math.prod(spec.latent) + 8
     figures["held/on the host"] = figures["held/archive"] if cfg.archive == "host" else 0
@@ -357,7 +360,13 @@ def operations(exp: Experiment, keys: Figures, batch: int) -> Figures:
                 model, q, cfg.together, keys["keys/attended"]
             ),
             "operations/denoising": (1 if cfg.joint else len(exp.sample.steps)) * step,
-            "operations/clean pass": _pass(model, own, cfg.block, _alone(exp), until="keys"),
+            "operations/clean pass": _pass(
+                model,
+                own,
+                cfg.block,
+                _alone(exp),
+                until="queries" if cfg.asking_blocks else "keys",
+            ),
         }
         if type(exp.compressor) is CompressorConfig:
             once["operations/packing pass"] = _packing(exp, model, room) if cfg.top else 0
@@ -429,4 +438,4 @@ def _selection(exp: Experiment, q: float, room: float) -> float:
     if _is_ours(exp.dit) and _asks_before(exp):
         until = "queries" if pairs > 0 else "keys"
         asking = _pass(exp.dit, q, cfg.block, room, until=until)
-    return 2 * exp.dit.layers * pairs * exp.dit.heads * exp.dit.head_dim + asking
+    return 2 * exp.dit.layers * pairs * exp.memory.scored_heads * exp.dit.head_dim + asking

@@ -271,7 +271,12 @@ def trace(exp: Experiment, shapes: Shapes) -> Traced:
 
     def clean(denoiser, latent, memory):
         layout = layouts.layout(cfg.cache, memory.progress)
-        return block_step.read_clean(denoiser, layout, latent, block_step.views_of(memory))
+        into_layer = block_step.Access(
+            view_of=lambda layer: layer.view,
+            keep=lambda own, view, layer: dataclasses.replace(layer, view=view),
+            attends=block_step.remembering,
+        )
+        return block_step.read_clean(denoiser, layout, latent, memory.layers, into_layer)
 
     def packed(denoiser, latent, memory, low_res):
         layout = layouts.layout(cfg.cache, memory.progress)

@@ -25,7 +25,7 @@ class ScoreInputs:
     full_res: tuple[Array, ...]  # sink and recent keys in their places, each [b, k, n, h]
     full_res_valid: tuple[Array, ...]  # each [k]
     ids: Array  # [slot] block id, -1 where empty or not yet visible
-    query_sum: Array  # [b, n, h] over all queries, at their true frames
+    query_sum: Array  # [b, n, h] over all queries or a `subset`, at their true frames
     key_sum: Array  # [b, slot, n, h] over each block's packed keys, at their true frames
     random: Array  # [b, slot] uniform draws of this layer
 
@@ -102,7 +102,12 @@ def log_sum_exp(inputs: ScoreInputs) -> Float[Array, "b slot"]:
 
 
 def paper_sum(inputs: ScoreInputs) -> Float[Array, "b slot"]:
-    """The paper's score: all products of queries and keys, summed over heads; no softmax, so the sums' product."""
+    """All raw products of queries and keys, summed over heads: without a softmax, the product of the sums.
+
+    The paper's score (sec. 3.5, Appendix G, eq. 11), as far as `query_sum` and the heads are those that it takes:
+    s_m = sum_j sum_{i in S_q} 1/(B N_opt) sum_b sum_{head <= N_opt} Q_{b,head,i} . K_{m,b,head,j} / sqrt(D).
+    Each video has a sum of its own (B = 1), and 1/N_opt, one number for all blocks, is left out.
+    """
     exact = jax.lax.Precision.HIGHEST  # blocks differ by little of what they have in common
     products = jnp.einsum(
         "bnh,bmnh->bm",
@@ -158,6 +163,8 @@ class Score:
     `across_heads`: how the scores of single heads, stacked along axis 0, make one (`jnp.sum`, `jnp.max`); `fn` is then
     given one head at a time, since the logits of all would be the largest array of a block. None: `fn` reads no head.
     `reads`: the products that `fn` makes, one of the functions above or one's own. `attends_all`: nothing is left out.
+    `subset`: of heads and queries it takes what `cache.score_heads`, `query_stride` and `recent_queries` say, as the
+    paper does; otherwise all heads, and `query_sum` is over all queries of the current block and no others.
     """
 
     name: str
@@ -165,6 +172,7 @@ class Score:
     across_heads: Callable[..., Array] | None = None
     reads: Callable[[float, float, float, float], float] = no_keys
     attends_all: bool = False
+    subset: bool = False
 
 
 SCORES = {
@@ -179,6 +187,7 @@ SCORES = {
         ),
         Score("log_sum_exp", log_sum_exp, jnp.sum, packed_keys),
         Score("paper_sum", paper_sum, jnp.sum, block_sums),
+        Score("paper", paper_sum, jnp.sum, block_sums, subset=True),
         Score("recency", recency),
         Score("random", random),
         Score("all", recency, attends_all=True),

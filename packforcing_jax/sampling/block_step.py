@@ -294,7 +294,9 @@ def commit_block(
         return cache.finish_layer(spec, now, following, layer, stored, selected), handed
 
     past = pytrees.zipped(memory.layers, selection)
-    writes = Access(view_of=lambda past: past[0].view, keep=keep_full, writes=True)
+    writes = Access(
+        view_of=lambda past: past[0].view, keep=keep_full, writes=True, attends=remembering
+    )
     layers = read_clean(denoiser, now, latent, past, writes)
     packed = None
     if cache_cfg.top:
@@ -422,6 +424,16 @@ def asking(cfg: StepConfig, layout: Layout, attention_fn: SelfAttention) -> Self
     def self_attention(q: Heads, k: Heads, v: Heads, past: KV) -> tuple[Heads, Any]:
         mixed, whole = attention_fn(q, k, v, past)
         return mixed, (whole, view.pool_queries(cfg.memory, layout, q))
+
+    return self_attention
+
+
+def remembering(cfg: StepConfig, layout: Layout, attention_fn: SelfAttention) -> SelfAttention:
+    """`attend` that leaves the sum of the layer's queries in the memory that it keeps, where that has room for it."""
+
+    def self_attention(q: Heads, k: Heads, v: Heads, past: Any) -> tuple[Heads, LayerCache]:
+        mixed, layer = attention_fn(q, k, v, past)
+        return mixed, cache.keep_queries(layout, layer, view.sum_queries(cfg.memory, q))
 
     return self_attention
 

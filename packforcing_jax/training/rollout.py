@@ -86,7 +86,8 @@ def for_training(
 ) -> Experiment:
     """`exp` with a memory for clips of `blocks` blocks: `sink` and `recent` frames, packed blocks for all the rest.
 
-    `top` of them are attended by the cache's own selection; 0: all.
+    `top` of them are attended by the cache's own selection; 0: all. Raises `InputError` if that asks with the queries
+    of recent blocks.
     """
     recent = exp.cache.recent if recent is None else recent
     packed_blocks = max(blocks - (sink + recent) // exp.cache.block, 1)
@@ -103,6 +104,11 @@ def for_training(
         timing="first",
         archive="device",
         rope_adjustment="none" if exp.cache.rope_adjustment == "none" else "sink",
+    )
+    require(
+        smaller.asking_blocks == 0,
+        f"cache.selection={smaller.score.name!r} asks with the queries of recent blocks, which training does not keep; "
+        "set cache.recent_queries=false.",
     )
     return dataclasses.replace(exp, cache=smaller)
 
