@@ -40,7 +40,7 @@ TERMS = {
     "bytes/archive of the last block": "one packed block for each it chooses from",
     "bytes/every block at full size": "blocks B s 2 L d bytes b",
     "held/keys and values": "views + archive + un-rotated keys",
-    "held/views": "the view that is kept (V, or in a window's place a block's) 2 L d bytes b",
+    "held/views": "V (of a block committed alone) 2 L d bytes b",
     "held/archive": "(capacity + N_recent / B) p 2 L d bytes b",
     "held/un-rotated keys": "N_recent s L d bytes b; N_sink if that moves",
     "held/recent latents": "frames at full size, cells channels 4 b",
