@@ -7,6 +7,7 @@ AT_PROMPT_CHANGE = ("keep", "recache", "flush", "cut")  # what a new prompt does
 CHOICES = {
     "cache.rope_adjustment": ("sink", "incremental", "sink_only", "none"),
     "cache.span": ("true", "fit"),
+    "cache.token_positions": ("none", "token", "segment"),
     "cache.scope": ("layer", "shared"),
     "cache.timing": ("first", "late"),
     "cache.archive": ("device", "host"),

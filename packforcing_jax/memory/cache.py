@@ -27,6 +27,16 @@ from packforcing_jax.types import KV, Heads, Latent, Length
 
 
 @struct.dataclass
+class Tokens:
+    """What one layer knows of the single tokens in its view, where a full window is compressed (Deep Forcing)."""
+
+    ids: Array  # [b, full_res] number of the frame times the tokens of one, plus the place in it
+    positions: Array  # [b, full_res] in time, that its key is rotated to
+    counts: Array  # [b, full_res] how often it was chosen
+    queries: Array  # [b, query, n, h] what is kept of the newest frames' rotated queries
+
+
+@struct.dataclass
 class LayerCache:
     """What one layer remembers.
 
@@ -43,6 +53,7 @@ class LayerCache:
     recent: Array  # [b, frame, s, n, h]
     sink_position: Array  # []       position that the sink's first frame is turned to
     packed_positions: Array  # [b, slot]     and each packed block's first frame
+    tokens: Tokens | tuple[()] = ()  # where single tokens are kept
 
 
 @struct.dataclass
@@ -93,6 +104,7 @@ def init(
             recent=store(cfg.recent if spec.recent_moves else 0, s),
             sink_position=jnp.zeros(()),
             packed_positions=jnp.zeros((batch, turned)),
+            tokens=_no_tokens(spec, batch) if cfg.budget else (),
         )
 
     return Memory(
@@ -102,6 +114,14 @@ def init(
         latents=jnp.zeros((batch, cfg.full_frames, *spec.latent)),
         progress=layouts.begin(),
     )
+
+
+def _no_tokens(spec: MemorySpec, batch: int) -> Tokens:
+    def store(dtype) -> Array:
+        return jnp.zeros((batch, spec.full_res), dtype)
+
+    queries = jnp.zeros((batch, spec.kept_queries, spec.heads, spec.head_dim))
+    return Tokens(store(jnp.int32), store(jnp.float32), store(jnp.int32), queries)
 
 
 # Writing into a view

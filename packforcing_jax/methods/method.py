@@ -80,11 +80,14 @@ def sized(method: Method, own: CacheConfig) -> Method:
     """The method at the sizes of a model.
 
     Published sizes belong to blocks of 3 frames, or of 1. For other blocks they are counted in blocks, rounded up, and
-    recent frames are cut until the window fits the trained range.
+    recent frames are cut until the window fits the trained range. A budget and its parts keep their share of the
+    window, to the nearest block.
     """
     block = own.block
     if method.window is None or PUBLISHED_BLOCK % block == 0:
         return method
+    if "budget" in method.settings:
+        return _in_proportion(method, own, method.window)
     recent = method.window - method.sink - PUBLISHED_BLOCK
     sink, recent = (-(-frames // PUBLISHED_BLOCK) * block for frames in (method.sink, recent))
     room = max(own.max_position // block * block - block, 0)
@@ -92,6 +95,23 @@ def sized(method: Method, own: CacheConfig) -> Method:
     overlap = -(-method.overlap // PUBLISHED_BLOCK) * block
     window = sink + min(recent, room - sink) + block
     return dataclasses.replace(method, sink=sink, window=window, overlap=overlap)
+
+
+def _in_proportion(method: Method, own: CacheConfig, published: int) -> Method:
+    """A method whose full window is compressed, with everything as long as it is in a window of `published` frames."""
+    block = own.block
+    window = min(-(-published // PUBLISHED_BLOCK), max(own.max_position // block, 1)) * block
+
+    def share(frames: int) -> int:
+        return int(frames * window / published / block + 0.5) * block
+
+    sink = min(share(method.sink), window - block)
+    budget = min(max(share(method.settings["budget"]), sink + block), window)
+    recent = min(max(share(method.settings["budget_recent"]), block), budget - sink)
+    if method.sink + method.settings["budget_recent"] == method.settings["budget"]:
+        recent = budget - sink  # nothing is chosen
+    settings = {**method.settings, "budget": budget, "budget_recent": recent}
+    return dataclasses.replace(method, sink=sink, window=window, settings=settings)
 
 
 def applied(method: Method, experiment: Experiment) -> Experiment:
