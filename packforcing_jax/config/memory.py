@@ -118,8 +118,8 @@ class CacheConfig:
             or (self.top, self.overlap, self.sink_average, self.rope_adjustment)
             == (0, 0, 0, "sink_only")
             and not self.joint,
-            f"cache.budget={self.budget} compresses a window of whole frames behind a sink that moves alone; set top=0, "
-            "overlap=0, sink_average=0, window=0 and rope_adjustment=sink_only.",
+            f"cache.budget={self.budget} compresses a window of whole frames behind a sink that moves alone; set "
+            "top=0, overlap=0, sink_average=0, window=0 and rope_adjustment=sink_only.",
         )
         require(
             self.budget == 0
@@ -264,7 +264,7 @@ class MemorySpec:
 
     @property
     def kept_queries(self) -> int:
-        """What is kept of the queries that choose single tokens: those of the frames that a compression leaves whole."""
+        """What is kept of the queries that choose single tokens: those of as many frames as stay whole."""
         cache = self.cache
         return cache.chosen and cache.budget_recent * cache.fuses.per_frame(self.tokens_per_frame)
 

@@ -154,14 +154,12 @@ def committed(
         new = jnp.broadcast_to(new, (len(store), len(new))).astype(store.dtype)
         return jax.lax.dynamic_update_slice_in_dim(store, new, slot, axis=1)
 
+    positions = laid(known.positions, layouts.current_times(spec, now, count // s), at)
     sink = following.sink_position + jnp.arange(spec.cache.sink * s) // s
     known = dataclasses.replace(
         known,
         ids=laid(known.ids, now.start * s + jnp.arange(count), at),
-        positions=laid(known.positions, layouts.current_times(spec, now, count // s), at),
+        positions=laid(positions, sink, 0),
         counts=laid(known.counts, jnp.zeros(count), at),
     )
-    positions = jnp.where(
-        jnp.arange(spec.full_res) < len(sink), laid(known.positions, sink, 0), known.positions
-    )
-    return dataclasses.replace(layer, tokens=dataclasses.replace(known, positions=positions))
+    return dataclasses.replace(layer, tokens=known)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from packforcing_jax.config import CacheConfig, Experiment
-from packforcing_jax.config.choices import AT_PROMPT_CHANGE
+from packforcing_jax.config.choices import AT_PROMPT_CHANGE, KEEPS_TOKENS
 from packforcing_jax.errors import require
 
 PUBLISHED_BLOCK = 3  # frames of a block in the models that methods were published with
@@ -44,6 +44,11 @@ class Method:
         require(
             self.at_prompt_change in AT_PROMPT_CHANGE,
             f"at_prompt_change={self.at_prompt_change!r} is unknown; choose one of {', '.join(AT_PROMPT_CHANGE)}.",
+        )
+        require(
+            not self.settings.get("budget") or self.at_prompt_change in KEEPS_TOKENS,
+            f"at_prompt_change={self.at_prompt_change!r} takes whole frames out of a memory that keeps single tokens "
+            f"of them; choose one of {', '.join(KEEPS_TOKENS)}.",
         )
 
 
@@ -145,8 +150,13 @@ def sizes_told(method: Method, experiment: Experiment) -> str:
     cache = experiment.cache
     together = f"{cache.together} frames at once" if cache.joint else f"blocks of {cache.block}"
     clips = f", clips of {cache.full_frames} with {cache.overlap} shared" if cache.overlap else ""
+    budget = (
+        f", a full window compressed to {cache.budget}, the newest {cache.budget_recent} of them whole"
+        if cache.budget
+        else ""
+    )
     steps = " ".join(map(str, experiment.sample.steps))
     return (
-        f"method {method.name}: sink {cache.sink}, recent {cache.recent}, {together}{clips} "
+        f"method {method.name}: sink {cache.sink}, recent {cache.recent}, {together}{clips}{budget} "
         f"(latent frames), steps {steps}"
     )

@@ -55,7 +55,7 @@ class Fusion:
     """A rule by which recent queries score single tokens, and all that has to be known of it.
 
     `keeps(queries)`: what is remembered of each frame's queries [b, t, s, n, h]: [b, t, r, n, h], with any r.
-    `score(kept, keys)`: the score [b, k] of keys [b, k, n, h], larger is better, from what is kept of the newest frames.
+    `score(kept, keys)`: the score [b, k] of keys [b, k, n, h], larger is better, by what is kept of the newest frames.
     `per_frame(tokens)`: r for frames of so many tokens. `reads(kept)`: products that each key takes part in.
     """
 

@@ -206,9 +206,9 @@ def later_steps(
     past: Any,
     access: Access = READS,
 ) -> tuple[Latent, Any, Array]:
-    """(the block, what each layer kept, all predictions) after the remaining steps, each from the one before plus noise.
+    """(the block, what each layer kept, all predictions) after the remaining steps.
 
-    `access` keeps what it takes.
+    Each goes on from the clean prediction before it plus noise. What `access` keeps is what the next step takes.
     """
 
     def step(carry, inputs):

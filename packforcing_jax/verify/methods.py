@@ -164,14 +164,16 @@ def _compressing_run(fixture: Fixture, changes: Mapping[str, Any]) -> Outputs:
             jnp.asarray(noise[:, block * size : (block + 1) * size]),
             jnp.asarray(renoise[block]),
         )
-        predictions = np.asarray(denoised.predictions)
-        out |= {f"block{block}.step{i}.x0": _theirs(x0) for i, x0 in enumerate(predictions)}
-        latents.append(predictions[-1])
+        out |= {
+            f"block{block}.step{i}.x0": _theirs(x0)
+            for i, x0 in enumerate(denoised.predictions)  # type: ignore[arg-type]
+        }
+        latents.append(denoised.latent)
         seen.append(_tokens_seen(spec, left, memory))
         now = layouts.compression(spec.cache, before.progress)
         if now.due and spec.cache.chosen:
             choices.append((block, int(now.held), before, denoised.selection))
-    out["latents"] = _theirs(np.concatenate(latents, axis=1))
+    out["latents"] = _theirs(jnp.concatenate(latents, axis=1))
     for name in seen[0]:
         rows = _padded([row[name] for row in seen])
         out |= {f"layout.first_step.{name}": rows, f"layout.commit.{name}": rows}
