@@ -28,6 +28,13 @@ from packforcing_jax.verify import parts, transformer
 from packforcing_jax.verify.parts import Fixture, Outputs
 
 KINDS = {calls.DENOISE: 0, calls.COMMIT: 1, calls.RECACHE: 2, calls.GIVEN: 3}
+COMPRESSING = {  # what files call the settings of a compression
+    "budget": "budget",
+    "recent": "budget_recent",
+    "pc_fusion": "fusion",
+    "pc_topc_max_reuse": "reuse_limit",
+    "pc_mid_rope_mode": "token_positions",
+}
 PER_FRAME = "block step b t c y x -> (block t) step b c y x"
 
 
@@ -185,13 +192,7 @@ def _compressing(kwargs: Mapping[str, Any]) -> Method:
     sizes = {"sink": kwargs["sink_size"], "window": kwargs["local_attn_size"]}
     own = {"budget": sizes["window"], "budget_recent": sizes["window"] - sizes["sink"]}
     if kwargs.get("pc_enable", True):
-        own = {
-            "budget": kwargs["budget"],
-            "budget_recent": kwargs["recent"],
-            "fusion": kwargs["pc_fusion"],
-            "reuse_limit": kwargs["pc_topc_max_reuse"],
-            "token_positions": kwargs["pc_mid_rope_mode"],
-        }
+        own = {ours: kwargs[theirs] for theirs, ours in COMPRESSING.items() if theirs in kwargs}
     settings = {**methods.DEEP_FORCING.settings, **own}
     return dataclasses.replace(methods.DEEP_FORCING, **sizes, settings=settings)
 
