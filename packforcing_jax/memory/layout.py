@@ -121,7 +121,7 @@ def layout(cfg: CacheConfig, progress: Progress, gap: Array | float = 0.0) -> La
 
 @struct.dataclass
 class Compression:
-    """What becomes of a window that the next block would make too long (Deep Forcing sec. 3.2)."""
+    """What becomes of a window that the next block would make too long (Deep Forcing)."""
 
     due: Array  # whether it is compressed before the next block
     begun: Array  # whether it ever was, with the one that is due

@@ -1,4 +1,4 @@
-"""Single tokens of the past, which each layer chooses for itself when its window is full (Deep Forcing sec. 3.2).
+"""Single tokens of the past, which each layer chooses for itself when its window is full (Deep Forcing).
 
 A window holds the sink, what was chosen, and recent frames in this order, valid keys first. One that the next block
 would make too long is compressed to a budget of frames: the sink and the newest frames stay whole, and of everything

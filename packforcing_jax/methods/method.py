@@ -112,8 +112,9 @@ def _in_proportion(method: Method, own: CacheConfig, published: int) -> Method:
 
     sink = min(share(method.sink), window - block)
     budget = min(max(share(method.settings["budget"]), sink + block), window)
-    recent = min(max(share(method.settings["budget_recent"]), block), budget - sink)
-    if method.sink + method.settings["budget_recent"] == method.settings["budget"]:
+    published_recent = method.settings.get("budget_recent", 0)
+    recent = min(max(share(published_recent), block), budget - sink)
+    if method.sink + published_recent == method.settings["budget"]:
         recent = budget - sink  # nothing is chosen
     settings = {**method.settings, "budget": budget, "budget_recent": recent}
     return dataclasses.replace(method, sink=sink, window=window, settings=settings)

@@ -1,7 +1,7 @@
 """How single tokens are scored by recent queries: which of these are kept, and how their products make one score.
 
-The score of a token is fused from the products of its key with every recent query, summed over heads (Deep Forcing
-sec. 3.2).
+The score of a token is fused from the products of its key with every recent query, summed over heads (Deep
+Forcing).
 """
 
 import math
