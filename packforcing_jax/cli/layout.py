@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
                 "recent": exp.cache.recent,
                 "block": exp.cache.block,
                 "selected": exp.cache.attended,
+                "chosen_tokens": exp.cache.chosen * exp.tokens_per_frame,
                 "tokens_per_frame": exp.tokens_per_frame,
             },
             "steps": [_as_json(call) for call in steps],
@@ -109,9 +110,10 @@ def _table(method: str, exp, steps: list) -> Iterable[str]:
     cache = exp.cache
     yield (
         f"{method} on {exp.name}: sink {cache.sink}, recent {cache.recent}, block {cache.block} frames, "
-        f"{cache.attended} packed blocks at most; {exp.tokens_per_frame} tokens a frame"
+        f"{_between(exp)}; {exp.tokens_per_frame} tokens a frame"
     )
-    yield f"{'block':>6}  {'sink':>12}  {'packed':>22}  {'recent':>14}  {'current':>14}  {'tokens':>8}"
+    mid = "chosen" if cache.budget else "packed"
+    yield f"{'block':>6}  {'sink':>12}  {mid:>22}  {'recent':>14}  {'current':>14}  {'tokens':>8}"
     chosen = steps if len(steps) <= SHOWN else [*steps[: SHOWN - 2], None, steps[-1]]
     for call in chosen:
         if call is None:
@@ -122,7 +124,15 @@ def _table(method: str, exp, steps: list) -> Iterable[str]:
             f"{call.block:>6}  {_span(parts['sink']):>12}  {_packed(parts['mid']):>22}  "
             f"{_span(parts['recent']):>14}  {_span(parts['current']):>14}  {call.tokens:>8,}"
         )
-    yield "frames @ positions in time; of packed blocks that the data choose, their number"
+    yield "frames @ positions in time; of blocks or tokens that the data choose, their number"
+
+
+def _between(exp) -> str:
+    cache = exp.cache
+    if cache.budget:
+        tokens = cache.chosen * exp.tokens_per_frame
+        return f"a full window compressed to {cache.budget}, {tokens:,} single tokens among them"
+    return f"{cache.attended} packed blocks at most"
 
 
 def _span(keys: list) -> str:
@@ -134,6 +144,8 @@ def _span(keys: list) -> str:
 def _packed(keys: list) -> str:
     if not keys:
         return "-"
+    if keys[0].position is None:
+        return f"{sum(key.tokens for key in keys):,} tokens"
     free = any(key.frames is None for key in keys)
     which = f"{len(keys)} chosen" if free else f"{keys[0].frames[0]}-{keys[-1].frames[1]}"
     return f"{which} @ {keys[0].position:g}-{keys[-1].position:g}"

@@ -219,9 +219,9 @@ def _film(args: argparse.Namespace, pipeline, prompts: list[str], changes: dict[
         "together; leave it out.",
     )
     require(
-        args.trace is None or not (cache.joint or cache.overlap or whole_clip),
-        f"--trace {args.trace} records blocks that are made one by one in one memory, and method "
-        f"{pipeline.method.name} makes them otherwise; leave it out.",
+        args.trace is None or not (cache.joint or cache.overlap or cache.budget or whole_clip),
+        f"--trace {args.trace} records blocks that are made one by one in one memory of whole frames and packed "
+        f"blocks, and method {pipeline.method.name} makes or keeps them otherwise; leave it out.",
     )
     require(
         args.trace is None or not {"flush", "cut"} & {*changes.values()},

@@ -4,9 +4,11 @@ from packforcing_jax.errors import require
 
 DTYPES = ("float32", "bfloat16", "float16")
 AT_PROMPT_CHANGE = ("keep", "recache", "flush", "cut")  # what a new prompt does to the memory
+KEEPS_TOKENS = ("keep", "cut")  # those of them that a memory of single tokens can be put to
 CHOICES = {
     "cache.rope_adjustment": ("sink", "incremental", "sink_only", "none"),
     "cache.span": ("true", "fit"),
+    "cache.token_positions": ("none", "token", "segment"),
     "cache.scope": ("layer", "shared"),
     "cache.timing": ("first", "late"),
     "cache.archive": ("device", "host"),

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from packforcing_jax.config import limits
 from packforcing_jax.config.choices import require_choices
 from packforcing_jax.errors import require
-from packforcing_jax.policies import eviction, selection
+from packforcing_jax.policies import eviction, fusion, selection
 from packforcing_jax.policies.eviction import Eviction
+from packforcing_jax.policies.fusion import Fusion
 from packforcing_jax.policies.selection import Score
 from packforcing_jax.policies.table import named
 
@@ -19,7 +20,8 @@ class CacheConfig:
 
     `max_position` is the range of positions seen in training; span `fit` squeezes mid into what is left of it.
     `selection` scores packed blocks, `eviction` says which of them the archive keeps: names of
-    `policies.selection.SCORES` and `policies.eviction.EVICTIONS`, or values of one's own.
+    `policies.selection.SCORES` and `policies.eviction.EVICTIONS`, or values of one's own; so is `fusion`, of
+    `policies.fusion.FUSIONS`.
     """
 
     block: int = 4
@@ -33,6 +35,11 @@ class CacheConfig:
     sink_average: float = (
         0.0  # share that the sink keeps of itself when leaving frames are averaged in; 0: none are
     )
+    budget: int = 0  # frames that a full window is compressed to, token by token; 0: it is not
+    budget_recent: int = 0  # newest of them, which stay whole, the current block among them
+    fusion: str | Fusion = "sum"  # how the products of a token with recent queries make its score
+    reuse_limit: int = 0  # times that a token is chosen at most; 0: as often as it scores well
+    token_positions: str = "none"  # where chosen tokens move: nowhere, side by side, or all alike
     span: str = "true"
     max_position: int = 20
     selection: str | Score = "affinity"
@@ -112,7 +119,22 @@ class CacheConfig:
             f"cache.sink_average needs as many frames to leave at once as the sink has, but sink={self.sink}, "
             f"block={self.block}, recent={self.recent}; give a sink of one block and whole recent blocks.",
         )
-        _ = self.score  # an unknown name is refused here
+        require(
+            self.budget == 0
+            or (self.top, self.overlap, self.sink_average, self.rope_adjustment)
+            == (0, 0, 0, "sink_only")
+            and not self.joint,
+            f"cache.budget={self.budget} compresses a window of whole frames behind a sink that moves alone; set "
+            "top=0, overlap=0, sink_average=0, window=0 and rope_adjustment=sink_only.",
+        )
+        require(
+            self.budget == 0
+            or self.block <= self.budget_recent
+            and self.sink + self.budget_recent <= self.budget <= self.full_frames,
+            f"cache.budget={self.budget} must hold sink={self.sink} and budget_recent={self.budget_recent}, at least a "
+            f"block of {self.block}, and be no more than the window of {self.full_frames} frames; change one.",
+        )
+        _ = self.score, self.fuses  # an unknown name is refused here
 
     @property
     def score(self) -> Score:
@@ -123,6 +145,16 @@ class CacheConfig:
     def evicts(self) -> Eviction:
         """The rule by which the archive forgets packed blocks."""
         return named(eviction.EVICTIONS, self.eviction, "cache.eviction")
+
+    @property
+    def fuses(self) -> Fusion:
+        """How the products of a token with recent queries make its score."""
+        return named(fusion.FUSIONS, self.fusion, "cache.fusion")
+
+    @property
+    def chosen(self) -> int:
+        """Frames' worth of single tokens that are chosen when a full window is compressed."""
+        return self.budget - self.sink - self.budget_recent if self.budget else 0
 
     @property
     def joint(self) -> bool:
@@ -252,6 +284,19 @@ class MemorySpec:
     def _rounded(self, keys: int) -> int:
         """So many keys, rounded up to what attention kernels take."""
         return -(-keys // self.cache.key_multiple) * self.cache.key_multiple
+
+    @property
+    def kept_queries(self) -> int:
+        """What is kept of the queries that choose single tokens: those of as many frames as stay whole."""
+        cache = self.cache
+        return cache.chosen and cache.budget_recent * cache.fuses.per_frame(self.tokens_per_frame)
+
+    @property
+    def candidates(self) -> int:
+        """Tokens of a full window that a compression chooses from, at most."""
+        cache = self.cache
+        frames = cache.full_frames - cache.sink - (cache.budget_recent - cache.block)
+        return frames * self.tokens_per_frame if cache.chosen else 0
 
     @property
     def sink_moves(self) -> bool:

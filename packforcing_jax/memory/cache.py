@@ -27,6 +27,16 @@ from packforcing_jax.types import KV, Heads, Latent, Length
 
 
 @struct.dataclass
+class Tokens:
+    """What one layer knows of the single tokens in its view, where a full window is compressed (Deep Forcing)."""
+
+    ids: Array  # [b, full_res] number of the frame times the tokens of one, plus the place in it
+    positions: Array  # [b, full_res] in time, that its key is rotated to
+    counts: Array  # [b, full_res] how often it was chosen
+    queries: Array  # [b, query, n, h] what is kept of the newest frames' rotated queries
+
+
+@struct.dataclass
 class LayerCache:
     """What one layer remembers.
 
@@ -44,6 +54,7 @@ class LayerCache:
     sink_position: Array  # []       position that the sink's first frame is turned to
     packed_positions: Array  # [b, slot]     and each packed block's first frame
     queries: Array  # [b, block, n, h] float32, in a ring; frames counted from each block's first
+    tokens: Tokens | tuple[()] = ()  # where single tokens are kept
 
 
 @struct.dataclass
@@ -95,6 +106,7 @@ def init(
             sink_position=jnp.zeros(()),
             packed_positions=jnp.zeros((batch, turned)),
             queries=jnp.zeros((batch, cfg.asking_blocks, spec.heads, spec.head_dim)),
+            tokens=_no_tokens(spec, batch) if cfg.budget else (),
         )
 
     return Memory(
@@ -104,6 +116,14 @@ def init(
         latents=jnp.zeros((batch, cfg.full_frames, *spec.latent)),
         progress=layouts.begin(),
     )
+
+
+def _no_tokens(spec: MemorySpec, batch: int) -> Tokens:
+    def store(dtype) -> Array:
+        return jnp.zeros((batch, spec.full_res), dtype)
+
+    queries = jnp.zeros((batch, spec.kept_queries, spec.heads, spec.head_dim))
+    return Tokens(store(jnp.int32), store(jnp.float32), store(jnp.int32), queries)
 
 
 # Writing into a view

@@ -52,6 +52,7 @@ class Layout:
     mid_position: Array  # where a row of packed blocks that ends before `recent` begins
     recent_position: Array
     current_position: Array
+    chosen: Array | int = 0  # frames' worth of single tokens behind the sink
 
 
 def begin(blocks: int | Array = 0) -> Progress:
@@ -76,6 +77,8 @@ def layout(cfg: CacheConfig, progress: Progress, gap: Array | float = 0.0) -> La
     `rope_adjustment="none"` leaves the sink at its true frames. So does a block that is committed where several are
     denoised together (`joint`): it sees the newest frames, and the sink until these are as many as it may see.
     """
+    if cfg.budget:
+        return _within_budget(cfg, progress)
     start = progress.num_blocks * cfg.block
     scene = progress.scene_start
     origin = jnp.maximum(scene + cfg.sink, progress.first_visible)
@@ -112,6 +115,69 @@ def layout(cfg: CacheConfig, progress: Progress, gap: Array | float = 0.0) -> La
         num_selected=num_selected,
         ids=ids,
         step=step,
+        **{name: jnp.asarray(value, jnp.float32) for name, value in positions.items()},
+    )
+
+
+@struct.dataclass
+class Compression:
+    """What becomes of a window that the next block would make too long (Deep Forcing)."""
+
+    due: Array  # whether it is compressed before the next block
+    begun: Array  # whether it ever was, with the one that is due
+    held: Array  # frames that are held when the block begins
+    seen: Array  # frames that the block sees besides itself
+    sink_moved: Array  # positions that the sink has moved by
+    mid_moves: Array  # positions that the place of the chosen tokens moves by, from one compression to the next
+
+
+def compression(cfg: CacheConfig, progress: Progress) -> Compression:
+    """When the window is compressed, and what that changes: whenever a block would take it beyond its size.
+
+    The sink moves along with the blocks, but first by what the window is longer than the budget, wherever that is.
+    """
+    window, block = cfg.full_frames, cfg.block
+    fit = window // block  # blocks until it is compressed for the first time
+    every = (window - cfg.budget) // block + 1  # blocks from one time to the next
+    blocks = progress.num_blocks - progress.scene_start // block
+    since = blocks - fit
+    begun = since >= 0
+    kept = cfg.budget - block
+    return Compression(
+        due=begun & (since % every == 0),
+        begun=begun,
+        held=jnp.where(since > 0, kept + ((since - 1) % every + 1) * block, blocks * block),
+        seen=jnp.where(begun, kept + since % every * block, blocks * block),
+        sink_moved=jnp.where(begun, window - cfg.budget + since // every * every * block, 0),
+        mid_moves=jnp.where(since > 0, every * block, 0),
+    )
+
+
+def _within_budget(cfg: CacheConfig, progress: Progress) -> Layout:
+    """What the next block sees of a window that is compressed when it is full: all but the sink at true frames."""
+    now = compression(cfg, progress)
+    start, scene = progress.num_blocks * cfg.block, progress.scene_start
+    sink = jnp.minimum(now.seen, cfg.sink)
+    chosen = jnp.where(now.begun, cfg.chosen, 0)
+    recent = now.seen - sink - chosen
+    positions = {
+        "sink_position": scene + now.sink_moved,
+        "mid_position": scene + now.sink_moved + sink,
+        "recent_position": start - recent,
+        "current_position": start,
+    }
+    return Layout(
+        num_blocks=progress.num_blocks,
+        start=start,
+        scene=scene,
+        origin=scene + cfg.sink,
+        sink=sink,
+        recent=recent,
+        current=cfg.block,
+        num_selected=jnp.int32(0),
+        ids=jnp.zeros(0, jnp.int32),
+        step=jnp.float32(cfg.block),
+        chosen=chosen,
         **{name: jnp.asarray(value, jnp.float32) for name, value in positions.items()},
     )
 
@@ -216,7 +282,7 @@ def recache(cfg: CacheConfig, progress: Progress, keep_sink: bool) -> Recache:
 
 def length(spec: MemorySpec, layout: Layout) -> Length:
     """Valid keys of a view, those of the current frames among them."""
-    full_res = layout.sink + layout.recent + layout.current
+    full_res = layout.sink + layout.chosen + layout.recent + layout.current
     return full_res * spec.tokens_per_frame + layout.num_selected * spec.tokens_per_packed_block
 
 

@@ -3,6 +3,7 @@
 from packforcing_jax.errors import nearest, require
 from packforcing_jax.methods.bidirectional import BIDIRECTIONAL
 from packforcing_jax.methods.causvid import CAUSVID
+from packforcing_jax.methods.deep_forcing import DEEP_FORCING, DEEP_SINK
 from packforcing_jax.methods.full import FULL
 from packforcing_jax.methods.infinite_forcing import INFINITE_FORCING
 from packforcing_jax.methods.longlive import LONGLIVE, LONGLIVE_INFINITY
@@ -13,7 +14,6 @@ from packforcing_jax.methods.rolling_forcing import ROLLING_FORCING
 from packforcing_jax.methods.self_forcing import CAUSAL_FORCING, SELF_FORCING, SELF_FORCING_SHORT
 
 UNBUILT = {  # methods that cards name, and why they cannot be sampled here
-    "deep-forcing": "its compression of tokens is not built yet",
     "packforcing-unofficial": "its compressor is not built yet",
 }
 METHODS: dict[str, Method] = {
@@ -29,6 +29,8 @@ METHODS: dict[str, Method] = {
         INFINITE_FORCING,
         REWARD_FORCING,
         ROLLING_FORCING,
+        DEEP_FORCING,
+        DEEP_SINK,
         FULL,
         BIDIRECTIONAL,
     )

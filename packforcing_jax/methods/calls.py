@@ -26,7 +26,7 @@ class Key:
     frames: (
         tuple[int, int] | None
     )  # first and last true number; None: a choice that depends on data
-    position: float  # in time, of the first of them
+    position: float | None  # in time, of the first of them; None: it depends on data too
     tokens: int
     prompt: int | None = None  # under which its keys and values were computed
     mix: tuple[tuple[int, float], ...] = ()  # frames averaged in it, and their shares
@@ -208,7 +208,9 @@ def _past(spec: MemorySpec, now: Layout, made: _Made) -> tuple[Key, ...]:
         )
         for rank in range(count)
     ]
-    return (*by_kind["sink"], *packed, *by_kind["recent"])
+    tokens = int(now.chosen) * spec.tokens_per_frame
+    chosen = [Key("mid", None, None, tokens)] if tokens else []
+    return (*by_kind["sink"], *packed, *chosen, *by_kind["recent"])
 
 
 def _mix(made: _Made, frame: int) -> tuple[tuple[int, float], ...]:

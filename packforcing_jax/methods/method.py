@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from packforcing_jax.config import CacheConfig, Experiment, evenly_spaced
-from packforcing_jax.config.choices import AT_PROMPT_CHANGE
+from packforcing_jax.config.choices import AT_PROMPT_CHANGE, KEEPS_TOKENS
 from packforcing_jax.errors import require
 
 PUBLISHED_BLOCK = 3  # frames of a block in the models that methods were published with
@@ -54,6 +54,11 @@ class Method:
             self.at_prompt_change in AT_PROMPT_CHANGE,
             f"at_prompt_change={self.at_prompt_change!r} is unknown; choose one of {', '.join(AT_PROMPT_CHANGE)}.",
         )
+        require(
+            not self.settings.get("budget") or self.at_prompt_change in KEEPS_TOKENS,
+            f"at_prompt_change={self.at_prompt_change!r} takes whole frames out of a memory that keeps single tokens "
+            f"of them; choose one of {', '.join(KEEPS_TOKENS)}.",
+        )
 
 
 def memory_of(method: Method, own: CacheConfig, steps: int) -> CacheConfig:
@@ -89,13 +94,16 @@ def sized(method: Method, own: CacheConfig) -> Method:
     """The method at the sizes of a model.
 
     Published sizes belong to blocks of 3 frames, or of 1. For other blocks they are counted in blocks, rounded up, and
-    recent frames are cut until the window fits the trained range. Without a memory nothing stands behind a block.
+    recent frames are cut until the window fits the trained range. A budget and its parts keep their share of the
+    window, to the nearest block. Without a memory nothing stands behind a block.
     """
     block = own.block
     if method.whole_clip:
         return dataclasses.replace(method, window=block)
     if method.window is None or PUBLISHED_BLOCK % block == 0:
         return method
+    if "budget" in method.settings:
+        return _in_proportion(method, own, method.window)
     recent = method.window - method.sink - PUBLISHED_BLOCK
     sink, recent = (-(-frames // PUBLISHED_BLOCK) * block for frames in (method.sink, recent))
     room = max(own.max_position // block * block - block, 0)
@@ -103,6 +111,24 @@ def sized(method: Method, own: CacheConfig) -> Method:
     overlap = -(-method.overlap // PUBLISHED_BLOCK) * block
     window = sink + min(recent, room - sink) + block
     return dataclasses.replace(method, sink=sink, window=window, overlap=overlap)
+
+
+def _in_proportion(method: Method, own: CacheConfig, published: int) -> Method:
+    """A method whose full window is compressed, with everything as long as it is in a window of `published` frames."""
+    block = own.block
+    window = min(-(-published // PUBLISHED_BLOCK), max(own.max_position // block, 1)) * block
+
+    def share(frames: int) -> int:
+        return int(frames * window / published / block + 0.5) * block
+
+    sink = min(share(method.sink), window - block)
+    budget = min(max(share(method.settings["budget"]), sink + block), window)
+    published_recent = method.settings.get("budget_recent", 0)
+    recent = min(max(share(published_recent), block), budget - sink)
+    if method.sink + published_recent == method.settings["budget"]:
+        recent = budget - sink  # nothing is chosen
+    settings = {**method.settings, "budget": budget, "budget_recent": recent}
+    return dataclasses.replace(method, sink=sink, window=window, settings=settings)
 
 
 def applied(method: Method, experiment: Experiment) -> Experiment:
@@ -167,8 +193,13 @@ def sizes_told(method: Method, experiment: Experiment) -> str:
         )
     together = f"{cache.together} frames at once" if cache.joint else f"blocks of {cache.block}"
     clips = f", clips of {cache.full_frames} with {cache.overlap} shared" if cache.overlap else ""
+    budget = (
+        f", a full window compressed to {cache.budget}, the newest {cache.budget_recent} of them whole"
+        if cache.budget
+        else ""
+    )
     steps = " ".join(map(str, experiment.sample.steps))
     return (
-        f"method {method.name}: sink {cache.sink}, recent {cache.recent}, {together}{clips} "
+        f"method {method.name}: sink {cache.sink}, recent {cache.recent}, {together}{clips}{budget} "
         f"(latent frames), steps {steps}"
     )

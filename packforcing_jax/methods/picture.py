@@ -17,9 +17,9 @@ PAPER, INK = (255, 255, 255), (40, 40, 40)
 
 
 def of(steps: Sequence[Call]) -> Image.Image:
-    """One row per block; across, positions in time."""
-    least = min(key.position for call in steps for key in call.keys)
-    most = max(key.position for call in steps for key in call.keys) + 1
+    """One row per block; across, positions in time. Keys whose positions depend on data are left out."""
+    placed = [key.position for call in steps for key in call.keys if key.position is not None]
+    least, most = min(placed), max(placed) + 1
     scale = min(CELL, (WIDEST - 2 * LEFT) / (most - least))
     width = max(int(LEFT + scale * (most - least) + 20), 420)
     image = Image.new("RGB", (width, TOP + CELL * len(steps) + BOTTOM), PAPER)
@@ -28,6 +28,8 @@ def of(steps: Sequence[Call]) -> Image.Image:
     for row, call in enumerate(steps):
         y = TOP + CELL * row
         for key in call.keys:
+            if key.position is None:
+                continue
             x = LEFT + scale * (key.position - least)
             draw.rectangle((x, y, x + max(scale - 1, 1), y + CELL - 2), COLOURS[key.kind])
         if row % max(1, len(steps) // 12) == 0:

@@ -150,8 +150,16 @@ def count(exp: Experiment, shapes: Shapes, traced: Traced, blocks: int) -> dict[
 
 
 def full_position(exp: Experiment) -> int:
-    """The number of a block behind which nothing is empty any more: sink, recent frames and the whole archive."""
-    return -(-(exp.cache.sink + exp.cache.held) // exp.cache.block) + exp.cache.capacity
+    """The number of a block behind which nothing is empty any more: sink, recent frames and the whole archive.
+
+    Where a full window is compressed, the number of a block that attends to as much as any.
+    """
+    cfg = exp.cache
+    if cfg.budget:  # right before a compression, the first one or a later one
+        fit, more = (size // cfg.block for size in (cfg.full_frames, cfg.full_frames - cfg.budget))
+        longer = cfg.budget + more * cfg.block > fit * cfg.block
+        return fit + more if longer else fit - 1
+    return -(-(cfg.sink + cfg.held) // cfg.block) + cfg.capacity
 
 
 def _keys(exp: Experiment, shapes: Shapes, traced: Traced) -> dict[str, int]:
@@ -165,7 +173,7 @@ def _keys(exp: Experiment, shapes: Shapes, traced: Traced) -> dict[str, int]:
     parts = {
         "keys/sink": int(full.sink) * exp.tokens_per_frame,
         "keys/packed": sum(jaxpr_cost.writes(traced.lay, whole)) // 2,  # keys, then values
-        "keys/recent": int(full.recent) * exp.tokens_per_frame,
+        "keys/recent": int(full.chosen + full.recent) * exp.tokens_per_frame,
     }
     written = jaxpr_cost.writes(traced.step, (whole[0], room, *whole[2:]))
     current = sum(written) // (2 * exp.dit.layers)
@@ -203,6 +211,8 @@ def resident(exp: Experiment, shapes: Shapes) -> dict[str, int]:
     some = {"blocks in the window": shapes.window} if exp.cache.joint else {}
     if exp.cache.asking_blocks:
         some["recent queries"] = [layer.queries for layer in layers]
+    if exp.cache.budget:
+        some["what is known of tokens"] = [layer.tokens for layer in layers]
     every = jaxpr_cost.nbytes((nets, shapes.memory, shapes.text_kv, shapes.decoder, shapes.window))
     totals = {"held/on the device": every - host, "held/on the host": host}
     held = trees | some

@@ -45,6 +45,7 @@ TERMS = {
     "held/un-rotated keys": "N_recent s L d bytes b; N_sink if that moves",
     "held/recent latents": "frames at full size, cells channels 4 b",
     "held/recent queries": "L N_recent / B sums d 4 b",
+    "held/what is known of tokens": "(12 sink + recent + B frames s + 4 d kept queries) L b",
     "held/blocks in the window": "N_window cells channels 4 b, two counters",
     "held/text_kv": "W 2 L d bytes b",
     "held/weights": "transformer + compressor + codec",
@@ -103,12 +104,13 @@ def keys_of(exp: Experiment) -> Figures:
     p = exp.tokens_per_packed_block
     sink = cfg.sink * s
     packed = cfg.attended * p
-    recent = cfg.recent * s
+    recent = (max(_compressed_lengths(exp)) - cfg.sink if cfg.budget else cfg.recent) * s
     current = cfg.together * s
     cached = sink + packed + recent
     own_packed = p if cfg.top else 0
+    unused = cfg.recent * s - recent  # of a window that no number of blocks fills
     ahead = (cfg.window - cfg.block) * s if cfg.joint else 0  # a window that shrinks sees more
-    room = _rounded(exp, cached + ahead + current + own_packed)
+    room = _rounded(exp, cached + unused + ahead + current + own_packed)
     return {
         "keys/sink": sink,
         "keys/packed": packed,
@@ -119,6 +121,16 @@ def keys_of(exp: Experiment) -> Figures:
         "keys/packed twin": own_packed,
         "keys/room": room,
     }
+
+
+def _compressed_lengths(exp: Experiment, blocks: int | None = None) -> list[int]:
+    """Frames that each of so many blocks sees before it, where a full window is compressed; by default, of enough."""
+    cfg = exp.cache
+    lengths = [0]
+    for _ in range((2 * cfg.full_frames // cfg.block + 1 if blocks is None else blocks) - 1):
+        held = lengths[-1] + cfg.block
+        lengths.append(held if held + cfg.block <= cfg.full_frames else cfg.budget - cfg.block)
+    return lengths
 
 
 def _rounded(exp: Experiment, keys: float) -> int:
@@ -151,6 +163,8 @@ def last_block(exp: Experiment, blocks: int) -> Figures:
     longer = (
         cfg.window - cfg.block if cfg.joint else 0
     )  # the last window of a video is its shortest
+    if cfg.budget:
+        frames = _compressed_lengths(exp, blocks)[-1]
     recent = min(frames - sink, cfg.recent + longer)
     archived = min((frames - sink - recent) // cfg.block, cfg.capacity)
     attended = min(archived, cfg.attended)
@@ -203,6 +217,9 @@ def resident(exp: Experiment, batch: int) -> Figures:
     figures["held/recent latents"] = 4 * batch * cfg.full_frames * math.prod(spec.latent)
     if cfg.asking_blocks:
         figures["held/recent queries"] = 4 * batch * spec.layers * cfg.asking_blocks * exp.dit.dim
+    if cfg.budget:
+        known = spec.full_res * 3 * 4 + 4 * spec.kept_queries * spec.heads * spec.head_dim
+        figures["held/what is known of tokens"] = batch * spec.layers * known
     if cfg.joint:
         figures["held/blocks in the window"] = 4 * batch * cfg.window * math.prod(spec.latent) + 8
     figures["held/on the host"] = figures["held/archive"] if cfg.archive == "host" else 0
@@ -434,6 +451,8 @@ def _selection(exp: Experiment, q: float, room: float) -> float:
     full_res = (cfg.sink + cfg.recent) * exp.tokens_per_frame
     if cfg.attended:
         pairs = cfg.score.reads(_windows(exp), packed, full_res, cfg.slots)
+    elif cfg.chosen:
+        pairs = cfg.fuses.reads(exp.memory.kept_queries) * exp.memory.candidates
     asking = 0.0
     if _is_ours(exp.dit) and _asks_before(exp):
         until = "queries" if pairs > 0 else "keys"

@@ -132,8 +132,16 @@ def resting(exp: Experiment, batch: int = 1) -> dict[str, int]:
     vae, decoder = programs.codec_of(exp.codec, exp.latent, batch, exp.dtypes.vae)
     nets = programs.nets_of(exp.step, exp.dtypes.params)
     stored = formulas.resident(exp, batch)
-    parts = ("views", "archive", "un-rotated keys", "recent queries", "recent latents")
-    sizes = {name: int(stored.get(f"held/{name}", 0)) for name in (*parts, "blocks in the window")}
+    parts = (
+        "views",
+        "archive",
+        "un-rotated keys",
+        "recent queries",
+        "recent latents",
+        "blocks in the window",
+        "what is known of tokens",
+    )
+    sizes = {name: int(stored.get(f"held/{name}", 0)) for name in parts}
     sizes["archive"] -= int(stored["held/on the host"])
     trees = {
         "text_kv": programs.text_kv_of(exp.step, exp.dtypes.params, exp.dtypes.text, batch),

@@ -192,20 +192,35 @@ def remaining_steps(
     clean: Latent,
     selection: PerLayer[Selection],
 ) -> tuple[Memory, Denoised]:
-    """The block after the remaining steps, each from the clean prediction before it plus noise."""
+    """The block after the remaining steps, behind the views of `memory`."""
     layout = layouts.layout(denoiser.cfg.cache, memory.progress)
+    latent, views, predictions = later_steps(denoiser, layout, noise, clean, views_of(memory))
+    return with_views(memory, views), Denoised(latent, selection, predictions)
+
+
+def later_steps(
+    denoiser: Denoiser,
+    layout: Layout,
+    noise: Noise,
+    clean: Latent,
+    past: Any,
+    access: Access = READS,
+) -> tuple[Latent, Any, Array]:
+    """(the block, what each layer kept, all predictions) after the remaining steps.
+
+    Each goes on from the clean prediction before it plus noise. What `access` keeps is what the next step takes.
+    """
 
     def step(carry, inputs):
-        clean, views = carry
+        clean, past = carry
         level, fresh = inputs
         noisy = schedules.add_noise(clean, fresh, level.sigma)
-        after = predict_x0(denoiser, layout, noisy, level, views)
+        after = predict_x0(denoiser, layout, noisy, level, past, access)
         return after, after[0]
 
-    later_steps = noise_levels(denoiser.cfg.sample)[1:], noise.renoise
-    (latent, views), later = jax.lax.scan(step, (clean, views_of(memory)), later_steps)
-    predictions = jnp.concatenate([clean[None], later])
-    return with_views(memory, views), Denoised(latent, selection, predictions)
+    steps = noise_levels(denoiser.cfg.sample)[1:], noise.renoise
+    (latent, past), later = jax.lax.scan(step, (clean, past), steps)
+    return latent, past, jnp.concatenate([clean[None], later])
 
 
 def predict_x0(

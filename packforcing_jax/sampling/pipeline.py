@@ -14,7 +14,7 @@ from flax import nnx
 
 from packforcing_jax import methods, pytrees
 from packforcing_jax.config import PROFILES, Experiment, cards, loading
-from packforcing_jax.config.choices import AT_PROMPT_CHANGE
+from packforcing_jax.config.choices import AT_PROMPT_CHANGE, KEEPS_TOKENS
 from packforcing_jax.config.experiment import require_whole
 from packforcing_jax.config.memory import profiled
 from packforcing_jax.errors import InputError, nearest, require, shown
@@ -164,13 +164,18 @@ def require_length(method: Method, exp: Experiment, blocks: int) -> None:
     )
 
 
-def check_changes(changes: Mapping[int, str]) -> None:
+def check_changes(exp: Experiment, changes: Mapping[int, str]) -> None:
     """Raises `InputError` for something that a new prompt cannot do to the memory."""
     for block, how in changes.items():
         require(
             how in AT_PROMPT_CHANGE,
             f"block {block}: {how!r} is nothing a new prompt can do to the memory; choose one of "
             f"{', '.join(AT_PROMPT_CHANGE)}.",
+        )
+        require(
+            exp.cache.budget == 0 or how in KEEPS_TOKENS,
+            f"block {block}: {how!r} takes whole frames out of the memory, and method {exp.method} has kept single "
+            f"tokens of them; choose one of {', '.join(KEEPS_TOKENS)}.",
         )
 
 
@@ -377,7 +382,7 @@ class Pipeline:
         """
         self.check(prompts)
         changes = dict(changes or {})
-        check_changes(changes)
+        check_changes(self.experiment, changes)
         require_length(self.method, self.experiment, len(prompts))
         videos = [video_id(prompts[0]) if identity is None else identity]
         if self.method.whole_clip:
@@ -505,6 +510,8 @@ class Pipeline:
             name: np.stack([np.asarray(getattr(one, name)[0]) for one in selections])
             for name in ("ids", "scores", "positions")
         }
+        if exp.cache.budget:
+            names = (*names, "chosen")
         counts = {name: np.asarray(getattr(layout, name)).item() for name in names}
         return Finished(
             index=index,

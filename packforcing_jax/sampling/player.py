@@ -20,7 +20,13 @@ from packforcing_jax.memory import layout as layouts
 from packforcing_jax.memory.cache import Memory, Selection
 from packforcing_jax.networks import codec
 from packforcing_jax.pytrees import PerLayer
-from packforcing_jax.sampling import block_step, clips, host_archive, rolling_window
+from packforcing_jax.sampling import (
+    block_step,
+    clips,
+    host_archive,
+    participative,
+    rolling_window,
+)
 from packforcing_jax.sampling.block_step import Denoised, Denoiser, Nets
 from packforcing_jax.sampling.clips import Seam
 from packforcing_jax.sampling.rolling_window import Window
@@ -210,6 +216,9 @@ def denoise(
         return dataclasses.replace(state, window=window), Denoised(latent, selection)
     if cfg.cache.archive == "device":
         memory, denoised = denoise_program(denoiser, state.memory, *who)
+        if cfg.cache.budget:
+            none = host_archive.newest(cfg.memory, memory.progress, batch=len(state.videos))
+            denoised = dataclasses.replace(denoised, selection=[none] * cfg.memory.layers)
     else:
         noise = noise_program(cfg, *who, state.memory.num_blocks)
         memory, denoised = host_archive.denoise(denoiser, state.memory, state.archive, noise)
@@ -230,9 +239,10 @@ def first_block(cfg: StepConfig) -> StepConfig:
 def denoise_program(
     denoiser: Denoiser, memory: Memory, seeds: Array, videos: Array
 ) -> tuple[Memory, Denoised]:
-    """`block_step.denoise_block` with the noise of (seed, video, block), in place."""
+    """The next block with the noise of (seed, video, block), in place."""
     noise = block_step.draw_noise(denoiser.cfg, seeds, videos, memory.num_blocks)
-    memory, denoised = block_step.denoise_block(denoiser.computed(), memory, noise)
+    denoised_by = participative if denoiser.cfg.cache.budget else block_step
+    memory, denoised = denoised_by.denoise_block(denoiser.computed(), memory, noise)
     return memory, dataclasses.replace(denoised, predictions=None)
 
 
@@ -294,7 +304,9 @@ def commit_program(
     low_res: Latent,
     selection: PerLayer[Selection],
 ) -> tuple[Memory, PerLayer[KV] | None]:
-    """`block_step.commit_block`, in place."""
+    """`block_step.commit_block`, or its like behind single tokens, in place."""
+    if denoiser.cfg.cache.budget:
+        return participative.commit_block(denoiser.computed(), memory, latent), None
     return block_step.commit_block(denoiser.computed(), memory, latent, low_res, selection)
 
 

@@ -152,6 +152,10 @@ def start(
 ) -> Run:
     """A new run, or the one that `folder` holds, behind its last checkpoint. What is wrong is raised before a step."""
     check(train)
+    require(
+        exp.cache.budget == 0,
+        f"cache.budget={exp.cache.budget} keeps single tokens in sampling alone; train with cache.budget=0.",
+    )
     grid = mesh.make(train.mesh)
     mesh.check(exp, train, grid)
     check_folder(folder)

@@ -72,6 +72,7 @@ CASES = {
     "method_self_forcing_rolling": Case(partial(methods.sink_and_window, published.SELF_FORCING)),
     "method_rolling_forcing": Case(methods.rolling_forcing, 5e-5),
     "method_causal_forcing_longvideo": Case(methods.rolling_forcing, 5e-5),
+    "method_deep_forcing": Case(methods.deep_forcing),
     "method_causvid": Case(methods.causvid, 5e-5),
     "method_causal_forcing_chunkwise": Case(methods.causal_forcing, 5e-5),
     "method_causal_forcing_framewise": Case(methods.causal_forcing, 5e-5),
@@ -148,7 +149,12 @@ def read(path: str | PathLike[str]) -> Fixture:
                 f"{path} has tensors that cannot be read ({reason}); store them as float32."
             ) from reason
     return Fixture(
-        kind=meta["fixture"], config=meta["config"], weights=weights, inputs=inputs, wanted=wanted
+        kind=meta["fixture"],
+        config=meta["config"],
+        weights=weights,
+        inputs=inputs,
+        wanted=wanted,
+        variants=meta.get("variants") or {},
     )
 
 
@@ -198,6 +204,8 @@ def layout_difference(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.nd
     """
     if not set(theirs) <= set(ours):
         return math.inf
+    if "call" not in theirs:
+        return _token_difference(ours, theirs)
     rows = [_with_effect(each) for each in (ours, theirs)]
     if len(rows[0]) != len(rows[1]):
         return math.inf
@@ -207,6 +215,40 @@ def layout_difference(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.nd
         for each, own in zip((ours, theirs), rows, strict=True)
     ]
     return float(sum(not _same(*pair) for pair in zip(*sights, strict=True)))
+
+
+def _token_difference(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> float:
+    """How many passes differ in which tokens a layer sees, and where; `<pass>.key_index` [block, layer, key] and so on.
+
+    As for calls the order of keys does not matter, and positions are taken from the query's first.
+    """
+    wrong = 0
+    for each in sorted(name.removesuffix("key_index") for name in theirs if "key_index" in name):
+        sights = [_token_sights(_below(side, each)) for side in (ours, theirs)]
+        if len({sight.shape[:2] for sight in sights}) > 1:
+            return math.inf
+        widest = max(sight.shape[2] for sight in sights)
+        one, other = (
+            np.pad(sight, ((0, 0), (0, 0), (0, widest - sight.shape[2]), (0, 0)))
+            for sight in sights
+        )
+        wrong += int((np.abs(one - other) > PLACE).any(axis=(1, 2, 3)).sum())
+    return float(wrong)
+
+
+def _token_sights(sight: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[block, layer, query frames and keys, (number, position)] of one pass, keys in order and empty places last."""
+    query, origin = sight["query_frame"], sight["query_pos"][:, :1]
+    queries = np.stack([query, sight["query_pos"] - origin], axis=-1)
+    empty = sight["key_index"] < 0
+    index = np.where(empty, np.inf, sight["key_index"])
+    position = np.where(empty, np.inf, sight["key_pos"] - origin[:, :, None])
+    order = np.lexsort((position, index), axis=-1)[..., None]
+    keys = np.take_along_axis(np.stack([index, position], axis=-1), order, axis=2)
+    keys = np.where(np.isinf(keys), 0, keys)
+    count = (~empty).sum(axis=-1)[..., None, None].repeat(2, axis=-1)
+    asked = np.broadcast_to(queries[:, None], (*index.shape[:2], *queries.shape[1:]))
+    return np.concatenate([count, asked, keys], axis=2)
 
 
 def _with_effect(layout: Mapping[str, np.ndarray]) -> list[int]:

@@ -11,15 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from packforcing_jax import methods
-from packforcing_jax.config import Experiment, SampleConfig
+from packforcing_jax.config import Experiment, MemorySpec, SampleConfig
 from packforcing_jax.convert import wan_vae
-from packforcing_jax.memory import cache
+from packforcing_jax.memory import cache, tokens
+from packforcing_jax.memory import layout as layouts
 from packforcing_jax.memory.cache import Memory
 from packforcing_jax.methods import calls
 from packforcing_jax.methods.method import Method, memory_of
 from packforcing_jax.networks import dit, vae
 from packforcing_jax.pytrees import PerLayer
-from packforcing_jax.sampling import block_step, player, rolling_window, schedules
+from packforcing_jax.sampling import block_step, participative, player, rolling_window, schedules
 from packforcing_jax.sampling.block_step import Denoiser
 from packforcing_jax.sampling.rolling_window import Window
 from packforcing_jax.types import KV, Latent
@@ -27,6 +28,13 @@ from packforcing_jax.verify import parts, transformer
 from packforcing_jax.verify.parts import Fixture, Outputs
 
 KINDS = {calls.DENOISE: 0, calls.COMMIT: 1, calls.RECACHE: 2, calls.GIVEN: 3}
+COMPRESSING = {  # what files call the settings of a compression
+    "budget": "budget",
+    "recent": "budget_recent",
+    "pc_fusion": "fusion",
+    "pc_topc_max_reuse": "reuse_limit",
+    "pc_mid_rope_mode": "token_positions",
+}
 PER_FRAME = "block step b t c y x -> (block t) step b c y x"
 
 
@@ -124,6 +132,154 @@ def rolling_forcing(fixture: Fixture) -> Outputs:
 
 def _by_block(latent: Latent | np.ndarray, block: int) -> jax.Array:
     return einops.rearrange(jnp.asarray(latent), "b (block t) y x c -> block b t y x c", t=block)
+
+
+def deep_forcing(fixture: Fixture) -> Outputs:
+    """The run of a file about single tokens of the past, and its variants."""
+    out = _compressing_run(fixture, {}) | _step_lists("", out_of=_sample(fixture.config))
+    for name, changes in fixture.variants.items():
+        made = _compressing_run(fixture, changes)
+        out |= {f"{name}.{output}": value for output, value in made.items()}
+    return out
+
+
+def _compressing_run(fixture: Fixture, changes: Mapping[str, Any]) -> Outputs:
+    """Latents, predictions, choices and whom each pass sees, as the layers remember it."""
+    config = fixture.config
+    size, sample = config["num_frame_per_block"], _sample(config)
+    noise = _frames_last(fixture.inputs["noise"])
+    renoise = _renoise(fixture.inputs["renoise"])
+    run = Run(
+        prefix="",
+        method=_compressing(config["model_kwargs"] | changes),
+        experiment=_model(config, size, noise.shape[2:4], sample),
+        noise=noise,
+        renoise=renoise,
+        prompts=(0,) * config["num_blocks"],
+        given=noise[:, :0],
+    )
+    exp, nets, (text,) = _begun(fixture, run, ("context",))
+    denoiser, spec = Denoiser(nets, exp.step, text), exp.memory
+    memory = cache.init(spec, len(noise))
+    out: Outputs = {}
+    latents, seen, choices = [], [], []
+    for block in range(config["num_blocks"]):
+        before = memory
+        memory, denoised, left = _compressing_block(
+            denoiser,
+            memory,
+            jnp.asarray(noise[:, block * size : (block + 1) * size]),
+            jnp.asarray(renoise[block]),
+        )
+        out |= {
+            f"block{block}.step{i}.x0": _theirs(x0)
+            for i, x0 in enumerate(denoised.predictions)  # type: ignore[arg-type]
+        }
+        latents.append(denoised.latent)
+        seen.append(_tokens_seen(spec, left, memory))
+        now = layouts.compression(spec.cache, before.progress)
+        if now.due and spec.cache.chosen:
+            choices.append((block, int(now.held), before, denoised.selection))
+    out["latents"] = _theirs(jnp.concatenate(latents, axis=1))
+    for name in seen[0]:
+        rows = _padded([row[name] for row in seen])
+        out |= {f"layout.first_step.{name}": rows, f"layout.commit.{name}": rows}
+    return out | _choices(spec, choices) | _window_left(spec, before, memory)
+
+
+def _compressing(kwargs: Mapping[str, Any]) -> Method:
+    """Deep Forcing as a file describes it; without compression, its sink alone."""
+    sizes = {"sink": kwargs["sink_size"], "window": kwargs["local_attn_size"]}
+    own = {"budget": sizes["window"], "budget_recent": sizes["window"] - sizes["sink"]}
+    if kwargs.get("pc_enable", True):
+        own = {ours: kwargs[theirs] for theirs, ours in COMPRESSING.items() if theirs in kwargs}
+    settings = {**methods.DEEP_FORCING.settings, **own}
+    return dataclasses.replace(methods.DEEP_FORCING, **sizes, settings=settings)
+
+
+@jax.jit
+def _compressing_block(
+    denoiser: Denoiser, memory: Memory, noise: Latent, renoise: jax.Array
+) -> tuple[Memory, block_step.Denoised, Memory]:
+    """(the memory after the next block, that block, the memory that its steps saw)."""
+    no_scores = jnp.zeros((denoiser.cfg.memory.layers, len(noise), 0))
+    start = block_step.Noise(noise=noise, renoise=renoise, random=no_scores)
+    seen, denoised = participative.denoise_block(denoiser, memory, start)
+    return participative.commit_block(denoiser, seen, denoised.latent), denoised, seen
+
+
+def _tokens_seen(spec: MemorySpec, left: Memory, committed: Memory) -> dict[str, np.ndarray]:
+    """The tokens that every pass of a block sees: those `left` to it, and its own as they are `committed`."""
+    layout = layouts.layout(spec.cache, left.progress)
+    past, end = int(tokens.end(spec, layout)), int(layouts.length(spec, layout))
+
+    def rows(name: str) -> np.ndarray:
+        behind, after = ([getattr(one, name)[0] for one in _known(x)] for x in (left, committed))
+        return np.concatenate([np.stack(behind)[:, :past], np.stack(after)[:, past:end]], axis=1)
+
+    frames = np.arange(spec.cache.block)
+    return {
+        "key_index": rows("ids"),
+        "key_pos": rows("positions"),
+        "query_frame": int(layout.start) + frames,
+        "query_pos": float(layout.current_position) + frames,
+    }
+
+
+def _known(memory: Memory) -> list[tokens.Tokens]:
+    """What each layer knows of its tokens."""
+    layers: Any = memory.layers  # one by one, as in sampling
+    return [tokens.record(layer) for layer in layers]
+
+
+def _padded(arrays: Sequence[np.ndarray], fill: int = -1) -> np.ndarray:
+    widest = max(array.shape[-1] for array in arrays)
+    edges = [((0, 0),) * (a.ndim - 1) + ((0, widest - a.shape[-1]),) for a in arrays]
+    return np.stack(
+        [np.pad(a, edge, constant_values=fill) for a, edge in zip(arrays, edges, strict=True)]
+    )
+
+
+def _choices(
+    spec: MemorySpec, choices: Sequence[tuple[int, int, Memory, list[tokens.Chosen]]]
+) -> Outputs:
+    """What each layer chose from and what it chose, at every compression, slots counted with those of the block."""
+    if not choices:
+        return {}
+    s, cfg = spec.tokens_per_frame, spec.cache
+    rows = []
+    for _, held, before, selection in choices:
+        first, whole = cfg.sink * s, (held + cfg.block - cfg.budget_recent) * s
+        scores, counts, ids = [], [], []
+        for known, chosen in zip(_known(before), selection, strict=True):
+            among = np.asarray(chosen.scores[0, : whole - first])
+            scores.append(np.pad(among, (first, cfg.budget_recent * s)))
+            counts.append(np.pad(known.counts[0, : held * s], (0, cfg.block * s)))
+            ids.append(np.asarray(known.ids[0, chosen.slots[0]]))
+        slots = np.stack([one.slots[0] for one in selection])
+        rows.append((np.stack(scores), np.stack(counts), slots, np.stack(ids)))
+    scores, counts, slots, ids = ([row[i] for row in rows] for i in range(4))
+    return {
+        "pc.trigger_blocks": np.array([block for block, *_ in choices]),
+        "pc.scores": _padded(scores, fill=0),
+        "pc.reuse_counts_before": _padded(counts),
+        "pc.selected_slot": np.stack(slots),
+        "pc.selected_key_index": np.stack(ids),
+    }
+
+
+def _window_left(spec: MemorySpec, before: Memory, memory: Memory) -> Outputs:
+    """The window that the last block saw, itself among it: keys as it saw them, values, how often each was chosen."""
+    layout = layouts.layout(spec.cache, before.progress)
+    count = int(layouts.length(spec, layout))
+    layers: Any = memory.layers  # one by one, as in sampling
+    out: Outputs = {}
+    for i, layer in enumerate(layers):
+        layer = cache.reposition(spec, layout, layer)
+        out[f"final_kv.{i}.k"] = layer.view.k[:, :count]
+        out[f"final_kv.{i}.v"] = layer.view.v[:, :count]
+        out[f"final_kv.{i}.reuse_counts"] = np.asarray(tokens.record(layer).counts[0, :count])
+    return out
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
 import einops
@@ -30,6 +30,7 @@ class Fixture:
     weights: Mapping[str, np.ndarray]
     inputs: Mapping[str, np.ndarray]
     wanted: tuple[str, ...]
+    variants: Mapping[str, Any] = field(default_factory=dict)  # other settings by name
 
 
 @functools.lru_cache(maxsize=32)
