@@ -83,7 +83,9 @@ def experiment(**memory) -> Experiment:
         codec=SpaceToDepthConfig(factor=3),
         latent=(2, 8),
         cache=CacheConfig(**(sizes | memory)),
-        compressor=CompressorConfig(channels=(2, 3, 5), strides=((2, 1, 1), (1, 2, 2), (1, 1, 2))),
+        compressor=CompressorConfig(
+            channels=(2, 3, 5), strides=((2, 1, 1), (1, 2, 2), (1, 1, 2)), pool=(2, 1, 1)
+        ),
         sample=SampleConfig(steps=(1000, 500), prediction="clean"),
     )
 

@@ -27,7 +27,13 @@ def experiment(cfg, **packing):
     """2 x 3 tokens a frame, 2 x 1 x 1 a packed block, no two rotary frequencies alike."""
     heads = 2
     pairs = (3, 1, 2)
-    packing = {"channels": (2, 2), "strides": ((2, 2, 1), (1, 1, 4)), **packing}
+    packing = {
+        "channels": (2, 2),
+        "strides": ((2, 2, 1), (1, 1, 4)),
+        "pool": (8, 1, 1),
+        "branches": "lr",
+        **packing,
+    }
     return Experiment(
         name="numbered",
         latent=(2, 6),

@@ -20,6 +20,7 @@ def job(monkeypatch):
     monkeypatch.setattr(runs, "start", lambda *args, **kwargs: job)
     monkeypatch.setattr(runs, "steps", lambda job, stopping: iter(rows))
     monkeypatch.setattr(runs, "finish", lambda job: None)
+    monkeypatch.setattr(runs, "to_compile", lambda job: 0)
     return job
 
 

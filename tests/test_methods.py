@@ -430,7 +430,7 @@ def test_timelines_say_what_a_prompt_does():
     ("flags", "sentence"),
     [
         (["--method", "bidirectional"], "one clip of 20 frames"),
-        (["--method", "deep-forcing"], "not built yet"),
+        (["--method", "packforcing-unofficial"], "not built yet"),
         (["--guidance-scale", "5"], "give --method bidirectional"),
         (["--set", "sample.negative_prompt=red"], "give --method bidirectional"),
         (["--method", "longlve"], "did you mean longlive"),

@@ -230,10 +230,10 @@ def test_training_refuses_what_it_does_not_keep():
 @pytest.mark.parametrize(
     ("changes", "remedy"),
     [
-        ({"score_heads": 0.0}, "cache.score_heads=0.0 .* more than 0"),
-        ({"score_heads": 1.5}, "cache.score_heads=1.5 .* at most 1"),
-        ({"query_stride": 0}, "cache.query_stride=0 takes no query; give at least 1"),
-        ({"query_stride": -2}, "cache.query_stride=-2 is negative"),
+        ({"score_heads": 0.0}, "cache.score_heads=0.0 is out of range"),
+        ({"score_heads": 1.5}, "cache.score_heads=1.5 is out of range; .* to 1.0"),
+        ({"query_stride": 0}, "cache.query_stride=0 is out of range; give a whole number from 1"),
+        ({"query_stride": -2}, "cache.query_stride=-2 is out of range"),
     ],
 )
 def test_settings_that_ask_nothing_are_refused(changes, remedy):

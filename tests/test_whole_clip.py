@@ -154,7 +154,7 @@ def test_the_published_negative_prompt_is_the_published_one():
 
 @pytest.mark.parametrize("scale", ["-1", "nan", "inf"])
 def test_an_impossible_scale_is_refused(scale):
-    with pytest.raises(InputError, match="sample.guidance=.* is no scale"):
+    with pytest.raises(InputError, match="sample.guidance=.* is out of range"):
         config.SampleConfig(guidance=float(scale))
 
 
@@ -205,11 +205,11 @@ def test_sample_makes_a_clip_and_says_what_the_weights_are_for(tmp_path, capsys)
     [
         (["--seconds", "60"], "one clip of 20 frames"),
         (["--state", "STATE"], "saves between blocks"),
-        (["--trace", "t.jsonl"], "makes them otherwise"),
+        (["--trace", "t.jsonl"], "makes or keeps them otherwise"),
         (["--memory", "no-mid"], "belongs to method packforcing"),
         (["--timeline", "STORY"], "under one prompt, and 2 were given"),
         (["--steps", "0"], "give 1 to 1000"),
-        (["--guidance-scale", "-2"], "is no scale"),
+        (["--guidance-scale", "-2"], "is out of range"),
     ],
 )
 def test_what_it_cannot_do_is_refused_in_one_sentence(flags, sentence, tmp_path, capsys):

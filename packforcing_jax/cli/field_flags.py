@@ -10,12 +10,13 @@ ROWS = (  # flags, and what to do instead
         "num_frames frames frame_num video_length length duration num_output_frames",
         "the length is given with --seconds or --blocks",
     ),
-    ("num_inference_steps steps sample_steps infer_steps denoising_step_list", STEPS),
+    ("num_inference_steps sample_steps infer_steps denoising_step_list", STEPS),
     ("sampler scheduler sample_solver", f"the solver belongs to the model; {STEPS}"),
     ("shift flow_shift sample_shift", "it is a setting: --set sample.shift=5"),
     (
-        "guidance_scale guide_scale sample_guide_scale cfg cfg_scale negative_prompt neg_prompt",
-        "the models here are distilled with their guidance inside, so there is none to give; leave it out",
+        "guide_scale sample_guide_scale cfg cfg_scale neg_prompt",
+        "only method bidirectional is guided, by --guidance-scale and --negative-prompt; other models are distilled "
+        "with their guidance inside",
     ),
     (
         "lora lora_path lora_weight lora_scale lora_alpha",

@@ -85,7 +85,7 @@ SAMPLE: Limits = {
     "steps": (1, 1000),
     "first_steps": (1, 1000),
     "shift": (1e-3, 1e3),
-    "guidance": (-1e3, 1e3),
+    "guidance": (0.0, 1e3),
 }
 EXPERIMENT: Limits = {"latent": (1, SIDE), "fps": (1, 1000), "clip": (1, FRAMES)}
 OPTIMISER: Limits = {

@@ -100,11 +100,6 @@ class CacheConfig:
             "set rope_adjustment=sink.",
         )
 
-        require(
-            0 < self.score_heads <= 1,
-            f"cache.score_heads={self.score_heads} is a share of the heads; give more than 0 and at most 1.",
-        )
-        require(self.query_stride > 0, "cache.query_stride=0 takes no query; give at least 1.")
         if self.evicts is not eviction.FIFO:
             eviction.check(self.evicts, self.slots)
         require(

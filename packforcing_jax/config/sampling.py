@@ -1,6 +1,5 @@
 """How a block is denoised, and in which number formats."""
 
-import math
 from dataclasses import dataclass
 
 from packforcing_jax.config import limits
@@ -50,10 +49,6 @@ class SampleConfig:
                 all(a > b for a, b in zip(steps, steps[1:])),
                 f"sample.{name}={steps} must fall from step to step; reorder it.",
             )
-        require(
-            math.isfinite(self.guidance) and self.guidance >= 0,
-            f"sample.guidance={self.guidance} is no scale; give 1 for none, or more.",
-        )
         require_choices("sample", self)
 
 

@@ -392,8 +392,7 @@ def _low_res(vae: codec.Codec, exp: Experiment, latent: np.ndarray) -> np.ndarra
             decoder,
             block,
             first=start == 0,
-            latents=exp.packed_grid[0],
-            pool=exp.compressor.pool,
+            shrink=player.Shrink(exp.packed_grid[0], exp.compressor.pool),
         )
         blocks.append(low_res[0])
     return np.stack(jax.device_get(blocks)).astype(STORED)
