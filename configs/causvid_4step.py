@@ -1,26 +1,16 @@
 """CausVid in four warped steps at shift 8: the baseline that others compare with."""
 
-from packforcing_jax.config import HALF, CacheConfig, Experiment, SampleConfig
+import dataclasses
+
+from packforcing_jax.configs import causvid_3step
+
+from packforcing_jax.config import SampleConfig
 from packforcing_jax.config.cards import Card
 
-experiment = Experiment(
+experiment = dataclasses.replace(
+    causvid_3step.experiment,
     name="causvid_4step",
-    cache=CacheConfig(
-        block=3,
-        sink=0,
-        recent=18,
-        top=0,
-        capacity=0,
-        overlap=3,
-        rope_adjustment="none",
-        max_position=21,
-    ),
     sample=SampleConfig(steps=(1000, 750, 500, 250), shift=8.0),
-    dtypes=HALF,
-    latent=(60, 104),
-    fps=16,
-    clip=21,
-    method="causvid",
     card="causvid-4step",
 )
 

@@ -625,6 +625,17 @@ def step_noise(
     return jax.vmap(normal)(seeds, videos)
 
 
+def noise_of_blocks(
+    cfg: StepConfig, seeds: Array, videos: Array, blocks: Array, steps: Array
+) -> Float[Array, "block b t y x c"]:
+    """The noise with which each of several blocks goes into a step of its own."""
+
+    def one(block: Array, step: Array) -> Array:
+        return step_noise(cfg, seeds, videos, block, step)
+
+    return jax.vmap(one)(blocks, steps)
+
+
 def _noise_key(seed: Array, video: Array, block: Array, step: Array | int) -> Array:
     of_block = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), video), block)
     return jax.random.fold_in(of_block, step)

@@ -169,7 +169,7 @@ def _next_clip(model: Model, denoiser: Denoiser, state: State, seam: Seam) -> tu
     exp = model.experiment
     given = clips.beginning(exp, model.vae, state.memory, seam.frame)
     batch, count = given.shape[0], exp.cache.overlap // exp.cache.block
-    none = [host_archive.newest(exp.memory, state.memory.progress, batch=batch)] * exp.memory.layers
+    none = _nothing_packed(exp.memory, state.memory, batch)
     memory = cut_program(exp.memory, state.memory)
     decoder = jax.device_put(codec.init_decoder(model.vae, batch, *exp.latent), beside(model.nets))
     opening = []
@@ -211,18 +211,22 @@ def denoise(
     if isinstance(state.window, Window):
         one_pass = functools.partial(rolling_window.pass_program, denoiser, who)
         latent, window = rolling_window.denoise(cfg, state.memory, state.window, one_pass, left)
-        none = host_archive.newest(cfg.memory, state.memory.progress, batch=len(state.videos))
-        selection = [none] * cfg.memory.layers  # nothing is packed
+        selection = _nothing_packed(cfg.memory, state.memory, len(state.videos))
         return dataclasses.replace(state, window=window), Denoised(latent, selection)
     if cfg.cache.archive == "device":
         memory, denoised = denoise_program(denoiser, state.memory, *who)
         if cfg.cache.budget:
-            none = host_archive.newest(cfg.memory, memory.progress, batch=len(state.videos))
-            denoised = dataclasses.replace(denoised, selection=[none] * cfg.memory.layers)
+            selection = _nothing_packed(cfg.memory, memory, len(state.videos))
+            denoised = dataclasses.replace(denoised, selection=selection)
     else:
         noise = noise_program(cfg, *who, state.memory.num_blocks)
         memory, denoised = host_archive.denoise(denoiser, state.memory, state.archive, noise)
     return dataclasses.replace(state, memory=memory), denoised
+
+
+def _nothing_packed(spec: MemorySpec, memory: Memory, batch: int) -> list[Selection]:
+    """The choice of every layer of a memory without packed blocks."""
+    return [host_archive.newest(spec, memory.progress, batch=batch)] * spec.layers
 
 
 def first_block(cfg: StepConfig) -> StepConfig:

@@ -5,6 +5,7 @@ Every pass takes each of its blocks one step further and finishes the first. It 
 and runs empty at the end of one.
 """
 
+import functools
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -113,11 +114,7 @@ def _steps(cfg: StepConfig, first: Array) -> Int[Array, " block"]:
 
 def drawn(cfg: StepConfig, seeds: Array, videos: Array) -> Fresh:
     """The noise of (seed, video, block, step)."""
-
-    def one(block: Array, step: Array) -> Array:
-        return block_step.step_noise(cfg, seeds, videos, block, step)
-
-    return jax.vmap(one)
+    return functools.partial(block_step.noise_of_blocks, cfg, seeds, videos)
 
 
 def _together(by_block: Array) -> Latent:

@@ -64,11 +64,8 @@ def noise_program(
     cfg: StepConfig, seeds: Int[Array, " b"], videos: Int[Array, " b"], *, blocks: int
 ) -> Latent:
     """The noise of a clip [b, t, y, x, c]: that from which the same blocks would be denoised one by one."""
-
-    def of_block(block: Array) -> Array:
-        return block_step.step_noise(cfg, seeds, videos, block, jnp.uint32(0))
-
-    noise = jax.vmap(of_block)(jnp.arange(blocks, dtype=jnp.uint32))
+    first = jnp.zeros(blocks, jnp.int32)
+    noise = block_step.noise_of_blocks(cfg, seeds, videos, jnp.arange(blocks), first)
     return rearrange(noise, "block b t y x c -> b (block t) y x c")
 
 

@@ -189,14 +189,6 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     return 0.0 if gap == 0 else float(gap / scale) if scale > 0 else math.inf
 
 
-def _below(tensors: Mapping[str, Any], prefix: str) -> dict[str, np.ndarray]:
-    return {
-        name.removeprefix(prefix): np.asarray(value)
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    }
-
-
 def layout_difference(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> float:
     """How many calls differ in whom they see, where, and who made it; infinite if there are others.
 
@@ -224,7 +216,7 @@ def _token_difference(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.nd
     """
     wrong = 0
     for each in sorted(name.removesuffix("key_index") for name in theirs if "key_index" in name):
-        sights = [_token_sights(_below(side, each)) for side in (ours, theirs)]
+        sights = [_token_sights(parts.below(side, each)) for side in (ours, theirs)]
         if len({sight.shape[:2] for sight in sights}) > 1:
             return math.inf
         widest = max(sight.shape[2] for sight in sights)
@@ -301,7 +293,7 @@ def compare(file: str, kind: str, ours: Outputs, theirs: Expected) -> list[Row]:
     rows = [
         Row(file, run.removesuffix("."), error, 0.0, error <= 0)
         for run in runs
-        for error in [layout_difference(_below(ours, run), _below(theirs, run))]
+        for error in [layout_difference(parts.below(ours, run), parts.below(theirs, run))]
     ]
     for name, value in sorted(theirs.items()):
         if re.search(LAYOUT, name):

@@ -202,8 +202,7 @@ def _compressing_block(
     denoiser: Denoiser, memory: Memory, noise: Latent, renoise: jax.Array
 ) -> tuple[Memory, block_step.Denoised, Memory]:
     """(the memory after the next block, that block, the memory that its steps saw)."""
-    no_scores = jnp.zeros((denoiser.cfg.memory.layers, len(noise), 0))
-    start = block_step.Noise(noise=noise, renoise=renoise, random=no_scores)
+    start = transformer.recorded_noise(denoiser, noise, renoise)
     seen, denoised = participative.denoise_block(denoiser, memory, start)
     return participative.commit_block(denoiser, seen, denoised.latent), denoised, seen
 
@@ -295,14 +294,9 @@ def causvid(fixture: Fixture) -> Outputs:
     """The cases of a file about clips that go on from one another: latents, and the pixels between two clips."""
     scale = {"z_dim": fixture.config["in_dim"], "scale": fixture.config["vae_scale"]}
     cfg = wan_vae.vae_config({**fixture.config["vae"], **scale})
-    tensors = {
-        name.removeprefix("vae/"): value
-        for name, value in fixture.weights.items()
-        if name.startswith("vae/")
-    }
+    tensors = parts.below(fixture.weights, "vae/")
     codec = parts.load(vae.WanVAE, cfg, tensors, wan_vae.WAN_VAE)
-
-    network = {name: value for name, value in fixture.weights.items() if "vae/" not in name}
+    network = {name: x for name, x in fixture.weights.items() if not name.startswith("vae/")}
     fixture = dataclasses.replace(fixture, weights=network)
     out: Outputs = {}
     for name, changes in fixture.config["cases"].items():
@@ -486,8 +480,7 @@ def _denoised(
     denoiser: Denoiser, memory: Memory, noise: Latent, renoise: jax.Array
 ) -> tuple[Memory, block_step.Denoised, Latent]:
     """(the memory with other scratch, the next block, what the network returns of it clean)."""
-    no_scores = jnp.zeros((denoiser.cfg.memory.layers, len(noise), 0))
-    start = block_step.Noise(noise=noise, renoise=renoise, random=no_scores)
+    start = transformer.recorded_noise(denoiser, noise, renoise)
     memory, denoised = block_step.denoise_block(denoiser, memory, start)
     clean = jnp.zeros(denoised.latent.shape[:2])
     return memory, denoised, transformer.raw_output(denoiser, memory, denoised.latent, clean)

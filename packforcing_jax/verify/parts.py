@@ -39,6 +39,15 @@ def _shapes(network: Callable[[Any, nnx.Rngs], Module], cfg: Hashable) -> Module
     return jax.eval_shape(lambda: network(cfg, nnx.Rngs(0)))
 
 
+def below(tensors: Mapping[str, Any], prefix: str) -> dict[str, np.ndarray]:
+    """The tensors whose names begin with `prefix`, named without it."""
+    return {
+        name.removeprefix(prefix): np.asarray(value)
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
 def load(
     network: Callable[[Any, nnx.Rngs], Module],
     cfg: Hashable,

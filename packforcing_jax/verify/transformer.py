@@ -238,13 +238,18 @@ def causal_dit_kvcache(fixture: Fixture) -> Outputs:
     return out
 
 
+def recorded_noise(denoiser: Denoiser, noise: Latent, renoise: jax.Array) -> block_step.Noise:
+    """The noise that a file gives for a block; no file has random scores."""
+    no_scores = jnp.zeros((denoiser.cfg.memory.layers, len(noise), 0))
+    return block_step.Noise(noise=noise, renoise=renoise, random=no_scores)
+
+
 @jax.jit
 def _next_block(
     denoiser: Denoiser, memory: Memory, noise: Latent, renoise: jax.Array
 ) -> tuple[Latent, Memory]:
     """The next block and the memory that holds it."""
-    no_scores = jnp.zeros((denoiser.cfg.memory.layers, len(noise), 0))
-    block_noise = block_step.Noise(noise=noise, renoise=renoise, random=no_scores)
+    block_noise = recorded_noise(denoiser, noise, renoise)
     memory, denoised = block_step.denoise_block(denoiser, memory, block_noise)
     latent = denoised.latent
     memory, _ = block_step.commit_block(denoiser, memory, latent, latent, denoised.selection)
