@@ -2,13 +2,17 @@
 
 from packforcing_jax.config import HALF, CacheConfig, Experiment, SampleConfig
 from packforcing_jax.config.cards import Card
+from packforcing_jax.config.networks import UNOFFICIAL_COMPRESSOR
+from packforcing_jax.methods import PACKFORCING_UNOFFICIAL
+from packforcing_jax.methods.method import memory_of
 
+OWN = CacheConfig(block=3, sink=9, recent=6, max_position=21, score_pool=(3, 4, 4))
+SAMPLE = SampleConfig(steps=(1000, 750, 500, 250), shift=5.0)
 experiment = Experiment(
     name="packforcing_unofficial",
-    cache=CacheConfig(
-        block=3, sink=9, recent=6, top=16, capacity=16, max_position=21, score_pool=(3, 4, 4)
-    ),
-    sample=SampleConfig(steps=(1000, 750, 500, 250), shift=5.0),
+    cache=memory_of(PACKFORCING_UNOFFICIAL, OWN, len(SAMPLE.steps)),
+    compressor=UNOFFICIAL_COMPRESSOR,
+    sample=SAMPLE,
     dtypes=HALF,
     latent=(60, 104),
     fps=16,

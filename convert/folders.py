@@ -284,9 +284,7 @@ def _remarks(recognised: Recognised, tensors: Contents, jobs: Sequence[writing.J
     remarks = []
     for reason in dict.fromkeys(why for _, why in contents.EXTRAS.values()):
         left = [each.name for each in tensors.ignored if each.reason == reason]
-        if left and reason == wan_dit.OTHER_COMPRESSOR:
-            remarks.append(f"pack_compressor is left out: it is the {reason}")
-        elif left:
+        if left:
             remarks.append(
                 f"{', '.join(left[: passed_over.SHOWN])} left out ({len(left)} in all): {reason}"
             )

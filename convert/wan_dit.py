@@ -105,10 +105,8 @@ OTHERS = {  # names that only other models of the family have -> which
     r"vace_.*": "a VACE model",
     r"control_adapter\..*|ref_conv\..*": "a model that follows a control signal",
 }
-OTHER_COMPRESSOR = "compressor of PackForcing-Unofficial, which is another network than ours"
 EXTRAS = {  # names of what stands beside the network in trainers' files -> why it is left out
     r"_(cls_pred_branch|register_tokens|gan_ca_blocks)(\..*)?": "head of a GAN critic, not of the network",
-    r"pack_compressor\..*": OTHER_COMPRESSOR,
 }
 VARIANTS = {  # setting -> the values that this architecture has
     "model_type": ("t2v",),

@@ -43,12 +43,7 @@ class StepConfig:
     @property
     def packed_grid(self) -> tuple[int, int, int]:
         """Tokens of one packed block as (time slots, rows, columns)."""
-        stride = self.compressor.stride
-        return (
-            self.compressor.frames // stride(0),
-            self.latent[0] // stride(1),
-            self.latent[1] // stride(2),
-        )
+        return self.compressor.packed_grid(self.latent)
 
     @property
     def tokens_per_packed_block(self) -> int:
@@ -58,7 +53,6 @@ class StepConfig:
     def memory(self) -> MemorySpec:
         """What the memory reads of this."""
         dit = self.dit
-        stride = self.compressor.stride
         return MemorySpec(
             cache=self.cache,
             layers=dit.layers,
@@ -69,9 +63,10 @@ class StepConfig:
             grid=self.grid,
             latent=(*self.latent, dit.in_channels),
             packed_grid=self.packed_grid,
-            packed_stride=(stride(0), stride(1) / dit.patch[1], stride(2) / dit.patch[2]),
+            packed_stride=self.compressor.token_size(dit.patch),
             packed_frames=self.compressor.frames,
             packed_position_rule=self.compressor.positions,
+            packing_pass=self.compressor.packing_pass,
         )
 
 
@@ -132,7 +127,7 @@ class Experiment:
     @property
     def packs_pixels(self) -> bool:
         """Whether packing needs the pixels of a block."""
-        return self.cache.top > 0 and self.compressor.branches != "hr"
+        return self.cache.top > 0 and self.compressor.packs_pixels
 
     @property
     def blocks(self) -> int:
@@ -248,14 +243,21 @@ def require_packs(step: StepConfig, codec: VAEConfig | SpaceToDepthConfig) -> No
         f"compressor strides of {tuple(cfg.stride(axis) for axis in range(3))} in all leave nothing of "
         f"compressor.frames={cfg.frames} and latent={step.latent}; make them smaller or set cache.top=0.",
     )
-    if isinstance(cfg, CompressorConfig) and cfg.branches != "lr":
+    if isinstance(cfg, CompressorConfig) and cfg.branches in ("both", "hr"):
         convolved = tuple(cfg.convolved(axis, size) for axis, size in enumerate(sizes))
         require(
-            convolved == step.packed_grid,
+            convolved == step.packed_grid
+            or (cfg.adaptive_pool and min(convolved) > 0 and convolved[0] == step.packed_grid[0]),
             f"compressor.strides={cfg.strides} make {convolved} tokens of compressor.frames={cfg.frames} and "
             f"latent={step.latent}, not {step.packed_grid}; choose strides that divide them.",
         )
-    if cfg.branches != "hr":
+    if cfg.branches == "own":
+        own = step.cache.block * step.tokens_per_frame
+        require(
+            cfg.tokens <= own,
+            f"compressor.tokens={cfg.tokens} exceeds the {own} tokens of a block, which are averaged; make it smaller.",
+        )
+    if cfg.packs_pixels:
         cells = low_res_cells(step.latent, codec, cfg.pool)
         wanted = tuple(n * p for n, p in zip(step.packed_grid[1:], step.dit.patch[1:]))
         require(

@@ -62,6 +62,8 @@ COMPRESSOR: Limits = {
     "strides": (1, 64),
     "frames": (1, 1024),
     "pool": (1, SIDE),
+    "strided_kernel": (3, 4),
+    "tokens": (0, COUNT),
 }
 CACHE: Limits = {
     "block": (1, 1024),
@@ -77,6 +79,7 @@ CACHE: Limits = {
     "reuse_limit": (0, MANY),
     "score_heads": (LEAST, 1.0),
     "query_stride": (1, COUNT),
+    "min_queries": (0, COUNT),
     "max_position": (1, COUNT),
     "score_pool": (1, SIDE),
     "key_multiple": (1, COUNT),

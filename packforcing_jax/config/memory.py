@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from packforcing_jax.config import limits
 from packforcing_jax.config.choices import require_choices
 from packforcing_jax.errors import require
@@ -45,12 +47,18 @@ class CacheConfig:
     selection: str | Score = "affinity"
     eviction: str | Eviction = "fifo"
     scope: str = "layer"  # every layer chooses for itself, or one choice is shared by all
-    timing: str = "first"
+    timing: str = (
+        "first"  # of the choice: at the first step, late, or anew at every step and commit
+    )
+    registry: str = (
+        "per_layer"  # of timing=every: each layer knows where blocks are, or all share one list
+    )
     archive: str = "device"  # where packed blocks lie
     score_pool: tuple[int, int, int] = (2, 4, 4)  # queries averaged: frames, rows, columns
-    score_heads: float = 0.5  # of selection=paper: share of the heads, the first ones
-    query_stride: int = 8  # of selection=paper: one query token in so many
-    recent_queries: bool = True  # of selection=paper: recent blocks ask too, by their clean pass
+    score_heads: float = 0.5  # of selection=paper, query_score: share of the heads, the first ones
+    query_stride: int = 8  # of the same: one query token in so many
+    min_queries: int = 0  # of the same: but at least so many, if a block has them
+    recent_queries: bool = True  # of the same: recent blocks ask too, by their clean pass
     key_multiple: int = 128
 
     def __post_init__(self):
@@ -100,6 +108,20 @@ class CacheConfig:
             "set rope_adjustment=sink.",
         )
 
+        require(
+            self.timing != "every"
+            or self.scope == "layer"
+            and self.rope_adjustment != "incremental"
+            and self.score.name != "random",
+            f"cache.timing='every' chooses anew in each layer and pass, but scope={self.scope!r}, "
+            f"rope_adjustment={self.rope_adjustment!r} and selection={self.score.name!r}; set scope=layer, another "
+            "rope_adjustment than incremental and another selection than random, or timing=first.",
+        )
+        require(
+            self.registry == "per_layer" or (self.timing == "every" and self.top > 0),
+            f"cache.registry='shared' is about packed blocks that every pass chooses anew, but timing={self.timing!r} "
+            f"and top={self.top}; set timing=every and top above 0, or registry=per_layer.",
+        )
         if self.evicts is not eviction.FIFO:
             eviction.check(self.evicts, self.slots)
         require(
@@ -225,6 +247,7 @@ class MemorySpec:
     ]  # what one of them stands for: frames, rows, columns of tokens
     packed_frames: int  # latent frames packed together
     packed_position_rule: str  # compressor.positions
+    packing_pass: bool  # whether a packed block passes through all layers, and attends
 
     @property
     def tokens_per_frame(self) -> int:
@@ -239,6 +262,13 @@ class MemorySpec:
         """Heads that blocks are scored by, the first ones."""
         share = self.cache.score_heads if self.cache.score.subset else 1
         return max(int(share * self.heads), 1)
+
+    @property
+    def asking_tokens(self) -> np.ndarray:
+        """Tokens of a block [q] whose queries are summed for the score: one in `query_stride`, or `min_queries`."""
+        cfg = self.cache
+        least = cfg.min_queries if cfg.score.subset else 0
+        return asking(cfg.block * self.tokens_per_frame, cfg.stride, least)
 
     @property
     def full_res(self) -> int:
@@ -302,6 +332,18 @@ class MemorySpec:
     def recent_moves(self) -> bool:
         """The same of the recent frames' keys."""
         return self.cache.rope_adjustment == "sink"
+
+
+def asking(count: int, stride: int, least: int) -> np.ndarray:
+    """Which of `count` tokens [q] ask: one in `stride`, or, where `least` of them have to, evenly spread ones.
+
+    They are spread in float32, as in PackForcing-Unofficial: rounding decides about some of them.
+    """
+    if least == 0:
+        return np.arange(0, count, stride)
+    some = min(count, max(least, count // stride))
+    spread = np.arange(some, dtype=np.float32) * np.float32(count) / np.float32(some)
+    return np.floor(spread).astype(int)
 
 
 # Profiles

@@ -190,7 +190,11 @@ class CompressorConfig:
     `strides` are (t, y, x) per HR convolution; a stride-2 spatial convolution has kernel 4 and padding 1, a
     temporal one kernel 3. `pool` is the pixel pooling (t, y, x) of the LR branch. `positions`: packed tokens stand
     at the centres of the patches they cover, or (`native`) on a grid of their own. `keys`: their keys and values come
-    out of a pass through all blocks, or (`projected`) from each layer's own projections of the packed tokens.
+    out of a pass through all blocks, or (`projected`) from each layer's own projections of the packed tokens, which
+    neither are normalised nor modulated before (`unmodulated`). `strided_kernel` is that of a spatial stride.
+    `adaptive_pool`: what convolutions leave beside whole strides is averaged away. With `branches="own"` nothing is
+    convolved: a block's own rotated keys and values, averaged along the row of tokens to `tokens` of them, are what is
+    packed.
     """
 
     channels: tuple[int, ...] = (32, 128, 512, 2048)
@@ -200,6 +204,9 @@ class CompressorConfig:
     branches: str = "both"
     positions: str = "stretched"
     keys: str = "blocks"
+    strided_kernel: int = 4
+    adaptive_pool: bool = False
+    tokens: int = 0
 
     def __post_init__(self):
         limits.require_within(limits.COMPRESSOR, "compressor", self)
@@ -209,18 +216,48 @@ class CompressorConfig:
             "convolution; change one.",
         )
         require_choices("compressor", self)
+        require(
+            (self.branches == "own") == (self.tokens > 0),
+            f"compressor.tokens={self.tokens} is how many averages of a block's own keys are kept, with "
+            f"branches={self.branches!r}; give tokens and branches=own together, or neither.",
+        )
+
+    @property
+    def packs_pixels(self) -> bool:
+        """Whether packing needs the pixels of a block."""
+        return self.branches in ("both", "lr")
+
+    @property
+    def packing_pass(self) -> bool:
+        """Whether packed tokens pass through all layers, and attend."""
+        return self.keys == "blocks" and self.branches != "own"
+
+    def packed_grid(self, latent: tuple[int, int]) -> tuple[int, int, int]:
+        """Tokens of a packed block as (time slots, rows, columns), for latents of so many rows and columns."""
+        if self.branches == "own":
+            return 1, 1, self.tokens
+        least = int(self.adaptive_pool)
+        rows, columns = (max(size // self.stride(1 + i), least) for i, size in enumerate(latent))
+        return self.frames // self.stride(0), rows, columns
+
+    def token_size(self, patch: tuple[int, int, int]) -> tuple[int, float, float]:
+        """What one packed token stands for: frames, rows and columns of tokens of `patch` latent cells."""
+        if self.branches == "own":
+            return 1, 1.0, 1.0
+        return self.stride(0), self.stride(1) / patch[1], self.stride(2) / patch[2]
 
     def stride(self, axis: int) -> int:
         """Total latent stride along axis 0 (time), 1 (rows) or 2 (columns)."""
         return math.prod(step[axis] for step in self.strides)
 
     def kernel(self, stride: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Kernel of a convolution: 4 where space is strided, else 3; in time 3 where strided, else 1.
+        """Kernel of a convolution: `strided_kernel` where space is strided, else 3; in time 3 where strided, else 1.
 
         It is padded by 1 on both sides wherever it is larger than 1: 30x52 -> 15x26 -> 7x13.
         """
         time, rows, columns = stride
-        return 3 if time > 1 else 1, 4 if rows > 1 else 3, 4 if columns > 1 else 3
+        down, across = (self.strided_kernel if step > 1 else 3 for step in (rows, columns))
+        return 3 if time > 1 else 1, down, across
 
     def convolved(self, axis: int, size: int) -> int:
         """What the convolutions leave of `size` along an axis."""
@@ -228,3 +265,15 @@ class CompressorConfig:
             kernel = self.kernel(stride)[axis]
             size = (size + 2 * (kernel > 1) - kernel) // stride[axis] + 1
         return size
+
+
+UNOFFICIAL_COMPRESSOR = CompressorConfig(  # of AshadowZ/PackForcing-Unofficial 3f4302e
+    channels=(64, 256, 1024),
+    strides=((1, 2, 2),) * 3,
+    frames=3,
+    branches="hr",
+    positions="native",
+    keys="unmodulated",
+    strided_kernel=3,
+    adaptive_pool=True,
+)

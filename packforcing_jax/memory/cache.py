@@ -148,6 +148,22 @@ def write_block(spec: MemorySpec, layout: Layout, view: KV, own: KV) -> KV:
     return view
 
 
+def read_block(spec: MemorySpec, layout: Layout, view: KV) -> KV:
+    """The current block's tokens [b, block*s, n, h] in a view, keys turned back to count from its first frame."""
+    s = spec.tokens_per_frame
+
+    def taken(store: Array) -> Array:
+        chunks = _chunks(spec, layout, spec.cache.block)
+        slots = [layouts.frame_slots(spec.cache, layout, at) * s for _, at in chunks]
+        size = spec.cache.chunk * s
+        parts = [jax.lax.dynamic_slice_in_dim(store, slot, size, axis=1) for slot in slots]
+        return jnp.concatenate(parts, axis=1)
+
+    own = jax.tree.map(taken, view)
+    back = jnp.full(own.k.shape[1], -layout.current_position, jnp.float32)
+    return KV(k=rope.rotate(own.k, rope.time_angles(back, spec)), v=own.v)
+
+
 def _chunks(spec: MemorySpec, layout: Layout, frames: int) -> Sequence[tuple[slice, Array]]:
     """(frames of the block that lie side by side in every store, true number of the first) for each such run."""
     size = spec.cache.chunk

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from packforcing_jax.config import CacheConfig, MemorySpec
 from packforcing_jax.networks import rope
@@ -53,6 +53,8 @@ class Layout:
     recent_position: Array
     current_position: Array
     chosen: Array | int = 0  # frames' worth of single tokens behind the sink
+    hidden: Array | int = 0  # frames before `recent` that lie in the view and are not seen
+    sink_turn: Array | float = 0.0  # from where the sink's keys are in the view to its position
 
 
 def begin(blocks: int | Array = 0) -> Progress:
@@ -117,6 +119,45 @@ def layout(cfg: CacheConfig, progress: Progress, gap: Array | float = 0.0) -> La
         step=step,
         **{name: jnp.asarray(value, jnp.float32) for name, value in positions.items()},
     )
+
+
+def listed(cfg: CacheConfig, now: Layout) -> Layout:
+    """What layers behind the first see at a commit where all layers share one list of blocks.
+
+    PackForcing-Unofficial 3f4302e moves the list on in the first layer. For the others the oldest recent block has then
+    left, and where the archive is full its oldest has too, while they hold nothing yet of what has come in. The rest
+    stands before the current block without a hole.
+    """
+    in_sink = now.start - now.scene < cfg.sink
+    leaving = ~in_sink & (now.recent + cfg.block > cfg.recent)
+    gone = jnp.where(leaving, jnp.minimum(cfg.block, now.recent), 0)
+    visible = (now.ids >= 0).sum()
+    oldest = jnp.min(jnp.where(now.ids >= 0, now.ids, jnp.iinfo(now.ids.dtype).max))
+    forgotten = leaving & (visible == cfg.capacity) & (now.ids == oldest)
+    ids = jnp.where(forgotten, -1, now.ids)
+    num_selected = jnp.minimum((ids >= 0).sum(), cfg.attended)
+    recent = now.recent - gone
+    recent_position = now.current_position - recent
+    mid_position = recent_position - num_selected * now.step
+    moves = cfg.rope_adjustment != "none"
+    sink_position = mid_position - now.sink if moves else now.sink_position
+    return dataclasses.replace(
+        now,
+        recent=recent,
+        hidden=gone,
+        num_selected=num_selected,
+        ids=ids,
+        sink_position=sink_position,
+        mid_position=mid_position,
+        recent_position=recent_position,
+        sink_turn=sink_position - now.sink_position,
+    )
+
+
+def per_layer(cfg: CacheConfig, now: Layout, layers: int) -> list[Layout]:
+    """What each layer sees at a commit."""
+    others = listed(cfg, now) if cfg.registry == "shared" else now
+    return [now, *[others] * (layers - 1)]
 
 
 @struct.dataclass
@@ -281,9 +322,20 @@ def recache(cfg: CacheConfig, progress: Progress, keep_sink: bool) -> Recache:
 
 
 def length(spec: MemorySpec, layout: Layout) -> Length:
-    """Valid keys of a view, those of the current frames among them."""
-    full_res = layout.sink + layout.chosen + layout.recent + layout.current
+    """Valid keys of a view, those of the current frames and of hidden ones among them."""
+    full_res = layout.sink + layout.chosen + layout.hidden + layout.recent + layout.current
     return full_res * spec.tokens_per_frame + layout.num_selected * spec.tokens_per_packed_block
+
+
+def seen_keys(spec: MemorySpec, layout: Layout, valid: Array) -> Bool[Array, " k"]:
+    """Which keys of a whole view are seen: the first `valid`, but for those of hidden frames."""
+    first = layout.start - layout.recent - layout.hidden
+    frames = first + jnp.arange(spec.cache.block)
+    slots = frame_slots(spec.cache, layout, frames)
+    slots = jnp.where(frames < first + layout.hidden, slots, -1)
+    keys = jnp.arange(spec.room)
+    hidden = (keys[:, None] // spec.tokens_per_frame == slots).any(axis=1)
+    return (keys < valid) & ~hidden
 
 
 # Positions of tokens

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from packforcing_jax.config import MemorySpec
 from packforcing_jax.memory import cache
@@ -62,24 +62,34 @@ def pool_queries(spec: MemorySpec, layout: Layout, q: Heads) -> PooledQueries:
 
 
 def sum_queries(spec: MemorySpec, q: Heads) -> Float[Array, "b n h"]:
-    """The sum of a block's queries, or of one token in `cache.stride`, from [b, block*s, n, h] without positions.
+    """The sum of the queries of a block's `asking_tokens`, from [b, block*s, n, h] without positions.
 
     Each is rotated at its own position, frames counted from the block's first.
     """
-    block, stride = spec.cache.block, spec.cache.stride
-    frames = np.repeat(np.arange(block), spec.tokens_per_frame).astype(np.float32)[::stride]
-    grid = rope.grid(*(np.arange(size) for size in spec.grid), frames=block)[::stride]
+    block, asking = spec.cache.block, spec.asking_tokens
+    frames = np.repeat(np.arange(block), spec.tokens_per_frame).astype(np.float32)[asking]
+    grid = rope.grid(*(np.arange(size) for size in spec.grid), frames=block)[asking]
     own = rope.time_angles(jnp.asarray(frames), spec) + rope.space_angles(jnp.asarray(grid), spec)
-    return rope.rotate(q[:, ::stride].astype(jnp.float32), own).sum(axis=1)
+    return rope.rotate(q[:, asking].astype(jnp.float32), own).sum(axis=1)
 
 
 def _recent_queries(spec: MemorySpec, layout: Layout, layer: LayerCache) -> Float[Array, "b n h"]:
     """The sum of what recent blocks keep of their queries, frames counted from the current block's first."""
-    first = FIFO.ids_in(layout.num_blocks, spec.cache.asking_blocks) * spec.cache.block
+    first = _first_frames(spec, layout)
     angles = rope.time_angles((first - layout.start).astype(jnp.float32), spec)
-    visible = (first >= layout.start - layout.recent)[None, :, None, None]
+    visible = _asking_blocks(spec, layout)[None, :, None, None]
     kept = layer.queries[:, : spec.cache.asking_blocks]
     return jnp.where(visible, rope.rotate(kept, angles), 0).sum(axis=1)
+
+
+def _first_frames(spec: MemorySpec, layout: Layout) -> Int[Array, " block"]:
+    """The first frame of each block whose queries are kept, negative where there is none yet."""
+    return FIFO.ids_in(layout.num_blocks, spec.cache.asking_blocks) * spec.cache.block
+
+
+def _asking_blocks(spec: MemorySpec, layout: Layout) -> Bool[Array, " block"]:
+    """Which of these are recent ones."""
+    return _first_frames(spec, layout) >= layout.start - layout.recent
 
 
 def _pool_angles(spec: MemorySpec, layout: Layout) -> Array:
@@ -124,6 +134,7 @@ def score_inputs(
         full_res=(layer.view.k[:, : cfg.sink * s], _recent_keys(spec, layout, layer.view.k)),
         full_res_valid=tuple(jnp.arange(size * s) < count * s for size, count in sizes),
         query_sum=queries.total + _recent_queries(spec, layout, layer),
+        asked=len(spec.asking_tokens) * (1 + jnp.sum(_asking_blocks(spec, layout))),
         key_sum=_turn(spec, packed.astype(jnp.float32), true - lies).sum(axis=2),
     )
 
@@ -172,6 +183,14 @@ def alone(spec: MemorySpec, layout: Layout, view: KV) -> KV:
     return jax.tree.map(
         lambda store: jax.lax.dynamic_slice_in_dim(store, hidden, spec.ring_room, axis=1), view
     )
+
+
+def with_sink_turned(spec: MemorySpec, layout: Layout, view: KV) -> KV:
+    """`view` with the sink's keys at their position in `layout`, which differs from layer to layer."""
+    sink = cache.sink_of(spec, view).k
+    angles = rope.time_angles(jnp.full(sink.shape[1], layout.sink_turn, jnp.float32), spec)
+    keys = jax.lax.dynamic_update_slice_in_dim(view.k, rope.rotate(sink, angles), 0, axis=1)
+    return KV(k=keys, v=view.v)
 
 
 def score(

@@ -9,17 +9,16 @@ from packforcing_jax.methods.infinite_forcing import INFINITE_FORCING
 from packforcing_jax.methods.longlive import LONGLIVE, LONGLIVE_INFINITY
 from packforcing_jax.methods.method import Method
 from packforcing_jax.methods.packforcing import PACKFORCING
+from packforcing_jax.methods.packforcing_unofficial import PACKFORCING_UNOFFICIAL
 from packforcing_jax.methods.reward_forcing import REWARD_FORCING
 from packforcing_jax.methods.rolling_forcing import ROLLING_FORCING
 from packforcing_jax.methods.self_forcing import CAUSAL_FORCING, SELF_FORCING, SELF_FORCING_SHORT
 
-UNBUILT = {  # methods that cards name, and why they cannot be sampled here
-    "packforcing-unofficial": "its compressor is not built yet",
-}
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         PACKFORCING,
+        PACKFORCING_UNOFFICIAL,
         SELF_FORCING,
         SELF_FORCING_SHORT,
         CAUSAL_FORCING,
@@ -38,12 +37,8 @@ METHODS: dict[str, Method] = {
 
 
 def named(method: str | Method) -> Method:
-    """A method by its name, or the value itself; raises `InputError` naming the nearest one or why it is not there."""
+    """A method by its name, or the value itself; raises `InputError` naming the nearest one."""
     if isinstance(method, Method):
         return method
-    require(
-        method not in UNBUILT,
-        f"method {method!r} cannot be sampled: {UNBUILT.get(method)}; choose one of {', '.join(METHODS)}.",
-    )
     require(method in METHODS, f"method {method!r} is unknown; {nearest(method, METHODS)}")
     return METHODS[method]

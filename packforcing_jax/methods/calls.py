@@ -128,7 +128,7 @@ def _remembered(
     cfg = spec.cache
     queries, keys = _sight(spec, progress, made, prompt)
     yield Call(call, number, queries, keys, prompt)
-    if cfg.top:
+    if cfg.top and spec.packing_pass:
         first = queries[0][0]
         tokens = spec.tokens_per_packed_block
         packed = Key("mid", (first, first + cfg.block - 1), queries[0][1], tokens, prompt)

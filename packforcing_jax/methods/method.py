@@ -94,8 +94,8 @@ def sized(method: Method, own: CacheConfig) -> Method:
     """The method at the sizes of a model.
 
     Published sizes belong to blocks of 3 frames, or of 1. For other blocks they are counted in blocks, rounded up, and
-    recent frames are cut until the window fits the trained range. A budget and its parts keep their share of the
-    window, to the nearest block. Without a memory nothing stands behind a block.
+    recent frames are cut until the window fits the trained range, or the sink where blocks are packed. A budget and its
+    parts keep their share of the window, to the nearest block. Without a memory nothing stands behind a block.
     """
     block = own.block
     if method.whole_clip:
@@ -107,6 +107,9 @@ def sized(method: Method, own: CacheConfig) -> Method:
     recent = method.window - method.sink - PUBLISHED_BLOCK
     sink, recent = (-(-frames // PUBLISHED_BLOCK) * block for frames in (method.sink, recent))
     room = max(own.max_position // block * block - block, 0)
+    if method.settings.get("top"):  # the sink gives way: what leaves the recent blocks is packed
+        recent = min(recent, room)
+        sink = min(sink, room - recent)
     sink = min(sink, room)
     overlap = -(-method.overlap // PUBLISHED_BLOCK) * block
     window = sink + min(recent, room - sink) + block

@@ -49,7 +49,10 @@ class BaseModel(Protocol):
         ...
 
     def keys_values(self, x: Tokens, time: Any) -> PerLayer[Any]:
-        """Keys and values that each layer's own projections make of `x`; only `compressor.keys="projected"` asks."""
+        """Keys and values that each layer's own projections make of `x`, without its norm and modulation if time=None.
+
+        Only `compressor.keys="projected"` or `"unmodulated"` asks.
+        """
         ...
 
     def unrolled(self) -> "BaseModel":

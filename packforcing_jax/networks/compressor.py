@@ -9,23 +9,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax import Array
 
 from packforcing_jax.config import CompressorConfig, StepConfig
 from packforcing_jax.networks.base_model import BaseModel
-from packforcing_jax.types import Latent, Tokens
+from packforcing_jax.types import KV, Latent, Tokens
 
 
 class Compressor(nnx.Module):
     """The HR branch: one convolution per row of the config, SiLU between, then a 1x1x1 to the model's width.
 
-    It has no parameters where LR works alone.
+    It has no parameters where LR works alone, or blocks keep averages of their own keys.
     """
 
     def __init__(self, step: StepConfig, rngs: nnx.Rngs):
         cfg = step.compressor
         channels = (step.dit.in_channels, *step.compressor.channels)
-        if cfg.branches == "lr":
+        if cfg.branches not in ("both", "hr"):
             return
         self.convs = nnx.List(
             [
@@ -37,11 +39,15 @@ class Compressor(nnx.Module):
             channels[-1], step.dit.dim, kernel_init=nnx.initializers.zeros, rngs=rngs
         )
 
-    def __call__(self, latent: Latent) -> Tokens:
+    def __call__(self, latent: Latent, grid: tuple[int, int] | None = None) -> Tokens:
+        """Tokens of `latent`, averaged to a `grid` of (rows, columns) if one is given."""
         x = latent.astype(self.out.kernel.dtype)
         for conv in self.convs:
             x = jax.nn.silu(conv(x))
-        return self.out(x).reshape(x.shape[0], -1, self.out.out_features)
+        x = self.out(x)
+        if grid is not None:
+            x = adaptive_average(adaptive_average(x, 2, grid[0]), 3, grid[1])
+        return x.reshape(x.shape[0], -1, self.out.out_features)
 
     def pack(self, model: BaseModel, step: StepConfig, latent: Latent, low_res: Latent) -> Tokens:
         """Packed tokens [b, p, d] of one clean block `latent` and its low-resolution twin `low`."""
@@ -49,9 +55,27 @@ class Compressor(nnx.Module):
         missing = step.compressor.frames - latent.shape[1]
         padded = jnp.pad(latent, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)), mode="edge")
         small = low_res[:, :slots, : rows * step.dit.patch[1], : columns * step.dit.patch[2]]
-        if step.compressor.branches == "both":
-            return self(padded) + model.embed(small)
-        return self(padded) if step.compressor.branches == "hr" else model.embed(small)
+        if step.compressor.branches == "lr":
+            return model.embed(small)
+        convolved = self(padded, (rows, columns) if step.compressor.adaptive_pool else None)
+        return convolved + model.embed(small) if step.compressor.branches == "both" else convolved
+
+
+def averaged(step: StepConfig, own: KV) -> KV:
+    """The averages [b, p, n, h] of a block's own keys and values [b, q, n, h] that `branches="own"` keeps.
+
+    Keys come and go rotated at their own positions, frames counted from the block's first.
+    """
+    return jax.tree.map(lambda x: adaptive_average(x, 1, step.tokens_per_packed_block), own)
+
+
+def adaptive_average(x: Array, axis: int, size: int) -> Array:
+    """`x` averaged along `axis`, of n entries, to `size`: each over i n / size to (i+1) n / size, rounded outwards."""
+    count = x.shape[axis]
+    first, end = np.arange(size) * count // size, -(-np.arange(1, size + 1) * count // size)
+    within = (np.arange(count) >= first[:, None]) & (np.arange(count) < end[:, None])
+    shares = jnp.asarray(within / within.sum(axis=1, keepdims=True), x.dtype)
+    return jnp.moveaxis(jnp.tensordot(shares, x, axes=(1, axis)), 0, axis)
 
 
 def _conv(

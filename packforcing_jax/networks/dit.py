@@ -200,8 +200,13 @@ class WanDiT(nnx.Module):
             px=px,
         )
 
-    def keys_values(self, x: Tokens, time: TimeStates) -> PerLayer[KV]:
-        """Keys and values that each layer's own projections make of the same tokens `x`."""
+    def keys_values(self, x: Tokens, time: TimeStates | None) -> PerLayer[KV]:
+        """Keys and values that each layer's own projections make of the same tokens `x`.
+
+        Without a time they are neither normalised nor modulated before.
+        """
+        if time is None:
+            return pytrees.over(lambda block: block.attn.keys_values(x), self._layers())
         return pytrees.over(lambda block: block.keys_values(x, time.rows), self._layers())
 
     def unrolled(self) -> "WanDiT":

@@ -26,6 +26,7 @@ class ScoreInputs:
     full_res_valid: tuple[Array, ...]  # each [k]
     ids: Array  # [slot] block id, -1 where empty or not yet visible
     query_sum: Array  # [b, n, h] over all queries or a `subset`, at their true frames
+    asked: Array  # [] queries in that sum
     key_sum: Array  # [b, slot, n, h] over each block's packed keys, at their true frames
     random: Array  # [b, slot] uniform draws of this layer
 
@@ -119,6 +120,14 @@ def paper_sum(inputs: ScoreInputs) -> Float[Array, "b slot"]:
     return products * inputs.query_sum.shape[-1] ** -0.5
 
 
+def query_score(inputs: ScoreInputs) -> Float[Array, "b slot"]:
+    """The mean of all products of queries and keys (PackForcing-Unofficial 3f4302e): the paper's sum over their count.
+
+    A block's score is the same as by the sum, since all blocks have as many keys; it stays of one size.
+    """
+    return paper_sum(inputs) / (inputs.asked * inputs.packed.shape[2])
+
+
 def recency(inputs: ScoreInputs) -> Float[Array, "b slot"]:
     """The block's age alone: newer is better (first in, first out)."""
     return jnp.broadcast_to(
@@ -188,6 +197,7 @@ SCORES = {
         Score("log_sum_exp", log_sum_exp, jnp.sum, packed_keys),
         Score("paper_sum", paper_sum, jnp.sum, block_sums),
         Score("paper", paper_sum, jnp.sum, block_sums, subset=True),
+        Score("query_score", query_score, jnp.mean, block_sums, subset=True),
         Score("recency", recency),
         Score("random", random),
         Score("all", recency, attends_all=True),

@@ -25,7 +25,7 @@ from packforcing_jax.memory import cache, view
 from packforcing_jax.memory import layout as layouts
 from packforcing_jax.memory.cache import LayerCache, Memory, Selection
 from packforcing_jax.memory.layout import Layout
-from packforcing_jax.networks import rope
+from packforcing_jax.networks import compressor, rope
 from packforcing_jax.networks.base_model import BaseModel
 from packforcing_jax.networks.dit import SelfAttention
 from packforcing_jax.policies import attention
@@ -47,7 +47,8 @@ class Access:
     rotated in space only, the view with these tokens in it. `writes`: `keep` writes into stores, which is then done
     at once, or keys and values of all layers wait for the end side by side. `write(view, own)` lays the block's tokens
     into a view other than the layer's own, and `seen(view)` is the part of it that is attended to. `attends` takes
-    the place of a layer's plain attention, as `choosing` does.
+    the place of a layer's plain attention, as `choosing` does. `layout_of(past)` is what a layer sees where layers
+    differ in that.
     """
 
     view_of: Callable[[Any], KV] = lambda past: past
@@ -58,6 +59,7 @@ class Access:
     attends: Callable[[StepConfig, Layout, SelfAttention], SelfAttention] = (
         lambda cfg, layout, attention_fn: attention_fn
     )
+    layout_of: Callable[[Any], Layout] | None = None
 
 
 READS = Access()  # past: a view, which is kept with the tokens in it
@@ -345,31 +347,39 @@ def read_packed(
 ) -> Any:
     """What each layer keeps of a pass of a clean block's packed twin; the views in `past` hold the block as well.
 
-    The twin passes through all layers, or (`projected`) each layer projects the packed tokens themselves.
+    The twin passes through all layers, or each layer projects the packed tokens themselves (`compressor.keys`),
+    or averages the block's own keys and values.
     """
     nets, cfg = denoiser.nets, denoiser.cfg
+    if cfg.compressor.branches == "own":
+
+        def averaged(past: Any) -> Any:
+            view = access.view_of(past)
+            block = cache.read_block(cfg.memory, layout, view)
+            return access.keep(compressor.averaged(cfg, block), view, past)
+
+        return pytrees.over(averaged, past)
     tokens = nets.compressor.pack(nets.dit, cfg, latent, low_res)
     time = nets.dit.embed_time(jnp.zeros((latent.shape[0], 1)))
     grid = jnp.asarray(layouts.packed_positions(cfg.memory)[1])
-    if cfg.compressor.keys == "projected":
+    if cfg.compressor.keys != "blocks":
+        modulation = time if cfg.compressor.keys == "projected" else None
         turn = rope.space_angles(grid, cfg.memory)
 
         def projected(own: KV, past: Any) -> Any:
             own = KV(k=rope.rotate(own.k, turn), v=own.v)
             return access.keep(own, access.view_of(past), past)
 
-        return pytrees.over(projected, nets.dit.keys_values(tokens, time), past)
-    length = layouts.length(cfg.memory, layout)
-    behind_all = dataclasses.replace(
-        access, write=lambda view, own: cache.extend(view, own, length)
-    )
-    self_attention = _attention(
-        cfg,
-        layouts.packed_times(cfg.memory, layout),
-        grid,
-        behind_all,
-        valid=length + cfg.tokens_per_packed_block,
-    )
+        return pytrees.over(projected, nets.dit.keys_values(tokens, modulation), past)
+
+    def behind_all(layout: Layout) -> SelfAttention:
+        at = layouts.length(cfg.memory, layout)
+        behind = dataclasses.replace(access, write=lambda view, own: cache.extend(view, own, at))
+        times = layouts.packed_times(cfg.memory, layout)
+        valid = at + cfg.tokens_per_packed_block
+        return _attention_behind(cfg, times, grid, behind, layout, valid)
+
+    self_attention = _by_layer(layout, access, behind_all)
     return _run(denoiser, tokens, time, past, self_attention)[1]
 
 
@@ -474,22 +484,53 @@ def block_attention(
     """Attention of the tokens of the next `frames` frames, laid into the slots where they will stay."""
     spec = cfg.memory
     rows, columns = cfg.grid
+    grid = jnp.asarray(rope.grid(range(rows), range(columns), frames))
 
-    if access.write is None:
-        alone = functools.partial(view.alone, spec, layout)
-        access = dataclasses.replace(
-            access,
-            write=functools.partial(cache.write_block, spec, layout),
-            seen=alone if cfg.cache.joint else access.seen,
-        )
-    self_attention = _attention(
-        cfg,
-        layouts.current_times(spec, layout, frames),
-        jnp.asarray(rope.grid(range(rows), range(columns), frames)),
-        access,
-        valid=layouts.length(spec, layout),
+    def in_place(layout: Layout) -> SelfAttention:
+        own = access
+        if access.write is None:
+            alone = functools.partial(view.alone, spec, layout)
+            own = dataclasses.replace(
+                access,
+                write=functools.partial(cache.write_block, spec, layout),
+                seen=alone if cfg.cache.joint else access.seen,
+            )
+        times = layouts.current_times(spec, layout, frames)
+        valid = layouts.length(spec, layout)
+        self_attention = _attention_behind(cfg, times, grid, own, layout, valid)
+        return access.attends(cfg, layout, self_attention)
+
+    return _by_layer(layout, access, in_place)
+
+
+def _by_layer(
+    layout: Layout, access: Access, attention_in: Callable[[Layout], SelfAttention]
+) -> SelfAttention:
+    """Attention in `layout`, or in what each layer sees where layers differ."""
+    layout_of = access.layout_of
+    if layout_of is None:
+        return attention_in(layout)
+    return lambda q, k, v, past: attention_in(layout_of(past))(q, k, v, past)
+
+
+def _attention_behind(
+    cfg: StepConfig,
+    times: Float[Array, " q"],
+    grid: Float[Array, "q 2"],
+    access: Access,
+    layout: Layout,
+    valid: Array,
+) -> SelfAttention:
+    """Attention to the first `valid` keys of a view; where layers differ, without those that theirs has hidden."""
+    if access.layout_of is None:
+        return _attention(cfg, times, grid, access, valid=valid)
+    spec = cfg.memory
+    turned = dataclasses.replace(
+        access, seen=functools.partial(view.with_sink_turned, spec, layout)
     )
-    return access.attends(cfg, layout, self_attention)
+    seen = layouts.seen_keys(spec, layout, valid)
+    mask = jnp.broadcast_to(seen, (len(times), len(seen)))
+    return _attention(cfg, times, grid, turned, mask=mask)
 
 
 def _attention(

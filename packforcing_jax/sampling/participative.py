@@ -47,8 +47,10 @@ def denoise_block(denoiser: Denoiser, memory: Memory, noise: Noise) -> tuple[Mem
     return memory, Denoised(latent, [chosen for _, chosen in outputs], predictions)
 
 
-def commit_block(denoiser: Denoiser, memory: Memory, latent: Latent) -> Memory:
-    """The memory after `latent`, which was denoised, or is given in the place of a block that was."""
+def commit_block(
+    denoiser: Denoiser, memory: Memory, latent: Latent, low_res: Any = None, selection: Any = None
+) -> tuple[Memory, None]:
+    """The memory after `latent`, which was denoised, or is given in its place; nothing is packed."""
     spec = denoiser.cfg.memory
     now = layouts.layout(spec.cache, memory.progress)
     following = layouts.layout(spec.cache, memory.progress.after_block())
@@ -59,7 +61,7 @@ def commit_block(denoiser: Denoiser, memory: Memory, latent: Latent) -> Memory:
 
     writes = dataclasses.replace(_behind(denoiser, now), keep=keep, writes=True)
     layers = block_step.read_clean(denoiser, now, latent, memory.layers, writes)
-    return cache.advanced(spec, dataclasses.replace(memory, layers=layers), latent)
+    return cache.advanced(spec, dataclasses.replace(memory, layers=layers), latent), None
 
 
 def _behind(denoiser: Denoiser, layout: Layout) -> Access:

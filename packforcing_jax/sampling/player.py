@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -14,7 +15,7 @@ from jax import Array
 from jaxtyping import Int
 
 from packforcing_jax import pytrees
-from packforcing_jax.config import Experiment, MemorySpec, StepConfig
+from packforcing_jax.config import CacheConfig, Experiment, MemorySpec, StepConfig
 from packforcing_jax.memory import cache
 from packforcing_jax.memory import layout as layouts
 from packforcing_jax.memory.cache import Memory, Selection
@@ -25,6 +26,7 @@ from packforcing_jax.sampling import (
     clips,
     host_archive,
     participative,
+    reselection,
     rolling_window,
 )
 from packforcing_jax.sampling.block_step import Denoised, Denoiser, Nets
@@ -245,8 +247,8 @@ def denoise_program(
 ) -> tuple[Memory, Denoised]:
     """The next block with the noise of (seed, video, block), in place."""
     noise = block_step.draw_noise(denoiser.cfg, seeds, videos, memory.num_blocks)
-    denoised_by = participative if denoiser.cfg.cache.budget else block_step
-    memory, denoised = denoised_by.denoise_block(denoiser.computed(), memory, noise)
+    made_by = _made_by(denoiser.cfg.cache)
+    memory, denoised = made_by.denoise_block(denoiser.computed(), memory, noise)
     return memory, dataclasses.replace(denoised, predictions=None)
 
 
@@ -308,10 +310,16 @@ def commit_program(
     low_res: Latent,
     selection: PerLayer[Selection],
 ) -> tuple[Memory, PerLayer[KV] | None]:
-    """`block_step.commit_block`, or its like behind single tokens, in place."""
-    if denoiser.cfg.cache.budget:
-        return participative.commit_block(denoiser.computed(), memory, latent), None
-    return block_step.commit_block(denoiser.computed(), memory, latent, low_res, selection)
+    """`block_step.commit_block`, or its like, in place."""
+    made_by = _made_by(denoiser.cfg.cache)
+    return made_by.commit_block(denoiser.computed(), memory, latent, low_res, selection)
+
+
+def _made_by(cfg: CacheConfig) -> ModuleType:
+    """How blocks are denoised and committed: behind single tokens, behind a choice in every pass, or behind one."""
+    if cfg.budget:
+        return participative
+    return reselection if cfg.timing == "every" and cfg.top else block_step
 
 
 @functools.partial(jax.jit, static_argnames="keep_sink", donate_argnames="memory")

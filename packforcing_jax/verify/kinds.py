@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from packforcing_jax import methods as published
 from packforcing_jax.errors import InputError, MachineError
-from packforcing_jax.verify import methods, parts, training, transformer
+from packforcing_jax.verify import methods, parts, reselection, training, transformer
 from packforcing_jax.verify.parts import Fixture, Outputs
 
 Expected: TypeAlias = Mapping[str, np.ndarray]
@@ -73,6 +73,9 @@ CASES = {
     "method_rolling_forcing": Case(methods.rolling_forcing, 5e-5),
     "method_causal_forcing_longvideo": Case(methods.rolling_forcing, 5e-5),
     "method_deep_forcing": Case(methods.deep_forcing),
+    "method_packforcing_unofficial": Case(reselection.rollouts),
+    "method_packforcing_unofficial_compressor": Case(reselection.compressed),
+    "method_packforcing_unofficial_scores": Case(reselection.scores),
     "method_causvid": Case(methods.causvid, 5e-5),
     "method_causal_forcing_chunkwise": Case(methods.causal_forcing, 5e-5),
     "method_causal_forcing_framewise": Case(methods.causal_forcing, 5e-5),
@@ -210,13 +213,15 @@ def layout_difference(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.nd
 
 
 def _token_difference(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> float:
-    """How many passes differ in which tokens a layer sees, and where; `<pass>.key_index` [block, layer, key] and so on.
+    """How many passes differ in what a layer sees, and where: `<pass>.key_...` [block, layer, key] of tokens or blocks.
 
     As for calls the order of keys does not matter, and positions are taken from the query's first.
     """
     wrong = 0
-    for each in sorted(name.removesuffix("key_index") for name in theirs if "key_index" in name):
-        sights = [_token_sights(parts.below(side, each)) for side in (ours, theirs)]
+    which = "key_index" if any("key_index" in name for name in theirs) else "key_block_id"
+    for each in sorted(name.removesuffix(which) for name in theirs if which in name):
+        names = sorted(parts.below(theirs, each))
+        sights = [_token_sights(parts.below(side, each), which, names) for side in (ours, theirs)]
         if len({sight.shape[:2] for sight in sights}) > 1:
             return math.inf
         widest = max(sight.shape[2] for sight in sights)
@@ -228,18 +233,28 @@ def _token_difference(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.nd
     return float(wrong)
 
 
-def _token_sights(sight: Mapping[str, np.ndarray]) -> np.ndarray:
-    """[block, layer, query frames and keys, (number, position)] of one pass, keys in order and empty places last."""
+def _token_sights(sight: Mapping[str, np.ndarray], which: str, names: Sequence[str]) -> np.ndarray:
+    """[block, layer, query frames and keys, (number, position, ...)] of one pass, keys in order and empty places last.
+
+    `which` of the tensors `names` numbers what is seen.
+    """
     query, origin = sight["query_frame"], sight["query_pos"][:, :1]
-    queries = np.stack([query, sight["query_pos"] - origin], axis=-1)
-    empty = sight["key_index"] < 0
-    index = np.where(empty, np.inf, sight["key_index"])
-    position = np.where(empty, np.inf, sight["key_pos"] - origin[:, :, None])
-    order = np.lexsort((position, index), axis=-1)[..., None]
-    keys = np.take_along_axis(np.stack([index, position], axis=-1), order, axis=2)
+    places = [name for name in names if name.startswith("key_pos")]
+    others = [name for name in names if name.startswith("key_") and name not in (which, *places)]
+    empty = sight[which] < 0
+    columns = [
+        sight[which],
+        *(sight[name] - origin[:, :, None] for name in places),
+        *(sight[name] for name in others),
+    ]
+    keys = np.stack([np.where(empty, np.inf, column) for column in columns], axis=-1)
+    order = np.lexsort((keys[..., 1], keys[..., 0]), axis=-1)[..., None]
+    keys = np.take_along_axis(keys, order, axis=2)
     keys = np.where(np.isinf(keys), 0, keys)
-    count = (~empty).sum(axis=-1)[..., None, None].repeat(2, axis=-1)
-    asked = np.broadcast_to(queries[:, None], (*index.shape[:2], *queries.shape[1:]))
+    queries = np.stack([query, sight["query_pos"] - origin], axis=-1)
+    queries = np.pad(queries, ((0, 0), (0, 0), (0, len(columns) - 2)))
+    count = (~empty).sum(axis=-1)[..., None, None].repeat(len(columns), axis=-1)
+    asked = np.broadcast_to(queries[:, None], (*empty.shape[:2], *queries.shape[1:]))
     return np.concatenate([count, asked, keys], axis=2)
 
 

@@ -59,7 +59,7 @@ def sink_and_window(method: Method, fixture: Fixture) -> Outputs:
         name = config["name"]
         run = _windowed_run(fixture, method, config, "" if name == "main" else f"{name}.")
         out |= _rollout(fixture, run)
-    return out | _step_lists("", out_of=_sample(fixture.config))
+    return out | step_lists("", out_of=sample_of(fixture.config))
 
 
 def causal_forcing(fixture: Fixture) -> Outputs:
@@ -71,26 +71,26 @@ def causal_forcing(fixture: Fixture) -> Outputs:
         window = config.get("local_attn_size", config["max_frames"])
         sizes = {"sink": config.get("sink_size", 0), "window": window}
         given = fixture.inputs.get(f"{name}.initial_latent")
-        noise = _frames_last(fixture.inputs[f"{name}.noise"])
+        noise = frames_last(fixture.inputs[f"{name}.noise"])
         run = Run(
             prefix=f"{name}.",
             method=dataclasses.replace(methods.CAUSAL_FORCING, **sizes),
-            experiment=_model(config, block, noise.shape[2:4], _sample(config)),
+            experiment=_model(config, block, noise.shape[2:4], sample_of(config)),
             noise=noise,
-            renoise=_renoise(fixture.inputs[f"{name}.renoise"]),
+            renoise=renoise_of(fixture.inputs[f"{name}.renoise"]),
             prompts=(0,) * config["num_blocks"],
-            given=noise[:, :0] if given is None else _frames_last(given),
+            given=noise[:, :0] if given is None else frames_last(given),
         )
         out |= _rollout(fixture, run, contexts=("context",))
-        out |= _step_lists(run.prefix, out_of=run.experiment.sample)
+        out |= step_lists(run.prefix, out_of=run.experiment.sample)
     return out
 
 
 def rolling_forcing(fixture: Fixture) -> Outputs:
     """The run of a file about a rolling window of blocks."""
     config = fixture.config
-    sample = _sample(config)
-    noise = _frames_last(fixture.inputs["noise"])
+    sample = sample_of(config)
+    noise = frames_last(fixture.inputs["noise"])
     run = Run(
         prefix="",
         method=dataclasses.replace(
@@ -100,14 +100,14 @@ def rolling_forcing(fixture: Fixture) -> Outputs:
         ),
         experiment=_model(config, config["frames_per_block"], noise.shape[2:4], sample),
         noise=noise,
-        renoise=_renoise(fixture.inputs["renoise"]),
+        renoise=renoise_of(fixture.inputs["renoise"]),
         prompts=(0,) * config["num_blocks"],
         given=noise[:, :0],
     )
     exp, nets, (text,) = _begun(fixture, run, ("context",))
     denoiser = Denoiser(nets, exp.step, text)
     recorded = _by_block(run.noise, exp.cache.block), jnp.asarray(run.renoise)
-    out = _step_lists("", out_of=sample)
+    out = step_lists("", out_of=sample)
     latents = []
 
     def one_pass(
@@ -116,7 +116,7 @@ def rolling_forcing(fixture: Fixture) -> Outputs:
         clean, following = _window(denoiser, memory, window, recorded, blocks)
         for i, x0 in enumerate(_by_block(clean, exp.cache.block)[: int(blocks)]):
             name = f"block{int(memory.num_blocks) + i}.step{int(window.step) - i}.x0"
-            out[name] = _theirs(x0)
+            out[name] = theirs(x0)
         return clean, following
 
     memory = cache.init(exp.memory, len(run.noise))
@@ -124,9 +124,9 @@ def rolling_forcing(fixture: Fixture) -> Outputs:
     for block, left in enumerate(range(len(run.prompts), 0, -1)):
         latent, window = rolling_window.denoise(exp.step, memory, window, one_pass, left)
         memory, flow = _given(denoiser, memory, latent)
-        out[f"block{block}.context_pass.flow"] = _theirs(flow)
+        out[f"block{block}.context_pass.flow"] = theirs(flow)
         latents.append(latent)
-    out["latents"] = _theirs(jnp.concatenate(latents, axis=1))
+    out["latents"] = theirs(jnp.concatenate(latents, axis=1))
     return out | {f"layout.{name}": rows for name, rows in _rows(exp.memory, run).items()}
 
 
@@ -136,7 +136,7 @@ def _by_block(latent: Latent | np.ndarray, block: int) -> jax.Array:
 
 def deep_forcing(fixture: Fixture) -> Outputs:
     """The run of a file about single tokens of the past, and its variants."""
-    out = _compressing_run(fixture, {}) | _step_lists("", out_of=_sample(fixture.config))
+    out = _compressing_run(fixture, {}) | step_lists("", out_of=sample_of(fixture.config))
     for name, changes in fixture.variants.items():
         made = _compressing_run(fixture, changes)
         out |= {f"{name}.{output}": value for output, value in made.items()}
@@ -146,9 +146,9 @@ def deep_forcing(fixture: Fixture) -> Outputs:
 def _compressing_run(fixture: Fixture, changes: Mapping[str, Any]) -> Outputs:
     """Latents, predictions, choices and whom each pass sees, as the layers remember it."""
     config = fixture.config
-    size, sample = config["num_frame_per_block"], _sample(config)
-    noise = _frames_last(fixture.inputs["noise"])
-    renoise = _renoise(fixture.inputs["renoise"])
+    size, sample = config["num_frame_per_block"], sample_of(config)
+    noise = frames_last(fixture.inputs["noise"])
+    renoise = renoise_of(fixture.inputs["renoise"])
     run = Run(
         prefix="",
         method=_compressing(config["model_kwargs"] | changes),
@@ -172,7 +172,7 @@ def _compressing_run(fixture: Fixture, changes: Mapping[str, Any]) -> Outputs:
             jnp.asarray(renoise[block]),
         )
         out |= {
-            f"block{block}.step{i}.x0": _theirs(x0)
+            f"block{block}.step{i}.x0": theirs(x0)
             for i, x0 in enumerate(denoised.predictions)  # type: ignore[arg-type]
         }
         latents.append(denoised.latent)
@@ -180,9 +180,9 @@ def _compressing_run(fixture: Fixture, changes: Mapping[str, Any]) -> Outputs:
         now = layouts.compression(spec.cache, before.progress)
         if now.due and spec.cache.chosen:
             choices.append((block, int(now.held), before, denoised.selection))
-    out["latents"] = _theirs(jnp.concatenate(latents, axis=1))
+    out["latents"] = theirs(jnp.concatenate(latents, axis=1))
     for name in seen[0]:
-        rows = _padded([row[name] for row in seen])
+        rows = padded_rows([row[name] for row in seen])
         out |= {f"layout.first_step.{name}": rows, f"layout.commit.{name}": rows}
     return out | _choices(spec, choices) | _window_left(spec, before, memory)
 
@@ -204,7 +204,8 @@ def _compressing_block(
     """(the memory after the next block, that block, the memory that its steps saw)."""
     start = transformer.recorded_noise(denoiser, noise, renoise)
     seen, denoised = participative.denoise_block(denoiser, memory, start)
-    return participative.commit_block(denoiser, seen, denoised.latent), denoised, seen
+    after, _ = participative.commit_block(denoiser, seen, denoised.latent)
+    return after, denoised, seen
 
 
 def _tokens_seen(spec: MemorySpec, left: Memory, committed: Memory) -> dict[str, np.ndarray]:
@@ -231,7 +232,7 @@ def _known(memory: Memory) -> list[tokens.Tokens]:
     return [tokens.record(layer) for layer in layers]
 
 
-def _padded(arrays: Sequence[np.ndarray], fill: int = -1) -> np.ndarray:
+def padded_rows(arrays: Sequence[np.ndarray], fill: int = -1) -> np.ndarray:
     widest = max(array.shape[-1] for array in arrays)
     edges = [((0, 0),) * (a.ndim - 1) + ((0, widest - a.shape[-1]),) for a in arrays]
     return np.stack(
@@ -260,8 +261,8 @@ def _choices(
     scores, counts, slots, ids = ([row[i] for row in rows] for i in range(4))
     return {
         "pc.trigger_blocks": np.array([block for block, *_ in choices]),
-        "pc.scores": _padded(scores, fill=0),
-        "pc.reuse_counts_before": _padded(counts),
+        "pc.scores": padded_rows(scores, fill=0),
+        "pc.reuse_counts_before": padded_rows(counts),
         "pc.selected_slot": np.stack(slots),
         "pc.selected_key_index": np.stack(ids),
     }
@@ -308,12 +309,12 @@ def causvid(fixture: Fixture) -> Outputs:
 def _clips(fixture: Fixture, config: Mapping[str, Any], prefix: str, codec: vae.WanVAE) -> Outputs:
     """Latents, predictions, pixels and calls of one case, its blocks finished by the player."""
     steps = [step for step in config["denoising_step_list"] if step]  # 0 stands for the clean end
-    sample = _sample({**config, "denoising_step_list": steps})
+    sample = sample_of({**config, "denoising_step_list": steps})
     block, count, overlap = (
         config[name] for name in ("frames_per_block", "num_rollout", "num_overlap_frames")
     )
-    noise = [_by_block(_frames_last(each), block) for each in fixture.inputs[f"{prefix}noise"]]
-    renoise = [_renoise(each) for each in fixture.inputs[f"{prefix}renoise"]]
+    noise = [_by_block(frames_last(each), block) for each in fixture.inputs[f"{prefix}noise"]]
+    renoise = [renoise_of(each) for each in fixture.inputs[f"{prefix}renoise"]]
     own = _model(config, block, noise[0].shape[3:5], sample)
     total = count * len(noise[0]) - (count - 1) * overlap // block
     run = Run(
@@ -343,9 +344,9 @@ def _clips(fixture: Fixture, config: Mapping[str, Any], prefix: str, codec: vae.
             denoiser, state.memory, noise[clip][place], jnp.asarray(renoise[clip][place])
         )
         at = f"{prefix}rollout{clip}.block{place}"
-        out[f"{at}.context_pass.flow"] = _theirs(flow)
+        out[f"{at}.context_pass.flow"] = theirs(flow)
         for step, x0 in enumerate(denoised.predictions):  # type: ignore[arg-type]
-            out[f"{at}.step{step}.x0"] = _theirs(x0)
+            out[f"{at}.step{step}.x0"] = theirs(x0)
         state = dataclasses.replace(state, memory=memory)
         state, shown = player.finish(model, state, denoised, text, left=left)
         rollouts[-1].append(denoised.latent)
@@ -359,8 +360,8 @@ def _clips(fixture: Fixture, config: Mapping[str, Any], prefix: str, codec: vae.
     shown_ids = np.array([0, each - 1, each, len(video) - 1])
     rows = _rows(exp.memory, run)
     made = {
-        "latents": np.stack([_theirs(jnp.concatenate(one, axis=1)) for one in rollouts]),
-        "start_latents": np.stack([_theirs(one[0]) for one in rollouts[1:]]),
+        "latents": np.stack([theirs(jnp.concatenate(one, axis=1)) for one in rollouts]),
+        "start_latents": np.stack([theirs(one[0]) for one in rollouts[1:]]),
         "overlap_pixel_frame": (einops.rearrange(np.stack(seams), "n y x c -> n c y x") + 1) / 2,
         "video_total_frames": np.array([len(video)]),
         "video_frame_ids": shown_ids,
@@ -394,7 +395,7 @@ def _window(
 
 def _windowed_run(fixture: Fixture, method: Method, config: Mapping[str, Any], prefix: str) -> Run:
     block, frames = config["frames_per_block"], config["num_frames"]
-    noise = _frames_last(fixture.inputs["noise"])[:, :frames]
+    noise = frames_last(fixture.inputs["noise"])[:, :frames]
     by_frame = einops.rearrange(fixture.inputs["renoise"], PER_FRAME)[:frames]
     renoise = einops.rearrange(by_frame, "(block t) step b c y x -> block step b t c y x", t=block)
     method = dataclasses.replace(
@@ -407,9 +408,9 @@ def _windowed_run(fixture: Fixture, method: Method, config: Mapping[str, Any], p
     return Run(
         prefix=prefix,
         method=method,
-        experiment=_model(config, block, noise.shape[2:4], _sample(config)),
+        experiment=_model(config, block, noise.shape[2:4], sample_of(config)),
         noise=noise,
-        renoise=_renoise(renoise),
+        renoise=renoise_of(renoise),
         prompts=_prompts(config, frames // block),
         given=noise[:, :0],
     )
@@ -428,7 +429,7 @@ def _prompts(config: Mapping[str, Any], blocks: int) -> tuple[int, ...]:
     return tuple(segments[i] for i in np.sum(passed, axis=0, dtype=int) * np.ones(blocks, int))
 
 
-def _sample(config: Mapping[str, Any]) -> SampleConfig:
+def sample_of(config: Mapping[str, Any]) -> SampleConfig:
     return SampleConfig(
         steps=tuple(config["denoising_step_list"]),
         first_steps=tuple(config.get("denoising_step_list_first_chunk", ())),
@@ -437,7 +438,7 @@ def _sample(config: Mapping[str, Any]) -> SampleConfig:
     )
 
 
-def _step_lists(prefix: str, out_of: SampleConfig) -> Outputs:
+def step_lists(prefix: str, out_of: SampleConfig) -> Outputs:
     first = dataclasses.replace(out_of, steps=out_of.first_steps or out_of.steps)
     return {
         f"{prefix}denoising_step_list_warped": block_step.step_table(out_of)[0],
@@ -457,11 +458,11 @@ def _model(
     return dataclasses.replace(exp, clip=block)
 
 
-def _frames_last(latent: np.ndarray) -> np.ndarray:
+def frames_last(latent: np.ndarray) -> np.ndarray:
     return einops.rearrange(latent, "b t c y x -> b t y x c")
 
 
-def _renoise(noise: np.ndarray) -> np.ndarray:
+def renoise_of(noise: np.ndarray) -> np.ndarray:
     return einops.rearrange(noise, "block step b t c y x -> block step b t y x c")
 
 
@@ -524,7 +525,7 @@ def _rollout(fixture: Fixture, run: Run, contexts: Sequence[str] | None = None) 
         if block and prompt != run.prompts[block - 1]:
             memory, flow = _recache(denoiser, memory, keep_sink=run.method.keeps_sink)
             there = min(spec.cache.full_frames, block * size)
-            out[f"{run.prefix}recache_before_block{block}.flow"] = _theirs(flow[:, -there:])
+            out[f"{run.prefix}recache_before_block{block}.flow"] = theirs(flow[:, -there:])
         of_block = player.first_block(cfg) if block == 0 else cfg
         steps = len(of_block.sample.steps)
         noise = run.noise[:, block * size : (block + 1) * size]
@@ -534,16 +535,16 @@ def _rollout(fixture: Fixture, run: Run, contexts: Sequence[str] | None = None) 
             denoiser, memory, jnp.asarray(noise), jnp.asarray(renoise)
         )
         out |= {
-            f"{run.prefix}block{block}.step{step}.x0": _theirs(x0)
+            f"{run.prefix}block{block}.step{step}.x0": theirs(x0)
             for step, x0 in enumerate(predictions)
         }
-        out[f"{run.prefix}block{block}.context_pass.flow"] = _theirs(flow)
+        out[f"{run.prefix}block{block}.context_pass.flow"] = theirs(flow)
         latents.append(predictions[-1])
-    out[f"{run.prefix}latents"] = _theirs(jnp.concatenate(latents, axis=1))
+    out[f"{run.prefix}latents"] = theirs(jnp.concatenate(latents, axis=1))
     return out | {f"{run.prefix}layout.{name}": rows for name, rows in _rows(spec, run).items()}
 
 
-def _theirs(latent: Latent) -> np.ndarray:
+def theirs(latent: Latent) -> np.ndarray:
     return np.asarray(einops.rearrange(latent, "b t y x c -> b t c y x"))
 
 
