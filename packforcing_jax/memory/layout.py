@@ -121,22 +121,26 @@ def layout(cfg: CacheConfig, progress: Progress, gap: Array | float = 0.0) -> La
     )
 
 
-def listed(cfg: CacheConfig, now: Layout) -> Layout:
-    """What layers behind the first see at a commit where all layers share one list of blocks.
+def moved_on(cfg: CacheConfig, now: Layout, *, arrived: bool) -> Layout:
+    """What a pass over the current block sees once the list of blocks counts this one among the recent ones.
 
-    PackForcing-Unofficial 3f4302e moves the list on in the first layer. For the others the oldest recent block has then
-    left, and where the archive is full its oldest has too, while they hold nothing yet of what has come in. The rest
-    stands before the current block without a hole.
+    The oldest recent block has then left for the archive, and the archive's oldest is forgotten where it is full. What
+    is left stands before the current block without a hole. `arrived`: what has left is chosen from already.
     """
     in_sink = now.start - now.scene < cfg.sink
-    leaving = ~in_sink & (now.recent + cfg.block > cfg.recent)
-    gone = jnp.where(leaving, jnp.minimum(cfg.block, now.recent), 0)
-    visible = (now.ids >= 0).sum()
-    oldest = jnp.min(jnp.where(now.ids >= 0, now.ids, jnp.iinfo(now.ids.dtype).max))
-    forgotten = leaving & (visible == cfg.capacity) & (now.ids == oldest)
-    ids = jnp.where(forgotten, -1, now.ids)
-    num_selected = jnp.minimum((ids >= 0).sum(), cfg.attended)
+    leaves = ~in_sink & (now.recent + cfg.block > cfg.recent)
+    gone = jnp.where(leaves, jnp.minimum(cfg.block, now.recent), 0)
     recent = now.recent - gone
+    first = now.origin // cfg.block
+    written = jnp.maximum(now.start - now.origin, 0) // cfg.block
+    in_slots = cfg.evicts.ids_in(written, cfg.slots)
+    ids = jnp.where((in_slots >= 0) & (in_slots < written - recent // cfg.block), in_slots, -1)
+    newer = (ids[None] > ids[:, None]).sum(axis=1)
+    ids = jnp.where((ids >= 0) & (newer < cfg.capacity), ids + first, -1).astype(jnp.int32)
+    left = (now.start - now.recent) // cfg.block
+    if not arrived:
+        ids = jnp.where(leaves & (ids == left), -1, ids)
+    num_selected = jnp.minimum((ids >= 0).sum(), cfg.attended)
     recent_position = now.current_position - recent
     mid_position = recent_position - num_selected * now.step
     moves = cfg.rope_adjustment != "none"
@@ -154,9 +158,13 @@ def listed(cfg: CacheConfig, now: Layout) -> Layout:
     )
 
 
-def per_layer(cfg: CacheConfig, now: Layout, layers: int) -> list[Layout]:
-    """What each layer sees at a commit."""
-    others = listed(cfg, now) if cfg.registry == "shared" else now
+def first_to_write(cfg: CacheConfig, now: Layout, layers: int) -> list[Layout]:
+    """What each layer sees in the pass that first writes the current block.
+
+    Where all layers share one list of blocks (PackForcing-Unofficial 3f4302e), the first one moves it on, and the
+    others hold nothing yet of what has moved.
+    """
+    others = moved_on(cfg, now, arrived=False) if cfg.registry == "shared" else now
     return [now, *[others] * (layers - 1)]
 
 

@@ -339,14 +339,15 @@ def _text_encoder(cfg: TextConfig) -> int:
 
 def _compressor(exp: Experiment) -> tuple[int, int]:
     """(parameters, operations on one block) of the HR branch, which LR alone does without."""
-    if exp.compressor.branches == "lr":
+    if exp.compressor.branches not in ("both", "hr"):
         return 0, 0
     size = (exp.compressor.frames, *exp.latent)
     parameters = 0
     operations = 0
     channels = (exp.dit.in_channels, *exp.compressor.channels)
     for inner, outer, stride in zip(channels, channels[1:], exp.compressor.strides, strict=False):
-        kernel = (3 if stride[0] > 1 else 1, *(4 if step > 1 else 3 for step in stride[1:]))
+        across = (exp.compressor.strided_kernel if step > 1 else 3 for step in stride[1:])
+        kernel = (3 if stride[0] > 1 else 1, *across)
         size = tuple(
             (n + 2 * (k > 1) - k) // step + 1
             for n, k, step in zip(size, kernel, stride, strict=True)
@@ -354,7 +355,18 @@ def _compressor(exp: Experiment) -> tuple[int, int]:
         parameters += (math.prod(kernel) * inner + 1) * outer
         operations += 2 * math.prod(size) * math.prod(kernel) * inner * outer
     last = channels[-1] * exp.dit.dim
-    return parameters + last + exp.dit.dim, operations + 2 * math.prod(size) * last
+    operations += 2 * math.prod(size) * last
+    return parameters + last + exp.dit.dim, operations + _pooling(exp, size)
+
+
+def _pooling(exp: Experiment, size: tuple[int, ...]) -> int:
+    """Operations of the averages that make (frames, rows, columns) out of `size`, one axis after the other."""
+    if not exp.compressor.adaptive_pool:
+        return 0
+    (frames, rows, columns), (_, down, across) = size, exp.packed_grid
+    first = 2 * down * rows * columns if down != rows else 0
+    second = 2 * across * columns * down if across != columns else 0
+    return frames * exp.dit.dim * (first + second)
 
 
 # Operations: a multiplication with its addition is two
@@ -423,11 +435,14 @@ def _packing(exp: Experiment, cfg: DiTConfig, room: float) -> float:
     """One more pass for the block's own packed tokens, or their projections alone, behind the compressor."""
     p = exp.tokens_per_packed_block
     d = cfg.dim
-    branches = exp.compressor.branches
+    if exp.compressor.branches == "own":
+        own = exp.cache.block * exp.tokens_per_frame
+        return cfg.layers * 4 * p * own * d if p != own else 0
     embedding = 2 * p * cfg.in_channels * math.prod(cfg.patch) * d
-    count = _compressor(exp)[1] + (branches != "hr") * embedding
-    if exp.compressor.keys == "projected":
-        return count + cfg.layers * 4 * p * d * d + 2 * d * (cfg.freq_dim + 7 * d)
+    count = _compressor(exp)[1] + exp.packs_pixels * embedding
+    if exp.compressor.keys != "blocks":
+        modulation = 2 * d * (cfg.freq_dim + 7 * d) if exp.compressor.keys == "projected" else 0
+        return count + cfg.layers * 4 * p * d * d + modulation
     return count + _pass(cfg, p, 1, room, until="keys", embeds=False)
 
 
@@ -457,4 +472,6 @@ def _selection(exp: Experiment, q: float, room: float) -> float:
     if _is_ours(exp.dit) and _asks_before(exp):
         until = "queries" if pairs > 0 else "keys"
         asking = _pass(exp.dit, q, cfg.block, room, until=until)
-    return 2 * exp.dit.layers * pairs * exp.memory.scored_heads * exp.dit.head_dim + asking
+    passes = len(exp.sample.steps) + 1 if cfg.timing == "every" else 1  # and the commit
+    heads = exp.memory.scored_heads
+    return 2 * exp.dit.layers * pairs * heads * exp.dit.head_dim * passes + asking

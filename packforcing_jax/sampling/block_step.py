@@ -360,17 +360,17 @@ def read_packed(
 
         return pytrees.over(averaged, past)
     tokens = nets.compressor.pack(nets.dit, cfg, latent, low_res)
-    time = nets.dit.embed_time(jnp.zeros((latent.shape[0], 1)))
+    modulated = cfg.compressor.keys != "unmodulated"
+    time = nets.dit.embed_time(jnp.zeros((latent.shape[0], 1))) if modulated else None
     grid = jnp.asarray(layouts.packed_positions(cfg.memory)[1])
     if cfg.compressor.keys != "blocks":
-        modulation = time if cfg.compressor.keys == "projected" else None
         turn = rope.space_angles(grid, cfg.memory)
 
         def projected(own: KV, past: Any) -> Any:
             own = KV(k=rope.rotate(own.k, turn), v=own.v)
             return access.keep(own, access.view_of(past), past)
 
-        return pytrees.over(projected, nets.dit.keys_values(tokens, modulation), past)
+        return pytrees.over(projected, nets.dit.keys_values(tokens, time), past)
 
     def behind_all(layout: Layout) -> SelfAttention:
         at = layouts.length(cfg.memory, layout)

@@ -68,7 +68,7 @@ def committed(
     spec = denoiser.cfg.memory
     now = layouts.layout(spec.cache, memory.progress)
     following = layouts.layout(spec.cache, memory.progress.after_block())
-    seen: PerLayer[Layout] = layouts.per_layer(spec.cache, now, spec.layers)
+    seen: PerLayer[Layout] = layouts.first_to_write(spec.cache, now, spec.layers)
     if not isinstance(memory.layers, list):
         seen = pytrees.stack(seen)
 

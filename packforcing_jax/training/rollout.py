@@ -15,6 +15,7 @@ from flax import struct
 from jax import Array
 from jax.typing import DTypeLike
 
+from packforcing_jax import pytrees
 from packforcing_jax.config import (
     CoverConfig,
     DistilConfig,
@@ -86,12 +87,14 @@ def for_training(
 ) -> Experiment:
     """`exp` with a memory for clips of `blocks` blocks: `sink` and `recent` frames, packed blocks for all the rest.
 
-    `top` of them are attended by the cache's own selection; 0: all. Raises `InputError` if that asks with the queries
-    of recent blocks.
+    `top` of them are attended by the cache's own selection; 0: all. The choice is made at the first step, in every
+    layer, or in every pass if the cache says so and no packed block passes through the layers. Raises `InputError` if
+    it asks with the queries of recent blocks.
     """
     recent = exp.cache.recent if recent is None else recent
-    packed_blocks = max(blocks - (sink + recent) // exp.cache.block, 1)
     packs = exp.cache.top > 0
+    anew = packs and exp.cache.timing == "every" and not exp.memory.packing_pass
+    packed_blocks = max(blocks - (sink + recent) // exp.cache.block, 1)
     smaller = dataclasses.replace(
         exp.cache,
         sink=sink,
@@ -101,7 +104,8 @@ def for_training(
         selection=exp.cache.selection if top else "all",
         span="true",
         scope="layer",
-        timing="first",
+        timing="every" if anew else "first",
+        registry=exp.cache.registry if anew else "per_layer",
         archive="device",
         rope_adjustment="none" if exp.cache.rope_adjustment == "none" else "sink",
     )
@@ -187,6 +191,24 @@ def choosing(cfg: StepConfig, layout: Layout, attention_fn: dit.SelfAttention) -
     return self_attention
 
 
+def choosing_anew(
+    cfg: StepConfig, layout: Layout, attention_fn: dit.SelfAttention
+) -> dit.SelfAttention:
+    """The same from (stored clip, what the layer sees), without chance; also what the pass keeps."""
+
+    def self_attention(
+        q: Heads, k: Heads, v: Heads, past: tuple[Stored, Layout]
+    ) -> tuple[Heads, tuple[Selection, Any]]:
+        stored, _ = past
+        layer = cache.layer_at(cfg.memory, layout, stored.full, stored.packed)
+        no_random = jnp.zeros((len(q), cfg.cache.slots))
+        recalled, selection = view.recall(cfg.memory, layout, layer, q, no_random)
+        mixed, kept = attention_fn(q, k, v, recalled)
+        return mixed, (selection, kept)
+
+    return self_attention
+
+
 def draw(
     nets: block_step.Nets,
     exp: Experiment,
@@ -213,11 +235,17 @@ def draw(
         layout = layouts.layout(exp.cache, layouts.begin(n), draws.gap)
         condition = Condition(layout=layout, stored=stored, text=batches.of_block(text, n))
         block_noise = block_step.Noise(noise=noise, renoise=renoise, random=random)
-        noisy, latent, selection = _steps(nets, exp, distil, condition, block_noise, draws.exit)
+        steps = _steps_anew if exp.cache.timing == "every" else _steps
+        noisy, latent, selection = steps(nets, exp, distil, condition, block_noise, draws.exit)
         low_res, decoder = low_res_latents(exp, vae, decoder, latent, first=first)
         condition = _behind(condition, dataclasses.replace(stored, selection=selection))
         clean = _context(exp, distil, latent, context)
-        stored = _remembered(nets, exp, condition, clean, latent, low_res)
+        if exp.cache.timing == "every":  # what is packed is what the clean pass read
+            latent = clean
+            _, full = read_anew(nets, exp, condition, clean, draws.exit)
+            stored = _with_block(nets, exp, condition, full, (clean, low_res))
+        else:
+            stored = _remembered(nets, exp, condition, clean, latent, low_res)
         return (stored, decoder), (noisy, latent, low_res, selection)
 
     carry = (start, decoder)
@@ -291,6 +319,91 @@ def _steps(
     return *jax.lax.fori_loop(0, last, step, (noise.noise, clean)), selection
 
 
+def seen(exp: Experiment, now: Layout, step: Array, exit: Array, *, commits: bool) -> Layout:
+    """What each layer [layer, ...] sees in a denoising step, or in the commit behind the `exit`.
+
+    Where all layers share one list of blocks, the first pass without a gradient moves it on (PackForcing-Unofficial
+    3f4302e, cache mode rollout_compatible): a step before the exit, or the commit. What comes before sees what sampling
+    does, what comes after sees one recent block less besides the current one.
+    """
+    cfg, layers = exp.cache, exp.dit.layers
+    alike = pytrees.stack([now] * layers)
+    if cfg.registry == "per_layer":
+        return alike
+    writes = pytrees.stack(layouts.first_to_write(cfg, now, layers))
+    after = pytrees.stack([layouts.moved_on(cfg, now, arrived=True)] * layers)
+    is_first = (exit == 0) if commits else (step == 0) & (exit > 0)
+    is_before = jnp.bool_(False) if commits else (step == 0) & (exit == 0)
+
+    def one(plain: Array, writing: Array, later: Array) -> Array:
+        return jnp.where(is_before, plain, jnp.where(is_first, writing, later))
+
+    chosen = jax.tree.map(one, alike, writes, after)
+    return dataclasses.replace(chosen, sink_turn=jnp.zeros(layers))  # a clip's keys lie there
+
+
+def _anew(exp: Experiment, keep: Any = Access().keep) -> Access:
+    """A pass that chooses anew from (stored clip, what the layer sees)."""
+    shared = exp.cache.registry == "shared"
+    return Access(
+        keep=keep,
+        attends=choosing_anew,
+        layout_of=(lambda past: past[1]) if shared else None,
+    )
+
+
+def _steps_anew(
+    nets: block_step.Nets,
+    exp: Experiment,
+    distil: DistilConfig,
+    condition: Condition,
+    noise: block_step.Noise,
+    exit: Array,
+) -> tuple[Latent, Latent, Selection]:
+    """`_steps` of which each chooses anew; the choice is that of the exit step."""
+    levels = block_step.noise_levels(exp.sample)
+
+    def step(i, carry):
+        read, before, chosen = carry
+        noisy = schedules.add_noise(before, noise.renoise[i - 1], levels[i].sigma)
+        clean, selection = predict_anew(nets, exp, condition, noisy, i, exit)
+        here = i <= exit
+        chosen = jax.tree.map(lambda new, old: jnp.where(here, new, old), selection, chosen)
+        return jnp.where(here, noisy, read), clean, chosen
+
+    last = len(levels.sigma) if distil.finished else exit + 1
+    clean, selection = predict_anew(nets, exp, condition, noise.noise, jnp.int32(0), exit)
+    return jax.lax.fori_loop(1, last, step, (noise.noise, clean, selection))
+
+
+def predict_anew(
+    nets: block_step.Nets,
+    exp: Experiment,
+    condition: Condition,
+    noisy: Latent,
+    step: Array,
+    exit: Array,
+) -> tuple[Latent, Selection]:
+    """(the clean prediction of a step that chooses anew, what each layer chose)."""
+    now = condition.layout
+    denoiser = Denoiser(nets, exp.step, condition.text)
+    level = block_step.noise_levels(exp.sample)[step]
+    past = (condition.stored, seen(exp, now, step, exit, commits=False))
+    clean, (selection, _) = block_step.predict_x0(denoiser, now, noisy, level, past, _anew(exp))
+    return clean, selection
+
+
+def read_anew(
+    nets: block_step.Nets, exp: Experiment, condition: Condition, clean: Latent, exit: Array
+) -> tuple[Selection, KV]:
+    """(what each layer chose in a clean pass that chooses anew, the block's own keys and values)."""
+    now = condition.layout
+    denoiser = Denoiser(nets, exp.step, condition.text)
+    past = (condition.stored, seen(exp, now, jnp.int32(0), exit, commits=True))
+    keeps_own = _anew(exp, lambda own, view, past: own)
+    return block_step.read_clean(denoiser, now, clean, past, keeps_own)
+
+
 def _context(exp: Experiment, distil: DistilConfig, latent: Array, noise: Array) -> Array:
     """What the clean pass reads: the block, or the block with the noise that timestep 0 has in the table."""
     if not distil.noised_context:
@@ -317,6 +430,21 @@ def _remembered(
     access = in_clip(exp.memory, layout)
     denoiser = Denoiser(nets, exp.step, condition.text)
     full = block_step.read_clean(denoiser, layout, clean, stored, access)
+    return _with_block(nets, exp, condition, full, (latent, low_res))
+
+
+def _with_block(
+    nets: block_step.Nets,
+    exp: Experiment,
+    condition: Condition,
+    full: KV,
+    packs: tuple[Latent, Latent],
+) -> Stored:
+    """What is stored with one more block: its own keys and values [layer, b, t*s, n, h], and what is packed of it.
+
+    `packs`: the latent and its low-resolution form.
+    """
+    layout, stored = condition.layout, condition.stored
     frames = KV(
         *(
             einops.rearrange(x, "layer b (t s) n h -> layer b t s n h", t=exp.cache.block)
@@ -327,7 +455,7 @@ def _remembered(
         stored, full=_put(stored.full, frames, layout.num_blocks * exp.cache.block)
     )
     if exp.cache.top:
-        packed = _packed(nets, exp, _behind(condition, stored), latent, low_res)
+        packed = _packed(nets, exp, _behind(condition, stored), *packs)
         stored = dataclasses.replace(
             stored,
             packed=_put(
@@ -399,12 +527,13 @@ def again(
     def one_block(leaked, inputs):
         n, noisy, selection = inputs
         layout = layouts.layout(exp.cache, layouts.begin(n), clip.gap)
+        access = in_clip(exp.memory, layout)
+        if exp.cache.registry == "shared":
+            layout, access = _in_list(exp, layout, clip.exit)
         denoiser = Denoiser(nets, exp.step, batches.of_block(text, n))
         full = stored.full if leaked is None else jax.tree.map(jnp.add, stored.full, leaked)
         behind = Stored(full=full, packed=stored.packed, selection=selection)
-        latent, own = block_step.predict_x0(
-            denoiser, layout, noisy, level, behind, in_clip(exp.memory, layout)
-        )
+        latent, own = block_step.predict_x0(denoiser, layout, noisy, level, behind, access)
         if leaked is None:
             return None, latent
         # Zero in value: later blocks read the stored keys, whose gradient is that of this block's exit step.
@@ -420,6 +549,14 @@ def again(
 
     each = (jnp.arange(clip.latent.shape[0]), clip.noisy, clip.selection)
     return jax.lax.scan(one_block, start, jax.tree.map(lambda x: x[first:], each))[1]
+
+
+def _in_list(exp: Experiment, now: Layout, exit: Array) -> tuple[Layout, Access]:
+    """What the exit step of a block sees where all layers share one list: all of them alike; and a pass in it."""
+    each = seen(exp, now, exit, exit, commits=False)
+    layout = jax.tree.map(lambda x: x[0], each)
+    access = dataclasses.replace(in_clip(exp.memory, layout), layout_of=lambda past: layout)
+    return layout, access
 
 
 def _through_packed(nets: block_step.Nets, exp: Experiment, clip: Clip, text: KV) -> Stored:

@@ -156,6 +156,12 @@ def start(
         exp.cache.budget == 0,
         f"cache.budget={exp.cache.budget} keeps single tokens in sampling alone; train with cache.budget=0.",
     )
+    require(
+        exp.cache.registry == "per_layer"
+        or not (objectives.of(train).own_clips and train.distil.finished),
+        "cache.registry='shared' moves the list of blocks on in the passes before the exit step alone; set "
+        "train.distil.finished=false, or cache.registry=per_layer.",
+    )
     grid = mesh.make(train.mesh)
     mesh.check(exp, train, grid)
     check_folder(folder)

@@ -79,6 +79,7 @@ CASES = {
     "method_causvid": Case(methods.causvid, 5e-5),
     "method_causal_forcing_chunkwise": Case(methods.causal_forcing, 5e-5),
     "method_causal_forcing_framewise": Case(methods.causal_forcing, 5e-5),
+    "method_packforcing_unofficial_train_rollout": Case(reselection.training, 5e-5, derived=2e-4),
     "dmd_math": Case(training.dmd_math, 5e-5, derived=2e-4),
     "self_forcing_train_rollout": Case(training.self_forcing_train_rollout, 5e-5, derived=2e-4),
 }
@@ -236,9 +237,18 @@ def _token_difference(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.nd
 def _token_sights(sight: Mapping[str, np.ndarray], which: str, names: Sequence[str]) -> np.ndarray:
     """[block, layer, query frames and keys, (number, position, ...)] of one pass, keys in order and empty places last.
 
+    Where a file has several passes side by side, [block, pass, layer, key], each is a row.
     `which` of the tensors `names` numbers what is seen.
     """
-    query, origin = sight["query_frame"], sight["query_pos"][:, :1]
+    which_shape = sight[which].shape
+    sight = {
+        name: value.reshape(-1, *which_shape[-2:]) if value.shape == which_shape else value
+        for name, value in sight.items()
+    }
+    rows = len(sight[which])
+    query = sight.get("query_frame", np.zeros((rows, 0)))
+    query_pos = sight.get("query_pos", np.zeros((rows, 0)))
+    origin = query_pos[:, :1] if query_pos.size else np.zeros((rows, 1))
     places = [name for name in names if name.startswith("key_pos")]
     others = [name for name in names if name.startswith("key_") and name not in (which, *places)]
     empty = sight[which] < 0
@@ -251,7 +261,7 @@ def _token_sights(sight: Mapping[str, np.ndarray], which: str, names: Sequence[s
     order = np.lexsort((keys[..., 1], keys[..., 0]), axis=-1)[..., None]
     keys = np.take_along_axis(keys, order, axis=2)
     keys = np.where(np.isinf(keys), 0, keys)
-    queries = np.stack([query, sight["query_pos"] - origin], axis=-1)
+    queries = np.stack([query, query_pos - origin], axis=-1)
     queries = np.pad(queries, ((0, 0), (0, 0), (0, len(columns) - 2)))
     count = (~empty).sum(axis=-1)[..., None, None].repeat(len(columns), axis=-1)
     asked = np.broadcast_to(queries[:, None], (*empty.shape[:2], *queries.shape[1:]))

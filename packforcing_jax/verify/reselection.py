@@ -1,8 +1,9 @@
 """PackForcing-Unofficial: rollouts, what every pass chose and each layer saw, and its compressor and score alone."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import einops
 import jax
@@ -11,14 +12,21 @@ import numpy as np
 from flax import nnx, struct
 
 from packforcing_jax import methods, pytrees
-from packforcing_jax.config import CacheConfig, CompressorConfig, DiTConfig, Experiment, MemorySpec
+from packforcing_jax.config import (
+    CacheConfig,
+    CompressorConfig,
+    DistilConfig,
+    DiTConfig,
+    Experiment,
+    MemorySpec,
+)
 from packforcing_jax.config.memory import asking
 from packforcing_jax.config.networks import UNOFFICIAL_COMPRESSOR
-from packforcing_jax.convert import packing, rules
+from packforcing_jax.convert import packing, rules, wan_dit
 from packforcing_jax.convert.rules import Rule
 from packforcing_jax.memory import cache
 from packforcing_jax.memory import layout as layouts
-from packforcing_jax.memory.cache import Memory
+from packforcing_jax.memory.cache import Memory, Selection
 from packforcing_jax.memory.layout import Layout
 from packforcing_jax.methods.method import Method, memory_of
 from packforcing_jax.networks import compressor, dit, rope
@@ -26,13 +34,17 @@ from packforcing_jax.policies import selection as policy
 from packforcing_jax.sampling import block_step, reselection, schedules
 from packforcing_jax.sampling.block_step import Access, Denoised, Denoiser
 from packforcing_jax.sampling.reselection import Choice
+from packforcing_jax.training import batches
+from packforcing_jax.training import rollout as clips
 from packforcing_jax.types import Heads, Latent
 from packforcing_jax.verify import methods as rollout
 from packforcing_jax.verify import parts, transformer
+from packforcing_jax.verify import training as reference
 from packforcing_jax.verify.parts import Fixture, Outputs
 
 NETWORK = "pack_compressor."  # its names begin so
 ASKING = 8, 32  # one query in so many, at least so many
+REBUILT = 1000  # is added to the number of a pass in which packed keys are computed again
 SCALES = {"hr_spatial": "hr", "identity": "own", "token_avg_pool": "own"}
 
 
@@ -54,7 +66,7 @@ def method_of(kwargs: Mapping[str, Any], block: int, *, shared: bool) -> Method:
     sink, recent = (block * kwargs[f"pack_{name}_blocks"] for name in ("sink", "recent"))
     settings = {
         "capacity": kwargs["pack_mid_bank_capacity_blocks"],
-        "top": kwargs["pack_mid_select_topk_blocks"],
+        "top": min(kwargs["pack_mid_select_topk_blocks"], kwargs["pack_mid_bank_capacity_blocks"]),
         "selection": kwargs["pack_mid_selection_mode"],
         "rope_adjustment": "sink" if kwargs["pack_enable_rope_adjustment"] else "none",
         "registry": "shared" if shared else "per_layer",
@@ -198,8 +210,9 @@ def _sights(spec: MemorySpec, made: Made) -> Outputs:
         rows = []
         for layout, choices in made:
             alike = [layout] * spec.layers
-            seen = layouts.per_layer(spec.cache, layout, spec.layers) if at else alike
-            rows.append([sight(spec, *one) for one in zip(seen, choices[at], strict=True)])
+            seen = layouts.first_to_write(spec.cache, layout, spec.layers) if at else alike
+            chosen = [choice.selection for choice in choices[at]]
+            rows.append([sight(spec, *one) for one in zip(seen, chosen, strict=True)])
         out |= {f"layout.{name}.{key}": value for key, value in table(rows).items()}
         frames = np.array([int(layout.start) for layout, _ in made])[:, None]
         frames = frames + np.arange(spec.cache.block)
@@ -208,13 +221,16 @@ def _sights(spec: MemorySpec, made: Made) -> Outputs:
     return out
 
 
-def sight(spec: MemorySpec, seen: Layout, choice: Choice) -> list[tuple[int, int, int, float]]:
+Sight: TypeAlias = list[tuple[float, ...]]
+
+
+def sight(spec: MemorySpec, seen: Layout, selection: Selection) -> Sight:
     """(block, whether it is compressed, its tokens, position of its first frame) of all that one layer attends to."""
     block, start = spec.cache.block, int(seen.start)
     to_true = start - float(seen.current_position)
     whole, packed = block * spec.tokens_per_frame, spec.tokens_per_packed_block
-    ids = np.asarray(choice.selection.ids[0])
-    places = np.asarray(choice.selection.positions[0])[ids >= 0] + to_true
+    ids = np.asarray(selection.ids[0])
+    places = np.asarray(selection.positions[0])[ids >= 0] + to_true
     scene = int(seen.scene)
     sink = range(scene, scene + int(seen.sink), block)
     recent = range(start - int(seen.recent), start, block)
@@ -233,13 +249,14 @@ def sight(spec: MemorySpec, seen: Layout, choice: Choice) -> list[tuple[int, int
     ]
 
 
-def table(rows: Sequence[Sequence[list[tuple[int, int, int, float]]]]) -> dict[str, np.ndarray]:
-    """Sights [row, layer] as a file lists them, padded with -1."""
+def table(rows: Sequence[Sequence[Sight]]) -> dict[str, np.ndarray]:
+    """Sights [row, layer] as a file lists them, padded with -1; of keys that say it, the pass that wrote them."""
     widest = max(len(sight) for row in rows for sight in row)
-    blank = [(-1, -1, -1, -1.0)]
+    columns = max(len(key) for row in rows for sight in row for key in sight)
+    blank = [(-1.0,) * columns]
     whole = np.array([[one + blank * (widest - len(one)) for one in row] for row in rows])
-    names = ("key_block_id", "key_is_compressed", "key_tokens")
-    integers = {name: whole[..., i].astype(int) for i, name in enumerate(names)}
+    names = "key_block_id", "key_is_compressed", "key_tokens", "", "key_written_by_pass"
+    integers = {name: whole[..., i].astype(int) for i, name in enumerate(names[:columns]) if name}
     return {**integers, "key_pos_first_frame": whole[..., 3].astype(np.float32)}
 
 
@@ -248,7 +265,7 @@ def _choices(spec: MemorySpec, made: Made) -> Outputs:
     top, capacity = spec.cache.top, spec.cache.capacity
     ids, candidates, scores = [], [], []
     for layout, choices in made:
-        commit = layouts.per_layer(spec.cache, layout, spec.layers)
+        commit = layouts.first_to_write(spec.cache, layout, spec.layers)
         ids.append([[np.asarray(one.selection.ids[0]) for one in each] for each in choices])
         seen = [[layout] * spec.layers] * (len(choices) - 1) + [commit]
         among = [
@@ -299,6 +316,142 @@ def _left(spec: MemorySpec, memory: Memory) -> Outputs:
         keys = rope.rotate(layer.packed.k[:, slot], rope.time_angles(times, spec))
         out |= {f"final.newest_mid.{i}.k": keys, f"final.newest_mid.{i}.v": layer.packed.v[:, slot]}
     return out
+
+
+# Its training
+
+
+def training(fixture: Fixture) -> Outputs:
+    """Clips drawn up to each exit step, whom each layer sees in every pass, and the gradients of their weighted sum."""
+    config, inputs = fixture.config, fixture.inputs
+    own = experiment_of(fixture, config["model_kwargs"])
+    blocks = config["num_blocks"]
+    exp = dataclasses.replace(own, clip=blocks * own.cache.block)
+    model = _in_training(fixture, exp)
+    clip = jnp.asarray(rollout.frames_last(inputs["noise"]))
+    noise = batches.by_block(clip, exp.cache.block)
+    context = rollout.renoise_of(inputs["context_pass_noise"][:, None])[:, 0]
+    draws = clips.Draws(
+        noise=noise,
+        renoise=jnp.asarray(rollout.renoise_of(inputs["renoise"])),
+        context=jnp.concatenate([context, jnp.zeros_like(noise[:1])]),
+        random=jnp.zeros((blocks, exp.dit.layers, noise.shape[1], 0)),
+        gap=jnp.float32(0),
+        exit=jnp.int32(0),
+    )
+    text = jnp.asarray(inputs["context"])[None]
+    weights = jnp.asarray(rollout.frames_last(inputs["loss_weights"]))
+    out: Outputs = {}
+    for exit in config["exit_indices"]:
+        now = dataclasses.replace(draws, exit=jnp.int32(exit))
+        loss, clip, latents, grads = _graded(exp, model, now, text, weights)
+        made = {
+            "loss": loss,
+            "latents": rollout.theirs(latents),
+            "denoised_timestep_from_to": reference.bounds(exp.sample, exit),
+            **_passes(exp, model, now, text, clip),
+        }
+        out |= {f"exit{exit}.{name}": value for name, value in made.items()}
+        out |= _gradients(f"exit{exit}", fixture, grads)
+    return out
+
+
+DISTIL = DistilConfig(gradient="packed", noised_context=True, finished=False)
+
+
+def _in_training(fixture: Fixture, exp: Experiment) -> block_step.Nets:
+    """The file's networks, layers stacked."""
+    nets = nets_of(fixture, exp)
+    tensors = {name: x for name, x in fixture.weights.items() if not name.startswith(NETWORK)}
+    return dataclasses.replace(nets, dit=transformer.transformer(exp.dit, tensors))
+
+
+@functools.partial(jax.jit, static_argnames="exp")
+def _graded(
+    exp: Experiment, model: block_step.Nets, draws: clips.Draws, text: jax.Array, weights: Latent
+) -> tuple[jax.Array, clips.Clip, Latent, block_step.Nets]:
+    """(the weighted sum of a clip, what was drawn, the clip, the sum's gradients)."""
+    clip = clips.draw(model, exp, DISTIL, None, draws, batches.text_kv(_wan(model), text))
+
+    def total(model: block_step.Nets) -> tuple[jax.Array, Latent]:
+        text_kv = batches.text_kv(_wan(model), text)
+        latents = batches.by_clip(clips.again(model, exp, DISTIL, clip, text_kv))
+        return (latents * weights).sum(), latents
+
+    (loss, latents), grads = jax.value_and_grad(total, has_aux=True)(model)
+    return loss, clip, latents, grads
+
+
+def _wan(model: block_step.Nets) -> dit.WanDiT:
+    assert isinstance(model.dit, dit.WanDiT)
+    return model.dit
+
+
+def _gradients(prefix: str, fixture: Fixture, grads: block_step.Nets) -> Outputs:
+    """Gradients under the names of the checkpoint's weights, those of them that the file holds."""
+    shapes = {name: value.shape for name, value in fixture.weights.items()}
+    out: Outputs = {}
+    for part, names in ((grads.dit, wan_dit.WAN_DIT), (grads.compressor, packing.UNOFFICIAL)):
+        flat = {path: np.asarray(leaf) for path, leaf in pytrees.flatten(part).items()}
+        own = {name for name in shapes if any(rule.match(name) for rule in names)}
+        inverted = rules.invert(flat, names, {name: shapes[name] for name in own})
+        out |= {f"{prefix}.grad.{name}": value for name, value in inverted.items()}
+    return {name: value for name, value in out.items() if name in fixture.wanted}
+
+
+def _passes(
+    exp: Experiment, model: block_step.Nets, draws: clips.Draws, text: jax.Array, clip: clips.Clip
+) -> Outputs:
+    """What every pass of every block chose, and whom each layer saw in it; the last block has no commit."""
+    exit, spec = int(draws.exit), exp.memory
+    text_kv = batches.text_kv(_wan(model), text)
+    blocks = len(draws.noise)
+    rows, chosen = [], []
+    for n in range(blocks):
+        now = layouts.layout(exp.cache, layouts.begin(n), draws.gap)
+        condition = clips.Condition(now, clip.stored, batches.of_block(text_kv, jnp.int32(n)))
+        noisy, made = draws.noise[n], []
+        for step in range(exit + 1):
+            clean, selection = _predicted(exp, model, condition, noisy, jnp.int32(step), draws.exit)
+            made.append((step, False, selection))
+            if step < exit:
+                sigma = block_step.noise_levels(exp.sample).sigma[step + 1]
+                noisy = schedules.add_noise(clean, draws.renoise[n, step], sigma)
+        if n + 1 < blocks:
+            made.append((exit + 1, True, _read(exp, model, condition, clip.latent[n], draws.exit)))
+        of_block, ids = [], []
+        for number, commits, selection in made:
+            step = jnp.int32(0 if commits else number)
+            each = clips.seen(exp, now, step, draws.exit, commits=commits)
+            layers = zip(*(pytrees.unstack(x, spec.layers) for x in (each, selection)), strict=True)
+            seen = [(sight(spec, *one), one[1]) for one in layers]
+            of_block.append([_written(one, number, exit) for one, _ in seen])
+            ids.append([np.asarray(selected.ids[0]) for _, selected in seen])
+        missing = exit + 2 - len(made)
+        rows += of_block + [[[]] * spec.layers] * missing
+        chosen.append(ids + [[np.full(spec.cache.top, -1)] * spec.layers] * missing)
+    out = {f"layout.{name}": value for name, value in table(rows).items()}
+    by_block = {
+        name: value.reshape(blocks, exit + 2, *value.shape[1:]) for name, value in out.items()
+    }
+    return by_block | {"select.block_ids": np.array(chosen)}
+
+
+_predicted = jax.jit(
+    lambda exp, model, *rest: clips.predict_anew(model, exp, *rest), static_argnums=0
+)
+_read = jax.jit(lambda exp, model, *rest: clips.read_anew(model, exp, *rest)[0], static_argnums=0)
+
+
+def _written(seen: Sight, number: int, exit: int) -> Sight:
+    """`seen` in pass `number` of a block, with the pass in which each key was written; packed ones anew at the exit."""
+    *past, current = seen
+    anew = REBUILT + number
+    committed = exit + 1
+    return [
+        *((*key, anew if key[1] and number == exit else committed) for key in past),
+        (*current, number),
+    ]
 
 
 # The compressor and the score alone

@@ -214,7 +214,7 @@ def self_forcing_train_rollout(fixture: Fixture) -> Outputs:
     context = jnp.asarray(inputs["context"])[None]
     weights = _ours(inputs["loss_weights"])
     graded = jax.jit(_graded, static_argnames=("exp", "distil"))
-    out: Outputs = {"denoised_timestep_from_to": _bounds(sample, config["exit_index"])}
+    out: Outputs = {"denoised_timestep_from_to": bounds(sample, config["exit_index"])}
     for name, gradient in GRADIENTS.items():
         distil = DistilConfig(gradient=gradient, noised_context=True, finished=False)
         loss, latents, (grads, _) = graded(exp, distil, model, draws, context, weights)
@@ -256,7 +256,7 @@ def _graded(
     return loss, latents, grads
 
 
-def _bounds(sample: SampleConfig, last: int) -> np.ndarray:
+def bounds(sample: SampleConfig, last: int) -> np.ndarray:
     """[from, to]: listed timesteps of the exit step and the one after it, 0 behind the last."""
     table = schedules.table(sample.shift)
     times = schedules.shifted_timesteps(sample.steps, sample.shift)[last : last + 2]
