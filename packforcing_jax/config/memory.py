@@ -118,7 +118,7 @@ class CacheConfig:
             "rope_adjustment than incremental and another selection than random, or timing=first.",
         )
         require(
-            self.registry == "per_layer" or (self.timing == "every" and self.top > 0),
+            self.registry == "per_layer" or self.chooses_anew,
             f"cache.registry='shared' is about packed blocks that every pass chooses anew, but timing={self.timing!r} "
             f"and top={self.top}; set timing=every and top above 0, or registry=per_layer.",
         )
@@ -211,6 +211,11 @@ class CacheConfig:
     def attended(self) -> int:
         """Packed blocks a block step attends to at most."""
         return self.capacity if self.top and self.score.attends_all else self.top
+
+    @property
+    def chooses_anew(self) -> bool:
+        """Whether every pass of a block chooses its packed blocks for itself."""
+        return self.timing == "every" and self.top > 0
 
     @property
     def stride(self) -> int:

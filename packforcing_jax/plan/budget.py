@@ -272,8 +272,9 @@ def _operations(
     denoising = jaxpr_cost.operations(traced.denoise)
     clean = jaxpr_cost.operations(traced.clean)
     packing = jaxpr_cost.operations(traced.packed) if traced.packed else 0
-    selecting = denoising - steps * step
-    whole = denoising + clean + packing
+    committing = jaxpr_cost.operations(traced.choosing) if traced.choosing else clean
+    selecting = denoising - steps * step + committing - clean
+    whole = denoising + committing + packing
     return {
         "operations/one step": step,
         "operations/of it self-attention": attending,

@@ -472,6 +472,13 @@ def _selection(exp: Experiment, q: float, room: float) -> float:
     if _is_ours(exp.dit) and _asks_before(exp):
         until = "queries" if pairs > 0 else "keys"
         asking = _pass(exp.dit, q, cfg.block, room, until=until)
-    passes = len(exp.sample.steps) + 1 if cfg.timing == "every" else 1  # and the commit
+    passes = 1
+    if cfg.chooses_anew:
+        passes = len(exp.sample.steps) + 1  # and the commit
+        own = (
+            _is_ours(exp.dit) and not cfg.asking_blocks
+        )  # the last layer's queries: for that alone
+        if own:
+            asking += 2 * cfg.block * exp.tokens_per_frame * exp.dit.dim**2
     heads = exp.memory.scored_heads
     return 2 * exp.dit.layers * pairs * heads * exp.dit.head_dim * passes + asking

@@ -20,7 +20,7 @@ from packforcing_jax.memory.cache import LayerCache, Memory, Selection
 from packforcing_jax.networks import base_model, codec, compressor, text
 from packforcing_jax.plan import jaxpr_cost
 from packforcing_jax.pytrees import PerLayer
-from packforcing_jax.sampling import block_step, host_archive, player, rolling_window
+from packforcing_jax.sampling import block_step, host_archive, player, reselection, rolling_window
 from packforcing_jax.sampling.block_step import Denoiser, Nets
 from packforcing_jax.sampling.schedules import NoiseLevel
 from packforcing_jax.types import KV, Latent, Video
@@ -247,6 +247,7 @@ class Traced:
     step: core.ClosedJaxpr
     denoise: core.ClosedJaxpr
     clean: core.ClosedJaxpr
+    choosing: core.ClosedJaxpr | None  # the clean pass where it chooses anew, else None
     packed: core.ClosedJaxpr | None
     decode: core.ClosedJaxpr
     shrink: core.ClosedJaxpr | None  # None where packing does not ask for it
@@ -278,6 +279,13 @@ def trace(exp: Experiment, shapes: Shapes) -> Traced:
         )
         return block_step.read_clean(denoiser, layout, latent, memory.layers, into_layer)
 
+    def choosing(denoiser, latent, memory):
+        layout = layouts.layout(cfg.cache, memory.progress)
+        unmade = reselection.before_choosing(cfg.memory, layout, memory, len(latent))
+        past = pytrees.zipped(memory.layers, unmade)
+        into_layer = block_step.Access(attends=reselection.choosing)
+        return block_step.read_clean(denoiser, layout, latent, past, into_layer)
+
     def packed(denoiser, latent, memory, low_res):
         layout = layouts.layout(cfg.cache, memory.progress)
         own = block_step.Access(keep=lambda own, view, past: own)
@@ -290,6 +298,7 @@ def trace(exp: Experiment, shapes: Shapes) -> Traced:
         step=denoise if cfg.cache.joint else jaxpr_cost.trace(step, *own),
         denoise=denoise,
         clean=jaxpr_cost.trace(clean, *own),
+        choosing=jaxpr_cost.trace(choosing, *own) if cfg.cache.chooses_anew else None,
         packed=jaxpr_cost.trace(packed, *own, shapes.low_res) if cfg.cache.top else None,
         decode=jaxpr_cost.trace(_decode, shapes.vae, shapes.decoder, shapes.latent),
         shrink=jaxpr_cost.trace(functools.partial(_shrink, show), shapes.vae, shapes.frames)

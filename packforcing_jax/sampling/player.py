@@ -319,7 +319,7 @@ def _made_by(cfg: CacheConfig) -> ModuleType:
     """How blocks are denoised and committed: behind single tokens, behind a choice in every pass, or behind one."""
     if cfg.budget:
         return participative
-    return reselection if cfg.timing == "every" and cfg.top else block_step
+    return reselection if cfg.chooses_anew else block_step
 
 
 @functools.partial(jax.jit, static_argnames="keep_sink", donate_argnames="memory")

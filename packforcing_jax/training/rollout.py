@@ -93,7 +93,7 @@ def for_training(
     """
     recent = exp.cache.recent if recent is None else recent
     packs = exp.cache.top > 0
-    anew = packs and exp.cache.timing == "every" and not exp.memory.packing_pass
+    anew = exp.cache.chooses_anew and not exp.memory.packing_pass
     packed_blocks = max(blocks - (sink + recent) // exp.cache.block, 1)
     smaller = dataclasses.replace(
         exp.cache,
@@ -235,12 +235,12 @@ def draw(
         layout = layouts.layout(exp.cache, layouts.begin(n), draws.gap)
         condition = Condition(layout=layout, stored=stored, text=batches.of_block(text, n))
         block_noise = block_step.Noise(noise=noise, renoise=renoise, random=random)
-        steps = _steps_anew if exp.cache.timing == "every" else _steps
+        steps = _steps_anew if exp.cache.chooses_anew else _steps
         noisy, latent, selection = steps(nets, exp, distil, condition, block_noise, draws.exit)
         low_res, decoder = low_res_latents(exp, vae, decoder, latent, first=first)
         condition = _behind(condition, dataclasses.replace(stored, selection=selection))
         clean = _context(exp, distil, latent, context)
-        if exp.cache.timing == "every":  # what is packed is what the clean pass read
+        if exp.cache.chooses_anew:  # what is packed is what the clean pass read
             latent = clean
             _, full = read_anew(nets, exp, condition, clean, draws.exit)
             stored = _with_block(nets, exp, condition, full, (clean, low_res))
