@@ -44,7 +44,7 @@ def config_from_shapes(
     if any(name.startswith(NET) for name in shapes):
         kernels = [shapes.get(f"{NET}.{i}.weight", ()) for i in range(0, LAST, 2)]
         channels = tuple(shape[0] for shape in kernels if shape)
-        return dataclasses.replace(UNOFFICIAL_COMPRESSOR, channels=channels, frames=template.frames)
+        return dataclasses.replace(UNOFFICIAL_COMPRESSOR, channels=channels)
     kernels = []
     while len(shape := shapes.get(f"compressor.convs.{len(kernels)}.weight", ())) == 5:
         kernels.append(shape)

@@ -21,7 +21,16 @@ FOUR = (1000, 750, 500, 250)
 MEANT = 0
 LEFT = 1
 CRITIC = 2  # seeds of the network that is meant, of its twin, and of the critic
-PACKER = {"pack_compressor.net.0.weight": (8, 4, 1, 3, 3), "pack_compressor.net.6.bias": (30,)}
+PACKER = {
+    "pack_compressor.net.0.weight": (8, 4, 1, 3, 3),
+    "pack_compressor.net.0.bias": (8,),
+    "pack_compressor.net.2.weight": (6, 8, 1, 3, 3),
+    "pack_compressor.net.2.bias": (6,),
+    "pack_compressor.net.4.weight": (10, 6, 1, 3, 3),
+    "pack_compressor.net.4.bias": (10,),
+    "pack_compressor.net.6.weight": (30, 10, 1, 1, 1),
+    "pack_compressor.net.6.bias": (30,),
+}
 
 
 def net(seed, dtype="float32", **sizes):
@@ -560,14 +569,27 @@ def test_what_is_not_confirmed_is_said(tmp_path, capsys):
     assert "not confirmed of card causal-forcing-ode: its network generator" in said
 
 
-def test_the_unofficial_compressor_is_left_out_aloud(tmp_path, capsys):
+def test_the_unofficial_compressor_is_converted_with_its_network(tmp_path, capsys):
     given = written(tmp_path, "packforcing-unofficial")
     words = ("--card", "packforcing-unofficial", "--out", tmp_path / "model")
     code, said = convert(capsys, *given, *words)
-    assert code == 0
-    assert "pack_compressor is left out: it is the compressor of PackForcing-Unofficial" in said
-    ignored = json.loads((tmp_path / "model" / "manifest.json").read_text())["ignored"]
-    assert len([each for each in ignored if "pack_compressor" in each["name"]]) == len(PACKER)
+    assert code == 0, said
+    assert json.loads((tmp_path / "model" / "manifest.json").read_text())["ignored"] == []
+    theirs = convert_layouts.random(PACKER)
+    ours = load_file(tmp_path / "model" / "compressor.safetensors")
+    assert len(ours) == len(PACKER)
+    for i in range(3):
+        right = np.transpose(theirs[f"pack_compressor.net.{2 * i}.weight"], (2, 3, 4, 1, 0))
+        np.testing.assert_array_equal(ours[f"convs/{i}/kernel"], right)
+        bias = theirs[f"pack_compressor.net.{2 * i}.bias"]
+        np.testing.assert_array_equal(ours[f"convs/{i}/bias"], bias)
+    last = theirs["pack_compressor.net.6.weight"][:, :, 0, 0, 0].T
+    np.testing.assert_array_equal(ours["out/kernel"], last)
+    np.testing.assert_array_equal(ours["out/bias"], theirs["pack_compressor.net.6.bias"])
+    settings = json.loads((tmp_path / "model" / "config.json").read_text())["compressor"]
+    assert settings["channels"] == [8, 6, 10]
+    assert (settings["strided_kernel"], settings["adaptive_pool"]) == (3, True)
+    assert (settings["branches"], settings["keys"]) == ("hr", "unmodulated")
 
 
 # LoRA

@@ -79,7 +79,7 @@ from packforcing_jax.errors import InputError
         ),
         (
             lambda: CacheConfig(timing="last"),
-            r"cache\.timing='last' is unknown; choose one of first, late",
+            r"cache\.timing='last' is unknown; choose one of first, late, every",
         ),
         (
             lambda: CacheConfig(archive="disk"),
@@ -203,6 +203,13 @@ def test_a_training_clip_is_whole_blocks():
         _ = dataclasses.replace(tiny.EXP, clip=20).blocks
 
 
+NEEDED = {  # beside a choice, for it to be made
+    ("cache.archive", "host"): {"scope": "shared", "timing": "late"},
+    ("cache.registry", "shared"): {"timing": "every"},
+    ("compressor.branches", "own"): {"tokens": 5},
+}
+
+
 def test_every_choice_on_offer_can_be_made():
     defaults = {
         "cache": CacheConfig,
@@ -215,7 +222,7 @@ def test_every_choice_on_offer_can_be_made():
         group, name = key.split(".")
         assert getattr(defaults[group](), name) in allowed
         for choice in allowed:
-            beside = {"scope": "shared", "timing": "late"} if choice == "host" else {}
+            beside = NEEDED.get((key, choice), {})
             assert getattr(defaults[group](**beside, **{name: choice}), name) == choice
 
 

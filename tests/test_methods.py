@@ -34,7 +34,9 @@ WINDOWED = [
     each
     for each in methods.METHODS.values()
     if each.window is not None
-    and not (each.joint or each.overlap or "budget" in each.settings)  # tested on their own
+    and not each.joint  # this and what follows is tested on its own
+    and not each.overlap
+    and not {"budget", "top"} & set(each.settings)
 ]
 QUICK = ["sample.steps=(1000, 400)"]
 RED, BLUE = (
@@ -430,7 +432,6 @@ def test_timelines_say_what_a_prompt_does():
     ("flags", "sentence"),
     [
         (["--method", "bidirectional"], "one clip of 20 frames"),
-        (["--method", "packforcing-unofficial"], "not built yet"),
         (["--guidance-scale", "5"], "give --method bidirectional"),
         (["--set", "sample.negative_prompt=red"], "give --method bidirectional"),
         (["--method", "longlve"], "did you mean longlive"),

@@ -136,7 +136,8 @@ def moved_on(cfg: CacheConfig, now: Layout, *, arrived: bool) -> Layout:
     in_slots = cfg.evicts.ids_in(written, cfg.slots)
     ids = jnp.where((in_slots >= 0) & (in_slots < written - recent // cfg.block), in_slots, -1)
     newer = (ids[None] > ids[:, None]).sum(axis=1)
-    ids = jnp.where((ids >= 0) & (newer < cfg.capacity), ids + first, -1).astype(jnp.int32)
+    room = cfg.capacity - (leaves & (cfg.recent == 0))  # where the block itself has left at once
+    ids = jnp.where((ids >= 0) & (newer < room), ids + first, -1).astype(jnp.int32)
     left = (now.start - now.recent) // cfg.block
     if not arrived:
         ids = jnp.where(leaves & (ids == left), -1, ids)
@@ -342,7 +343,7 @@ def seen_keys(spec: MemorySpec, layout: Layout, valid: Array) -> Bool[Array, " k
     slots = frame_slots(spec.cache, layout, frames)
     slots = jnp.where(frames < first + layout.hidden, slots, -1)
     keys = jnp.arange(spec.room)
-    hidden = (keys[:, None] // spec.tokens_per_frame == slots).any(axis=1)
+    hidden = (keys[:, None] // spec.tokens_per_frame == slots[None]).any(axis=1)
     return (keys < valid) & ~hidden
 
 

@@ -26,9 +26,9 @@ class ScoreInputs:
     full_res_valid: tuple[Array, ...]  # each [k]
     ids: Array  # [slot] block id, -1 where empty or not yet visible
     query_sum: Array  # [b, n, h] over all queries or a `subset`, at their true frames
-    asked: Array  # [] queries in that sum
     key_sum: Array  # [b, slot, n, h] over each block's packed keys, at their true frames
     random: Array  # [b, slot] uniform draws of this layer
+    asked: Array | int = 1  # queries in `query_sum`
 
 
 def logits(inputs: ScoreInputs) -> Float[Array, "b n q slot p"]:
