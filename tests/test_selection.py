@@ -27,6 +27,7 @@ BY_CONTENT = (
     "log_sum_exp",
     "paper_sum",
     "paper",
+    "query_score",
 )
 SCORES = selection.SCORES
 choose = jax.jit(selection.choose, static_argnums=2)

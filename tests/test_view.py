@@ -147,6 +147,9 @@ def test_scores_see_the_keys_of_the_sink_and_of_recent_frames_in_time_order(numb
     np.testing.assert_array_equal(last, keys[:, slots_of([3 + (f - 3) % 6 for f in recent])])
 
 
+ALL_ASK = {"score_heads": 1.0, "query_stride": 1, "recent_queries": False}
+
+
 @pytest.mark.parametrize("rope_adjustment", ["sink", "incremental"])
 def test_heads_that_are_scored_one_by_one_give_the_score_of_all(rope_adjustment):
     here = situation(rope_adjustment)
@@ -154,8 +157,7 @@ def test_heads_that_are_scored_one_by_one_give_the_score_of_all(rope_adjustment)
 
     def both(layout, layer, queries, random):
         exps = {
-            name: tiny.with_cache(here.exp, selection=name, score_heads=1.0, recent_queries=False)
-            for name in selection.SCORES
+            name: tiny.with_cache(here.exp, selection=name, **ALL_ASK) for name in selection.SCORES
         }
         ours = {
             name: view.score(exp.memory, layout, layer, queries, random)

@@ -28,7 +28,7 @@ class ScoreInputs:
     query_sum: Array  # [b, n, h] over all queries or a `subset`, at their true frames
     key_sum: Array  # [b, slot, n, h] over each block's packed keys, at their true frames
     random: Array  # [b, slot] uniform draws of this layer
-    asked: Array | int = 1  # queries in `query_sum`
+    asked: Array = struct.field(default_factory=lambda: jnp.int32(1))  # [] queries in `query_sum`
 
 
 def logits(inputs: ScoreInputs) -> Float[Array, "b n q slot p"]:
@@ -125,7 +125,8 @@ def query_score(inputs: ScoreInputs) -> Float[Array, "b slot"]:
 
     A block's score is the same as by the sum, since all blocks have as many keys; it stays of one size.
     """
-    return paper_sum(inputs) / (inputs.asked * inputs.packed.shape[2])
+    keys, heads = inputs.packed.shape[2:4]
+    return paper_sum(inputs) / (inputs.asked * keys * heads)
 
 
 def recency(inputs: ScoreInputs) -> Float[Array, "b slot"]:
