@@ -59,7 +59,7 @@ TOY = {
     "train.cover.sinks": "(4,)",
     "train.cover.matching": 0,
     "train.save_every": 4,
-    "train.steps": 40,
+    "train.steps": 120,
 }
 WENT_ON = re.compile(r"goes on behind (?:block|step) \d+|\d+ of \d+ items are done already")
 
@@ -81,7 +81,7 @@ WORKS = (
     Work(
         "sample",
         (
-            *("sample", "--blocks", "100", "--seed", "3", "--every", "3"),
+            *("sample", "--blocks", "160", "--seed", "3", "--every", "3"),
             *("--out", "FOLDER/video.mp4", "--trace", "FOLDER/trace.jsonl"),
             *("--state", "FOLDER/saves"),
         ),

@@ -490,7 +490,7 @@ def outcome(given: Input, read: Callable[[Input, Path], Read | None], room: Path
     did = compared(result.made, given)
     named = [line for line in result.said if re.search(given.word, line, re.IGNORECASE)]
     if did and named:
-        return Outcome("says", short(named[0], room))
+        return Outcome("says", short(f"{did}: {named[0]}", room))
     return Outcome("silent", did) if did else Outcome("right", "")
 
 
