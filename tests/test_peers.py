@@ -12,6 +12,7 @@ import quick
 from test_two_processes import free_port
 
 from packforcing_jax.cli import main, peers
+from packforcing_jax.io import locks
 
 HERE = Path(__file__).parent
 NATIVE = """
@@ -138,6 +139,21 @@ def saved(folder, started):
         assert all(each.poll() is None for each in started), said_by(folder, 0)
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_process_that_is_refused_ends_at_once_and_the_other_one_notices(tmp_path, compiled):
+    with locks.held([("--out", tmp_path / "run")]):
+        started = pair(tmp_path, compiled, steps=1)
+        try:
+            assert [process.wait(timeout=120) for process in started] == [2, 3]
+        finally:
+            for process in started:
+                process.kill()
+    assert "is being written by another process" in said_by(tmp_path, 0)
+    for process in range(2):
+        assert said_by(tmp_path, process).count("packforcing: ") == 1
+        assert "stack trace" not in said_by(tmp_path, process)
+    assert said_by(tmp_path, 1).splitlines()[-1].startswith(LOST.format(TIME))
 
 
 @pytest.mark.slow

@@ -14,20 +14,23 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from packforcing_jax import interrupts
+from packforcing_jax.cli import failures
 from packforcing_jax.errors import MachineError, brief, require
 
 HEARTBEAT = 100  # seconds, as jax has it
 STDERR = 2
 FATAL = b"JAX distributed service detected fatal errors"
 RECORD = re.compile(
-    rb"[IWEF]\d{4} "
-)  # how a line of native code begins; others go on with the one before
+    rb"[IWEF]\d{4} |[A-Z]+:"
+)  # how a log's line begins; others belong to the one before
 ABOUT_PEERS = re.compile(rb"coordination|preemption_sync", re.IGNORECASE)
 LOST = re.compile(
-    r"gloo|nccl|coordination service|barrier|heartbeat|connection (closed|reset)|socket closed",
+    r"gloo|nccl.*(remote|network)|coordination service|barrier|heartbeat|connection (closed|reset)|socket closed",
     re.IGNORECASE,
 )  # in what jax raises where another process does not answer
 
@@ -49,7 +52,8 @@ class Group(NamedTuple):
 def joined(group: Group) -> Iterator[None]:
     """While inside, this process is one of several; a loss of another one ends it with exit code 3.
 
-    Raises `MachineError` if the others are not found.
+    Raises `MachineError` if the others are not found. Behind an error the program ends without waiting for the others,
+    as jax would; they notice.
     """
     flags = {
         "--coordinator": group.coordinator,
@@ -74,9 +78,14 @@ def joined(group: Group) -> Iterator[None]:
         ) from error
     try:
         yield
-    except Exception as error:
-        if LOST.search(str(error)):
+        jax.distributed.shutdown()  # while the thread listens
+    except BaseException as error:
+        if isinstance(error, Exception) and LOST.search(str(error)):
             _end(group)
+        if failures.outcome(error) is None:  # a defect
+            traceback.print_exc()
+            os._exit(1)
+        interrupts.leave_at_once()
         raise
 
 
