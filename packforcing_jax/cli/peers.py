@@ -27,12 +27,13 @@ STDERR = 2
 FATAL = b"JAX distributed service detected fatal errors"
 RECORD = re.compile(
     rb"[IWEF]\d{4} |[A-Z]+:"
-)  # how a log's line begins; others belong to the one before
+)  # how an entry of a log begins; it may have more lines
 ABOUT_PEERS = re.compile(rb"coordination|preemption_sync", re.IGNORECASE)
 LOST = re.compile(
     r"gloo|nccl.*(remote|network)|coordination service|barrier|heartbeat|connection (closed|reset)|socket closed",
     re.IGNORECASE,
 )  # in what jax raises where another process does not answer
+_ending = threading.Lock()
 
 
 class Group(NamedTuple):
@@ -91,6 +92,7 @@ def joined(group: Group) -> Iterator[None]:
 
 def _end(group: Group) -> None:
     """Ends this process in the sentence. At once: what jax does at the end of a program waits for the lost one."""
+    _ending.acquire()  # for good: an error and the announcement may come together
     sentence = (
         f"another process of this run ended, or was silent for --heartbeat-timeout {group.heartbeat} s; look at what "
         "it said and start all of them again: the same command goes on behind the last checkpoint."
