@@ -78,14 +78,14 @@ DIT = "diffusion_pytorch_model.safetensors"
 
 
 class Input(NamedTuple):
-    """A network in a file, the same as a folder of diffusers, additions to it, and what should come of it.
+    """A network in a file (or a folder of several), the same as a folder of diffusers, additions, and what is meant.
 
     `meant` None: the file is damaged, and nothing can be right but to refuse it or to say `word`. Who says `word` of
     what came out otherwise was not silent either.
     """
 
-    file: Path | None
-    folder: Path | None = None
+    file: Path
+    folder: Path
     lora: Path | None = None
     meant: Tensors | None = None
     word: str = MISMATCH
@@ -220,7 +220,7 @@ def two_transformers(folder: Path) -> Input:
         one.folder.rmdir()
         one.file.unlink()
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
-    return Input(None, folder, meant=None, word="transformer_2")
+    return Input(folder, folder, meant=None, word="transformer_2")
 
 
 def lora(
@@ -342,7 +342,7 @@ class Refused(Exception):
 
 def ours(given: Input, room: Path) -> Read | None:
     """`packforcing convert`, and the network back out of the model folder."""
-    sources = [given.file or given.folder, *([given.lora] if given.lora else [])]
+    sources = [given.file, *([given.lora] if given.lora else [])]
     there = packforcing("convert", *sources, "--out", room / "model", "--set", "dit.heads=2")
     packforcing("convert", room / "model", "--to-torch", room / "back.safetensors")
     return Read(load_file(room / "back.safetensors"), there)
@@ -361,9 +361,9 @@ def packforcing(*words: str | Path) -> list[str]:
 
 def single_file(given: Input, room: Path) -> Read | None:
     """diffusers' loader of files under original names."""
-    if given.file is None or given.lora is not None:
+    if not given.file.is_file() or given.lora is not None:
         return None
-    import diffusers
+    import diffusers  # pyright: ignore[reportMissingImports]
 
     sizes = room / "sizes"
     sizes.mkdir()
@@ -381,7 +381,7 @@ def pretrained(given: Input, room: Path) -> Read | None:
     del room
     if given.lora is not None:
         return None
-    import diffusers
+    import diffusers  # pyright: ignore[reportMissingImports]
 
     two = (given.folder / "transformer").is_dir()
     options = {"subfolder": "transformer"} if two else {}
@@ -394,16 +394,17 @@ def pretrained(given: Input, room: Path) -> Read | None:
 def lora_loader(given: Input, room: Path) -> Read | None:
     """diffusers' and peft's loader of LoRAs, into an intact network, and their sum."""
     del room
-    if given.lora is None:
+    lora = given.lora
+    if lora is None:
         return None
-    import diffusers
+    import diffusers  # pyright: ignore[reportMissingImports]
 
     def load():
         base = diffusers.WanTransformer3DModel.from_pretrained(str(given.folder))
         pipeline = diffusers.WanPipeline(
             tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=base
         )
-        pipeline.load_lora_weights(str(given.lora.parent), weight_name=given.lora.name)
+        pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name)
         pipeline.fuse_lora(components=["transformer"])
         return pipeline.transformer
 
@@ -414,7 +415,7 @@ def lora_loader(given: Input, room: Path) -> Read | None:
 def bare(given: Input, room: Path) -> Read | None:
     """The safetensors library, which knows of tensors alone."""
     del room
-    if given.file is None or given.lora is not None or given.meant is not None:
+    if not given.file.is_file() or given.lora is not None or given.meant is not None:
         return None
     from safetensors.torch import load_file as load
 
@@ -572,8 +573,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps({"versions": versions(), "outcomes": found}))
     else:
         print(f"{table(found)}\n\n{versions()}")
-    silent = [name for name, each in found.items() if each["packforcing convert"].kind == "silent"]
-    return 1 if silent else 0
+    mine = [by_reader["packforcing convert"] for by_reader in found.values()]
+    return 1 if any(each is None or each.kind == "silent" for each in mine) else 0
 
 
 if __name__ == "__main__":
