@@ -59,7 +59,7 @@ TOY = {
     "train.cover.sinks": "(4,)",
     "train.cover.matching": 0,
     "train.save_every": 4,
-    "train.steps": 120,
+    "train.steps": 40,
 }
 WENT_ON = re.compile(r"goes on behind (?:block|step) \d+|\d+ of \d+ items are done already")
 
