@@ -1,267 +1,490 @@
-"""`kill -9` at ten random moments, each time continued by the same command: the end must equal the unbroken run.
+"""`kill -9` at 50 moments of `sample`, `train`, `convert` and `prepare`, each continued by the same command.
 
-python -m benchmarks.kill_and_continue      # some minutes on two CPU cores; exit 1 if anything differs
+python -m benchmarks.kill_and_continue                          # 20 minutes on two CPU cores; exit 1 if it breaks
+python -m benchmarks.kill_and_continue train convert --seed 3   # two of the verbs, other moments
+
+Each moment has a run of its own: it is begun in an empty folder, killed once with its whole process group, and the same
+command is given again to its end. That must equal the unbroken run bit for bit, with no name more or less beside it.
+Moments are drawn uniformly over the wall time of the unbroken run; some of `sample` uniformly within a save. One that
+misses (the run was over, the save was) is logged and drawn again.
 """
 
 import argparse
 import contextlib
+import datetime
+import hashlib
 import json
 import os
+import platform
 import random
+import re
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from benchmarks import endurance
+import jax
+import numpy as np
+import orbax.checkpoint
+
+from benchmarks import convert_full_size
+from packforcing_jax.config import loading
+from packforcing_jax.data import records
 from packforcing_jax.io import checkpoints, model_folder, video
-from packforcing_jax.networks import tokenizer
-from packforcing_jax.stage import captions
+from packforcing_jax.stage import captions, data, world
+from packforcing_jax.training import logs, runs
 
-PATIENCE = 300  # seconds until a moment that does not come is given up
-CACHE = {
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+LOG = "kill_and_continue.jsonl"
+OFTEN = 0.002  # seconds between two looks at a running command
+PATIENCE = 300  # seconds until a save that does not come is given up
+STAGE = Path(loading.__file__).parents[1] / "weights" / "stage"
+BLOCK = 4  # frames of a block of the Stage model
+CLIPS = 150
+PROMPTS = 80_000  # of which a file of the data set holds 1,000
+TOY = {
+    "dit.layers": 1,
+    "dit.dim": 24,
+    "dit.heads": 2,
+    "dit.rope_pairs": "(2,2,2)",
+    "dit.ffn_dim": 48,
+    "compressor.channels": "(6,7,8,9)",
+    "train.source.kind": "records",
+    "train.batch": 2,
+    "train.cover.sinks": "(4,)",
+    "train.cover.matching": 0,
+    "train.save_every": 4,
+    "train.steps": 40,
+}
+WENT_ON = re.compile(r"goes on behind (?:block|step) \d+|\d+ of \d+ items are done already")
+
+
+class Work(NamedTuple):
+    """One command that is killed: `words` with FOLDER for where it writes, ROOM for what was made for it."""
+
+    name: str
+    words: tuple[str, ...]
+    moments: int  # drawn over the whole run
+    in_saves: int = 0  # drawn within saves
+
+    @property
+    def verb(self) -> str:
+        return self.words[0]
+
+
+WORKS = (
+    Work(
+        "sample",
+        (
+            *("sample", "--blocks", "160", "--seed", "3", "--every", "3"),
+            *("--out", "FOLDER/video.mp4", "--trace", "FOLDER/trace.jsonl"),
+            *("--state", "FOLDER/saves"),
+        ),
+        moments=15,
+        in_saves=5,
+    ),
+    Work(
+        "train",
+        (
+            *("train", "--config", "stage", "--out", "FOLDER/run"),
+            *("--set", "train.source.path=ROOM/data"),
+            *(word for name, value in TOY.items() for word in ("--set", f"{name}={value}")),
+        ),
+        moments=10,
+    ),
+    Work("convert", ("convert", "ROOM/checkpoint", "--out", "FOLDER/model"), moments=10),
+    Work(
+        "prepare clips",
+        ("prepare", "ROOM/clips", "--weights", "STAGE", "--out", "FOLDER/data"),
+        moments=5,
+    ),
+    Work(
+        "prepare prompts",
+        ("prepare", "ROOM/prompts.txt", "--weights", "STAGE", "--out", "FOLDER/data"),
+        moments=5,
+    ),
+)
+VERBS = tuple(dict.fromkeys(work.verb for work in WORKS))
+
+
+# A command
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where everything lies: what the commands read, what they write, what they compiled."""
+
+    folder: Path
+
+    def start(self, work: Work, folder: Path) -> subprocess.Popen:
+        """The command in a process group of its own, which writes to `folder`; what it says lies beside it."""
+        places = {"FOLDER": folder, "ROOM": self.folder, "STAGE": STAGE}
+        words = [
+            re.sub("|".join(places), lambda found: str(places[found[0]]), word)
+            for word in work.words
+        ]
+        with self.said(folder).open("wb") as said:
+            return subprocess.Popen(
+                [sys.executable, "-m", "packforcing_jax", *words],
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+                env=os.environ | {"XDG_CACHE_HOME": str(self.folder / "cache")},
+            )
+
+    def said(self, folder: Path) -> Path:
+        return self.folder / f"{folder.name}.txt"
+
+    def ended(self, work: Work, folder: Path) -> dict[str, Any]:
+        """The command run to its end: its exit code, its seconds, and where it says that it went on."""
+        began = time.monotonic()
+        code = self.start(work, folder).wait()
+        seconds = round(time.monotonic() - began, 3)
+        said = self.said(folder).read_text(encoding="utf-8", errors="replace")
+        found = WENT_ON.search(said)
+        return {"code": code, "seconds": seconds, "went_on": found[0] if found else None} | (
+            {"said": said[-500:]} if code else {}
+        )
+
+
+# What is on the disk
+
+
+def names(folder: Path) -> Iterator[Path]:
+    """Everything below a folder, hidden or not; what lies in a complete checkpoint, or in a half-written thing, is not.
+
+    Files that vanish meanwhile are left out.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        for path in sorted(folder.iterdir()):
+            yield path
+            if path.is_dir() and not (_complete(path) or half_written(path.name)):
+                yield from names(path)
+
+
+def _complete(path: Path) -> bool:
+    """Whether this is a complete step of checkpoints."""
+    return path.name.isdigit() and (path / checkpoints.DIGESTS).is_file()
+
+
+def half_written(name: str) -> bool:
+    return checkpoints.TEMPORARY in name or name.startswith(".")
+
+
+def saving(folder: Path) -> str | None:
+    """The step that is being saved just now."""
+    found = [path.name for path in names(folder) if checkpoints.TEMPORARY in path.name]
+    return found[0].partition(checkpoints.TEMPORARY)[0] if found else None
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """A hash of everything that a command wrote, by name: bytes of files, arrays and notes of checkpoints.
+
+    Left out is what no two runs have in common: times in a log and in a manifest.
+    """
+    found = {}
+    for path in names(folder):
+        name = path.relative_to(folder).as_posix()
+        if _complete(path):
+            found |= {f"{name}/{part}": digest for part, digest in _checkpoint(path).items()}
+        elif path.is_dir():
+            found[name] = "folder"
+        else:
+            found[name] = hashlib.sha256(TIMELESS.get(path.name, Path.read_bytes)(path)).hexdigest()
+    return found
+
+
+def _checkpoint(step: Path) -> dict[str, str]:
+    """A hash of every array of a step, and of its notes."""
+    args = orbax.checkpoint.args
+    with orbax.checkpoint.Checkpointer(orbax.checkpoint.CompositeCheckpointHandler()) as disk:
+        stored = disk.restore(
+            step,
+            args=args.Composite(state=args.StandardRestore(), notes=args.JsonRestore()),
+        )
+    notes = json.dumps(stored["notes"], sort_keys=True)
+    return {
+        name: hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+        for name, array in stored["state"].items()
+    } | {"notes": hashlib.sha256(notes.encode()).hexdigest()}
+
+
+def _log(path: Path) -> bytes:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = [{name: line[name] for name in line if name not in runs.TIMES} for line in lines]
+    return json.dumps(kept).encode()
+
+
+def _manifest(path: Path) -> bytes:
+    manifest = json.loads(path.read_text())
+    for file in manifest.get("files", ()):
+        del file["modified"]
+    return json.dumps(manifest).encode()
+
+
+TIMELESS: Mapping[str, Callable[[Path], bytes]] = {
+    logs.LINES: _log,
+    model_folder.MANIFEST: _manifest,
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """One `sample` command and the files it writes."""
-
-    folder: Path
-    argv: tuple[str, ...]
-    environment: dict[str, str]
-
-    @property
-    def video(self) -> Path:
-        return self.folder / "video.mp4"
-
-    @property
-    def trace(self) -> Path:
-        return self.folder / "trace.jsonl"
-
-    @property
-    def saves(self) -> Path:
-        return self.folder / "saves"
-
-    def start(self) -> subprocess.Popen:
-        """The command in a process group of its own."""
-        files = ["--out", self.video, "--trace", self.trace, "--state", self.saves]
-        command = [sys.executable, "-m", "packforcing_jax", "sample", *self.argv, *files]
-        with (self.folder / "said.txt").open("ab") as log:
-            return subprocess.Popen(
-                list(map(str, command)),
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                env=os.environ | self.environment,
-            )
-
-    def traced(self) -> int:
-        """Blocks in the trace."""
-        return max(0, self.trace.read_bytes().count(b"\n") - 1) if self.trace.exists() else 0
-
-    def saved(self) -> int:
-        """Blocks in the newest complete save."""
-        return checkpoints.Checkpoints(self.saves).latest() or 0
-
-    def saving(self, since: float) -> bool:
-        """Whether a save is being written that was begun after `since`, in seconds of the system's clock."""
-        written = self.saves.glob(f"*{checkpoints.TEMPORARY}*")
-        with contextlib.suppress(FileNotFoundError):  # it has got its name meanwhile
-            return any(step.stat().st_ctime > since for step in written)
-        return False
+def shown(folder: Path) -> dict[str, Any]:
+    """How many whole blocks of a video can be played, whether that is all of it and no less than was saved."""
+    path = folder / "video.mp4"
+    if not path.exists():
+        return {}
+    blocks, rest = divmod(len(video.read(path)) if path.stat().st_size else 0, BLOCK)
+    saved = max((int(each.name) for each in names(folder) if _complete(each)), default=0)
+    return {"blocks": blocks, "saved": saved, "plays": rest == 0 and blocks >= saved}
 
 
-@dataclass(frozen=True)
-class Moment:
-    """`delay` seconds after so many blocks were drawn and, perhaps, a save begun; without blocks, after the start."""
-
-    blocks: int
-    in_save: bool
-    delay: float
-
-    def __str__(self) -> str:
-        if self.blocks == 0:
-            return f"{self.delay:.1f} s after the start"
-        return f"{'in a save ' * self.in_save}behind block {self.blocks}"
+# What is killed
 
 
-def moments(rng: random.Random, *, blocks: int, every: int, start: float) -> list[Moment]:
-    """Ten moments that rise through the video: three while it starts, four while it draws, three while it saves.
+class Unbroken(NamedTuple):
+    """A run without a kill: its seconds, everything it wrote, its saves and how long one takes."""
 
-    The first of these fall within `start` seconds.
-    """
-    kinds = rng.sample([(False, False)] * 3 + [(True, False)] * 4 + [(True, True)] * 3, k=10)
-    behind = [
-        1 + int((number + rng.random()) * (blocks - 2 * every) / len(kinds))
-        for number in range(len(kinds))
-    ]
-    longest = {(False, False): start, (True, False): 0.2, (True, True): 0.05}
-    return [
-        Moment(block * counted, in_save, rng.uniform(0, longest[counted, in_save]))
-        for block, (counted, in_save) in zip(behind, kinds)
-    ]
+    seconds: float
+    wrote: dict[str, str]
+    saves: tuple[str, ...]
+    save: float
 
 
-def killed(run: Run, moment: Moment) -> dict:
-    """Starts the run, kills its whole process group at the moment, and says where that was and what is left."""
-    before = run.traced()
-    since = time.time()
-    until = time.monotonic() + PATIENCE
-    process = run.start()
+def unbroken(room: Room, work: Work) -> Unbroken:
+    """The run that the others are compared with, the second of two: the first compiles."""
+    wrote = []
+    for number in range(2):
+        folder = room.folder / f"unbroken {number}"
+        folder.mkdir()
+        seen: dict[str, list[float]] = {}
+        began = time.monotonic()
+        process = room.start(work, folder)
+        while process.poll() is None:
+            step = saving(folder) if work.in_saves else None
+            if step is not None:
+                seen.setdefault(step, []).append(time.monotonic())
+            time.sleep(OFTEN if work.in_saves else 10 * OFTEN)
+        seconds = time.monotonic() - began
+        if process.returncode:
+            sys.exit(f"{work.name}: {room.said(folder).read_text()[-2000:]}")
+        wrote.append(contents(folder))
+        shutil.rmtree(folder)
+    if wrote[0] != wrote[1]:
+        sys.exit(f"{work.name}: two unbroken runs differ in {differing(*wrote)}")
+    spans = [times[-1] - times[0] for times in seen.values()]
+    return Unbroken(seconds, wrote[1], tuple(seen), statistics.median(spans) if spans else 0.0)
 
-    def comes() -> bool:
-        if moment.blocks == 0:
-            return True
-        return run.traced() > max(moment.blocks - 1, before) and (
-            run.saving(since) or not moment.in_save
-        )
 
-    while not comes() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.001)
-    time.sleep(moment.delay)
-    alive = process.poll() is None
+class Moment(NamedTuple):
+    """`after` seconds behind the start, or behind the beginning of a save."""
+
+    after: float
+    save: str | None = None
+
+
+def moments(work: Work, whole: Unbroken, rng: random.Random) -> Iterator[Callable[[], Moment]]:
+    """How to draw each moment of a work."""
+    for _ in range(work.moments):
+        yield lambda: Moment(rng.uniform(0, whole.seconds))
+    for _ in range(work.in_saves):
+        yield lambda: Moment(rng.uniform(0, whole.save), rng.choice(whole.saves))
+
+
+def killed(room: Room, work: Work, folder: Path, moment: Moment) -> dict[str, Any]:
+    """Begins a run, kills its process group at the moment, and says where that was and what is on the disk."""
+    began = time.monotonic()
+    process = room.start(work, folder)
+    if moment.save is not None:
+        while (
+            process.poll() is None
+            and saving(folder) != moment.save
+            and time.monotonic() < began + PATIENCE
+        ):
+            time.sleep(OFTEN)
+    since = began if moment.save is None else time.monotonic()
+    time.sleep(max(0.0, since + moment.after - time.monotonic()))
+    running = process.poll() is None
+    hit = time.monotonic() - began
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    where = (
-        "in a save"
-        if run.saving(since)
-        else "before its first block"
-        if run.traced() == before
-        else "drawing"
-    )
-    outcome = {
-        "asked": str(moment),
-        "hit": alive,
-        "where": where,
-        "drawn": run.traced(),
-        "saved": run.saved(),
-    }
-    return outcome | playing(run)
-
-
-def playing(run: Run) -> dict:
-    """How many blocks of the video decode, and whether it is whole blocks and all that was saved."""
-    if not run.video.exists() or run.video.stat().st_size == 0:
-        return {"shown": 0, "plays": run.saved() == 0}
-    decoded, rest = divmod(len(video.read(run.video)), endurance.TOY.cache.block)
-    return {"shown": decoded, "plays": rest == 0 and decoded >= run.saved()}
-
-
-def prepared(folder: Path, blocks: int, every: int) -> list[Run]:
-    """Runs of the same model and the same story: a short one, one that stays unbroken and one that is killed."""
-    exp = endurance.TOY
-    built = endurance.weights()
-    parts = {"dit": built.nets.dit, "compressor": built.nets.compressor, "text": built.text}
-    argv = tokenizer.word_tokenizer(captions.VOCABULARY).to_str()
-    model_folder.save(
-        folder / "model", exp, parts, dtype="float32", texts={model_folder.TOKENIZER: argv}
-    )
-    story = folder / "story.txt"
-    story.write_text(
-        "".join(
-            f"{i}: {prompt}\n" for i, prompt in enumerate(endurance.changing_prompts(blocks, 7))
-        )
-    )
-    model = ("--weights", str(folder / "model"), "--timeline", str(story))
-    environment = CACHE | {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
-    runs = [
-        Run(folder / name, (*model, "--blocks", str(length), "--every", str(every)), environment)
-        for name, length in (("short", every + 1), ("unbroken", blocks), ("killed", blocks))
-    ]
-    for run in runs:
-        run.folder.mkdir()
-    return runs
-
-
-def compared(whole: Run, broken: Run) -> dict[str, bool]:
-    """What must hold at the end. The trace holds the hash of every latent and all that was recalled."""
-    inspect = [sys.executable, "-m", "packforcing_jax", "inspect", "--no-map", str(broken.trace)]
+    step = saving(folder)
     return {
-        "traces equal, line by line": whole.trace.read_bytes() == broken.trace.read_bytes(),
-        "videos equal, byte by byte": whole.video.read_bytes() == broken.video.read_bytes(),
-        "video plays, all blocks": playing(broken) == {"shown": whole.traced(), "plays": True},
-        "inspect finds nothing wrong": subprocess.run(inspect, capture_output=True).returncode == 0,
+        "asked": {"after": round(moment.after, 4), "save": moment.save},
+        "hit": round(hit, 4),
+        "missed": not running or (moment.save is not None and step != moment.save),
+        "in_save": step,
+        "on_disk": [path.relative_to(folder).as_posix() for path in names(folder)],
+        "shown": shown(folder),
     }
 
 
-def experiment(folder: Path, *, blocks: int, every: int, seed: int) -> dict:
-    """One unbroken run, ten kills with a continuation each, and what came out."""
-    short, whole, broken = prepared(folder, blocks, every)
-    short.start().wait()  # leaves what is compiled behind, so that the others start alike
-    began = time.monotonic()
-    process = whole.start()
-    while whole.traced() == 0 and process.poll() is None:
-        time.sleep(0.1)
-    start = time.monotonic() - began
-    codes = [process.wait()]
-    print(
-        f"unbroken: first block after {start:.0f} s, all after {time.monotonic() - began:.0f} s",
-        file=sys.stderr,
-    )
-    kills = []
-    for moment in moments(random.Random(seed), blocks=blocks, every=every, start=start):
-        kills.append(killed(broken, moment))
-        print(f"killed: {json.dumps(kills[-1])}", file=sys.stderr)
-    codes.append(broken.start().wait())
-    if any(codes):
-        print((broken.folder / "said.txt").read_text()[-2000:], file=sys.stderr)
-        return {"kills": kills, "holds": {f"both runs end with 0 ({codes})": False}}
-    checks = {
-        "both runs end with 0": True,
-        "ten kills hit": all(kill["hit"] for kill in kills),
-        "video plays after every kill": all(kill["plays"] for kill in kills),
-    }
+def differing(whole: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """What is in both and not equal, or missing."""
+    return [name for name in whole if other.get(name) != whole[name]]
+
+
+def continued(room: Room, work: Work, folder: Path, whole: Unbroken) -> dict[str, Any]:
+    """The same command once more, to its end, and what is then not as in the unbroken run."""
+    again = room.ended(work, folder)
+    found = contents(folder)
     return {
-        "blocks": blocks,
-        "every": every,
+        "again": again,
+        "differing": differing(whole.wrote, found),
+        "left": [name for name in found if name not in whole.wrote],
+    }
+
+
+def holds(line: Mapping[str, Any]) -> bool:
+    """Whether all of what must hold does, for one moment."""
+    plays = line["shown"].get("plays", True)
+    return plays and line["again"]["code"] == 0 and not line["differing"] and not line["left"]
+
+
+def lines(room: Room, work: Work, seed: int) -> Iterator[dict[str, Any]]:
+    """A line about the unbroken run, and one for every kill."""
+    whole = unbroken(room, work)
+    yield {
+        "work": work.name,
+        "command": ["packforcing", *work.words],
         "seed": seed,
-        "kills": kills,
-        "holds": checks | compared(whole, broken),
+        "seconds": round(whole.seconds, 3),
+        "saves": len(whole.saves),
+        "save_seconds": round(whole.save, 4),
+        "compared": len(whole.wrote),
+    }
+    rng = random.Random(f"{seed} {work.name}")
+    for number, draw in enumerate(moments(work, whole, rng), start=1):
+        missed = True
+        while missed:
+            folder = room.folder / "killed"
+            folder.mkdir()
+            line = {"work": work.name, "seed": seed, "moment": number}
+            line |= killed(room, work, folder, draw())
+            line |= continued(room, work, folder, whole)
+            missed = line["missed"]
+            yield line
+            if holds(line):
+                shutil.rmtree(folder)
+            else:
+                folder.rename(room.folder / f"{work.name} {number} {time.time():.0f}")
+
+
+# What the commands read
+
+
+def make(room: Room, works: Sequence[Work]) -> None:
+    """Clips, prompts, a data set and a checkpoint, those that the works need."""
+    wanted = " ".join(word for work in works for word in work.words)
+    prompts = []
+    clips = room.folder / "clips"
+    clips.mkdir()
+    for number in range(CLIPS):
+        story = data.draw_clip(np.random.default_rng((0, number)))
+        frames = world.render(story)
+        size = (frames.shape[2], frames.shape[1])
+        with video.Writer(clips / f"{number}.mp4", fps=8, size=size, settings={}) as out:
+            out.write(video.to_uint8(frames))
+        prompts.append(captions.caption(story, 0))
+        (clips / f"{number}.txt").write_text(prompts[-1])
+    (room.folder / "prompts.txt").write_text(
+        "".join(f"{prompts[number % CLIPS]}\n" for number in range(PROMPTS))
+    )
+    if "ROOM/data" in wanted:
+        prepare = next(work for work in WORKS if work.name == "prepare clips")
+        room.start(prepare, room.folder).wait()
+        records.opened(room.folder / "data")
+    if "ROOM/checkpoint" in wanted:
+        (room.folder / "checkpoint").mkdir()
+        exp = loading.load_experiment("wan_t2v_1_3b", ["dit.layers=5"])
+        path = room.folder / "checkpoint" / "diffusion_pytorch_model.safetensors"
+        convert_full_size.write(path, exp, seed=0)
+
+
+# All together
+
+
+def machine(seed: int) -> dict[str, Any]:
+    """What the log is about."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "processors": os.cpu_count(),
+        "seed": seed,
     }
 
 
-def table(result: dict) -> str:
-    """The outcome as aligned text."""
-    lines = [f"{'asked for':<28}{'killed':<26}{'drawn':>6}{'saved':>6}{'shown':>6}"]
-    lines += [
-        f"{kill['asked']:<28}{kill['where']:<26}{kill['drawn']:>6}{kill['saved']:>6}{kill['shown']:>6}"
-        for kill in result["kills"]
-    ]
+def table(log: Sequence[Mapping[str, Any]]) -> str:
+    """A line for every work, as aligned text."""
+    rows = [["", "unbroken", "kills", "in a save", "missed", "not equal", "left over", "failed"]]
+    for work in dict.fromkeys(line["work"] for line in log if "work" in line):
+        mine = [line for line in log if line.get("work") == work]
+        kills = [line for line in mine if "moment" in line]
+        columns = (
+            [not line["missed"] for line in kills],
+            [line["in_save"] for line in kills],
+            [line["missed"] for line in kills],
+            [line["differing"] for line in kills],
+            [line["left"] for line in kills],
+            [line["again"]["code"] for line in kills],
+        )
+        counts = (str(sum(map(bool, column))) for column in columns)
+        rows.append([work, f"{mine[0]['seconds']:.1f} s", *counts])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        [
-            *lines,
-            "",
-            *(f"{name}: {'yes' if holds else 'NO'}" for name, holds in result["holds"].items()),
-        ]
+        "  ".join(
+            cell.rjust(width) if at else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints what came out; 1 if anything does not hold."""
+    """Prints a line for each work; 1 if anything does not hold."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--blocks", type=int, default=40, metavar="N", help="length of the video (default: 40)"
-    )
-    parser.add_argument(
-        "--every", type=int, default=3, metavar="N", help="blocks between two saves (default: 3)"
+        "verbs", nargs="*", metavar="VERB", help=f"of {', '.join(VERBS)} (default: all)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/kill_and_continue"),
+        metavar="FOLDER",
+        help=f"an empty folder with 6 GB of room; {LOG} stays there, and what did not hold",
+    )
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        result = experiment(Path(folder), blocks=args.blocks, every=args.every, seed=args.seed)
-    print(json.dumps(result) if args.json else table(result))
-    return 0 if all(result["holds"].values()) else 1
+    unknown = set(args.verbs) - set(VERBS)
+    if unknown:
+        parser.error(f"no verb {', '.join(sorted(unknown))}; known: {', '.join(VERBS)}")
+    if args.out.exists() and any(args.out.iterdir()):
+        parser.error(f"--out {args.out} is not empty; choose another folder")
+    works = [work for work in WORKS if work.verb in (args.verbs or VERBS)]
+    room = Room((args.out / "room").resolve())
+    room.folder.mkdir(parents=True)
+    make(room, works)
+    log = [machine(args.seed)]
+    with (args.out / LOG).open("w", encoding="utf-8") as file:
+        print(json.dumps(log[0]), file=file, flush=True)
+        for work in works:
+            for line in lines(room, work, args.seed):
+                log.append(line)
+                print(json.dumps(line), file=file, flush=True)
+                print(f"{work.name}: {json.dumps(line)[:400]}", file=sys.stderr)
+    print(table(log))
+    whole = all(holds(line) for line in log if "moment" in line)
+    if whole:
+        shutil.rmtree(room.folder)
+    return 0 if whole else 1
 
 
 if __name__ == "__main__":

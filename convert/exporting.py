@@ -72,7 +72,7 @@ def to_torch(
             for name, tensor in watch(tensors.items(), len(tensors)):
                 array = np.asarray(tensor.read(), order="C")
                 if not rules.finite(array):
-                    wrong["not finite"].append(name)
+                    wrong[rules.NOT_FINITE].append(name)
                 file.put(name, array)
         rules.raise_all(wrong, f"Model folder {folder} is damaged", AGAIN)
     return parts

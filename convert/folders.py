@@ -361,6 +361,7 @@ def _require_fit(
 
 
 REMEDIES = {  # for what does not fit, where it is not the network itself
+    rules.NOT_FINITE: "fetch the file again, as its numbers are damaged",
     rules.MIXED: "say with --dtype in which number format to store them",
     lora.NO_WEIGHT: "give a LoRA that was trained on this network, or its base checkpoint",
     lora.HALF: "fetch the LoRA again",

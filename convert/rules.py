@@ -31,6 +31,7 @@ drop0 = "1 ... -> ..."
 
 NUMBER = "(0|[1-9][0-9]{0,3})"  # what `(\d+)` of a pattern matches: names have one spelling, layers an end
 MIXED = "of another dtype than its other layers"
+NOT_FINITE = "not finite"
 SHOWN = 8  # names per kind of mismatch in an error
 PIECE = 1 << 22  # elements looked at together
 
@@ -319,7 +320,7 @@ def convert(
     parts: dict[str, dict[int | None, np.ndarray]] = defaultdict(dict)
     for name, target in made.targets.items():
         if not finite(arrays[name]):
-            wrong["not finite"].append(name)
+            wrong[NOT_FINITE].append(name)
         parts[target.path][target.layer] = target.forward(arrays[name])
     raise_all(wrong, f"{len(arrays)} tensors do not fit the model")
     return {path: _joined(by_layer) for path, by_layer in parts.items()}

@@ -160,7 +160,7 @@ def _read(tensor: Tensor, wrong: rules.Mismatches) -> np.ndarray | None:
     array = np.asarray(tensor.read(), order="C")
     if rules.finite(array):
         return array
-    wrong["not finite"].append(tensor.name)
+    wrong[rules.NOT_FINITE].append(tensor.name)
     return None
 
 

@@ -21,6 +21,7 @@ SWALLOW = ("__del__", "_xla_gc_callback")  # functions out of which no exception
 LOOK = 0.1  # seconds between two looks at a stop that is only noted
 _heard = threading.Event()
 _given_up: list[threading.Thread] = []
+_at_once = threading.Event()
 
 
 class Stopped(KeyboardInterrupt):
@@ -129,9 +130,14 @@ def interruptible(
     return done.result()
 
 
+def leave_at_once() -> None:
+    """From now on `leave` ends the process without what libraries do at the end of one."""
+    _at_once.set()
+
+
 def leave(code: int) -> int:
     """`code` for the end of the process; where work that was given up goes on, the process ends here without it."""
-    if any(thread.is_alive() for thread in _given_up):
+    if _at_once.is_set() or any(thread.is_alive() for thread in _given_up):
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()

@@ -189,6 +189,19 @@ def test_interrupted_save_is_ignored(tmp_path, monkeypatch):
     assert sorted(p.name for p in store.folder.iterdir()) == ["1", "2"]
 
 
+def test_what_a_kill_left_is_gone_when_a_run_ends_that_had_nothing_to_save(tmp_path):
+    first = checkpoints.Checkpoints(tmp_path)
+    first.save(1, {"a": jnp.arange(3)})
+    first.close()
+    for left in (checkpoints.DISCARDED, f"2{checkpoints.TEMPORARY}"):
+        (tmp_path / left / "state").mkdir(parents=True)
+    again = checkpoints.Checkpoints(tmp_path)
+    assert again.restore({"a": jnp.zeros(3, int)})[0]["a"].tolist() == [0, 1, 2]
+    assert len([*tmp_path.iterdir()]) == 3  # reading changes nothing
+    again.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
 @pytest.mark.parametrize(
     "ask",
     [

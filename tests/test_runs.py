@@ -21,7 +21,7 @@ from packforcing_jax import config
 from packforcing_jax.cli import main
 from packforcing_jax.config import DataConfig, MeshConfig, OptimiserConfig, TrainConfig, loading
 from packforcing_jax.errors import InputError, MachineError
-from packforcing_jax.io import checkpoints, model_folder
+from packforcing_jax.io import atomic, checkpoints, model_folder
 from packforcing_jax.training import exports, logs, runs, state
 
 # A program of nine parameters that draws noise, has momentum and an average, and whose every fifth batch may be bad
@@ -660,6 +660,23 @@ def test_a_recipe_is_one_command_and_what_is_done_is_not_done_again(
     assert [line["step"] for line in lines(tmp_path / "run" / "student")] == [1, 2, 3, 4, 5]
     assert command("--stage", "teacher", "--set", "train.batch=8", config=recipe) == 2
     assert "belongs to another run (train.batch: 4 saved, 8 wanted)" in capsys.readouterr().err
+
+
+def test_what_a_kill_left_beside_a_finished_model_is_removed_by_the_same_command(
+    command, tmp_path, capsys
+):
+    assert command() == 0
+    folder = tmp_path / "run"
+    found = sorted(folder.rglob("*"))
+    for left in (
+        f"{runs.CHECKPOINTS}/{checkpoints.DISCARDED}/9",
+        f"{runs.CHECKPOINTS}/12{checkpoints.TEMPORARY}",
+        f".{runs.MODEL}-k1{atomic.UNFINISHED}/new",
+    ):
+        (folder / left).mkdir(parents=True)
+    assert command() == 0
+    assert "is there already" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == found
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])

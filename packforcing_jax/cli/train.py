@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packforcing_jax import interrupts
-from packforcing_jax.cli import common, compiling, places
-from packforcing_jax.errors import MachineError, brief, require, shown
+from packforcing_jax.cli import common, compiling, peers, places
+from packforcing_jax.errors import require, shown
 
 if TYPE_CHECKING:
     from packforcing_jax.config import Stage
+    from packforcing_jax.config.loading import Recipe
     from packforcing_jax.training import runs
 
 
@@ -48,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     several.add_argument("--processes", type=int, metavar="N", help="how many there are")
     several.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+    several.add_argument(
+        "--heartbeat-timeout",
+        type=int,
+        default=peers.HEARTBEAT,
+        metavar="SECONDS",
+        help="after how much silence of one process the others end (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,7 +68,11 @@ def run(args: argparse.Namespace) -> int:
     from packforcing_jax.config import loading
 
     recipe = loading.load_recipe(args.config, overrides)
-    join(args)
+    with together(args):
+        return _run_stages(args, recipe)
+
+
+def _run_stages(args: argparse.Namespace, recipe: "Recipe") -> int:
     from packforcing_jax.training import runs
 
     summary: dict[str, Any] = {}
@@ -81,30 +93,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def join(args: argparse.Namespace) -> None:
-    """Makes this process one of several, if it was started so."""
-    options = {
-        "--coordinator": args.coordinator,
-        "--processes": args.processes,
-        "--process": args.process,
-    }
-    missing = [flag for flag, value in options.items() if value is None]
-    require(
-        len(missing) in (0, 3),
-        f"several processes need --coordinator, --processes and --process; "
-        f"{', '.join(missing)} is missing, or use --distributed alone.",
+def together(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """While inside, this process is one of several, if it was started so."""
+    group = peers.Group(
+        args.coordinator, args.processes, args.process, args.heartbeat_timeout, args.json
     )
-    if missing and not args.distributed:
-        return
-    import jax
-
-    try:
-        jax.distributed.initialize(*options.values())
-    except (RuntimeError, ValueError) as error:
-        raise MachineError(
-            f"Joining the other processes failed ({brief(error)}); "
-            "give --coordinator, --processes and --process to each of them."
-        ) from error
+    common.require_count("--heartbeat-timeout", group.heartbeat, most=86_400)
+    alone = not args.distributed and group[:3] == (None, None, None)
+    return contextlib.nullcontext() if alone else peers.joined(group)
 
 
 def first() -> bool:

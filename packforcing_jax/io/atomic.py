@@ -94,12 +94,18 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
+def clear(path: str | Path) -> None:
+    """Removes what a `kill -9` left beside `path`, as the next writer does; what is being written stays."""
+    path = Path(path).resolve()
+    for left in path.parent.glob(f".{glob.escape(path.name)}-*{UNFINISHED}"):
+        _clear(left, path)
+
+
 @contextlib.contextmanager
 def _room(path: Path) -> Iterator[Path]:
     """A folder beside `path` for this writer alone; it vanishes with whatever is still in it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}-*{UNFINISHED}"):
-        _clear(left, path)
+    clear(path)
     room, lock = _claimed(path)
     try:
         yield room

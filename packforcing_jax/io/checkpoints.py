@@ -357,8 +357,9 @@ class Checkpoints:
         )
 
     def close(self) -> None:
-        """Waits for the last save and ends the background work of Orbax."""
+        """Waits for the last save, ends the work of Orbax, and removes what a kill left: for the one who saves here."""
         self.wait()
+        self._tidy()
         if self._manager is not None:
             self._manager.close()
             self._manager = None

@@ -23,7 +23,7 @@ from packforcing_jax import interrupts
 from packforcing_jax.config import Experiment, Stage, TrainConfig, decode, loading
 from packforcing_jax.data import sources
 from packforcing_jax.errors import MachineError, nearest, require
-from packforcing_jax.io import append_file, checkpoints, model_folder
+from packforcing_jax.io import append_file, atomic, checkpoints, model_folder
 from packforcing_jax.networks import mesh
 from packforcing_jax.training import batches, exports, logs, objectives, state
 from packforcing_jax.training.state import Frozen, TrainState
@@ -494,7 +494,7 @@ def finish(run: Run, *, card: str | None = None) -> None:
 
 
 def finished(exp: Experiment, train: TrainConfig, folder: Path, *, seed: int = 0) -> bool:
-    """Whether `folder` holds the model of this very training, done to its last step."""
+    """Whether `folder` holds the model of this very training, done to its last step; what a kill left is removed."""
     then = trained_as(folder / MODEL / TRAINING)
     if then is None:
         return False
@@ -502,7 +502,10 @@ def finished(exp: Experiment, train: TrainConfig, folder: Path, *, seed: int = 0
     if checkpoints.differences(was, wanted, [name for name in FREE if name not in WRITTEN]):
         return False
     if (folder / CHECKPOINTS).is_dir():
-        store(exp, train, folder, seed).check()
+        saved = store(exp, train, folder, seed)
+        saved.check()
+        saved.close()
+    atomic.clear(folder / MODEL)
     return True
 
 
