@@ -1,7 +1,7 @@
 """What a run carries from step to step, and the step: networks by name, one optimiser per group, one average."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, cast
 
 import einops
@@ -13,11 +13,11 @@ from flax import struct
 from jax import Array
 
 from packforcing_jax import pytrees
-from packforcing_jax.config import Experiment, TrainConfig
+from packforcing_jax.config import DiTConfig, Experiment, TrainConfig
 from packforcing_jax.data import sources
 from packforcing_jax.errors import require
 from packforcing_jax.networks import dit
-from packforcing_jax.training import batches, objectives, optimisers, rollout
+from packforcing_jax.training import batches, objectives, optimisers, rollout, teachers
 from packforcing_jax.training.batches import Batch, Flat, Networks
 
 Metrics: TypeAlias = dict[str, Array]
@@ -226,24 +226,27 @@ def assembled(
     objective = objectives.of(train)
     return Networks(
         generator=model(flat["generator"]),
-        teacher=None if teacher is None else _teacher(exp, objective.teacher, teacher, half),
-        critic=_transformer(exp, flat["critic"], half) if "critic" in flat else None,
+        teacher=None if teacher is None else _teacher(exp, train, teacher),
+        critic=_transformer(exp.dit, flat["critic"], half) if "critic" in flat else None,
         average=model(state.ema) if objective.average else None,
         null_text=frozen.get("null_text"),
         vae=batches.as_codec(exp, frozen.get("codec")),
     )
 
 
-def _transformer(exp: Experiment, leaves: Flat, dtype: str) -> dit.WanDiT:
-    return pytrees.cast(batches.as_transformer(exp, leaves), dtype)
+def _transformer(cfg: DiTConfig, leaves: Flat, dtype: str) -> dit.WanDiT:
+    return pytrees.cast(batches.as_transformer(cfg, leaves), dtype)
 
 
-def _teacher(exp: Experiment, parts: Sequence[str], leaves: Flat, dtype: str) -> batches.Model:
-    """The teacher of these parts: whole where it looks back through a memory of its own, else its transformer."""
-    if "compressor" in parts:
-        return pytrees.cast(batches.as_model(exp, leaves), dtype)
+def _teacher(exp: Experiment, train: TrainConfig, leaves: Flat) -> batches.Model:
+    """The teacher: whole where it looks back through a memory of its own, else its transformer."""
+    half = exp.dtypes.compute
+    if "compressor" in objectives.of(train).teacher:
+        return pytrees.cast(batches.as_model(exp, leaves), half)
     nothing: Any = None
-    return batches.Model(dit=_transformer(exp, leaves, dtype), compressor=nothing)
+    return batches.Model(
+        dit=_transformer(teachers.sizes(exp, train), leaves, half), compressor=nothing
+    )
 
 
 def averaged(train: TrainConfig, state: TrainState, params: Flat) -> Flat:
