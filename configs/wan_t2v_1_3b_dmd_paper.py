@@ -29,6 +29,7 @@ train = TrainConfig(
     shift=5.0,
     ema=0.99,
     ema_from=40,
+    ema_grows=False,
     negative_prompt=WAN_NEGATIVE_PROMPT,
     generator=BOTH,
     compressor=BOTH,

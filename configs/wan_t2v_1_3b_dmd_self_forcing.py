@@ -33,6 +33,7 @@ train = TrainConfig(
     shift=5.0,
     ema=0.99,
     ema_from=40,
+    ema_grows=False,
     negative_prompt=WAN_NEGATIVE_PROMPT,
     generator=BOTH,
     critic=dataclasses.replace(BOTH, rate=4e-7),

@@ -91,8 +91,8 @@ def run(args: argparse.Namespace) -> int:
     training, overrides = split(args.overrides)
     require(
         args.devices is not None or not training,
-        f"--set {''.join(training[:1])} is about training, which is counted with --devices N alone; give that, or leave "
-        "it out.",
+        f"--set {''.join(training[:1])} is about training, which is counted with --devices N alone; give that, or "
+        "leave it out.",
     )
     import jax
 

@@ -188,6 +188,7 @@ class TrainConfig:
     grid: int = 48  # steps of the teacher's path, for trajectory and consistency
     ema: float = 0.99
     ema_from: int = 0  # generator updates before the average begins
+    ema_grows: bool = True  # its memory, from 1/10 to `ema`; false: `ema` from the first update on
     blend_from: str = ""
     blend: float = 0.0  # share of the weights of blend_from in the model that is written
     negative_prompt: str = ""

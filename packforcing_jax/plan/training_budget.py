@@ -156,7 +156,7 @@ def held(made: Setup) -> dict[str, float]:
     return {
         f"{BYTES}/devices": made.grid.size,
         **sizes,
-        f"{BYTES}/held": sum(sizes.values()),
+        f"{BYTES}/held": device_bytes((form, dict(made.frozen))),
         f"{BYTES}/gradients": max(map(device_bytes, gradients)),
     }
 

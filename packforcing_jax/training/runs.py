@@ -161,9 +161,9 @@ def start(
     mesh.check(exp, train, grid)
     check_folder(folder)
     read = data(exp, train, seed, program)
+    frozen = others(exp, train, grid)  # one device reads the prompt, so not under the whole mesh
     with jax.set_mesh(grid):
         form = abstract(exp, train, program, seed, grid)
-        frozen = others(exp, train, grid)
         if train.blend:  # what does not fit fails here, not behind the last step
             exports.network(train.blend_from, form.ema, grid)
         saved = store(exp, train, folder, seed)

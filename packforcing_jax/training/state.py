@@ -250,9 +250,10 @@ def _teacher(exp: Experiment, train: TrainConfig, leaves: Flat) -> batches.Model
 
 
 def averaged(train: TrainConfig, state: TrainState, params: Flat) -> Flat:
-    """The running average after one more update: a copy until it begins, then of a memory that grows to `train.ema`."""
+    """The running average after one more update: a copy until it begins, then of a memory that may grow."""
     alternates = train.distil.critic_updates if objectives.of(train).critic is not None else 1
     since = state.step // alternates + 1 - train.ema_from
     # 1/10, 2/11, 3/12, ...: a young average forgets the weights it began with, whatever `train.ema` is
-    keep = jnp.where(since > 0, jnp.minimum(train.ema, since / (since + 9)), 0.0)
+    most = since / (since + 9) if train.ema_grows else 1.0
+    keep = jnp.where(since > 0, jnp.minimum(train.ema, most), 0.0)
     return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, state.ema, dict(params))
