@@ -1,7 +1,7 @@
 """Compiles a full-size distillation step for eight devices, without any, and shows what each holds and exchanges.
 
     python -m benchmarks.training_memory                              # eight fake CPU devices: the state counts
-    python -m benchmarks.training_memory --config wan_t2v_1_3b_dmd_14b --steps ""           # the state alone
+    python -m benchmarks.training_memory wan_t2v_1_3b_dmd_14b --steps ""     # the state alone
     .venv-h200/bin/python -m benchmarks.training_memory --json        # eight H200s, where jax[cuda13] is installed
 
 Nothing is allocated, computed or timed. On a CPU attention is not fused and numbers are not half as wide, so that only
