@@ -240,15 +240,12 @@ def batch_of(exp: Experiment, train: TrainConfig) -> Batch:
 def _score(made: Setup, cfg: DiTConfig) -> float:
     """Operations of one score of a batch of clips by a transformer of these sizes."""
     exp = _plain(made)
-    batch = batch_of(made.exp, made.train)
     frames, prompts = _scored(made)
-    tokens = isinstance(batch.text, batches.TokenizedText)
     words = exp.text.max_words
     states = jax.ShapeDtypeStruct((prompts, made.train.batch, words, cfg.text_dim), jnp.float32)
     clip = jax.ShapeDtypeStruct(
         (made.train.batch, frames, *exp.latent, cfg.in_channels), jnp.float32
     )
-    assert tokens or prompts == 1
     model = jax.eval_shape(lambda: pytrees.cast(dit.WanDiT(cfg, nnx.Rngs(0)), exp.dtypes.compute))
 
     def score(model: dit.WanDiT, clip: jax.Array, states: jax.Array) -> jax.Array:
