@@ -92,7 +92,7 @@ def from_ends(stage: Stage, folders: Sequence[Path]) -> list[float]:
     grid = mesh.make(stage.train.mesh)
     exp = state.variant(stage.experiment, train, SEED, 0)
     form = runs.abstract(exp, train, runs.Program(), SEED, grid)
-    taught = runs.others(exp, train, form, grid)["teacher"]
+    taught = runs.others(exp, train, grid)["teacher"]
     raw_batch = next(runs.data(exp, train, SEED, runs.Program()))
 
     @jax.jit

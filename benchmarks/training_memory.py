@@ -1,6 +1,7 @@
 """Compiles a full-size distillation step for eight devices, without any, and shows what each holds and exchanges.
 
     python -m benchmarks.training_memory                              # eight fake CPU devices: the state counts
+    python -m benchmarks.training_memory wan_t2v_1_3b_dmd_14b --steps ""     # the state alone
     .venv-h200/bin/python -m benchmarks.training_memory --json        # eight H200s, where jax[cuda13] is installed
 
 Nothing is allocated, computed or timed. On a CPU attention is not fused and numbers are not half as wide, so that only
@@ -10,28 +11,25 @@ what the devices hold means anything there; the memory of a step and what it exc
 import argparse
 import dataclasses
 import importlib.util
-import math
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.experimental import topologies
 
 from benchmarks import compile_for_h200
 from benchmarks.compile_for_h200 import Row
-from packforcing_jax import pytrees
-from packforcing_jax.config import Experiment, TrainConfig, loading
-from packforcing_jax.networks import codec, dit, mesh
-from packforcing_jax.plan import hlo, jaxpr_cost
-from packforcing_jax.training import rollout, runs
-from packforcing_jax.training.state import TrainState
+from packforcing_jax.config import loading
+from packforcing_jax.networks import mesh
+from packforcing_jax.plan import formulas, hlo, training_budget
+from packforcing_jax.plan.training_budget import Setup, device_bytes
+from packforcing_jax.training import runs, teachers
 
 COUNT = 8
 SETTINGS = (
@@ -66,69 +64,26 @@ def devices(on_gpus: bool) -> Sequence[Any]:
     ).devices
 
 
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What a step is compiled for: its settings, and shapes and shardings of all that it works on."""
-
-    exp: Experiment
-    train: TrainConfig
-    state: TrainState
-    frozen: Mapping[str, Any]  # what a step reads and leaves alone
-    grid: jax.sharding.Mesh
-
-
-def frozen(exp: Experiment, state: TrainState, grid: jax.sharding.Mesh) -> dict[str, Any]:
-    """Shapes and shardings of what a step reads and leaves alone."""
-    teacher = {
-        path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(exp.dtypes.params), sharding=leaf.sharding)
-        for path, leaf in state.params["generator"].items()
-        if path.startswith("dit/")
-    }
-    everywhere = jax.sharding.NamedSharding(grid, jax.sharding.PartitionSpec())
-    vae = pytrees.flatten(jax.eval_shape(lambda: codec.make(exp.codec, nnx.Rngs(0))))
-    return {
-        "teacher": teacher,
-        "codec": {
-            path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(exp.dtypes.vae), sharding=everywhere)
-            for path, leaf in vae.items()
-        },
-    }
-
-
-def device_bytes(tree: jaxpr_cost.Tree) -> int:
-    """Bytes of a tree of placed shapes on each device."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
-
-
 def state_rows(setup: Setup) -> Iterator[Row]:
     """What each device holds between steps, beside an equal share of the transformer's parameters, times bytes each."""
-    exp = setup.exp
     state = setup.state
     teacher = setup.frozen["teacher"]
     parts = setup.grid.shape["fsdp"] * setup.grid.shape["tensor"]
-    count = sum(
-        math.prod(leaf.shape)
-        for leaf in pytrees.flatten(
-            jax.eval_shape(lambda: dit.WanDiT(exp.dit, nnx.Rngs(0)))
-        ).values()
-    )
-    half = jnp.dtype(exp.dtypes.params).itemsize
+    size = formulas.transformer_share(setup.exp.dit, 1, 1) / parts
+    taught = formulas.transformer_share(teachers.sizes(setup.exp, setup.train), 1, 1) / parts
+    taught *= jnp.dtype(setup.exp.dtypes.compute).itemsize
     table = (
-        ("generator", state.params["generator"], 4),
-        ("its average", state.ema, 4),
-        ("its moments", (state.opt["generator"], state.opt["compressor"]), 8),
-        ("critic", state.params["critic"], 4),
-        ("its moments", state.opt["critic"], 8),
-        ("teacher", teacher, half),
-        ("all", (state, teacher), 28 + half),
-        ("all, with gradients", (state, teacher, state.params["generator"]), 32 + half),
+        ("generator", state.params["generator"], 4 * size),
+        ("its average", state.ema, 4 * size),
+        ("its moments", (state.opt["generator"], state.opt.get("compressor", ())), 8 * size),
+        ("critic", state.params["critic"], 4 * size),
+        ("its moments", state.opt["critic"], 8 * size),
+        ("teacher", teacher, taught),
+        ("all", (state, teacher), 28 * size + taught),
+        ("all, with gradients", (state, teacher, state.params["generator"]), 32 * size + taught),
     )
-    for name, tree, each in table:
+    for name, tree, share in table:
         known = device_bytes(tree)
-        share = each * count / parts
         ok = known <= ROOM * share if name.startswith("all") else None
         yield Row("state", name, f"{known / 1e9:.2f} GB; {share / 1e9:.2f} of equal shares", ok)
     yield Row(
@@ -159,10 +114,11 @@ def step_rows(setup: Setup, name: str, *, on_gpus: bool) -> Iterator[Row]:
     states = jax.ShapeDtypeStruct(
         (setup.train.batch, exp.dit.text_len, exp.dit.text_dim),
         jnp.bfloat16,
-        sharding=mesh.batch_sharding(setup.grid),
+        sharding=mesh.batch_sharding(cast(jax.sharding.Mesh, setup.grid)),
     )
-    with jax.set_mesh(setup.grid):
-        update = runs.compiled(exp, setup.train, runs.Program(), state, setup.grid)
+    grid = cast(jax.sharding.Mesh, setup.grid)  # of devices, if fake ones
+    with jax.set_mesh(grid):
+        update = runs.compiled(exp, setup.train, runs.Program(), state, grid)
         done = update.lower(
             state, setup.frozen, {"states": states}, np.uint32(0), (name,), exp
         ).compile()
@@ -207,14 +163,8 @@ def run(args: argparse.Namespace) -> int:
     stage = loading.load_stage(args.config, (*SETTINGS, *args.overrides))
     exp = stage.experiment
     train = stage.train
-    exp = dataclasses.replace(
-        rollout.for_training(exp, exp.blocks, exp.cache.sink, top=train.cover.top),
-        attention="cudnn" if on_gpus else "xla",
-    )
-    grid = mesh.make(train.mesh, chips)
-    mesh.check(exp, train, grid)
-    state = runs.abstract(exp, train, runs.Program(), 0, grid)
-    setup = Setup(exp, train, state, frozen(exp, state, grid), grid)
+    exp = dataclasses.replace(exp, attention="cudnn" if on_gpus else "xla")
+    setup = training_budget.setup(exp, train, mesh.make(train.mesh, chips))
     rows = list(state_rows(setup))
     for name in filter(None, args.steps.split(",")):
         rows += step_rows(setup, name, on_gpus=on_gpus)
@@ -223,14 +173,14 @@ def run(args: argparse.Namespace) -> int:
         if on_gpus
         else f"{COUNT} fake CPU devices"
     )
-    sizes = ", ".join(f"{name}={size}" for name, size in grid.shape.items())
+    sizes = ", ".join(f"{name}={size}" for name, size in setup.grid.shape.items())
     return compile_for_h200.print_report(
         rows,
         f"{args.config} on {what} ({sizes})",
         as_json=args.json,
         config=args.config,
         devices=what,
-        mesh=dict(grid.shape),
+        mesh=dict(setup.grid.shape),
     )
 
 

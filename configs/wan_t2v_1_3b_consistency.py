@@ -8,7 +8,13 @@ import dataclasses
 
 from packforcing_jax.configs.wan_t2v_1_3b_paper import experiment as base
 
-from packforcing_jax.config import CoverConfig, DataConfig, DistilConfig, TrainConfig
+from packforcing_jax.config import (
+    WAN_NEGATIVE_PROMPT,
+    CoverConfig,
+    DataConfig,
+    DistilConfig,
+    TrainConfig,
+)
 
 train = TrainConfig(
     objective="consistency",
@@ -17,6 +23,7 @@ train = TrainConfig(
     batch=64,
     grid=48,
     ema=0.99,
+    negative_prompt=WAN_NEGATIVE_PROMPT,
     remat="blocks",
     distil=DistilConfig(form="plain", guidance=3.0),
     cover=CoverConfig(sinks=(0, 4, 8), gap=60.0, gap_share=0.5),

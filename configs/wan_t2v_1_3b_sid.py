@@ -8,7 +8,13 @@ import dataclasses
 
 from packforcing_jax.configs.wan_t2v_1_3b_paper import experiment as base
 
-from packforcing_jax.config import CoverConfig, DataConfig, OptimiserConfig, TrainConfig
+from packforcing_jax.config import (
+    WAN_NEGATIVE_PROMPT,
+    CoverConfig,
+    DataConfig,
+    OptimiserConfig,
+    TrainConfig,
+)
 
 train = TrainConfig(
     objective="sid",
@@ -16,6 +22,7 @@ train = TrainConfig(
     batch=8,
     ema=0.99,
     ema_from=40,
+    negative_prompt=WAN_NEGATIVE_PROMPT,
     generator=OptimiserConfig(decay=0.0),
     compressor=OptimiserConfig(rate=1e-4, warmup=20),
     critic=OptimiserConfig(rate=2e-6, decay=0.0),

@@ -1,6 +1,9 @@
 """A tiny training on several meshes of fake devices, or as one of several processes: prints the losses as JSON.
 
 python tests/meshed.py '{"objective": "dmd", "steps": 3, "meshes": [[1, 1, 1, 1], [1, 2, 2, 2]]}'
+
+`"teacher": {"dim": 48, "layers": 3}` changes sizes of the teacher; `"compile": true` compiles a step on each mesh in
+place of training, and prints what the compiler says of its arguments beside what `plan` says.
 """
 
 import dataclasses
@@ -54,7 +57,7 @@ def apart(one, other):
     )
 
 
-def settings(objective, sizes):
+def settings(wanted, sizes):
     """Four heads, so that tensor and context have something to divide; rates at which 20 steps make a difference."""
     import tiny
 
@@ -63,7 +66,7 @@ def settings(objective, sizes):
 
     moves = training.OptimiserConfig(rate=1e-3, betas=(0.9, 0.99))
     train = training.TrainConfig(
-        objective=objective,
+        objective=wanted["objective"],
         batch=BATCH,
         steps=20,
         accumulate=1,
@@ -78,7 +81,9 @@ def settings(objective, sizes):
     )
     heads = dataclasses.replace(tiny.EXP.dit, dim=24, heads=4, rope_pairs=(1, 1, 1))
     exp = rollout.for_training(dataclasses.replace(tiny.EXP, dit=heads), blocks=5, sink=3)
-    return exp, train
+    other = wanted.get("teacher")
+    own = None if other is None else dataclasses.replace(heads, rope_pairs=None, **other)
+    return exp, dataclasses.replace(train, teacher=own)
 
 
 def examples(exp, step):
@@ -99,7 +104,7 @@ def examples(exp, step):
     }
 
 
-def trained(objective, steps, sizes):
+def trained(wanted, sizes):
     """The metrics of every step on one mesh of the first devices."""
     import math
 
@@ -110,7 +115,7 @@ def trained(objective, steps, sizes):
     from packforcing_jax.networks import mesh
     from packforcing_jax.training import runs
 
-    exp, train = settings(objective, sizes)
+    exp, train = settings(wanted, sizes)
     program = runs.Program()
     grid = mesh.make(train.mesh, jax.devices()[: math.prod(sizes)])
     mesh.check(exp, train, grid)
@@ -118,11 +123,11 @@ def trained(objective, steps, sizes):
     mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
     with jax.set_mesh(grid):
         form = runs.abstract(exp, train, program, SEED, grid)
-        frozen = teacher(exp, train, form)
+        frozen = teacher(exp, train, grid)
         state = runs.born(exp, train, program, SEED, form, grid)
         update = runs.compiled(exp, train, program, form, grid)
         history = []
-        for step in range(steps):
+        for step in range(wanted["steps"]):
             raw = sources.global_batch(
                 grid, {name: rows[mine] for name, rows in examples(exp, step).items()}
             )
@@ -133,26 +138,54 @@ def trained(objective, steps, sizes):
     return history
 
 
-def teacher(exp, train, form):
-    """A frozen transformer of other weights, lying where the generator's does."""
+def teacher(exp, train, grid):
+    """A frozen transformer of other weights, lying where the rules say."""
     import jax
 
     from packforcing_jax import pytrees
-    from packforcing_jax.training import batches
+    from packforcing_jax.networks import mesh
+    from packforcing_jax.training import batches, teachers
 
-    places = {
-        path: leaf.sharding
-        for path, leaf in form.params["generator"].items()
-        if path.startswith("dit/")
-    }
-    if train.objective != "dmd":
+    places = mesh.shardings(teachers.shapes(exp, train), grid)
+    if not places:
         return {}
+    own = dataclasses.replace(exp, dit=teachers.sizes(exp, train))
 
     def drawn():
-        flat = pytrees.flatten(batches.new_model(exp, jax.random.key(SEED + 1), reads=False))
+        flat = pytrees.flatten(batches.new_model(own, jax.random.key(SEED + 1), reads=False))
         return {path: flat[path] for path in places}
 
     return {"teacher": jax.jit(drawn, out_shardings=places)()}
+
+
+def compiled(wanted, sizes):
+    """Bytes that a compiled update of the generator is given on each device: (as XLA says, as `plan` says)."""
+    import math
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from packforcing_jax.networks import mesh
+    from packforcing_jax.plan import training_budget
+    from packforcing_jax.training import runs
+
+    exp, train = settings(wanted, sizes)
+    grid = mesh.make(train.mesh, jax.devices()[: math.prod(sizes)])
+    made = training_budget.setup(exp, train, grid)
+    states = jax.ShapeDtypeStruct(
+        (BATCH, exp.dit.text_len - 1, exp.dit.text_dim),
+        jnp.float32,
+        sharding=mesh.batch_sharding(grid),
+    )
+    with jax.set_mesh(grid):
+        step = runs.compiled(made.exp, train, runs.Program(), made.state, grid)
+        lowered = step.lower(
+            made.state, made.frozen, {"states": states}, np.uint32(0), ("generator",), made.exp
+        )
+        found = lowered.compile().memory_analysis().argument_size_in_bytes
+    beside = training_budget.device_bytes(states) + 4  # the seed
+    return found - beside, training_budget.held(made)["training/held"]
 
 
 def main(wanted):
@@ -165,9 +198,8 @@ def main(wanted):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(wanted["coordinator"], wanted["processes"], wanted["process"])
     sys.path.insert(0, str(Path(__file__).parent))
-    found = [
-        (sizes, trained(wanted["objective"], wanted["steps"], sizes)) for sizes in wanted["meshes"]
-    ]
+    measure = compiled if wanted.get("compile") else trained
+    found = [(sizes, measure(wanted, sizes)) for sizes in wanted["meshes"]]
     print(json.dumps(found))
 
 

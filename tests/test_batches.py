@@ -172,7 +172,9 @@ def test_hidden_text_is_the_negative_prompt_where_there_is_one():
 
 
 def test_a_negative_prompt_longer_than_the_datas_text_is_refused():
-    with pytest.raises(InputError, match="train.negative has 7 words, but the data's text holds 6"):
+    with pytest.raises(
+        InputError, match="train.negative_prompt has 7 words, but the data's text holds 6"
+    ):
         batches.without_text(tiny.normal(3, 2, 4, 6, 10), tiny.normal(4, 7, 10))
 
 
@@ -197,6 +199,6 @@ def test_a_model_without_a_reader_has_none():
 
 
 def test_a_transformer_is_the_part_under_dit():
-    alone = pytrees.flatten(batches.as_transformer(EXP, pytrees.flatten(MODEL)))
+    alone = pytrees.flatten(batches.as_transformer(EXP.dit, pytrees.flatten(MODEL)))
     assert alone.keys() == pytrees.flatten(MODEL.dit).keys()
     np.testing.assert_array_equal(alone["patch/kernel"], MODEL.dit.patch.kernel[...])

@@ -154,8 +154,10 @@ def check_settings(verb, arguments):
         return
     shipped = arguments.config is None and getattr(arguments, "weights", None) is not None
     config = arguments.config or ("wan_t2v_1_3b" if shipped else "stage")
-    training = [each for each in overrides if verb == "prepare" and loading.of_training(each)]
+    trains = verb == "prepare" or getattr(arguments, "devices", None) is not None
+    training = [each for each in overrides if trains and loading.of_training(each)]
     kept = [each for each in overrides if each not in training]
+    loading.load_stage(config, training)
     pipeline.with_overrides(
         loading.load_experiment(config), getattr(arguments, "memory", None), kept
     )

@@ -292,6 +292,16 @@ def test_public_trajectories_are_turned_into_ours(tmp_path, parts):
     np.testing.assert_allclose(made["low_res"][1], low_res[0], atol=2e-3)
 
 
+def test_a_teacher_is_guided_away_from_the_negative_prompt_as_its_encoder_reads_it(folder):
+    model = model_folder.opened(folder)
+    train = config.TrainConfig(negative_prompt="blue")
+    told = importing.parts_of(tiny.EXP, model, ("text", "teacher"), train)
+    (states,) = importing.Texts(told, ["blue"])(["blue"])
+    np.testing.assert_array_equal(told.null_text, states)
+    assert importing.parts_of(tiny.EXP, model, ("text", "teacher")).null_text is None
+    assert importing.parts_of(tiny.EXP, model, ("text",), train).null_text is None
+
+
 def test_clips_without_states_and_folders_of_folders(tmp_path):
     for name, count in (("shard_b", 1), ("shard_a", 2)):
         base(

@@ -91,3 +91,14 @@ def test_the_seed_decides_what_is_drawn():
     np.testing.assert_array_equal(one, same)
     assert np.abs(np.asarray(one - other)).max() > 0.1
     assert one.shape == (4, BLOCKS, tiny.BATCH, 3, 8, 4, 12)
+
+
+def test_a_teacher_draws_away_from_the_states_it_is_given():
+    """Those of a negative prompt as long as the text; without any, zeros."""
+    seed = jnp.uint32(1)
+    away = tiny.normal(8, 9, EXP.dit.text_dim)
+    zeros = paths.noise_to_clip(TEACHER, EXP, TRAIN, seed, STATES, jnp.zeros_like(away))
+    none = paths.noise_to_clip(TEACHER, EXP, TRAIN, seed, STATES)
+    from_it = paths.noise_to_clip(TEACHER, EXP, TRAIN, seed, STATES, away)
+    np.testing.assert_allclose(zeros, none, atol=1e-6)
+    assert np.abs(np.asarray(from_it - none)[-1]).max() > 1e-3

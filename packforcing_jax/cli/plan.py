@@ -1,8 +1,9 @@
-"""`packforcing plan`: what a video costs, counted from the real step beside the formulas, and what it fits into."""
+"""`packforcing plan`: what a video or training costs, counted beside the formulas, and what a video fits into."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from packforcing_jax.cli import common
 from packforcing_jax.config import DTYPES
-from packforcing_jax.errors import shown
+from packforcing_jax.errors import require, shown
 
 if TYPE_CHECKING:
+    from packforcing_jax.config import Experiment
     from packforcing_jax.plan.budget import Budget, Row
     from packforcing_jax.plan.memory_fit import Verdict
 
@@ -33,6 +35,8 @@ TITLES = {
     "peak": "peak",
     "operations": "operations of one block",
     "share": "share of a block's operations",
+    "training": "training, held on each device",
+    "step": "operations of one step of training",
 }
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")  # decimal: 1 GB is 10^9 bytes
 SYMBOLS = {"bytes": "B", "operations": "FLOP"}
@@ -68,6 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"to fit into, such as 24GB or 22.5GiB; may be repeated (default: {', '.join(CARDS)})",
     )
     parser.add_argument(
+        "--devices",
+        type=int,
+        metavar="N",
+        help="also what training by the config takes on so many devices (--set train.mesh.fsdp=N)",
+    )
+    parser.add_argument(
         "--compile",
         action="store_true",
         help="also ask the compiler of this machine what each program takes; minutes at full size",
@@ -77,6 +87,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints every figure; exit code 1 if one is not what its formula says."""
     exp = common.load_experiment(args.config)
+    common.require_count("--devices", args.devices)
+    training, overrides = split(args.overrides)
+    require(
+        args.devices is not None or not training,
+        f"--set {''.join(training[:1])} is about training, which is counted with --devices N alone; give that, or "
+        "leave it out.",
+    )
     import jax
 
     if not args.compile:
@@ -89,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
     from packforcing_jax.sampling import pipeline
 
     rooms = [memory_fit.parse(size) for size in args.rooms or CARDS]
-    exp = pipeline.with_overrides(exp, args.memory, args.overrides, args.method)
+    exp = pipeline.with_overrides(exp, args.memory, overrides, args.method)
+    trained = trained_rows(args, exp, training)
     require_blocks(methods.named(exp.method), "plan")
     if args.blocks is not None:
         pipeline.require_blocks(args.blocks, f"--blocks {shown(args.blocks)}")
@@ -97,10 +115,32 @@ def run(args: argparse.Namespace) -> int:
     common.require_count("--batch", args.batch)
     exp = lengthened(methods.named(exp.method), exp, blocks)
     costs = budget.of(exp, blocks, batch=args.batch, dtype=args.dtype, compiled=args.compile)
+    costs = dataclasses.replace(costs, rows=costs.rows | trained)
     known = costs.peaks if args.compile and jax.default_backend() == "gpu" else None
     verdicts = [memory_fit.judge(costs.experiment, room, args.batch, known) for room in rooms]
     print(json.dumps(report(costs, verdicts)) if args.json else table(costs, verdicts))
     return 1 if costs.wrong else 0
+
+
+def split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The settings of training, and the others."""
+    from packforcing_jax.config import loading
+
+    training = [each for each in overrides if loading.of_training(each)]
+    return training, [each for each in overrides if each not in training]
+
+
+def trained_rows(
+    args: argparse.Namespace, exp: Experiment, overrides: Sequence[str]
+) -> dict[str, Row]:
+    """The figures of training `exp` as the config says, where they are asked for."""
+    if args.devices is None:
+        return {}
+    from packforcing_jax.config import loading
+    from packforcing_jax.plan import training_budget
+
+    stage = dataclasses.replace(loading.load_stage(args.config, overrides), experiment=exp)
+    return training_budget.rows(stage, args.devices)
 
 
 def spell(figure: float, unit: str) -> str:
@@ -127,8 +167,11 @@ def table(costs: Budget, verdicts: Sequence[Verdict]) -> str:
     exp = costs.experiment
     lines = []
     for part, title in TITLES.items():
+        own = [row for row in costs.rows.values() if row.name.partition("/")[0] == part]
+        if not own:
+            continue
         lines += ["", f"{title + of_what(part, costs):<37}{'counted':>14}{'formula':>14}"]
-        lines += [line(row) for row in costs.rows.values() if row.name.partition("/")[0] == part]
+        lines += [line(row) for row in own]
         if part == "workspace":
             lines += compiled(costs)
     sizes = {

@@ -83,6 +83,12 @@ def run(args: argparse.Namespace) -> int:
         for group in _groups(list(dict.fromkeys(item.prompt for item in items))):
             parts.tokenizer.encode(group)
     about = made_with(parts, model) | {"source": importing.digest(items), "timesteps": times}
+    if parts.teacher is not None:
+        about |= {
+            "grid": train.grid,
+            "guidance": train.distil.guidance,
+            "negative_prompt": train.negative_prompt,
+        }
     backend, why = attention.resolve(exp.attention)
     common.start_line("prepare", experiment=exp, dtype=exp.dtypes.vae, attention=backend, why=why)
     with records.Writer(out, kind=kind, about=about) as writer:

@@ -26,6 +26,7 @@ RENAMED = {  # keys of earlier versions, and what they are called now
     "cache.trained": "cache.max_position",
     "compressor.places": "compressor.positions",
     "train.trained": "train.trainable",
+    "train.negative": "train.negative_prompt",
     "train.distil.low": "train.distil.min_timestep",
     "train.distil.high": "train.distil.max_timestep",
 }

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 from packforcing_jax.config import limits
 from packforcing_jax.config.choices import CHOICES, require_choices
+from packforcing_jax.config.networks import DiTConfig
 from packforcing_jax.errors import require
 
 # (networks, batch, key, experiment, train) -> (loss, what to log); Any: settings load without jax and its arrays
@@ -164,6 +165,10 @@ class TrainConfig:
     all `clean` blocks before them (teacher forcing), or all `noisy` ones (diffusion forcing).
     `generator_from`, `teacher_from`, `critic_from`, `blend_from`: an earlier stage of the recipe or a model folder;
     "" draws the generator anew and starts the critic as the teacher.
+    `teacher` are the sizes of a teacher that is larger or smaller than the generator (None: the same); a run reads them
+    from the model folder. The critic has the generator's, as in Self-Forcing.
+    `negative_prompt` is the text of a teacher's unconditional prediction, and what hidden text is replaced by; "" is no
+    text (states of zero). The families guide with Wan's (`WAN_NEGATIVE_PROMPT`).
     `blend`: the model that is written lies this far from the average to the generator of `blend_from`, on the straight
     line between their weights (WiSE-FT, arXiv 2109.01903); it makes sense where one descends from the other.
     """
@@ -177,14 +182,16 @@ class TrainConfig:
     generator_from: str = ""
     teacher_from: str = ""
     critic_from: str = ""
+    teacher: DiTConfig | None = None
     shift: float = 5.0  # noise levels: uniform draws warped towards noise
     drop_text: float = 0.0  # probability that a clip's text is hidden, for guidance later
     grid: int = 48  # steps of the teacher's path, for trajectory and consistency
     ema: float = 0.99
     ema_from: int = 0  # generator updates before the average begins
+    ema_grows: bool = True  # its memory, from 1/10 to `ema`; false: `ema` from the first update on
     blend_from: str = ""
     blend: float = 0.0  # share of the weights of blend_from in the model that is written
-    negative: str = ""  # prompt of the unconditional prediction; "" hides the text
+    negative_prompt: str = ""
     cover: CoverConfig = CoverConfig()
     distil: DistilConfig = DistilConfig()
     generator: OptimiserConfig = OptimiserConfig()

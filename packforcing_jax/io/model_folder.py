@@ -263,7 +263,7 @@ def placed(
 
 
 def _here() -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _leaf(tensors: Mapping[str, Tensor], path: str) -> tuple[str, np.ndarray | None]:

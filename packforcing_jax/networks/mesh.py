@@ -7,11 +7,11 @@ MLP's inner width, `context` the tokens of a video. Moments and averages lie whe
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from packforcing_jax.config import Experiment, MeshConfig, TrainConfig
@@ -19,6 +19,9 @@ from packforcing_jax.errors import require
 from packforcing_jax.sharding import AXES, BATCH, HEADS, divisor, fitting
 
 Tree = TypeVar("Tree")
+Grid: TypeAlias = (
+    Mesh | AbstractMesh
+)  # devices, or sizes of axes over devices that need not be there
 
 SHARED = ("fsdp", "tensor")  # of what is gathered whole before it is used
 
@@ -107,7 +110,7 @@ def rule(path: str) -> P:
     return matches[0]
 
 
-def spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
+def spec(path: str, shape: Sequence[int], mesh: Grid) -> P:
     """How a parameter is divided, or what an optimiser keeps of it: whole if that has fewer axes.
 
     A dimension that an axis does not divide stays whole on it.
@@ -116,7 +119,7 @@ def spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
     return fitting(tuple(wanted), shape, mesh.shape) if len(wanted) <= len(shape) else P()
 
 
-def shardings(tree: Tree, mesh: Mesh) -> Tree:
+def shardings(tree: Tree, mesh: Grid) -> Tree:
     """Where every leaf lies, of a flat network, a training state or an optimiser's.
 
     What belongs to a parameter has its path as the last key, as in flat networks; everything else is whole everywhere.
@@ -137,16 +140,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 # What cannot be divided
 
 
-def check(exp: Experiment, train: TrainConfig, mesh: Mesh) -> None:
+def check(exp: Experiment, train: TrainConfig, mesh: Grid) -> None:
     """Raises `InputError` for heads, batch or tokens that the mesh does not divide; allocates nothing."""
-    heads = exp.dit.heads
     parts = divisor(HEADS, mesh.shape)
-    require(
-        heads % parts == 0,
-        f"{exp.name} has {heads} heads, which train.mesh tensor x context = "
-        f"{mesh.shape['tensor']} x {mesh.shape['context']} = {parts} does not divide; "
-        f"sizes that work: {_divisors(heads)}.",
-    )
+    for name, model in ((exp.name, exp.dit), ("the teacher", train.teacher or exp.dit)):
+        require(
+            model.heads % parts == 0,
+            f"{name} has {model.heads} heads, which train.mesh tensor x context = "
+            f"{mesh.shape['tensor']} x {mesh.shape['context']} = {parts} does not divide; "
+            f"sizes that work: {_divisors(model.heads)}.",
+        )
     parts = divisor(BATCH, mesh.shape)
     processes = jax.process_count()
     whole = parts * train.accumulate

@@ -324,6 +324,29 @@ def _transformer(cfg: DiTConfig) -> int:
     return cfg.layers * layer + sum((inner + 1) * outer for inner, outer in ends) + 2 * d
 
 
+def transformer_share(cfg: DiTConfig, fsdp: int, tensor: int) -> int:
+    """Numbers of a transformer on each device of a mesh: matrices in `fsdp` times `tensor` parts, vectors by `tensor`.
+
+    What an axis does not divide lies whole along it.
+    """
+    d, f = cfg.dim, cfg.ffn_dim
+    cells = math.prod(cfg.patch)
+
+    def cut(size: int, parts: int) -> int:
+        return size // parts if size % parts == 0 else size
+
+    square = cut(d, fsdp) * cut(d, tensor)
+    wide = cut(d, fsdp) * cut(f, tensor)
+    # eight projections; biases and norms of queries, keys and values; the MLP; what every device reads whole
+    layer = 8 * square + 10 * cut(d, tensor) + 2 * wide + cut(f, tensor) + 11 * d
+    both = fsdp * tensor
+    columns = [(cfg.in_channels * cells, d), (d, d), (cfg.freq_dim, d), (d, d), (d, 6 * d)]
+    rows = [(cfg.text_dim, d), (d, cfg.out_channels * cells)]
+    ends = sum(inner * cut(outer, both) + outer for inner, outer in columns)
+    ends += sum(cut(inner, both) * outer + outer for inner, outer in rows)
+    return cfg.layers * layer + ends + 2 * d
+
+
 def _text_layer(cfg: TextConfig) -> int:
     return (
         4 * cfg.dim * cfg.dim_attn
@@ -429,6 +452,13 @@ def _pass(
     # embedding of each frame's time and its modulation; embedding of the patches
     count += 2 * frames * d * (cfg.freq_dim + 7 * d) + embeds * 2 * q * cfg.in_channels * cells * d
     return count + (until == "output") * (rest + 2 * q * d * cfg.out_channels * cells)
+
+
+def score(cfg: DiTConfig, q: int, frames: int, prompts: int) -> float:
+    """One bidirectional pass over a clip of `q` tokens, and the reading of its prompts."""
+    d = cfg.dim
+    text = cfg.text_dim * d + d * d + cfg.layers * 2 * d * d
+    return _pass(cfg, q, frames, q) + 2 * prompts * cfg.text_len * text
 
 
 def _packing(exp: Experiment, cfg: DiTConfig, room: float) -> float:

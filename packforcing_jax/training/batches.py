@@ -10,7 +10,7 @@ from flax import nnx, struct
 from jax import Array
 
 from packforcing_jax import pytrees
-from packforcing_jax.config import Experiment
+from packforcing_jax.config import DiTConfig, Experiment
 from packforcing_jax.errors import require
 from packforcing_jax.networks import codec, compressor, dit
 from packforcing_jax.networks import text as umt5
@@ -106,9 +106,9 @@ def part(params: Mapping[str, Leaf], name: str) -> dict[str, Leaf]:
     }
 
 
-def as_transformer(exp: Experiment, params: Mapping[str, Array]) -> dit.WanDiT:
-    """The transformer alone, from the paths under dit/."""
-    shapes = jax.eval_shape(lambda: dit.WanDiT(exp.dit, nnx.Rngs(0)))
+def as_transformer(cfg: DiTConfig, params: Mapping[str, Array]) -> dit.WanDiT:
+    """A transformer of these sizes alone, from the paths under dit/."""
+    shapes = jax.eval_shape(lambda: dit.WanDiT(cfg, nnx.Rngs(0)))
     return pytrees.fill(shapes, part(params, "dit"), put=pytrees.unchanged)
 
 
@@ -179,7 +179,7 @@ def without_text(states: Array, null_text: Array | None, where: Array | bool = T
         short = states.shape[2] - null_text.shape[0]
         require(
             short >= 0,
-            f"train.negative has {null_text.shape[0]} words, but the data's text holds {states.shape[2]}; "
+            f"train.negative_prompt has {null_text.shape[0]} words, but the data's text holds {states.shape[2]}; "
             "shorten it or prepare the data with longer text.",
         )
         nothing = nothing + jnp.pad(null_text, ((0, short), (0, 0)))[None, None].astype(

@@ -59,6 +59,11 @@ def guided(distil: DistilConfig, conditional: Latent, unconditional: Latent) -> 
     return base + distil.guidance * (conditional - unconditional)
 
 
+def guides(distil: DistilConfig) -> bool:
+    """Whether the unconditional prediction of `guided` has a weight, and is computed."""
+    return (distil.form, distil.guidance) != ("extra", 0)
+
+
 def steered(
     predict: Callable[[Array], Latent], states: Array, null_text: Array | None, scale: float
 ) -> Latent:
@@ -188,8 +193,7 @@ def _student_loss(
     noisy = noised(train, x if through else jax.lax.stop_gradient(x), noise, timestep)
     teacher, critic = jax.lax.stop_gradient((nets.teacher.dit, nets.critic))
     real = score(teacher, exp, distil, noisy, timestep, states)
-    if (distil.form, distil.guidance) != ("extra", 0):
-        # With these the unconditional score has no weight, and is not computed.
+    if guides(distil):
         null_text = batches.without_text(states, nets.null_text)
         real = guided(distil, real, score(teacher, exp, distil, noisy, timestep, null_text))
     fake = score(critic, exp, distil, noisy, timestep, states)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from packforcing_jax import pytrees
 from packforcing_jax.config import Experiment, TrainConfig
-from packforcing_jax.errors import InputError, require
+from packforcing_jax.errors import InputError, require, shortened
 from packforcing_jax.io import atomic, model_folder, text_encoder, video
 from packforcing_jax.networks import codec, mesh, tokenizer
 from packforcing_jax.sampling import pipeline, player
@@ -96,15 +96,16 @@ def codec_weights(exp: Experiment, train: TrainConfig, grid: Mesh) -> Flat | Non
 
 def null_text(exp: Experiment, train: TrainConfig) -> np.ndarray | None:
     """Encoder states [words, d] of the negative prompt, if there is one."""
-    if not train.negative:
+    prompt = train.negative_prompt
+    if not prompt:
         return None
     folder = holding(train, model_folder.weights_file("text"))
     require(
         folder is not None,
-        f"train.negative={train.negative!r} needs a text encoder to read it; begin from a "
+        f"train.negative_prompt={shortened(repr(prompt))} needs a text encoder to read it; begin from a "
         "model folder with one, or leave it empty.",
     )
-    ids, mask = tokenizer_of(exp, train).encode([train.negative])
+    ids, mask = tokenizer_of(exp, train).encode([prompt])
     encoder = text_encoder.of_folder(model_folder.opened(Path(folder or "")), exp.text, exp.dtypes)
     states = encoder(ids, mask)
     return np.asarray(states[0, : int(mask.sum())])

@@ -51,6 +51,7 @@ class Parts:
     tokenizer: Tokenizer | None = None
     teacher: batches.Model | None = None
     train: TrainConfig = TrainConfig()  # by which a teacher draws trajectories
+    null_text: Array | None = None  # [words, d]  that it is guided away from; None: zeros
 
 
 @dataclass(frozen=True)
@@ -416,7 +417,9 @@ def _of_teacher(number: int, parts: Parts, text_states: np.ndarray | None = None
     read[0, 0, : len(text_states)] = text_states  # type: ignore[arg-type]
     teacher: Any = parts.teacher
     states = np.asarray(
-        paths.noise_to_clip(teacher, exp, parts.train, jnp.uint32(number), jnp.asarray(read))
+        paths.noise_to_clip(
+            teacher, exp, parts.train, jnp.uint32(number), jnp.asarray(read), parts.null_text
+        )
     )
     clip = einops.rearrange(states, "k block 1 t y x c -> k (block t) y x c").astype(STORED)
     low_res = {} if parts.vae is None else {"low_res": _low_res(parts.vae, exp, clip[-1])}
@@ -484,6 +487,9 @@ def parts_of(
             source=f"the teacher of {model.folder}",
         )
         parts = replace(parts, teacher=batches.Model(dit=teacher, compressor=cast(Any, None)))
+        if train.negative_prompt and parts.text is not None:
+            (null_text,) = Texts(parts, [train.negative_prompt])([train.negative_prompt])
+            parts = replace(parts, null_text=jnp.asarray(null_text))
     return parts
 
 

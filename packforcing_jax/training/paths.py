@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from packforcing_jax.config import DistilConfig, Experiment, TrainConfig
+from packforcing_jax.config import Experiment, TrainConfig
 from packforcing_jax.errors import require
 from packforcing_jax.sampling import block_step, schedules
 from packforcing_jax.training import batches, distillation, objectives
@@ -77,21 +77,30 @@ def timesteps(exp: Experiment) -> list[float]:
 
 
 def noise_to_clip(
-    teacher: Model, exp: Experiment, train: TrainConfig, seed: Array, states: Array
+    teacher: Model,
+    exp: Experiment,
+    train: TrainConfig,
+    seed: Array,
+    states: Array,
+    null_text: Array | None = None,
 ) -> Array:
-    """A bidirectional teacher's trajectory [k, block, b, t, y, x, c] from the noise of `seed` to its clips."""
-    return _noise_to_clip(teacher, exp, train.grid, train.distil, seed, states)
+    """A bidirectional teacher's trajectory [k, block, b, t, y, x, c] from the noise of `seed` to its clips.
+
+    `null_text` [words, d] are the states that guidance moves away from; None: zeros.
+    """
+    drawn = TrainConfig(grid=train.grid, distil=train.distil)  # all that decides about the program
+    return _noise_to_clip(teacher, exp, drawn, seed, states, null_text)
 
 
-@functools.partial(jax.jit, static_argnames=("exp", "grid", "distil"))
+@functools.partial(jax.jit, static_argnames=("exp", "train"))
 def _noise_to_clip(
     teacher: Model,
     exp: Experiment,
-    grid: int,
-    distil: DistilConfig,
+    train: TrainConfig,
     seed: Array,
     states: Array,
+    null_text: Array | None,
 ) -> Array:
     shape = (exp.blocks, states.shape[1], exp.cache.block, *exp.latent, exp.dit.in_channels)
     noise = jax.random.normal(jax.random.key(seed), shape)
-    return trajectory(teacher, exp, TrainConfig(grid=grid, distil=distil), noise, states)
+    return trajectory(teacher, exp, train, noise, states, null_text)

@@ -25,7 +25,7 @@ from packforcing_jax.data import sources
 from packforcing_jax.errors import MachineError, nearest, require
 from packforcing_jax.io import append_file, atomic, checkpoints, model_folder
 from packforcing_jax.networks import mesh
-from packforcing_jax.training import batches, exports, logs, objectives, state
+from packforcing_jax.training import batches, exports, logs, objectives, state, teachers
 from packforcing_jax.training.state import Frozen, TrainState
 
 FREE = (
@@ -152,6 +152,7 @@ def start(
 ) -> Run:
     """A new run, or the one that `folder` holds, behind its last checkpoint. What is wrong is raised before a step."""
     check(train)
+    train = teachers.sized(exp, train)
     require(
         exp.cache.budget == 0,
         f"cache.budget={exp.cache.budget} keeps single tokens in sampling alone; train with cache.budget=0.",
@@ -166,9 +167,9 @@ def start(
     mesh.check(exp, train, grid)
     check_folder(folder)
     read = data(exp, train, seed, program)
+    frozen = others(exp, train, grid)  # one device reads the prompt, so not under the whole mesh
     with jax.set_mesh(grid):
         form = abstract(exp, train, program, seed, grid)
-        frozen = others(exp, train, form, grid)
         if train.blend:  # what does not fit fails here, not behind the last step
             exports.network(train.blend_from, form.ema, grid)
         saved = store(exp, train, folder, seed)
@@ -213,7 +214,7 @@ def data(exp: Experiment, train: TrainConfig, seed: int, program: Program) -> gr
 
 
 def abstract(
-    exp: Experiment, train: TrainConfig, program: Program, seed: int, grid: Mesh
+    exp: Experiment, train: TrainConfig, program: Program, seed: int, grid: mesh.Grid
 ) -> TrainState:
     """Shapes and shardings of everything a run carries."""
     shapes = jax.eval_shape(lambda: program.init(exp, train, jax.random.key(seed), {}))
@@ -235,7 +236,7 @@ def born(
     """The state before the first step, made where it lies: networks of model folders are read, others initialised."""
     folders = {
         "generator": train.generator_from,
-        "critic": train.critic_from or train.teacher_from,
+        "critic": teachers.critic_folder(train),
     }
     pretrained = {
         name: exports.network(folder, form.params[name], grid)
@@ -249,17 +250,14 @@ def born(
     return jax.jit(make, out_shardings=shardings(form))(pretrained)
 
 
-def others(exp: Experiment, train: TrainConfig, form: TrainState, grid: Mesh) -> Frozen:
+def others(exp: Experiment, train: TrainConfig, grid: Mesh) -> Frozen:
     """What steps read and leave alone: the teacher, the codec, the states of the negative prompt."""
     frozen = {
         "codec": exports.codec_weights(exp, train, grid),
         "null_text": exports.null_text(exp, train),
     }
-    parts = tuple(f"{part}/" for part in objectives.of(train).teacher)
-    if parts:
-        shapes = {
-            path: leaf for path, leaf in form.params["generator"].items() if path.startswith(parts)
-        }
+    shapes = teachers.shapes(exp, train)
+    if shapes:
         frozen["teacher"] = exports.network(train.teacher_from, shapes, grid, exp.dtypes.compute)
     return {name: each for name, each in frozen.items() if each is not None}
 
@@ -498,6 +496,7 @@ def finished(exp: Experiment, train: TrainConfig, folder: Path, *, seed: int = 0
     then = trained_as(folder / MODEL / TRAINING)
     if then is None:
         return False
+    train = teachers.sized(exp, train)
     was, wanted = (checkpoints.settings(each) for each in (then, about(exp, train, seed)))
     if checkpoints.differences(was, wanted, [name for name in FREE if name not in WRITTEN]):
         return False

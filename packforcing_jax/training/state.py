@@ -1,7 +1,7 @@
 """What a run carries from step to step, and the step: networks by name, one optimiser per group, one average."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, cast
 
 import einops
@@ -13,11 +13,11 @@ from flax import struct
 from jax import Array
 
 from packforcing_jax import pytrees
-from packforcing_jax.config import Experiment, TrainConfig
+from packforcing_jax.config import DiTConfig, Experiment, TrainConfig
 from packforcing_jax.data import sources
 from packforcing_jax.errors import require
 from packforcing_jax.networks import dit
-from packforcing_jax.training import batches, objectives, optimisers, rollout
+from packforcing_jax.training import batches, objectives, optimisers, rollout, teachers
 from packforcing_jax.training.batches import Batch, Flat, Networks
 
 Metrics: TypeAlias = dict[str, Array]
@@ -226,30 +226,34 @@ def assembled(
     objective = objectives.of(train)
     return Networks(
         generator=model(flat["generator"]),
-        teacher=None if teacher is None else _teacher(exp, objective.teacher, teacher, half),
-        critic=_transformer(exp, flat["critic"], half) if "critic" in flat else None,
+        teacher=None if teacher is None else _teacher(exp, train, teacher),
+        critic=_transformer(exp.dit, flat["critic"], half) if "critic" in flat else None,
         average=model(state.ema) if objective.average else None,
         null_text=frozen.get("null_text"),
         vae=batches.as_codec(exp, frozen.get("codec")),
     )
 
 
-def _transformer(exp: Experiment, leaves: Flat, dtype: str) -> dit.WanDiT:
-    return pytrees.cast(batches.as_transformer(exp, leaves), dtype)
+def _transformer(cfg: DiTConfig, leaves: Flat, dtype: str) -> dit.WanDiT:
+    return pytrees.cast(batches.as_transformer(cfg, leaves), dtype)
 
 
-def _teacher(exp: Experiment, parts: Sequence[str], leaves: Flat, dtype: str) -> batches.Model:
-    """The teacher of these parts: whole where it looks back through a memory of its own, else its transformer."""
-    if "compressor" in parts:
-        return pytrees.cast(batches.as_model(exp, leaves), dtype)
+def _teacher(exp: Experiment, train: TrainConfig, leaves: Flat) -> batches.Model:
+    """The teacher: whole where it looks back through a memory of its own, else its transformer."""
+    half = exp.dtypes.compute
+    if "compressor" in objectives.of(train).teacher:
+        return pytrees.cast(batches.as_model(exp, leaves), half)
     nothing: Any = None
-    return batches.Model(dit=_transformer(exp, leaves, dtype), compressor=nothing)
+    return batches.Model(
+        dit=_transformer(teachers.sizes(exp, train), leaves, half), compressor=nothing
+    )
 
 
 def averaged(train: TrainConfig, state: TrainState, params: Flat) -> Flat:
-    """The running average after one more update: a copy until it begins, then of a memory that grows to `train.ema`."""
+    """The running average after one more update: a copy until it begins, then of a memory that may grow."""
     alternates = train.distil.critic_updates if objectives.of(train).critic is not None else 1
     since = state.step // alternates + 1 - train.ema_from
     # 1/10, 2/11, 3/12, ...: a young average forgets the weights it began with, whatever `train.ema` is
-    keep = jnp.where(since > 0, jnp.minimum(train.ema, since / (since + 9)), 0.0)
+    most = since / (since + 9) if train.ema_grows else 1.0
+    keep = jnp.where(since > 0, jnp.minimum(train.ema, most), 0.0)
     return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, state.ema, dict(params))
