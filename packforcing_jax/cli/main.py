@@ -13,7 +13,7 @@ from typing import NamedTuple, NoReturn
 import packforcing_jax
 from packforcing_jax import interrupts, versions
 from packforcing_jax.cli import failures, field_flags
-from packforcing_jax.errors import InputError, nearest, shortened, shown
+from packforcing_jax.errors import InputError, nearest, sentence, shortened, shown
 from packforcing_jax.io import compilation_cache
 
 
@@ -197,10 +197,10 @@ def exit_code(words: Sequence[str], *, last: bool = False) -> int:
         if last:
             interrupts.ignored()  # nothing is left to be stopped
         code = result[0]
-        sentence = " ".join(result[1].split())
+        said = sentence(result[1])
         if isinstance(error, BrokenPipeError):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  nothing more can be said there, at exit neither
         if "--json" in words:
-            print(json.dumps({"error": sentence}))
-        print(f"packforcing: {sentence}", file=sys.stderr)
+            print(json.dumps({"error": said}))
+        print(f"packforcing: {said}", file=sys.stderr)
         return code
