@@ -647,7 +647,6 @@ def state_folder(rng: random.Random, bases: Bases) -> Case:
     words, tree, inside = rng.choice(
         (
             (to("2"), bases.state, "state/"),
-            (to("2"), bases.state, "state/"),
             (to("2"), bases.state, ""),
             (to("3"), bases.state, "state/"),
             (VIDEOS, bases.videos, "videos/"),

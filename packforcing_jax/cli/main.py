@@ -90,6 +90,9 @@ VERBS = {
 }
 
 
+PLACES = ("DIR", "FILE", "NAME", "PATH", "PNG", "PROFILE")  # metavars of values that are no text
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one `InputError`, naming the nearest known flag."""
 
@@ -111,6 +114,13 @@ class Parser(argparse.ArgumentParser):
                     f"{self.verb} has no flag {shown(flag)[1:-1]}; "
                     + (f"{here}." if here else nearest(flag, known))
                 )
+
+    def refuse_empty_values(self, arguments: argparse.Namespace) -> None:
+        """Raises `InputError` for a flag whose path or name is empty: an unset variable is no wish for the default."""
+        for each in self._actions:
+            if each.metavar in PLACES and getattr(arguments, each.dest, None) == "":
+                flag = "/".join(each.option_strings) or each.metavar
+                raise InputError(f"{self.verb}: {flag} is empty; give it a value or leave it out.")
 
 
 def overview() -> str:
@@ -165,6 +175,7 @@ def run(argv: Sequence[str]) -> int:
     parser, module = parser_of(name)
     parser.refuse_unknown_flags(rest)
     arguments = parser.parse_args(rest)
+    parser.refuse_empty_values(arguments)
     if VERBS[name].checked:
         versions.check()
         if not arguments.no_compilation_cache:
