@@ -314,7 +314,5 @@ def put_down(case: Case, wrong: Sequence[str], folder: Path) -> None:
     folder.mkdir(parents=True)
     lay(case.items, folder)
     command = f"packforcing {shlex.join(case.words)}\n"
-    (folder / "command").write_bytes(
-        command.encode(errors="surrogateescape" if "\ud800" not in command else "replace")
-    )
+    (folder / "command").write_bytes(command.encode(errors="surrogatepass"))
     (folder / "wrong").write_text("\n".join(wrong) + "\n", errors="replace")
