@@ -22,7 +22,7 @@ define install
 	@touch $(VENV)/.installed $@
 endef
 
-.PHONY: setup demo test test-slow verify-methods wheel-test docs docs-test methods overfit parity check format lint types h200 clean
+.PHONY: setup demo test test-slow fuzz verify-methods wheel-test docs docs-test methods overfit parity check format lint types h200 clean
 
 setup: $(VENV)/.installed$(EXTRAS:%=-%)
 
@@ -40,6 +40,11 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
+
+SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
+CASES = 1000
+fuzz: $(VENV)/.installed-dev
+	FUZZ_SEED=$(strip $(SEED)) FUZZ_CASES=$(CASES) $(BIN)/python -m pytest -rP tests/test_fuzz.py -k every_case
 
 wheel-test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m wheel tests/test_wheel.py

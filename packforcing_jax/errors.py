@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 1000  # characters of a sentence
+
 
 class InputError(Exception):
     """The request is wrong: one sentence naming the thing, the value and the remedy. Exit code 2."""
@@ -40,6 +42,12 @@ def shortened(text: str, most: int = 200) -> str:
     """`text`, with its middle left out if it is longer than about `most` characters."""
     half = most // 2
     return text if len(text) <= most + 20 else f"{text[:half]}[...]{text[-half:]}"
+
+
+def sentence(text: str) -> str:
+    """`text` as one line of printable characters, with its middle left out where it is very long."""
+    line = shortened(" ".join(text.split()), LONGEST)
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -190,6 +190,36 @@ def test_failures_map_to_codes_and_one_line(capsys, verb, error, code, sentence)
 
 
 @pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ("a\u2028b\nc.", "a b c."),
+        ("\x1b[2J\x00\udcff is no name.", "\\x1b[2J\\x00\\udcff is no name."),
+        ("é 狐.", "é 狐."),
+        ("x" * 5000 + "; correct it.", f"{'x' * 500}[...]{'x' * 487}; correct it."),
+    ],
+)
+def test_a_sentence_is_one_line_that_can_be_printed(capsys, verb, told, said):
+    verb(raiser(InputError(told)))
+    assert run(capsys, "probe") == (2, "", f"packforcing: {said}\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sample", "--weights", ""],
+        ["sample", "--out="],
+        ["plan", "--config", ""],
+        ["inspect", ""],
+        ["train", "--out", ""],
+    ],
+)
+def test_an_empty_path_or_name_is_no_wish_for_the_default(capsys, words):
+    code, out, err = run(capsys, *words)
+    assert (code, out) == (2, "")
+    assert "is empty; give it a value or leave it out" in err
+
+
+@pytest.mark.parametrize(
     "error",
     [
         ValueError("ours"),

@@ -159,6 +159,13 @@ def test_json_and_set_refuse_with_the_same_words(key, value):
     assert str(set_.value).partition(": ")[2] == str(read.value).partition(f"{value!r}: ")[2]
 
 
+def test_half_a_literal_is_refused_without_a_warning(recwarn):
+    for value in ("1if 1else 2", "0or 1", "'\\d'"):
+        with pytest.raises(InputError, match="must be"):
+            decode.override(Experiment("e"), [f"fps={value}"])
+    assert not recwarn.list
+
+
 def test_annotations_that_do_not_resolve_are_one_sentence():
     odd = dataclasses.make_dataclass("Odd", [("size", "NoSuchType", 3)], frozen=True)
     with pytest.raises(InputError, match="annotations of Odd do not resolve .*NoSuchType"):

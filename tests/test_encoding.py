@@ -153,3 +153,35 @@ def test_the_store_lies_where_caches_belong(monkeypatch, tmp_path):
     assert text_encoder.default_store() == tmp_path / "packforcing" / "text"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     assert text_encoder.default_store().parts[-3:] == (".cache", "packforcing", "text")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda table: None, "embedding/embedding missing, which must be"),
+        (lambda table: table[:-1], "which must be"),
+        (lambda table: table[:, :-1], "which must be"),
+        (lambda table: table * np.nan, "not finite in embedding/embedding"),
+    ],
+)
+def test_a_table_of_embeddings_that_does_not_fit_is_refused(model, change, said):
+    encoder = held(model)
+    tensor = encoder.tensors[text_encoder.EMBEDDING]
+    table = change(tensor.read())
+    own = (
+        {}
+        if table is None
+        else {
+            text_encoder.EMBEDDING: dataclasses.replace(
+                tensor, shape=table.shape, read=lambda: table
+            )
+        }
+    )
+    others = {name: each for name, each in encoder.tensors.items() if name != tensor.name}
+    with pytest.raises(InputError, match=said):
+        dataclasses.replace(encoder, tensors=others | own)(IDS, MASK)
+
+
+def test_a_token_beyond_the_vocabulary_is_refused(model):
+    with pytest.raises(InputError, match=f"gives token {CFG.vocab}, and the text encoder has"):
+        held(model)(np.full_like(IDS, CFG.vocab), MASK)

@@ -116,3 +116,9 @@ def test_the_ledger_trusts_only_files_that_are_as_they_were(tmp_path):
     assert prompt_files.Ledger(tmp_path).holds("second")
     (tmp_path / "v.mp4").write_bytes(b"1234")
     assert not prompt_files.Ledger(tmp_path).holds("k")
+
+
+def test_a_list_of_finished_videos_that_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / prompt_files.FINISHED).mkdir()
+    with pytest.raises(InputError, match=r"finished\.jsonl is a folder"):
+        prompt_files.Ledger(tmp_path)

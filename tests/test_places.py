@@ -174,6 +174,20 @@ def test_what_can_be_known_is_said_before_the_model_is_loaded(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("flag", ["--timeline", "--prompts"])
+def test_texts_are_read_before_the_model_and_pipes_are_not(tmp_path, capsys, unloaded, flag):
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert "it is a pipe or a device" in said(capsys, "sample", flag, tmp_path / "pipe.txt")
+    (tmp_path / "t.txt").write_text("")
+    assert f"{tmp_path}/t.txt" in said(capsys, "sample", flag, tmp_path / "t.txt")
+
+
+def test_links_in_a_circle_are_refused(tmp_path, capsys, unloaded, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    assert "check its links" in said(capsys, "sample", "--state", "state", "--out", "loop")
+
+
 @pytest.mark.parametrize(
     "words", [["layout", "--picture"], ["bench", "--write"], ["train", "--out"]]
 )
@@ -242,6 +256,7 @@ def test_a_kind_of_place_is_looked_at_by_its_own_rules(tmp_path):
     [
         (OSError(36, "File name too long", "n" * 400), 2, "File name too long; give a shorter one"),
         (OSError(40, "Too many levels of symbolic links", "a"), 2, "check its links"),
+        (RuntimeError("Symlink loop from 'a/b'"), 2, "a/b: Too many levels of symbolic links"),
         (PermissionError(13, "Permission denied", "a"), 2, "a: Permission denied"),
         (OSError(28, "No space left on device", "a"), 3, "free space"),
         (RuntimeError("Unable to initialize backend 'tpu': no"), 2, "unset JAX_PLATFORMS"),

@@ -285,6 +285,18 @@ DAMAGE = {
         lambda folder: (folder / records.COMPLETE).write_text("[]"),
         "dataset.json is damaged",
     ),
+    "counts that are none": (
+        lambda folder: rewrite(
+            folder / records.COMPLETE, "shards", [{"file": FIRST, "examples": 3, "bytes": [9]}]
+        ),
+        r"has counts \(3, \[9\]\)",
+    ),
+    "a file elsewhere": (
+        lambda folder: rewrite(
+            folder / records.COMPLETE, "shards", [{"file": "../x", "examples": 3, "bytes": 9}]
+        ),
+        "'../x' is no name of a file",
+    ),
     "empty": (lambda folder: rewrite(folder / records.COMPLETE, "shards", []), "holds no example"),
 }
 

@@ -542,3 +542,13 @@ def test_an_interrupted_video_plays(folder, tmp_path, stop):
     assert len(frames) >= 3
     assert len(frames) % 3 == 0
     assert video.settings(out)["blocks"] == 4000
+
+
+def test_every_video_has_its_place_before_the_first_is_drawn(folder, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a red disc\na green disc\n")
+    (tmp_path / "videos").mkdir()
+    os.mkfifo(tmp_path / "videos" / "a-green-disc.mp4")
+    words = ("--prompts", tmp_path / "p.txt", "--blocks", "1", "--out", tmp_path / "videos")
+    assert main.main(["sample", "--weights", str(folder), *map(str, words)]) == 2
+    assert "a-green-disc.mp4 is a pipe" in capsys.readouterr().err
+    assert [each.name for each in (tmp_path / "videos").iterdir()] == ["a-green-disc.mp4"]

@@ -28,6 +28,7 @@ DEVICE = {
     "ABORTED": "the device stopped; run `packforcing doctor`",
     "INTERNAL": "the device failed; run `packforcing doctor`",
 }
+LOOP = re.compile(r"Symlink loop from '?(.+?)'?")  # what Python < 3.13 says in place of ELOOP
 NO_BACKEND = re.compile(r"Unable to initialize backend|Unknown backend|no platforms? that")
 
 
@@ -48,7 +49,7 @@ def outcome(error: BaseException) -> tuple[int, str] | None:
         case OSError():
             return _of_system(error)
         case RuntimeError():
-            return _of_device(error)
+            return _of_links(error) or _of_device(error)
     return None
 
 
@@ -64,6 +65,15 @@ def _of_system(error: OSError) -> tuple[int, str] | None:
         path = shortened(os.fsdecode(error.filename), 120)
         return InputError.exit_code, f"{path}: {error.strerror}; {PATHS[error.errno]}."
     return None
+
+
+def _of_links(error: RuntimeError) -> tuple[int, str] | None:
+    """A path that a link leads around in a circle."""
+    found = LOOP.fullmatch(str(error))
+    return found and (
+        InputError.exit_code,
+        f"{shortened(found[1], 120)}: {os.strerror(errno.ELOOP)}; {PATHS[errno.ELOOP]}.",
+    )
 
 
 def _of_device(error: RuntimeError) -> tuple[int, str] | None:

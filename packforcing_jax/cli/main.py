@@ -13,7 +13,7 @@ from typing import NamedTuple, NoReturn
 import packforcing_jax
 from packforcing_jax import interrupts, versions
 from packforcing_jax.cli import failures, field_flags
-from packforcing_jax.errors import InputError, nearest, shortened, shown
+from packforcing_jax.errors import InputError, nearest, sentence, shortened, shown
 from packforcing_jax.io import compilation_cache
 
 
@@ -90,6 +90,9 @@ VERBS = {
 }
 
 
+PLACES = ("DIR", "FILE", "NAME", "PATH", "PNG", "PROFILE")  # metavars of values that are no text
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one `InputError`, naming the nearest known flag."""
 
@@ -111,6 +114,13 @@ class Parser(argparse.ArgumentParser):
                     f"{self.verb} has no flag {shown(flag)[1:-1]}; "
                     + (f"{here}." if here else nearest(flag, known))
                 )
+
+    def refuse_empty_values(self, arguments: argparse.Namespace) -> None:
+        """Raises `InputError` for a flag whose path or name is empty: an unset variable is no wish for the default."""
+        for each in self._actions:
+            if each.metavar in PLACES and getattr(arguments, each.dest, None) == "":
+                flag = "/".join(each.option_strings) or each.metavar
+                raise InputError(f"{self.verb}: {flag} is empty; give it a value or leave it out.")
 
 
 def overview() -> str:
@@ -165,6 +175,7 @@ def run(argv: Sequence[str]) -> int:
     parser, module = parser_of(name)
     parser.refuse_unknown_flags(rest)
     arguments = parser.parse_args(rest)
+    parser.refuse_empty_values(arguments)
     if VERBS[name].checked:
         versions.check()
         if not arguments.no_compilation_cache:
@@ -197,10 +208,10 @@ def exit_code(words: Sequence[str], *, last: bool = False) -> int:
         if last:
             interrupts.ignored()  # nothing is left to be stopped
         code = result[0]
-        sentence = " ".join(result[1].split())
+        said = sentence(result[1])
         if isinstance(error, BrokenPipeError):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  nothing more can be said there, at exit neither
         if "--json" in words:
-            print(json.dumps({"error": sentence}))
-        print(f"packforcing: {sentence}", file=sys.stderr)
+            print(json.dumps({"error": said}))
+        print(f"packforcing: {said}", file=sys.stderr)
         return code

@@ -100,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     args.overrides = [*_settings_of_flags(args), *args.overrides]
     wanted = prompt_files.named(prompt_files.read(args.prompts)) if args.prompts else []
+    story = timelines.read(args.timeline) if args.timeline else []
     with places.held(
         [
             Place("--out", args.out, "videos" if args.prompts else "video"),
@@ -109,11 +110,13 @@ def run(args: argparse.Namespace) -> int:
         ]
     ):
         _require_fits(args)
-        return _load_and_make(args, wanted)
+        return _load_and_make(args, wanted, story)
 
 
-def _load_and_make(args: argparse.Namespace, wanted: list[prompt_files.Job]) -> int:
-    """Loads the model, checks every video, and makes them."""
+def _load_and_make(
+    args: argparse.Namespace, wanted: list[prompt_files.Job], story: list[timelines.Entry]
+) -> int:
+    """Loads the model, checks every video, and makes them: those that are `wanted`, else one that tells `story`."""
     from packforcing_jax.sampling.pipeline import Pipeline
     from packforcing_jax.stage import captions
 
@@ -126,7 +129,8 @@ def _load_and_make(args: argparse.Namespace, wanted: list[prompt_files.Job]) -> 
     )
     exp = pipeline.experiment
     if not wanted:
-        return _make(_film(args, pipeline, *_prompts(args, pipeline, stage=captions.tells(exp))))
+        told = _prompts(args, pipeline, story, stage=captions.tells(exp))
+        return _make(_film(args, pipeline, *told))
     return _make_all([(job, _of_job(args, pipeline, job)) for job in wanted], Path(args.out))
 
 
@@ -204,6 +208,7 @@ def _film(args: argparse.Namespace, pipeline, prompts: list[str], changes: dict[
     from packforcing_jax.io import video
     from packforcing_jax.stage import captions
 
+    video.check_writable(args.out)
     pipeline.check(prompts)
     pipeline = pipeline.for_length(len(prompts))
     video.check_size(*_shown(pipeline.experiment))
@@ -471,20 +476,19 @@ def _blocks(args: argparse.Namespace, pipeline) -> int:
 
 
 def _prompts(
-    args: argparse.Namespace, pipeline, *, stage: bool
+    args: argparse.Namespace, pipeline, story: list[timelines.Entry], *, stage: bool
 ) -> tuple[list[str], dict[int, str]]:
     """One prompt per block, and what new prompts do to the memory where the timeline says so."""
     blocks = _blocks(args, pipeline)
-    if args.timeline is not None:
-        entries = timelines.read(args.timeline)
-        return timelines.spread(entries, blocks), timelines.changes(entries, blocks)
+    if story:
+        return timelines.spread(story, blocks), timelines.changes(story, blocks)
     if args.prompt is not None:
         return [args.prompt] * blocks, {}
     require(stage, "this model has no default story; give --prompt or --timeline.")
     from packforcing_jax.stage import stories
 
-    story = stories.default_timeline(args.seed, blocks)
-    return story[:1] * blocks if pipeline.method.whole_clip else story, {}
+    default = stories.default_timeline(args.seed, blocks)
+    return default[:1] * blocks if pipeline.method.whole_clip else default, {}
 
 
 def _runs(prompts: list[str]) -> list[tuple[int, str]]:

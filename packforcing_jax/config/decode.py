@@ -12,6 +12,7 @@ import functools
 import json
 import types
 import typing
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -255,7 +256,9 @@ def classes_in(settings: object) -> tuple[type, ...]:
 def parse(text: str, hint: Hint, key: str) -> Any:
     """`text` as a Python literal if it is one, else as a string, of type `hint`."""
     try:
-        literal = ast.literal_eval(text)
+        with warnings.catch_warnings():  # of what merely looks like Python, such as 1if
+            warnings.simplefilter("ignore")
+            literal = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         literal = text
     return _taken([literal, text], hint, key, f"--set {key}={text}")

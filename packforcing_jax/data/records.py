@@ -20,7 +20,7 @@ import safetensors
 import safetensors.numpy
 from array_record.python import array_record_module  # type: ignore[reportAttributeAccessIssue]  compiled
 
-from packforcing_jax.errors import InputError, MachineError, brief, require
+from packforcing_jax.errors import InputError, MachineError, brief, require, shown
 from packforcing_jax.io import append_file, atomic, safetensors_io
 
 FORMAT = "packforcing-jax data 2"
@@ -44,11 +44,18 @@ class Field:
 
 @dataclass(frozen=True)
 class Shard:
-    """A finished file of examples."""
+    """A finished file of examples; raises `ValueError` for what none has."""
 
     file: str
     examples: int
     bytes: int
+
+    def __post_init__(self):
+        counts = (self.examples, self.bytes)
+        if not isinstance(self.file, str) or SHARD.fullmatch(self.file) is None:
+            raise ValueError(f"{shown(self.file)} is no name of a file of examples")
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError(f"{self.file} has counts {shown(counts)}")
 
 
 @dataclass(frozen=True)

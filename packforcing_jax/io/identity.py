@@ -132,7 +132,7 @@ def _recorded(folder: Path) -> Mapping[str, File]:
 @functools.lru_cache(maxsize=8)
 def _parsed(path: str, size: int, modified: int) -> Mapping[str, File]:
     """The record in a manifest of this size and time."""
-    if size > LONGEST_MANIFEST:
+    if size > LONGEST_MANIFEST or not Path(path).is_file():
         return {}
     try:
         manifest = json.loads(Path(path).read_bytes())

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 
 from packforcing_jax.config import DtypeConfig, TextConfig
-from packforcing_jax.errors import InputError
+from packforcing_jax.errors import InputError, require
 from packforcing_jax.io import atomic, model_folder, safetensors_io, user_cache
 from packforcing_jax.io import identity as weights
 from packforcing_jax.io.safetensors_io import Tensor
@@ -143,8 +143,35 @@ def encode(encoder: Encoder, ids: np.ndarray, mask: np.ndarray) -> list[Array]:
 
 def _rows(encoder: Encoder, ids: np.ndarray) -> Array:
     """The embedding of each token, read from disk row by row."""
-    table = encoder.tensors[EMBEDDING].read()
-    return jnp.asarray(table[ids].astype(jnp.dtype(encoder.dtype)))
+    rows = _table(encoder).read()[_known(encoder, ids)].astype(jnp.dtype(encoder.dtype))
+    require(
+        bool(np.isfinite(rows.astype(np.float32)).all()),
+        f"text encoder weights hold values that are not finite in {EMBEDDING}; fetch or convert the model again.",
+    )
+    return jnp.asarray(rows)
+
+
+def _table(encoder: Encoder) -> Tensor:
+    """The embeddings of all tokens; raises `InputError` unless they are there, as many and as wide as they must be."""
+    found = encoder.tensors.get(EMBEDDING)
+    form = (encoder.cfg.vocab, encoder.cfg.dim)
+    require(
+        found is not None and found.shape == form,
+        f"text encoder weights have {EMBEDDING} {'missing' if found is None else list(found.shape)}, which must be "
+        f"{list(form)}; fetch or convert the model again.",
+    )
+    return encoder.tensors[EMBEDDING]
+
+
+def _known(encoder: Encoder, ids: np.ndarray) -> np.ndarray:
+    """`ids`, all of which the encoder has; raises `InputError` otherwise."""
+    most = int(ids.max(initial=0))
+    require(
+        most < encoder.cfg.vocab,
+        f"the tokenizer gives token {most}, and the text encoder has {encoder.cfg.vocab:,}; give the tokenizer.json of "
+        "that encoder.",
+    )
+    return ids
 
 
 def _module(encoder: Encoder, build, inside: str):

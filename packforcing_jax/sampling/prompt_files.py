@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from packforcing_jax.errors import InputError, MachineError, brief, nearest, require, shown
-from packforcing_jax.io import lines
+from packforcing_jax.io import append_file, lines
 from packforcing_jax.sampling import timelines
 
 FINISHED = "finished.jsonl"
@@ -206,6 +206,7 @@ class Ledger:
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder, FINISHED)
+        append_file.check_writable(self.path, "List of finished videos")
         self._done = dict(self._read()) if self.path.is_file() else {}
 
     def _read(self):
