@@ -1,4 +1,4 @@
-"""The compressor's weights in the layout of torch: under names of their own, or as PackForcing-Unofficial saves its own.
+"""The compressor's weights in the layout of torch, under names of their own or those of PackForcing-Unofficial.
 
 No original of the former was ever published.
 """
