@@ -47,6 +47,11 @@ VERBS = {
         "read a model's videos with the Stage world's oracle",
         "packforcing evaluate --mode forced --gaps 8,64",
     ),
+    "compare": Verb(
+        "compare",
+        "draw the same prompts and noise under several methods, and make one page of it",
+        "packforcing compare examples/compare_stage.json --plan",
+    ),
     "convert": Verb(
         "convert",
         "make a model folder of public weights, or one file for torch of a model folder",
