@@ -348,10 +348,31 @@ def test_a_state_of_another_memory_is_refused(pipe, streams):
         pipe.with_method("longlive"),
     ]
     for other in others:
-        with pytest.raises(InputError, match="belongs to another memory"):
+        with pytest.raises(InputError, match="(left by|belongs to) another memory"):
             other.stream(PROMPTS, state=copied(states[0]))
     with pytest.raises(InputError, match="a dict is no state"):
         pipe.stream(PROMPTS, state={"memory": 3})
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["cache.sink=0", "cache.recent=6"], "cache.sink=0, cache.recent=6"),  # of the same shapes
+        (["cache.top=1"], "cache.top=1"),
+        (["cache.span=fit"], "cache.span='fit'"),
+        (["cache.rope_adjustment=none"], "cache.rope_adjustment='none'"),
+    ],
+)
+def test_a_state_of_a_memory_of_the_same_shapes_is_refused_too(pipe, streams, changes, told):
+    _, _, states = streams["plain"]
+    with pytest.raises(InputError, match=f"another memory than this one of {told}; go on"):
+        pipe.with_settings(changes).stream(PROMPTS, state=copied(states[0]))
+
+
+def test_a_state_may_go_on_with_another_choice(pipe, streams):
+    _, _, states = streams["plain"]
+    other = pipe.with_settings(["cache.selection=recency"])
+    assert len(list(other.stream(PROMPTS, state=copied(states[0])))) > 0
 
 
 @pytest.mark.parametrize("setting", ["dit.eps=0.5", "text.heads=1", "compressor.channels=(5,7,9)"])

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -14,6 +14,17 @@ from packforcing_jax.policies.eviction import Eviction
 from packforcing_jax.policies.fusion import Fusion
 from packforcing_jax.policies.selection import Score
 from packforcing_jax.policies.table import named
+
+CHOOSE = (  # settings of how packed blocks are chosen, which leave nothing behind
+    "selection",
+    "scope",
+    "timing",
+    "registry",
+    "score_pool",
+    "score_heads",
+    "query_stride",
+    "min_queries",
+)
 
 
 @dataclass(frozen=True)
@@ -227,6 +238,13 @@ class CacheConfig:
         """Recent blocks whose queries are kept for the score."""
         asks = self.top > 0 and self.score.subset and self.recent_queries
         return self.recent // self.block if asks else 0
+
+    @property
+    def stored(self) -> tuple[tuple[str, object], ...]:
+        """(setting, value) of all that decides what a memory holds and where its keys stand."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        held = {name: value for name, value in values.items() if name not in CHOOSE}
+        return tuple((held | {"top": self.attended}).items())
 
     @property
     def slots(self) -> int:

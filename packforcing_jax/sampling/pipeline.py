@@ -415,6 +415,15 @@ class Pipeline:
             "this state was used up by the block that was drawn behind it; go on from the newest block's, or keep a "
             "copy: jax.tree.map(np.array, block.state).",
         )
+        mine = dict(self.experiment.cache.stored)
+        other = [
+            f"{key}={mine.get(key)!r}" for key, value in state.stored if mine.get(key) != value
+        ]
+        require(
+            not other,
+            f"this state was left by another memory than this one of cache.{', cache.'.join(other)}; go on with the "
+            "settings it was drawn with.",
+        )
         own = jax.eval_shape(lambda: player.start(self, seeds=0, videos=[0]))
         require(
             jax.tree.structure(own) == jax.tree.structure(state)

@@ -60,6 +60,11 @@ class State:
     videos: Int[Array, " b"]  # ids, which with the seed decide the noise
     window: Window | tuple[()] = ()  # blocks that are denoised together, where a method does so
     seam: Seam | tuple[()] = ()  # what the next clip begins with, where a video consists of clips
+    stored: tuple[tuple[str, object], ...] = (
+        struct.field(  # settings of the memory that it was made with
+            pytree_node=False, default=()
+        )
+    )
 
     @property
     def position(self) -> int:
@@ -95,6 +100,7 @@ def start(model: Model, *, seeds: Any, videos: Any) -> State:
         videos=videos,
         window=window_program(exp.step, seeds, videos) if exp.cache.joint else (),
         seam=clips.start(exp, batch) if exp.cache.overlap else (),
+        stored=exp.cache.stored,
     )
     state = jax.device_put(state, beside(model.nets))
     return dataclasses.replace(state, archive=host_archive.init(exp.memory, batch, dtype))
