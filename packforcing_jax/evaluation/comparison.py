@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -304,7 +303,6 @@ def draw(comparison: Comparison, plan: Planned, model: Pipeline, job: Job, out: 
     path.parent.mkdir(parents=True, exist_ok=True)
     rows, columns = (side * exp.codec.space_factor for side in exp.latent)
     prompts = told(comparison, plan, job)
-    begun = path.with_name(f".{path.stem}.{os.getpid()}.unfinished.mp4")
     settings = {
         "comparison": key(comparison, plan, job),
         "experiment": exp.name,
@@ -314,13 +312,12 @@ def draw(comparison: Comparison, plan: Planned, model: Pipeline, job: Job, out: 
     }
     scale = scale_of(exp)
     size = (columns, rows)
-    try:
-        with video.Writer(begun, fps=exp.fps, size=size, settings=settings, scale=scale) as writer:
-            for block in model.stream(prompts, seed=job.seed):
-                writer.write(block.frames)
-        atomic.move(begun, path)
-    finally:
-        begun.unlink(missing_ok=True)
+    with (
+        atomic.file(path) as fresh,
+        video.Writer(fresh, fps=exp.fps, size=size, settings=settings, scale=scale) as writer,
+    ):
+        for block in model.stream(prompts, seed=job.seed):
+            writer.write(block.frames)
 
 
 def scale_of(exp: Experiment) -> int:
