@@ -51,6 +51,7 @@ INSTALLS = "installs, builds or deletes"
 SKIPPED = {
     "make ": INSTALLS,
     "packforcing bench": TAKES_LONG,
+    "packforcing compare examples/compare_stage.json --out": TAKES_LONG,
     "packforcing convert": NEEDS_WEIGHTS,
     "packforcing download self": NEEDS_NETWORK,
     "packforcing download wan": NEEDS_NETWORK,
@@ -58,6 +59,7 @@ SKIPPED = {
     "packforcing evaluate --mode rollout": TAKES_LONG,
     "packforcing evaluate --mode teacher --videos 64": TAKES_LONG,
     "packforcing evaluate --run": NEEDS_WEIGHTS,
+    "packforcing evaluate --set cache.recent": TAKES_LONG,
     "packforcing evaluate --weights": TAKES_LONG,
     "packforcing plan --compile": TAKES_LONG,
     "packforcing prepare": NEEDS_WEIGHTS,

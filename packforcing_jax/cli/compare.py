@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packforcing_jax.cli import common, places
-from packforcing_jax.errors import InputError, require
+from packforcing_jax.errors import InputError
 
 if TYPE_CHECKING:
     from packforcing_jax.evaluation.comparison import Arm, Comparison, Job, Planned
@@ -98,34 +98,39 @@ def _plan(
     for arm, plan in plans.items():
         exp = plan.experiment
         count = sum(job.arm == arm for job in every)
-        require(not plan.method.whole_clip, "--plan counts blocks; leave whole-clip methods out.")
-        counted = budget.of(exp, plan.blocks).rows
-        block = counted["operations/whole block"].counted + counted["operations/decoding"].counted
-        seconds = count * plan.blocks * block / (PEAK * ASSUMED)
         frames = codec.frames_of(exp.codec, plan.blocks * exp.cache.block)
         scale = exp.codec.space_factor * comparing.scale_of(exp)
-        pixels = frames * math.prod(exp.latent) * scale**2
+        hours = None
+        if not plan.method.whole_clip:  # which `plan` does not count
+            found = budget.of(exp, plan.blocks).rows
+            each = [found[f"operations/{part}"].counted for part in ("whole block", "decoding")]
+            hours = count * plan.blocks * sum(each) / (PEAK * ASSUMED) / 3600
         rows.append(
             {
                 "arm": arm.name,
                 "videos": count,
                 "blocks": plan.blocks,
                 "frames": frames,
-                "hours": seconds / 3600,
-                "bytes": int(count * pixels * BITS / 8),
+                "hours": hours,
+                "bytes": int(count * frames * math.prod(exp.latent) * scale**2 * BITS / 8),
             }
         )
-    total = {name: sum(row[name] for row in rows) for name in ("videos", "hours", "bytes")}
+    total = {name: sum(row[name] or 0 for row in rows) for name in ("videos", "hours", "bytes")}
     if args.json:
         print(json.dumps({"arms": rows, "total": total}))
         return 0
     for row in [*rows, {"arm": "in all", "blocks": "", "frames": "", **total}]:
         print(
             f"{row['arm']:<40}{row['videos']:>6} videos{row['blocks']:>7} blocks{row['frames']:>7} frames"
-            f"{row['hours']:>12.3g} GPU-hours{row['bytes'] / 1e9:>10.3g} GB"
+            f"{_number(row['hours']):>12} GPU-hours{row['bytes'] / 1e9:>10.3g} GB"
         )
     print(
         f"GPU-hours: operations by `packforcing plan` at {ASSUMED:.0%} of {PEAK / 1e12:.0f} TFLOP/s, the dense "
-        f"bfloat16 peak of an H200; GB: {BITS} bit a pixel. Both are assumptions."
+        f"bfloat16 peak of an H200; GB: {BITS} bit a pixel. Both are assumptions. "
+        "Clips that are denoised as a whole are not counted in hours (-)."
     )
     return 0
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

@@ -263,7 +263,8 @@ def planned(comparison: Comparison, arm: Arm) -> Planned:
 def told(comparison: Comparison, plan: Planned, job: Job) -> list[str]:
     """The prompt of each block of a video."""
     if job.prompt is None:
-        return default_timeline(job.seed, plan.blocks)
+        story = default_timeline(job.seed, plan.blocks)
+        return story[:1] * plan.blocks if plan.method.whole_clip else story
     prompts = comparison.prompts
     require(
         isinstance(prompts, tuple),
