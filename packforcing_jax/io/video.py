@@ -29,7 +29,6 @@ KEY_SAMPLE = 0x02000000
 OTHER_SAMPLE = 0x01010000  # flags of ISO/IEC 14496-12: depends on no other, on others
 TO_RGB = "scale=flags=bilinear+accurate_rnd+full_chroma_int+full_chroma_inp"
 TO_PPM = ["-vf", TO_RGB, "-fps_mode", "passthrough", "-c:v", "ppm", "-f", "image2pipe", "-"]
-LOCAL = ["-protocol_whitelist", "file"]  # a file may name others, but nothing on a network
 STREAMED = 1 << 26  # bytes of frames that `stream` gives at once
 
 
@@ -355,7 +354,7 @@ def timing(path) -> Timing:
     source = _existing(path)
     try:
         listed = ffmpeg.run(
-            [*LOCAL, "-i", source, "-map", "0:v:0", "-c", "copy", "-f", "framecrc", "-"]
+            ["-i", source, "-map", "0:v:0", "-c", "copy", "-f", "framecrc", "-"]
         ).decode()
         unit = Fraction(re.findall(r"^#tb 0: (\d+/\d+)$", listed, re.MULTILINE)[0])
         rows = [line.split(",") for line in listed.splitlines() if line[:1].isdigit()]
@@ -376,7 +375,7 @@ def stream(path, most: int = STREAMED) -> Iterator[np.ndarray]:
     Raises `InputError` for a file that does not decode, and at the end for one that decodes with errors.
     """
     source = _existing(path)
-    with ffmpeg.start([*LOCAL, "-i", source, *TO_PPM]) as process:
+    with ffmpeg.start(["-i", source, *TO_PPM]) as process:
         _, out, stderr = ffmpeg.streams(process)
         said: list[bytes] = []
         listener = threading.Thread(target=lambda: said.append(stderr.read()), daemon=True)
