@@ -1,6 +1,7 @@
 """`packforcing evaluate VIDEOS...`: which files are measured, what lies in the folder of results, what is refused."""
 
 import csv
+import errno
 import importlib.util
 import json
 import re
@@ -114,8 +115,8 @@ def test_what_was_measured_is_not_measured_again(measured, clips, monkeypatch, t
     out, _ = measured
     before = table(out)
     counted = []
-    once = native.signals
-    monkeypatch.setattr(native, "signals", lambda blocks: counted.append(1) or once(blocks))
+    once = native.parts
+    monkeypatch.setattr(native, "parts", lambda blocks: counted.append(1) or once(blocks))
     words = ["evaluate", "--out", str(out), "--json", "--window"]
     good = [str(clips / "b.mp4"), str(clips / "deep" / "a.mp4")]
     copy = tmp_path / "copy.mp4"
@@ -300,12 +301,12 @@ def test_a_stream_that_is_left_ends_its_program(clips, monkeypatch):
 
 
 def test_the_rate_of_a_video_is_that_of_its_times(clips):
-    assert video.timing(clips / "b.mp4") == (12, FPS)
-    assert video.timing(clips / "one.mp4") == (1, 0)
+    assert video.probe(clips / "b.mp4") == (12, FPS, SIZE)
+    assert video.probe(clips / "one.mp4") == (1, 0, SIZE)
 
 
 @pytest.mark.parametrize("broken", ["text.mp4", "empty.mp4"])
-@pytest.mark.parametrize("read", [video.timing, lambda path: list(video.stream(path))])
+@pytest.mark.parametrize("read", [video.probe, lambda path: list(video.stream(path))])
 def test_what_is_no_video_is_refused(clips, broken, read):
     with pytest.raises(InputError, match="cannot be decoded"):
         read(clips / broken)
@@ -314,3 +315,12 @@ def test_what_is_no_video_is_refused(clips, broken, read):
 def test_a_video_that_lacks_its_end_is_refused_though_its_beginning_decodes(clips):
     with pytest.raises(InputError, match="cannot be decoded"):
         list(video.stream(clips / "cut.mp4"))
+
+
+def test_a_disk_that_is_full_is_no_fault_of_the_video(clips, tmp_path, monkeypatch, capsys):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(results.atomic, "write", full)
+    assert main.main(["evaluate", str(clips / "b.mp4"), "--out", str(tmp_path / "o")]) == 3
+    assert "free space" in capsys.readouterr().err

@@ -68,7 +68,8 @@ def pan(right, length=6):
 
 
 def signals(frames, size=7):
-    return native.signals(frames[at : at + size] for at in range(0, len(frames), size))
+    blocks = (frames[at : at + size] for at in range(0, len(frames), size))
+    return native.joined(list(native.parts(blocks)))
 
 
 def figures(frames, block=BLOCK):

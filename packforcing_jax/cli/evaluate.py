@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         args.seed is None or 0 <= args.seed < 2**31,
         f"--seed {args.seed} is out of range; give 0 to {2**31 - 1}.",
     )
-    if args.files:
+    if args.video_files:
         require(
             args.suite != STAGE,
             f"--suite {STAGE} makes its own videos; leave VIDEOS out, or choose another suite.",

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `evaluate` about video files; None where one was not given."""
     group = parser.add_argument_group("video files")
     group.add_argument(
-        "files", nargs="*", metavar="VIDEOS", help="files or folders of videos, whoever made them"
+        "video_files",
+        nargs="*",
+        metavar="VIDEOS",
+        help="files or folders of videos, whoever made them",
     )
     group.add_argument(
         "--out", metavar="DIR", help="folder for results.json, CSV, Markdown and curves; resumable"
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     }
     options = Options(**given, watch=_watched)
     suite.check(options)
-    videos = video_files.find(args.files)
+    videos = video_files.find(args.video_files)
     prompts = video_files.read_prompts(args.prompts, videos) if args.prompts else {}
     out = Path(args.out)
     with places.held([places.Place("--out", out, "folder")]):
@@ -74,13 +77,15 @@ def run(args: argparse.Namespace) -> int:
     return 1 if found.skipped else 0
 
 
-def _watched(videos: Iterable["VideoFile"]) -> Iterator["VideoFile"]:
-    return common.progress(videos, name="evaluate", unit="videos", note=lambda video: video.name)
+def _watched(work: Iterable["VideoFile"], total: int, unit: str) -> Iterable["VideoFile"]:
+    return common.progress(
+        work, name="evaluate", unit=unit, total=total, note=lambda video: video.name
+    )
 
 
 def _require_flags(args: argparse.Namespace, name: str, known: frozenset[str]) -> None:
     """Raises `InputError` unless the flags fit each other and the suite."""
-    require(all(args.files), "One of VIDEOS is empty; give it a path or leave it out.")
+    require(all(args.video_files), "One of VIDEOS is empty; give it a path or leave it out.")
     require(args.out is not None, "--out is missing; give the folder for the results.")
     for field in ("window", "block", "rule", "seed"):
         require(

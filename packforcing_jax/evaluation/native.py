@@ -7,7 +7,7 @@ figures, of the whole video or of a window, are functions of these (`FIGURES`). 
 import concurrent.futures
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -73,14 +73,12 @@ class Signals:
         )
 
 
-def signals(blocks: Iterable[Frames]) -> Signals:
-    """The signals of a video that comes in blocks of frames, of which no more than one and a frame are held.
+def parts(blocks: Iterable[Frames]) -> Iterator[Signals]:
+    """The signals of each block of a video's frames, with the pair across the border to the block before.
 
-    Raises `InputError` for a side under 16 pixels.
+    No more than a block and a frame are held. Raises `InputError` for a side under 16 pixels.
     """
     cv2 = opencv()
-    of_frames: list[tuple[Float[np.ndarray, " 6"], float]] = []
-    of_pairs: list[tuple[float, float, Float[np.ndarray, " cells"]]] = []
     last: Grey | None = None
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         for block in blocks:
@@ -91,19 +89,25 @@ def signals(blocks: Iterable[Frames]) -> Signals:
                 f"give sides of {SMALLEST} or more.",
             )
             greys = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in block]
-            of_frames += pool.map(
-                lambda frame, grey: (colour(frame), sharpness(grey)), block, greys
+            row = greys if last is None else [last, *greys]
+            pairs = list(pool.map(_pair, row[:-1], row[1:]))
+            yield Signals(
+                np.array(list(pool.map(colour, block))),
+                np.array(list(pool.map(sharpness, greys))),
+                np.array([flow for flow, _, _ in pairs]),
+                np.array([change for _, change, _ in pairs]),
+                np.array([brightness for _, _, brightness in pairs]).reshape(-1, CELLS**2),
             )
-            before = [*([] if last is None else [last]), *greys]
-            of_pairs += pool.map(_pair, before[:-1], before[1:])
             last = greys[-1]
-    flows, changes, brightness = (np.array([pair[i] for pair in of_pairs]) for i in range(3))
+
+
+def joined(pieces: Sequence[Signals]) -> Signals:
+    """The signals of a whole video from those of all of its blocks."""
     return Signals(
-        np.array([one[0] for one in of_frames]).reshape(-1, 6),
-        np.array([one[1] for one in of_frames]),
-        flows,
-        changes,
-        brightness.reshape(len(of_pairs), CELLS**2),
+        *(
+            np.concatenate([getattr(piece, field.name) for piece in pieces])
+            for field in dataclasses.fields(Signals)
+        )
     )
 
 

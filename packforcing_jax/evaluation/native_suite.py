@@ -1,10 +1,13 @@
 """The suite `native`: the figures of `native.py` for each video file, of the whole, of windows and of both ends."""
 
+import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from packforcing_jax import __version__
 from packforcing_jax.errors import InputError, require
@@ -42,48 +45,84 @@ def settings(options: Options) -> Table:
     }
 
 
+class Job(NamedTuple):
+    """A video that can be opened: its file, the hash of its content, and what it says about its frames."""
+
+    file: VideoFile
+    content: str
+    probe: video.Probe
+
+
 def measure(
     videos: Sequence[VideoFile], prompts: Mapping[str, Prompt], options: Options, out: Path
 ) -> Results:
     """The figures of all videos; what an earlier run measured of the same content is taken from `out`."""
     store = results.Store(out, settings(options))
-    measured: dict[str, Measured] = {}
+    jobs: list[Job] = []
     skipped: dict[str, str] = {}
-    for name, path in options.watch(videos):
-        try:
-            require(path.stat().st_size > 0, f"Video {path} is empty; give a complete video file.")
-            content = video_files.sha256(path)
-            found = store.get(content) or store.put(content, of_file(path, options))
-        except (InputError, OSError) as error:
-            skipped[name] = str(error)
-            continue
-        prompt = prompts[name].text(options.rule) if name in prompts else None
-        about = {"sha256": content, "prompt": prompt, **found.about}
-        measured[name] = dataclasses.replace(found, about=about)
+    for each in videos:
+        with _noted(skipped, each):
+            jobs.append(_opened(each))
+    new = {job.content: job for job in jobs if store.get(job.content) is None}
+    frames = sum(job.probe.frames for job in new.values())
+    for _ in options.watch(_measured(new.values(), options, store, skipped), frames, "frames"):
+        pass
+    measured: dict[str, Measured] = {}
+    for each, content, _ in jobs:
+        found = store.get(content)
+        if found is not None:
+            prompt = prompts[each.name].text(options.rule) if each.name in prompts else None
+            about = {"sha256": content, "prompt": prompt, **found.about}
+            measured[each.name] = dataclasses.replace(found, about=about)
+        else:
+            skipped.setdefault(each.name, skipped[new[content].file.name])
     told = {**settings(options), "rule": options.rule, "intervals": INTERVALS}
     meanings = {
         name: Meaning(each.unit, each.better, each.meaning) for name, each in native.FIGURES.items()
     }
-    return Results("native", told, meanings, measured, skipped)
+    return Results("native", told, meanings, measured, dict(sorted(skipped.items())))
 
 
-def of_file(path: Path, options: Options) -> Measured:
-    """The table of one video; raises `InputError` for a file that has no two frames that can be read."""
-    fps = video.timing(path).fps
-    sizes = set()
+@contextlib.contextmanager
+def _noted(skipped: dict[str, str], each: VideoFile) -> Iterator[None]:
+    """What makes a video unreadable is noted, and the next one has its turn."""
+    try:
+        yield
+    except (InputError, OSError) as error:
+        skipped[each.name] = str(error)
 
-    def watched():
-        for frames in video.stream(path):
-            sizes.add(frames.shape[2:0:-1])
-            yield frames
 
-    signals = native.signals(watched())
+def _opened(each: VideoFile) -> Job:
+    """Raises `InputError` for a file without two frames."""
+    path = each.path
+    require(path.stat().st_size > 0, f"Video {path} is empty; give a complete video file.")
+    found = video.probe(path)
     require(
-        len(signals) > 1 and fps > 0,
-        f"Video {path} holds {len(signals)} frame; give one of two frames or more.",
+        found.frames > 1,
+        f"Video {path} holds {found.frames} frame; give one of two frames or more.",
     )
-    found = of_signals(signals, fps, options)
-    return dataclasses.replace(found, about={"size": list(*sizes), **found.about})
+    return Job(each, video_files.sha256(path), found)
+
+
+def _measured(
+    jobs: Iterable[Job], options: Options, store: results.Store, skipped: dict[str, str]
+) -> Iterator[VideoFile]:
+    """Measures videos into the store; gives a video once for each of its frames."""
+    for each, content, probe in jobs:
+        found = None
+        with _noted(skipped, each):
+            pieces: list[native.Signals] = []
+            for piece in native.parts(video.stream(each.path)):
+                pieces.append(piece)
+                yield from itertools.repeat(each, len(piece))
+            signals = native.joined(pieces)
+            require(
+                len(signals) > 1, f"Video {each.path} decodes to one frame; give a complete one."
+            )
+            found = of_signals(signals, probe.fps, options)
+        if found is not None:
+            about = {"size": list(probe.size), **found.about}
+            store.put(content, dataclasses.replace(found, about=about))
 
 
 def of_signals(signals: native.Signals, fps: float, options: Options) -> Measured:

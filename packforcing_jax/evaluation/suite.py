@@ -8,9 +8,7 @@ from typing import NamedTuple, TypeAlias
 from packforcing_jax.evaluation.video_files import Prompt, VideoFile
 
 Plain: TypeAlias = "Mapping[str, Plain] | Sequence[Plain] | str | float | int | bool | None"
-Watch: TypeAlias = Callable[
-    [Iterable[VideoFile]], Iterable[VideoFile]
-]  # shows progress over what it passes on
+Watch: TypeAlias = Callable[[Iterable[VideoFile], int, str], Iterable[VideoFile]]
 Table: TypeAlias = Mapping[str, Plain]  # as JSON has it
 Numbers: TypeAlias = Mapping[str, float | None]  # by figure
 
@@ -20,14 +18,15 @@ class Options:
     """How videos are measured.
 
     `window`: seconds of a window; `block`: frames between block borders, found if None; `rule`: which of a video's
-    prompts counts, `short` or `extended`; `seed`: of the bootstrap.
+    prompts counts, `short` or `extended`; `seed`: of the bootstrap; `watch`: shows progress over what it passes on, given the number
+    of pieces and what they are called.
     """
 
     window: float = 5.0
     block: int | None = None
     rule: str = "short"
     seed: int = 0
-    watch: Watch = iter
+    watch: Watch = lambda work, total, unit: work
 
 
 class Meaning(NamedTuple):

@@ -339,34 +339,38 @@ def read(path) -> np.ndarray:
     return einops.rearrange(frames, "t (h w c) -> t h w c", h=height, c=3)
 
 
-class Timing(NamedTuple):
-    """How many frames a video file lists, and how many of them a second shows on average (0 for fewer than two)."""
+class Probe(NamedTuple):
+    """How many frames a video file lists, how many it shows a second (0 of fewer than two), and (width, height)."""
 
     frames: int
     fps: float
+    size: tuple[int, int]
 
 
-def timing(path) -> Timing:
-    """The number of frames of a video and their mean rate, from the file's table of times; nothing is decoded.
+def probe(path) -> Probe:
+    """What a video file says about its frames; nothing is decoded.
 
-    Raises `InputError` for a file that is no video, or one without times.
+    Raises `InputError` for a file that is no video, or one that does not say when its frames are shown.
     """
     source = _existing(path)
     try:
         listed = ffmpeg.run(
             ["-i", source, "-map", "0:v:0", "-c", "copy", "-f", "framecrc", "-"]
         ).decode()
-        unit = Fraction(re.findall(r"^#tb 0: (\d+/\d+)$", listed, re.MULTILINE)[0])
+        facts = dict(re.findall(r"^#(\w+) 0: (.+)$", listed, re.MULTILINE))
+        width, height = map(int, facts["dimensions"].split("x"))
         rows = [line.split(",") for line in listed.splitlines() if line[:1].isdigit()]
         times = [int(row[2]) for row in rows]
-    except (MachineError, IndexError, ValueError) as error:
+        unit = Fraction(facts["tb"])
+    except (MachineError, LookupError, ValueError) as error:
         raise _undecodable(path, error) from error
     span = (max(times) - min(times)) * unit if times else 0
     require(
         len(times) < 2 or span > 0,
         f"Video {path} does not say when its frames are shown; convert it to MP4.",
     )
-    return Timing(len(times), float((len(times) - 1) / span) if span else 0.0)
+    fps = float((len(times) - 1) / span) if span else 0.0
+    return Probe(len(times), fps, (width, height))
 
 
 def stream(path, most: int = STREAMED) -> Iterator[np.ndarray]:
