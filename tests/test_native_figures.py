@@ -235,6 +235,9 @@ def test_a_block_length_is_found_by_the_pairs_that_move_more(period, offset):
 
 def test_without_a_rhythm_the_block_length_is_assumed():
     rng = np.random.default_rng(3)
+    cut = rng.uniform(0.9, 1.1, 80)
+    cut[33] = 30
+    assert native.find_block(cut) == (native.ASSUMED, "assumed")
     for length in (1, 5, 60, 300):
         assert native.find_block(rng.uniform(0.5, 1.5, length)) == (native.ASSUMED, "assumed")
     assert native.find_block(np.zeros(50)) == (native.ASSUMED, "assumed")

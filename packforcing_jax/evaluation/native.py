@@ -197,7 +197,8 @@ def find_block(flow: Float[np.ndarray, " pairs"]) -> Block:
     """The period at which pairs move more than their neighbours, or `ASSUMED` where there is none.
 
     Each pair's flow is divided by the median of the five around it. Of all periods and offsets with four borders or
-    more the one counts whose pairs exceed the rest by most standard errors, if these are six or more.
+    more the one counts whose pairs exceed the rest by most standard errors, if these are six or more; by their median,
+    so that a single cut is no rhythm.
     """
     best = (CERTAIN, 0)
     if len(flow) >= BORDERS * SHORTEST and flow.max() > 0:
@@ -209,7 +210,7 @@ def find_block(flow: Float[np.ndarray, " pairs"]) -> Block:
                 at = np.arange(len(flow)) % period == offset
                 rest = excess[~at]
                 error = math.sqrt(float(rest.var()) / at.sum()) + 1e-9
-                best = max(best, (float(excess[at].mean() - rest.mean()) / error, period))
+                best = max(best, (float(np.median(excess[at]) - rest.mean()) / error, period))
     return Block(best[1], "found") if best[1] else Block(ASSUMED, "assumed")
 
 

@@ -18,8 +18,8 @@ class Options:
     """How videos are measured.
 
     `window`: seconds of a window; `block`: frames between block borders, found if None; `rule`: which of a video's
-    prompts counts, `short` or `extended`; `seed`: of the bootstrap; `watch`: shows progress over what it passes on, given the number
-    of pieces and what they are called.
+    prompts counts, `short` or `extended`; `seed`: of the bootstrap; `watch`: passes work on and shows progress, given
+    the number of pieces and what they are called.
     """
 
     window: float = 5.0
