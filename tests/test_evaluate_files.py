@@ -229,6 +229,7 @@ def test_a_name_that_may_be_two_videos_is_refused(tmp_path):
         (["VIDEO", "--out", "o", "--rule", "long"], "invalid choice: 'long'"),
         (["VIDEO", "--out", "o", "--prompts", "nowhere"], "nowhere cannot be read"),
         (["VIDEO", "--out", "VIDEO"], "is no folder"),
+        (["VIDEO", "--out", "//"], "--out // is the root of all folders"),
         (["EMPTY", "--out", "o"], "holds no video"),
     ],
 )
