@@ -445,7 +445,10 @@ TOGETHER: Mapping[str, tuple[tuple[str, ...], ...]] = {  # valid commands of eac
     "inspect": (("inspect", "t.jsonl", "--no-map"), ("inspect", "t.jsonl")),
     "verify": (("verify", "reference.safetensors"),),
     "bench": (BENCH,),
-    "evaluate": (("evaluate", *MODEL, "--videos", "1", "--blocks", "1"),),
+    "evaluate": (
+        ("evaluate", *MODEL, "--videos", "1", "--blocks", "1"),
+        ("evaluate", "videos", "--out", "figures"),
+    ),
     "train": (("train", "--config", "toy.py", "--steps", "0", "--out", "run"),),
     "download": (("download", "--list"), ("download", "nothing")),
     "doctor": (("doctor",),),
@@ -557,6 +560,7 @@ def _beside(verb: str, bases: Bases) -> Tree:
         "inspect": bases.trace,
         "verify": bases.reference,
         "bench": bases.baseline,
+        "evaluate": bases.videos,
     }
     texts = {"toy.py": CONFIG, "p.txt": b"a red disc\na green disc\n"}
     return {**texts, **bases.model, **own.get(verb, {})}

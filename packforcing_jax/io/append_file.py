@@ -29,6 +29,10 @@ def check_folder(path, what: str) -> None:
         not path.exists() or path.is_dir(),
         f"{what} {path} is no folder; choose another place.",
     )
+    require(
+        path.resolve().name != "",
+        f"{what} {path} is the root of all folders; choose one inside it.",
+    )
     _check_takes_files(path.absolute(), f"{what} {path}")
 
 
