@@ -17,6 +17,7 @@ SMALL = {
     "settings": {"quick": ["sample.steps=(1000, 400)"]},
     "seeds": [3, 7],
     "frames": 24,
+    "suites": ["stage", "native"],
 }
 
 
@@ -62,7 +63,7 @@ def test_a_video_of_a_comparison_is_what_sample_draws(whole, tmp_path):
 def test_the_page_needs_nothing_but_the_files_beside_it(whole):
     page = (whole / "index.html").read_text()
     assert "http" not in page
-    assert page.count("<svg") == 8
+    assert page.count("<svg") == 8 + 7
     with Image.open(whole / "sheet-seed3.png") as sheet:
         assert sheet.size == (12 * 96, 2 * 100)
     assert "| stage-packforcing-quick | no | 24 |" in (whole / "results.md").read_text()

@@ -49,6 +49,7 @@ def shard(text: str) -> tuple[int, int]:
 def run(args: argparse.Namespace) -> int:
     """Draws what is not finished, measures it, and writes the page once all is there."""
     from packforcing_jax.evaluation import comparison as comparing
+    from packforcing_jax.evaluation import comparison_figures
 
     asked = comparing.read(args.file)
     every = comparing.jobs(asked)
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     plans = {arm: comparing.planned(asked, arm) for arm in asked.arms}
     if args.plan:
         return _plan(args, todo, plans)
+    for suite in asked.suites:
+        comparison_figures.SUITES[suite].check()
     own = args.out if args.shard is None else args.out / "part-{}-of-{}".format(*args.shard)
     with places.held([places.Place("--out", own, "videos")]):
         return _draw(args, asked, todo)

@@ -19,19 +19,19 @@ import numpy as np
 from packforcing_jax import methods
 from packforcing_jax.config import Experiment, loading
 from packforcing_jax.errors import InputError, nearest, require
+from packforcing_jax.evaluation.comparison_figures import SUITES
+from packforcing_jax.evaluation.native_suite import known
 from packforcing_jax.io import atomic, identity, lines, model_folder, video
 from packforcing_jax.methods.method import Method, lengthened
 from packforcing_jax.sampling import pipeline, prompt_files
 from packforcing_jax.sampling.pipeline import SHIPPED, Pipeline
-from packforcing_jax.stage import captions, metrics, oracle, world
+from packforcing_jax.stage import captions, metrics
 from packforcing_jax.stage.stories import default_timeline
 
 STORIES = "stories"  # in the place of prompts: of each seed the story that `sample --seed` draws
 ALL = "all"
 VIDEOS, FIGURES = "videos", "figures"
 PLAIN = "as is"  # the settings of a model that are not changed
-
-Frames = np.ndarray  # [t, height, width, 3] uint8
 
 
 @dataclass(frozen=True)
@@ -353,84 +353,23 @@ def _load(comparison: Comparison, plan: Planned, arm: Arm) -> Pipeline:
 # Figures
 
 
-@dataclass(frozen=True)
-class Figure:
-    """What a figure means: its unit, and whether more of it is better (1), worse (-1), or neither (0)."""
-
-    unit: str
-    better: int
-
-
-@dataclass(frozen=True)
-class Suite:
-    """Figures of one video: of frames, what each block was told, and frames a second; windows are curves by figure."""
-
-    read: Callable[[Frames, Sequence[str], int], tuple[dict[str, float], dict[str, list[float]]]]
-    figures: Mapping[str, Figure]
-
-
-STAGE_FIGURES: Mapping[str, Figure] = {
-    name: Figure(unit, better)
-    for name, unit, better in (
-        ("valid", "share of frames", 1),
-        ("text mean", "share of frames", 1),
-        ("kept mark", "share of frames", 1),
-        ("motion pace", "share of frame pairs", 1),
-        ("motion dynamic", "share of videos", 1),
-        ("motion jumps", "share of frame pairs", -1),
-        ("hue drift", "degrees, RMS", -1),
-        ("gain drift", "RMS", -1),
-        ("recall guest", "share of visits", 1),
-        ("recall scene", "share of visits", 1),
-    )
-}
-
-
-def stage(
-    frames: Frames, prompts: Sequence[str], fps: int
-) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """What the Stage world's oracle reads off a video: figures of the last window, call-backs of the whole of it."""
-    side = frames.shape[1] // world.SIZE
-    shape = len(frames), world.SIZE, side, world.SIZE, side, 3
-    small = frames.reshape(shape).mean(axis=(2, 4), dtype=np.float32) / 127.5 - 1
-    reading = oracle.read(small)
-    parsed = [captions.parse(sentence) for sentence in prompts]
-    windows = metrics.windows(len(reading))
-    curves = [metrics.window_scores(reading, parsed, window) for window in windows]
-    last = curves[-1]
-    visits = metrics.recall(reading, parsed)
-    called = {
-        f"recall {kind}": _mean([visit.correct for visit in visits if visit.kind == kind])
-        for kind in ("guest", "scene")
-    }
-    names = [name for name in STAGE_FIGURES if name in last]
-    figures = {name: float(last[name]) for name in names} | called
-    return figures, {name: [float(window[name]) for window in curves] for name in names}
-
-
-def _mean(values: Sequence[bool]) -> float:
-    return float(np.mean(values)) if values else float("nan")
-
-
-SUITES: dict[str, Suite] = {"stage": Suite(stage, STAGE_FIGURES)}
-
-
 def measure(comparison: Comparison, plan: Planned, job: Job, out: Path) -> None:
     """The figures of a finished video, as a file beside it; those that are there for this very video are kept."""
     target = figures_path(out, job)
     wanted = {"key": key(comparison, plan, job), "suites": list(comparison.suites)}
     if _kept(target, wanted):
         return
-    frames = video.read(video_path(out, job))
+    path = video_path(out, job)
     prompts = told(comparison, plan, job)
     figures: dict[str, float | None] = {}
-    curves: dict[str, list[float | None]] = {}
+    curves: dict[str, Sequence[float | None]] = {}
     for suite in comparison.suites:
-        one, windows = SUITES[suite].read(frames, prompts, plan.experiment.fps)
-        figures |= {name: _plain(value) for name, value in one.items()}
-        curves |= {name: [_plain(value) for value in each] for name, each in windows.items()}
+        one, windows = SUITES[suite].read(path, prompts)
+        figures |= one
+        curves |= windows
     target.parent.mkdir(parents=True, exist_ok=True)
-    found = wanted | {"frames": len(frames), "figures": figures, "windows": curves}
+    frames = video.probe(path).frames
+    found = wanted | {"frames": frames, "figures": figures, "windows": curves}
     atomic.write(target, (json.dumps(found, indent=1) + "\n").encode())
 
 
@@ -440,10 +379,6 @@ def _kept(path: Path, wanted: Mapping[str, Any]) -> bool:
         return all(found[name] == value for name, value in wanted.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _plain(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
 
 
 # Results
@@ -487,7 +422,7 @@ def results(comparison: Comparison, out: Path) -> dict[str, Any]:
             "videos": {name: each["figures"] for name, each in videos.items()},
         }
     units = {
-        name: dataclasses.asdict(figure)
+        name: figure._asdict()
         for suite in comparison.suites
         for name, figure in SUITES[suite].figures.items()
     }
@@ -504,9 +439,9 @@ def results(comparison: Comparison, out: Path) -> dict[str, Any]:
 
 
 def _interval(values: Sequence[float | None]) -> dict[str, Any]:
-    known = [value for value in values if value is not None]
-    value, low, high = (_plain(x) for x in metrics.bootstrap(known))
-    return {"value": value, "low": low, "high": high, "n": len(known)}
+    there = [value for value in values if value is not None]
+    value, low, high = (known(x) for x in metrics.bootstrap(there))
+    return {"value": value, "low": low, "high": high, "n": len(there)}
 
 
 def _curves(videos: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:

@@ -17,7 +17,7 @@ COLUMNS, TALLEST = 12, 96  # frames of a row of a sheet; pixels of one
 WIDTH, HEIGHT, MARGIN = 420, 160, 34  # of a curve
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222", "#999933")
 DASHES = ("", "6 3", "2 2")
-ARROWS = {1: "↑", -1: "↓", 0: ""}
+ARROWS = {"higher": "↑", "lower": "↓", "nearer to 0": "→ 0", "neither": ""}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; font-size: 13px } td, th { padding: .2rem .6rem; text-align: right }
@@ -105,7 +105,9 @@ def markdown(found: Results) -> str:
 def meaning(found: Results) -> list[str]:
     """What the figures are, in sentences."""
     protocol = found["protocol"]
-    units = [f"{name}: {figure['unit']}" for name, figure in protocol["figures"].items()]
+    units = [
+        f"{name}: {each['unit']}; {each['meaning']}" for name, each in protocol["figures"].items()
+    ]
     return [
         f"{len(protocol['seeds'])} seeds; brackets hold the {protocol['interval']}.",
         "An arrow says where better lies. An arm is trained for it where the weights were made for this very memory.",

@@ -1,0 +1,112 @@
+"""Figures of one video of a comparison, by suite: read off its file, knowing what each block was told."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+
+from packforcing_jax.evaluation import native, native_suite
+from packforcing_jax.evaluation.native_suite import known
+from packforcing_jax.evaluation.suite import Meaning, Numbers, Options
+from packforcing_jax.io import video
+from packforcing_jax.stage import captions, metrics, oracle, world
+
+Curves: TypeAlias = Mapping[str, Sequence[float | None]]  # of each figure, window by window
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The figures of one suite: of a video file, and what each of its blocks was told; and what they mean.
+
+    `check` raises `InputError` where something is missing that the suite needs. `read` gives figures and, by window,
+    curves; None where one is not defined.
+    """
+
+    check: Callable[[], None]
+    read: Callable[[Path, Sequence[str]], tuple[Numbers, Curves]]
+    figures: Mapping[str, Meaning]
+
+
+STAGE_FIGURES: Mapping[str, Meaning] = {
+    name: Meaning(unit, better, meaning)
+    for name, unit, better, meaning in (
+        ("valid", "share of frames", "higher", "legal up to little noise, in the last window"),
+        (
+            "text mean",
+            "share of frames",
+            "higher",
+            "attributes as the text asks, in the last window",
+        ),
+        (
+            "kept mark",
+            "share of frames",
+            "higher",
+            "with the subject's first mark, in the last window",
+        ),
+        (
+            "motion pace",
+            "share of frame pairs",
+            "higher",
+            "at the pace of the text, in the last window",
+        ),
+        ("motion dynamic", "share of videos", "higher", "whose subject moves in the last window"),
+        ("motion jumps", "share of frame pairs", "lower", "that skip a lane, in the last window"),
+        ("hue drift", "degrees", "lower", "from the first frames' hue, RMS, in the last window"),
+        (
+            "gain drift",
+            "share",
+            "lower",
+            "from the first frames' brightness, RMS, in the last window",
+        ),
+        ("recall guest", "share of visits", "higher", "with the mark of the guest's first visit"),
+        ("recall scene", "share of visits", "higher", "with the poster of the scene's first visit"),
+    )
+}
+
+
+def stage(path: Path, prompts: Sequence[str]) -> tuple[Numbers, Curves]:
+    """What the Stage world's oracle reads off a video: figures of the last window, call-backs of the whole of it."""
+    frames = video.read(path)
+    side = frames.shape[1] // world.SIZE
+    shape = len(frames), world.SIZE, side, world.SIZE, side, 3
+    small = frames.reshape(shape).mean(axis=(2, 4), dtype=np.float32) / 127.5 - 1
+    reading = oracle.read(small)
+    parsed = [captions.parse(sentence) for sentence in prompts]
+    windows = metrics.windows(len(reading))
+    curves = [metrics.window_scores(reading, parsed, window) for window in windows]
+    visits = metrics.recall(reading, parsed)
+    called = {
+        f"recall {kind}": _mean([visit.correct for visit in visits if visit.kind == kind])
+        for kind in ("guest", "scene")
+    }
+    names = [name for name in STAGE_FIGURES if name in curves[-1]]
+    figures = {name: known(curves[-1][name]) for name in names} | called
+    return figures, {name: [known(window[name]) for window in curves] for name in names}
+
+
+def _mean(values: Sequence[bool]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def native_figures(path: Path, prompts: Sequence[str]) -> tuple[Numbers, Curves]:
+    """What the suite `native` measures, with the length of the video's blocks."""
+    found = video.probe(path)
+    signals = native.joined([*native.parts(video.stream(path))])
+    block = max(len(signals) // len(prompts), 1)
+    measured = native_suite.of_signals(signals, found.fps, Options(block=block))
+    return measured.figures, measured.windows
+
+
+SUITES: dict[str, Reader] = {
+    "stage": Reader(lambda: None, stage, STAGE_FIGURES),
+    "native": Reader(
+        lambda: native_suite.check(Options()),
+        native_figures,
+        {
+            name: Meaning(each.unit, each.better, each.meaning)
+            for name, each in native.FIGURES.items()
+        },
+    ),
+}
