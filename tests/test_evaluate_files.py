@@ -318,6 +318,16 @@ def test_a_video_that_lacks_its_end_is_refused_though_its_beginning_decodes(clip
         list(video.stream(clips / "cut.mp4"))
 
 
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_video_of_which_no_two_frames_decode_is_skipped(
+    clips, tmp_path, monkeypatch, capsys, left
+):
+    whole = video.read(clips / "b.mp4")
+    monkeypatch.setattr(video, "stream", lambda path: iter([whole[:1]] * left))
+    assert main.main(["evaluate", str(clips / "b.mp4"), "--out", str(tmp_path / "o")]) == 1
+    assert f"lists 12 frames, and {left} decode" in capsys.readouterr().err
+
+
 def test_a_disk_that_is_full_is_no_fault_of_the_video(clips, tmp_path, monkeypatch, capsys):
     def full(path, content):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))

@@ -115,11 +115,13 @@ def _measured(
             for piece in native.parts(video.stream(each.path)):
                 pieces.append(piece)
                 yield from itertools.repeat(each, len(piece))
-            signals = native.joined(pieces)
+            frames = sum(map(len, pieces))
             require(
-                len(signals) > 1, f"Video {each.path} decodes to one frame; give a complete one."
+                frames > 1,
+                f"Video {each.path} lists {probe.frames} frames, and {frames} decode; "
+                "give a complete video file.",
             )
-            found = of_signals(signals, probe.fps, options)
+            found = of_signals(native.joined(pieces), probe.fps, options)
         if found is not None:
             about = {"size": list(probe.size), **found.about}
             store.put(content, dataclasses.replace(found, about=about))
