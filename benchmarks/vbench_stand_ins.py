@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "packforcing_jax" / "evaluation"))
+sys.path.append(str(Path(__file__).parent.parent / "packforcing_jax" / "evaluation"))
 import vbench_driver
 
 CLIP = {  # constructor arguments of clip.model.CLIP
@@ -101,8 +101,7 @@ def amt(path: Path) -> None:
 
     config = Path(vbench.__file__).parent / "third_party/amt/cfgs/AMT-S.yaml"
     model = build_from_cfg(OmegaConf.load(config).network)
-    named = typing.OrderedDict[str, torch.Tensor](model.state_dict())
-    torch.save({"state_dict": named}, path)
+    torch.save({"state_dict": typing.OrderedDict(model.state_dict())}, path)
 
 
 def viclip(path: Path) -> None:
@@ -144,7 +143,9 @@ def main() -> None:
     words = vbench_driver.vocabulary()
     assert words is not None, "openai-clip is not installed"
     (cache / "vbench" / "ViCLIP").mkdir(parents=True, exist_ok=True)
-    shutil.copy(words, cache / "vbench" / "ViCLIP")  # the official class opens it when it is imported
+    shutil.copy(
+        words, cache / "vbench" / "ViCLIP"
+    )  # the official class opens it when it is imported
     hub = cache / "vbench/dino_model/facebookresearch_dino_main"
     hub.mkdir(parents=True, exist_ok=True)
     (hub / "hubconf.py").write_text(HUBCONF)

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 import traceback
 import typing
@@ -25,6 +26,7 @@ DOWNLOADERS = {"wget", "git", "unzip", "curl"}
 READING = ("socket.getaddrinfo", "socket.gethostbyname", "urllib.Request")  # audit events
 INFO = "full_info.json"
 FRAMES_AT_ONCE = 32
+LONGEST = 400  # characters of what is said of an error
 CONTEXT = {"clip": 77, "overall_consistency": 32}  # tokens that a text encoder reads
 _KEPT: list[object] = []  # what must live as long as the process
 
@@ -36,7 +38,9 @@ def forbid_network() -> None:
         internet = event == "socket.connect" and isinstance(arguments[1], tuple)
         program = event == "subprocess.Popen" and os.path.basename(str(arguments[0]))
         if event in READING or internet or program in DOWNLOADERS:
-            raise OSError(f"the network is not allowed ({event} {program or ''})".replace(" )", ")"))
+            raise OSError(
+                f"the network is not allowed ({event} {program or ''})".replace(" )", ")")
+            )
 
     sys.addaudithook(watch)
 
@@ -101,9 +105,10 @@ def film(path: str) -> dict:
 
 
 def brief(error: BaseException) -> str:
-    """Type and first line of an error."""
-    said = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+    """Type and words of an error in one line, without the colours of a terminal, its middle left out if it is long."""
+    said = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+    said = said if len(said) <= LONGEST else f"{said[: LONGEST // 2]} [...] {said[-LONGEST // 2 :]}"
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def measure(request: dict) -> dict:
@@ -145,13 +150,17 @@ def clip_windows(request: dict) -> dict:
     import torch
     from vbench.utils import CACHE_DIR, clip_transform
 
-    model, _ = clip.load(os.path.join(CACHE_DIR, "clip_model", "ViT-B-32.pt"), device=request["device"])
+    model, _ = clip.load(
+        os.path.join(CACHE_DIR, "clip_model", "ViT-B-32.pt"), device=request["device"]
+    )
     transform = clip_transform(224)
     windows = {}
     for path, prompt in request["videos"].items():
         ids = clip.tokenize([prompt], truncate=True).to(request["device"])
         text = torch.nn.functional.normalize(model.encode_text(ids).float(), dim=-1)
-        windows[path] = windows_of(path, lambda frames, text=text: cosines(model, transform, frames, text), request)
+        windows[path] = windows_of(
+            path, lambda frames, text=text: cosines(model, transform, frames, text), request
+        )
     found = {path: mean(each["values"]) for path, each in windows.items()}
     return {"dataset": mean(list(found.values())), "videos": found, "windows": windows}
 
