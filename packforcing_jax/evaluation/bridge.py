@@ -1,8 +1,8 @@
 """Measures videos with official VBench code, which lives in an environment of its own: one process a metric.
 
-Here, without torch: which weights are there, which videos a metric can judge, the processes with their time limit, what
-their answers mean, and the results. `vbench_driver.py` is what runs on the other side. Also a program until the verb
-`evaluate` has the suites: `python -m packforcing_jax.evaluation.bridge VIDEOS... --environment PATH --out DIR`.
+Here, without torch: which weights are there, which videos a metric can judge, what is asked, and the results of the
+answers. `vbench_process.py` starts the processes and `vbench_driver.py` is what runs in them. Also a program until the
+verb `evaluate` has the suites: `python -m packforcing_jax.evaluation.bridge VIDEOS... --environment PATH`.
 """
 
 import argparse
@@ -12,18 +12,16 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple, NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
+from packforcing_jax import interrupts
 from packforcing_jax.errors import InputError, MachineError, require, sentence, shown
-from packforcing_jax.evaluation import vbench_metrics
+from packforcing_jax.evaluation import vbench_metrics, vbench_process
 from packforcing_jax.evaluation.vbench_metrics import (
     SUITES,
     Caches,
@@ -33,21 +31,15 @@ from packforcing_jax.evaluation.vbench_metrics import (
     Rule,
     Weight,
 )
+from packforcing_jax.evaluation.vbench_process import Host
 from packforcing_jax.io import atomic, identity, lines
 
-DRIVER = Path(__file__).with_name("vbench_driver.py")
-VERSIONS = Path(__file__).with_name("vbench.txt")
 FILMS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 TOGETHER = 16  # videos that one process measures
-INSPECTION = 600.0  # seconds for the versions and the sizes of all videos
-CLOSED = "http://127.0.0.1:9"  # where no proxy listens: wget, git and urllib fail at once
-PROXIES = ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy")
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 PROTOCOLS = {
     "vbench": "whole: VBench's custom input, each metric on the whole video",
     "clip": "windows: CLIP ViT-B/32, frames at a fixed rate, mean over windows of the mean cosine",
 }
-TAIL = 4000  # bytes of a log that are searched for its last line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +60,6 @@ class Options:
     device: str = "cpu"
     rate: float = 2.0
     window: float = 10.0
-    driver: Path = DRIVER
 
     def __post_init__(self) -> None:
         require(
@@ -147,30 +138,26 @@ def evaluate(
     others go on. Raises `InputError` where nothing can be measured at all.
     """
     named = _named(videos)
-    python = interpreter(options.environment)
+    python = vbench_process.interpreter(options.environment)
     with tempfile.TemporaryDirectory(prefix="vbench-") as folder:
         room = Path(folder).resolve()
         staged = _staged_videos(named, room)
-        run = _Run(options, python, room, out, say)
-        seen = run.inspect(list(staged.values()))
-        films, skipped = _films(staged, seen)
+        host = Host(python, room, out / "logs", options.allow_network)
+        seen = host.inspect(list(staged.values()))
         caches = _caches(options, seen)
         ready, failed = _plan(options, caches, say)
-        require(len(films) > 0, f"no video can be read: {_first(skipped)}.")
-        texts = {
-            name: prompts[name].under(options.rule) if name in prompts else None for name in films
-        }
-        weights = _hashes(ready, caches)
-        results = Results(
-            _protocol(options, seen, weights, caches),
-            {name: _about(films[name], texts[name]) for name in films},
-            skipped,
-            {},
-            failed,
-        )
+        films, skipped = _films(staged, seen)
+        require(len(films) > 0, f"no video can be read: {_few(skipped)}.")
+        scored = {name: each.under(options.rule) for name, each in prompts.items()}
+        texts = {name: scored.get(name) for name in films}
+        protocol = _protocol(options, seen, caches) | {"weights": _hashes(ready, caches)}
+        about = {name: _about(films[name], texts[name]) for name in films}
+        results = Results(protocol, about, skipped, {}, failed)
         _stage_weights(ready, caches, room)
+        host = dataclasses.replace(host, caches=caches.variables())
+        run = _Run(options, host, caches, out, say)
+        subjects = _Subjects(films, staged, texts, named)
         for name, metric in ready.items():
-            subjects = _Subjects(films, staged, texts, {each: named[each] for each in films})
             _measure(run, name, metric, subjects, results)
     atomic.write(out / "results.json", results.to_json().encode())
     return results
@@ -191,17 +178,6 @@ def _named(videos: Sequence[Path]) -> dict[str, Path]:
         )
         named[path.name] = path.resolve()
     return named
-
-
-def interpreter(environment: Path) -> Path:
-    """The Python of an environment, which is given as that file or as its folder."""
-    python = environment / "bin" / "python" if environment.is_dir() else environment
-    require(
-        os.access(python, os.X_OK) and python.is_file(),
-        f"--environment {environment} has no Python that starts; make one with "
-        f"python -m packforcing_jax.evaluation.bridge --make-environment {environment}.",
-    )
-    return python.absolute()  # not resolved: a link is what makes it the Python of its environment
 
 
 def _caches(options: Options, seen: Mapping) -> Caches:
@@ -233,7 +209,10 @@ def _films(staged: Mapping[str, Path], seen: Mapping) -> tuple[dict[str, Film], 
 
 
 def _plan(options: Options, caches: Caches, say: Say) -> tuple[dict[str, Metric], dict[str, str]]:
-    """The metrics that can start, and what each other one lacks; says which files that are."""
+    """The metrics that can start, and what each other one lacks; says which files are not there whole.
+
+    Where the network is allowed official code fetches what is missing; what is there and broken it would only read.
+    """
     lacking: dict[Weight, list[str]] = {}
     for name, metric in options.metrics.items():
         for weight in metric.weights:
@@ -242,20 +221,18 @@ def _plan(options: Options, caches: Caches, say: Say) -> tuple[dict[str, Metric]
     told = vbench_metrics.listing(lacking.items(), caches)
     for line in told:
         say(f"weights: {line}")
-    if options.allow_network:
-        say("weights: VBench may fetch what is missing.") if told else None
-        return dict(options.metrics), {}
+    fetched = {each for each in lacking if options.allow_network and not caches.broken(each)}
+    for weight in fetched:
+        say(f"weights: VBench may fetch {weight.name} itself.")
     failed = {
-        name: "weights missing: "
-        + ", ".join(each.name for each in lacking if name in lacking[each])
+        name: f"weights missing: {', '.join(files)}"
         for name in options.metrics
-        if any(name in names for names in lacking.values())
+        if (files := [x.name for x in lacking if x not in fetched and name in lacking[x]])
     }
     ready = {name: each for name, each in options.metrics.items() if name not in failed}
-    places = "; ".join(told)
     require(
         len(ready) > 0,
-        f"no metric can start, weights are missing: {places}. Put them there, or give --weights-cache or "
+        f"no metric can start; weights that are missing: {'; '.join(told)}. Put them there, or give --weights-cache or "
         "--allow-network.",
     )
     return ready, failed
@@ -277,7 +254,7 @@ def _hashes(ready: Mapping[str, Metric], caches: Caches) -> dict[str, dict]:
     return found
 
 
-def _protocol(options: Options, seen: Mapping, weights: Mapping[str, dict], caches: Caches) -> dict:
+def _protocol(options: Options, seen: Mapping, caches: Caches) -> dict:
     """All that a figure depends on."""
     return {
         "suite": options.suite,
@@ -286,7 +263,7 @@ def _protocol(options: Options, seen: Mapping, weights: Mapping[str, dict], cach
         "device": options.device,
         "python": seen["python"],
         "versions": seen["versions"],
-        "weights": dict(weights),
+        "weights": {},
         "stand_in_weights": caches.stand_ins,
         "figures": {
             name: {"what": each.what, "unit": each.unit, "direction": "higher"}
@@ -305,120 +282,12 @@ def _about(film: Film, text: str | None) -> dict:
     return {"figures": {}, "windows": {}, "film": film._asdict(), "prompt": text}
 
 
-def _first(reasons: Mapping[str, str]) -> str:
-    name, reason = next(iter(reasons.items()))
-    return f"{name} {reason}"
+def _few(reasons: Mapping[str, str]) -> str:
+    """The first of the reasons that a run names."""
+    return "; ".join(f"{name} {reason}" for name, reason in list(reasons.items())[:3])
 
 
-# Processes
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """Starts processes of the other environment in `room`; what they print goes into `out/logs`."""
-
-    options: Options
-    python: Path
-    room: Path
-    out: Path
-    say: Say
-
-    def inspect(self, videos: Sequence[Path]) -> dict:
-        """What `vbench_driver.inspect` answers; `InputError` if the environment cannot."""
-        request = {"action": "inspect", "videos": [str(path) for path in videos]}
-        answer = self.ask("inspect", request, INSPECTION)
-        environment = self.options.environment
-        if isinstance(answer, str):
-            raise InputError(f"--environment {environment} cannot be used: {answer}.")
-        require(
-            answer["versions"].get("vbench") is not None,
-            f"--environment {environment} has no vbench; make one with "
-            "python -m packforcing_jax.evaluation.bridge --make-environment PATH.",
-        )
-        return answer
-
-    def ask(self, name: str, request: Mapping, limit: float) -> dict | str:
-        """The answer of one process, or a sentence saying why there is none."""
-        asked = self.room / "request.json"
-        answer = self.room / "answer.json"
-        answer.unlink(missing_ok=True)
-        asked.write_text(json.dumps(request), encoding="utf-8")
-        path = self.out / "logs" / f"{name}.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        command = [str(self.python), "-I", str(self.options.driver), str(asked), str(answer)]
-        with path.open("ab") as log:
-            status = _finished(command, self.room, environment(self.options, self.room), log, limit)
-        if status is None:
-            return f"no answer within {limit:g} seconds (--time-limit); its log is {path}"
-        try:
-            said = json.loads(answer.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return f"it ended with {_ending(status)} and no answer ({_last_line(path)}); its log is {path}"
-        return f"{sentence(str(said['error']))}; its log is {path}" if "error" in said else said
-
-
-def environment(options: Options, room: Path) -> dict[str, str]:
-    """The variables of a process: nothing of ours on its path, caches in `room`, and no way out unless it is allowed.
-
-    Where the network is allowed, the user's own caches are used, so that what is fetched is kept.
-    """
-    mine = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    if options.allow_network:
-        home = options.weights_cache
-        own = {} if home is None else {"vbench": home / "vbench", "torch": home / "torch"}
-        chosen = {"VBENCH_CACHE_DIR": own.get("vbench"), "TORCH_HOME": own.get("torch")}
-        return mine | {key: str(path.resolve()) for key, path in chosen.items() if path is not None}
-    closed = {each: CLOSED for name in PROXIES for each in (name, name.upper())}
-    for name in ("no_proxy", "NO_PROXY"):
-        mine.pop(name, None)
-    places = {"HOME": "home", "XDG_CACHE_HOME": "home/.cache", "TMPDIR": "tmp"}
-    places |= {"VBENCH_CACHE_DIR": "cache/vbench", "TORCH_HOME": "cache/torch"}
-    for place in places.values():
-        (room / place).mkdir(parents=True, exist_ok=True)
-    return mine | closed | OFFLINE | {key: str(room / place) for key, place in places.items()}
-
-
-def _finished(
-    command: Sequence[str], room: Path, variables: Mapping[str, str], log: IO[bytes], limit: float
-) -> int | None:
-    """The exit status of a process, None if it did not end in time; whatever it started ends with it."""
-    try:
-        process = subprocess.Popen(
-            command,
-            cwd=room,
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise MachineError(f"{command[0]} does not start ({error.strerror}).") from error
-    status = None
-    try:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            status = process.wait(limit)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return status
-
-
-def _ending(status: int) -> str:
-    """An exit status in words; a process that was ended by SIGKILL has often run out of memory."""
-    if status >= 0:
-        return f"exit code {status}"
-    often = ", as when memory runs out" if -status == signal.SIGKILL else ""
-    return f"{signal.Signals(-status).name}{often}"
-
-
-def _last_line(path: Path) -> str:
-    """The last thing that a log says."""
-    with path.open("rb") as log:
-        log.seek(max(0, path.stat().st_size - TAIL))
-        said = log.read().decode(errors="replace").replace("\r", "\n").split("\n")
-    return sentence(next((line for line in reversed(said) if line.strip()), "it said nothing"))
+# Staging
 
 
 def _staged_videos(named: Mapping[str, Path], room: Path) -> dict[str, Path]:
@@ -436,16 +305,28 @@ def _stage_weights(ready: Mapping[str, Metric], caches: Caches, room: Path) -> N
     staged = Caches(room / "cache" / "vbench", room / "cache" / "torch", room / "cache" / "clip")
     for weight in {weight for metric in ready.values() for weight in metric.weights}:
         source = caches.found(weight)
-        for path in () if source is None else map(staged.path, weight.places):
+        if source is None:
+            continue
+        for path in map(staged.path, weight.places):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.symlink_to(source.resolve())  # type: ignore[union-attr]
+            path.symlink_to(source)
 
 
 # Values
 
 
+class _Run(NamedTuple):
+    """What all metrics of a run share."""
+
+    options: Options
+    host: Host
+    caches: Caches
+    out: Path
+    say: Say
+
+
 class _Subjects(NamedTuple):
-    """The videos of a run by name: what is known of them, where their links lie, their texts, the files themselves."""
+    """The videos of a run by name: what is known of them, links to them, their texts, the files themselves."""
 
     films: Mapping[str, Film]
     staged: Mapping[str, Path]
@@ -462,20 +343,23 @@ def _measure(run: _Run, name: str, metric: Metric, subjects: _Subjects, results:
             fit.append(video)
         else:
             results.absent.setdefault(video, {})[name] = reason
-    keys = {each: _key(name, metric, subjects, each, results.protocol) for each in fit}
     store = run.out / "metrics" / f"{name}.json"
     kept = _kept(store)
+    keys = {each: _key(name, metric, subjects, each, results.protocol) for each in fit}
     todo = [each for each in fit if keys[each] not in kept]
     start = time.monotonic()
     for first in range(0, len(todo), TOGETHER):
         some = todo[first : first + TOGETHER]
         run.say(f"{name}: videos {first + 1} to {first + len(some)} of {len(todo)}")
-        answer = run.ask(name, _request(run.options, name, some, subjects), run.options.time_limit)
-        values = _values(answer, some, subjects.staged)
+        request = _request(run.options, name, some, subjects)
+        answer = run.host.ask(name, request, run.options.time_limit)
+        values = answer if isinstance(answer, str) else _values(answer, metric, some, subjects)
         if isinstance(values, str):
             results.failed[name] = values
             run.say(f"{name}: {values}")
             break
+        results.protocol["weights"] |= _hashes({name: metric}, run.caches)  # fetched ones too
+        keys |= {each: _key(name, metric, subjects, each, results.protocol) for each in some}
         kept |= {keys[each]: value for each, value in values.items()}
         atomic.write(store, json.dumps(kept, indent=1).encode())
     if todo and name not in results.failed:
@@ -524,14 +408,12 @@ def _kept(store: Path) -> dict[str, Value]:
 
 
 def _values(
-    answer: dict | str, some: Sequence[str], staged: Mapping[str, Path]
+    answer: Mapping, metric: Metric, some: Sequence[str], subjects: _Subjects
 ) -> dict[str, Value] | str:
-    """The values in an answer by video, or a sentence saying why there are none."""
-    if isinstance(answer, str):
-        return answer
+    """The values in an answer by video, or why they cannot be used."""
     values: dict[str, Value] = {}
     for video in some:
-        path = str(staged[video])
+        path = str(subjects.staged[video])
         found = answer.get("videos", {}).get(path)
         if not isinstance(found, int | float):
             return f"the official code gave no value for {video}"
@@ -544,6 +426,11 @@ def _values(
             value["tokens"] = answer["tokens"]["counts"][path]
             value["read"] = answer["tokens"]["read"]
         values[video] = value
+    numbers = {video: each["value"] for video, each in values.items() if each["value"] is not None}
+    if len(numbers) == len(values):
+        ours = vbench_metrics.dataset_value(metric, numbers, subjects.films)
+        if not math.isclose(ours, answer["dataset"], rel_tol=1e-4, abs_tol=1e-6):
+            return f"the official code's value of all videos is {answer['dataset']:g}, formed here it is {ours:g}"
     return values
 
 
@@ -564,7 +451,8 @@ def _add(name: str, metric: Metric, values: Mapping[str, Value], results: Result
             }
         value = found["value"]
         if value is None:
-            results.absent.setdefault(video, {})[name] = "the official code returned not a number"
+            reason = f"has no {name}: the official code returned not a number"
+            results.absent.setdefault(video, {})[name] = reason
             continue
         numbers[video] = about["figures"][name] = value
         if "windows" in found and "frames" in found:
@@ -597,12 +485,17 @@ def table(results: Results) -> str:
     )
     rows.append(["data set", *(_written(results.protocol["dataset"].get(name)) for name in names)])
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines_ = [
+    rows_of_text = [
         "  ".join(word.rjust(width) for word, width in zip(row, widths)) for row in [head, *rows]
     ]
+    other = [
+        name for name, each in results.protocol["weights"].items() if each["published"] is False
+    ]
+    if other:
+        rows_of_text.append(f"not the published weights: {', '.join(other)}")
     if results.protocol["stand_in_weights"]:
-        lines_.append("STAND-IN WEIGHTS: these numbers say nothing about the videos.")
-    return "\n".join(lines_)
+        rows_of_text.append("STAND-IN WEIGHTS: these numbers say nothing about the videos.")
+    return "\n".join(rows_of_text)
 
 
 def _written(value: float | None) -> str:
@@ -612,54 +505,12 @@ def _written(value: float | None) -> str:
 def reasons(results: Results) -> Iterator[str]:
     """A sentence for each video and metric without a value."""
     for video, reason in results.skipped.items():
-        yield f"{video} is skipped: it {reason}."
+        yield f"{video} {reason}; it is skipped."
     for video, each in results.absent.items():
-        for name, reason in each.items():
-            yield f"{name} of {video}: {reason}."
+        for reason in each.values():
+            yield f"{video} {reason}."
     for name, reason in results.failed.items():
         yield f"{name} failed: {reason}."
-
-
-# The environment
-
-
-def make_environment(path: Path, python: str = "python3.11") -> None:
-    """Makes a virtual environment with the versions in `vbench.txt`; raises `MachineError` if that fails."""
-    require(
-        not path.exists() or (path.is_dir() and not any(path.iterdir())),
-        f"{path} is there already; remove it or choose another folder.",
-    )
-    found = shutil.which(python)
-    require(
-        found is not None,
-        f"{python} is not here; VBench's environment needs Python 3.11.",
-    )
-    pip = [
-        str(path / "bin" / "python"),
-        "-m",
-        "pip",
-        "install",
-        "--disable-pip-version-check",
-        "-q",
-    ]
-    pinned = VERSIONS.read_text(encoding="utf-8").split("\n")
-    base = [line for line in pinned if line.startswith(("setuptools=", "torch=", "torchvision="))]
-    steps = [
-        [str(found), "-m", "venv", str(path)],
-        [*pip, "-c", str(VERSIONS), *base],  # with what a build of torch for GPUs depends on
-        [*pip, "--no-deps", "-r", str(VERSIONS)],  # complete: vbench asks for more than is used
-    ]
-    try:
-        for step in steps:
-            done = subprocess.run(step, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            if done.returncode:
-                said = done.stderr.decode(errors="replace").strip().splitlines() or [
-                    "no reason given"
-                ]
-                raise MachineError(f"{path} could not be made ({sentence(said[-1])}).")
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
 
 
 # The program
@@ -768,7 +619,7 @@ def options_of(args: argparse.Namespace) -> Options:
     require(
         args.environment is not None,
         f"--suite {args.suite} needs --environment PATH, a Python that has vbench; make one with "
-        "python -m packforcing_jax.evaluation.bridge --make-environment PATH.",
+        f"{vbench_process.MAKE} PATH.",
     )
     names = [field.name for field in dataclasses.fields(Options) if hasattr(args, field.name)]
     return Options(**{name: getattr(args, name) for name in names})
@@ -806,10 +657,14 @@ def main(words: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     args = parser.parse_args(words)
     try:
-        if args.make_environment is not None:
-            make_environment(args.make_environment)
-            return 0
-        return run(args)
+        with interrupts.raised():
+            if args.make_environment is not None:
+                vbench_process.make_environment(args.make_environment)
+                return 0
+            return run(args)
+    except KeyboardInterrupt:
+        print("interrupted; values that were finished are kept.", file=sys.stderr)
+        return 130
     except (InputError, MachineError) as error:
         print(sentence(str(error)), file=sys.stderr)
         return error.exit_code

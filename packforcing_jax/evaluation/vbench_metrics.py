@@ -118,6 +118,14 @@ class Caches(NamedTuple):
         places = map(self.path, weight.places)
         return next((path for path in places if problem(weight, path) is None), None)
 
+    def broken(self, weight: Weight) -> bool:
+        """Whether something lies at a place of a weight that is not whole."""
+        return self.found(weight) is None and any(self.path(x).exists() for x in weight.places)
+
+    def variables(self) -> dict[str, str]:
+        """The variables by which VBench and torch find their caches."""
+        return {"VBENCH_CACHE_DIR": str(self.vbench), "TORCH_HOME": str(self.torch)}
+
     @property
     def stand_ins(self) -> bool:
         """Whether VBench's cache is marked as holding random weights."""
