@@ -26,7 +26,9 @@ import torch
 
 
 def dino_vitb16(pretrained=True, **kwargs):
-    model = timm.create_model("vit_base_patch16_224", num_classes=0, dynamic_img_size=True)
+    model = timm.create_model(
+        "vit_base_patch16_224", num_classes=0, dynamic_img_size=True, dynamic_img_pad=True
+    )
     state = torch.hub.load_state_dict_from_url(
         "https://stand-in.invalid/dino_vitbase16_pretrain.pth", map_location="cpu"
     )

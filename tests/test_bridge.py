@@ -48,6 +48,8 @@ FAKE = '''
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         (seen / "child").write_text(str(child.pid))
         time.sleep(60)
+    elif do == "odd" and any("square" in text for text in asked["videos"].values()):
+        raise ValueError("odd")
     elif do == "crash":
         raise ValueError("the network has other shapes")
     elif do == "say":
@@ -248,7 +250,7 @@ FAILURES = {
     "say": "OSError: the network is not allowed",
     "kill": "SIGKILL, as when memory runs out",
     "less": "gave no value for a.mp4",
-    "off": "value of all videos is 1.375, formed here it is 0.375",
+    "off": "value of all videos is 1.25, formed here it is 0.25",
 }
 
 
@@ -257,6 +259,7 @@ def test_a_metric_that_fails_is_named_and_the_others_go_on(world, how):
     world.fake(motion_smoothness=how)
     results = world.run()
     assert set(results.failed) == {"motion_smoothness"}
+    assert results.absent == {}
     assert FAILURES[how] in results.failed["motion_smoothness"]
     for about in results.videos.values():
         assert list(about["figures"]) == [name for name in SEVEN if name != "motion_smoothness"]
@@ -265,6 +268,19 @@ def test_a_metric_that_fails_is_named_and_the_others_go_on(world, how):
     again = world.run()
     assert again.complete, "what failed is tried again"
     assert [each["name"] for each in world.calls()[-1:]] == ["motion_smoothness"]
+
+
+def test_a_video_that_a_metric_fails_at_costs_the_others_nothing(world):
+    world.fake(motion_smoothness="odd")
+    results = world.run()
+    assert results.failed == {}
+    (reason,) = results.absent.pop("b_2.MP4").values()
+    assert reason.startswith(
+        "has no motion_smoothness: exit code 1 and no answer (ValueError: odd)"
+    )
+    assert results.absent == {}
+    assert results.videos["a.mp4"]["figures"]["motion_smoothness"] == 0.25
+    assert len(results.videos["b_2.MP4"]["figures"]) == 6
 
 
 def test_a_metric_that_hangs_ends_at_the_time_limit_with_all_that_it_started(world):
@@ -303,7 +319,7 @@ def test_not_a_number_is_a_sentence_and_the_file_is_plain_json(world):
 
 
 TRAPS = {
-    "small": ({"width": 120, "height": 300}, "is 120x300; dynamic_degree needs 121 pixels"),
+    "small": ({"width": 120, "height": 300}, "is 120x300 pixels; dynamic_degree needs 121 on"),
     "two sampled": (
         {"frames": 4, "fps": 16.0},
         "has 4 frames at 16 a second, of which dynamic_degree takes 2",
@@ -328,6 +344,14 @@ def test_the_smallest_and_shortest_video_that_raft_can_judge_is_judged(world):
     least = {"width": 121, "height": 160, "frames": 5, "fps": 16.0}
     world.fake(films=dict.fromkeys(VIDEOS, least))
     assert world.run().complete
+
+
+def test_pictures_too_small_for_the_frames_between_frames_are_named(world):
+    world.fake(films=dict.fromkeys(VIDEOS, {"width": 48, "height": 64}))
+    results = world.run()
+    assert set(results.absent["a.mp4"]) == {"motion_smoothness", "dynamic_degree"}
+    world.fake(films=dict.fromkeys(VIDEOS, {"width": 49, "height": 64}))
+    assert set(world.run().absent["a.mp4"]) == {"dynamic_degree"}
 
 
 def test_videos_of_few_frames_have_only_the_metrics_that_can_read_them(world):
@@ -458,6 +482,8 @@ def test_the_data_sets_value_counts_pairs_where_the_official_code_does():
     [
         ({"suite": "vbenhc"}, "suite 'vbenhc'"),
         ({"rule": "long"}, "rule 'long'"),
+        ({"only": ("dynamic",)}, "no metric 'dynamic'; did you mean dynamic_degree"),
+        ({"suite": "clip", "only": ("dynamic_degree",)}, "suite clip has no metric"),
         ({"protocol": "long"}, "VBench-Long cannot be run: it reads"),
         ({"protocol": "whale"}, "protocol 'whale'"),
         ({"device": "cuda:1"}, "CUDA_VISIBLE_DEVICES"),
@@ -538,6 +564,11 @@ def test_the_program_ends_with_a_code_and_a_sentence(world, capsys):
     assert "mean of videos" in told.out
     assert bridge.main([str(world.root), *flags]) == 1, "no prompts: two videos lack a metric"
     assert "a.mp4 has no prompt under this rule" in capsys.readouterr().err
+    world.calls()
+    some = ["--metrics", "motion_smoothness,subject_consistency", "--out", str(world.root / "some")]
+    assert bridge.main([str(world.root), *flags, *some]) == 0
+    asked = [each["name"] for each in world.calls()[1:]]
+    assert asked == ["subject_consistency", "motion_smoothness"], "in the order of the suite"
     assert bridge.main([str(world.root), "--suite", "vbnch", *flags]) == 2
     assert bridge.main([str(world.root), "--out", str(world.out)]) == 2
     assert "--make-environment" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple, NotRequired, TypedDict
 
 from packforcing_jax import interrupts
-from packforcing_jax.errors import InputError, MachineError, require, sentence, shown
+from packforcing_jax.errors import InputError, MachineError, nearest, require, sentence, shown
 from packforcing_jax.evaluation import vbench_metrics, vbench_process
 from packforcing_jax.evaluation.vbench_metrics import (
     SUITES,
@@ -31,7 +31,7 @@ from packforcing_jax.evaluation.vbench_metrics import (
     Rule,
     Weight,
 )
-from packforcing_jax.evaluation.vbench_process import Host
+from packforcing_jax.evaluation.vbench_process import Failure, Host
 from packforcing_jax.io import atomic, identity, lines
 
 FILMS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
@@ -44,7 +44,8 @@ PROTOCOLS = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to measure. `environment`: a Python, or the folder of a virtual environment, that has vbench.
+    """How to measure. `environment`: a Python, or the folder of a virtual environment, that has vbench. `only`: metrics
+    of the suite, none for all.
 
     `weights_cache` holds `vbench/` and `torch/`; None: VBENCH_CACHE_DIR and TORCH_HOME, or ~/.cache. `time_limit`:
     seconds for one process. `rate` (frames a second) and `window` (seconds) are those of the CLIP score.
@@ -52,6 +53,7 @@ class Options:
 
     environment: Path
     suite: str = "vbench"
+    only: tuple[str, ...] = ()
     rule: Rule = "short"
     protocol: str = "whole"
     weights_cache: Path | None = None
@@ -86,9 +88,17 @@ class Options:
                 0 < value < math.inf, f"{name.replace('_', ' ')} {shown(value)} is not above 0."
             )
 
+        for name in self.only:
+            require(
+                name in SUITES[self.suite],
+                f"suite {self.suite} has no metric {shown(name)}; {nearest(name, SUITES[self.suite])}",
+            )
+
     @property
     def metrics(self) -> Mapping[str, Metric]:
-        return SUITES[self.suite]
+        """The metrics that are asked for, in the order of the suite."""
+        suite = SUITES[self.suite]
+        return {name: each for name, each in suite.items() if name in (self.only or suite)}
 
 
 class Results(NamedTuple):
@@ -200,7 +210,8 @@ def _films(staged: Mapping[str, Path], seen: Mapping) -> tuple[dict[str, Film], 
     for name, path in staged.items():
         found = seen["videos"][str(path)]
         if "error" in found:
-            skipped[name] = f"cannot be read ({sentence(found['error'])})"
+            said = found["error"].replace(str(path), name)
+            skipped[name] = f"cannot be read ({sentence(said)})"
         elif not (found["frames"] > 0 and found["fps"] > 0):
             skipped[name] = f"has {found['frames']} frames at {found['fps']:g} a second"
         else:
@@ -351,13 +362,13 @@ def _measure(run: _Run, name: str, metric: Metric, subjects: _Subjects, results:
     for first in range(0, len(todo), TOGETHER):
         some = todo[first : first + TOGETHER]
         run.say(f"{name}: videos {first + 1} to {first + len(some)} of {len(todo)}")
-        request = _request(run.options, name, some, subjects)
-        answer = run.host.ask(name, request, run.options.time_limit)
-        values = answer if isinstance(answer, str) else _values(answer, metric, some, subjects)
-        if isinstance(values, str):
-            results.failed[name] = values
-            run.say(f"{name}: {values}")
+        values, reasons = _asked(run, name, metric, some, subjects)
+        if not values:
+            results.failed[name] = next(iter(reasons.values()))
+            run.say(f"{name}: {results.failed[name]}")
             break
+        for video, reason in reasons.items():
+            results.absent.setdefault(video, {})[name] = f"has no {name}: {reason}"
         results.protocol["weights"] |= _hashes({name: metric}, run.caches)  # fetched ones too
         keys |= {each: _key(name, metric, subjects, each, results.protocol) for each in some}
         kept |= {keys[each]: value for each, value in values.items()}
@@ -367,6 +378,23 @@ def _measure(run: _Run, name: str, metric: Metric, subjects: _Subjects, results:
         results.protocol["seconds"][name] = round(spent, 1)
         run.say(f"{name}: done in {spent:.1f} s")
     _add(name, metric, {each: kept[keys[each]] for each in fit if keys[each] in kept}, results)
+
+
+def _asked(
+    run: _Run, name: str, metric: Metric, some: Sequence[str], subjects: _Subjects
+) -> tuple[dict[str, Value], dict[str, str]]:
+    """Values by video, and why others have none. Where a process of several videos fails, each is tried by itself."""
+    request = _request(run.options, name, some, subjects)
+    answer = run.host.ask(name, request, run.options.time_limit)
+    found = answer if isinstance(answer, Failure) else _values(answer, metric, some, subjects)
+    if not isinstance(found, Failure):
+        return found, {}
+    if found.late or len(some) == 1:
+        return {}, dict.fromkeys(some, found.reason)
+    run.say(f"{name}: {found.reason}; now each video by itself")
+    alone = [_asked(run, name, metric, [each], subjects) for each in some]
+    values = {video: value for each, _ in alone for video, value in each.items()}
+    return values, {video: reason for _, each in alone for video, reason in each.items()}
 
 
 def _request(options: Options, name: str, some: Sequence[str], subjects: _Subjects) -> dict:
@@ -409,14 +437,14 @@ def _kept(store: Path) -> dict[str, Value]:
 
 def _values(
     answer: Mapping, metric: Metric, some: Sequence[str], subjects: _Subjects
-) -> dict[str, Value] | str:
+) -> dict[str, Value] | Failure:
     """The values in an answer by video, or why they cannot be used."""
     values: dict[str, Value] = {}
     for video in some:
         path = str(subjects.staged[video])
         found = answer.get("videos", {}).get(path)
         if not isinstance(found, int | float):
-            return f"the official code gave no value for {video}"
+            return Failure(f"the official code gave no value for {video}")
         value: Value = {"value": _finite(found)}
         if path in answer.get("windows", {}):
             windows = answer["windows"][path]
@@ -430,7 +458,8 @@ def _values(
     if len(numbers) == len(values):
         ours = vbench_metrics.dataset_value(metric, numbers, subjects.films)
         if not math.isclose(ours, answer["dataset"], rel_tol=1e-4, abs_tol=1e-6):
-            return f"the official code's value of all videos is {answer['dataset']:g}, formed here it is {ours:g}"
+            official = f"the official code's value of all videos is {answer['dataset']:g}"
+            return Failure(f"{official}, formed here it is {ours:g}")
     return values
 
 
@@ -561,6 +590,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the suites `vbench` and `clip`."""
     default = Options(Path())
     parser.add_argument("--suite", default=default.suite, metavar="NAME", help=" or ".join(SUITES))
+    parser.add_argument(
+        "--metrics",
+        dest="only",
+        type=lambda listed: tuple(listed.split(",")),
+        default=default.only,
+        metavar="A,B,...",
+        help="these of the suite (default: all)",
+    )
     parser.add_argument(
         "--rule",
         default=default.rule,

@@ -11,7 +11,10 @@ from typing import Literal, NamedTuple
 from packforcing_jax.errors import require
 
 Rule = Literal["short", "extended"]
-RAFT_SIDE = 121  # pixels: RAFT pads to a multiple of 8, and below 128 the flow is not a number, without an error
+RAFT_SIDE = 121  # pixels: padded to a multiple of 8, and below 128 the flow is not a number, without an error
+AMT_SIDE = (
+    49  # pixels: padded to a multiple of 16, and below 64 the coarsest of four levels is empty
+)
 STAND_INS = (
     "STAND_INS"  # a file in VBench's cache that says that its weights are not the published ones
 )
@@ -169,7 +172,8 @@ class Prompt(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A metric of the official code: `weights` it reads, `frames` it needs at least, whether it reads a prompt.
+    """A metric of the official code: `weights` it reads, `frames` and `side` (pixels of the shorter side) that a video
+    needs at least, whether it reads a prompt.
 
     Of a pair-wise metric a data set's value counts pairs of frames, not videos (`by_pair`); `scale` divides it.
     """
@@ -178,6 +182,7 @@ class Metric:
     unit: str
     weights: tuple[Weight, ...]
     frames: int = 1
+    side: int = 1
     text: bool = False
     by_pair: bool = False
     scale: float = 1.0
@@ -199,9 +204,13 @@ METRICS: Mapping[str, Metric] = {
         by_pair=True,
     ),
     "motion_smoothness": Metric(
-        "1 less the error of AMT's frames between frames", "0 to 1", (AMT,), frames=3
+        "1 less the error of AMT's frames between frames",
+        "0 to 1",
+        (AMT,),
+        frames=3,
+        side=AMT_SIDE,
     ),
-    "dynamic_degree": Metric("whether RAFT sees large motion", "0 or 1", (RAFT,)),
+    "dynamic_degree": Metric("whether RAFT sees large motion", "0 or 1", (RAFT,), side=RAFT_SIDE),
     "aesthetic_quality": Metric("LAION's linear head on CLIP", "about 0 to 1", (CLIP_L, HEAD)),
     "imaging_quality": Metric("MUSIQ of each frame", "0 to 100", (MUSIQ,), scale=100.0),
     "overall_consistency": Metric(
@@ -223,26 +232,23 @@ def unfit(name: str, metric: Metric, film: Film, text: str | None) -> str | None
     """Why a metric cannot judge a video, although the official code may return a value; None if it can."""
     if film.frames < metric.frames:
         return f"has {film.frames} frames; {name} needs {metric.frames} at least"
+    if min(film.width, film.height) < metric.side:
+        size = f"is {film.width}x{film.height} pixels"
+        return f"{size}; {name} needs {metric.side} on the shorter side at least"
     if metric.text and not (text or "").strip():
         return f"has no prompt under this rule; {name} reads one: give it in --prompts"
-    return _too_little_for_raft(film) if name == "dynamic_degree" else None
+    return _too_few_for_raft(film) if name == "dynamic_degree" else None
 
 
-def _too_little_for_raft(film: Film) -> str | None:
-    """Of pictures too small the flow is not a number and the answer False; of two frames it is always True."""
-    if min(film.width, film.height) < RAFT_SIDE:
-        return (
-            f"is {film.width}x{film.height}; dynamic_degree needs {RAFT_SIDE} pixels on the shorter side: below, "
-            "RAFT's flow is not a number and the official answer is False whatever moves"
-        )
-    interval = max(1, round(film.fps / 8))
-    sampled = -(-film.frames // interval)
-    if sampled < 3:
-        return (
-            f"has {film.frames} frames at {film.fps:g} a second, of which dynamic_degree takes {sampled}; it needs 3: "
-            "with fewer the official answer does not depend on motion"
-        )
-    return None
+def _too_few_for_raft(film: Film) -> str | None:
+    """Of two sampled frames no pair has to move, and the official answer is always True."""
+    sampled = -(-film.frames // max(1, round(film.fps / 8)))
+    if sampled >= 3:
+        return None
+    return (
+        f"has {film.frames} frames at {film.fps:g} a second, of which dynamic_degree takes {sampled}; it needs 3: with "
+        "fewer the official answer does not depend on motion"
+    )
 
 
 def dataset_value(metric: Metric, values: Mapping[str, float], films: Mapping[str, Film]) -> float:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from packforcing_jax.errors import InputError, MachineError, require, sentence
 
@@ -33,6 +33,13 @@ ALONE = ("-I", "-B")  # nothing of ours on its path, no files beside code in the
 TAIL = 4000  # bytes of a log in which its last line is looked for
 
 
+class Failure(NamedTuple):
+    """Why a process gave no answer; `late`: it was ended at the time limit."""
+
+    reason: str
+    late: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class Host:
     """Starts processes of another environment's `python` in the folder `room`; what they print goes into `logs`.
@@ -51,15 +58,15 @@ class Host:
         """What `vbench_driver.inspect` answers; `InputError` if the environment cannot."""
         request = {"action": "inspect", "videos": [str(path) for path in videos]}
         answer = self.ask("inspect", request, INSPECTION)
-        if isinstance(answer, str):
-            raise InputError(f"the environment of {self.python} cannot be used: {answer}.")
+        if isinstance(answer, Failure):
+            raise InputError(f"the environment of {self.python} cannot be used: {answer.reason}.")
         require(
             answer["versions"].get("vbench") is not None,
             f"the environment of {self.python} has no vbench; make one with {MAKE} PATH.",
         )
         return answer
 
-    def ask(self, name: str, request: Mapping, limit: float) -> dict | str:
+    def ask(self, name: str, request: Mapping, limit: float) -> dict | Failure:
         """The answer of one process, or why there is none."""
         asked = self.room / "request.json"
         answer = self.room / "answer.json"
@@ -70,13 +77,14 @@ class Host:
         command = [str(self.python), *ALONE, str(DRIVER), str(asked), str(answer)]
         with path.open("ab") as log:
             status = _ended(command, self.room, self.variables(), log, limit)
+        where = f"its log is {path}"
         if status is None:
-            return f"no answer within {limit:g} seconds (--time-limit); its log is {path}"
+            return Failure(f"no answer within {limit:g} seconds (--time-limit); {where}", late=True)
         try:
             said = json.loads(answer.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return f"{_ending(status)} and no answer ({_last_line(path)}); its log is {path}"
-        return f"{sentence(str(said['error']))}; its log is {path}" if "error" in said else said
+            return Failure(f"{_ending(status)} and no answer ({_last_line(path)}); {where}")
+        return Failure(f"{sentence(str(said['error']))}; {where}") if "error" in said else said
 
     def variables(self) -> dict[str, str]:
         """The variables of a process: nothing of ours on its path, and no way out unless it is allowed."""
