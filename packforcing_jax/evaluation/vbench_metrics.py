@@ -231,7 +231,7 @@ SUITES: Mapping[str, Mapping[str, Metric]] = {"vbench": METRICS, "clip": CLIP}
 def unfit(name: str, metric: Metric, film: Film, text: str | None) -> str | None:
     """Why a metric cannot judge a video, although the official code may return a value; None if it can."""
     if film.frames < metric.frames:
-        return f"has {film.frames} frames; {name} needs {metric.frames} at least"
+        return f"has {film.frames} frame{'s' * (film.frames != 1)}; {name} needs {metric.frames} at least"
     if min(film.width, film.height) < metric.side:
         size = f"is {film.width}x{film.height} pixels"
         return f"{size}; {name} needs {metric.side} on the shorter side at least"
@@ -246,7 +246,7 @@ def _too_few_for_raft(film: Film) -> str | None:
     if sampled >= 3:
         return None
     return (
-        f"has {film.frames} frames at {film.fps:g} a second, of which dynamic_degree takes {sampled}; it needs 3: with "
+        f"has {film.frames} frame{'s' * (film.frames != 1)} at {film.fps:g} a second, of which dynamic_degree takes {sampled}; it needs 3: with "
         "fewer the official answer does not depend on motion"
     )
 
