@@ -46,6 +46,7 @@ README_LINES = 150
 NEEDS_WEIGHTS = "needs weights"
 NEEDS_GPU = "needs a GPU"
 NEEDS_NETWORK = "needs a network"
+NEEDS_VIDEO = "needs a video"
 TAKES_LONG = "takes longer than a minute"
 INSTALLS = "installs, builds or deletes"
 SKIPPED = {
@@ -59,6 +60,8 @@ SKIPPED = {
     "packforcing evaluate --mode teacher --videos 64": TAKES_LONG,
     "packforcing evaluate --run": NEEDS_WEIGHTS,
     "packforcing evaluate --weights": TAKES_LONG,
+    "packforcing evaluate out/": NEEDS_VIDEO,
+    "packforcing evaluate videos": NEEDS_VIDEO,
     "packforcing plan --compile": TAKES_LONG,
     "packforcing prepare": NEEDS_WEIGHTS,
     "packforcing sample --weights models": NEEDS_GPU,

@@ -1,12 +1,17 @@
-"""`packforcing evaluate`: reads a model's videos with the Stage world's oracle, each figure beside its chance level."""
+"""`packforcing evaluate`: measures video files, or reads a Stage model's videos with the oracle of its world.
+
+With VIDEOS a suite of figures is read off files (`evaluate_files`). Without, the suite is `stage`: videos that a model
+makes, each figure beside its chance level.
+"""
 
 import argparse
 import functools
 import json
 import sys
+from collections.abc import Iterable
 
-from packforcing_jax.cli import common
-from packforcing_jax.errors import InputError, require
+from packforcing_jax.cli import common, evaluate_files
+from packforcing_jax.errors import InputError, nearest, require
 
 MODES = {
     "teacher": "each next block of held-out clips, behind the true blocks before it",
@@ -14,10 +19,31 @@ MODES = {
     "forced": "guests called back after a true history, by gap and by how packed blocks are chosen",
 }
 VIDEOS = {"teacher": 48, "rollout": 64, "forced": 32}
+STAGE = "stage"  # the suite without VIDEOS
+DEFAULTS = {  # of the flags of suite stage
+    "weights": None,
+    "run": None,
+    "config": None,
+    "overrides": [],
+    "mode": "rollout",
+    "videos": None,
+    "blocks": 120,
+    "memory": None,
+    "gaps": (8, 32, 64, 110),
+    "ways": "affinity,paper_sum,recency",
+    "batch": 16,
+}
+SPELLED = {"overrides": "set"}  # flags that are called otherwise than their value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `evaluate`."""
+    parser.add_argument(
+        "--suite",
+        metavar="NAME",
+        help="which figures: stage without VIDEOS, else native (default: that)",
+    )
+    evaluate_files.add_arguments(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--weights", metavar="DIR", help="model folder (default: the Stage model that ships)"
@@ -27,15 +53,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     common.add_experiment_arguments(parser)
     modes = "; ".join(f"{name}: {what}" for name, what in MODES.items())
-    parser.add_argument(
-        "--mode", choices=MODES, default="rollout", help=f"{modes} (default: rollout)"
-    )
+    parser.add_argument("--mode", choices=MODES, help=f"{modes} (default: {DEFAULTS['mode']})")
     parser.add_argument("--videos", type=int, metavar="N", help=f"how many (default: {VIDEOS})")
     parser.add_argument(
-        "--blocks", type=int, default=120, metavar="N", help="length of a rollout (default: 120)"
+        "--blocks",
+        type=int,
+        metavar="N",
+        help=f"length of a rollout (default: {DEFAULTS['blocks']})",
     )
     parser.add_argument(
-        "--seed", type=int, metavar="S", help="of stories and noise (default: one not trained on)"
+        "--seed",
+        type=int,
+        metavar="S",
+        help="of stories and noise (default: one not trained on); with VIDEOS, of the intervals",
     )
     parser.add_argument(
         "--memory", metavar="PROFILE", help="another memory than the model's own, such as no-mid"
@@ -44,18 +74,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gaps",
         type=gaps,
         metavar="A,B,...",
-        default=(8, 32, 64, 110),
         help="blocks between two visits in mode forced, at most four (default: 8,32,64,110)",
     )
     parser.add_argument(
         "--ways",
         metavar="A,B,...",
-        default="affinity,paper_sum,recency",
         help="how packed blocks are chosen in mode forced: settings of cache.selection and more, or "
         "every (default: affinity,paper_sum,recency)",
     )
     parser.add_argument(
-        "--batch", type=int, default=16, metavar="N", help="videos drawn together (default: 16)"
+        "--batch",
+        type=int,
+        metavar="N",
+        help=f"videos drawn together (default: {DEFAULTS['batch']})",
     )
 
 
@@ -70,6 +101,40 @@ def gaps(listed: str) -> tuple[int, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Measures the files that are given, or else evaluates a Stage model."""
+    from packforcing_jax.evaluation.suites import SUITES
+
+    known = (STAGE, *SUITES)
+    require(
+        args.suite in (None, *known),
+        f"--suite {args.suite} is unknown; {nearest(str(args.suite), known)}",
+    )
+    require(
+        args.seed is None or 0 <= args.seed < 2**31,
+        f"--seed {args.seed} is out of range; give 0 to {2**31 - 1}.",
+    )
+    if args.video_files:
+        require(
+            args.suite != STAGE,
+            f"--suite {STAGE} makes its own videos; leave VIDEOS out, or choose another suite.",
+        )
+        _refuse(args, DEFAULTS, "is about a Stage model; leave it out, or leave VIDEOS out")
+        return evaluate_files.run(args)
+    require(
+        args.suite in (None, STAGE), f"--suite {args.suite} needs VIDEOS; give files or folders."
+    )
+    _refuse(args, evaluate_files.FLAGS, "is about video files; give VIDEOS")
+    given = {flag: getattr(args, flag) for flag in DEFAULTS if getattr(args, flag) is not None}
+    return _stage(argparse.Namespace(**{**vars(args), **DEFAULTS, **given}))
+
+
+def _refuse(args: argparse.Namespace, flags: Iterable[str], why: str) -> None:
+    """Raises `InputError` if one of some flags was given."""
+    for flag in flags:
+        require(getattr(args, flag) in (None, []), f"--{SPELLED.get(flag, flag)} {why}.")
+
+
+def _stage(args: argparse.Namespace) -> int:
     """Prints the figures of one mode."""
     require(
         args.config is None or args.run is not None,
@@ -86,10 +151,6 @@ def run(args: argparse.Namespace) -> int:
     require(
         args.memory in (None, *PROFILES),
         f"--memory {args.memory} is unknown; choose one of {', '.join(PROFILES)}.",
-    )
-    require(
-        args.seed is None or 0 <= args.seed < 2**31,
-        f"--seed {args.seed} is out of range; give 0 to {2**31 - 1}.",
     )
     from packforcing_jax.evaluation import recall, stage_figures
     from packforcing_jax.policies import attention

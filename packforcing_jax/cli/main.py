@@ -44,8 +44,8 @@ VERBS = {
     ),
     "evaluate": Verb(
         "evaluate",
-        "read a model's videos with the Stage world's oracle",
-        "packforcing evaluate --mode forced --gaps 8,64",
+        "measure video files, or a Stage model with the oracle of its world",
+        "packforcing evaluate out/demo.mp4 --out out/figures",
     ),
     "convert": Verb(
         "convert",

@@ -7,17 +7,20 @@ process that dies can cost at most the block being written.
 import contextlib
 import json
 import mmap
+import re
 import signal
 import struct
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import IO, NamedTuple
 
 import einops
 import numpy as np
 
-from packforcing_jax.errors import InputError, MachineError, require
+from packforcing_jax.errors import InputError, MachineError, brief, require
 from packforcing_jax.io import append_file, atomic, ffmpeg, h264
 
 GREY_LEVEL = 2 / 255  # one 8-bit step on the scale [-1, 1]
@@ -25,6 +28,8 @@ LARGEST = 16384  # pixels of a side
 KEY_SAMPLE = 0x02000000
 OTHER_SAMPLE = 0x01010000  # flags of ISO/IEC 14496-12: depends on no other, on others
 TO_RGB = "scale=flags=bilinear+accurate_rnd+full_chroma_int+full_chroma_inp"
+TO_PPM = ["-vf", TO_RGB, "-fps_mode", "passthrough", "-c:v", "ppm", "-f", "image2pipe", "-"]
+STREAMED = 1 << 26  # bytes of frames that `stream` gives at once
 
 
 def to_uint8(frames) -> np.ndarray:
@@ -325,27 +330,92 @@ def read(path) -> np.ndarray:
     """All frames of a video that decode, as uint8 [t,h,w,3]."""
     source = _existing(path)
     try:
-        stream = ffmpeg.run(
-            [
-                "-i",
-                source,
-                "-vf",
-                TO_RGB,
-                "-fps_mode",
-                "passthrough",
-                "-c:v",
-                "ppm",
-                "-f",
-                "image2pipe",
-                "-",
-            ]
-        )
+        stream = ffmpeg.run(["-i", source, *TO_PPM])
         width, height = (int(side) for side in stream.split(b"\n", 2)[1].split())
     except (MachineError, IndexError) as error:
         raise InputError(f"Video {path} cannot be decoded; give a complete video file.") from error
     header = len(f"P6\n{width} {height}\n255\n")
     frames = np.frombuffer(stream, np.uint8).reshape(-1, header + height * width * 3)[:, header:]
     return einops.rearrange(frames, "t (h w c) -> t h w c", h=height, c=3)
+
+
+class Probe(NamedTuple):
+    """How many frames a video file lists, how many it shows a second (0 of fewer than two), and (width, height)."""
+
+    frames: int
+    fps: float
+    size: tuple[int, int]
+
+
+def probe(path) -> Probe:
+    """What a video file says about its frames; nothing is decoded.
+
+    Raises `InputError` for a file that is no video, or one that does not say when its frames are shown.
+    """
+    source = _existing(path)
+    try:
+        listed = ffmpeg.run(
+            ["-i", source, "-map", "0:v:0", "-c", "copy", "-f", "framecrc", "-"]
+        ).decode()
+        facts = dict(re.findall(r"^#(\w+) 0: (.+)$", listed, re.MULTILINE))
+        width, height = map(int, facts["dimensions"].split("x"))
+        rows = [line.split(",") for line in listed.splitlines() if line[:1].isdigit()]
+        times = [int(row[2]) for row in rows]
+        unit = Fraction(facts["tb"])
+    except (MachineError, LookupError, ValueError) as error:
+        raise _undecodable(path, error) from error
+    span = (max(times) - min(times)) * unit if times else 0
+    require(
+        len(times) < 2 or span > 0,
+        f"Video {path} does not say when its frames are shown; convert it to MP4.",
+    )
+    fps = float((len(times) - 1) / span) if span else 0.0
+    return Probe(len(times), fps, (width, height))
+
+
+def stream(path, most: int = STREAMED) -> Iterator[np.ndarray]:
+    """The frames of a video in order, as uint8 [t,h,w,3] of at most `most` bytes, or of one frame.
+
+    Raises `InputError` for a file that does not decode, and at the end for one that decodes with errors.
+    """
+    source = _existing(path)
+    with ffmpeg.start(["-i", source, *TO_PPM]) as process:
+        _, out, stderr = ffmpeg.streams(process)
+        said: list[bytes] = []
+        listener = threading.Thread(target=lambda: said.append(stderr.read()), daemon=True)
+        listener.start()
+        try:
+            block: list[np.ndarray] = []
+            while (frame := _next_frame(out)) is not None:
+                block.append(frame)
+                if (len(block) + 1) * frame.nbytes > most:
+                    yield np.stack(block)
+                    block = []
+            status = process.wait()
+            listener.join()
+            if status or said[0].strip():
+                raise _undecodable(path, ffmpeg.failure(said[0], status))
+            if block:
+                yield np.stack(block)
+        finally:
+            process.kill()
+
+
+def _next_frame(out: IO[bytes]) -> np.ndarray | None:
+    """The next picture of a stream of PPM, None at its end or where it is cut."""
+    head = [out.readline() for _ in range(3)]
+    if not head[2]:
+        return None
+    width, height = (int(side) for side in head[1].split())
+    content = out.read(width * height * 3)
+    full = len(content) == width * height * 3
+    return np.frombuffer(content, np.uint8).reshape(height, width, 3) if full else None
+
+
+def _undecodable(path, error: BaseException) -> InputError:
+    said = re.fullmatch(r"ffmpeg failed \((?:Error opening input files: )?(.*)\); .*", brief(error))
+    why = re.sub(r"\[[^\]]* @ 0x[0-9a-f]+\] ", "", said[1]) if said else "it lists no frames"
+    return InputError(f"Video {path} cannot be decoded ({why}); give a complete video file.")
 
 
 def contact_sheet(frames, path, *, columns: int = 8, every: int = 1) -> None:
