@@ -92,7 +92,7 @@ h200:
 	$(VENV)-h200/bin/python -m benchmarks.compile_for_h200
 
 vbench-environment: $(VENV)/.installed
-	$(BIN)/python -m packforcing_jax.evaluation.bridge --make-environment $(VENV)-vbench
+	$(BIN)/python -m packforcing_jax.evaluation.vbench_process $(VENV)-vbench
 
 clean:
 	rm -rf $(VENV) $(VENV)-h200 $(VENV)-parity $(VENV)-vbench out

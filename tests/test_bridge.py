@@ -14,9 +14,17 @@ from pathlib import Path
 
 import pytest
 
+from packforcing_jax.cli import main
 from packforcing_jax.errors import InputError, MachineError
-from packforcing_jax.evaluation import bridge, vbench_driver, vbench_metrics, vbench_process
-from packforcing_jax.evaluation.bridge import Options, Prompt, evaluate
+from packforcing_jax.evaluation import (
+    bridge,
+    vbench_driver,
+    vbench_metrics,
+    vbench_process,
+    vbench_suite,
+)
+from packforcing_jax.evaluation.bridge import Options, evaluate
+from packforcing_jax.evaluation.video_files import Prompt, VideoFile
 
 SEVEN = [*vbench_metrics.METRICS]
 FILM = {"frames": 12, "width": 192, "height": 128, "fps": 8.0}
@@ -87,9 +95,11 @@ class World:
         driver = root / "driver.py"
         driver.write_text(textwrap.dedent(FAKE).replace("FILM", repr(FILM)))
         monkeypatch.setattr(vbench_process, "DRIVER", driver)
-        self.videos = [root / name for name in VIDEOS]
-        for path in self.videos:
-            path.write_bytes(path.name.encode())
+        self.folder = root / "videos"
+        self.folder.mkdir()
+        self.videos = [VideoFile(name, self.folder / name) for name in VIDEOS]
+        for video in self.videos:
+            video.path.write_bytes(video.name.encode())
         self.suites = {suite: small(metrics) for suite, metrics in vbench_metrics.SUITES.items()}
         monkeypatch.setattr(bridge, "SUITES", self.suites)
         for weight in self.weights():
@@ -131,6 +141,17 @@ class World:
         path.unlink(missing_ok=True)
         return found
 
+    def flags(self, *more):
+        """The words of a command about these videos."""
+        at = ["--environment", sys.executable, "--weights-cache", str(self.cache)]
+        return ["evaluate", str(self.folder), "--out", str(self.out), *at, *more]
+
+    def prompt_file(self):
+        path = self.root / "prompts.jsonl"
+        tables = [{"file": name, "prompt": each.prompt} for name, each in PROMPTS.items()]
+        path.write_text("".join(json.dumps(table) + "\n" for table in tables))
+        return str(path)
+
     def written(self):
         return json.loads((self.out / "results.json").read_text())
 
@@ -148,8 +169,7 @@ def small(metrics):
 def test_seven_numbers_a_video_and_all_that_they_depend_on(world):
     results = world.run()
     assert results.complete
-    told = world.written()
-    assert told == json.loads(results.to_json())
+    told = json.loads(json.dumps(results._asdict(), allow_nan=False))
     for number, video in enumerate(VIDEOS):
         about = told["videos"][video]
         assert about["figures"] == dict.fromkeys(SEVEN, 0.25 * (1 + number))
@@ -158,18 +178,16 @@ def test_seven_numbers_a_video_and_all_that_they_depend_on(world):
     assert told["videos"]["a.mp4"]["tokens"] == {"overall_consistency": {"prompt": 6, "read": 32}}
     protocol = told["protocol"]
     assert protocol["versions"] == {"vbench": "0.1.5", "torch": "2.13.0"}
-    assert protocol["prompt_rule"] == "short"
+    assert protocol["rule"] == "short"
     assert protocol["protocol"].startswith("whole")
     assert protocol["stand_in_weights"] is False
-    assert set(protocol["figures"]) == set(SEVEN) == set(protocol["seconds"])
+    assert set(SEVEN) == set(protocol["seconds"])
     assert protocol["dataset"]["imaging_quality"] == pytest.approx(0.375 / 100)
-    assert protocol["mean"]["imaging_quality"] == pytest.approx(0.375)
     lists = protocol["weights"]
     assert len(lists) == 9 + 3, "nine files and the three of DINO's repository"
     assert {each["bytes"] for each in lists.values()} == {2000}
     assert lists["ViT-B-32.pt"]["published"] is False, "its hash is known, and it is another"
     assert lists["amt-s.pth"]["published"] is None
-    assert "not the published weights" in bridge.table(results)
 
 
 def test_every_metric_is_a_process_of_its_own_that_sees_plain_names_and_its_weights(world):
@@ -241,7 +259,7 @@ def test_no_metric_at_all_is_refused_and_nothing_is_written(world):
         InputError, match=r"no metric can start.*amt-s.pth.*2,000 bytes.*--weights-cache"
     ):
         world.run()
-    assert not (world.out / "results.json").exists()
+    assert not (world.out / "metrics").exists()
     assert [each["name"] for each in world.calls()] == ["inspect"]
 
 
@@ -313,7 +331,7 @@ def test_not_a_number_is_a_sentence_and_the_file_is_plain_json(world):
         }
         for name in VIDEOS
     }
-    assert "NaN" not in (world.out / "results.json").read_text()
+    assert "NaN" not in (world.out / "metrics" / "aesthetic_quality.json").read_text()
     assert "aesthetic_quality" not in results.protocol["dataset"]
     assert "a.mp4 has no aesthetic_quality" in next(bridge.reasons(results))
 
@@ -420,7 +438,7 @@ def test_a_second_run_asks_only_for_what_is_new(world):
     (call,) = world.calls()[1:]
     assert call["name"] == "overall_consistency"
     assert list(call["asked"]["videos"].values()) == ["a ring"]
-    world.videos[1].write_bytes(b"another film")
+    world.videos[1].path.write_bytes(b"another film")
     world.run(prompts=other)
     assert [list(x["asked"]["videos"].values()) for x in world.calls()[1:]] == [["a square"]] * 7
 
@@ -434,7 +452,7 @@ def test_many_videos_go_through_several_processes_and_a_failure_keeps_the_finish
 
 def test_prompts_are_scored_under_the_rule_that_is_named(world):
     results = world.run(rule="extended")
-    assert results.protocol["prompt_rule"] == "extended"
+    assert results.protocol["rule"] == "extended"
     assert results.videos["a.mp4"]["prompt"] == "a red disc that walks"
     assert results.absent == {
         "b_2.MP4": {
@@ -445,27 +463,19 @@ def test_prompts_are_scored_under_the_rule_that_is_named(world):
 
 def test_windows_of_clip_score_come_with_their_frames_and_the_decline(world):
     results = world.run(suite="clip", rate=2, window=10)
-    about = world.written()["videos"]["a.mp4"]
+    about = results.videos["a.mp4"]
     assert about["windows"] == {"clip": [30.0, 28.5]}
     assert about["frames"] == {"clip": [[0, 4], [8]]}
-    assert about["figures"] == {
-        "clip": 0.25,
-        "clip_first": 30.0,
-        "clip_last": 28.5,
-        "clip_decline": 1.5,
-    }
+    one = vbench_suite.measured(about, {})
+    assert one.figures == {"clip": 0.25, "clip_decline": 1.5}
+    assert (one.first, one.last) == ({"clip": 30.0}, {"clip": 28.5})
+    about["windows"]["clip"] = [30.0, None]
+    assert "clip_decline" not in vbench_suite.measured(about, {}).figures
     assert results.protocol["settings"] == {"rate": 2, "window": 10}
     world.calls()
     world.run(suite="clip", rate=4, window=10)
     (call,) = world.calls()[1:]
     assert (call["asked"]["rate"], call["asked"]["window"]) == (4, 10)
-
-
-def test_stand_in_weights_mark_the_results(world):
-    (world.cache / "vbench" / vbench_metrics.STAND_INS).write_text("random")
-    results = world.run()
-    assert results.protocol["stand_in_weights"] is True
-    assert "STAND-IN WEIGHTS" in bridge.table(results)
 
 
 def test_the_data_sets_value_counts_pairs_where_the_official_code_does():
@@ -482,8 +492,8 @@ def test_the_data_sets_value_counts_pairs_where_the_official_code_does():
     [
         ({"suite": "vbenhc"}, "suite 'vbenhc'"),
         ({"rule": "long"}, "rule 'long'"),
-        ({"only": ("dynamic",)}, "no metric 'dynamic'; did you mean dynamic_degree"),
-        ({"suite": "clip", "only": ("dynamic_degree",)}, "suite clip has no metric"),
+        ({"metrics": ("dynamic",)}, "no metric 'dynamic'; did you mean dynamic_degree"),
+        ({"suite": "clip", "metrics": ("dynamic_degree",)}, "suite clip has no metric"),
         ({"protocol": "long"}, "VBench-Long cannot be run: it reads"),
         ({"protocol": "whale"}, "protocol 'whale'"),
         ({"device": "cuda:1"}, "CUDA_VISIBLE_DEVICES"),
@@ -498,82 +508,73 @@ def test_options_that_cannot_be_are_refused(options, named):
 
 def test_an_environment_without_python_or_vbench_says_how_to_make_one(world):
     with pytest.raises(
-        InputError, match=r"has no Python that starts; make one with .*--make-environment"
+        InputError, match=r"has no Python that starts; make one with .*vbench_process"
     ):
-        evaluate(world.videos, {}, Options(world.root), world.out)
+        evaluate(world.videos, {}, Options(world.root), world.out, print)
     world.fake(said={"versions": {"vbench": None}})
     with pytest.raises(InputError, match="has no vbench; make one with"):
         world.run()
     world.monkeypatch.setattr(vbench_process, "DRIVER", Path(vbench_driver.__file__))
     real = Options(Path(sys.executable), weights_cache=world.cache)
     with pytest.raises(InputError, match=r"has no vbench|cannot be used: ModuleNotFoundError"):
-        evaluate(world.videos, {}, real, world.out)
+        evaluate(world.videos, {}, real, world.out, print)
 
 
-def test_videos_are_told_apart_by_their_names(world):
-    twin = world.root / "deep" / "a.mp4"
-    twin.parent.mkdir()
-    twin.write_bytes(b"x")
-    with pytest.raises(InputError, match=r"two videos are called a.mp4"):
-        world.run(videos=[*world.videos, twin])
-    with pytest.raises(InputError, match="is not a file"):
-        world.run(videos=[world.root / "none.mp4"])
-    with pytest.raises(InputError, match="no video is given"):
-        world.run(videos=[])
+def test_evaluate_writes_the_folder_of_results_of_every_suite(world, capsys):
+    flags = world.flags("--prompts", world.prompt_file(), "--suite", "vbench")
+    assert main.main(flags) == 0
+    found = world.written()
+    assert set(found["protocol"]["figures"]) == set(SEVEN)
+    assert found["protocol"]["suite"] == "vbench"
+    assert found["protocol"]["rule"] == "short"
+    for number, video in enumerate(VIDEOS):
+        about = found["videos"][video]
+        assert about["figures"] == dict.fromkeys(SEVEN, 0.25 * (1 + number))
+        assert about["prompt"] == PROMPTS[video].prompt
+    assert found["lacking"] == []
+    assert "STAND-IN" not in capsys.readouterr().out
+    for name in ("figures.csv", "windows.csv", "results.md", "curves.png"):
+        assert (world.out / name).stat().st_size > 0
 
 
-def test_prompts_of_a_file(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(
-        '{"file": "in/a.mp4", "prompt": "x"}\n\n{"file": "b", "prompt": "y", "extended": "z"}\n'
-    )
-    assert bridge.read_prompts(path) == {"a.mp4": Prompt("x"), "b": Prompt("y", "z")}
-    for text, named in (
-        ('{"file": "a"}', "line 1.*is not a prompt"),
-        ('{"file": "a", "prompt": 1}', "line 1.*is not a prompt"),
-        ('{"file": "a", "prompt": "x", "extnded": "y"}', "line 1.*is not a prompt"),
-        (
-            '{"file": "a", "prompt": "x"}\n{"file": "d/a", "prompt": "y"}',
-            "line 2: a has a prompt already",
-        ),
-        ("[1]", "line 1"),
-        ("{", "line 1"),
-    ):
-        path.write_text(text)
-        with pytest.raises(InputError, match=named):
-            bridge.read_prompts(path)
-    with pytest.raises(InputError, match="cannot be read"):
-        bridge.read_prompts(tmp_path / "none.jsonl")
-
-
-def test_the_program_ends_with_a_code_and_a_sentence(world, capsys):
-    flags = [
-        "--environment",
-        sys.executable,
-        "--weights-cache",
-        str(world.cache),
-        "--out",
-        str(world.out),
-    ]
-    prompts = world.root / "prompts.jsonl"
-    prompts.write_text(
-        "".join(json.dumps({"file": x, "prompt": p.prompt}) + "\n" for x, p in PROMPTS.items())
-    )
-    assert bridge.main([str(world.root), "--prompts", str(prompts), *flags]) == 0
+def test_evaluate_ends_with_1_and_a_sentence_for_what_is_lacking(world, capsys):
+    (world.cache / "vbench" / vbench_metrics.STAND_INS).write_text("random")
+    world.weight("raft-things.pth").unlink()
+    world.fake(aesthetic_quality="nan")
+    assert main.main(world.flags("--suite", "vbench")) == 1
     told = capsys.readouterr()
-    assert "mean of videos" in told.out
-    assert bridge.main([str(world.root), *flags]) == 1, "no prompts: two videos lack a metric"
-    assert "a.mp4 has no prompt under this rule" in capsys.readouterr().err
-    world.calls()
-    some = ["--metrics", "motion_smoothness,subject_consistency", "--out", str(world.root / "some")]
-    assert bridge.main([str(world.root), *flags, *some]) == 0
+    lacking = world.written()["lacking"]
+    assert "dynamic_degree failed: weights missing: raft-things.pth." in lacking
+    assert any("a.mp4 has no prompt under this rule" in line for line in lacking)
+    assert any("a.mp4 has no aesthetic_quality" in line for line in lacking)
+    assert all(line in told.err and line in told.out for line in lacking)
+    assert vbench_suite.NOTE in told.out
+    assert world.written()["protocol"]["note"] == vbench_suite.NOTE
+    absent = world.written()["videos"]["a.mp4"]["absent"]
+    assert set(absent) == {"overall_consistency", "aesthetic_quality"}
+
+
+def test_evaluate_measures_the_metrics_that_are_named_and_refuses_what_does_not_fit(world, capsys):
+    some = ["--metrics", "motion_smoothness,subject_consistency"]
+    assert main.main(world.flags("--suite", "vbench", *some)) == 0
     asked = [each["name"] for each in world.calls()[1:]]
     assert asked == ["subject_consistency", "motion_smoothness"], "in the order of the suite"
-    assert bridge.main([str(world.root), "--suite", "vbnch", *flags]) == 2
-    assert bridge.main([str(world.root), "--out", str(world.out)]) == 2
-    assert "--make-environment" in capsys.readouterr().err
-    assert bridge.main([str(world.cache), *flags]) == 2
-    assert "holds no video" in capsys.readouterr().err
+    clip = world.flags("--suite", "clip", "--prompts", world.prompt_file())
+    clip[clip.index(str(world.out))] = str(world.root / "clip")
+    assert main.main(clip) == 0
+    (call,) = world.calls()[1:]
+    assert (call["asked"]["rate"], call["asked"]["window"]) == (2.0, 10.0)
+    capsys.readouterr()
+    for words, named in (
+        (world.flags("--suite", "vbench", "--rate", "2"), "--rate is nothing that suite vbench"),
+        (world.flags("--suite", "native"), "--environment is nothing that suite native reads"),
+        (world.flags("--suite", "vbench", "--protocol", "long"), "VBench-Long cannot be run"),
+        (world.flags("--suite", "clip"), "holds results of suite vbench"),
+        (["evaluate", "--time-limit", "3"], "--time-limit is about video files"),
+        (["evaluate", str(world.folder), "--suite", "clip", "--out", "x"], "needs --environment"),
+    ):
+        assert main.main(words) == 2, words
+        assert named in capsys.readouterr().err
 
 
 # The driver
@@ -653,6 +654,8 @@ def test_an_environment_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch
         vbench_process.make_environment(tmp_path, str(broken))
     with pytest.raises(InputError, match="python-none is not here"):
         vbench_process.make_environment(tmp_path / "env", "python-none")
+    assert vbench_process.main([]) == 2
+    assert vbench_process.main([str(tmp_path)]) == 2
 
 
 def test_the_versions_of_the_environment_are_complete_and_exact():

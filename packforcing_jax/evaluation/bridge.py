@@ -1,40 +1,34 @@
 """Measures videos with official VBench code, which lives in an environment of its own: one process a metric.
 
 Here, without torch: which weights are there, which videos a metric can judge, what is asked, and the results of the
-answers. `vbench_process.py` starts the processes and `vbench_driver.py` is what runs in them. Also a program until the
-verb `evaluate` has the suites: `python -m packforcing_jax.evaluation.bridge VIDEOS... --environment PATH`.
+answers. `vbench_process.py` starts the processes and `vbench_driver.py` is what runs in them.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NotRequired, TypedDict
 
-from packforcing_jax import interrupts
-from packforcing_jax.errors import InputError, MachineError, nearest, require, sentence, shown
+from packforcing_jax.errors import nearest, require, sentence, shown
 from packforcing_jax.evaluation import vbench_metrics, vbench_process
 from packforcing_jax.evaluation.vbench_metrics import (
     SUITES,
     Caches,
     Film,
     Metric,
-    Prompt,
-    Rule,
     Weight,
 )
 from packforcing_jax.evaluation.vbench_process import Failure, Host
-from packforcing_jax.io import atomic, identity, lines
+from packforcing_jax.evaluation.video_files import Prompt, VideoFile
+from packforcing_jax.io import atomic, identity
 
-FILMS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 TOGETHER = 16  # videos that one process measures
 PROTOCOLS = {
     "vbench": "whole: VBench's custom input, each metric on the whole video",
@@ -44,7 +38,7 @@ PROTOCOLS = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to measure. `environment`: a Python, or the folder of a virtual environment, that has vbench. `only`: metrics
+    """How to measure. `environment`: a Python, or the folder of a virtual environment, that has vbench. `metrics`: some
     of the suite, none for all.
 
     `weights_cache` holds `vbench/` and `torch/`; None: VBENCH_CACHE_DIR and TORCH_HOME, or ~/.cache. `time_limit`:
@@ -53,8 +47,8 @@ class Options:
 
     environment: Path
     suite: str = "vbench"
-    only: tuple[str, ...] = ()
-    rule: Rule = "short"
+    metrics: Sequence[str] = ()
+    rule: str = "short"
     protocol: str = "whole"
     weights_cache: Path | None = None
     allow_network: bool = False
@@ -88,17 +82,17 @@ class Options:
                 0 < value < math.inf, f"{name.replace('_', ' ')} {shown(value)} is not above 0."
             )
 
-        for name in self.only:
+        for name in self.metrics:
             require(
                 name in SUITES[self.suite],
                 f"suite {self.suite} has no metric {shown(name)}; {nearest(name, SUITES[self.suite])}",
             )
 
     @property
-    def metrics(self) -> Mapping[str, Metric]:
+    def asked(self) -> Mapping[str, Metric]:
         """The metrics that are asked for, in the order of the suite."""
         suite = SUITES[self.suite]
-        return {name: each for name, each in suite.items() if name in (self.only or suite)}
+        return {name: each for name, each in suite.items() if name in (self.metrics or suite)}
 
 
 class Results(NamedTuple):
@@ -114,9 +108,6 @@ class Results(NamedTuple):
     def complete(self) -> bool:
         """Whether every metric has a value for every video."""
         return not (self.skipped or self.absent or self.failed)
-
-    def to_json(self) -> str:
-        return json.dumps(self._asdict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 class Value(TypedDict):
@@ -136,18 +127,18 @@ Say = Callable[[str], None]
 
 
 def evaluate(
-    videos: Sequence[Path],
+    videos: Sequence[VideoFile],
     prompts: Mapping[str, Prompt],
     options: Options,
     out: Path,
-    say: Say = lambda line: print(line, file=sys.stderr, flush=True),
+    say: Say,
 ) -> Results:
-    """Measures `videos` and writes `out/results.json`; values found earlier under the same settings are kept.
+    """Measures `videos`; values are kept in `out`, and those found there under the same settings are taken.
 
-    `prompts` by file name. A metric that lacks a weight, or whose process fails, is named in the results, and the
-    others go on. Raises `InputError` where nothing can be measured at all.
+    `prompts` by the videos' names; `say` is given a line for each step. A metric that lacks a weight, or whose process
+    fails, is named in the results, and the others go on. Raises `InputError` where nothing can be measured at all.
     """
-    named = _named(videos)
+    named = {video.name: video.path.resolve() for video in videos}
     python = vbench_process.interpreter(options.environment)
     with tempfile.TemporaryDirectory(prefix="vbench-") as folder:
         room = Path(folder).resolve()
@@ -158,7 +149,7 @@ def evaluate(
         ready, failed = _plan(options, caches, say)
         films, skipped = _films(staged, seen)
         require(len(films) > 0, f"no video can be read: {_few(skipped)}.")
-        scored = {name: each.under(options.rule) for name, each in prompts.items()}
+        scored = {name: each.text(options.rule) for name, each in prompts.items()}
         texts = {name: scored.get(name) for name in films}
         protocol = _protocol(options, seen, caches) | {"weights": _hashes(ready, caches)}
         about = {name: _about(films[name], texts[name]) for name in films}
@@ -169,25 +160,10 @@ def evaluate(
         subjects = _Subjects(films, staged, texts, named)
         for name, metric in ready.items():
             _measure(run, name, metric, subjects, results)
-    atomic.write(out / "results.json", results.to_json().encode())
     return results
 
 
 # What is asked
-
-
-def _named(videos: Sequence[Path]) -> dict[str, Path]:
-    """Videos by file name, which tells them apart in prompts and results."""
-    require(len(videos) > 0, "no video is given; name files or a folder that holds some.")
-    named: dict[str, Path] = {}
-    for path in videos:
-        require(path.is_file(), f"{path} is not a file; check the path.")
-        require(
-            path.name not in named,
-            f"two videos are called {path.name} ({named.get(path.name)} and {path}); give them different names.",
-        )
-        named[path.name] = path.resolve()
-    return named
 
 
 def _caches(options: Options, seen: Mapping) -> Caches:
@@ -225,7 +201,7 @@ def _plan(options: Options, caches: Caches, say: Say) -> tuple[dict[str, Metric]
     Where the network is allowed official code fetches what is missing; what is there and broken it would only read.
     """
     lacking: dict[Weight, list[str]] = {}
-    for name, metric in options.metrics.items():
+    for name, metric in options.asked.items():
         for weight in metric.weights:
             if caches.found(weight) is None:
                 lacking.setdefault(weight, []).append(name)
@@ -237,10 +213,10 @@ def _plan(options: Options, caches: Caches, say: Say) -> tuple[dict[str, Metric]
         say(f"weights: VBench may fetch {weight.name} itself.")
     failed = {
         name: f"weights missing: {', '.join(files)}"
-        for name in options.metrics
+        for name in options.asked
         if (files := [x.name for x in lacking if x not in fetched and name in lacking[x]])
     }
-    ready = {name: each for name, each in options.metrics.items() if name not in failed}
+    ready = {name: each for name, each in options.asked.items() if name not in failed}
     require(
         len(ready) > 0,
         f"no metric can start; weights that are missing: {'; '.join(told)}. Put them there, or give --weights-cache or "
@@ -270,21 +246,16 @@ def _protocol(options: Options, seen: Mapping, caches: Caches) -> dict:
     return {
         "suite": options.suite,
         "protocol": PROTOCOLS[options.suite],
-        "prompt_rule": options.rule,
+        "rule": options.rule,
         "device": options.device,
         "python": seen["python"],
         "versions": seen["versions"],
         "weights": {},
         "stand_in_weights": caches.stand_ins,
-        "figures": {
-            name: {"what": each.what, "unit": each.unit, "direction": "higher"}
-            for name, each in options.metrics.items()
-        },
         "settings": {"rate": options.rate, "window": options.window}
         if options.suite == "clip"
         else {},
         "dataset": {},
-        "mean": {},
         "seconds": {},
     }
 
@@ -487,225 +458,14 @@ def _add(name: str, metric: Metric, values: Mapping[str, Value], results: Result
         if "windows" in found and "frames" in found:
             about["windows"][name] = found["windows"]
             about.setdefault("frames", {})[name] = found["frames"]
-            about["figures"] |= _drift(name, found["windows"])
     if numbers:
         results.protocol["dataset"][name] = vbench_metrics.dataset_value(metric, numbers, films)
-        results.protocol["mean"][name] = sum(numbers.values()) / len(numbers)
-
-
-def _drift(name: str, windows: Sequence[float | None]) -> dict[str, float]:
-    """First and last window and the decline between them, where both have a value."""
-    first, last = windows[0], windows[-1]
-    if first is None or last is None:
-        return {}
-    return {f"{name}_first": first, f"{name}_last": last, f"{name}_decline": first - last}
-
-
-def table(results: Results) -> str:
-    """The values as lines of text; a dash where there is none."""
-    names = [*results.protocol["figures"]]
-    head = ["video", *names]
-    rows = [
-        [video, *(_written(about["figures"].get(name)) for name in names)]
-        for video, about in results.videos.items()
-    ]
-    rows.append(
-        ["mean of videos", *(_written(results.protocol["mean"].get(name)) for name in names)]
-    )
-    rows.append(["data set", *(_written(results.protocol["dataset"].get(name)) for name in names)])
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    rows_of_text = [
-        "  ".join(word.rjust(width) for word, width in zip(row, widths)) for row in [head, *rows]
-    ]
-    other = [
-        name for name, each in results.protocol["weights"].items() if each["published"] is False
-    ]
-    if other:
-        rows_of_text.append(f"not the published weights: {', '.join(other)}")
-    if results.protocol["stand_in_weights"]:
-        rows_of_text.append("STAND-IN WEIGHTS: these numbers say nothing about the videos.")
-    return "\n".join(rows_of_text)
-
-
-def _written(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 def reasons(results: Results) -> Iterator[str]:
-    """A sentence for each video and metric without a value."""
-    for video, reason in results.skipped.items():
-        yield f"{video} {reason}; it is skipped."
+    """A sentence for each metric that failed, and for each other figure that a measured video lacks."""
     for video, each in results.absent.items():
         for reason in each.values():
             yield f"{video} {reason}."
     for name, reason in results.failed.items():
         yield f"{name} failed: {reason}."
-
-
-# The program
-
-
-def read_prompts(path: Path) -> dict[str, Prompt]:
-    """Prompts by file name, of lines `{"file": ..., "prompt": ..., "extended"?: ...}`."""
-    example = '{"file": "a.mp4", "prompt": "a red square", "extended": "..."}'
-    found: dict[str, Prompt] = {}
-    for number, line in enumerate(lines.read(path, f"--prompts {path}", "check the path"), 1):
-        if not line.strip():
-            continue
-        with contextlib.suppress(ValueError):
-            told = json.loads(line)
-            known = isinstance(told, dict) and {"file", "prompt"} <= told.keys() <= {
-                "file",
-                "prompt",
-                "extended",
-            }
-            if known and all(isinstance(each, str) for each in told.values()):
-                name = Path(told["file"]).name
-                require(
-                    name not in found,
-                    f"{path}, line {number}: {name} has a prompt already; remove one.",
-                )
-                found[name] = Prompt(told["prompt"], told.get("extended"))
-                continue
-        raise InputError(f"{path}, line {number}: {shown(line)} is not a prompt; write {example}.")
-    return found
-
-
-def films_in(paths: Sequence[Path]) -> list[Path]:
-    """Files as given, and of folders the videos in them, in order of their names."""
-    found: list[Path] = []
-    for path in paths:
-        require(path.exists(), f"{path} does not exist; check the path.")
-        inside = (
-            sorted(each for each in path.iterdir() if each.suffix.lower() in FILMS)
-            if path.is_dir()
-            else [path]
-        )
-        require(len(inside) > 0, f"{path} holds no video ({', '.join(FILMS)}); check the path.")
-        found += inside
-    return found
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the suites `vbench` and `clip`."""
-    default = Options(Path())
-    parser.add_argument("--suite", default=default.suite, metavar="NAME", help=" or ".join(SUITES))
-    parser.add_argument(
-        "--metrics",
-        dest="only",
-        type=lambda listed: tuple(listed.split(",")),
-        default=default.only,
-        metavar="A,B,...",
-        help="these of the suite (default: all)",
-    )
-    parser.add_argument(
-        "--rule",
-        default=default.rule,
-        metavar="NAME",
-        help="prompts that are scored: short or extended",
-    )
-    parser.add_argument(
-        "--protocol",
-        default=default.protocol,
-        metavar="NAME",
-        help="whole, the only one that packages can run",
-    )
-    parser.add_argument(
-        "--environment",
-        type=Path,
-        metavar="PATH",
-        help="a Python, or its environment's folder, that has vbench",
-    )
-    parser.add_argument(
-        "--weights-cache",
-        type=Path,
-        metavar="DIR",
-        help="folder with vbench/ and torch/ in it (default: ~/.cache)",
-    )
-    parser.add_argument(
-        "--allow-network", action="store_true", help="let VBench fetch weights that are missing"
-    )
-    parser.add_argument(
-        "--time-limit",
-        type=float,
-        default=default.time_limit,
-        metavar="SECONDS",
-        help=f"for one process, which measures {TOGETHER} videos at most (default: 3600)",
-    )
-    parser.add_argument(
-        "--device", default=default.device, metavar="NAME", help="cpu or cuda (default: cpu)"
-    )
-    parser.add_argument(
-        "--rate",
-        type=float,
-        default=default.rate,
-        metavar="FPS",
-        help="frames a second of the CLIP score (default: 2)",
-    )
-    parser.add_argument(
-        "--window",
-        type=float,
-        default=default.window,
-        metavar="SECONDS",
-        help="of the CLIP score (default: 10)",
-    )
-
-
-def options_of(args: argparse.Namespace) -> Options:
-    """The options that the flags name."""
-    require(
-        args.environment is not None,
-        f"--suite {args.suite} needs --environment PATH, a Python that has vbench; make one with "
-        f"{vbench_process.MAKE} PATH.",
-    )
-    names = [field.name for field in dataclasses.fields(Options) if hasattr(args, field.name)]
-    return Options(**{name: getattr(args, name) for name in names})
-
-
-def run(args: argparse.Namespace) -> int:
-    """Measures what the flags name and prints it; 1 if a video or a metric was left out."""
-    options = options_of(args)
-    prompts = {} if args.prompts is None else read_prompts(args.prompts)
-    results = evaluate(films_in(args.videos), prompts, options, args.out)
-    print(table(results))
-    for reason in reasons(results):
-        print(reason, file=sys.stderr)
-    return 0 if results.complete else 1
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    """The program; bad input and failures are one sentence and a code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m packforcing_jax.evaluation.bridge", description=__doc__
-    )
-    parser.add_argument(
-        "videos", nargs="*", type=Path, metavar="VIDEO", help="files, or folders of files"
-    )
-    parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help='lines {"file", "prompt", "extended"?}'
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("out/vbench"))
-    parser.add_argument(
-        "--make-environment",
-        type=Path,
-        metavar="PATH",
-        help="install VBench's environment there, and end",
-    )
-    add_arguments(parser)
-    args = parser.parse_args(words)
-    try:
-        with interrupts.raised():
-            if args.make_environment is not None:
-                vbench_process.make_environment(args.make_environment)
-                return 0
-            return run(args)
-    except KeyboardInterrupt:
-        print("interrupted; values that were finished are kept.", file=sys.stderr)
-        return 130
-    except (InputError, MachineError) as error:
-        print(sentence(str(error)), file=sys.stderr)
-        return error.exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

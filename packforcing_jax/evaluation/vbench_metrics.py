@@ -6,18 +6,15 @@ Facts of vbench 0.1.5, found by running it with files missing, pictures too smal
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from packforcing_jax.errors import require
 
-Rule = Literal["short", "extended"]
 RAFT_SIDE = 121  # pixels: padded to a multiple of 8, and below 128 the flow is not a number, without an error
 AMT_SIDE = (
     49  # pixels: padded to a multiple of 16, and below 64 the coarsest of four levels is empty
 )
-STAND_INS = (
-    "STAND_INS"  # a file in VBench's cache that says that its weights are not the published ones
-)
+STAND_INS = "STAND_INS"  # a file in VBench's cache that says that its weights are random
 NO_LONG = (
     "VBench-Long cannot be run: it reads configs/*.yaml and a table of its folder vbench2_beta_long, which the package "
     "vbench does not contain; use --protocol whole, or run its own repository by hand."
@@ -159,17 +156,6 @@ class Film(NamedTuple):
     fps: float
 
 
-class Prompt(NamedTuple):
-    """What a video was to show: as short as people write it, and as it was extended for generation."""
-
-    prompt: str
-    extended: str | None = None
-
-    def under(self, rule: Rule) -> str | None:
-        """The text that is scored under a rule."""
-        return self.prompt if rule == "short" else self.extended
-
-
 @dataclasses.dataclass(frozen=True)
 class Metric:
     """A metric of the official code: `weights` it reads, `frames` and `side` (pixels of the shorter side) that a video
@@ -245,9 +231,10 @@ def _too_few_for_raft(film: Film) -> str | None:
     sampled = -(-film.frames // max(1, round(film.fps / 8)))
     if sampled >= 3:
         return None
+    count = f"has {film.frames} frame{'s' * (film.frames != 1)} at {film.fps:g} a second"
     return (
-        f"has {film.frames} frame{'s' * (film.frames != 1)} at {film.fps:g} a second, of which dynamic_degree takes {sampled}; it needs 3: with "
-        "fewer the official answer does not depend on motion"
+        f"{count}, of which dynamic_degree takes {sampled}; it needs 3: with fewer the official answer does not depend "
+        "on motion"
     )
 
 

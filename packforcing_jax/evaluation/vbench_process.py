@@ -1,4 +1,7 @@
-"""VBench's own environment: making it, and processes in it, each with a time limit and, unless allowed, no network."""
+"""VBench's own environment: making it, and processes in it, each with a time limit and, unless allowed, no network.
+
+`python -m packforcing_jax.evaluation.vbench_process PATH` makes it.
+"""
 
 import contextlib
 import dataclasses
@@ -7,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -17,7 +21,7 @@ DRIVER = Path(__file__).with_name("vbench_driver.py")
 VERSIONS = Path(__file__).with_name("vbench.txt")
 PYTHON = "python3.11"  # for which the versions are complete
 BASE = ("setuptools==", "torch==", "torchvision==")  # installed first, with what they depend on
-MAKE = "python -m packforcing_jax.evaluation.bridge --make-environment"
+MAKE = "python -m packforcing_jax.evaluation.vbench_process"
 INSPECTION = 600.0  # seconds for the versions and the sizes of all videos
 CLOSED = "http://127.0.0.1:9"  # where no proxy listens: wget, git and urllib fail at once
 PROXIES = ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy")
@@ -116,7 +120,7 @@ def make_environment(path: Path, python: str = PYTHON) -> None:
     """Makes a virtual environment with the versions in `vbench.txt`; nothing of it stays if that fails."""
     require(
         not path.exists(),
-        f"--make-environment {path} is there already; remove it or choose another.",
+        f"{path} is there already; remove it or choose another.",
     )
     found = shutil.which(python)
     if found is None:
@@ -182,3 +186,18 @@ def _last_line(path: Path) -> str:
         log.seek(max(0, path.stat().st_size - TAIL))
         said = log.read().decode(errors="replace").replace("\r", "\n").split("\n")
     return sentence(next((line for line in reversed(said) if line.strip()), "it said nothing"))
+
+
+def main(words: Sequence[str]) -> int:
+    """Makes the environment at the one path that is given; bad input and failures are a sentence and a code."""
+    try:
+        require(len(words) == 1, f"give the folder for VBench's environment: {MAKE} PATH.")
+        make_environment(Path(words[0]))
+    except (InputError, MachineError) as error:
+        print(sentence(str(error)), file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
