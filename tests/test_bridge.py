@@ -532,7 +532,11 @@ def test_evaluate_writes_the_folder_of_results_of_every_suite(world, capsys):
         assert about["figures"] == dict.fromkeys(SEVEN, 0.25 * (1 + number))
         assert about["prompt"] == PROMPTS[video].prompt
     assert found["lacking"] == []
-    assert "STAND-IN" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "STAND-IN" not in told
+    assert (
+        "not_the_published_weights ViT-B-32.pt, ViT-L-14.pt, musiq_spaq_ckpt-358bb6af.pth" in told
+    )
     for name in ("figures.csv", "windows.csv", "results.md", "curves.png"):
         assert (world.out / name).stat().st_size > 0
 

@@ -60,6 +60,7 @@ SKIPPED = {
     "packforcing evaluate --mode teacher --videos 64": TAKES_LONG,
     "packforcing evaluate --run": NEEDS_WEIGHTS,
     "packforcing evaluate --weights": TAKES_LONG,
+    "packforcing evaluate clips": NEEDS_WEIGHTS,
     "packforcing evaluate out/": NEEDS_VIDEO,
     "packforcing evaluate videos": NEEDS_VIDEO,
     "packforcing plan --compile": TAKES_LONG,

@@ -56,6 +56,11 @@ def measure(
         decline = Meaning(figures["clip"].unit, "lower", "the first window less the last one")
         figures[f"clip_{DECLINE}"] = decline
     note = {"note": NOTE} if found.protocol["stand_in_weights"] else {}
+    others = [
+        name for name, each in found.protocol["weights"].items() if each["published"] is False
+    ]
+    if others:
+        note["not_the_published_weights"] = ", ".join(others)
     protocol: dict[str, Plain] = {**found.protocol, **note}
     protocol.pop("suite")
     return Results(
