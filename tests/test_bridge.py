@@ -6,9 +6,11 @@ VBench itself is not here. A small program stands in for what runs in its enviro
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -310,6 +312,25 @@ def test_a_metric_that_hangs_ends_at_the_time_limit_with_all_that_it_started(wor
     assert len(results.videos["a.mp4"]["figures"]) == 6
     child = int((world.seen / "child").read_text())
     assert gone(child)
+
+
+def test_an_interruption_ends_the_process_too_and_keeps_what_was_finished(world):
+    world.fake(background_consistency="hang")
+    child = world.seen / "child"
+
+    def interrupt():
+        while not (child.exists() and child.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        world.run()
+    assert gone(int(child.read_text()))
+    world.calls()
+    world.fake()
+    assert world.run().complete
+    assert [each["name"] for each in world.calls()[1:]] == SEVEN[1:]
 
 
 def gone(pid):
