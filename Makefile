@@ -22,7 +22,7 @@ define install
 	@touch $(VENV)/.installed $@
 endef
 
-.PHONY: setup demo test test-slow fuzz verify-methods wheel-test docs docs-test methods overfit parity check format lint types h200 clean
+.PHONY: setup demo test test-slow fuzz verify-methods wheel-test docs docs-test methods overfit parity check format lint types h200 vbench-environment clean
 
 setup: $(VENV)/.installed$(EXTRAS:%=-%)
 
@@ -91,5 +91,8 @@ h200:
 	@$(MAKE) setup VENV=$(VENV)-h200 EXTRAS=cuda13
 	$(VENV)-h200/bin/python -m benchmarks.compile_for_h200
 
+vbench-environment: $(VENV)/.installed
+	$(BIN)/python -m packforcing_jax.evaluation.vbench_process $(VENV)-vbench
+
 clean:
-	rm -rf $(VENV) $(VENV)-h200 $(VENV)-parity out
+	rm -rf $(VENV) $(VENV)-h200 $(VENV)-parity $(VENV)-vbench out

@@ -62,6 +62,7 @@ SKIPPED = {
     "packforcing evaluate --run": NEEDS_WEIGHTS,
     "packforcing evaluate --set cache.recent": TAKES_LONG,
     "packforcing evaluate --weights": TAKES_LONG,
+    "packforcing evaluate clips": NEEDS_WEIGHTS,
     "packforcing evaluate out/": NEEDS_VIDEO,
     "packforcing evaluate videos": NEEDS_VIDEO,
     "packforcing plan --compile": TAKES_LONG,

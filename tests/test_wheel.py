@@ -77,7 +77,12 @@ def test_a_wheel_has_one_top_level_name_and_every_file(wheel):
         "packforcing_jax"
     }
     assert {name for name in names if ".dist-info/" not in name} == set(installed_files())
-    for name in ("weights/stage/dit.safetensors", "configs/stage.py", "convert/rules.py"):
+    for name in (
+        "weights/stage/dit.safetensors",
+        "configs/stage.py",
+        "convert/rules.py",
+        "evaluation/vbench.txt",
+    ):
         assert f"packforcing_jax/{name}" in names
 
 

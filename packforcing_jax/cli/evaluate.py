@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suite",
         metavar="NAME",
-        help="which figures: stage without VIDEOS, else native (default: that)",
+        help="which figures: stage without VIDEOS; with them native, vbench or clip (default: stage, native)",
     )
     evaluate_files.add_arguments(parser)
     source = parser.add_mutually_exclusive_group()
@@ -131,7 +131,10 @@ def run(args: argparse.Namespace) -> int:
 def _refuse(args: argparse.Namespace, flags: Iterable[str], why: str) -> None:
     """Raises `InputError` if one of some flags was given."""
     for flag in flags:
-        require(getattr(args, flag) in (None, []), f"--{SPELLED.get(flag, flag)} {why}.")
+        require(
+            getattr(args, flag) in (None, []),
+            f"--{SPELLED.get(flag, flag).replace('_', '-')} {why}.",
+        )
 
 
 def _stage(args: argparse.Namespace) -> int:

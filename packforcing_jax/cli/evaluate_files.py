@@ -13,7 +13,18 @@ from packforcing_jax.errors import require, sentence
 if TYPE_CHECKING:
     from packforcing_jax.evaluation.video_files import VideoFile
 
-FLAGS = ("out", "prompts", "rule", "window", "block")
+OFFICIAL = (  # flags of the suites that official code measures
+    "environment",
+    "metrics",
+    "protocol",
+    "weights_cache",
+    "allow_network",
+    "time_limit",
+    "device",
+    "rate",
+)
+FIELDS = ("window", "block", "rule", "seed", *OFFICIAL)  # of the options, by the flags' names
+FLAGS = ("out", "prompts", "rule", "window", "block", *OFFICIAL)
 RULES = ("short", "extended")
 WINDOWS = (0.1, 3600.0)  # seconds
 
@@ -39,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rule", choices=RULES, help="which of a video's prompts counts (default: short)"
     )
     group.add_argument(
-        "--window", type=float, metavar="SECONDS", help="length of a window (default: 5)"
+        "--window",
+        type=float,
+        metavar="SECONDS",
+        help="length of a window (default: 5, suite clip: 10)",
     )
     group.add_argument(
         "--block",
@@ -47,22 +61,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="frames between block borders, where jumps are expected (default: found)",
     )
+    official = parser.add_argument_group("suites vbench and clip (docs/vbench.md)")
+    official.add_argument(
+        "--environment", type=Path, metavar="PATH", help="a Python or its folder, that has vbench"
+    )
+    official.add_argument(
+        "--metrics",
+        type=lambda listed: tuple(listed.split(",")),
+        metavar="A,B,...",
+        help="some metrics of the suite (default: all)",
+    )
+    official.add_argument(
+        "--protocol", metavar="NAME", help="whole, the only one that packages can run"
+    )
+    official.add_argument(
+        "--weights-cache",
+        type=Path,
+        metavar="DIR",
+        help="folder with vbench/ and torch/ in it (default: ~/.cache)",
+    )
+    official.add_argument(
+        "--allow-network",
+        action="store_true",
+        default=None,
+        help="let official code fetch the weights that are missing",
+    )
+    official.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="for a process of a metric and at most 16 videos (default: 3600)",
+    )
+    official.add_argument("--device", metavar="NAME", help="cpu or cuda (default: cpu)")
+    official.add_argument(
+        "--rate", type=float, metavar="FPS", help="frames a second of suite clip (default: 2)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures the files; 1 if any of them was skipped. `args` has None for what was not given."""
+    """Measures the files; 1 if any of them was skipped or lacks a figure. `args` has None for what was not given."""
     from packforcing_jax.evaluation import results, suites, video_files
     from packforcing_jax.evaluation.suite import Options
 
     name = args.suite or "native"
     suite = suites.named(name)
     _require_flags(args, name, suite.flags)
-    given = {
-        field: getattr(args, field)
-        for field in ("window", "block", "rule", "seed")
-        if getattr(args, field) is not None
-    }
-    options = Options(**given, watch=_watched)
+    given = {field: getattr(args, field) for field in FIELDS if getattr(args, field) is not None}
+    options = Options(**{**suite.defaults, **given}, watch=_watched)
     suite.check(options)
     videos = video_files.find(args.video_files)
     prompts = video_files.read_prompts(args.prompts, videos) if args.prompts else {}
@@ -74,7 +119,9 @@ def run(args: argparse.Namespace) -> int:
     print(json.dumps(table) if args.json else results.page(found, options.seed))
     for skipped, reason in found.skipped.items():
         print(f"evaluate: skipped {sentence(f'{skipped}: {reason}')}", file=sys.stderr)
-    return 1 if found.skipped else 0
+    for reason in found.lacking:
+        print(f"evaluate: {sentence(reason)}", file=sys.stderr)
+    return 1 if found.skipped or found.lacking else 0
 
 
 def _watched(work: Iterable["VideoFile"], total: int, unit: str) -> Iterable["VideoFile"]:
@@ -87,10 +134,10 @@ def _require_flags(args: argparse.Namespace, name: str, known: frozenset[str]) -
     """Raises `InputError` unless the flags fit each other and the suite."""
     require(all(args.video_files), "One of VIDEOS is empty; give it a path or leave it out.")
     require(args.out is not None, "--out is missing; give the folder for the results.")
-    for field in ("window", "block", "rule", "seed"):
+    for field in FIELDS:
         require(
             getattr(args, field) is None or field in known,
-            f"--{field} is nothing that suite {name} reads; leave it out.",
+            f"--{field.replace('_', '-')} is nothing that suite {name} reads; leave it out.",
         )
     require(
         args.rule is None or args.prompts is not None,

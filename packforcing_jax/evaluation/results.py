@@ -115,6 +115,7 @@ def as_json(results: Results, seed: int) -> dict[str, Plain]:
         },
         "videos": {name: _entry(each) for name, each in results.videos.items()},
         "skipped": results.skipped,
+        "lacking": results.lacking,
     }
 
 
@@ -196,6 +197,8 @@ def page(results: Results, seed: int) -> str:
     if results.skipped:
         skipped = (f"- `{name}`: {reason}" for name, reason in results.skipped.items())
         parts.append("\n".join(["Skipped:", "", *skipped]))
+    if results.lacking:
+        parts.append("\n".join(["Lacking:", "", *(f"- {each}" for each in results.lacking)]))
     return "\n\n".join(parts) + "\n"
 
 

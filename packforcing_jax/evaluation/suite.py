@@ -19,7 +19,7 @@ class Options:
 
     `window`: seconds of a window; `block`: frames between block borders, found if None; `rule`: which of a video's
     prompts counts, `short` or `extended`; `seed`: of the bootstrap; `watch`: passes work on and shows progress, given
-    the number of pieces and what they are called.
+    the number of pieces and what they are called. The others are those of `bridge.Options`.
     """
 
     window: float = 5.0
@@ -27,6 +27,14 @@ class Options:
     rule: str = "short"
     seed: int = 0
     watch: Watch = lambda work, total, unit: work
+    environment: Path | None = None
+    metrics: Sequence[str] = ()
+    protocol: str = "whole"
+    weights_cache: Path | None = None
+    allow_network: bool = False
+    time_limit: float = 3600.0
+    device: str = "cpu"
+    rate: float = 2.0
 
 
 class Meaning(NamedTuple):
@@ -56,7 +64,8 @@ class Measured:
 class Results:
     """What a suite found.
 
-    `protocol` is whatever else decides the numbers; `skipped` says in a sentence why a video has none.
+    `protocol` is whatever else decides the numbers; `skipped` says in a sentence why a video has none, `lacking` why
+    some figures are not there.
     """
 
     suite: str
@@ -64,13 +73,15 @@ class Results:
     figures: Mapping[str, Meaning]
     videos: Mapping[str, Measured]
     skipped: Mapping[str, str]
+    lacking: Sequence[str] = ()
 
 
 class Suite(NamedTuple):
     """A row of the table of suites.
 
     `check` raises `InputError` before anything is read if something that the suite needs is missing; `flags` names the
-    fields of `Options` that it reads; `measure` may keep what it finished in the folder it is given.
+    fields of `Options` that it reads; `measure` may keep what it finished in the folder it is given; `defaults` of its
+    own for such fields.
     """
 
     help: str
@@ -80,3 +91,4 @@ class Suite(NamedTuple):
         [Sequence[VideoFile], Mapping[str, Prompt], Options, Path],
         Results,
     ]
+    defaults: Mapping[str, float] = {}

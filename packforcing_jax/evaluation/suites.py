@@ -3,10 +3,14 @@
 from collections.abc import Mapping
 
 from packforcing_jax.errors import nearest, require
-from packforcing_jax.evaluation import native_suite
+from packforcing_jax.evaluation import native_suite, vbench_suite
 from packforcing_jax.evaluation.suite import Suite
 
-SUITES: Mapping[str, Suite] = {"native": native_suite.SUITE}
+SUITES: Mapping[str, Suite] = {
+    "native": native_suite.SUITE,
+    "vbench": vbench_suite.VBENCH,
+    "clip": vbench_suite.CLIP,
+}
 
 
 def named(name: str) -> Suite:
