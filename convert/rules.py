@@ -261,10 +261,10 @@ def sources(
     targets = {}
     for path, shape in forms.items():
         matches = [(rule, name) for rule in table if (name := rule.name(path)) is not None]
-        if len(matches) != 1:
+        if not matches:
             wrong["without a name in the checkpoint"].append(where + path)
             continue
-        rule, name = matches[0]
+        rule, name = matches[0]  # of several names that a file may have, the first in the table
         for layer in range(shape[0]) if rule.stacks else [None]:
             targets[name if layer is None else name.format(layer)] = Target(
                 path, layer, rule.transform

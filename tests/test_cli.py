@@ -116,7 +116,7 @@ def test_both_ways_to_start_it_are_the_same_program():
     [
         ([], "give a verb"),
         (["smaple"], "no verb 'smaple'; did you mean sample?"),
-        (["zzz"], "known: bench, convert, doctor"),
+        (["zzz"], "known: bench, compare, convert"),
         (["--halp"], "no verb '--halp'"),
         (["doctor", "--jsn"], "doctor has no flag --jsn; did you mean --json?"),
         (["doctor", "--jso=3"], "did you mean --json?"),

@@ -108,6 +108,8 @@ def test_all_kinds_of_files_have_an_example():
         "method_causal_forcing_longvideo",
         "method_longlive_infinity",
         "method_self_forcing_rolling",
+        "method_packforcing_unofficial_compressor",
+        "method_packforcing_unofficial_train_rollout",
     }
     assert missing <= {"wan_dit_headdim128"} | same_code, "only what is too large to ship is absent"
 
