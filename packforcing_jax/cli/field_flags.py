@@ -1,6 +1,6 @@
 """Flags that programs of the field have, and what stands in their place here."""
 
-STEPS = "the steps are settings: --set sample.steps=(1000,750,500,250)"
+STEPS = "the steps are settings: sample --steps N, or --set sample.steps=(1000,750,500,250)"
 ROWS = (  # flags, and what to do instead
     (
         "height width size resolution aspect_ratio",
