@@ -105,7 +105,8 @@ def test_token_counts_are_the_configs_at_full_size(name):
     latent = jax.ShapeDtypeStruct(
         (1, exp.compressor.frames, *exp.latent, exp.dit.in_channels), jnp.float32
     )
-    tokens = jax.eval_shape(lambda module, latent: module(latent), module, latent)
+    grid = exp.packed_grid[1:] if exp.compressor.adaptive_pool else None
+    tokens = jax.eval_shape(lambda module, latent: module(latent, grid), module, latent)
     assert tokens.shape == (1, exp.tokens_per_packed_block, exp.dit.dim)
 
 

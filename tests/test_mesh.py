@@ -33,9 +33,12 @@ def described(data=1, fsdp=1, tensor=1, context=1):
     return jax.sharding.AbstractMesh((data, fsdp, tensor, context), AXES)
 
 
+NOTHING_PACKED = CacheConfig(top=0, capacity=0)
+
+
 def shapes(exp):
     """Every parameter that training or its data may load, by path."""
-    return of_sizes(dataclasses.replace(exp, name="", cache=CacheConfig(score_pool=(1, 1, 1))))
+    return of_sizes(dataclasses.replace(exp, name="", cache=NOTHING_PACKED))
 
 
 @functools.cache
