@@ -44,7 +44,7 @@ test-slow: $(VENV)/.installed-dev
 SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 CASES = 1000
 fuzz: $(VENV)/.installed-dev
-	FUZZ_SEED=$(strip $(SEED)) FUZZ_CASES=$(CASES) $(BIN)/python -m pytest -rP tests/test_fuzz.py -k every_case
+	FUZZ_SEED=$(strip $(SEED)) FUZZ_CASES=$(CASES) $(BIN)/python -m pytest -rP tests/test_fuzz.py tests/test_fuzz_folders.py -k every_case
 
 wheel-test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m wheel tests/test_wheel.py

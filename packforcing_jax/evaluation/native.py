@@ -7,6 +7,7 @@ figures, of the whole video or of a window, are functions of these (`FIGURES`). 
 import concurrent.futures
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -29,12 +30,21 @@ CELLS = 16  # parts of each side in which change and brightness are averaged
 STILL = 0.5  # grey levels: a pair of frames is frozen if no cell changes by more on average
 FAINT = 1.0  # grey levels of contrast below which a picture counts as flat
 THREADS = 2
+LINKED = "LD_LIBRARY_PATH"
 
 
 def opencv() -> "ModuleType":
-    """The module cv2, on one thread: how DIS divides a picture among threads changes what it finds."""
+    """The module cv2, on one thread: how DIS divides a picture among threads changes what it finds.
+
+    Its import puts a folder of its own before what programs started later would link against; that is taken back.
+    """
+    linked = os.environ.get(LINKED)
     import cv2  # of the extra `eval`
 
+    if linked is None:
+        os.environ.pop(LINKED, None)
+    else:
+        os.environ[LINKED] = linked
     cv2.setNumThreads(1)
     return cv2
 
