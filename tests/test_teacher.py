@@ -544,6 +544,7 @@ def test_plan_refuses_devices_that_cannot_be(words, said, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_plan_says_is_held_is_what_the_compiler_says_each_of_eight_devices_is_given():
     """The arguments of an update, by XLA's own account, with a teacher three times as deep."""
     sizes = (1, 2, 2, 2)
