@@ -93,16 +93,16 @@ def _plan(
     args: argparse.Namespace, every: Sequence["Job"], plans: Mapping["Arm", "Planned"]
 ) -> int:
     """Prints what the videos take, by arm and in all."""
-    from packforcing_jax.evaluation import comparison as comparing
     from packforcing_jax.networks import codec
     from packforcing_jax.plan import budget
+    from packforcing_jax.sampling import pipeline
 
     rows = []
     for arm, plan in plans.items():
         exp = plan.experiment
         count = sum(job.arm == arm for job in every)
         frames = codec.frames_of(exp.codec, plan.blocks * exp.cache.block)
-        scale = exp.codec.space_factor * comparing.scale_of(exp)
+        size, scale = pipeline.shown_size(exp)
         hours = None
         if not plan.method.whole_clip:  # which `plan` does not count
             found = budget.of(exp, plan.blocks).rows
@@ -115,7 +115,7 @@ def _plan(
                 "blocks": plan.blocks,
                 "frames": frames,
                 "hours": hours,
-                "bytes": int(count * frames * math.prod(exp.latent) * scale**2 * BITS / 8),
+                "bytes": int(count * frames * math.prod(size) * scale**2 * BITS / 8),
             }
         )
     total = {name: sum(row[name] or 0 for row in rows) for name in ("videos", "hours", "bytes")}

@@ -16,7 +16,6 @@ from packforcing_jax.errors import InputError, require, shown
 from packforcing_jax.sampling import prompt_files, timelines
 
 TIMES_CLIP = 24  # length of the default video in training clips
-SHOWN_HEIGHT = 384  # small videos are enlarged to about this many pixels
 SHEET_HEIGHT = 96  # and the frames of a contact sheet to this many
 SHEET_FRAMES = 40
 SHEET_BLOCKS = 20  # at most about so many frames, from so many blocks
@@ -197,21 +196,15 @@ class Film:
         }
 
 
-def _shown(exp) -> tuple[tuple[int, int], int]:
-    """(width, height) of a video's frames, and how many times as large they are shown."""
-    factor = exp.codec.space_factor
-    width, height = exp.latent[1] * factor, exp.latent[0] * factor
-    return (width, height), max(1, SHOWN_HEIGHT // height)
-
-
 def _film(args: argparse.Namespace, pipeline, prompts: list[str], changes: dict[int, str]) -> Film:
     from packforcing_jax.io import video
+    from packforcing_jax.sampling.pipeline import shown_size
     from packforcing_jax.stage import captions
 
     video.check_writable(args.out)
     pipeline.check(prompts)
     pipeline = pipeline.for_length(len(prompts))
-    video.check_size(*_shown(pipeline.experiment))
+    video.check_size(*shown_size(pipeline.experiment))
     require(
         not args.oracle or captions.tells(pipeline.experiment),
         f"--oracle reads videos of the Stage world, and {pipeline.experiment.name} makes others; leave it out.",
@@ -297,6 +290,7 @@ def _make(film: Film) -> int:
     from packforcing_jax.methods.method import sizes_told
     from packforcing_jax.policies import attention
     from packforcing_jax.sampling import trace
+    from packforcing_jax.sampling.pipeline import shown_size
 
     args = film.args
     pipeline = film.pipeline
@@ -317,7 +311,7 @@ def _make(film: Film) -> int:
             file=sys.stderr,
             flush=True,
         )
-    size, scale = _shown(exp)
+    size, scale = shown_size(exp)
     retained = _Retained(all=args.oracle, total=film.blocks if args.sheet else 0)
     with contextlib.ExitStack() as files:
         if keeper is not None:

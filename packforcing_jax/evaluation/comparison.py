@@ -302,7 +302,6 @@ def draw(comparison: Comparison, plan: Planned, model: Pipeline, job: Job, out: 
     exp = plan.experiment
     path = video_path(out, job)
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows, columns = (side * exp.codec.space_factor for side in exp.latent)
     prompts = told(comparison, plan, job)
     settings = {
         "comparison": key(comparison, plan, job),
@@ -311,22 +310,13 @@ def draw(comparison: Comparison, plan: Planned, model: Pipeline, job: Job, out: 
         "seed": job.seed,
         "prompts": prompts,
     }
-    scale = scale_of(exp)
-    size = (columns, rows)
+    size, scale = pipeline.shown_size(exp)
     with (
         atomic.file(path) as fresh,
         video.Writer(fresh, fps=exp.fps, size=size, settings=settings, scale=scale) as writer,
     ):
         for block in model.stream(prompts, seed=job.seed):
             writer.write(block.frames)
-
-
-def scale_of(exp: Experiment) -> int:
-    """How many times larger the Stage's few pixels are shown."""
-    return STAGE_SCALE if captions.tells(exp) else 1
-
-
-STAGE_SCALE = 12
 
 
 def draw_all(

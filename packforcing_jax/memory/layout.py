@@ -89,7 +89,7 @@ def layout(cfg: CacheConfig, progress: Progress, gap: Array | float = 0.0) -> La
     recent = jnp.minimum(behind, cfg.held)
     if cfg.joint:
         sink = jnp.where(sink + recent > cfg.held, 0, sink)
-    ids, visible = _visible(cfg, origin // cfg.block, behind // cfg.block)
+    ids, visible = _visible(cfg, origin // cfg.block, behind // cfg.block, cfg.recent)
     num_selected = jnp.minimum(visible, cfg.attended)
 
     step = jnp.float32(cfg.block)
@@ -133,11 +133,10 @@ def moved_on(cfg: CacheConfig, now: Layout, *, arrived: bool) -> Layout:
     recent = now.recent - gone
     first = now.origin // cfg.block
     written = jnp.maximum(now.start - now.origin, 0) // cfg.block
-    in_slots = cfg.evicts.ids_in(written, cfg.slots)
-    ids = jnp.where((in_slots >= 0) & (in_slots < written - recent // cfg.block), in_slots, -1)
+    ids, _ = _visible(cfg, first, written, recent)
     newer = (ids[None] > ids[:, None]).sum(axis=1)
     room = cfg.capacity - (leaves & (cfg.recent == 0))  # where the block itself has left at once
-    ids = jnp.where((ids >= 0) & (newer < room), ids + first, -1).astype(jnp.int32)
+    ids = jnp.where(newer < room, ids, -1)
     left = (now.start - now.recent) // cfg.block
     if not arrived:
         ids = jnp.where(leaves & (ids == left), -1, ids)
@@ -259,12 +258,14 @@ def joint(cfg: CacheConfig, progress: Progress, frames: Array | np.int32 | int) 
     )
 
 
-def _visible(cfg: CacheConfig, origin: Array, written: Array) -> tuple[Array, Array]:
-    """Ids [slot] of the archive's blocks that have left `recent`, -1 elsewhere, and how many these are."""
+def _visible(
+    cfg: CacheConfig, origin: Array, written: Array, recent: Array | int
+) -> tuple[Array, Array]:
+    """Ids [slot] of the archive's blocks older than `recent` frames, -1 elsewhere, and how many these are."""
     if cfg.slots == 0:
         return jnp.zeros(0, jnp.int32), jnp.int32(0)
     in_slots = cfg.evicts.ids_in(written, cfg.slots)
-    visible = (in_slots >= 0) & (in_slots < written - cfg.recent // cfg.block)
+    visible = (in_slots >= 0) & (in_slots < written - recent // cfg.block)
     return jnp.where(visible, in_slots + origin, -1).astype(jnp.int32), visible.sum()
 
 

@@ -46,6 +46,13 @@ def recall(
     scores = jnp.zeros((q.shape[0], 0))
     if spec.cache.attended:
         scores = score(spec, layout, layer, pool_queries(spec, layout, q), random)
+    return recall_best(spec, layout, layer, scores)
+
+
+def recall_best(
+    spec: MemorySpec, layout: Layout, layer: LayerCache, scores: Float[Array, "b slot"]
+) -> tuple[KV, Selection]:
+    """One layer's view with the packed blocks of the best scores, and that choice."""
     selection = select(spec, layout, scores)
     return lay(spec, layout, layer, gather(layer, selection), selection), selection
 

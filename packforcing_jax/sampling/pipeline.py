@@ -29,6 +29,7 @@ from packforcing_jax.types import TextStates
 TextEncoder: TypeAlias = text.UMT5
 Tokenizer: TypeAlias = tokenizer.Tokenizer
 SHIPPED = Path(__file__).parents[1] / "weights" / "stage"
+SHOWN_HEIGHT = 384  # small videos are enlarged to about this many pixels
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,13 @@ def blocks_of(exp: Experiment, seconds: float) -> int:
     blocks = max(1, -(-latents // exp.cache.block))
     require_blocks(blocks, f"seconds={seconds} is {blocks:,} blocks")
     return blocks
+
+
+def shown_size(exp: Experiment) -> tuple[tuple[int, int], int]:
+    """(width, height) of a video's frames in pixels, and how many times as large they are shown."""
+    factor = exp.codec.space_factor
+    width, height = exp.latent[1] * factor, exp.latent[0] * factor
+    return (width, height), max(1, SHOWN_HEIGHT // height)
 
 
 def require_blocks(blocks: int, said: str) -> None:

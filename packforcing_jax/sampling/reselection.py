@@ -133,8 +133,7 @@ def _recalled(cfg: StepConfig, layout: Layout, layer: LayerCache, q: Heads) -> t
     no_random = jnp.zeros((q.shape[0], cfg.cache.slots))
     queries = view.pool_queries(spec, layout, q)
     scores = view.score(spec, layout, layer, queries, no_random)
-    selection = view.select(spec, layout, scores)
-    recalled = view.lay(spec, layout, layer, view.gather(layer, selection), selection)
+    recalled, selection = view.recall_best(spec, layout, layer, scores)
     return recalled, Choice(selection, scores)
 
 
