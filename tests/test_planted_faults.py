@@ -172,9 +172,9 @@ def _(patch):
 
 @fault("a packed block visible one block early", "affinity")
 def _(patch):
-    def wrong(cfg, origin, written):
+    def wrong(cfg, origin, written, recent):
         held = cfg.evicts.ids_in(written, cfg.slots)
-        early = written - cfg.recent // cfg.block + 1
+        early = written - recent // cfg.block + 1
         visible = (held >= 0) & (held < early)
         return jnp.where(visible, held + origin, -1), visible.sum()
 
@@ -183,8 +183,8 @@ def _(patch):
 
 @fault("the oldest block dropped one too soon", "long ring")
 def _(patch):
-    def wrong(original, cfg, origin, written):
-        ids, _ = original(cfg, origin, written)
+    def wrong(original, cfg, origin, written, recent):
+        ids, _ = original(cfg, origin, written, recent)
         ids = jnp.where(ids - origin < written - cfg.slots + 1, -1, ids)
         return ids, (ids >= 0).sum()
 
@@ -197,7 +197,7 @@ def _(patch):
         patch,
         layouts,
         "_visible",
-        lambda original, cfg, origin, written: original(cfg, 0 * origin, written),
+        lambda original, cfg, origin, *rest: original(cfg, 0 * origin, *rest),
     )
 
 
