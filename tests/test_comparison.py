@@ -9,6 +9,8 @@ from PIL import Image
 from packforcing_jax.cli import main
 from packforcing_jax.errors import InputError
 from packforcing_jax.evaluation import comparison as comparing
+from packforcing_jax.evaluation.comparison_figures import Found, Reader
+from packforcing_jax.evaluation.suite import Meaning
 from packforcing_jax.io import video
 
 SMALL = {
@@ -121,7 +123,8 @@ def test_a_plan_counts_videos_and_draws_none(tmp_path, capsys):
         ({"seeds": 0}, "seeds=.* is not a count, or a list of seeds"),
         ({"seeds": [1, 1]}, "seeds=.* is not a count"),
         ({"frames": "many"}, "frames='many' is not a number"),
-        ({"suites": ["vbnch"]}, "suite 'vbnch' is unknown"),
+        ({"suites": ["vbnch"]}, "suite 'vbnch' is unknown; did you mean vbench"),
+        ({"prompts": ["a", "b"], "scored": ["a"]}, "a prompt for each of the prompts"),
         ({"settings": {"a": ["cache.tpo=3"]}}, "cache.tpo: unknown key; did you mean cache.top"),
         ({"weights": {"a": "nowhere"}}, "nowhere does not exist"),
         ({"weights": {"a": "wan_t2v_1_3b"}}, "draw no Stage videos"),
@@ -147,3 +150,54 @@ def test_arms_may_be_listed_one_by_one(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(found))
     assert [arm.method for arm in comparing.read(path).arms] == ["longlive", "packforcing"]
+
+
+def judge(asked, absent):
+    """A suite that reads all videos together, notes which it was asked for, and lacks a figure where it is told so."""
+
+    def read(films, options, room):
+        asked.append(sorted(films))
+        lacks = {"praise": "no weights"} if absent else {}
+        return {
+            name: Found({"length": len(film.scored)}, {}, lacks) for name, film in films.items()
+        }
+
+    meanings = {name: Meaning("letters", "higher", "x") for name in ("length", "praise")}
+    return Reader(lambda options: None, read, meanings, together=True)
+
+
+def test_a_suite_that_reads_all_videos_is_asked_once_and_again_for_what_it_lacked(
+    tmp_path, monkeypatch, capsys
+):
+    asked = []
+    prompts = ["a red disc walks slowly before the moss curtain in scene one", "a red disc"]
+    path = put(
+        tmp_path,
+        methods=["self-forcing-short"],
+        seeds=[3],
+        frames=12,
+        suites=["stage", "judge"],
+        prompts=prompts,
+        scored=["short", "longer"],
+    )
+    monkeypatch.setitem(comparing.SUITES, "judge", judge(asked, absent=True))
+    assert compare(path, "--out", tmp_path / "out") == 0
+    arm = "stage-self-forcing-short-quick"
+    assert asked == [[f"{arm}/prompt0-seed3.mp4", f"{arm}/prompt1-seed3.mp4"]]
+    assert f"{arm} prompt1-seed3 lacks praise: no weights" in capsys.readouterr().err
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["arms"][arm]
+    assert found["videos"]["prompt1-seed3"]["length"] == len("longer")
+    assert found["absent"]["prompt0-seed3"] == {"praise": "no weights"}
+    monkeypatch.setitem(comparing.SUITES, "judge", judge(asked, absent=False))
+    assert compare(path, "--out", tmp_path / "out") == 0  # now that it has what it lacked
+    assert len(asked) == 2
+    assert compare(path, "--out", tmp_path / "out") == 0
+    assert len(asked) == 2
+    assert "absent" in found
+
+
+def test_an_official_suite_needs_its_environment_before_anything_is_drawn(tmp_path, capsys):
+    path = put(tmp_path, suites=["vbench"])
+    assert compare(path, "--out", tmp_path / "out") == 2
+    assert "--environment PATH" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -371,8 +371,7 @@ def test_a_video_whose_window_ran_empty_is_not_made_longer(rolling):
 
 
 def test_a_rolling_window_refuses_fewer_blocks_than_steps(tmp_path, capsys):
-    folder = "packforcing_jax/weights/stage_student"
-    command = ["sample", "--weights", folder, "--method", "rolling-forcing", "--blocks", "3"]
+    command = ["sample", "--method", "rolling-forcing", "--blocks", "3"]
     assert main([*command, "--out", str(tmp_path / "a.mp4")]) == 2
     assert "ask for at least 4" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

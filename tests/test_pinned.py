@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 # All that these runs go through: the public pipeline, and training's rollout.
 from packforcing_jax.config import CoverConfig, DistilConfig
 from packforcing_jax.networks import codec
-from packforcing_jax.sampling.pipeline import Pipeline
+from packforcing_jax.sampling.pipeline import SHIPPED, Pipeline
 from packforcing_jax.stage.stories import default_timeline
 from packforcing_jax.training import batches, rollout
 
@@ -62,8 +62,9 @@ def streamed(pipe, prompts, *, seed, every):
 
 
 def what_ships():
-    """The model that ships; its last block sees five packed ones behind the sink."""
-    return streamed(Pipeline.from_pretrained(), default_timeline(0, 8), seed=0, every=29)
+    """The Stage model of sixteen steps; its last block sees five packed ones behind the sink."""
+    model = Pipeline.from_pretrained(SHIPPED.with_name("stage"))
+    return streamed(model, default_timeline(0, 8), seed=0, every=29)
 
 
 def behind_memory(name, folder):

@@ -14,6 +14,7 @@ from packforcing_jax.errors import InputError
 
 if TYPE_CHECKING:
     from packforcing_jax.evaluation.comparison import Arm, Comparison, Job, Planned
+    from packforcing_jax.evaluation.suite import Options
 
 ASSUMED = 0.4  # share of a GPU's peak that a block is assumed to reach
 PEAK = 989e12  # operations a second of an H200, dense bfloat16 (its data sheet)
@@ -35,6 +36,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plan", action="store_true", help="only say what it takes: videos, GPU-hours, bytes"
     )
+    official = parser.add_argument_group("suites vbench and clip (docs/vbench.md)")
+    official.add_argument(
+        "--environment", type=Path, metavar="PATH", help="a Python or its folder, that has vbench"
+    )
+    official.add_argument(
+        "--weights-cache",
+        type=Path,
+        metavar="DIR",
+        help="folder with vbench/ and torch/ in it (default: ~/.cache)",
+    )
+    official.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    official.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        default=3600.0,
+        help="for a process of a metric and at most 16 videos (default: 3600)",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
 
 
@@ -50,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     """Draws what is not finished, measures it, and writes the page once all is there."""
     from packforcing_jax.evaluation import comparison as comparing
     from packforcing_jax.evaluation import comparison_figures
+    from packforcing_jax.evaluation.suite import Options
 
     asked = comparing.read(args.file)
     every = comparing.jobs(asked)
@@ -57,14 +77,23 @@ def run(args: argparse.Namespace) -> int:
     plans = {arm: comparing.planned(asked, arm) for arm in asked.arms}
     if args.plan:
         return _plan(args, todo, plans)
+    options = Options(
+        window=10.0,  # of the CLIP score
+        environment=args.environment,
+        weights_cache=args.weights_cache,
+        device=args.device,
+        time_limit=args.time_limit,
+    )
     for suite in asked.suites:
-        comparison_figures.SUITES[suite].check()
+        comparison_figures.SUITES[suite].check(options)
     own = args.out if args.shard is None else args.out / "part-{}-of-{}".format(*args.shard)
     with places.held([places.Place("--out", own, "videos")]):
-        return _draw(args, asked, todo)
+        return _draw(args, asked, todo, options)
 
 
-def _draw(args: argparse.Namespace, asked: "Comparison", todo: Sequence["Job"]) -> int:
+def _draw(
+    args: argparse.Namespace, asked: "Comparison", todo: Sequence["Job"], options: "Options"
+) -> int:
     """Draws and measures `todo`; the page, once nothing is missing."""
     from packforcing_jax.evaluation import comparison as comparing
     from packforcing_jax.evaluation import comparison_page
@@ -76,7 +105,7 @@ def _draw(args: argparse.Namespace, asked: "Comparison", todo: Sequence["Job"]) 
         file=sys.stderr,
     )
     watch = functools.partial(common.progress, name="compare", unit="videos")
-    comparing.draw_all(asked, todo, args.out, watch)
+    comparing.draw_all(asked, todo, args.out, options=options, watch=watch)
     left = comparing.missing(asked, args.out)
     if left:
         said = f"{len(left)} of {len(every)} videos are not finished, such as {left[0].arm.name} {left[0].name}"
@@ -84,6 +113,10 @@ def _draw(args: argparse.Namespace, asked: "Comparison", todo: Sequence["Job"]) 
         return 0
     page = comparison_page.write(asked, args.out)
     found = json.loads((args.out / "results.json").read_text())
+    for arm, each in found["arms"].items():
+        for name, reasons in each["absent"].items():
+            said = "; ".join(f"{figure}: {reason}" for figure, reason in reasons.items())
+            print(f"compare: {arm} {name} lacks {said}", file=sys.stderr)
     print(json.dumps(found) if args.json else comparison_page.markdown(found))
     print(f"compare: {page}", file=sys.stderr)
     return 0

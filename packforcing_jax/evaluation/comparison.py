@@ -19,8 +19,9 @@ import numpy as np
 from packforcing_jax import methods
 from packforcing_jax.config import Experiment, loading
 from packforcing_jax.errors import InputError, nearest, require
-from packforcing_jax.evaluation.comparison_figures import SUITES
+from packforcing_jax.evaluation.comparison_figures import SUITES, Film, Found
 from packforcing_jax.evaluation.native_suite import known
+from packforcing_jax.evaluation.suite import Options
 from packforcing_jax.io import atomic, identity, lines, model_folder, video
 from packforcing_jax.methods.method import Method, lengthened
 from packforcing_jax.sampling import pipeline, prompt_files
@@ -39,7 +40,8 @@ class Comparison:
     """What is compared: `weights` and `settings` by label, the arms that they make with methods, `frames` a video.
 
     Weights are model folders; for a plan a name in `configs/` will do. `prompts` are sentences, one per video and the
-    same in all arms, or `STORIES`; for a plan their number will do. Each is drawn with each of `seeds`. `published`:
+    same in all arms, or `STORIES`; for a plan their number will do. Each is drawn with each of `seeds`. `scored`: in
+    their place, in the same order, the prompts that suites read, such as short ones of extended ones. `published`:
     figures of another source by arm or method, shown beside ours.
     """
 
@@ -51,6 +53,7 @@ class Comparison:
     seeds: tuple[int, ...]
     frames: int
     suites: tuple[str, ...]
+    scored: tuple[str, ...]
     published: Mapping[str, Mapping[str, float]]
 
 
@@ -87,6 +90,7 @@ DEFAULTS: Mapping[str, Any] = {
     "settings": {PLAIN: []},
     "prompts": STORIES,
     "suites": ["stage"],
+    "scored": [],
     "published": {},
 }
 
@@ -139,6 +143,11 @@ def _checked(source: Path, values: Mapping[str, Any]) -> Comparison:
     number = type(prompts) is int and 0 < prompts < 10**6
     listed = _texts(prompts) and prompts != []
     says("prompts", prompts == STORIES or number or listed, f"a list, a file, or {STORIES!r}")
+    scored = values["scored"]
+    if isinstance(scored, str):
+        scored = _sentences(source.parent / scored)
+    pairs = isinstance(prompts, list) and len(prompts) == len(scored) if scored != [] else True
+    says("scored", _texts(scored) and pairs, "a list or a file, a prompt for each of the prompts")
     suites = values["suites"]
     says("suites", _texts(suites) and suites != [], f"a list of {', '.join(SUITES)}")
     for suite in suites:
@@ -152,6 +161,7 @@ def _checked(source: Path, values: Mapping[str, Any]) -> Comparison:
         seeds=tuple(seeds),
         frames=values["frames"],
         suites=tuple(suites),
+        scored=tuple(scored),
         published=published,
     )
 
@@ -320,9 +330,17 @@ def draw(comparison: Comparison, plan: Planned, model: Pipeline, job: Job, out: 
 
 
 def draw_all(
-    comparison: Comparison, todo: Sequence[Job], out: Path, watch: Callable[[list], Iterator]
+    comparison: Comparison,
+    todo: Sequence[Job],
+    out: Path,
+    *,
+    options: Options = Options(),
+    watch: Callable[[list], Iterator] = iter,
 ) -> None:
-    """All videos of `todo` that are not finished, and the figures of all; one model is loaded at a time."""
+    """All videos of `todo` that are not finished, and the figures of all; one model is loaded at a time.
+
+    Suites that read all videos together do so behind the last one.
+    """
     plans = {arm: planned(comparison, arm) for arm in dict.fromkeys(job.arm for job in todo)}
     loaded: tuple[Arm, Pipeline] | None = None
     for job in watch(list(todo)):
@@ -331,7 +349,8 @@ def draw_all(
             if loaded is None or loaded[0] != job.arm:
                 loaded = job.arm, _load(comparison, plan, job.arm)
             draw(comparison, plan, loaded[1], job, out)
-        measure(comparison, plan, job, out)
+        measure(comparison, [(plan, job)], out, options, together=False)
+    measure(comparison, [(plans[job.arm], job) for job in todo], out, options, together=True)
 
 
 def _load(comparison: Comparison, plan: Planned, arm: Arm) -> Pipeline:
@@ -343,32 +362,69 @@ def _load(comparison: Comparison, plan: Planned, arm: Arm) -> Pipeline:
 # Figures
 
 
-def measure(comparison: Comparison, plan: Planned, job: Job, out: Path) -> None:
-    """The figures of a finished video, as a file beside it; those that are there for this very video are kept."""
-    target = figures_path(out, job)
-    wanted = {"key": key(comparison, plan, job), "suites": list(comparison.suites)}
-    if _kept(target, wanted):
-        return
-    path = video_path(out, job)
-    prompts = told(comparison, plan, job)
-    figures: dict[str, float | None] = {}
-    curves: dict[str, Sequence[float | None]] = {}
+def measure(
+    comparison: Comparison,
+    made: Sequence[tuple[Planned, Job]],
+    out: Path,
+    options: Options,
+    *,
+    together: bool,
+) -> None:
+    """The figures of finished videos, as a file beside each, by the suites that read videos together or one by one.
+
+    What is there of this very video is kept. Where it says why figures are absent, they are tried again.
+    """
     for suite in comparison.suites:
-        one, windows = SUITES[suite].read(path, prompts)
-        figures |= one
-        curves |= windows
-    target.parent.mkdir(parents=True, exist_ok=True)
-    frames = video.probe(path).frames
-    found = wanted | {"frames": frames, "figures": figures, "windows": curves}
-    atomic.write(target, (json.dumps(found, indent=1) + "\n").encode())
+        if SUITES[suite].together != together:
+            continue
+        films: dict[str, Film] = {}
+        places: dict[str, tuple[Planned, Job]] = {}
+        for plan, job in made:
+            before = _stored(comparison, plan, job, out)["suites"].get(suite)
+            if before is None or before["absent"]:
+                name = f"{job.arm.name}/{job.name}.mp4"
+                prompts = told(comparison, plan, job)
+                films[name] = Film(video_path(out, job), prompts, _scored(comparison, job, prompts))
+                places[name] = plan, job
+        if films:
+            for name, found in SUITES[suite].read(films, options, out / "official" / suite).items():
+                plan, job = places[name]
+                _store(comparison, plan, job, out, {suite: found._asdict()})
 
 
-def _kept(path: Path, wanted: Mapping[str, Any]) -> bool:
+def _scored(comparison: Comparison, job: Job, prompts: Sequence[str]) -> str:
+    """The prompt that a video is scored against: its own of `scored`, or the first that it was told."""
+    return comparison.scored[job.prompt or 0] if comparison.scored else prompts[0]
+
+
+def _identity(comparison: Comparison, plan: Planned, job: Job) -> dict[str, str]:
+    """What a file of figures has to say to be about this video, scored so."""
+    scored = _scored(comparison, job, told(comparison, plan, job))
+    return {"key": key(comparison, plan, job), "scored": scored}
+
+
+def _stored(comparison: Comparison, plan: Planned, job: Job, out: Path) -> dict[str, Any]:
+    """What is known of a video, by suite; nothing where its file is about another one."""
+    wanted = _identity(comparison, plan, job)
     try:
-        found = json.loads(path.read_text())
-        return all(found[name] == value for name, value in wanted.items())
+        found = json.loads(figures_path(out, job).read_text())
+        if all(found[name] == value for name, value in wanted.items()):
+            return found
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        pass
+    return wanted | {"suites": {}}
+
+
+def _store(
+    comparison: Comparison, plan: Planned, job: Job, out: Path, new: Mapping[str, Any]
+) -> None:
+    """Adds what suites found to a video's file."""
+    found = _stored(comparison, plan, job, out)
+    found["frames"] = video.probe(video_path(out, job)).frames
+    found["suites"] |= new
+    path = figures_path(out, job)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write(path, (json.dumps(found, indent=1) + "\n").encode())
 
 
 # Results
@@ -380,10 +436,7 @@ def missing(comparison: Comparison, out: Path) -> list[Job]:
     return [
         job
         for job in jobs(comparison)
-        if not _kept(
-            figures_path(out, job),
-            {"key": key(comparison, plans[job.arm], job), "suites": list(comparison.suites)},
-        )
+        if not {*comparison.suites} <= {*_stored(comparison, plans[job.arm], job, out)["suites"]}
     ]
 
 
@@ -396,20 +449,22 @@ def results(comparison: Comparison, out: Path) -> dict[str, Any]:
     for arm in comparison.arms:
         plan = planned(comparison, arm)
         own = [job for job in jobs(comparison) if job.arm == arm]
-        videos = {job.name: json.loads(figures_path(out, job).read_text()) for job in own}
-        names = list(dict.fromkeys(name for each in videos.values() for name in each["figures"]))
+        stored = {job.name: _stored(comparison, plan, job, out) for job in own}
+        videos = {name: _merged(comparison, each["suites"]) for name, each in stored.items()}
+        names = list(dict.fromkeys(name for each in videos.values() for name in each.figures))
         by_arm[arm.name] = {
             "weights": arm.weights,
             "method": arm.method,
             "settings": list(comparison.settings[arm.settings]),
             "trained for": plan.trained_for,
-            "frames": sorted({each["frames"] for each in videos.values()}),
+            "frames": sorted({each["frames"] for each in stored.values()}),
             "figures": {
-                name: _interval([each["figures"].get(name) for each in videos.values()])
+                name: _interval([each.figures.get(name) for each in videos.values()])
                 for name in names
             },
             "curves": _curves(list(videos.values())),
-            "videos": {name: each["figures"] for name, each in videos.items()},
+            "videos": {name: each.figures for name, each in videos.items()},
+            "absent": {name: each.absent for name, each in videos.items() if each.absent},
         }
     units = {
         name: figure._asdict()
@@ -419,6 +474,7 @@ def results(comparison: Comparison, out: Path) -> dict[str, Any]:
     protocol = {
         "frames asked for": comparison.frames,
         "prompts": comparison.prompts,
+        "scored": comparison.scored or "as drawn",
         "seeds": list(comparison.seeds),
         "suites": list(comparison.suites),
         "interval": "95 % bootstrap of the mean over videos, 2000 draws, seed 0",
@@ -428,19 +484,28 @@ def results(comparison: Comparison, out: Path) -> dict[str, Any]:
     return {"name": comparison.name, "protocol": protocol, "arms": by_arm}
 
 
+def _merged(comparison: Comparison, suites: Mapping[str, Any]) -> Found:
+    """What all suites found in a video."""
+    figures, windows, absent = (
+        {name: value for suite in comparison.suites for name, value in suites[suite][part].items()}
+        for part in Found._fields
+    )
+    return Found(figures, windows, absent)
+
+
 def _interval(values: Sequence[float | None]) -> dict[str, Any]:
     there = [value for value in values if value is not None]
     value, low, high = (known(x) for x in metrics.bootstrap(there))
     return {"value": value, "low": low, "high": high, "n": len(there)}
 
 
-def _curves(videos: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+def _curves(videos: Sequence[Found]) -> dict[str, list[float | None]]:
     """Of each figure its mean over videos in each window; a window that some videos lack counts those that have it."""
-    names = dict.fromkeys(name for each in videos for name in each["windows"])
+    names = dict.fromkeys(name for each in videos for name in each.windows)
     curves: dict[str, list[float | None]] = {}
     for name in names:
-        own = [each["windows"].get(name, []) for each in videos]
+        own = [each.windows.get(name, []) for each in videos]
         longest = max(map(len, own), default=0)
-        rows = [[x[i] for x in own if i < len(x) and x[i] is not None] for i in range(longest)]
+        rows = [[y for x in own if i < len(x) and (y := x[i]) is not None] for i in range(longest)]
         curves[name] = [float(np.mean(row)) if row else None for row in rows]
     return curves

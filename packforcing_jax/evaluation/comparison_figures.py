@@ -1,32 +1,61 @@
-"""Figures of one video of a comparison, by suite: read off its file, knowing what each block was told."""
+"""Figures of the videos of a comparison, by suite: read off their files, knowing what each block was told."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from packforcing_jax.evaluation import native, native_suite
+from packforcing_jax.evaluation import native, native_suite, vbench_suite
 from packforcing_jax.evaluation.native_suite import known
-from packforcing_jax.evaluation.suite import Meaning, Numbers, Options
+from packforcing_jax.evaluation.suite import Meaning, Measured, Numbers, Options
+from packforcing_jax.evaluation.video_files import Prompt, VideoFile
 from packforcing_jax.io import video
 from packforcing_jax.stage import captions, metrics, oracle, world
 
 Curves: TypeAlias = Mapping[str, Sequence[float | None]]  # of each figure, window by window
 
 
+class Film(NamedTuple):
+    """A video of a comparison: its file, what each of its blocks was told, and the prompt that it is scored against."""
+
+    path: Path
+    prompts: Sequence[str]
+    scored: str
+
+
+class Found(NamedTuple):
+    """What a suite finds in a video, None where a figure is not defined; `absent`: why it lacks some."""
+
+    figures: Numbers
+    windows: Curves
+    absent: Mapping[str, str]
+
+
 @dataclass(frozen=True)
 class Reader:
-    """The figures of one suite: of a video file, and what each of its blocks was told; and what they mean.
+    """One suite: what it finds in films by name, and what its figures mean.
 
-    `check` raises `InputError` where something is missing that the suite needs. `read` gives figures and, by window,
-    curves; None where one is not defined.
+    `check` raises `InputError` where something is missing that the suite needs. `read` may keep what it finished in
+    the folder it is given. `together`: it is given all films at once, since to begin takes it long.
     """
 
-    check: Callable[[], None]
-    read: Callable[[Path, Sequence[str]], tuple[Numbers, Curves]]
+    check: Callable[[Options], None]
+    read: Callable[[Mapping[str, Film], Options, Path], Mapping[str, Found]]
     figures: Mapping[str, Meaning]
+    together: bool = False
+
+
+def one_by_one(
+    read: Callable[[Path, Sequence[str]], tuple[Numbers, Curves]],
+) -> Callable[[Mapping[str, Film], Options, Path], Mapping[str, Found]]:
+    """`Reader.read` of a function that reads one file."""
+
+    def every(films: Mapping[str, Film], options: Options, room: Path) -> Mapping[str, Found]:
+        return {name: Found(*read(film.path, film.prompts), {}) for name, film in films.items()}
+
+    return every
 
 
 STAGE_FIGURES: Mapping[str, Meaning] = {
@@ -99,14 +128,40 @@ def native_figures(path: Path, prompts: Sequence[str]) -> tuple[Numbers, Curves]
     return measured.figures, measured.windows
 
 
+def official(suite: str) -> Reader:
+    """A suite that official code measures, in the environment that the options name."""
+
+    def read(films: Mapping[str, Film], options: Options, room: Path) -> Mapping[str, Found]:
+        videos = [VideoFile(name, film.path) for name, film in films.items()]
+        prompts = {name: Prompt(film.scored) for name, film in films.items()}
+        results = vbench_suite.measure(suite, videos, prompts, options, room)
+        return {name: _found(results.videos.get(name), results.skipped.get(name)) for name in films}
+
+    def _found(measured: Measured | None, skipped: str | None) -> Found:
+        if measured is None:
+            return Found({}, {}, dict.fromkeys(figures, f"the video {skipped}"))
+        reasons: Any = measured.about["absent"]  # texts by figure
+        absent = {
+            name: reasons.get(name, "its metric failed")
+            for name in figures
+            if name not in measured.figures
+        }
+        return Found(measured.figures, measured.windows, absent)
+
+    figures = vbench_suite.meanings(suite)
+    return Reader(lambda options: vbench_suite.check(suite, options), read, figures, together=True)
+
+
 SUITES: dict[str, Reader] = {
-    "stage": Reader(lambda: None, stage, STAGE_FIGURES),
+    "stage": Reader(lambda options: None, one_by_one(stage), STAGE_FIGURES),
     "native": Reader(
-        lambda: native_suite.check(Options()),
-        native_figures,
+        lambda options: native_suite.check(Options()),
+        one_by_one(native_figures),
         {
             name: Meaning(each.unit, each.better, each.meaning)
             for name, each in native.FIGURES.items()
         },
     ),
+    "vbench": official("vbench"),
+    "clip": official("clip"),
 }

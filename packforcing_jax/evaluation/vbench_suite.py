@@ -10,6 +10,7 @@ from pathlib import Path
 from packforcing_jax.errors import require
 from packforcing_jax.evaluation import bridge, vbench_process
 from packforcing_jax.evaluation.suite import Meaning, Measured, Options, Plain, Results, Suite
+from packforcing_jax.evaluation.vbench_metrics import SUITES
 from packforcing_jax.evaluation.video_files import Prompt, VideoFile
 
 DECLINE = "decline"  # of a figure with windows: its first one less its last
@@ -51,10 +52,7 @@ def measure(
     """The figures of all videos by official code; what an earlier run found in `out` is taken from there."""
     chosen = options_of(suite, options)
     found = bridge.evaluate(videos, prompts, chosen, out, _say)
-    figures = {name: Meaning(each.unit, "higher", each.what) for name, each in chosen.asked.items()}
-    if suite == "clip":
-        decline = Meaning(figures["clip"].unit, "lower", "the first window less the last one")
-        figures[f"clip_{DECLINE}"] = decline
+    figures = meanings(suite, chosen.metrics)
     note = {"note": NOTE} if found.protocol["stand_in_weights"] else {}
     others = [
         name for name, each in found.protocol["weights"].items() if each["published"] is False
@@ -71,6 +69,16 @@ def measure(
         found.skipped,
         list(bridge.reasons(found)),
     )
+
+
+def meanings(suite: str, metrics: Sequence[str] = ()) -> dict[str, Meaning]:
+    """What the figures of a suite say: those of some metrics, or of all."""
+    asked = {name: each for name, each in SUITES[suite].items() if name in (metrics or [name])}
+    figures = {name: Meaning(each.unit, "higher", each.what) for name, each in asked.items()}
+    if suite == "clip":
+        decline = Meaning(figures["clip"].unit, "lower", "the first window less the last one")
+        figures[f"clip_{DECLINE}"] = decline
+    return figures
 
 
 def measured(about: Mapping, absent: Mapping[str, str]) -> Measured:

@@ -28,7 +28,7 @@ from packforcing_jax.types import TextStates
 
 TextEncoder: TypeAlias = text.UMT5
 Tokenizer: TypeAlias = tokenizer.Tokenizer
-SHIPPED = Path(__file__).parents[1] / "weights" / "stage"
+SHIPPED = Path(__file__).parents[1] / "weights" / "stage_student"
 SHOWN_HEIGHT = 384  # small videos are enlarged to about this many pixels
 
 
