@@ -22,7 +22,7 @@ define install
 	@touch $(VENV)/.installed $@
 endef
 
-.PHONY: setup demo test test-slow fuzz verify-methods wheel-test docs docs-test methods overfit parity check format lint types h200 vbench-environment clean
+.PHONY: setup demo test test-slow fuzz verify-methods wheel-test docs docs-test methods ablations evidence overfit parity check format lint types h200 vbench-environment clean
 
 setup: $(VENV)/.installed$(EXTRAS:%=-%)
 
@@ -67,6 +67,12 @@ verify-methods: $(VENV)/.installed
 
 methods: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.methods --out out/methods
+
+ablations: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.ablations
+
+evidence: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.evidence
 
 overfit: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.overfit --out runs/overfit
