@@ -21,8 +21,7 @@ from docs.figures import style
 STORED = Path(__file__).with_suffix(".json")
 PROFILE = "packed blocks"
 DIGITS = 3
-TITLES = {"stage": "stage, 16 steps", "stage_student": "stage_student, 4 steps"}
-PLACES = {"true": "at true distances", "fit": "squeezed"}
+PLACES = {"true": "true distances", "fit": "squeezed"}
 COLOURS = (style.BLUE, style.GREEN, style.ORANGE, style.PURPLE)  # of the layers
 WAYS = {"affinity": style.BLUE, "paper": style.RED, "recency": style.GREY}
 
@@ -64,15 +63,19 @@ def main() -> None:
     for (name, result), row in zip(models.items(), grid, strict=True):
         for axes, span in zip(row, PLACES, strict=False):
             importance(axes, result["curves"]["affinity"]["importance"][span])
-            axes.set_title(f"{TITLES[name]}: importance, {PLACES[span]}", loc="left")
+            axes.set_title(f"{name}: importance, {PLACES[span]}", loc="left")
         distances(row[2], result["curves"])
-        row[2].set_title(f"{TITLES[name]}: consecutive choices", loc="left")
+        row[2].set_title(f"{name}: consecutive choices", loc="left")
     for axes in grid[-1, :2]:
         axes.set_xlabel("age of the packed block (blocks)")
     grid[-1, 2].set_xlabel("block")
-    figure.supylabel("normalised attention mass; Jaccard distance", fontsize=10)
-    grid[0, 0].legend(loc="upper right", ncols=2, fontsize=8)
-    grid[0, 2].legend(loc="center right", fontsize=8)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("attention mass, normalised")
+    for axes in grid[:, 2]:
+        axes.set_ylabel("Jaccard distance")
+    left, right = (axes.get_legend_handles_labels() for axes in (grid[0, 0], grid[0, 2]))
+    figure.legend(*left, loc="outside upper left", ncols=len(left[1]), fontsize=8)
+    figure.legend(*right, loc="outside upper right", ncols=len(right[1]), fontsize=8)
     style.save(figure, __file__)
 
 

@@ -7,6 +7,7 @@ them.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -124,7 +125,9 @@ def _program(denoiser: Denoiser, memory: Memory, who: tuple[Array, Array], *, co
 # Attention to values that say whose they are
 
 
-def measuring(access: Access, count: int):
+def measuring(
+    access: Access, count: int
+) -> Callable[[StepConfig, Layout, SelfAttention], SelfAttention]:
     """What a layer does under `access`; in place of what that keeps, masses and shares of keys [2, b, column].
 
     Columns are `count` ages, then `PARTS`. As many go through attention at a time as a head's values have channels, so
@@ -145,7 +148,7 @@ def measuring(access: Access, count: int):
 
             def found(columns: range) -> Float[Array, "2 b column"]:
                 own = jnp.broadcast_to(_own(layout, columns, count), v.shape)
-                told = _over_layers(lambda one: _named(spec, layout, one, columns, count), past)
+                told = _with_memory(lambda one: _named(spec, layout, one, columns, count), past)
                 return jnp.stack([_mean(fn(q, k, own, told)[0]) for fn in both])
 
             size = spec.head_dim
@@ -163,7 +166,7 @@ def _mean(attended: Heads) -> Float[Array, "b column"]:
     return attended.astype(jnp.float32).mean(axis=(1, 2))
 
 
-def _over_layers(function: Any, past: Any) -> Any:
+def _with_memory(function: Callable[[LayerCache], LayerCache], past: Any) -> Any:
     """`past` of one layer with `function` of the memory in it."""
     return jax.tree.map(
         lambda one: function(one) if isinstance(one, LayerCache) else one,
@@ -177,7 +180,9 @@ def _columns(
 ) -> Float[Array, "*k column"]:
     """One in the columns of an age and of a part, zero elsewhere."""
     part = jnp.broadcast_to(jnp.asarray(part), age.shape)
-    return sum(jax.nn.one_hot(each - columns.start, len(columns)) for each in (age, count + part))
+    size = len(columns)
+    by_age = jax.nn.one_hot(age - columns.start, size)
+    return by_age + jax.nn.one_hot(count + part - columns.start, size)
 
 
 def _own(layout: Layout, columns: range, count: int) -> Float[Array, " column"]:
