@@ -56,6 +56,7 @@ SKIPPED = {
     "packforcing convert": NEEDS_WEIGHTS,
     "packforcing download self": NEEDS_NETWORK,
     "packforcing download wan": NEEDS_NETWORK,
+    "packforcing evaluate --mode attention": TAKES_LONG,
     "packforcing evaluate --mode forced": TAKES_LONG,
     "packforcing evaluate --mode rollout": TAKES_LONG,
     "packforcing evaluate --mode teacher --videos 64": TAKES_LONG,

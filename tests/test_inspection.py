@@ -1,6 +1,7 @@
 """Every invariant holds in honest runs of every memory, is caught when broken once, and the figures count right."""
 
 import dataclasses
+import itertools
 import re
 
 import diaries
@@ -325,9 +326,24 @@ def test_chance_is_what_random_choices_come_to(tmp_path):
 def test_chance_of_change_is_the_known_one():
     cfg = dataclasses.replace(PROFILES["paper"], capacity=500)
     for visible, known in ((24, 0.50), (32, 0.66), (48, 0.80), (112, 0.92)):
-        one, other = (trace.Block(visible + 3, "", "", 0, {}, ()) for _ in range(2))
-        assert len(inspect_trace.visible(cfg, one.index)) == visible
-        assert inspect_trace._change_at_random(cfg, one, other) == pytest.approx(known, abs=0.01)
+        assert len(inspect_trace.visible(cfg, visible + 3)) == visible
+        chance = inspect_trace.jaccard_at_random(cfg, visible + 3, visible + 3)
+        assert chance == pytest.approx(known, abs=0.01)
+
+
+@pytest.mark.parametrize(("capacity", "blocks"), [(500, (6, 7)), (4, (12, 13)), (4, (12, 15))])
+def test_chance_of_change_is_the_mean_over_all_pairs_of_choices(capacity, blocks):
+    cfg = dataclasses.replace(diaries.SMALL, top=3, capacity=capacity)
+    pairs = [
+        [np.array(ids) for ids in itertools.combinations(inspect_trace.visible(cfg, block), 3)]
+        for block in blocks
+    ]
+    distances = [inspect_trace.jaccard_distance(*pair) for pair in itertools.product(*pairs)]
+    common = [len(np.intersect1d(*pair)) for pair in itertools.product(*pairs)]
+    assert len(set(distances)) > 1
+    assert inspect_trace.jaccard_at_random(cfg, *blocks) == pytest.approx(np.mean(distances))
+    shares = np.bincount(common, minlength=4) / len(common)
+    assert inspect_trace.in_common_at_random(cfg, *blocks) == pytest.approx(list(shares))
 
 
 def test_ages_by_range_add_up_and_move_with_the_run(tmp_path):

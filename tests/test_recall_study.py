@@ -264,7 +264,7 @@ def test_a_history_keeps_the_queries_of_recent_blocks_if_any_way_asks_them(model
     ways = [recall.VARIANTS[name] for name in ("affinity", way)]
     state = recall.history(recall._asking(model, ways), told, seed=7, videos=range(2))
     spec = recall.changed(SMALL, recall.VARIANTS[way]).memory
-    copied = recall._copied(spec, state.memory)
+    copied = recall.copied(spec, state.memory)
     for layer, copy in zip(state.memory.layers, copied.layers, strict=True):
         assert layer.queries.shape[1] == (way == "paper")
         assert (np.abs(layer.queries) > 0).all()
@@ -277,7 +277,7 @@ def test_a_way_finds_frames_at_its_own_positions(model, told, state, monkeypatch
     monkeypatch.setitem(recall.VARIANTS, "recency", recall.VARIANTS["all-true"])
     own = recall.history(model, told, seed=7, videos=range(2))
     wanted = tiny.committed(exp, own.memory)
-    found = tiny.committed(exp, recall._copied(exp.memory, state.memory))
+    found = tiny.committed(exp, recall.copied(exp.memory, state.memory))
     np.testing.assert_allclose(found.k[0], wanted.k[0], atol=1e-5)
     np.testing.assert_allclose(found.v[0], wanted.v[0], atol=1e-5)
     assert abs(tiny.committed(exp, state.memory).k[0] - wanted.k[0]).max() > 1e-2

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from packforcing_jax import pytrees
-from packforcing_jax.config import Experiment, MemorySpec
+from packforcing_jax.config import CacheConfig, Experiment, MemorySpec
 from packforcing_jax.errors import nearest, require
 from packforcing_jax.evaluation import stage_figures
 from packforcing_jax.evaluation.stage_figures import Row, Sampling
@@ -62,11 +62,17 @@ def variants_of(listed: str) -> dict[str, Variant]:
 
 
 def changed(exp: Experiment, variant: Variant) -> Experiment:
-    """`exp` with packed blocks chosen by this variant; a fitted span holds them all in the room of the best `top`."""
+    """`exp` with packed blocks chosen by this variant."""
     cfg = exp.cache
-    span = cfg.sink + (cfg.top + 1) * cfg.block + cfg.recent
     return dataclasses.replace(
-        exp, cache=dataclasses.replace(cfg, **({"max_position": span} | variant))
+        exp, cache=dataclasses.replace(cfg, **({"max_position": fitted_range(cfg)} | variant))
+    )
+
+
+def fitted_range(cfg: CacheConfig) -> int:
+    """Positions that a fitted span squeezes all packed blocks into: its own, or as many as the best `top` take."""
+    return (
+        cfg.max_position if cfg.span == "fit" else cfg.sink + (cfg.top + 1) * cfg.block + cfg.recent
     )
 
 
@@ -212,14 +218,14 @@ def last_block(model: Pipeline, state: State, text: list[KV]) -> tuple[np.ndarra
 
     `state` is only read: what denoising uses up is a copy of its memory, laid out for this model.
     """
-    copied = dataclasses.replace(state, memory=_copied(model.experiment.memory, state.memory))
-    _, denoised = player.denoise(model, copied, text)
+    own = dataclasses.replace(state, memory=copied(model.experiment.memory, state.memory))
+    _, denoised = player.denoise(model, own, text)
     frames, _ = codec.decode_chunk(model.vae, state.decoder, denoised.latent, first=False)
     return np.asarray(frames), np.asarray(pytrees.stack(denoised.selection).ids)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _copied(spec: MemorySpec, memory: Memory) -> Memory:
+def copied(spec: MemorySpec, memory: Memory) -> Memory:
     """A copy of `memory` with room for all that is seen under `spec`, its keys at the positions that they have there.
 
     A spec that attends to another number of packed blocks has the recent frames elsewhere.

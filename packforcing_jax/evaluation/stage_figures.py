@@ -292,6 +292,12 @@ def share(chance: float, right: float, n: int) -> Row:
     return {"chance": chance, "value": _plain(metrics.wilson(right, n)), "n": n}  # type: ignore[arg-type]
 
 
+def mean_row(chance: float, values: Sequence[float] | np.ndarray) -> Row:
+    """The mean of one value per video; those that are nan do not count."""
+    known = [float(value) for value in values if not math.isnan(value)]
+    return {"chance": chance, "value": _plain(metrics.bootstrap(known)), "n": len(known)}
+
+
 def _rms(chance: float, error: Float[np.ndarray, "clip block t"]) -> Row:
     squares = metrics.bootstrap(np.square(error).mean(axis=(1, 2)).tolist())
     return {

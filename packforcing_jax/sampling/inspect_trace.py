@@ -219,18 +219,40 @@ def _ages(ages: np.ndarray, weights: np.ndarray) -> dict[str, float | None]:
     }
 
 
-def _change(one: np.ndarray, other: np.ndarray) -> float:
+def jaccard_distance(one: np.ndarray, other: np.ndarray) -> float:
     """Jaccard distance of two sets of ids: 0 for the same, 1 for nothing in common."""
     return 1 - len(np.intersect1d(one, other)) / max(len(np.union1d(one, other)), 1)
 
 
-def _change_at_random(cfg: CacheConfig, one: Block, other: Block) -> float:
-    """The change that choices at random have, from the mean of what they have in common."""
-    (visible_ids, count), (later, wanted) = (
-        (visible(cfg, block.index), due(cfg, block.index)) for block in (one, other)
+def jaccard_at_random(cfg: CacheConfig, one: int, other: int) -> float:
+    """The mean Jaccard distance of what two blocks, `one` before `other`, choose at random of what they may recall."""
+    chosen = due(cfg, one) + due(cfg, other)
+    return sum(
+        share * (1 - common / max(chosen - common, 1))
+        for common, share in enumerate(in_common_at_random(cfg, one, other))
     )
-    common = len(set(visible_ids) & set(later)) * count / len(visible_ids) * wanted / len(later)
-    return 1 - common / (count + wanted - common)
+
+
+def in_common_at_random(cfg: CacheConfig, one: int, other: int) -> list[float]:
+    """The probability that choices at random of two blocks have 0, 1, 2 ... packed blocks in common."""
+    before, after = visible(cfg, one), visible(cfg, other)
+    drawn, wanted = due(cfg, one), due(cfg, other)
+    shares = [0.0] * (min(drawn, wanted) + 1)
+    still_there = _hypergeometric(len(before), len(set(before) & set(after)), drawn)
+    for there, first in enumerate(still_there):
+        for common, second in enumerate(_hypergeometric(len(after), there, wanted)):
+            shares[common] += first * second
+    return shares
+
+
+def _hypergeometric(population: int, marked: int, drawn: int) -> list[float]:
+    """The probability of 0, 1, 2 ... marked ones among `drawn` of a population, all draws being as likely."""
+    return [
+        math.comb(marked, hits)
+        * math.comb(population - marked, drawn - hits)
+        / math.comb(population, drawn)
+        for hits in range(min(marked, drawn) + 1)
+    ]
 
 
 def _free(trace: Trace) -> list[tuple[Block, Block]]:
@@ -251,7 +273,8 @@ def _of_layer(trace: Trace, number: int) -> dict[str, Any]:
     choices = [block.layers[number] for block in trace.blocks if len(block.layers[number].ids)]
     ages = np.concatenate([layer.ages for layer in choices] or [np.zeros(0)])
     changes = [
-        _change(one.layers[number].ids, other.layers[number].ids) for one, other in _free(trace)
+        jaccard_distance(one.layers[number].ids, other.layers[number].ids)
+        for one, other in _free(trace)
     ]
     return (
         {"layer": number, "recalled": _mean(len(layer.ids) for layer in choices)}
@@ -280,7 +303,10 @@ def _at_random(trace: Trace) -> dict[str, Any]:
         {"layer": "random", "recalled": _mean(count for *_, count in candidates)}
         | _ages(ages, weights)
         | {
-            "change": _mean(_change_at_random(trace.cache, *pair) for pair in _free(trace)),
+            "change": _mean(
+                jaccard_at_random(trace.cache, one.index, other.index)
+                for one, other in _free(trace)
+            ),
             "distinct": None,
             "best": None,
             "last": None,

@@ -11,7 +11,7 @@ from packforcing_jax.config import StepConfig
 from packforcing_jax.memory import cache, tokens
 from packforcing_jax.memory import layout as layouts
 from packforcing_jax.memory.cache import LayerCache, Memory
-from packforcing_jax.memory.layout import Layout
+from packforcing_jax.memory.layout import Layout, Progress
 from packforcing_jax.networks.dit import SelfAttention
 from packforcing_jax.sampling import block_step
 from packforcing_jax.sampling.block_step import Access, Denoised, Denoiser, Noise
@@ -23,9 +23,20 @@ def denoise_block(denoiser: Denoiser, memory: Memory, noise: Noise) -> tuple[Mem
 
     `Denoised.selection` says what each layer chose from (`tokens.Chosen`).
     """
-    cfg = denoiser.cfg
-    layout = layouts.layout(cfg.cache, memory.progress)
-    now = layouts.compression(cfg.cache, memory.progress)
+    layout = layouts.layout(denoiser.cfg.cache, memory.progress)
+    first = opening(denoiser, layout, memory.progress)
+    clean, outputs = block_step.first_step(denoiser, layout, noise, memory.layers, first)
+    layers = [layer for layer, _ in outputs]
+    latent, layers, predictions = block_step.later_steps(
+        denoiser, layout, noise, clean, layers, _behind(denoiser, layout)
+    )
+    memory = dataclasses.replace(memory, layers=layers)
+    return memory, Denoised(latent, [chosen for _, chosen in outputs], predictions)
+
+
+def opening(denoiser: Denoiser, layout: Layout, progress: Progress) -> Access:
+    """The first pass of a block, whose queries compress the window if that is due; keeps (layer, what it chose)."""
+    now = layouts.compression(denoiser.cfg.cache, progress)
 
     def choosing(cfg: StepConfig, layout: Layout, attention_fn: SelfAttention) -> SelfAttention:
         def self_attention(q: Heads, k: Heads, v: Heads, past: LayerCache) -> tuple[Heads, Any]:
@@ -36,15 +47,7 @@ def denoise_block(denoiser: Denoiser, memory: Memory, noise: Noise) -> tuple[Mem
 
         return self_attention
 
-    access = _behind(denoiser, layout)
-    first = dataclasses.replace(access, attends=choosing)
-    clean, outputs = block_step.first_step(denoiser, layout, noise, memory.layers, first)
-    layers = [layer for layer, _ in outputs]
-    latent, layers, predictions = block_step.later_steps(
-        denoiser, layout, noise, clean, layers, access
-    )
-    memory = dataclasses.replace(memory, layers=layers)
-    return memory, Denoised(latent, [chosen for _, chosen in outputs], predictions)
+    return dataclasses.replace(_behind(denoiser, layout), attends=choosing)
 
 
 def commit_block(
