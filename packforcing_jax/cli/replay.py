@@ -43,6 +43,7 @@ def _again(args: argparse.Namespace, record) -> int:
     pipeline = told.load(args, header["settings"], header["weights_folder"], args.video)
     exp = pipeline.experiment
     video_notes.require_weights(record, pipeline)
+    video_notes.require_start(record, args.start is not None)
     given = None if args.start is None else opening.read(args.start, exp)
     told.start_line("replay", pipeline)
     began = time.monotonic()

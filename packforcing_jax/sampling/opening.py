@@ -58,6 +58,10 @@ def read(path: str | Path, exp: Experiment) -> Opening:
         f"{what} ends in {Path(path).suffix or 'nothing'}; give a file that ends in {', '.join(SUFFIXES)}.",
     )
     found = video.probe(path)
+    require(
+        found.frames > 0 and min(found.size) > 0,
+        f"{what} holds no picture or clip that can be decoded; give a whole file.",
+    )
     picture = Path(path).suffix.lower() in PICTURES
     require(
         found.frames == 1 or not picture,

@@ -42,7 +42,8 @@ Made = TypeVar("Made", Finished, tuple[Finished, ...])  # a block: of one video,
 class Told(NamedTuple):
     """What was asked for in one block: a prompt for each video, and what it was said to do to the memory.
 
-    `left` counts the blocks from this one to the video's last one, None where no end was said; `given`: it is a block
+    `left` counts the blocks from this one to the video's last one, None where no end was said or it makes no
+    difference; `given`: it is a block
     of the picture or clip that the video begins with.
     """
 
@@ -193,7 +194,7 @@ class Session(Generic[Made]):
             not ends or isinstance(told, list),
             "a video that ends needs its prompts as a list, or one prompt and blocks= or seconds=; give such.",
         )
-        if ends and isinstance(told, list):
+        if ends and isinstance(told, list) and self._knows_an_end:
             told = [one._replace(left=len(told) - number) for number, one in enumerate(told)]
         return self._run(told)
 
@@ -255,11 +256,16 @@ class Session(Generic[Made]):
             self._require_all_or_none(before, told)
             before = told.prompts
 
+    @property
+    def _knows_an_end(self) -> bool:
+        """Whether the last blocks of a video are made otherwise than those of one that goes on."""
+        cache = self.pipeline.experiment.cache
+        return cache.joint or cache.overlap > 0
+
     def _require_open(self) -> None:
         """Raises `InputError` behind the end of a video whose last blocks are made as such."""
-        cache = self.pipeline.experiment.cache
         require(
-            self._end != self.position or not (cache.joint or cache.overlap),
+            self._end != self.position or not self._knows_an_end,
             f"this video was ended with block {self.position - 1}, and method {self.pipeline.method.name} makes the "
             "last blocks as the last ones; go on from an earlier state, or make a longer video from its beginning.",
         )

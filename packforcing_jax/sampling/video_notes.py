@@ -115,21 +115,23 @@ def require_weights(record: Record, model: "Pipeline") -> None:
     )
 
 
+def require_start(record: Record, given: bool) -> None:
+    """Raises `InputError` unless a picture or clip is given for a video that began with one, and for no other."""
+    was = record.header["start"] is not None
+    why = (
+        "began with a picture or a clip; give it as --start FILE."
+        if was
+        else "began with no picture or clip; leave --start out."
+    )
+    require(was == given, f"Video {record.path} {why}")
+
+
 def again(record: Record, model: "Pipeline", given: Opening | None) -> Iterator[Finished]:
     """The blocks of the video made once more by `model`, which has its settings; `given` is what it began with."""
     require_weights(record, model)
-    start = record.header["start"]
+    require_start(record, given is not None)
     require(
-        (start is None) == (given is None),
-        f"Video {record.path} "
-        + (
-            "began with no picture or clip; leave --start out."
-            if start is None
-            else "began with a picture or a clip; give it as --start FILE."
-        ),
-    )
-    require(
-        given is None or given.hash == start,
+        given is None or given.hash == record.header["start"],
         f"--start is not what {record.path} began with; give that picture or clip.",
     )
     seed, identity = record.header["seed"], record.header["identity"]
