@@ -4,8 +4,10 @@ import dataclasses
 import itertools
 import json
 import math
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -427,3 +429,37 @@ def test_a_clip_that_is_denoised_as_a_whole_has_no_session(pipe):
 def test_a_session_that_cannot_be_is_refused(pipe, how, said):
     with pytest.raises(InputError, match=said):
         pipe.session(**how)
+
+
+# What is shown of it
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The model that ships, in two steps."""
+    whole = Pipeline.from_pretrained
+    steps = ["sample.steps=(1000, 400)"]
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda: whole(overrides=steps))
+
+
+def test_the_example_runs(quick, capsys):
+    runpy.run_path(str(EXAMPLES / "session.py"), run_name="__main__")
+    said = capsys.readouterr().out.splitlines()
+    guest, plain, same_again = (line.split()[-1] for line in said[4:7])
+    assert guest == same_again != plain
+    assert said[7] == "5 True"
+
+
+def test_the_notebook_runs_and_holds_no_output(quick, tmp_path, monkeypatch):
+    cells = json.loads((EXAMPLES / "session.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for cell in code:
+        exec("".join(cell["source"]), names)
+    assert names["again"].position == 6
+    assert (tmp_path / "out" / "session.png").stat().st_size > 0
