@@ -14,7 +14,7 @@ from packforcing_jax.convert import folders
 from safetensors.numpy import load_file, save_file
 
 from packforcing_jax.io import identity, model_folder, text_encoder
-from packforcing_jax.sampling import resume
+from packforcing_jax.sampling import state_folder
 from packforcing_jax.sampling.pipeline import Pipeline
 
 SETS = ("dit.heads=3",)
@@ -164,27 +164,29 @@ def test_a_run_tells_models_apart_by_any_array_of_any_part(part, folder, tmp_pat
     other = shutil.copytree(folder, tmp_path / "other")
     path = sorted(load_file(other / model_folder.weights_file(part)))[1]
     changed(other, part, path)
-    digests = [resume.digest(Pipeline.from_pretrained(each)) for each in (folder, other)]
+    digests = [state_folder.digest(Pipeline.from_pretrained(each)) for each in (folder, other)]
     assert digests[0] != digests[1]
-    assert digests[0] == resume.digest(Pipeline.from_pretrained(folder, overrides=["cache.top=1"]))
+    assert digests[0] == state_folder.digest(
+        Pipeline.from_pretrained(folder, overrides=["cache.top=1"])
+    )
 
 
 def test_a_run_knows_networks_in_memory_by_every_array(folder):
     pipe = Pipeline.from_pretrained(folder)
     leaves, form = jax.tree.flatten(pipe.nets)
     held = dataclasses.replace(pipe, origin=None)
-    seen = {resume.digest(held)}
+    seen = {state_folder.digest(held)}
     for at in (0, len(leaves) // 2, len(leaves) - 1):
         nets = jax.tree.unflatten(
             form, [leaf + (number == at) for number, leaf in enumerate(leaves)]
         )
-        seen |= {resume.digest(dataclasses.replace(each, nets=nets)) for each in (pipe, held)}
+        seen |= {state_folder.digest(dataclasses.replace(each, nets=nets)) for each in (pipe, held)}
     assert len(seen) == 4
 
 
 def test_settings_keep_the_model(folder):
     pipe = Pipeline.from_pretrained(folder)
-    assert resume.digest(pipe.with_settings(["cache.top=1"])) == resume.digest(pipe)
+    assert state_folder.digest(pipe.with_settings(["cache.top=1"])) == state_folder.digest(pipe)
 
 
 @pytest.fixture

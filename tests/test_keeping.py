@@ -12,7 +12,7 @@ from packforcing_jax import pytrees
 from packforcing_jax.errors import InputError
 from packforcing_jax.io import checkpoints, video
 from packforcing_jax.memory import layout as layouts
-from packforcing_jax.sampling import pipeline, resume
+from packforcing_jax.sampling import pipeline, resume, state_folder
 from packforcing_jax.sampling.pipeline import Pipeline
 
 RED = "a red disc"
@@ -70,7 +70,8 @@ def keep(keeper, blocks, *, written=video.Position(70, 8, 3), traced=900, seed=0
 
 
 def keeper(folder, model, **changed):
-    return resume.Keeper(folder, model, **({"prompts": STORY, "every": 4, "seed": 3} | changed))
+    notes = state_folder.Notes(changed.pop("prompts", STORY))
+    return resume.Keeper(folder, model, notes, **({"every": 4, "seed": 3} | changed))
 
 
 def same_bits(one, two):

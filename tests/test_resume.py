@@ -17,7 +17,7 @@ from packforcing_jax import config
 from packforcing_jax.cli import main
 from packforcing_jax.io import checkpoints, video
 from packforcing_jax.networks import codec
-from packforcing_jax.sampling import host_archive, player, resume, trace
+from packforcing_jax.sampling import host_archive, player, resume, state_folder, trace
 from packforcing_jax.sampling.pipeline import Pipeline
 
 RED = "a red disc"
@@ -72,7 +72,7 @@ class Files:
 
 
 def keeper(model, folder, every=1):
-    return resume.Keeper(folder, model, prompts=STORY, every=every)
+    return resume.Keeper(folder, model, state_folder.Notes(STORY), every=every)
 
 
 @pytest.fixture(scope="module")

@@ -95,14 +95,14 @@ def _plan(
     """Prints what the videos take, by arm and in all."""
     from packforcing_jax.networks import codec
     from packforcing_jax.plan import budget
-    from packforcing_jax.sampling import pipeline
+    from packforcing_jax.sampling import requests
 
     rows = []
     for arm, plan in plans.items():
         exp = plan.experiment
         count = sum(job.arm == arm for job in every)
         frames = codec.frames_of(exp.codec, plan.blocks * exp.cache.block)
-        size, scale = pipeline.shown_size(exp)
+        size, scale = requests.shown_size(exp)
         hours = None
         if not plan.method.whole_clip:  # which `plan` does not count
             found = budget.of(exp, plan.blocks).rows

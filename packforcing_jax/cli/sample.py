@@ -198,7 +198,7 @@ class Film:
 
 def _film(args: argparse.Namespace, pipeline, prompts: list[str], changes: dict[int, str]) -> Film:
     from packforcing_jax.io import video
-    from packforcing_jax.sampling.pipeline import shown_size
+    from packforcing_jax.sampling.requests import shown_size
     from packforcing_jax.stage import captions
 
     video.check_writable(args.out)
@@ -263,14 +263,14 @@ def _of_job(args: argparse.Namespace, pipeline, job: prompt_files.Job) -> Film:
 def _make_all(films: list[tuple[prompt_files.Job, Film]], folder: Path) -> int:
     """Makes the videos that `folder` does not hold finished yet."""
     from packforcing_jax.io import model_folder
-    from packforcing_jax.sampling import resume
+    from packforcing_jax.sampling import state_folder
 
     ledger = prompt_files.Ledger(folder)
     for number, (job, film) in enumerate(films, start=1):
         key = prompt_files.key(
             experiment=model_folder.experiment_to_json(film.pipeline.experiment),
             seed=film.seed,
-            weights=resume.digest(film.pipeline),
+            weights=state_folder.digest(film.pipeline),
             prompts=_runs(film.timeline),
             blocks=film.blocks,
             name=job.name,
@@ -290,13 +290,13 @@ def _make(film: Film) -> int:
     from packforcing_jax.methods.method import sizes_told
     from packforcing_jax.policies import attention
     from packforcing_jax.sampling import trace
-    from packforcing_jax.sampling.pipeline import shown_size
+    from packforcing_jax.sampling.requests import shown_size
 
     args = film.args
     pipeline = film.pipeline
     exp = film.pipeline.experiment
     began = time.monotonic()
-    keeper, at = _resumed(args, pipeline, film.timeline)
+    keeper, at = _resumed(film)
     backend, why = attention.resolve(exp.attention, exp.dtypes.cache)
     common.start_line(
         "sample", experiment=exp, dtype=exp.dtypes.compute, attention=backend, why=why
@@ -371,13 +371,15 @@ class _Retained:
             )
 
 
-def _resumed(args: argparse.Namespace, pipeline, prompts: list[str]):
+def _resumed(film: Film):
     """(what saves the run's state, where it goes on); (None, the start) without --state."""
-    from packforcing_jax.sampling import resume
+    args = film.args
+    from packforcing_jax.sampling import resume, state_folder
 
     if args.state is None:
         return None, resume.Resumed()
-    keeper = resume.Keeper(args.state, pipeline, prompts=prompts, every=args.every, seed=args.seed)
+    notes = state_folder.Notes(film.prompts, film.changes)
+    keeper = resume.Keeper(args.state, film.pipeline, notes, every=args.every, seed=film.seed)
     at = keeper.resume()
     require(
         args.trace is None or at.state is None or at.traced > 0,
@@ -458,7 +460,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _blocks(args: argparse.Namespace, pipeline) -> int:
     """How many blocks make the video."""
-    from packforcing_jax.sampling.pipeline import blocks_of, require_length
+    from packforcing_jax.sampling.requests import blocks_of, require_length
 
     exp = pipeline.experiment
     clips = 1 if pipeline.method.whole_clip else TIMES_CLIP

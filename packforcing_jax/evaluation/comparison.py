@@ -23,7 +23,7 @@ from packforcing_jax.evaluation.comparison_figures import SUITES
 from packforcing_jax.evaluation.native_suite import known
 from packforcing_jax.io import atomic, identity, lines, model_folder, video
 from packforcing_jax.methods.method import Method, lengthened
-from packforcing_jax.sampling import pipeline, prompt_files
+from packforcing_jax.sampling import pipeline, prompt_files, requests
 from packforcing_jax.sampling.pipeline import SHIPPED, Pipeline
 from packforcing_jax.stage import captions, metrics
 from packforcing_jax.stage.stories import default_timeline
@@ -245,7 +245,7 @@ def planned(comparison: Comparison, arm: Arm) -> Planned:
     method = methods.named(arm.method)
     changes = comparison.settings[arm.settings]
     exp = pipeline.with_overrides(own, None, changes, method)
-    blocks = pipeline.blocks_of(exp, comparison.frames / exp.fps)
+    blocks = requests.blocks_of(exp, comparison.frames / exp.fps)
     if method.whole_clip:
         blocks = min(blocks, own.clip // exp.cache.block)
     elif method.one_clip:
@@ -310,7 +310,7 @@ def draw(comparison: Comparison, plan: Planned, model: Pipeline, job: Job, out: 
         "seed": job.seed,
         "prompts": prompts,
     }
-    size, scale = pipeline.shown_size(exp)
+    size, scale = requests.shown_size(exp)
     with (
         atomic.file(path) as fresh,
         video.Writer(fresh, fps=exp.fps, size=size, settings=settings, scale=scale) as writer,

@@ -372,6 +372,17 @@ class Checkpoints:
         self._require_whole(step)
         return _own(self._noted(step)["notes"], self._at(step))
 
+    def about_of(self, step: int | None = None) -> Json:
+        """What `step` (the newest by default) belongs to, as it was said when it was saved."""
+        step = self._chosen(step)
+        self._require_whole(step)
+        return self._noted(step)["about"]
+
+    def steps(self) -> list[int]:
+        """The complete steps, ascending."""
+        self.wait()
+        return self._steps()
+
     def restore(self, abstract_state: State, step: int | None = None) -> tuple[State, Json]:
         """The state of `step` (the newest by default) and its notes, with the structure, kinds and shardings given.
 

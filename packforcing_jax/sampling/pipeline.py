@@ -1,12 +1,11 @@
 """From sentences to video: a model folder, a prompt per block, and blocks that come out as they are finished."""
 
 import dataclasses
-import hashlib
-import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict, Unpack
 
 import jax
 import numpy as np
@@ -14,77 +13,31 @@ from flax import nnx
 
 from packforcing_jax import methods, pytrees
 from packforcing_jax.config import PROFILES, Experiment, cards, loading
-from packforcing_jax.config.choices import AT_PROMPT_CHANGE, KEEPS_TOKENS
 from packforcing_jax.config.experiment import require_whole
 from packforcing_jax.config.memory import profiled
 from packforcing_jax.errors import InputError, nearest, require, shown
 from packforcing_jax.io import model_folder, text_encoder, video
-from packforcing_jax.memory.layout import Progress
 from packforcing_jax.methods.method import Method, applied, lengthened, require_one_prompt
 from packforcing_jax.networks import base_model, codec, compressor, dit, text, tokenizer
-from packforcing_jax.sampling import block_step, player, timelines, whole_clip
+from packforcing_jax.sampling import block_step, player, snapshots, state_folder, whole_clip
+from packforcing_jax.sampling.finished import Finished
 from packforcing_jax.sampling.player import State
+from packforcing_jax.sampling.requests import (
+    blocks_of,
+    check_changes,
+    require_blocks,
+    require_length,
+    require_not_used_up,
+    require_number,
+    video_id,
+)
+from packforcing_jax.sampling.session import Session, videos_of
+from packforcing_jax.sampling.snapshots import Keep
 from packforcing_jax.types import TextStates
 
 TextEncoder: TypeAlias = text.UMT5
 Tokenizer: TypeAlias = tokenizer.Tokenizer
 SHIPPED = Path(__file__).parents[1] / "weights" / "stage"
-SHOWN_HEIGHT = 384  # small videos are enlarged to about this many pixels
-
-
-@dataclass(frozen=True)
-class Finished:
-    """One finished block of one video: its place, what was asked for, what came out, and what it looked back at.
-
-    A block of a clip that was denoised as a whole looked back at nothing and leaves no state.
-    """
-
-    index: int
-    prompt: str
-    frames: np.ndarray  # [t, height, width, 3] in [-1, 1]
-    latent: np.ndarray  # [t, y, x, c]
-    block_ids: (
-        np.ndarray
-    )  # [layer, top] packed blocks each layer attended to, in time order, -1 where fewer exist
-    scores: np.ndarray  # [layer, top] by which it chose them
-    positions: np.ndarray  # [layer, top] position in time of the first frame of each
-    layout: Mapping[
-        str, float
-    ]  # counts and positions of the other partitions: fields of `Layout`, and `block`
-    sink_sum: int  # checksum of the sink; its keys do not count when they move
-    state: State | None  # after this block; used up when the next one is made
-
-
-def video_id(prompt: str) -> int:
-    """The id that decides a video's noise unless one is given: a hash of its first prompt."""
-    return int.from_bytes(hashlib.sha256(tokenizer.clean(prompt).encode()).digest()[:4], "big")
-
-
-def blocks_of(exp: Experiment, seconds: float) -> int:
-    """Blocks that make a video of `seconds`; frames that do not fill a last latent are not asked for."""
-    require(
-        0 < seconds <= timelines.MOST_SECONDS,
-        f"seconds={shown(seconds)} is not a length; give a number above 0, {timelines.MOST_SECONDS:,} at most.",
-    )
-    latents = codec.latents_of(exp.codec, int(np.ceil(seconds * exp.fps)))
-    blocks = max(1, -(-latents // exp.cache.block))
-    require_blocks(blocks, f"seconds={seconds} is {blocks:,} blocks")
-    return blocks
-
-
-def shown_size(exp: Experiment) -> tuple[tuple[int, int], int]:
-    """(width, height) of a video's frames in pixels, and how many times as large they are shown."""
-    factor = exp.codec.space_factor
-    width, height = exp.latent[1] * factor, exp.latent[0] * factor
-    return (width, height), max(1, SHOWN_HEIGHT // height)
-
-
-def require_blocks(blocks: int, said: str) -> None:
-    """Raises `InputError` unless `blocks` is a length; `said` is what the user gave for it."""
-    require(
-        0 < blocks <= timelines.MOST_BLOCKS,
-        f"{said}, which is not a length; give 1 to {timelines.MOST_BLOCKS:,} blocks.",
-    )
 
 
 def with_overrides(
@@ -134,15 +87,6 @@ def _set(method: Method, exp: Experiment, overrides: Sequence[str]) -> Experimen
     return after
 
 
-def require_number(what: str, value: object) -> None:
-    """Raises `InputError` unless `value` is a whole number of 32 bits, as noise is drawn from."""
-    fits = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    require(
-        fits and 0 <= int(value) < 2**32,  # type: ignore[arg-type]
-        f"{what}={shown(value)} must be a whole number from 0 to {2**32 - 1}; give such a one.",
-    )
-
-
 def built_of(exp: Experiment) -> Mapping[str, object]:
     """The settings by their keys that networks are made with, and hold from then on."""
     groups = {"dit": exp.dit, "codec": exp.codec, "text": exp.text}
@@ -155,38 +99,6 @@ def built_of(exp: Experiment) -> Mapping[str, object]:
     return settings | convolutions
 
 
-def require_length(method: Method, exp: Experiment, blocks: int) -> None:
-    """Raises `InputError` for more blocks than a method of one clip makes, or fewer than its window has."""
-    window = exp.clip if method.whole_clip else exp.cache.full_frames
-    together = exp.cache.window // exp.cache.block
-    require(
-        not exp.cache.joint or blocks >= together,
-        f"method {method.name} denoises {together} blocks together, one for each step, and {blocks} were asked for; "
-        f"ask for at least {together}.",
-    )
-    require(
-        not (method.one_clip or method.whole_clip) or blocks * exp.cache.block <= window,
-        f"method {method.name} makes one clip of {window} frames, and {blocks} blocks of {exp.cache.block} were asked "
-        f"for; ask for at most {window // exp.cache.block}, or take a method and weights for longer videos, such as "
-        "self-forcing.",
-    )
-
-
-def check_changes(exp: Experiment, changes: Mapping[int, str]) -> None:
-    """Raises `InputError` for something that a new prompt cannot do to the memory."""
-    for block, how in changes.items():
-        require(
-            how in AT_PROMPT_CHANGE,
-            f"block {block}: {how!r} is nothing a new prompt can do to the memory; choose one of "
-            f"{', '.join(AT_PROMPT_CHANGE)}.",
-        )
-        require(
-            exp.cache.budget == 0 or how in KEEPS_TOKENS,
-            f"block {block}: {how!r} takes whole frames out of the memory, and method {exp.method} has kept single "
-            f"tokens of them; choose one of {', '.join(KEEPS_TOKENS)}.",
-        )
-
-
 def _read(model: model_folder.Opened, part: str, build: Callable[[], Any], dtype: str) -> Any:
     """A part of a model folder as the module that `build` makes; one without parameters needs no file."""
     shapes = jax.eval_shape(build)
@@ -194,6 +106,20 @@ def _read(model: model_folder.Opened, part: str, build: Callable[[], Any], dtype
     return model_folder.fill(
         shapes, tensors, dtype=dtype, source=f"the {part} weights of {model.folder}"
     )
+
+
+class Length(TypedDict, total=False):
+    """How long a video of one prompt is; one of the two."""
+
+    seconds: float | None
+    blocks: int | None
+
+
+class Changed(TypedDict, total=False):
+    """How the model of a session differs from the pipeline it is made of."""
+
+    method: str | Method | None
+    overrides: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -367,19 +293,76 @@ class Pipeline:
         )
         self.tokenizer.encode(list(dict.fromkeys([*prompts, *negative])))
 
+    def session(
+        self,
+        *,
+        seed: int = 0,
+        identity: int | Sequence[int] | None = None,
+        batch: int | None = None,
+        keep: int | Keep | None = snapshots.AUTO,
+        **changed: Unpack[Changed],
+    ) -> Session:
+        """A video that is told block by block, may branch and go back, and can be saved; `batch`: several together.
+
+        `identity` decides the noise beside the seed; without it the first prompt does. Video `i` of a batch has the
+        seed `seed + i`. `keep` says how many states behind the newest blocks are kept to go back to: a number, None
+        for all, or a `snapshots.Keep`; by default two, and more as long as they take little.
+
+        `method` and `overrides` change the method and single settings first, as `with_method` and `with_settings` do.
+        """
+        model = self
+        if changed.get("method") is not None:
+            model = model.with_method(changed["method"])  # type: ignore[arg-type]
+        if changed.get("overrides"):
+            model = model.with_settings(changed["overrides"])  # type: ignore[typeddict-item]
+        keep = keep if isinstance(keep, Keep) else Keep(keep)
+        return Session(model, videos_of(seed, identity, batch), keep)
+
+    def restore(
+        self,
+        folder: str | Path,
+        *,
+        at: int | None = None,
+        keep: int | Keep | None = snapshots.AUTO,
+    ) -> Session:
+        """The session that `Session.save` or `sample --state` left in a folder, behind its newest block, or block `at`.
+
+        It has the settings and the method it was saved with; the weights must be these.
+        """
+        held = state_folder.numbers(folder)
+        position = held[-1] if at is None else at
+        require(
+            position in held,
+            f"State folder {folder} holds states behind {shown(held)} blocks and none behind {shown(at)}; choose one "
+            "of them.",
+        )
+        model = self.with_saved(state_folder.settings_in(folder, position))
+        return Session.restored(
+            model, folder, position, keep if isinstance(keep, Keep) else Keep(keep)
+        )
+
+    def with_saved(self, settings: Mapping[str, object]) -> "Pipeline":
+        """The same weights with all settings of another time, as `model_folder.experiment_to_json` writes them."""
+        if settings == json.loads(model_folder.experiment_to_json(self.experiment)):
+            return self
+        exp = model_folder.experiment_from_json(json.dumps(settings), "the saved settings")
+        return dataclasses.replace(self._with(exp), method=methods.named(exp.method))
+
     def stream(
         self,
-        prompts: Sequence[str],
+        prompts: str | Iterable[str],
         *,
         seed: int | None = None,
         identity: int | None = None,
         state: State | None = None,
         changes: Mapping[int, str] | None = None,
+        **length: Unpack[Length],
     ) -> Iterator[Finished]:
         """Finished blocks of one video, one prompt per block; all are checked before the first is drawn.
 
-        `changes` says, by block, what the new prompt there does to the memory (`methods.method.AT_PROMPT_CHANGE`);
-        elsewhere a new prompt does what the method says.
+        One string is the prompt of the whole video, of `seconds` or `blocks`. `changes` says, by block, what the new
+        prompt there does to the memory (`methods.method.AT_PROMPT_CHANGE`); elsewhere a new prompt does what the
+        method says.
 
         A longer run begins with the shorter one, bit for bit; a changed later prompt leaves earlier blocks alone.
         A `state` that an earlier run left goes on from its block, as if that run had never stopped; it holds the
@@ -388,28 +371,54 @@ class Pipeline:
         Where the method denoises whole clips, the blocks are parts of one, under one prompt; it has no state, and its
         length decides about all of it.
         """
-        self.check(prompts)
+        story = self._story(prompts, length)
+        self.check(story)
         changes = dict(changes or {})
         check_changes(self.experiment, changes)
-        require_length(self.method, self.experiment, len(prompts))
-        videos = [video_id(prompts[0]) if identity is None else identity]
+        require_length(self.method, self.experiment, len(story))
+        videos = [video_id(story[0]) if identity is None else identity]
         if self.method.whole_clip:
             require(
                 state is None and not changes,
                 f"method {self.method.name} denoises all frames of a clip together, without a state to go on from or "
                 "a memory to change; leave state and changes out.",
             )
-            return self._clip(prompts, 0 if seed is None else seed, videos)
-        model = self.for_length(len(prompts))
+            return self._clip(story, 0 if seed is None else seed, videos)
+        model = self.for_length(len(story))
         if state is None:
-            state = model.start(seed=0 if seed is None else seed, videos=videos)
+            session = model.session(seed=0 if seed is None else seed, identity=videos[0], keep=0)
         else:
             require(
                 seed is None and identity is None,
                 f"seed={seed} and identity={identity} stand beside a state, which holds both already; leave them out.",
             )
             model.require_own(state)
-        return model._stream(prompts, state, changes)
+            session = Session.behind(model, state, story[: state.position])
+        rest = story[session.position :]
+        changes = {at: how for at, how in changes.items() if at and at >= session.position}
+        return session.run(rest, changes=changes, ends=True) if rest else iter(())
+
+    def _story(self, prompts: str | Iterable[str], length: Length) -> list[str]:
+        """One prompt for each block."""
+        if isinstance(prompts, str) and length:
+            seconds, blocks = length.get("seconds"), length.get("blocks")
+            require(
+                seconds is None or blocks is None,
+                "seconds and blocks exclude each other; give one.",
+            )
+            count = blocks if seconds is None else blocks_of(self.experiment, seconds)
+            require_blocks(count or 0, f"blocks={shown(count)}")
+            return [prompts] * (count or 0)
+        require(
+            isinstance(prompts, Iterable) and not isinstance(prompts, str | bytes),
+            f"prompts={shown(prompts, 60)} is no list of prompts, one for each block; for one prompt throughout say "
+            "seconds= or blocks= beside it, or give [prompt] * blocks.",
+        )
+        require(
+            not length,
+            f"{' and '.join(length)} stand beside one prompt for each block; leave them out.",
+        )
+        return list(prompts)
 
     def require_own(self, state: State) -> None:
         """Raises `InputError` unless `state` is one that a block of one video of this model left, not used up since."""
@@ -418,11 +427,7 @@ class Pipeline:
             f"a {type(state).__name__} is no state to go on from; give the `state` of a finished block.",
         )
         leaves = jax.tree.leaves(state)
-        require(
-            not any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves),
-            "this state was used up by the block that was drawn behind it; go on from the newest block's, or keep a "
-            "copy: jax.tree.map(np.array, block.state).",
-        )
+        require_not_used_up(state)
         mine = dict(self.experiment.cache.stored)
         other = [
             f"{key}={mine.get(key)!r}" for key, value in state.stored if mine.get(key) != value
@@ -480,73 +485,14 @@ class Pipeline:
                 state=None,
             )
 
-    def _stream(
-        self, prompts: Sequence[str], state: State, changes: Mapping[int, str]
-    ) -> Iterator[Finished]:
-        text_kv = None
-        first = state.position
-        if prompts[first:]:
-            self.text.prepare(*self.tokenizer.encode(list(dict.fromkeys(prompts[first:]))))
-        for index in range(first, len(prompts)):
-            if text_kv is None or prompts[index] != prompts[index - 1]:
-                text_kv = self.text_kv([prompts[index]])
-            if index and (index in changes or prompts[index] != prompts[index - 1]):
-                how = changes.get(index, self.method.at_prompt_change)
-                state = player.change_prompt(
-                    self, state, text_kv, how=how, keep_sink=self.method.keeps_sink
-                )
-            before = jax.tree.map(np.asarray, state.memory.progress)
-            state, block = player.next_block(self, state, text_kv, left=len(prompts) - index)
-            frames = np.asarray(block.frames[0])
-            video.guard(frames, first=index * len(frames))  # about, where a clip ends
-            yield self._finished(index, prompts[index], frames, block, before, state)
-
-    def _finished(
-        self,
-        index: int,
-        prompt: str,
-        frames: np.ndarray,
-        block: player.Block,
-        before: Progress,
-        state: State,
-    ) -> Finished:
-        exp = self.experiment
-        layout = player.layout_program(exp.cache, before)  # as it was denoised
-        names = (
-            "sink",
-            "recent",
-            "num_selected",
-            "step",
-            "sink_position",
-            "mid_position",
-            "recent_position",
-            "current_position",
-        )
-        selections: Any = block.selection  # layers one by one
-        per_layer = {
-            name: np.stack([np.asarray(getattr(one, name)[0]) for one in selections])
-            for name in ("ids", "scores", "positions")
-        }
-        if exp.cache.budget:
-            names = (*names, "chosen")
-        counts = {name: np.asarray(getattr(layout, name)).item() for name in names}
-        return Finished(
-            index=index,
-            prompt=prompt,
-            frames=frames,
-            latent=np.asarray(block.latent[0]),
-            block_ids=per_layer["ids"],
-            scores=per_layer["scores"],
-            positions=per_layer["positions"],
-            state=state,
-            layout={"block": exp.cache.block} | counts,
-            sink_sum=int(player.sink_sum(exp.memory, state.memory)),
-        )
-
     def generate(
-        self, prompts: Sequence[str], *, seed: int | None = None, identity: int | None = None
+        self,
+        prompts: str | Iterable[str],
+        *,
+        seed: int | None = None,
+        identity: int | None = None,
+        **length: Unpack[Length],
     ) -> np.ndarray:
         """The whole video [frames, height, width, 3] in [-1, 1]; `stream` keeps less in memory."""
-        return np.concatenate(
-            [block.frames for block in self.stream(prompts, seed=seed, identity=identity)]
-        )
+        blocks = self.stream(prompts, seed=seed, identity=identity, **length)
+        return np.concatenate([block.frames for block in blocks])

@@ -8,8 +8,10 @@ import functools
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
+import einops
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 from jaxtyping import Int
@@ -345,19 +347,19 @@ def text_program(model: Any, compute: str, states: TextStates) -> PerLayer[Any]:
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def sink_sum(spec: MemorySpec, memory: Memory) -> Array:
-    """The bits of all sink values, and of its keys where they stay, added up as one unsigned number."""
+def sink_sums(spec: MemorySpec, memory: Memory) -> Array:
+    """For each video the bits of its sink values, and of its keys where they stay, added up as one unsigned number."""
     tokens = spec.cache.sink * spec.tokens_per_frame
     moves = spec.cache.rope_adjustment in ("incremental", "sink_only")
     sizes = {2: jnp.uint16, 4: jnp.uint32}
-    total = jnp.uint32(0)
+    total: Array | int = 0
     layers: Any = memory.layers  # one by one, as in sampling
     for layer in layers:
         stores = (layer.view.v,) if moves else (layer.view.k, layer.view.v)
         for store in stores:
             bits = jax.lax.bitcast_convert_type(store[:, :tokens], sizes[store.dtype.itemsize])
-            total = total + bits.sum(dtype=jnp.uint32)
-    return total
+            total = total + einops.reduce(bits.astype(jnp.uint32), "b ... -> b", "sum")
+    return jnp.asarray(total)
 
 
 # What has to be kept of a state to go on from it
@@ -386,3 +388,18 @@ def abstract_state(model: Model, videos: int = 1) -> State:
 
     archive = host_archive.init(exp.memory, videos, jnp.dtype(exp.dtypes.cache))
     return dataclasses.replace(jax.eval_shape(stripped), archive=archive)
+
+
+def snapshot(model: Model, state: State) -> State:
+    """A copy of a state, stripped, in host memory, made array by array; the next block leaves it as it is."""
+    forms = jax.eval_shape(functools.partial(strip_scratch, model), state)
+
+    def copied(form: jax.ShapeDtypeStruct, leaf: Array | np.ndarray) -> np.ndarray:
+        return np.array(leaf[tuple(map(slice, form.shape))])
+
+    return jax.tree.map(copied, forms, state)
+
+
+def of_snapshot(model: Model, copy: State) -> State:
+    """A state to go on from that a block may use up; the snapshot stays as it is."""
+    return with_scratch(model, jax.tree.map(np.array, copy))
