@@ -32,6 +32,11 @@ VERBS = {
         "make a video; with no arguments, with the small model that ships",
         "packforcing sample --out out/demo.mp4",
     ),
+    "serve": Verb(
+        "serve",
+        "live sessions with a page, sockets and an HTTP side, kept on disk",
+        "packforcing serve --port 8000",
+    ),
     "verify": Verb(
         "verify",
         "compare every part with recorded numbers of the original code",

@@ -94,7 +94,8 @@ class Gate:
         refusal = self._foreign(scope) or self._unknown(scope)
         if refusal is None and self._requests >= self._limits.requests:
             refusal = Refusal(
-                429, f"{self._requests} requests are in progress; wait for some of them (--requests)."
+                429,
+                f"{self._requests} requests are in progress; wait for some of them (--requests).",
             )
         if refusal is not None:
             await self._refuse(refusal, send)
@@ -112,7 +113,9 @@ class Gate:
     async def _body(self, scope: Scope, receive: Receive) -> bytes | Refusal | None:
         """The whole body; None where the client left before its end."""
         most = self._limits.body_bytes
-        too_large = Refusal(413, f"the body is larger than {most:,} bytes; send less (--body-bytes).")
+        too_large = Refusal(
+            413, f"the body is larger than {most:,} bytes; send less (--body-bytes)."
+        )
         claimed = _header(scope, b"content-length")
         if claimed.isdigit() and len(claimed) < 20 and int(claimed) > most:
             return too_large
@@ -159,8 +162,12 @@ class Gate:
                 403, "this server does not go by the name in the Host header; start it with --name."
             )
         origin = _header(scope, b"origin")
-        if origin and (urlsplit(origin).scheme not in ("http", "https") or _netloc(origin) != host.lower()):
-            return Refusal(403, "pages of other origins may not use this server; open its own page.")
+        if origin and (
+            urlsplit(origin).scheme not in ("http", "https") or _netloc(origin) != host.lower()
+        ):
+            return Refusal(
+                403, "pages of other origins may not use this server; open its own page."
+            )
         return None
 
     def _own(self, name: str) -> bool:

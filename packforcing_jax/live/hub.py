@@ -142,7 +142,9 @@ class Hub:
         with self._lock:
             live = self._lives[kind].get(name)
         if live is None:
-            raise Refused(404, f"there is no {kind[:-1]} {shown(name, 40)}; GET /v1/{kind} lists them.")
+            raise Refused(
+                404, f"there is no {kind[:-1]} {shown(name, 40)}; GET /v1/{kind} lists them."
+            )
         return live
 
     def facts(self, live: Live) -> dict[str, Any]:
@@ -288,7 +290,8 @@ class Hub:
             )
             if len(live.story.queue) >= self.limits.queue:
                 raise Refused(
-                    429, f"{self.limits.queue} prompts of this session wait already; wait (--queue)."
+                    429,
+                    f"{self.limits.queue} prompts of this session wait already; wait (--queue).",
                 )
             require(
                 len(live.story.changes) + len(live.story.queue) < self.limits.changes,

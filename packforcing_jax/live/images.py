@@ -44,7 +44,10 @@ def images(block: bytes) -> Iterator[bytes]:
     """The images of a message; raises `InputError` where one is cut."""
     at = 0
     while at < len(block):
-        require(at + LENGTH.size <= len(block), "a block's message ends inside a length; fetch it again.")
+        require(
+            at + LENGTH.size <= len(block),
+            "a block's message ends inside a length; fetch it again.",
+        )
         (size,) = LENGTH.unpack_from(block, at)
         at += LENGTH.size
         if at + size > len(block):

@@ -15,7 +15,9 @@ from packforcing_jax.methods.method import require_blocks
 from packforcing_jax.networks import tokenizer
 from packforcing_jax.sampling import requests, state_folder
 from packforcing_jax.sampling.pipeline import Pipeline
+from packforcing_jax.stage import captions
 
+EXAMPLE = captions.Prompt(colour=0, shape=0, speed=0, backdrop=0, scene=0)
 SPECIAL = {tokenizer.PAD, tokenizer.END, tokenizer.UNKNOWN}
 
 
@@ -95,6 +97,7 @@ class Models:
             "memories": sorted(PROFILES) if model.method.own_memory else [],
             "policies": list(AT_PROMPT_CHANGE),
             "vocabulary": sorted(set(known) - SPECIAL) or None,
+            "example": captions.write(EXAMPLE) if captions.tells(model.experiment) else None,
         }
 
 

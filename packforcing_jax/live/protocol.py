@@ -136,8 +136,10 @@ def _one_of(names: tuple[str, ...]) -> Check:
 
 _BLOCK = _whole(0, MOST_BLOCKS)
 _REF = Check(
-    lambda value: (isinstance(value, str) and len(value) <= LONGEST_REF)
-    or (type(value) is int and abs(value) < 2**53),
+    lambda value: (
+        (isinstance(value, str) and len(value) <= LONGEST_REF)
+        or (type(value) is int and abs(value) < 2**53)
+    ),
     f"a text of at most {LONGEST_REF} characters or a whole number below 2^53",
 )
 CHECKS: Mapping[str, Check] = {
@@ -152,9 +154,7 @@ CHECKS: Mapping[str, Check] = {
     "drift": _one_of(DRIFT),
     "seed": _whole(0, 2**32 - 1),
     "run": Check(lambda value: isinstance(value, bool), "true or false"),
-    "seconds": Check(
-        lambda value: type(value) in (int, float) and value > 0, "a number above 0"
-    ),
+    "seconds": Check(lambda value: type(value) in (int, float) and value > 0, "a number above 0"),
     "ref": _REF,
 }
 

@@ -47,11 +47,15 @@ class Runner:
         self._ends = False
         self._turns = 0
         self._thread = threading.Thread(target=self._run, name="blocks", daemon=True)
-        hub.wake = self._wanted.set
+        hub.wake = self.wake
 
     def start(self) -> None:
         """Begins."""
         self._thread.start()
+
+    def wake(self) -> None:
+        """Something may be wanted now."""
+        self._wanted.set()
 
     def stop(self) -> None:
         """Returns behind the block in progress."""
@@ -131,7 +135,9 @@ class Runner:
                 return None
             index = live.next
             if index >= self._hub.limits.blocks:
-                self._hub.end(live, f"this session has {index:,} blocks, as many as it may (--blocks).")
+                self._hub.end(
+                    live, f"this session has {index:,} blocks, as many as it may (--blocks)."
+                )
                 return None
             story = live.story
             taken = tuple(each for each in story.queue if each.at is None or each.at <= index)
@@ -228,7 +234,8 @@ class Runner:
     def _told(self, live: Live, turn: Turn) -> None:
         """The story with the prompts that the block took up: written before the block counts."""
         story = live.story
-        queue = tuple(each for each in story.queue if each not in turn.taken)
+        taken = {id(each) for each in turn.taken}
+        queue = tuple(each for each in story.queue if id(each) not in taken)
         before = tuple(each for each in story.changes if each.block < turn.index)
         changes = (*before, Change(turn.index, turn.prompt, turn.policy))
         live.story = dataclasses.replace(story, changes=changes, queue=queue)
@@ -251,7 +258,7 @@ class Runner:
         return told
 
     def _bounded(self, live: Live) -> int:
-        """Drops the oldest states beyond the bound of disk, and says so once; the first block that can be gone back to."""
+        """Drops the oldest states beyond the bound of disk, and says so once; the oldest that can be gone back to."""
         folder = live.folder
         most = int(self._hub.limits.disk_gb * 1e9)
         only_newest = live.about.target is not None

@@ -137,9 +137,7 @@ class Folder:
         """What is said of a finished block."""
         return _read(
             self.block_path(index) / BLOCK,
-            lambda fields: Block(
-                **{**fields, "position": video.Position(**fields["position"])}
-            ),
+            lambda fields: Block(**{**fields, "position": video.Position(**fields["position"])}),
         )
 
     def images(self, index: int) -> bytes:
@@ -230,9 +228,7 @@ class Folder:
             f"session {self.path} was made by a newer version (format {about.format}); update packforcing.",
         )
         names = sorted(os.listdir(self.path / BLOCKS))
-        self.count = next(
-            (at for at, name in enumerate(names) if name != f"{at:08d}"), len(names)
-        )
+        self.count = next((at for at, name in enumerate(names) if name != f"{at:08d}"), len(names))
         for name in names[self.count :]:  # behind a gap, which only a hand from outside can make
             shutil.rmtree(self.path / BLOCKS / name, ignore_errors=True)
         self.stated = [index for index in range(self.count) if self.state_path(index).exists()]
