@@ -379,7 +379,7 @@ async function begin() {
     options("policy", state.facts.policies);
     options("method", state.facts.methods);
     options("memory", state.facts.memories);
-    if (state.facts.example) $("prompt").value = state.facts.example;
+    if (state.facts.example && !$("prompt").value) $("prompt").value = state.facts.example;
     for (const word of state.facts.vocabulary || []) {
       const button = document.createElement("button");
       button.type = "button";
