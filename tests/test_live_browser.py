@@ -124,7 +124,9 @@ def test_what_is_drawn_is_the_block_pixel_by_pixel(served, visit):
     pixels = list(map(int, page.evaluate(PIXELS).split(",")))
     _, block, _ = served.ask("GET", f"/v1/sessions/{session}/blocks/{last}")
     frame = images.decoded(block)[-1]
-    assert [pixels[at::4] for at in range(3)] == [frame[..., at].ravel().tolist() for at in range(3)]
+    assert [pixels[at::4] for at in range(3)] == [
+        frame[..., at].ravel().tolist() for at in range(3)
+    ]
 
 
 def test_a_new_prompt_has_its_two_receipts(served, visit):

@@ -17,7 +17,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from packforcing_jax.errors import InputError, MachineError, require, sentence, shown
+from packforcing_jax.errors import InputError, MachineError, sentence, shown
 from packforcing_jax.live import protocol
 from packforcing_jax.live.gate import PLAIN, Admission, Gate, error_body
 from packforcing_jax.live.hub import Hub, Live, Refused, Told
@@ -232,11 +232,7 @@ class Server:
                 return
             text = event.get("text")
             try:
-                require(
-                    text is not None,
-                    'a message is binary, and clients send text; send one JSON object, such as {"type": "pause"}.',
-                )
-                await self._heard(live, watcher, protocol.message(text))
+                await self._heard(live, watcher, protocol.message(_required(text)))
             except (InputError, MachineError, OSError) as error:
                 watcher.wrong += 1
                 said = sentence(str(error))
@@ -262,6 +258,14 @@ class Server:
                 await watcher.answer({"type": "received", "ref": message.ref})
                 await _aside(lambda: hub.rewind(live, message.to))
                 await watcher.answer({"type": "applied", "ref": message.ref, "block": message.to})
+
+
+def _required(text: str | None) -> str:
+    if text is None:
+        raise InputError(
+            'a message is binary, and clients send text; send one JSON object, such as {"type": "pause"}.'
+        )
+    return text
 
 
 def _ref(text: str | None) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Live:
     lock: threading.RLock = field(default_factory=threading.RLock)
     epoch: int = 0
     gone: bool = False
-    making: bool = False
+    making: bool = False  # its next block
     due: float = 0.0  # when the next block is wanted
     planned: float = 0.0  # when it would be at the pace alone
     turn: int = 0  # when it had its last block, in blocks of all sessions
@@ -63,7 +63,6 @@ class Live:
     watchers: set[Watcher] = field(default_factory=set)  # belongs to the event loop
     rate: float = 0.0  # blocks a second of late
     dropping: bool = False  # its oldest states have begun to go
-    anchors: set[int] = field(default_factory=set)  # where drift has led back to
 
     @property
     def next(self) -> int:
@@ -168,7 +167,7 @@ class Hub:
             "parent": about.parent,
             "created": about.created,
             "kept": _runs(live.folder.kept),
-            "bytes": live.folder.bytes,
+            "bytes": live.folder.size,
             "watchers": len(live.watchers),
             "blocks_per_second": round(live.rate, 3),
             "dropped": sum(each.dropped for each in tuple(live.watchers)),
@@ -256,7 +255,7 @@ class Hub:
             about = dataclasses.replace(
                 parent.about, id=secrets.token_hex(8), created=time.time(), parent=parent.about.id
             )
-            story = Story(changes=_before(parent.story, at))
+            story = Story(changes=_before(parent.story, at), paused=parent.story.paused)
             folder = self._stores["sessions"].fork(parent.folder, at, about, story)
         live = Live(about, story, folder, parent.config)
         return self._listed("sessions", live, self.limits.sessions)
@@ -285,8 +284,14 @@ class Hub:
         with _open(live):
             self._require_open(live)
             require(
-                wish.at is None or wish.at >= live.next,
-                f"at={wish.at} lies behind block {live.next}, the next one; give that or a later one, or rewind.",
+                wish.policy is None or max(wish.at or 0, live.next) > 0,
+                f"policy={wish.policy}: block 0 has no memory to {wish.policy}; leave it out.",
+            )
+            first = live.next + live.making
+            require(
+                wish.at is None or wish.at >= first,
+                f"at={wish.at} is before block {first}, the next one that is not begun; give that or a later one, "
+                "or rewind.",
             )
             if len(live.story.queue) >= self.limits.queue:
                 raise Refused(

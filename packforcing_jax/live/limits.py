@@ -7,6 +7,7 @@ from typing import Any
 from packforcing_jax.errors import require, shown
 
 LONGEST_TEXT = 4000  # characters of a prompt
+DRIFT = ("nothing", "stop", "re-anchor")
 WINDOW = 2  # blocks on their way to a client that has not said that it has them
 
 
@@ -18,7 +19,7 @@ def _bound(default: Any, least: float, most: float, meaning: str) -> Any:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of a server; raises `InputError` for one outside its own bounds."""
+    """Bounds of a server; raises `InputError` for a number outside its own bounds."""
 
     sessions: int = _bound(32, 1, 10_000, "sessions that are kept")
     videos: int = _bound(32, 1, 10_000, "jobs for whole videos that are kept")
@@ -33,11 +34,24 @@ class Limits:
         30.0, 0.1, 3600, "seconds after which a client that takes nothing counts as gone"
     )
     disk_gb: float = _bound(
-        2.0, 0.001, 10**6, "gigabytes (10^9 bytes) of one session; its oldest states go first"
+        2.0, 0.0001, 10**6, "gigabytes (10^9 bytes) of one session; its oldest states go first"
+    )
+    state_every: int = _bound(
+        1, 1, 10**6, "blocks from one state on disk to the next; blocks between are made again"
     )
     blocks: int = _bound(10**6, 1, 10**7, "blocks of one session")
     video_seconds: float = _bound(600.0, 0.1, 10**6, "seconds of a job's video")
     loaded: int = _bound(4, 1, 1000, "sessions whose state is in memory at once")
+    drift_window: int = _bound(
+        0, 0, 10**6, "frames that the drift of a video is told by; 0: those of five blocks"
+    )
+    drift: str = dataclasses.field(
+        default="nothing",
+        metadata={
+            "choices": DRIFT,
+            "meaning": "what is done about drift, beside saying it, in sessions that do not say themselves",
+        },
+    )
     pace: float = _bound(
         1.0, 0.0, 1000, "blocks are made at most so many times as fast as they play; 0: at once"
     )
@@ -45,6 +59,8 @@ class Limits:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, bounds = getattr(self, field.name), field.metadata
+            if "choices" in bounds:
+                continue  # looked up by whoever reads it from a text
             require(
                 bounds["least"] <= value <= bounds["most"],
                 f"{flag(field)} {shown(value)} is out of range; give {bounds['least']:,} to "

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from packforcing_jax.config.choices import AT_PROMPT_CHANGE
 from packforcing_jax.errors import InputError, nearest, require, shown
-from packforcing_jax.live.limits import LONGEST_TEXT
+from packforcing_jax.live.limits import DRIFT, LONGEST_TEXT
 
 MOST_BLOCKS = 10**7
 LONGEST_REF = 100
 LONGEST_NAME = 100
-DRIFT = ("nothing", "stop", "re-anchor")  # what a server may do about drift
 
 Ref = str | int | None
 Body = TypeVar("Body")
@@ -154,7 +153,9 @@ CHECKS: Mapping[str, Check] = {
     "drift": _one_of(DRIFT),
     "seed": _whole(0, 2**32 - 1),
     "run": Check(lambda value: isinstance(value, bool), "true or false"),
-    "seconds": Check(lambda value: type(value) in (int, float) and value > 0, "a number above 0"),
+    "seconds": Check(
+        lambda value: type(value) in (int, float) and 0 < value < 1e9, "a number above 0"
+    ),
     "ref": _REF,
 }
 
@@ -225,14 +226,20 @@ def _object(text: str | bytes, what: str) -> dict[str, Any]:
     return value
 
 
+class _NoNumberError(ValueError):
+    """A word that Python's reader takes for a number."""
+
+
 def _no_number(word: str) -> Any:
-    raise ValueError(f"{word} is no number")
+    raise _NoNumberError(f"{word} is no number")
 
 
 def _why(error: Exception) -> str:
     match error:
         case json.JSONDecodeError():
             return f"{error.msg} at character {error.pos}"
+        case _NoNumberError():
+            return str(error)
         case RecursionError():
             return "it is nested too deeply"
         case UnicodeDecodeError():

@@ -1,7 +1,9 @@
 """One thread that owns the model and makes blocks of all sessions in turn, each when it is wanted and not before."""
 
 import dataclasses
+import json
 import logging
+import math
 import shutil
 import threading
 import time
@@ -12,16 +14,23 @@ from typing import Any, NamedTuple
 
 from packforcing_jax.errors import InputError, MachineError, brief, sentence
 from packforcing_jax.io import video
-from packforcing_jax.live import images, states, store
+from packforcing_jax.live import images, states
 from packforcing_jax.live.fragments import Encoders
 from packforcing_jax.live.hub import Hub, Live, Told
 from packforcing_jax.live.store import Block, Change, Queued
 from packforcing_jax.live.watchers import Shot
+from packforcing_jax.sampling import drift
+from packforcing_jax.sampling.drift import Drift
 from packforcing_jax.sampling.finished import Finished
 from packforcing_jax.sampling.session import Session
 
 log = logging.getLogger("packforcing.live")
 
+DONE = {
+    "nothing": "the session goes on",
+    "stop": "the session is paused",
+    "re-anchor": "the session goes back to before it, and on from its first blocks alone",
+}
 Make = Callable[[str, str | None], Finished]
 
 
@@ -35,12 +44,21 @@ class Turn(NamedTuple):
     taken: tuple[Queued, ...]  # of its queue; the last one holds
 
 
+class Made(NamedTuple):
+    """A block as it lies on disk, under a name (`fresh`) that does not count yet."""
+
+    block: Block
+    fresh: Path
+    shown: bytes
+    drifted: list[Drift]
+
+
 class Runner:
     """Makes blocks until it is stopped."""
 
-    def __init__(self, hub: Hub, *, every: int = 1):
+    def __init__(self, hub: Hub):
         self._hub = hub
-        self._every = every
+        self._window = hub.limits.drift_window or drift.BLOCKS * hub.models.picture["block_frames"]
         self._loaded: OrderedDict[str, tuple[int, int, Make]] = OrderedDict()
         self._encoders = Encoders(hub.models.shape, hub.limits.loaded)
         self._wanted = threading.Event()
@@ -101,20 +119,19 @@ class Runner:
         turn = self._taken(live)
         if turn is None:
             return
-        live.making = True
         self._turns += 1
         live.turn = self._turns
         began = time.monotonic()
         try:
             finished = self._maker(live, turn)(turn.prompt, turn.policy)
             seconds = time.monotonic() - began
-            written = self._written(live, turn, finished, seconds)
+            made = self._written(live, turn, finished, seconds)
         except (OSError, InputError):
             if live.gone or live.epoch != turn.epoch:  # its folder went under the block
                 self._forget(live)
                 return
             raise
-        self._publish(live, turn, *written)
+        self._publish(live, turn, made)
         spent = max(time.monotonic() - began, 1e-9)
         period = self._period()
         live.rate = 0.8 * live.rate + 0.2 / max(spent, period) if live.rate else 1 / spent
@@ -143,6 +160,7 @@ class Runner:
             taken = tuple(each for each in story.queue if each.at is None or each.at <= index)
             prompt = taken[-1].prompt if taken else story.prompt_at(index)
             policy = taken[-1].policy if taken and index else None
+            live.making = True
             return Turn(live.epoch, index, prompt, policy, taken)
 
     def _maker(self, live: Live, turn: Turn) -> Make:
@@ -182,13 +200,15 @@ class Runner:
         self._loaded.pop(live.about.id, None)
         self._encoders.forget(live.about.id)
 
-    def _written(
-        self, live: Live, turn: Turn, finished: Finished, seconds: float
-    ) -> tuple[Block, Path, bytes, Finished]:
-        """The block as it lies on disk under a name that does not count yet."""
+    def _written(self, live: Live, turn: Turn, finished: Finished, seconds: float) -> Made:
+        """The block, written."""
         folder = live.folder
         frames = video.to_uint8(finished.frames)
-        at = folder.block(turn.index - 1).position if turn.index else video.Position()
+        before = folder.block(turn.index - 1) if turn.index else None
+        guard, drifted = drift.watch(
+            drift.guard_of(before and before.drift, self._window), frames, turn.prompt
+        )
+        at = before.position if before else video.Position()
         piece, position = self._encoders.piece(live.about.id, frames, at, live.config)
         shown = images.message(frames, self._hub.models.media)
         block = Block(
@@ -198,26 +218,27 @@ class Runner:
             seconds=round(seconds, 4),
             frames=len(frames),
             position=position,
+            drift=guard.to_json(),
         )
         model, state = self._hub.models.of(live.about), finished.state
-        due = (turn.index + 1) % self._every == 0 or turn.index == 0
+        due = turn.index % self._hub.limits.state_every == 0
         assert state is not None  # of methods that make blocks one behind the other
         save = (lambda path: states.save(path, model, state)) if due else None
         fresh = folder.add(block, shown, piece, save)
-        return block, fresh, shown, finished
+        return Made(block, fresh, shown, drifted)
 
-    def _publish(
-        self, live: Live, turn: Turn, block: Block, fresh: Path, shown: bytes, finished: Finished
-    ) -> None:
+    def _publish(self, live: Live, turn: Turn, made: Made) -> None:
         """The block counts, unless it was taken back while it was made."""
+        block = made.block
         with live.lock:
             if live.gone or live.epoch != turn.epoch:
                 self._forget(live)
-                shutil.rmtree(fresh, ignore_errors=True)
+                shutil.rmtree(made.fresh, ignore_errors=True)
                 return
             if turn.taken:
                 self._told(live, turn)
-            live.folder.publish(fresh)
+            live.folder.publish(made.fresh)
+            live.making = False
             told = self._receipts(live, turn)
             kept = self._bounded(live)
             said = {
@@ -228,8 +249,10 @@ class Runner:
                 "seconds": block.seconds,
                 "kept": kept,
             }
-            told.append(Told(Shot(block.index, store.json.dumps(said), shown)))
+            told.append(Told(Shot(block.index, json.dumps(said), made.shown)))
             self._hub.told(live, told)
+            if made.drifted:
+                self._drifted(live, block, made.drifted)
 
     def _told(self, live: Live, turn: Turn) -> None:
         """The story with the prompts that the block took up: written before the block counts."""
@@ -262,7 +285,7 @@ class Runner:
         folder = live.folder
         most = int(self._hub.limits.disk_gb * 1e9)
         only_newest = live.about.target is not None
-        while len(folder.stated) > 1 and (only_newest or folder.bytes > most):
+        while len(folder.stated) > 1 and (only_newest or folder.size > most):
             folder.drop_state(folder.stated[0])
             if not only_newest and not live.dropping:
                 live.dropping = True
@@ -272,13 +295,45 @@ class Runner:
                     self._hub.limits.disk_gb,
                     folder.stated[0] + 1,
                 )
-        if folder.bytes > most and not only_newest:
+        if folder.size > most and not only_newest:
             self._hub.end(
                 live,
-                f"this session has {folder.bytes / 1e9:.3g} GB on disk and its bound is {self._hub.limits.disk_gb:g}; "
+                f"this session has {folder.size / 1e9:.3g} GB on disk and its bound is {self._hub.limits.disk_gb:g}; "
                 "fork it, delete it, or start the server with a higher --disk-gb.",
             )
         return folder.stated[0] + 1 if folder.stated else 0
+
+    def _drifted(self, live: Live, block: Block, drifted: list[Drift]) -> None:
+        """Says that a window has drifted, and does about it what was chosen; the session's lock is held."""
+        blocks = -(-self._window // block.frames)
+        since = max(block.index + 1 - blocks, 0)
+        to = max(at for at in live.folder.kept if at <= since)
+        choice = live.about.drift or self._hub.limits.drift
+        anchored = any(each.block == to and each.policy for each in live.story.changes)
+        if choice == "re-anchor" and (to == 0 or anchored):
+            choice = "stop"  # it would come to the same again
+        about = "; ".join(each.sentence for each in drifted)
+        message = f"blocks {since} to {block.index}: {about}; {DONE[choice]}."
+        said = {
+            "type": "drift",
+            "block": block.index,
+            "since": to,
+            "figures": {each.what: [_finite(each.value), each.allowed] for each in drifted},
+            "action": choice,
+            "message": message,
+        }
+        log.warning("session %s, %s", live.about.id, message)
+        self._hub.told(live, [Told(said)])
+        if choice == "stop":
+            self._hub.pause(live, True)
+        elif choice == "re-anchor":
+            budget = self._hub.models.of(live.about).experiment.cache.budget
+            self._hub.rewind(live, to, "cut" if budget else "flush")
+
+
+def _finite(value: float) -> float | None:
+    """A number that JSON has."""
+    return round(value, 4) if math.isfinite(value) else None
 
 
 def _goes_on(live: Live) -> bool:

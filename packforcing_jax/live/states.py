@@ -14,7 +14,8 @@ from packforcing_jax.sampling.player import Model, State
 
 def save(path: Path, model: Model, state: State) -> None:
     """Writes a state, stripped of its scratch; it can still be used up afterwards."""
-    leaves = pytrees.flatten(player.snapshot(model, state))
+    copy = pytrees.flatten(player.snapshot(model, state))
+    leaves = {name: np.asarray(leaf) for name, leaf in copy.items()}
     forms = {name: (leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
     with safetensors_io.Writer(path, forms, {}) as file:
         for name, leaf in leaves.items():

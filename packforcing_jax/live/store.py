@@ -23,7 +23,7 @@ from packforcing_jax.live.protocol import Ref
 FORMAT = 1
 ABOUT, STORY, HEADER, BLOCKS = "about.json", "story.json", "header.mp4", "blocks"
 FRESH = ".unfinished"  # a block, or a session, on its way
-GONE = ".gone"  # on its way out
+GONE = ".gone"  # a session on its way out
 BLOCK, IMAGES, PIECE, STATE = "block.json", "images", "piece.mp4", "state"
 NAME = re.compile(r"[0-9a-f]{16}")  # of a session
 
@@ -103,12 +103,12 @@ class Block:
 
 @dataclass
 class Folder:
-    """A session's folder: how many blocks it has, which of them have their state, and the bytes of each."""
+    """A session's folder: how many blocks it has, which of them have their state, and their size."""
 
     path: Path
     count: int = 0
     stated: list[int] = dataclasses.field(default_factory=list)  # blocks whose state is here
-    bytes: int = 0
+    size: int = 0  # bytes of the blocks
 
     @property
     def kept(self) -> list[int]:
@@ -178,7 +178,7 @@ class Folder:
 
     def publish(self, fresh: Path) -> None:
         """The block that `add` wrote is the next one."""
-        self.bytes += _size(fresh)
+        self.size += _size(fresh)
         stated = (fresh / STATE).exists()
         final = self.block_path(self.count)
         os.rename(fresh, final)
@@ -189,13 +189,10 @@ class Folder:
 
     def drop_state(self, index: int) -> None:
         """The state behind a block is no longer kept."""
-        gone = self.path / GONE
-        shutil.rmtree(gone, ignore_errors=True)
         size = _size(self.state_path(index))
-        os.rename(self.state_path(index), gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        self.state_path(index).unlink()
         self.stated.remove(index)
-        self.bytes -= size
+        self.size -= size
 
     def cut(self, to: int, story: Story) -> None:
         """Blocks from `to` on are removed; `story` holds from then on."""
@@ -205,7 +202,7 @@ class Folder:
 
     def _cut(self, to: int) -> None:
         for index in reversed(range(to, self.count)):
-            self.bytes -= _size(self.block_path(index))
+            self.size -= _size(self.block_path(index))
             shutil.rmtree(self.block_path(index))
         self.count = min(self.count, to)
         self.stated = [index for index in self.stated if index < to]
@@ -220,8 +217,7 @@ class Folder:
 
     def opened(self) -> tuple[About, Story]:
         """(what the session is, what was told), once what a kill left half done is done or gone."""
-        for left in (FRESH, GONE):
-            shutil.rmtree(self.path / left, ignore_errors=True)
+        shutil.rmtree(self.path / FRESH, ignore_errors=True)
         about, story = self.about(), self.story()
         require(
             about.format <= FORMAT,
@@ -232,7 +228,7 @@ class Folder:
         for name in names[self.count :]:  # behind a gap, which only a hand from outside can make
             shutil.rmtree(self.path / BLOCKS / name, ignore_errors=True)
         self.stated = [index for index in range(self.count) if self.state_path(index).exists()]
-        self.bytes = sum(_size(self.block_path(index)) for index in range(self.count))
+        self.size = sum(_size(self.block_path(index)) for index in range(self.count))
         if story.cut is not None:
             self._cut(story.cut)
             story = dataclasses.replace(story, cut=None)
