@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from packforcing_jax.errors import require
 from packforcing_jax.live.limits import Limits
@@ -21,6 +20,7 @@ from packforcing_jax.live.limits import Limits
 PLAIN = "packforcing"  # the subprotocol that is spoken; `packforcing.TOKEN` beside it carries a browser's token
 WRONG_TOKEN = 4401  # close code
 TOKEN = re.compile(r"[A-Za-z0-9_-]{8,256}")
+HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]{1,5})?")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ANY = ("0.0.0.0", "::", "")
 OPEN = ("/", "/live.js", "/style.css", "/icon.svg", "/health")  # what needs no token
@@ -161,10 +161,8 @@ class Gate:
             return Refusal(
                 403, "this server does not go by the name in the Host header; start it with --name."
             )
-        origin = _header(scope, b"origin")
-        if origin and (
-            urlsplit(origin).scheme not in ("http", "https") or _netloc(origin) != host.lower()
-        ):
+        origin = _header(scope, b"origin").lower()
+        if origin and origin not in (f"http://{host.lower()}", f"https://{host.lower()}"):
             return Refusal(
                 403, "pages of other origins may not use this server; open its own page."
             )
@@ -222,18 +220,9 @@ def _header(scope: Scope, name: bytes) -> str:
 
 
 def _hostname(host: str) -> str:
-    """The name in a Host header, without its port and the brackets of an address."""
-    try:
-        return (urlsplit(f"//{host}").hostname or "").lower()
-    except ValueError:
-        return ""
-
-
-def _netloc(origin: str) -> str:
-    try:
-        return urlsplit(origin).netloc.lower()
-    except ValueError:
-        return ""
+    """The name in a Host header, without its port and the brackets of an address; empty where there is none."""
+    found = HOST.fullmatch(host.lower())
+    return (found[1] or found[2]) if found else ""
 
 
 def _once(content: bytes, receive: Receive) -> Receive:
