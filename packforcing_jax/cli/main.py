@@ -32,6 +32,21 @@ VERBS = {
         "make a video; with no arguments, with the small model that ships",
         "packforcing sample --out out/demo.mp4",
     ),
+    "extend": Verb(
+        "extend",
+        "make a video longer from its saved state, under the same prompt or another one",
+        "packforcing extend out/state --seconds 5",
+    ),
+    "fork": Verb(
+        "fork",
+        "make a second state of a saved one, at its newest block or an earlier one",
+        "packforcing fork out/state --at 12 --out out/branch",
+    ),
+    "replay": Verb(
+        "replay",
+        "make a video again from what stands inside its file, and say whether it is the same",
+        "packforcing replay out/demo.mp4",
+    ),
     "serve": Verb(
         "serve",
         "live sessions with a page, sockets and an HTTP side, kept on disk",

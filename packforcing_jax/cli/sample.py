@@ -7,13 +7,22 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from packforcing_jax.cli import common, compiling, places
 from packforcing_jax.cli.places import Place
 from packforcing_jax.config import evenly_spaced
 from packforcing_jax.errors import InputError, require, shown
 from packforcing_jax.sampling import prompt_files, timelines
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from packforcing_jax.sampling.finished import Finished
+    from packforcing_jax.sampling.opening import Opening
+    from packforcing_jax.sampling.player import State
+    from packforcing_jax.sampling.session import Told
+    from packforcing_jax.sampling.state_folder import Notes
 
 TIMES_CLIP = 24  # length of the default video in training clips
 SHEET_HEIGHT = 96  # and the frames of a contact sheet to this many
@@ -82,6 +91,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--every", type=int, metavar="N", default=8, help="blocks between two saves (default: 8)"
+    )
+    parser.add_argument(
+        "--keep",
+        type=int,
+        metavar="N",
+        default=2,
+        help="newest saves that --state keeps, for `fork --at` (default: 2)",
+    )
+    parser.add_argument(
+        "--start",
+        metavar="FILE",
+        help="begin with a picture (png, jpg) or a clip (mp4) of the model's size",
     )
     parser.add_argument(
         "--anyway",
@@ -170,7 +191,7 @@ class Film:
     prompts: list[str]
     changes: dict[int, str]  # what a new prompt does to the memory, by block, where it is said
     seed: int
-    blocks: int
+    start: "Opening | None"  # what it begins with
     args: argparse.Namespace  # where files go, and what the settings inside the video say
 
     @property
@@ -180,9 +201,31 @@ class Film:
         return [marks.get(block, "") + prompt for block, prompt in enumerate(self.prompts)]
 
     @property
+    def blocks(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def notes(self) -> "Notes":
+        """What is noted beside its states."""
+        from packforcing_jax.sampling import state_folder
+
+        return state_folder.Notes(
+            self.prompts,
+            self.changes,
+            start=self.start and self.start.hash,
+            end=self.blocks,
+            video=str(Path(self.args.out).resolve()),
+            folder=str(Path(self.args.state).resolve()),
+            weights=state_folder.weights_of(self.pipeline),
+        )
+
+    @property
     def settings(self) -> dict:
         """What stands inside the video file."""
+        from packforcing_jax.sampling import video_notes
+
         args = self.args
+        start = self.start and self.start.hash
         return {
             "experiment": self.pipeline.experiment.name,
             "seed": self.seed,
@@ -193,6 +236,7 @@ class Film:
             "weights": args.weights,
             "method": self.pipeline.method.name,
             "prompts": _runs(self.timeline),
+            "made": video_notes.header(self.pipeline, seed=self.seed, start=start),
         }
 
 
@@ -225,7 +269,26 @@ def _film(args: argparse.Namespace, pipeline, prompts: list[str], changes: dict[
         args.trace is None or not {"flush", "cut"} & {*changes.values()},
         f"--trace {args.trace} records a memory that only grows; leave it out where a prompt flushes or cuts it.",
     )
-    return Film(pipeline, prompts, changes, args.seed, len(prompts), args)
+    start = None if args.start is None else _opening(args, pipeline, len(prompts))
+    return Film(pipeline, prompts, changes, args.seed, start, args)
+
+
+def _opening(args: argparse.Namespace, pipeline, blocks: int) -> "Opening":
+    """What the video begins with, said on stderr."""
+    from packforcing_jax.sampling import opening
+
+    require(
+        not pipeline.method.whole_clip,
+        f"--start {args.start} is committed as the first blocks, and method {pipeline.method.name} denoises all "
+        "frames of a clip together; leave it out.",
+    )
+    given = opening.read(args.start, pipeline.experiment)
+    require(
+        given.blocks < blocks,
+        f"--start {args.start} fills {given.blocks} blocks and the video has {blocks}; ask for a longer one.",
+    )
+    print(f"sample: begins with {given.said}; {opening.UNTRAINED}", file=sys.stderr, flush=True)
+    return given
 
 
 def _of_job(args: argparse.Namespace, pipeline, job: prompt_files.Job) -> Film:
@@ -271,6 +334,7 @@ def _make_all(films: list[tuple[prompt_files.Job, Film]], folder: Path) -> int:
             experiment=model_folder.experiment_to_json(film.pipeline.experiment),
             seed=film.seed,
             weights=state_folder.digest(film.pipeline),
+            start=film.start and film.start.hash,
             prompts=_runs(film.timeline),
             blocks=film.blocks,
             name=job.name,
@@ -289,7 +353,7 @@ def _make(film: Film) -> int:
     from packforcing_jax.io import video
     from packforcing_jax.methods.method import sizes_told
     from packforcing_jax.policies import attention
-    from packforcing_jax.sampling import trace
+    from packforcing_jax.sampling import trace, video_notes
     from packforcing_jax.sampling.requests import shown_size
 
     args = film.args
@@ -332,14 +396,13 @@ def _make(film: Film) -> int:
             if args.trace
             else None
         )
-        seed = film.seed if at.state is None else None  # which the state holds
-        stream = pipeline.stream(film.prompts, seed=seed, state=at.state, changes=film.changes)
         first = 0 if at.state is None else at.state.position
+        stream = _drawn(film, at.state)
         files.enter_context(compiling.told(lambda: compiling.line("sample", "the block step")))
-        for block in common.progress(
+        for block, told in common.progress(
             stream, name="sample", unit="blocks", total=film.blocks, first=first
         ):
-            writer.write(block.frames)
+            writer.write(block.frames, video_notes.note(block, told))
             if tracer is not None:
                 tracer.write(block)
             if keeper is not None:
@@ -349,6 +412,28 @@ def _make(film: Film) -> int:
         _sheet(retained.sheet, args.sheet)
     _report(film, first, retained, time.monotonic() - began)
     return 0
+
+
+def _drawn(film: Film, state: "State | None") -> "Iterator[tuple[Finished, Told]]":
+    """The blocks of the video, behind `state` if there is one, each with what was asked for in it."""
+    from packforcing_jax.sampling.session import Session, Told
+
+    pipeline, prompts = film.pipeline, film.prompts
+    if pipeline.method.whole_clip:
+        for block in pipeline.stream(prompts, seed=film.seed):
+            yield block, Told((block.prompt,), left=film.blocks - block.index)
+        return
+    if state is None:
+        session = pipeline.session(seed=film.seed, keep=0)
+    else:
+        session = Session.behind(pipeline, state, prompts[: state.position])
+    if film.start is not None and state is None:
+        for block in session.begun(film.start, prompts[: film.start.blocks]):
+            yield block, session.told[-1]
+    rest = prompts[session.position :]
+    changes = {at: how for at, how in film.changes.items() if at >= session.position}
+    for block in session.run(rest, changes=changes, ends=True) if rest else ():
+        yield block, session.told[-1]
 
 
 @dataclass
@@ -374,12 +459,13 @@ class _Retained:
 def _resumed(film: Film):
     """(what saves the run's state, where it goes on); (None, the start) without --state."""
     args = film.args
-    from packforcing_jax.sampling import resume, state_folder
+    from packforcing_jax.sampling import resume
 
     if args.state is None:
         return None, resume.Resumed()
-    notes = state_folder.Notes(film.prompts, film.changes)
-    keeper = resume.Keeper(args.state, film.pipeline, notes, every=args.every, seed=film.seed)
+    keeper = resume.Keeper(
+        args.state, film.pipeline, film.notes, seed=film.seed, every=args.every, keep=args.keep
+    )
     at = keeper.resume()
     require(
         args.trace is None or at.state is None or at.traced > 0,
@@ -441,6 +527,7 @@ def _check(args: argparse.Namespace) -> None:
     require(
         0 <= args.seed < 2**32, f"--seed {shown(args.seed)} is out of range; give 0 to {2**32 - 1}."
     )
+    common.require_count("--keep", args.keep)
     require(
         args.every > 0, f"--every {shown(args.every)} must be at least 1; give a number of blocks."
     )

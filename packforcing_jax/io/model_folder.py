@@ -37,6 +37,7 @@ PARTS = identity.PARTS
 GONE = {
     "train": "the table `train` has no place in a model folder any more; delete it from the file."
 }  # of earlier versions
+SHIPPED = Path(__file__).parents[1] / "weights" / "stage"  # the small model of the package
 LAYER = re.compile(r"(.+?)/(\d+)/(.+)")  # a path inside one of the layers that files stack
 Module = TypeVar("Module")
 

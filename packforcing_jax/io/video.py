@@ -12,7 +12,8 @@ import re
 import signal
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -31,6 +32,7 @@ OTHER_SAMPLE = 0x01010000  # flags of ISO/IEC 14496-12: depends on no other, on 
 TO_RGB = "scale=flags=bilinear+accurate_rnd+full_chroma_int+full_chroma_inp"
 TO_PPM = ["-vf", TO_RGB, "-fps_mode", "passthrough", "-c:v", "ppm", "-f", "image2pipe", "-"]
 STREAMED = 1 << 26  # bytes of frames that `stream` gives at once
+NOTE = uuid.UUID("6b3d0f2e-8a41-5c57-9d0c-7061636b6e74").bytes  # of boxes with a note about a block
 
 
 def to_uint8(frames) -> np.ndarray:
@@ -212,8 +214,11 @@ class Writer:
         """Frames written so far."""
         return self.position.frames
 
-    def write(self, frames) -> None:
-        """Appends frames [t,h,w,3] (float in [-1, 1] or uint8); they are on disk and play when this returns."""
+    def write(self, frames, note: Mapping[str, object] | None = None) -> None:
+        """Appends frames [t,h,w,3] (float in [-1, 1] or uint8); they are on disk and play when this returns.
+
+        A `note` for JSON lies before them, for `notes` to read; players pass over it.
+        """
         frames = to_uint8(frames)
         width, height = self.size
         fits = frames.ndim == 4 and frames.shape[1:] == (height, width, 3) and len(frames) > 0
@@ -223,7 +228,7 @@ class Writer:
         )
         with _signals_wait():
             try:
-                self._append(self._encoded(frames))
+                self._append(self._encoded(frames), note)
             except BaseException as error:
                 self._stop()  # it is ahead of the file
                 if isinstance(error, OSError):
@@ -259,10 +264,12 @@ class Writer:
             raise MachineError(f"ffmpeg began a block without a key frame; {ffmpeg.KEPT}.")
         return samples
 
-    def _append(self, samples: list[h264.Sample]) -> None:
+    def _append(self, samples: list[h264.Sample], note: Mapping[str, object] | None = None) -> None:
         """Adds a block, and its header to an empty file; a failure leaves the file as it was."""
         at = self.position
         block, end = fragments(samples, self._picture, at)
+        if note is not None:
+            block = box(b"uuid", NOTE, json.dumps(note).encode()) + block
         if at.bytes == 0:
             self._file.append(self._header + block)
         else:  # players skip what is not there as a whole
@@ -331,6 +338,54 @@ def settings(path) -> dict:
         raise InputError(
             f"Video {path} holds no settings; give a file written by packforcing."
         ) from error
+
+
+class Noted(NamedTuple):
+    """A note about a block, and how far the file had been written before it and after it."""
+
+    note: dict
+    before: Position
+    after: Position
+
+
+def notes(path) -> list[Noted]:
+    """The notes of a video's blocks, in order, with their places; a block that a kill cut off is not among them.
+
+    Raises `InputError` for a file without any.
+    """
+    _existing(path)
+    found: list[Noted] = []
+    at = Position()
+    try:
+        with (
+            Path(path).open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            for kind, whole in boxes(content):
+                size = at.bytes + len(whole)
+                if kind == b"uuid" and whole[8 : 8 + len(NOTE)] == NOTE:
+                    note = json.loads(whole[8 + len(NOTE) :])
+                    start = at if found else Position()
+                    found.append(Noted(note, start, start))
+                    at = dataclasses.replace(at, bytes=size)
+                    continue
+                samples = _samples(whole) if kind == b"moof" else 0
+                at = Position(size, at.frames + samples, at.fragments + (kind == b"moof"))
+                if kind == b"mdat" and found:
+                    found[-1] = found[-1]._replace(after=at)
+    except (MachineError, OSError, ValueError, struct.error):  # as far as it goes
+        pass
+    whole_ones = [each for each in found if each.after.frames > each.before.frames]
+    require(
+        len(whole_ones) > 0,
+        f"Video {path} holds no notes of its blocks; give a file written by packforcing.",
+    )
+    return whole_ones
+
+
+def _samples(moof: bytes) -> int:
+    """How many samples the fragment that begins with these bytes has."""
+    return struct.unpack_from(">I", moof, moof.index(b"trun") + 8)[0]
 
 
 def _unescaped(value: str) -> str:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict, Unpack
+from typing import Any, TypeAlias, TypedDict, Unpack, overload
 
 import jax
 import numpy as np
@@ -37,7 +37,7 @@ from packforcing_jax.types import TextStates
 
 TextEncoder: TypeAlias = text.UMT5
 Tokenizer: TypeAlias = tokenizer.Tokenizer
-SHIPPED = Path(__file__).parents[1] / "weights" / "stage"
+SHIPPED = model_folder.SHIPPED
 
 
 def with_overrides(
@@ -293,6 +293,26 @@ class Pipeline:
         )
         self.tokenizer.encode(list(dict.fromkeys([*prompts, *negative])))
 
+    @overload
+    def session(
+        self,
+        *,
+        seed: int = ...,
+        identity: int | None = ...,
+        batch: None = ...,
+        keep: int | Keep | None = ...,
+        **changed: Unpack[Changed],
+    ) -> Session[Finished]: ...
+    @overload
+    def session(
+        self,
+        *,
+        seed: int = ...,
+        identity: Sequence[int] | None = ...,
+        batch: int,
+        keep: int | Keep | None = ...,
+        **changed: Unpack[Changed],
+    ) -> Session[tuple[Finished, ...]]: ...
     def session(
         self,
         *,
@@ -301,7 +321,7 @@ class Pipeline:
         batch: int | None = None,
         keep: int | Keep | None = snapshots.AUTO,
         **changed: Unpack[Changed],
-    ) -> Session:
+    ) -> Session[Any]:
         """A video that is told block by block, may branch and go back, and can be saved; `batch`: several together.
 
         `identity` decides the noise beside the seed; without it the first prompt does. Video `i` of a batch has the
@@ -324,7 +344,7 @@ class Pipeline:
         *,
         at: int | None = None,
         keep: int | Keep | None = snapshots.AUTO,
-    ) -> Session:
+    ) -> Session[Any]:
         """The session that `Session.save` or `sample --state` left in a folder, behind its newest block, or block `at`.
 
         It has the settings and the method it was saved with; the weights must be these.
@@ -337,9 +357,8 @@ class Pipeline:
             "of them.",
         )
         model = self.with_saved(state_folder.settings_in(folder, position))
-        return Session.restored(
-            model, folder, position, keep if isinstance(keep, Keep) else Keep(keep)
-        )
+        saved, notes = state_folder.read(model, folder, position)
+        return Session.of_saved(model, saved, notes, keep if isinstance(keep, Keep) else Keep(keep))
 
     def with_saved(self, settings: Mapping[str, object]) -> "Pipeline":
         """The same weights with all settings of another time, as `model_folder.experiment_to_json` writes them."""

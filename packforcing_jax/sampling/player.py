@@ -125,6 +125,27 @@ def next_block(
     return finish(model, state, denoised, text, given=given, left=left)
 
 
+def given_block(
+    model: Model, state: State, text: Any, latent: Latent, *, left: int | None = None
+) -> tuple[State, Block]:
+    """A block [b, t, y, x, c] that the video begins with, shown and committed like a denoised one; uses up `state`.
+
+    It is denoised all the same, since that is how blocks find out what they look back at; a rolling window, which
+    would take later blocks along, begins anew behind it.
+    """
+    exp = model.experiment
+    if isinstance(state.window, Window):
+        selection = _nothing_packed(exp.memory, state.memory, len(state.videos))
+        denoised = Denoised(latent, selection)
+        first = state.memory.num_blocks + 1
+        window = window_program(exp.step, state.seeds, state.videos, first)
+        state = dataclasses.replace(state, window=window)
+    else:
+        state, denoised = denoise(model, state, text, left=left)
+        denoised = dataclasses.replace(denoised, latent=latent.astype(denoised.latent.dtype))
+    return finish(model, state, denoised, text, left=left)
+
+
 def finish(
     model: Model,
     state: State,
@@ -260,11 +281,13 @@ def denoise_program(
     return memory, dataclasses.replace(denoised, predictions=None)
 
 
-def window_of(cfg: StepConfig, seeds: Array, videos: Array) -> Window | tuple[()]:
+def window_of(
+    cfg: StepConfig, seeds: Array, videos: Array, first: Array | int = 0
+) -> Window | tuple[()]:
     """The blocks that are denoised together, before the first pass; nothing where each is denoised alone."""
     if not cfg.cache.joint:
         return ()
-    return rolling_window.start(cfg, rolling_window.drawn(cfg, seeds, videos))
+    return rolling_window.start(cfg, rolling_window.drawn(cfg, seeds, videos), first)
 
 
 window_program = jax.jit(window_of, static_argnames="cfg")

@@ -66,6 +66,12 @@ class Keeper:
             f"Checkpoint folder {self.saved.folder} holds {block} blocks of this story, and {len(wanted)} are asked "
             f"for; ask for {block} or more, or choose another folder.",
         )
+        theirs = state_folder.notes_of(noted, self.saved.folder)
+        require(
+            theirs.start == self.notes.start,
+            f"Checkpoint folder {self.saved.folder} holds a video that began with "
+            f"{'another' if theirs.start else 'no'} picture or clip; give the same --start or choose another folder.",
+        )
         changed = next(
             (at for at, pair in enumerate(zip(told, wanted)) if pair[0] != pair[1]), None
         )

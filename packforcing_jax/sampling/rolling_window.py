@@ -46,9 +46,9 @@ def size(cfg: StepConfig) -> int:
     return cfg.cache.window // cfg.cache.block
 
 
-def start(cfg: StepConfig, fresh: Fresh) -> Window:
-    """The window before the first pass of a video: noise."""
-    blocks = jnp.arange(size(cfg))
+def start(cfg: StepConfig, fresh: Fresh, first: Array | int = 0) -> Window:
+    """The window before the first pass of a video, or of its blocks from `first` on where those before are given."""
+    blocks = first + jnp.arange(size(cfg))
     return Window(
         noisy=_together(fresh(blocks, jnp.zeros_like(blocks))),
         step=jnp.int32(0),

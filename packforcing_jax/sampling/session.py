@@ -8,14 +8,23 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeGuard, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from packforcing_jax.errors import InputError, require, shown
 from packforcing_jax.io import video
-from packforcing_jax.sampling import finished, player, requests, snapshots, state_folder, timelines
+from packforcing_jax.sampling import (
+    finished,
+    opening,
+    player,
+    requests,
+    snapshots,
+    state_folder,
+    timelines,
+)
 from packforcing_jax.sampling.finished import Finished
 from packforcing_jax.sampling.player import State
 from packforcing_jax.sampling.snapshots import Keep, Snapshot
@@ -27,11 +36,21 @@ Timeline: TypeAlias = Sequence[tuple[int, str] | tuple[int, str, str]]
 Story: TypeAlias = str | Iterable[str | Sequence[str]] | Timeline
 
 
+Made = TypeVar("Made", Finished, tuple[Finished, ...])  # a block: of one video, of a batch
+
+
 class Told(NamedTuple):
-    """What was asked for in one block: a prompt for each video, and what it was said to do to the memory."""
+    """What was asked for in one block: a prompt for each video, and what it was said to do to the memory.
+
+    `left` counts the blocks from this one to the video's last one, None where no end was said or it makes no
+    difference; `given`: it is a block
+    of the picture or clip that the video begins with.
+    """
 
     prompts: tuple[str, ...]
     change: str | None = None
+    left: int | None = None
+    given: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,7 @@ def videos_of(seed: int, identity: int | Sequence[int] | None, batch: int | None
     return Videos(tuple(int(seed) + i for i in range(count)), ids, batch is not None)
 
 
-class Session:
+class Session(Generic[Made]):
     """A video that is made block by block; see `Pipeline.session`. For one thread at a time.
 
     A block that fails or is interrupted leaves the session where it was, unless no state is kept (`keep=0`).
@@ -89,6 +108,8 @@ class Session:
         self._state: State | Snapshot | None = None  # None: before the first block, or lost
         self._kept: dict[int, Snapshot] = {}
         self._text: tuple[tuple[str, ...], Any] = ((), None)
+        self._opening: str | None = None  # the hash of what it was begun with
+        self._end: int | None = None  # its last block and one, where it was ended
 
     # What it is
 
@@ -96,6 +117,11 @@ class Session:
     def position(self) -> int:
         """Finished blocks; the number of the block that is made next."""
         return len(self._told)
+
+    @property
+    def told(self) -> tuple[Told, ...]:
+        """What was asked for in every finished block."""
+        return tuple(self._told)
 
     @property
     def prompts(self) -> list[Any]:
@@ -132,7 +158,7 @@ class Session:
 
     # Making blocks
 
-    def next(self, prompt: str | Sequence[str], *, change: str | None = None) -> Any:
+    def next(self, prompt: str | Sequence[str], *, change: str | None = None) -> Made:
         """The next block (`Finished`), under this prompt; of a batch one for each video, under one prompt or as many.
 
         `change` says what the prompt does to the memory: keep, recache, flush or cut. Without it, a prompt that
@@ -140,8 +166,7 @@ class Session:
         """
         told = Told(self._for_each(prompt), change)
         self.check([told])
-        made = self._next(told, None)
-        return made if self.videos.batch else made[0]
+        return self._handed(self._next(told))
 
     def run(
         self,
@@ -151,7 +176,7 @@ class Session:
         blocks: int | None = None,
         changes: Mapping[int, str] | None = None,
         ends: bool = False,
-    ) -> Iterator[Any]:
+    ) -> Iterator[Made]:
         """Blocks as they are finished: of one prompt or a timeline for `seconds` or `blocks`, or of a prompt per block.
 
         A timeline is a list of (block, prompt) or (block, prompt, change); its blocks, as those of `changes`, count
@@ -161,7 +186,7 @@ class Session:
         The video goes on behind the last block. With `ends` that block is the video's last: a rolling window runs
         empty and a clip is shown whole, as `Pipeline.stream` makes it, and nothing can follow in a rolling window.
         """
-        told = self._story(prompts, self._count(seconds, blocks), changes or {})
+        told = self._story(prompts, self.count(seconds, blocks), changes or {})
         if isinstance(told, list):
             self.check(told)
             self._prepare(told)
@@ -169,11 +194,53 @@ class Session:
             not ends or isinstance(told, list),
             "a video that ends needs its prompts as a list, or one prompt and blocks= or seconds=; give such.",
         )
-        return self._run(told, len(told) if ends and isinstance(told, list) else None)
+        if ends and isinstance(told, list) and self._knows_an_end:
+            told = [one._replace(left=len(told) - number) for number, one in enumerate(told)]
+        return self._run(told)
+
+    def retell(self, story: Sequence[Told]) -> Iterator[Made]:
+        """Blocks of what was told before, such as `told` of another session or the notes of a video say."""
+        self.check(story)
+        self._prepare(story)
+        return self._run(list(story))
+
+    def start(self, frames: np.ndarray, prompts: str | Sequence[str]) -> list[Made]:
+        """Begins the video with a picture or a clip: encoded, and committed as its first blocks; those are returned.
+
+        `frames` [t, height, width, 3] or, of a picture, [height, width, 3]: uint8, or floats in [-1, 1]. `prompts` is
+        one prompt, or one for each block. Raises `InputError` for another size, for fewer frames than a block has or
+        more than a clip of the training, and behind the first block.
+        """
+        return list(self.begun(opening.of_frames(self.pipeline.experiment, frames), prompts))
+
+    def begun(self, given: opening.Opening, prompts: str | Sequence[str]) -> Iterator[Made]:
+        """`start` with an opening, block by block."""
+        require(
+            self.position == 0,
+            f"the video has {self.position} blocks, and a picture or a clip is what it begins with; rewind to block "
+            "0, or start another session.",
+        )
+        rows = [prompts] * given.blocks if isinstance(prompts, str) else list(prompts)
+        require(
+            len(rows) == given.blocks,
+            f"{len(rows)} prompts were given for the {given.blocks} blocks of the start; give one, or one for each.",
+        )
+        story = [Told(self._for_each(row), given=True) for row in rows]
+        self.check(story)
+        exp = self.pipeline.experiment
+        latents = opening.latents(exp, self.pipeline.vae, given)
+        return self._begun(given.hash, zip(story, latents, strict=True))
+
+    def _begun(self, hashed: str, blocks: Iterable[tuple[Told, np.ndarray]]) -> Iterator[Made]:
+        count = len(self.videos.seeds)
+        for told, latent in blocks:
+            self._opening = hashed
+            yield self._handed(self._next(told, np.repeat(latent, count, axis=0)))
 
     def check(self, story: Sequence[Told]) -> None:
         """Raises `InputError` unless all of this can be told from here on; nothing is drawn."""
         exp, method = self.pipeline.experiment, self.pipeline.method
+        self._require_open()
         before = self._told[-1].prompts if self._told else None
         changed = [told.prompts for told in story if told.prompts != before]
         if changed:
@@ -189,6 +256,20 @@ class Session:
             self._require_all_or_none(before, told)
             before = told.prompts
 
+    @property
+    def _knows_an_end(self) -> bool:
+        """Whether the last blocks of a video are made otherwise than those of one that goes on."""
+        cache = self.pipeline.experiment.cache
+        return cache.joint or cache.overlap > 0
+
+    def _require_open(self) -> None:
+        """Raises `InputError` behind the end of a video whose last blocks are made as such."""
+        require(
+            self._end != self.position or not self._knows_an_end,
+            f"this video was ended with block {self.position - 1}, and method {self.pipeline.method.name} makes the "
+            "last blocks as the last ones; go on from an earlier state, or make a longer video from its beginning.",
+        )
+
     def _require_all_or_none(self, before: tuple[str, ...] | None, told: Told) -> None:
         """A batch has one memory: what a new prompt does to it, it does to all videos."""
         how = told.change or self.pipeline.method.at_prompt_change
@@ -199,8 +280,8 @@ class Session:
             "the prompts are new; say change= for all of them.",
         )
 
-    def _next(self, told: Told, left: int | None) -> tuple[Finished, ...]:
-        """The next block of every video, of what was checked; `left` as in `player.next_block`."""
+    def _next(self, told: Told, given: np.ndarray | None = None) -> tuple[Finished, ...]:
+        """The next block of every video, of what was checked; `given` is its latent, where it is one that was given."""
         state = self._to_use_up(told)
         model = self.pipeline
         index = self.position
@@ -214,7 +295,11 @@ class Session:
                     model, state, text, how=how, keep_sink=model.method.keeps_sink
                 )
             before = jax.tree.map(np.asarray, state.memory.progress)
-            state, block = player.next_block(model, state, text, left=left)
+            state, block = (
+                player.next_block(model, state, text, left=told.left)
+                if given is None
+                else player.given_block(model, state, text, jnp.asarray(given), left=told.left)
+            )
             blocks = finished.of_batch(model, index, told.prompts, block, (before, state))
             for each in blocks:  # the number is about right, where a clip ends
                 video.guard(each.frames, first=index * len(each.frames))
@@ -256,12 +341,17 @@ class Session:
         known = self._kept.get(self.position)
         return known or Snapshot(self.pipeline, self._live(), self.keep.place)
 
-    def _run(self, story: Iterable[Told], count: int | None) -> Iterator[Any]:
-        for number, told in enumerate(story):
+    def _run(self, story: Iterable[Told]) -> Iterator[Made]:
+        for told in story:
             if not isinstance(story, list):
                 self.check([told])
-            made = self._next(told, None if count is None else count - number)
-            yield made if self.videos.batch else made[0]
+            made = self._next(told)
+            self._end = self.position if told.left == 1 else None
+            yield self._handed(made)
+
+    def _handed(self, made: tuple[Finished, ...]) -> Made:
+        """A block as it is handed out: of one video alone, of a batch all of them."""
+        return made if self.videos.batch else made[0]  # type: ignore[return-value]
 
     # What is told
 
@@ -282,8 +372,8 @@ class Session:
         )
         return tuple(listed)  # type: ignore[arg-type]
 
-    def _count(self, seconds: float | None, blocks: int | None) -> int | None:
-        """Blocks that were asked for."""
+    def count(self, seconds: float | None = None, blocks: int | None = None) -> int | None:
+        """How many blocks from here on are `seconds`, or those that were asked for; None where neither is said."""
         require(
             seconds is None or blocks is None, "seconds and blocks exclude each other; give one."
         )
@@ -329,14 +419,15 @@ class Session:
 
     # Branches and returns
 
-    def fork(self, at: int | None = None) -> "Session":
+    def fork(self, at: int | None = None) -> "Session[Made]":
         """A session of its own that shares every block before the current one, or before block `at`, one of `kept`.
 
         This one goes on as if there were no other; the copies of states that both need are shared.
         """
         at = self.position if at is None else at
         self._require_kept(at)
-        other = Session(self.pipeline, self.videos, self.keep)
+        other: Session[Made] = Session(self.pipeline, self.videos, self.keep)
+        other._opening = self._opening if at else None
         other._told = self._told[:at]
         other._text = self._text
         if at:
@@ -353,6 +444,8 @@ class Session:
             return
         self._state = self._kept[to_block] if to_block else None
         del self._told[to_block:]
+        self._end = None
+        self._opening = self._opening if to_block else None
         self._kept = {at: one for at, one in self._kept.items() if at <= to_block}
 
     def _require_kept(self, at: object) -> None:
@@ -369,10 +462,23 @@ class Session:
 
         The folder keeps the newest `keep` states. Those of a future that was taken back by `rewind` go.
         """
-        saved = state_folder.Saved(self._host())
-        notes = state_folder.Notes(self.prompts, self.changes, self._given_identity())
+        saved, notes = self.saved()
         about = state_folder.about(self.pipeline, self._seeds())
         state_folder.write(folder, saved, notes, about=about, keep=keep)
+
+    def saved(self) -> tuple[state_folder.Saved, state_folder.Notes]:
+        """What `save` writes."""
+        ids = self.videos.ids
+        notes = state_folder.Notes(
+            prompts=self.prompts,
+            changes=self.changes,
+            identity=ids if ids is None else list(ids),
+            batch=self.videos.batch,
+            start=self._opening,
+            end=self._end,
+            weights=state_folder.weights_of(self.pipeline),
+        )
+        return state_folder.Saved(self._host()), notes
 
     def _host(self) -> State:
         """The current state, stripped, in host memory; before the first block, one that knows no video yet."""
@@ -385,35 +491,36 @@ class Session:
     def _seeds(self) -> int | list[int]:
         return list(self.videos.seeds) if self.videos.batch else self.seed
 
-    def _given_identity(self) -> int | list[int] | None:
-        ids = self.videos.ids
-        return ids if ids is None else list(ids) if self.videos.batch else ids[0]
-
-    @classmethod
-    def restored(cls, pipeline: "Pipeline", folder: str | Path, at: int, keep: Keep) -> "Session":
-        """The session whose state lies in a folder behind `at` blocks; `pipeline` has its very settings."""
-        saved, notes = state_folder.read(pipeline, folder, at)
-        said = state_folder.opened(folder).about_of(at)["seed"]
-        seeds = tuple(said) if isinstance(said, list) else (said,)
-        ids = notes.identity
-        ids = tuple(ids) if isinstance(ids, Sequence) else ids if ids is None else (ids,)
-        session = cls(pipeline, Videos(seeds, ids, isinstance(said, list)), keep)
+    @staticmethod
+    def of_saved(
+        pipeline: "Pipeline",
+        saved: state_folder.Saved,
+        notes: state_folder.Notes,
+        keep: Keep = snapshots.AUTO,
+    ) -> "Session[Any]":
+        """The session that goes on from what `state_folder.read` gave; `pipeline` has its very settings."""
+        seeds = tuple(np.asarray(saved.sampler.seeds).tolist())
+        ids = None if notes.identity is None else tuple(notes.identity)
+        session: Session[Any] = Session(pipeline, Videos(seeds, ids, notes.batch), keep)
+        at = saved.sampler.position
+        rows = zip(range(at), notes.prompts)
         session._told = [
             Told(row if isinstance(row, tuple) else (row,), notes.changes.get(number))
-            for number, row in enumerate(notes.prompts[:at])
+            for number, row in rows
         ]
         require(
             len(session._told) == at,
-            f"State folder {folder} notes {len(session._told)} prompts of {at} blocks; it is damaged.",
+            f"a state behind {at} blocks notes {len(session._told)} prompts; it is damaged, so go on from another one.",
         )
         session._state = player.with_scratch(pipeline, saved.sampler) if at else None
+        session._opening, session._end = notes.start, notes.end
         return session
 
-    @classmethod
-    def behind(cls, pipeline: "Pipeline", state: State, prompts: Sequence[str]) -> "Session":
+    @staticmethod
+    def behind(pipeline: "Pipeline", state: State, prompts: Sequence[str]) -> "Session[Finished]":
         """A session that goes on from a block's state, once `prompts` were told; it keeps no copies."""
         seeds, ids = (tuple(np.asarray(each).tolist()) for each in (state.seeds, state.videos))
-        session = cls(pipeline, Videos(seeds, ids), Keep(0))
+        session: Session[Finished] = Session(pipeline, Videos(seeds, ids), Keep(0))
         session._told = [Told((prompt,)) for prompt in prompts]
         session._state = state
         return session

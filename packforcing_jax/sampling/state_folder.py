@@ -34,14 +34,19 @@ OTHER_VERSION = "start anew, or go on with that version"
 class Notes:
     """What is noted beside a state: prompts by block and what they did to the memory where that was said.
 
-    `identity` is what decides the noise beside the seed, None where the first prompt does.
+    `identity` is what decides the noise of each video beside its seed, None where the first prompts do; `batch`:
+    several videos are made together, each with prompts of its own.
     """
 
     prompts: Sequence[Prompts]
     changes: Mapping[int, str] = field(default_factory=dict)
-    identity: int | Sequence[int] | None = None
+    identity: Sequence[int] | None = None
+    batch: bool = False
     start: str | None = None  # the hash of what the video was begun with
+    end: int | None = None  # blocks of a video that was to be so long, and no longer
     video: str | None = None  # the file of the command that saved it
+    folder: str | None = None  # of the states whose video that is: a copy of them leaves it alone
+    weights: str | None = None  # the model folder; None: the one that ships, or networks in memory
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "changes": {str(at): how for at, how in self.changes.items()}}
@@ -148,12 +153,41 @@ def write(
         _save(store(fresh), at, saved, notes)
 
 
+def require_empty(folder: str | Path, flag: str) -> None:
+    """Raises `InputError` unless a folder that `flag` names is not there yet, or holds nothing."""
+    held = [each.name for each in Path(folder).iterdir()] if Path(folder).is_dir() else []
+    require(
+        not held,
+        f"{flag} {folder} holds {', '.join(sorted(held)[:3])}; choose a new folder.",
+    )
+
+
+def copy(folder: str | Path, out: str | Path, at: int) -> None:
+    """Makes the folder `out` of one state of `folder`, once that was found to be whole."""
+    opened(folder).about_of(at)
+    with atomic.folder(out) as fresh:
+        shutil.copytree(Path(folder) / str(at), fresh / str(at))
+
+
 def _save(store: checkpoints.Checkpoints, at: int, saved: Saved, notes: Notes) -> None:
     with interrupts.held():
         try:
             store.save(at, saved.tree(), notes.to_json())
         finally:
             store.close()
+
+
+def weights_of(model: "Pipeline") -> str | None:
+    """The folder that a model was read from, unless it is the one that ships."""
+    if model.origin is None or not model.origin.of(model.nets, model.vae):
+        return None
+    folder = model.origin.model.folder.resolve()
+    return None if folder == model_folder.SHIPPED.resolve() else str(folder)
+
+
+def notes_in(folder: str | Path, at: int) -> Notes:
+    """The notes of a state, whatever model it is of."""
+    return notes_of(opened(folder).notes(at), folder)
 
 
 def settings_in(folder: str | Path, at: int) -> dict[str, Any]:
