@@ -121,7 +121,12 @@ class Process:
             [sys.executable, "-m", "packforcing_jax", *words],
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ
+            | {
+                "JAX_ENABLE_COMPILATION_CACHE": "true",
+                "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            },
         )
         assert self.process.stderr is not None
         for line in self.process.stderr:
@@ -136,6 +141,7 @@ class Process:
         return self.process.returncode
 
 
+@pytest.mark.slow
 def test_a_kill_costs_the_block_in_progress_and_ctrl_c_costs_nothing(folder, tmp_path):
     server = Process(folder, tmp_path)
     session = server.served.begin(seed=3)

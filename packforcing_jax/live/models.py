@@ -38,7 +38,11 @@ class Models:
             "width": width,
             "height": height,
         }
-        self._own = pipeline
+        known = pipeline.tokenizer.inner.get_vocab() if pipeline.tokenizer.closed else {}
+        self.vocabulary = sorted(set(known) - SPECIAL)
+        stage = captions.tells(exp)
+        self.example = captions.write(EXAMPLE) if stage else (*self.vocabulary, "a street")[0]
+        self.of_server = pipeline
         self._variants: dict[tuple[str | None, str | None], Pipeline] = {(None, None): pipeline}
         self._lock = threading.Lock()
 
@@ -47,7 +51,7 @@ class Models:
         key = about.memory, about.method
         with self._lock:
             if key not in self._variants:
-                model = self._own
+                model = self.of_server
                 if about.method is not None:
                     model = model.with_method(about.method)
                     require_blocks(model.method, "a live session")
@@ -66,7 +70,7 @@ class Models:
 
     def blocks_of(self, seconds: float) -> int:
         """Blocks of a video."""
-        return requests.blocks_of(self._own.experiment, seconds)
+        return requests.blocks_of(self.of_server.experiment, seconds)
 
     def settings(self, about: About) -> str:
         """What stands inside a video, as JSON."""
@@ -84,8 +88,7 @@ class Models:
 
     def facts(self) -> dict[str, Any]:
         """What a client may want to know before it begins a session."""
-        model = self._own
-        known = model.tokenizer.inner.get_vocab() if model.tokenizer.closed else {}
+        model = self.of_server
         return {
             "model": model.experiment.name,
             **self.picture,
@@ -96,8 +99,8 @@ class Models:
             ),
             "memories": sorted(PROFILES) if model.method.own_memory else [],
             "policies": list(AT_PROMPT_CHANGE),
-            "vocabulary": sorted(set(known) - SPECIAL) or None,
-            "example": captions.write(EXAMPLE) if captions.tells(model.experiment) else None,
+            "vocabulary": self.vocabulary or None,
+            "example": self.example,
         }
 
 

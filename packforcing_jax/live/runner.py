@@ -83,6 +83,7 @@ class Runner:
         self._encoders.close()
 
     def _run(self) -> None:
+        self._warm()
         while not self._ends:
             self._wanted.clear()
             live, wait = self._choice(time.monotonic())
@@ -95,6 +96,18 @@ class Runner:
                 self._failed(live, error)
             finally:
                 live.making = False
+
+    def _warm(self) -> None:
+        """Makes two blocks that nobody sees, so that what is compiled is compiled before somebody waits for it."""
+        began = time.monotonic()
+        try:
+            session = self._hub.models.of_server.session(keep=0)
+            for _ in range(2):
+                session.next(self._hub.models.example)
+        except Exception as error:  # whoever asks for a block is told
+            log.error("the first block failed: %s", sentence(brief(error)))
+            return
+        log.info("ready for blocks after %.1f s", time.monotonic() - began)
 
     def _choice(self, now: float) -> tuple[Live | None, float | None]:
         """(the session whose block is due and that has waited longest, seconds until one is due)."""
