@@ -3,7 +3,9 @@
 import contextlib
 import json
 import re
+import subprocess
 import time
+from pathlib import Path
 
 import live
 import numpy as np
@@ -692,3 +694,26 @@ def test_health_and_what_the_model_is(served):
     assert "bidirectional" not in facts["methods"]
     assert "coral" in facts["vocabulary"]
     assert facts["policies"] == ["keep", "recache", "flush", "cut"]
+
+
+@pytest.mark.docs
+def test_the_commands_of_the_page_run(tmp_path):
+    text = Path(__file__).parents[1].joinpath("docs/live.md").read_text()
+    (block,) = [each for each in re.findall(r"```\n(.*?)```", text, re.DOTALL) if "SERVER=" in each]
+    with live.serving_of(Pipeline.from_pretrained(), tmp_path / "root", pace=1.0) as served:
+        commands = block.replace("http://127.0.0.1:8000", served.base)
+        session = served.begin("a red disc walks")
+        with served.watch(session) as client:  # what is compiled once is compiled
+            client.until(type="block", seconds=120)
+        served.ask("DELETE", f"/v1/sessions/{session}")
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", commands],
+            cwd=tmp_path,
+            capture_output=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert served.hub.all() == []
+    assert len(images.decoded((tmp_path / "block").read_bytes())) == 4
+    assert video.probe(tmp_path / "video.mp4").frames == 24
+    assert video.probe(tmp_path / "sofar.mp4").frames >= 4
