@@ -31,6 +31,7 @@ TITLES = {
     "parameters": "parameters",
     "weights": "weights",
     "held": "held from the first block to the last",
+    "snapshots": "copies of states, to go back to",
     "workspace": "workspace",
     "peak": "peak",
     "operations": "operations of one block",

@@ -5,21 +5,24 @@ Every figure is counted from the shapes of the real step, traced abstractly, and
 
 import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from flax import nnx
 
 from packforcing_jax.config import DtypeConfig, Experiment
 from packforcing_jax.errors import require
 from packforcing_jax.memory import layout as layouts
-from packforcing_jax.networks import text
+from packforcing_jax.networks import codec, text
 from packforcing_jax.plan import formulas, jaxpr_cost, memory_fit, programs
 from packforcing_jax.plan.programs import Shapes, Traced
+from packforcing_jax.sampling import block_step, player, snapshots
 
 UNITS = {
     "keys": "keys",
     "last block": "count",
     "bytes": "bytes",
     "held": "bytes",
+    "snapshots": "bytes",
     "weights": "bytes",
     "workspace": "bytes",
     "compiled": "bytes",
@@ -143,6 +146,7 @@ def count(exp: Experiment, shapes: Shapes, traced: Traced, blocks: int) -> dict[
         | last
         | stored
         | resident(exp, shapes)
+        | _snapshots(exp, shapes)
         | _weights(exp, shapes)
         | _workspace(exp, shapes)
         | _operations(exp, shapes, traced, keys)
@@ -217,6 +221,25 @@ def resident(exp: Experiment, shapes: Shapes) -> dict[str, int]:
     totals = {"held/on the device": every - host, "held/on the host": host}
     held = trees | some
     return {f"held/{name}": jaxpr_cost.nbytes(tree) for name, tree in held.items()} | totals
+
+
+class _Model(NamedTuple):
+    """What `player` needs of a model, as shapes."""
+
+    experiment: Experiment
+    nets: block_step.Nets
+    vae: codec.Codec
+
+
+def _snapshots(exp: Experiment, shapes: Shapes) -> dict[str, int]:
+    """Bytes of the states that a session can go back to: copies of all that is needed to go on, without scratch."""
+
+    videos = shapes.latent.shape[0]
+    one = jaxpr_cost.nbytes(player.abstract_state(_Model(exp, shapes.nets, shapes.vae), videos))
+    return {
+        "snapshots/one state": one,
+        "snapshots/most of a session, by default": max(snapshots.FEW * one, snapshots.FREE),
+    }
 
 
 def _weights(exp: Experiment, shapes: Shapes) -> dict[str, int]:

@@ -52,6 +52,8 @@ TERMS = {
     "held/decoder": "what the codec remembers of frames before",
     "held/on the device": "all of it that does not lie on the host",
     "held/on the host": "the archive, where cache.archive=host",
+    "snapshots/one state": "held between blocks, without scratch",
+    "snapshots/most of a session, by default": "two, or as many as 256 MiB hold",
     "weights/transformer": "parameters bytes",
     "weights/compressor": "parameters bytes",
     "weights/codec": "parameters bytes",
