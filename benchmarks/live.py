@@ -348,10 +348,7 @@ def hold(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
         figures["rates"]["stalled clients"] = asyncio.run(
             _sampled(server, session, args.seconds, figures)
         )
-        watchers = [
-            server.ask("GET", f"/v1/sessions/{name}")["watchers"] for name in (session, other)
-        ]
-        figures["stalled_clients_left"] = sum(watchers)
+        figures["stalled_clients_left"] = _left(server, (session, other))
         for link in links:
             link.close()
 
@@ -377,6 +374,16 @@ def hold(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     return figures, steady and gone and figures["answered"] == args.messages and not figures[
         "tracebacks"
     ]
+
+
+def _left(server: Server, sessions: tuple[str, ...], seconds: float = 10.0) -> int:
+    """Watchers that are still counted; the one that measured may take some seconds to be gone."""
+    end = time.monotonic() + seconds
+    while True:
+        left = sum(server.ask("GET", f"/v1/sessions/{name}")["watchers"] for name in sessions)
+        if not left or time.monotonic() > end:
+            return left
+        time.sleep(0.2)
 
 
 async def _sampled(server: Server, session: str, seconds: float, figures: dict[str, Any]) -> float:

@@ -509,6 +509,17 @@ def test_a_client_that_takes_nothing_for_long_counts_as_gone(pipeline, tmp_path)
         assert served.server.clients == 0
 
 
+def test_a_deleted_session_lets_its_clients_go(served):
+    session = served.begin()
+    with served.watch(session) as client:
+        client.until(type="block")
+        served.ask("DELETE", f"/v1/sessions/{session}")
+        with pytest.raises(ConnectionClosed) as closed:
+            client.until(type="never")
+        assert closed.value.rcvd.code == 4404
+    assert client.said[-1] == {"type": "error", "message": "this session was deleted."}
+
+
 def test_what_was_not_sent_cannot_be_had(served):
     session = served.begin()
     with served.watch(session) as client:

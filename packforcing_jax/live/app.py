@@ -285,6 +285,9 @@ def _deliver(live: Live, told: list[Told]) -> None:
                 watcher.rewound(what["to"])
             else:
                 watcher.tell(what)
+    if live.gone:
+        for watcher in live.watchers:
+            watcher.end()
 
 
 def _sender(socket: WebSocket) -> Callable[[str | bytes], Awaitable[None]]:

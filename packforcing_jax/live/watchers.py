@@ -42,6 +42,7 @@ class Watcher:
         self._messages: deque[str] = deque()
         self._newest: Shot | None = None
         self._untold = 0  # dropped blocks that the client was not told of
+        self._ends = False
         self._sent: deque[int] = deque()  # blocks on their way
         self._last_sent = -1
         self._renewed = clock()
@@ -69,6 +70,11 @@ class Watcher:
         if self._newest is not None and self._newest.index >= to:
             self._newest = None
         self.tell({"type": "rewound", "to": to})
+
+    def end(self) -> None:
+        """There is nothing more to send once what waits is sent."""
+        self._ends = True
+        self._wake.set()
 
     def _drop(self) -> None:
         if self._newest is not None:
@@ -98,9 +104,11 @@ class Watcher:
     # The sender
 
     async def send_all(self, say: Say) -> None:
-        """Sends as the client takes; raises `Gone` once it has taken nothing for too long."""
+        """Sends as the client takes, until `end`; raises `Gone` once it has taken nothing for too long."""
         while True:
             await self._send_waiting(say)
+            if self._ends:
+                return
             self._wake.clear()
             left = self._renewed + self._patience - self._clock() if self._sent else None
             if left is not None and left <= 0:
