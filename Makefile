@@ -22,7 +22,7 @@ define install
 	@touch $(VENV)/.installed $@
 endef
 
-.PHONY: setup demo test test-slow fuzz verify-methods wheel-test docs docs-test methods ablations evidence overfit parity check format lint types h200 vbench-environment clean
+.PHONY: setup demo test test-slow fuzz verify-methods wheel-test browser-test serve docs docs-test methods ablations evidence overfit parity check format lint types h200 vbench-environment clean
 
 setup: $(VENV)/.installed$(EXTRAS:%=-%)
 
@@ -48,6 +48,27 @@ fuzz: $(VENV)/.installed-dev
 
 wheel-test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m wheel tests/test_wheel.py
+
+# The page of `serve` in a real browser: the system's, installed by apt where that may be. It also draws $(FIGURE), that
+# of the docs by `make browser-test FIGURE=docs/figures/live.png`.
+BROWSER_PROGRAM ?= $(shell command -v chromium-headless-shell || command -v chromium)
+FIGURE = out/live.png
+browser-test: $(VENV)/.installed-dev $(VENV)/.installed-browser
+	@program="$(BROWSER_PROGRAM)"; \
+	if test -z "$$program" && test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+	    chromium-headless-shell fonts-dejavu-core >/dev/null; \
+	  program="$$(command -v chromium-headless-shell)"; \
+	fi; \
+	if test -z "$$program"; then \
+	  echo "no browser is here and none can be installed, so the page is not tried; give BROWSER_PROGRAM=/path." >&2; \
+	else \
+	  mkdir -p out && BROWSER_PROGRAM="$$program" LIVE_FIGURE="$(FIGURE)" \
+	    $(BIN)/python -m pytest -m browser tests/test_live_browser.py; \
+	fi
+
+serve: $(VENV)/.installed-web
+	$(BIN)/packforcing serve
 
 # What pdoc documents: it goes into a folder by itself, unless the folder's `__all__` lists no modules.
 MODULES = import pkgutil, packforcing_jax as top; \

@@ -69,6 +69,7 @@ SKIPPED = {
     "packforcing plan --compile": TAKES_LONG,
     "packforcing prepare": NEEDS_WEIGHTS,
     "packforcing sample --weights models": NEEDS_GPU,
+    "packforcing serve": "goes on until it is ended",
     "packforcing train --config stage": TAKES_LONG,
     "packforcing train --config wan": NEEDS_GPU,
     "packforcing verify tests/golden/*": TAKES_LONG,

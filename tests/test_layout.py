@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 ROOMS = """
 errors interrupts types versions pytrees sharding
-policies config networks memory methods io sampling stage data training plan evaluation verify cli __main__
+policies config networks memory methods io sampling stage data training plan evaluation verify live cli __main__
 """.split()  # noqa: SIM905  from the ground up; a name without a folder is a file of the package itself
 BESIDE = {
     "configs": "config training",

@@ -47,6 +47,11 @@ VERBS = {
         "make a video again from what stands inside its file, and say whether it is the same",
         "packforcing replay out/demo.mp4",
     ),
+    "serve": Verb(
+        "serve",
+        "live sessions with a page, sockets and an HTTP side, kept on disk",
+        "packforcing serve --port 8000",
+    ),
     "verify": Verb(
         "verify",
         "compare every part with recorded numbers of the original code",

@@ -146,6 +146,27 @@ class Position:
     fragments: int = 0
 
 
+def fragments(
+    samples: Sequence[h264.Sample], picture: h264.Picture, at: Position
+) -> tuple[bytes, Position]:
+    """(a block's fragments, one for each key frame, and the position behind them in a video that is at `at`)."""
+    duration = picture.rate.denominator * h264.TICKS
+    keys = [number for number, sample in enumerate(samples) if sample.key]
+    ends = [*keys[1:], len(samples)]
+    block = b"".join(
+        fragment(samples[key:end], at.fragments + group, (at.frames + key) * duration, duration)
+        for group, (key, end) in enumerate(zip(keys, ends), start=1)
+    )
+    return block, Position(
+        at.bytes + len(block), at.frames + len(samples), at.fragments + len(keys)
+    )
+
+
+def picture_of(size: tuple[int, int], scale: int, fps: float) -> h264.Picture:
+    """What is encoded of frames of `size` (width, height) at `fps`, each pixel shown as `scale` x `scale`."""
+    return h264.Picture(*size, scale, Fraction(fps).limit_denominator(1001))
+
+
 class Writer:
     """A growing MP4 of `size` (width, height) frames, each pixel shown as `scale` x `scale`, settings kept inside.
 
@@ -171,10 +192,9 @@ class Writer:
         self.fps = fps
         self.size = size
         self.scale = scale
-        rate = Fraction(fps).limit_denominator(1001)
         self.position = resume or Position()
         self._encoder = None
-        self._picture = h264.Picture(*size, scale, rate)
+        self._picture = picture_of(size, scale, fps)
         try:
             self._header = h264.header(self._picture, json.dumps(settings))
         except OSError as error:
@@ -247,21 +267,14 @@ class Writer:
     def _append(self, samples: list[h264.Sample], note: Mapping[str, object] | None = None) -> None:
         """Adds a block, and its header to an empty file; a failure leaves the file as it was."""
         at = self.position
-        duration = self._picture.rate.denominator * h264.TICKS
-        keys = [number for number, sample in enumerate(samples) if sample.key]
-        ends = [*keys[1:], len(samples)]
-        block = b"" if note is None else box(b"uuid", NOTE, json.dumps(note).encode())
-        block += b"".join(
-            fragment(samples[key:end], at.fragments + group, (at.frames + key) * duration, duration)
-            for group, (key, end) in enumerate(zip(keys, ends), start=1)
-        )
+        block, end = fragments(samples, self._picture, at)
+        if note is not None:
+            block = box(b"uuid", NOTE, json.dumps(note).encode()) + block
         if at.bytes == 0:
             self._file.append(self._header + block)
         else:  # players skip what is not there as a whole
             self._file.append(block, cover=struct.pack(">I4s", len(block), b"free"))
-        self.position = Position(
-            self._file.size, at.frames + len(samples), at.fragments + len(keys)
-        )
+        self.position = dataclasses.replace(end, bytes=self._file.size)
 
     def _stop(self) -> None:
         if self._encoder is not None:
