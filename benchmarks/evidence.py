@@ -8,7 +8,9 @@ figures moved against those of the page as it was.
 
 import csv
 import json
+import re
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -500,7 +502,16 @@ def page(found: Mapping[str, Finding]) -> str:
         *_block(compared()),
     ]
     assert student["frames"] == 4 * ablations.BLOCKS
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(map(wrapped, parts)) + "\n"
+
+
+def wrapped(paragraph: str) -> str:
+    """A paragraph in short lines, whose code spans stay whole; tables as they are."""
+    if paragraph.startswith("|"):
+        return paragraph
+    held = re.sub(r"`[^`]*`", lambda span: span[0].replace(" ", "\0"), paragraph)
+    lines = textwrap.wrap(held, 118, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines).replace("\0", " ")
 
 
 def _block(lines: Sequence[str]) -> list[str]:

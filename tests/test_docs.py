@@ -52,6 +52,7 @@ INSTALLS = "installs, builds or deletes"
 SKIPPED = {
     "make ": INSTALLS,
     "packforcing bench": TAKES_LONG,
+    "packforcing compare examples/compare_paper_toy": NEEDS_WEIGHTS,
     "packforcing compare examples/compare_stage.json --out": TAKES_LONG,
     "packforcing convert": NEEDS_WEIGHTS,
     "packforcing download self": NEEDS_NETWORK,
@@ -61,7 +62,6 @@ SKIPPED = {
     "packforcing evaluate --mode rollout": TAKES_LONG,
     "packforcing evaluate --mode teacher --videos 64": TAKES_LONG,
     "packforcing evaluate --run": NEEDS_WEIGHTS,
-    "packforcing evaluate --set cache.recent": TAKES_LONG,
     "packforcing evaluate --weights": TAKES_LONG,
     "packforcing evaluate clips": NEEDS_WEIGHTS,
     "packforcing evaluate out/": NEEDS_VIDEO,
@@ -160,8 +160,9 @@ def check_settings(verb, arguments):
         for stage in loading.load_recipe(arguments.config or "stage", overrides):
             assert arguments.stage is None or stage.name
         return
-    shipped = arguments.config is None and getattr(arguments, "weights", None) is not None
-    config = arguments.config or ("wan_t2v_1_3b" if shipped else "stage")
+    weights = getattr(arguments, "weights", None)
+    converted = weights is not None and not (ROOT / weights).exists()
+    config = arguments.config or ("wan_t2v_1_3b" if converted else "stage")
     trains = verb == "prepare" or getattr(arguments, "devices", None) is not None
     training = [each for each in overrides if trains and loading.of_training(each)]
     kept = [each for each in overrides if each not in training]

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict, Unpack, overload
+from typing import Any, TypedDict, Unpack, overload
 
 import jax
 import numpy as np
@@ -18,9 +18,10 @@ from packforcing_jax.config.memory import profiled
 from packforcing_jax.errors import InputError, nearest, require, shown
 from packforcing_jax.io import model_folder, text_encoder, video
 from packforcing_jax.methods.method import Method, applied, lengthened, require_one_prompt
-from packforcing_jax.networks import base_model, codec, compressor, dit, text, tokenizer
+from packforcing_jax.networks import base_model, codec, compressor, dit, tokenizer
 from packforcing_jax.sampling import block_step, player, snapshots, state_folder, whole_clip
 from packforcing_jax.sampling.finished import Finished
+from packforcing_jax.sampling.loaded import Origin, TextEncoder, Tokenizer
 from packforcing_jax.sampling.player import State
 from packforcing_jax.sampling.requests import (
     blocks_of,
@@ -35,8 +36,6 @@ from packforcing_jax.sampling.session import Session, videos_of
 from packforcing_jax.sampling.snapshots import Keep
 from packforcing_jax.types import TextStates
 
-TextEncoder: TypeAlias = text.UMT5
-Tokenizer: TypeAlias = tokenizer.Tokenizer
 SHIPPED = model_folder.SHIPPED
 
 
@@ -120,19 +119,6 @@ class Changed(TypedDict, total=False):
 
     method: str | Method | None
     overrides: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The folder that networks were read from: true of a pipeline as long as it holds these very networks."""
-
-    model: model_folder.Opened
-    nets: block_step.Nets
-    vae: codec.Codec
-
-    def of(self, nets: block_step.Nets, vae: codec.Codec) -> bool:
-        """Whether these networks are those of the folder."""
-        return self.nets is nets and self.vae is vae
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeGuard, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,9 @@ from packforcing_jax.sampling import (
     timelines,
 )
 from packforcing_jax.sampling.finished import Finished
+from packforcing_jax.sampling.loaded import Loaded
 from packforcing_jax.sampling.player import State
 from packforcing_jax.sampling.snapshots import Keep, Snapshot
-
-if TYPE_CHECKING:
-    from packforcing_jax.sampling.pipeline import Pipeline
 
 Timeline: TypeAlias = Sequence[tuple[int, str] | tuple[int, str, str]]
 Story: TypeAlias = str | Iterable[str | Sequence[str]] | Timeline
@@ -94,7 +92,7 @@ class Session(Generic[Made]):
     A block that fails or is interrupted leaves the session where it was, unless no state is kept (`keep=0`).
     """
 
-    def __init__(self, pipeline: "Pipeline", videos: Videos, keep: Keep = snapshots.AUTO):
+    def __init__(self, pipeline: Loaded, videos: Videos, keep: Keep = snapshots.AUTO):
         method = pipeline.method
         require(
             not method.whole_clip,
@@ -493,7 +491,7 @@ class Session(Generic[Made]):
 
     @staticmethod
     def of_saved(
-        pipeline: "Pipeline",
+        pipeline: Loaded,
         saved: state_folder.Saved,
         notes: state_folder.Notes,
         keep: Keep = snapshots.AUTO,
@@ -517,7 +515,7 @@ class Session(Generic[Made]):
         return session
 
     @staticmethod
-    def behind(pipeline: "Pipeline", state: State, prompts: Sequence[str]) -> "Session[Finished]":
+    def behind(pipeline: Loaded, state: State, prompts: Sequence[str]) -> "Session[Finished]":
         """A session that goes on from a block's state, once `prompts` were told; it keeps no copies."""
         seeds, ids = (tuple(np.asarray(each).tolist()) for each in (state.seeds, state.videos))
         session: Session[Finished] = Session(pipeline, Videos(seeds, ids), Keep(0))

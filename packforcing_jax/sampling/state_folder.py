@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -20,10 +20,8 @@ from packforcing_jax import interrupts, pytrees
 from packforcing_jax.errors import InputError, require
 from packforcing_jax.io import atomic, checkpoints, identity, model_folder, text_encoder, video
 from packforcing_jax.sampling import player
+from packforcing_jax.sampling.loaded import Loaded
 from packforcing_jax.sampling.player import State
-
-if TYPE_CHECKING:
-    from packforcing_jax.sampling.pipeline import Pipeline
 
 Prompts: TypeAlias = str | tuple[str, ...]  # of one block: of the video, or of each of a batch
 KEEP = 2  # states of a folder
@@ -64,7 +62,7 @@ def notes_of(table: Any, folder: Path | str) -> Notes:
     return Notes(**{**table, "prompts": rows, "changes": changes})
 
 
-def about(model: "Pipeline", seed: int | Sequence[int]) -> dict[str, Any]:
+def about(model: Loaded, seed: int | Sequence[int]) -> dict[str, Any]:
     """What a state belongs to: settings, weights and seed."""
     experiment = json.loads(model_folder.experiment_to_json(model.experiment))
     return {"experiment": experiment, "weights": digest(model), "seed": seed}
@@ -106,7 +104,7 @@ def numbers(folder: str | Path) -> list[int]:
     return held
 
 
-def read(model: "Pipeline", folder: str | Path, at: int) -> tuple[Saved, Notes]:
+def read(model: Loaded, folder: str | Path, at: int) -> tuple[Saved, Notes]:
     """The state behind `at` blocks and its notes; raises `InputError` unless it is of this very model."""
     said = opened(folder).about_of(at)
     require(
@@ -177,7 +175,7 @@ def _save(store: checkpoints.Checkpoints, at: int, saved: Saved, notes: Notes) -
             store.close()
 
 
-def weights_of(model: "Pipeline") -> str | None:
+def weights_of(model: Loaded) -> str | None:
     """The folder that a model was read from, unless it is the one that ships."""
     if model.origin is None or not model.origin.of(model.nets, model.vae):
         return None
@@ -199,7 +197,7 @@ def settings_in(folder: str | Path, at: int) -> dict[str, Any]:
     return experiment
 
 
-def digest(model: "Pipeline") -> str:
+def digest(model: Loaded) -> str:
     """What tells one model from another: every tensor of all its networks.
 
     Of a model folder its identity, which its manifest keeps; of networks in memory their values.
