@@ -16,7 +16,7 @@ OURS = {
     "show_program",
     "text_program",
     "denoising",
-    "sink_sum",
+    "sink_sums",
 }
 HOST = {"first_pass", "_score", "_decide", "remaining_passes", "newest", "draw_noise"}
 AUTOENCODER = f"""
