@@ -376,6 +376,7 @@ def test_a_random_choice_gets_its_share_of_the_mass_and_the_oldest_get_more():
 # The study and the command
 
 
+@pytest.mark.slow
 def test_a_study_tells_layers_methods_and_ways(model):
     arm = model.with_settings(["cache.capacity=9"])
     ways = recall.variants_of("affinity,recency")

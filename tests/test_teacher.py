@@ -148,6 +148,7 @@ def test_layers_that_add_nothing_change_no_loss(equal):
     assert jax.tree.structure(now) == jax.tree.structure(equal[0])  # the student has not grown
 
 
+@pytest.mark.slow
 def test_a_wider_and_deeper_teacher_pulls_elsewhere(equal):
     _, metrics = two_steps(flat(WIDE, 3), with_train(teacher=WIDE))
     own, others = losses(metrics), losses(equal[1])
