@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from packforcing_jax.cli import common, compiling, places
 from packforcing_jax.cli.places import Place
+from packforcing_jax.cli.told import check_length
 from packforcing_jax.config import evenly_spaced
 from packforcing_jax.errors import InputError, require, shown
 from packforcing_jax.sampling import prompt_files, timelines
@@ -516,14 +517,7 @@ def _check(args: argparse.Namespace) -> None:
         args.seconds is None or args.blocks is None,
         "--seconds and --blocks exclude each other; give one.",
     )
-    require(
-        args.blocks is None or 0 < args.blocks <= timelines.MOST_BLOCKS,
-        f"--blocks {shown(args.blocks)} is not a length; give 1 to {timelines.MOST_BLOCKS:,}.",
-    )
-    require(
-        args.seconds is None or 0 < args.seconds <= timelines.MOST_SECONDS,
-        f"--seconds {args.seconds} is not a length; give a number above 0, {timelines.MOST_SECONDS:,} at most.",
-    )
+    check_length(args)
     require(
         0 <= args.seed < 2**32, f"--seed {shown(args.seed)} is out of range; give 0 to {2**32 - 1}."
     )

@@ -38,6 +38,11 @@ def require_length(args: argparse.Namespace) -> None:
         (args.seconds is None) != (args.blocks is None),
         "give --seconds or --blocks, one of the two, to say how much longer.",
     )
+    check_length(args)
+
+
+def check_length(args: argparse.Namespace) -> None:
+    """Raises `InputError` for --seconds or --blocks that are no length."""
     require(
         args.blocks is None or 0 < args.blocks <= timelines.MOST_BLOCKS,
         f"--blocks {shown(args.blocks)} is not a length; give 1 to {timelines.MOST_BLOCKS:,}.",
