@@ -1,7 +1,5 @@
 """The page of evidence: what verdicts intervals give, and that the page is what the stored results say."""
 
-import json
-
 import pytest
 
 from benchmarks import ablations, evidence
@@ -38,14 +36,32 @@ def test_visits_at_far_gaps_are_counted_together_and_near_ones_not():
     assert found.low < found.value < found.high
 
 
-def test_what_moved_is_told_by_claim():
-    before = {"a": ["shown", "1"], "b": ["shown", "2"], "gone": ["shown", "3"]}
-    now = {"a": ["shown", "1"], "b": ["not shown", "2"], "new": ["shown", "4"]}
-    assert evidence.moved(before, before) == []
-    assert evidence.moved(before, now) == [
-        "b: shown 2 -> not shown 2",
-        "gone: shown 3 -> gone",
-        "new: new -> shown 4",
+PAGE = """# Evidence
+
+| claim | figure | verdict |
+| --- | --- | --- |
+| it holds | 0.1 [0.0, 0.2] | **shown** |
+
+## Ablations
+
+| at read | valid |
+| --- | --- |
+| it holds | 0.9 |
+| sink 0 | 0.8 |
+"""
+
+
+def test_figures_that_moved_are_told_by_row_and_column():
+    assert evidence.moved(PAGE, PAGE) == []
+    after = PAGE.replace("0.8", "0.7").replace("**shown**", "**not shown**").replace("0.9", "0.95")
+    assert evidence.moved(PAGE, after) == [
+        "Evidence: it holds, verdict: **shown** -> **not shown**",
+        "Ablations: it holds, valid: 0.9 -> 0.95",
+        "Ablations: sink 0, valid: 0.8 -> 0.7",
+    ]
+    assert evidence.moved(PAGE, PAGE.replace("sink 0", "sink 4")) == [
+        "Ablations: sink 0, valid: 0.8 -> gone",
+        "Ablations: sink 4, valid: new -> 0.8",
     ]
 
 
@@ -54,8 +70,8 @@ def test_the_page_is_what_the_stored_results_say():
     found = {each.key: each.find() for each in evidence.CLAIMS}
     assert len(found) == len(evidence.CLAIMS)
     assert evidence.PAGE.read_text() == evidence.page(found)
-    stored = json.loads(evidence.FIGURES.read_text())
-    assert stored == {key: [each.verdict, each.figure] for key, each in found.items()}
+    rows = evidence.figures_of(evidence.PAGE.read_text())
+    assert len(rows) > len(evidence.CLAIMS) + len(ablations.ARMS)
 
 
 def test_every_stored_ablation_is_one_of_these_weights_and_settings():
