@@ -30,6 +30,16 @@ LIVE = ROOT / "docs" / "evidence" / "live.json"
 SHOWN, CONTRADICTED, OVERLAP, ABSENT = "shown", "contradicted", "not shown", "not shown"
 FAR = 16  # blocks: gaps from here on are far
 LOWER = ("motion jumps", "hue drift", "gain drift")  # better, the lower
+HIGHER = (
+    "valid",
+    "text mean",
+    "kept mark",
+    "kept poster",
+    "motion pace",
+    "motion dynamic",
+    "recall guest",
+    "recall scene",
+)  # better, the higher
 
 
 class Interval(NamedTuple):
@@ -71,6 +81,11 @@ def arm(name: str, model: str = "stage_student") -> Mapping[str, Any]:
     return json.loads(ablations.path_of(model, name).read_text())["report"]
 
 
+def has(model: str, *names: str) -> bool:
+    """Whether these arms of a model are stored."""
+    return all(ablations.path_of(model, name).exists() for name in names)
+
+
 def last(report: Mapping[str, Any], figure: str, part: str = "last") -> Interval:
     """A figure of the last window, or of the first."""
     return Interval(*report["windows"][figure][part])
@@ -108,12 +123,20 @@ def against(
 def between(
     figure: str, other: str, *, ours: str = ablations.AS_TRAINED, note: str = ""
 ) -> Callable[[], Finding]:
-    """A figure of one arm of the student against another's."""
+    """A figure of one arm against another's: the verdict is that of the model that ships; what others say is told."""
+
+    def on(model: str) -> Finding:
+        read = _reader(figure)
+        own, theirs = (read(arm(name, model)) for name in (ours, other))
+        return against(own, theirs, (ours, other), lower=figure in LOWER)
 
     def find() -> Finding:
-        read = _reader(figure)
-        found = against(read(arm(ours)), read(arm(other)), (ours, other), lower=figure in LOWER)
-        return found._replace(note=" ".join(filter(None, (found.note, note))))
+        shipped, *others = (model for model in ablations.MODELS if has(model, ours, other))
+        found = on(shipped)
+        told = [
+            f"`{model}`: {verdict}, {said}." for model in others for verdict, said, _ in [on(model)]
+        ]
+        return found._replace(note=" ".join(filter(None, (found.note, note, *told))))
 
     return find
 
@@ -504,7 +527,7 @@ def ablation_table(model: str) -> list[str]:
     base = arm(ablations.AS_TRAINED, model)
     rows = []
     for name in ablations.ARMS:
-        if not ablations.path_of(model, name).exists():
+        if not has(model, name):
             continue
         report = arm(name, model)
         cells = [_cell(last(report, column), last(base, column)) for column in COLUMNS]
@@ -523,27 +546,71 @@ def _cell(own: Interval, base: Interval) -> str:
 
 def model_table() -> list[str]:
     """The models that ship, side by side: first and last window, and call-backs."""
-    stored = [
-        model
-        for model in ablations.MODELS
-        if ablations.path_of(model, ablations.AS_TRAINED).exists()
-    ]
-    reports = {model: arm(ablations.AS_TRAINED, model) for model in stored}
-    names = reports["stage_student"]["windows"]
+    reports = stored(ablations.AS_TRAINED)
+    shipped = arm(ablations.AS_TRAINED)
     rows: list[Sequence[object]] = [
         (
             name,
-            *(f"{last(each, name, 'first')} / {last(each, name)}" for each in reports.values()),
+            f"{each['chance']:.2f}",
+            *(
+                f"{last(report, name, 'first')} / {last(report, name)}"
+                for report in reports.values()
+            ),
         )
-        for name in names
+        for name, each in shipped["windows"].items()
     ]
     for name in ("first-mark entropy", "distinct guest marks"):
-        rows.append((name, *(Interval(*each["whole"][name]["value"]) for each in reports.values())))
+        row = shipped["whole"][name]
+        values = (Interval(*report["whole"][name]["value"]) for report in reports.values())
+        rows.append((name, f"{row['chance']:.2f}", *values))
     for kind in ("guest", "scene"):
-        title = f"recall of a {kind}, any gap"
-        rows.append((title, *(recalled(each, kind, 0) for each in reports.values())))
-    rows.append(("videos", *(each["videos"] for each in reports.values())))
-    return table(("figure, first / last window", *reports), rows)
+        values = (recalled(report, kind, 0) for report in reports.values())
+        rows.append((f"recall of a {kind}, any gap", f"{1 / 16:.2f}", *values))
+    rows.append(("videos", "", *(report["videos"] for report in reports.values())))
+    return table(("figure, first / last window", "chance", *reports), rows)
+
+
+def against_others() -> str:
+    """The model that ships beside the others: in how many figures of the last window, and of recall, it is better."""
+    ours, *others = stored(ablations.AS_TRAINED).items()
+    told = []
+    for name, report in others:
+        names = {"better": [], "within intervals": [], "worse": []}
+        for figure in (*HIGHER, *LOWER):
+            read = _reader(figure)
+            found = against(read(ours[1]), read(report), ("", ""), lower=figure in LOWER)
+            kind = {SHOWN: "better", OVERLAP: "within intervals", CONTRADICTED: "worse"}
+            names[kind[found.verdict]].append(figure)
+        counts = [
+            f"{kind} in {len(listed)}" + f" ({', '.join(listed)})" * (0 < len(listed) < 5)
+            for kind, listed in names.items()
+        ]
+        told.append(f"against `{name}` {', '.join(counts)}")
+    return "; ".join(told)
+
+
+def stored(name: str) -> dict[str, Mapping[str, Any]]:
+    """An arm's reports, of the models of which it is stored."""
+    return {model: arm(name, model) for model in ablations.MODELS if has(model, name)}
+
+
+def gap_table() -> list[str]:
+    """Call-backs by gap: of each model as it was trained, and without packed memory."""
+    arms = {
+        f"{model}, {name}": report
+        for name in (ablations.AS_TRAINED, "no packed memory")
+        for model, report in stored(name).items()
+    }
+    rows = [
+        (name, *(_counted(report["whole"].get(name)) for report in arms.values()))
+        for name in arm(ablations.AS_TRAINED)["whole"]
+        if name.startswith("recall ")
+    ]
+    return table(("gap in blocks", *arms), rows)
+
+
+def _counted(row: Mapping[str, Any] | None) -> str:
+    return "-" if row is None else f"{Interval(*row['value'])} of {row['n']}"
 
 
 def compared() -> list[str]:
@@ -555,15 +622,18 @@ def compared() -> list[str]:
     rows = []
     for name, each in found["arms"].items():
         figures = [each["figures"].get(figure) for figure in names]
-        cells = [
-            "-"
-            if one is None or one["value"] is None
-            else Interval(*(one[part] for part in ("value", "low", "high")))
-            for one in figures
-        ]
+        cells = [_averaged(one) for one in figures]
         frames = "-".join(map(str, each["frames"]))
         rows.append((name, "yes" if each["trained for"] else "no", frames, *cells))
     return table(("method", "trained for it", "frames", *names), rows)
+
+
+def _averaged(one: Mapping[str, Any] | None) -> str:
+    """A mean over videos; without an interval where there is one value."""
+    if one is None or one["mean"] is None:
+        return "-"
+    mean, low, high = (one[part] for part in ("mean", "low", "high"))
+    return f"{mean:.3f}" if low is None else str(Interval(mean, low, high))
 
 
 def page(found: Mapping[str, Finding]) -> str:
@@ -589,11 +659,16 @@ def page(found: Mapping[str, Finding]) -> str:
         *_more_ablations(),
         "## The models that ship",
         "`packforcing evaluate --mode rollout --videos 256 --weights packforcing_jax/weights/MODEL`, the same stories. "
-        "`stage_student` (four steps) is what every command takes unless told: a quarter of the steps, and as good or "
-        "better in nearly all figures. `stage_recipe` (sixteen steps) is what it was distilled from, and a start for "
-        "training. `stage` (sixteen steps) was trained while the recipe was found; it follows the word for speed best "
-        "and forgets posters.",
+        "`stage_student` (four steps) is what every command takes unless told: it needs a quarter of the steps. "
+        "`stage_recipe` (sixteen steps) is what it was distilled from, and a start for training. `stage` (sixteen "
+        "steps) was trained while the recipe was found; it follows the word for speed best and forgets posters.",
+        f"By {len(HIGHER) + len(LOWER)} figures of the last window and of call-backs after {FAR} blocks or more, the "
+        f"model that ships is {against_others()}.",
         *_block(model_table()),
+        "## Call-backs by gap",
+        "The same videos: the share of visits on which a guest wears the mark, or a scene the poster, of the first "
+        "visit; a gap is the number of blocks of 4 frames since the last one. Chance is 1 in 16.",
+        *_block(gap_table()),
         "## All methods on Stage",
         "`packforcing compare examples/compare_stage.json`: 32 seeds, 240 frames, figures of the last window, the "
         "model that ships; 36 minutes on one core beside other work. **The weights were made for `packforcing` "
@@ -622,7 +697,7 @@ def _more_ablations() -> list[str]:
     return [
         part
         for model in ablations.MODELS[1:]
-        if sum(ablations.path_of(model, name).exists() for name in ablations.ARMS) > 1
+        if sum(has(model, name) for name in ablations.ARMS) > 1
         for part in (f"`{model}`:", *_block(ablation_table(model)))
     ]
 

@@ -1,5 +1,6 @@
 """Strict settings for every test: no silent rank promotion, exact matrix products, two fake CPU devices."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -22,6 +23,9 @@ signal.signal(
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_num_cpu_devices", 2)
+
+
+gc.set_threshold(100_000, 20, 20)  # traced programs are many objects, and seldom garbage
 
 
 @pytest.fixture(scope="module", autouse=True)

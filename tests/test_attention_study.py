@@ -1,6 +1,7 @@
 """The attention study: masses are those of a softmax by hand, planted profiles are found, chance is counted out."""
 
 import dataclasses
+import functools
 import json
 
 import histories
@@ -31,8 +32,9 @@ PROMPTS = ("a red disc", "a blue disc")
 # Masses against a softmax by hand
 
 
-def measured(exp, span, story, memory, number, count):
-    """Masses and shares of keys, [layer, 2, b, column], of one block of a story behind a memory."""
+@functools.cache
+def program(exp, span, count):
+    """What measures one block of a story behind a memory, compiled once."""
     whole = attention_mass.unrestricted(exp, span)
     spec = whole.memory
 
@@ -47,8 +49,13 @@ def measured(exp, span, story, memory, number, count):
         each = zip(memory.layers, q, k, v, strict=True)
         return jnp.stack([attend(q, k, v, (layer, draws))[1] for layer, q, k, v in each])
 
+    return run
+
+
+def measured(exp, span, story, memory, number, count):
+    """Masses and shares of keys, [layer, 2, b, column], of one block of a story behind a memory."""
     full = (x[number] for x in story.full)
-    return np.asarray(run(memory, story.q[number], *full))
+    return np.asarray(program(exp, span, count)(memory, story.q[number], *full))
 
 
 def by_hand(exp, span, story, number, count):

@@ -9,8 +9,9 @@ from PIL import Image
 from packforcing_jax.cli import main
 from packforcing_jax.errors import InputError
 from packforcing_jax.evaluation import comparison as comparing
+from packforcing_jax.evaluation import comparison_page, vbench_suite
 from packforcing_jax.evaluation.comparison_figures import Found, Reader
-from packforcing_jax.evaluation.suite import Meaning
+from packforcing_jax.evaluation.suite import Meaning, Measured, Results
 from packforcing_jax.io import video
 
 SMALL = {
@@ -49,7 +50,7 @@ def test_every_video_is_drawn_once_with_its_figures(whole):
         assert set(arm["videos"]) == {"seed3", "seed7"}
         assert arm["trained for"] is False  # the steps are others
         values = [each["valid"] for each in arm["videos"].values()]
-        assert arm["figures"]["valid"]["value"] == pytest.approx(np.mean(values))
+        assert arm["figures"]["valid"]["mean"] == pytest.approx(np.mean(values))
         assert len(arm["curves"]["valid"]) == (2 if frames > 20 else 1)
     shown = video.read(whole / "videos" / "stage-packforcing-quick" / "seed3.mp4")
     assert len(shown) == 24
@@ -67,8 +68,21 @@ def test_the_page_needs_nothing_but_the_files_beside_it(whole):
     assert "http" not in page
     assert page.count("<svg") == 8 + 7
     with Image.open(whole / "sheet-seed3.png") as sheet:
-        assert sheet.size == (12 * 96, 2 * 100)
+        assert sheet.size == (12 * 96, 2 * (14 + 96 + 4))  # a label, frames, a gap
+    assert sorted(path.name for path in whole.glob("*.png")) == [
+        "sheet-seed3.png",
+        "sheet-seed7.png",
+    ]
+    assert all(name in page for name in ("sheet-seed3.png", "sheet-seed7.png"))
     assert "| stage-packforcing-quick | no | 24 |" in (whole / "results.md").read_text()
+
+
+def test_results_name_what_else_decides_the_numbers(whole):
+    protocol = json.loads((whole / "results.json").read_text())["protocol"]["measured"]
+    assert protocol["stage"] == [{"window_frames": 20}]
+    (native,) = protocol["native"]
+    assert (native["window_seconds"], native["block"]) == (5.0, "of the model")
+    assert "Suite native: " in (whole / "results.md").read_text()
 
 
 def test_shards_put_together_give_the_same_bytes(whole, tmp_path, capsys):
@@ -129,6 +143,13 @@ def test_a_plan_counts_videos_and_draws_none(tmp_path, capsys):
         ({"weights": {"a": "nowhere"}}, "nowhere does not exist"),
         ({"weights": {"a": "wan_t2v_1_3b"}}, "draw no Stage videos"),
         ({"prompts": "nowhere.txt"}, "nowhere.txt"),
+        (
+            {"published": {"longlive": {}}},
+            "speaks of 'longlive', which is no arm and no method here",
+        ),
+        ({"published": {"packforcing": {"clip": 3}}}, "is not objects with figures"),
+        ({"published": {"packforcing": {"figures": {"clip": "3"}}}}, "is not objects with figures"),
+        ({"published": {"packforcing": {"curves": {"clip": 3}}}}, "is not objects with figures"),
         ({"arms": [{"method": "longlive"}]}, "needs either methods, .* or arms one by one"),
     ],
 )
@@ -159,7 +180,8 @@ def judge(asked, absent):
         asked.append(sorted(films))
         lacks = {"praise": "no weights"} if absent else {}
         return {
-            name: Found({"length": len(film.scored)}, {}, lacks) for name, film in films.items()
+            name: Found({"length": len(film.scored)}, {}, lacks, {"judge": "strict"})
+            for name, film in films.items()
         }
 
     meanings = {name: Meaning("letters", "higher", "x") for name in ("length", "praise")}
@@ -194,6 +216,52 @@ def test_a_suite_that_reads_all_videos_is_asked_once_and_again_for_what_it_lacke
     assert compare(path, "--out", tmp_path / "out") == 0
     assert len(asked) == 2
     assert "absent" in found
+
+
+def test_published_figures_stand_beside_ours_and_one_video_has_no_interval(whole, tmp_path):
+    told = {"figures": {"valid": 0.25, "FVD": 123.5}, "curves": {"valid": [0.5, 0.75, 0.125]}}
+    path = put(tmp_path, seeds=[3], published={"packforcing": told})
+    found = comparison_page.rows(comparing.results(comparing.read(path), whole))
+    columns = [dict(zip(found[0], line, strict=True)) for line in found[1:]]
+    at = found[0].index("valid ↑")
+    assert found[0][at : at + 2] == ["valid ↑", "valid, published"]
+    assert [row["valid, published"] for row in columns] == ["0.25", "-"]
+    assert [row["FVD, published"] for row in columns] == ["123.5", "-"]
+    for row in columns:
+        assert float(row["valid ↑"]) <= 1  # a number alone
+    table = comparison_page.windows(comparing.results(comparing.read(path), whole))["valid"]
+    assert table[0] == ["arm", "", "window 1", "window 2", "window 3"]
+    ours, theirs, short, none = table[1:]
+    assert theirs[2:] == ["0.5", "0.75", "0.125"]
+    assert ours[1] == "here"
+    assert float(ours[3]) <= 1
+    assert ours[4] == "-"
+    assert short[3:] == ["-", "-"]
+    assert none[2:] == ["-", "-", "-"]
+
+
+def test_stand_in_weights_are_named_on_the_page(tmp_path, monkeypatch):
+    """Of figures by official code the page says by which protocol, and that random weights mean nothing."""
+
+    def measured(suite, videos, prompts, options, room):
+        protocol = {
+            "protocol": "whole videos",
+            "versions": {"vbench": "0.1.5"},
+            "seconds": {"clip": 3.0},
+            "note": vbench_suite.NOTE,
+        }
+        each = {one.name: Measured({"clip": 2.0}, {}, about={"absent": {}}) for one in videos}
+        return Results(suite, protocol, {}, each, {})
+
+    monkeypatch.setattr(vbench_suite, "measure", measured)
+    monkeypatch.setattr(vbench_suite, "check", lambda suite, options: None)
+    out = tmp_path / "out"
+    path = put(tmp_path, methods=["self-forcing-short"], seeds=[3], frames=12, suites=["clip"])
+    assert compare(path, "--out", out) == 0
+    assert json.loads((out / "results.json").read_text())["protocol"]["measured"]["clip"] == [
+        {"protocol": "whole videos", "versions": {"vbench": "0.1.5"}, "note": vbench_suite.NOTE}
+    ]
+    assert vbench_suite.NOTE in (out / "index.html").read_text()
 
 
 def test_an_official_suite_needs_its_environment_before_anything_is_drawn(tmp_path, capsys):

@@ -142,6 +142,7 @@ def test_a_teacher_whose_sizes_are_named_and_equal_is_the_same_program_bit_for_b
     assert plain != program(flat(DEEP, 3), with_train(teacher=DEEP))
 
 
+@pytest.mark.slow
 def test_layers_that_add_nothing_change_no_loss(equal):
     now, metrics = two_steps(longer(flat(EXP.dit, 3)), with_train(teacher=DEEP))
     np.testing.assert_allclose(losses(metrics), losses(equal[1]), rtol=1e-5)

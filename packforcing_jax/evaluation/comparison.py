@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +21,19 @@ from packforcing_jax import methods
 from packforcing_jax.config import Experiment, loading
 from packforcing_jax.errors import InputError, nearest, require
 from packforcing_jax.evaluation.comparison_figures import SUITES, Film, Found
-from packforcing_jax.evaluation.native_suite import known
-from packforcing_jax.evaluation.suite import Options
+from packforcing_jax.evaluation.results import average
+from packforcing_jax.evaluation.suite import Options, Plain
 from packforcing_jax.io import atomic, identity, lines, model_folder, video
 from packforcing_jax.methods.method import Method, lengthened
 from packforcing_jax.sampling import pipeline, prompt_files, requests
 from packforcing_jax.sampling.pipeline import SHIPPED, Pipeline
-from packforcing_jax.stage import captions, metrics
+from packforcing_jax.stage import captions
 from packforcing_jax.stage.stories import default_timeline
 
 STORIES = "stories"  # in the place of prompts: of each seed the story that `sample --seed` draws
 ALL = "all"
 VIDEOS, FIGURES = "videos", "figures"
+SEED = 0  # of the bootstrap
 PLAIN = "as is"  # the settings of a model that are not changed
 
 
@@ -42,7 +44,7 @@ class Comparison:
     Weights are model folders; for a plan a name in `configs/` will do. `prompts` are sentences, one per video and the
     same in all arms, or `STORIES`; for a plan their number will do. Each is drawn with each of `seeds`. `scored`: in
     their place, in the same order, the prompts that suites read, such as short ones of extended ones. `published`:
-    figures of another source by arm or method, shown beside ours.
+    what another source says, by arm or method: `figures`, and `curves` of some window by window, as in the results.
     """
 
     name: str
@@ -54,7 +56,7 @@ class Comparison:
     frames: int
     suites: tuple[str, ...]
     scored: tuple[str, ...]
-    published: Mapping[str, Mapping[str, float]]
+    published: Mapping[str, Mapping[str, Any]]
 
 
 class Arm(NamedTuple):
@@ -129,8 +131,8 @@ def _checked(source: Path, values: Mapping[str, Any]) -> Comparison:
     says("weights", folders and weights != {}, "folders by label")
     changes = isinstance(settings, dict) and all(_texts(each) for each in settings.values())
     says("settings", changes and settings != {}, "lists of changes by label")
-    tables = isinstance(published, dict) and all(isinstance(x, dict) for x in published.values())
-    says("published", tables, "figures by arm or method")
+    tables = isinstance(published, dict) and all(map(_source, published.values()))
+    says("published", tables, "objects with figures (numbers) and curves (lists), by arm or method")
     says("frames", type(values["frames"]) is int and 0 < values["frames"] < 10**7, "a number")
     given = values["seeds"]
     counts = type(given) is int and 0 < given < 2**20
@@ -152,11 +154,18 @@ def _checked(source: Path, values: Mapping[str, Any]) -> Comparison:
     says("suites", _texts(suites) and suites != [], f"a list of {', '.join(SUITES)}")
     for suite in suites:
         require(suite in SUITES, f"{source}: suite {suite!r} is unknown; {nearest(suite, SUITES)}")
+    arms = _arms(source, values, says)
+    named = [*(arm.name for arm in arms), *(arm.method for arm in arms)]
+    for name in published:
+        require(
+            name in named,
+            f"{source}: published speaks of {name!r}, which is no arm and no method here; {nearest(name, named)}",
+        )
     return Comparison(
         name=values["name"],
         weights=weights,
         settings={label: tuple(each) for label, each in settings.items()},
-        arms=_arms(source, values, says),
+        arms=arms,
         prompts=tuple(prompts) if isinstance(prompts, list) else prompts,
         seeds=tuple(seeds),
         frames=values["frames"],
@@ -168,6 +177,22 @@ def _checked(source: Path, values: Mapping[str, Any]) -> Comparison:
 
 def _texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def _source(value: object) -> bool:
+    """Whether this is what another source may say of an arm."""
+    parts: dict[str, Callable[[Any], bool]] = {
+        "figures": _number,
+        "curves": lambda curve: isinstance(curve, list) and all(map(_number, curve)),
+    }
+    return isinstance(value, dict) and all(
+        name in parts and isinstance(each, dict) and all(map(parts[name], each.values()))
+        for name, each in value.items()
+    )
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
 
 
 def _arms(
@@ -409,7 +434,8 @@ def _stored(comparison: Comparison, plan: Planned, job: Job, out: Path) -> dict[
     try:
         found = json.loads(figures_path(out, job).read_text())
         if all(found[name] == value for name, value in wanted.items()):
-            return found
+            whole = {n: each for n, each in found["suites"].items() if {*each} == {*Found._fields}}
+            return found | {"suites": whole}
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return wanted | {"suites": {}}
@@ -446,12 +472,17 @@ def results(comparison: Comparison, out: Path) -> dict[str, Any]:
     The same bytes, once written, whoever drew which video: no time and no machine is in it.
     """
     by_arm: dict[str, Any] = {}
+    measured: dict[str, list[Plain]] = {suite: [] for suite in comparison.suites}
     for arm in comparison.arms:
         plan = planned(comparison, arm)
         own = [job for job in jobs(comparison) if job.arm == arm]
         stored = {job.name: _stored(comparison, plan, job, out) for job in own}
         videos = {name: _merged(comparison, each["suites"]) for name, each in stored.items()}
         names = list(dict.fromkeys(name for each in videos.values() for name in each.figures))
+        for each in videos.values():
+            for suite, known in measured.items():
+                if each.protocol[suite] not in known:
+                    known.append(each.protocol[suite])
         by_arm[arm.name] = {
             "weights": arm.weights,
             "method": arm.method,
@@ -459,7 +490,7 @@ def results(comparison: Comparison, out: Path) -> dict[str, Any]:
             "trained for": plan.trained_for,
             "frames": sorted({each["frames"] for each in stored.values()}),
             "figures": {
-                name: _interval([each.figures.get(name) for each in videos.values()])
+                name: average((each.figures.get(name) for each in videos.values()), SEED)._asdict()
                 for name in names
             },
             "curves": _curves(list(videos.values())),
@@ -477,7 +508,8 @@ def results(comparison: Comparison, out: Path) -> dict[str, Any]:
         "scored": comparison.scored or "as drawn",
         "seeds": list(comparison.seeds),
         "suites": list(comparison.suites),
-        "interval": "95 % bootstrap of the mean over videos, 2000 draws, seed 0",
+        "interval": f"95 % bootstrap of the mean over videos, 2000 draws, seed {SEED}",
+        "measured": measured,
         "figures": units,
         "published": comparison.published,
     }
@@ -488,15 +520,10 @@ def _merged(comparison: Comparison, suites: Mapping[str, Any]) -> Found:
     """What all suites found in a video."""
     figures, windows, absent = (
         {name: value for suite in comparison.suites for name, value in suites[suite][part].items()}
-        for part in Found._fields
+        for part in ("figures", "windows", "absent")
     )
-    return Found(figures, windows, absent)
-
-
-def _interval(values: Sequence[float | None]) -> dict[str, Any]:
-    there = [value for value in values if value is not None]
-    value, low, high = (known(x) for x in metrics.bootstrap(there))
-    return {"value": value, "low": low, "high": high, "n": len(there)}
+    protocol = {suite: suites[suite]["protocol"] for suite in comparison.suites}
+    return Found(figures, windows, absent, protocol)
 
 
 def _curves(videos: Sequence[Found]) -> dict[str, list[float | None]]:

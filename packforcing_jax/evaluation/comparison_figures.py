@@ -9,11 +9,14 @@ import numpy as np
 
 from packforcing_jax.evaluation import native, native_suite, vbench_suite
 from packforcing_jax.evaluation.native_suite import known
-from packforcing_jax.evaluation.suite import Meaning, Measured, Numbers, Options
+from packforcing_jax.evaluation.suite import Meaning, Measured, Numbers, Options, Table
 from packforcing_jax.evaluation.video_files import Prompt, VideoFile
 from packforcing_jax.io import video
 from packforcing_jax.stage import captions, metrics, oracle, world
 
+DECIDE = frozenset(  # of the protocol of official code
+    "protocol python versions device settings weights note not_the_published_weights".split()
+)
 Curves: TypeAlias = Mapping[str, Sequence[float | None]]  # of each figure, window by window
 
 
@@ -26,11 +29,15 @@ class Film(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a suite finds in a video, None where a figure is not defined; `absent`: why it lacks some."""
+    """What a suite finds in a video, None where a figure is not defined.
+
+    `absent`: why it lacks some; `protocol`: what else decides the numbers.
+    """
 
     figures: Numbers
     windows: Curves
     absent: Mapping[str, str]
+    protocol: Table
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,15 @@ class Reader:
 
 def one_by_one(
     read: Callable[[Path, Sequence[str]], tuple[Numbers, Curves]],
+    protocol: Callable[[], Table],
 ) -> Callable[[Mapping[str, Film], Options, Path], Mapping[str, Found]]:
     """`Reader.read` of a function that reads one file."""
 
     def every(films: Mapping[str, Film], options: Options, room: Path) -> Mapping[str, Found]:
-        return {name: Found(*read(film.path, film.prompts), {}) for name, film in films.items()}
+        return {
+            name: Found(*read(film.path, film.prompts), {}, protocol())
+            for name, film in films.items()
+        }
 
     return every
 
@@ -128,6 +139,11 @@ def native_figures(path: Path, prompts: Sequence[str]) -> tuple[Numbers, Curves]
     return measured.figures, measured.windows
 
 
+def native_protocol() -> Table:
+    """What decides those figures."""
+    return {**native_suite.settings(Options()), "block": "of the model"}
+
+
 def official(suite: str) -> Reader:
     """A suite that official code measures, in the environment that the options name."""
 
@@ -135,28 +151,36 @@ def official(suite: str) -> Reader:
         videos = [VideoFile(name, film.path) for name, film in films.items()]
         prompts = {name: Prompt(film.scored) for name, film in films.items()}
         results = vbench_suite.measure(suite, videos, prompts, options, room)
-        return {name: _found(results.videos.get(name), results.skipped.get(name)) for name in films}
+        decides = {name: each for name, each in results.protocol.items() if name in DECIDE}
+        return {
+            name: _found(results.videos.get(name), results.skipped.get(name), decides)
+            for name in films
+        }
 
-    def _found(measured: Measured | None, skipped: str | None) -> Found:
+    def _found(measured: Measured | None, skipped: str | None, decides: Table) -> Found:
         if measured is None:
-            return Found({}, {}, dict.fromkeys(figures, f"the video {skipped}"))
+            return Found({}, {}, dict.fromkeys(figures, f"the video {skipped}"), decides)
         reasons: Any = measured.about["absent"]  # texts by figure
         absent = {
             name: reasons.get(name, "its metric failed")
             for name in figures
             if name not in measured.figures
         }
-        return Found(measured.figures, measured.windows, absent)
+        return Found(measured.figures, measured.windows, absent, decides)
 
     figures = vbench_suite.meanings(suite)
     return Reader(lambda options: vbench_suite.check(suite, options), read, figures, together=True)
 
 
 SUITES: dict[str, Reader] = {
-    "stage": Reader(lambda options: None, one_by_one(stage), STAGE_FIGURES),
+    "stage": Reader(
+        lambda options: None,
+        one_by_one(stage, lambda: {"window_frames": metrics.WINDOW}),
+        STAGE_FIGURES,
+    ),
     "native": Reader(
         lambda options: native_suite.check(Options()),
-        one_by_one(native_figures),
+        one_by_one(native_figures, native_protocol),
         {
             name: Meaning(each.unit, each.better, each.meaning)
             for name, each in native.FIGURES.items()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from packforcing_jax.evaluation import comparison as comparing
 from packforcing_jax.evaluation.comparison import Comparison, Job
@@ -17,13 +17,17 @@ COLUMNS, TALLEST = 12, 96  # frames of a row of a sheet; pixels of one
 WIDTH, HEIGHT, MARGIN = 420, 160, 34  # of a curve
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222", "#999933")
 DASHES = ("", "6 3", "2 2")
+PUBLISHED = "published"
+SHEETS = 4  # contact sheets on a page, of the first videos
+LABEL = 14  # pixels above a row of a sheet
 ARROWS = {"higher": "↑", "lower": "↓", "nearer to 0": "→ 0", "neither": ""}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; font-size: 13px } td, th { padding: .2rem .6rem; text-align: right }
 th:first-child, td:first-child { text-align: left } tr:nth-child(even) { background: #f4f4f4 }
 .wide { overflow-x: auto } img, video { max-width: 100%; image-rendering: pixelated }
-.two { display: flex; gap: 1rem } .two > div { flex: 1 } svg { margin: .5rem 1rem .5rem 0 }
+.two { display: flex; gap: 1rem } .two > div { flex: 1 }
+.two video { display: block } figure { margin: 1rem 0 } svg { margin: .5rem 1rem .5rem 0 }
 small { color: #666 }
 """
 PLAYER = """
@@ -43,7 +47,7 @@ def write(comparison: Comparison, out: Path) -> Path:
     found = comparing.results(comparison, out)
     atomic.write(out / "results.json", (json.dumps(found, indent=1) + "\n").encode())
     atomic.write(out / "results.md", markdown(found).encode())
-    sheets = [sheet(comparison, job, out) for job in _of_one_arm(comparison)[:1]]
+    sheets = [sheet(comparison, job, out) for job in _of_one_arm(comparison)[:SHEETS]]
     page = out / "index.html"
     atomic.write(page, document(comparison, found, sheets).encode())
     return page
@@ -58,61 +62,109 @@ def _of_one_arm(comparison: Comparison) -> list[Job]:
 
 
 def rows(found: Results) -> list[list[str]]:
-    """Heading and one row per arm: what the weights were trained for, and each figure with its interval."""
+    """Heading and one row per arm: what the weights were trained for, and each figure beside the published one."""
     units = found["protocol"]["figures"]
-    published = found["protocol"]["published"]
-    beside = sorted({name for figures in published.values() for name in figures})
-    heads = [f"{name} {ARROWS[units[name]['better']]}".strip() for name in units]
-    lines = [
-        ["arm", "trained for it", "frames", *heads, *(f"{name} (published)" for name in beside)]
-    ]
+    told = dict.fromkeys(
+        name for each in found["protocol"]["published"].values() for name in each.get("figures", {})
+    )
+    heads = ["arm", "trained for it", "frames"]
+    for name in [*units, *(name for name in told if name not in units)]:
+        heads += [f"{name} {ARROWS[units[name]['better']]}".strip()] if name in units else []
+        heads += [f"{name}, {PUBLISHED}"] if name in told else []
+    lines = [heads]
     for name, arm in found["arms"].items():
-        own = published.get(name, published.get(arm["method"], {}))
-        lines.append(
-            [
-                name,
-                "yes" if arm["trained for"] else "no",
-                "-".join(str(count) for count in arm["frames"]),
-                *(spell(arm["figures"].get(figure)) for figure in units),
-                *(str(own.get(figure, "-")) for figure in beside),
-            ]
-        )
+        theirs = published(found, name).get("figures", {})
+        line = [
+            name,
+            "yes" if arm["trained for"] else "no",
+            "-".join(str(count) for count in arm["frames"]),
+        ]
+        for figure in [*units, *(figure for figure in told if figure not in units)]:
+            line += [spell(arm["figures"].get(figure))] if figure in units else []
+            line += [shown(theirs.get(figure))] if figure in told else []
+        lines.append(line)
     return lines
 
 
-def spell(interval: Mapping[str, Any] | None) -> str:
-    """A mean with its interval, as `.82 [.79, .85]`."""
-    if interval is None or interval["value"] is None:
+def published(found: Results, arm: str) -> Mapping[str, Any]:
+    """What another source says of an arm or, where it says nothing of it, of its method."""
+    told = found["protocol"]["published"]
+    return told.get(arm, told.get(found["arms"][arm]["method"], {}))
+
+
+def windows(found: Results) -> dict[str, list[list[str]]]:
+    """Of each figure that another source gives window by window: two rows per arm, ours and theirs."""
+    names = dict.fromkeys(
+        name for each in found["protocol"]["published"].values() for name in each.get("curves", {})
+    )
+    tables = {}
+    for name in names:
+        lines = []
+        for arm, each in found["arms"].items():
+            theirs = published(found, arm).get("curves", {}).get(name, [])
+            lines.append([arm, "here", *map(shown, each["curves"].get(name, []))])
+            lines.append([arm, PUBLISHED, *map(shown, theirs)])
+        count = max(map(len, lines))
+        padded = [line + ["-"] * (count - len(line)) for line in lines]
+        tables[name] = [["arm", "", *(f"window {i}" for i in range(1, count - 1))], *padded]
+    return tables
+
+
+def spell(average: Mapping[str, Any] | None) -> str:
+    """A mean with its interval, as `.82 [.79, .85]`; the mean alone where there is one video."""
+    if average is None or average["mean"] is None:
         return "-"
-    value, low, high = (f"{interval[part]:.3g}" for part in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    if average["low"] is None:
+        return shown(average["mean"])
+    return f"{shown(average['mean'])} [{shown(average['low'])}, {shown(average['high'])}]"
+
+
+def shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
 
 
 def markdown(found: Results) -> str:
-    """The table as Markdown, and what its columns mean."""
-    head, *lines = rows(found)
-    told = [
-        f"# {found['name']}",
-        "",
-        f"| {' | '.join(head)} |",
-        f"|{'|'.join(['---'] * len(head))}|",
-    ]
-    told += [f"| {' | '.join(line)} |" for line in lines]
-    told += ["", *(f"- {line}" for line in meaning(found))]
-    return "\n".join(told) + "\n"
+    """The tables as Markdown, and what their columns mean."""
+    parts = [f"# {found['name']}", _markdown(rows(found))]
+    for name, table in windows(found).items():
+        parts += [f"{name}, window by window:", _markdown(table)]
+    parts.append("\n".join(f"- {line}" for line in meaning(found)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(table: Sequence[Sequence[str]]) -> str:
+    head, *lines = table
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
 
 
 def meaning(found: Results) -> list[str]:
-    """What the figures are, in sentences."""
+    """What the figures are and how they were measured, in sentences."""
     protocol = found["protocol"]
     units = [
         f"{name}: {each['unit']}; {each['meaning']}" for name, each in protocol["figures"].items()
     ]
     return [
-        f"{len(protocol['seeds'])} seeds; brackets hold the {protocol['interval']}.",
+        f"Videos of each arm: {len(next(iter(found['arms'].values()))['videos'])}; brackets hold the "
+        f"{protocol['interval']}, where there are two or more.",
         "An arrow says where better lies. An arm is trained for it where the weights were made for this very memory.",
+        *(
+            f"Suite {suite}: {_facts(each)}."
+            for suite, listed in protocol["measured"].items()
+            for each in listed
+        ),
         *units,
     ]
+
+
+def _facts(protocol: Mapping[str, Any]) -> str:
+    """A protocol in a line; the hashes of weights are in the results alone."""
+    told = {name: each for name, each in protocol.items() if name != "weights"}
+    flat = {
+        name: each
+        for key, value in told.items()
+        for name, each in (value.items() if isinstance(value, dict) else [(key, value)])
+    }
+    return ", ".join(f"{name} {value}" for name, value in flat.items() if value is not None)
 
 
 # The page
@@ -120,23 +172,35 @@ def meaning(found: Results) -> list[str]:
 
 def document(comparison: Comparison, found: Results, sheets: Sequence[Path]) -> str:
     """The page, which needs the files beside it and nothing else."""
-    head, *lines = rows(found)
-    table = "".join(
-        f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in line)}</tr>"
-        for tag, line in [("th", head), *(("td", line) for line in lines)]
+    pictures = "".join(
+        f'<figure><img src="{path.name}" alt="contact sheet"><figcaption>{job.name}</figcaption></figure>'
+        for path, job in zip(sheets, _of_one_arm(comparison), strict=False)
     )
-    pictures = "".join(f'<img src="{path.name}" alt="contact sheet">' for path in sheets)
     told = "".join(f"<li>{html.escape(line)}</li>" for line in meaning(found))
     names = [*found["arms"]]
     name = html.escape(found["name"])
     sections = [
-        f'<h1>{name}</h1><div class="wide"><table>{table}</table></div><ul>{told}</ul>',
+        f"<h1>{name}</h1>{_html(rows(found))}",
+        *(
+            f"<h2>{html.escape(figure)}, window by window</h2>{_html(table)}"
+            for figure, table in windows(found).items()
+        ),
+        f"<ul>{told}</ul>",
         f"<h2>Two videos</h2>{player(names, _of_one_arm(comparison))}",
         f"<h2>Frames at equal times</h2>{pictures}",
         f"<h2>Over time</h2><p><small>Means of all videos, window by window.</small></p>{curves(found)}",
     ]
     begin = f'<!doctype html><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
     return f"{begin}{''.join(sections)}<script>{PLAYER}</script>\n"
+
+
+def _html(table: Sequence[Sequence[str]]) -> str:
+    lines = [("th", table[0]), *(("td", line) for line in table[1:])]
+    told = "".join(
+        f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in line)}</tr>"
+        for tag, line in lines
+    )
+    return f'<div class="wide"><table>{told}</table></div>'
 
 
 def player(names: Sequence[str], own: Sequence[Job]) -> str:
@@ -214,12 +278,24 @@ def sheet(comparison: Comparison, job: Job, out: Path) -> Path:
         strips.append(np.concatenate([_small(frames[i]) for i in at], axis=1))
     widest = max(strip.shape[1] for strip in strips)
     padded = [
-        np.pad(s, ((0, 4), (0, widest - s.shape[1]), (0, 0)), constant_values=255) for s in strips
+        np.concatenate(
+            [
+                _label(arm.name, widest),
+                np.pad(strip, ((0, 4), (0, widest - strip.shape[1]), (0, 0)), constant_values=255),
+            ]
+        )
+        for arm, strip in zip(comparison.arms, strips, strict=True)
     ]
     path = out / f"sheet-{job.name}.png"
     with atomic.file(path) as fresh:
         Image.fromarray(np.concatenate(padded)).save(fresh, format="PNG", optimize=True)
     return path
+
+
+def _label(name: str, width: int) -> np.ndarray:
+    band = Image.new("RGB", (width, LABEL), "white")
+    ImageDraw.Draw(band).text((0, 1), name, fill="black")
+    return np.asarray(band)
 
 
 def _small(frame: np.ndarray) -> np.ndarray:

@@ -75,7 +75,7 @@ def check_suite(out: Path, suite: str) -> None:
 def summary(results: Results, seed: int) -> dict[str, Average]:
     """Each figure's mean over videos with a 95 % bootstrap interval."""
     return {
-        name: _interval((each.figures.get(name) for each in results.videos.values()), seed)
+        name: average((each.figures.get(name) for each in results.videos.values()), seed)
         for name in results.figures
     }
 
@@ -87,12 +87,13 @@ def curves(results: Results, seed: int) -> dict[str, list[Average]]:
         listed = [each.windows.get(name, ()) for each in results.videos.values()]
         count = max(map(len, listed), default=0)
         out[name] = [
-            _interval((one[i] for one in listed if i < len(one)), seed) for i in range(count)
+            average((one[i] for one in listed if i < len(one)), seed) for i in range(count)
         ]
     return out
 
 
-def _interval(values: Iterable[float | None], seed: int) -> Average:
+def average(values: Iterable[float | None], seed: int) -> Average:
+    """The mean of what is there, and its 95 % bootstrap interval."""
     known = [value for value in values if value is not None]
     mean, low, high = metrics.bootstrap(known, seed)
     if len(known) < 2:
