@@ -492,6 +492,8 @@ def test_windows_of_clip_score_come_with_their_frames_and_the_decline(world):
     assert (one.first, one.last) == ({"clip": 30.0}, {"clip": 28.5})
     about["windows"]["clip"] = [30.0, None]
     assert "clip_decline" not in vbench_suite.measured(about, {}).figures
+    about["windows"]["clip"] = [2.0]  # one window declines by nothing that was measured
+    assert "clip_decline" not in vbench_suite.measured(about, {}).figures
     assert results.protocol["settings"] == {"rate": 2, "window": 10}
     world.calls()
     world.run(suite="clip", rate=4, window=10)

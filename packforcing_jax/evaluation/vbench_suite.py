@@ -90,7 +90,7 @@ def measured(about: Mapping, absent: Mapping[str, str]) -> Measured:
     declines = {
         f"{name}_{DECLINE}": start - end
         for name, start in first.items()
-        if start is not None and (end := last[name]) is not None
+        if len(windows[name]) > 1 and start is not None and (end := last[name]) is not None
     }
     figures = {**about["figures"], **declines}
     return Measured(figures, windows, first, last, about={**told, "absent": dict(absent)})
