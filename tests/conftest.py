@@ -1,7 +1,10 @@
 """Strict settings for every test: no silent rank promotion, exact matrix products, two fake CPU devices."""
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import quick
@@ -10,7 +13,16 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} {quick.FLAGS}"  # read when a backend starts
 )
 
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # each test compiles for itself
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # What one test compiles the others read, in this run alone.
+    COMPILED = tempfile.mkdtemp(prefix="packforcing-tests-")
+    atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
+    os.environ |= {
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": COMPILED,
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**31),  # with a bound comes a lock
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
 
 import signal
 
@@ -23,7 +35,6 @@ signal.signal(
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_num_cpu_devices", 2)
-
 
 gc.set_threshold(100_000, 20, 20)  # traced programs are many objects, and seldom garbage
 
