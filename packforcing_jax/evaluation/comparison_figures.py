@@ -61,9 +61,9 @@ def one_by_one(
     """`Reader.read` of a function that reads one file."""
 
     def every(films: Mapping[str, Film], options: Options, room: Path) -> Mapping[str, Found]:
+        decides = protocol()
         return {
-            name: Found(*read(film.path, film.prompts), {}, protocol())
-            for name, film in films.items()
+            name: Found(*read(film.path, film.prompts), {}, decides) for name, film in films.items()
         }
 
     return every

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from packforcing_jax.evaluation import comparison as comparing
 from packforcing_jax.evaluation.comparison import Comparison, Job
+from packforcing_jax.evaluation.results import markdown_table, shown
 from packforcing_jax.io import atomic, video
 
 COLUMNS, TALLEST = 12, 96  # frames of a row of a sheet; pixels of one
@@ -64,11 +65,10 @@ def _of_one_arm(comparison: Comparison) -> list[Job]:
 def rows(found: Results) -> list[list[str]]:
     """Heading and one row per arm: what the weights were trained for, and each figure beside the published one."""
     units = found["protocol"]["figures"]
-    told = dict.fromkeys(
-        name for each in found["protocol"]["published"].values() for name in each.get("figures", {})
-    )
+    told = told_of(found, "figures")
+    names = [*units, *(name for name in told if name not in units)]
     heads = ["arm", "trained for it", "frames"]
-    for name in [*units, *(name for name in told if name not in units)]:
+    for name in names:
         heads += [f"{name} {ARROWS[units[name]['better']]}".strip()] if name in units else []
         heads += [f"{name}, {PUBLISHED}"] if name in told else []
     lines = [heads]
@@ -79,7 +79,7 @@ def rows(found: Results) -> list[list[str]]:
             "yes" if arm["trained for"] else "no",
             "-".join(str(count) for count in arm["frames"]),
         ]
-        for figure in [*units, *(figure for figure in told if figure not in units)]:
+        for figure in names:
             line += [spell(arm["figures"].get(figure))] if figure in units else []
             line += [shown(theirs.get(figure))] if figure in told else []
         lines.append(line)
@@ -92,13 +92,16 @@ def published(found: Results, arm: str) -> Mapping[str, Any]:
     return told.get(arm, told.get(found["arms"][arm]["method"], {}))
 
 
+def told_of(found: Results, part: str) -> list[str]:
+    """The `figures` or `curves` that another source gives of any arm, in its order."""
+    every = found["protocol"]["published"].values()
+    return list(dict.fromkeys(name for each in every for name in each.get(part, {})))
+
+
 def windows(found: Results) -> dict[str, list[list[str]]]:
     """Of each figure that another source gives window by window: two rows per arm, ours and theirs."""
-    names = dict.fromkeys(
-        name for each in found["protocol"]["published"].values() for name in each.get("curves", {})
-    )
     tables = {}
-    for name in names:
+    for name in told_of(found, "curves"):
         lines = []
         for arm, each in found["arms"].items():
             theirs = published(found, arm).get("curves", {}).get(name, [])
@@ -119,22 +122,14 @@ def spell(average: Mapping[str, Any] | None) -> str:
     return f"{shown(average['mean'])} [{shown(average['low'])}, {shown(average['high'])}]"
 
 
-def shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
 def markdown(found: Results) -> str:
     """The tables as Markdown, and what their columns mean."""
-    parts = [f"# {found['name']}", _markdown(rows(found))]
-    for name, table in windows(found).items():
-        parts += [f"{name}, window by window:", _markdown(table)]
+    head, *lines = rows(found)
+    parts = [f"# {found['name']}", markdown_table(head, lines)]
+    for name, (head, *lines) in windows(found).items():
+        parts += [f"{name}, window by window:", markdown_table(head, lines)]
     parts.append("\n".join(f"- {line}" for line in meaning(found)))
     return "\n\n".join(parts) + "\n"
-
-
-def _markdown(table: Sequence[Sequence[str]]) -> str:
-    head, *lines = table
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
 
 
 def meaning(found: Results) -> list[str]:

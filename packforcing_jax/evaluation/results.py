@@ -172,7 +172,7 @@ def page(results: Results, seed: int) -> str:
     parts = [
         f"# Figures of {len(results.videos)} videos",
         f"suite {results.suite}, {facts}",
-        _markdown(
+        markdown_table(
             ("figure", "unit", "better", "mean", "95 % interval", "videos"),
             [
                 (
@@ -186,7 +186,7 @@ def page(results: Results, seed: int) -> str:
                 for name, each in figures.items()
             ],
         ),
-        _markdown(
+        markdown_table(
             ("video", *figures),
             [
                 (name, *(shown(each.figures.get(figure)) for figure in figures))
@@ -203,7 +203,8 @@ def page(results: Results, seed: int) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(
         f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |"
